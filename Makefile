@@ -1,0 +1,39 @@
+# make run    set up, then train PACT on BFCL with the preset for this machine; ends with a report
+# make test   set up, then the whole test suite
+# PYTHON=python3.12 make run   picks another interpreter (3.11 or newer)
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu make run   takes torch from PyTorch's own (smaller) CPU index
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?=
+ARGS ?=
+STAMP := $(VENV)/.installed-$(shell cat requirements.txt tools/install.sh 2>/dev/null | cksum | cut -d' ' -f1)
+
+.PHONY: run test test-slow lint install doctor clean
+
+run: install
+	$(BIN)/python recipes/pact_bfcl.py $(ARGS)
+
+test: install lint
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+doctor: install
+	$(BIN)/python tools/doctor.py
+
+install: $(STAMP)
+
+$(STAMP): requirements.txt tools/install.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH_INDEX="$(TORCH_INDEX)" bash tools/install.sh
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,235 @@
+"""Checkpoints to resume from: weights, optimizer, random-number state and the training loop's own state, under any parallel layout.
+
+``<root>/step_000012/`` holds ``weights/`` (megatron's torch_dist format), ``rng.pt``, ``state.json`` and, written last, ``manifest.json`` with the
+size of every file and the SHA-256 of small ones. The folder appears in one rename; then ``<root>/latest`` is pointed at it.
+A folder that fails its manifest is refused. Falling back to an older one is the caller's explicit choice: :func:`latest_complete`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pact_nemo.errors import CheckpointError
+from pact_nemo.files import new_directory, sha256_file, write_json_atomic, write_text_atomic
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_NAME = "manifest.json"
+POINTER_NAME = "latest"
+SCHEMA = 1
+HASH_LIMIT = 16 << 20  # larger files are checked by size only: a resume must not read terabytes twice
+_FOLDER = re.compile(r"step_(\d{6,})")
+
+
+class Resumable(Protocol):
+    """What a policy must offer; all collective."""
+
+    step: int
+
+    def state_dict(self, *, is_loading: bool = False) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], *, step: int) -> None: ...
+
+
+def checkpoint_path(root: str | Path, step: int) -> Path:
+    """``<root>/step_{step:06d}``."""
+    return Path(root) / f"step_{step:06d}"
+
+
+def save(policy: Resumable, root: str | Path, state: dict[str, Any]) -> Path:
+    """Write a checkpoint of ``policy`` at its current step. Collective; all ranks must see ``root``.
+
+    Args:
+        policy: the policy.
+        root: folder of checkpoints.
+        state: the training loop's state, JSON values; taken from rank 0.
+
+    Returns:
+        the folder, on every rank.
+
+    Raises:
+        CheckpointError: a checkpoint of this step exists already.
+    """
+    final = checkpoint_path(root, policy.step)
+    if _from_rank_0(final.exists() if dist.get_rank() == 0 else None):
+        raise CheckpointError(f"{final} exists already; a checkpoint is written once: remove it or save to another root")
+    if dist.get_rank() == 0:
+        with new_directory(final) as folder:
+            _write(policy, folder, state)
+        write_text_atomic(Path(root) / POINTER_NAME, final.name + "\n")
+    else:
+        _write(policy, None, state)
+    dist.barrier()
+    logger.info("saved %s", final)
+    return final
+
+
+def _write(policy: Resumable, folder: Path | None, state: dict[str, Any]) -> None:
+    """Fill a folder that only rank 0 knows yet."""
+    from megatron.core import dist_checkpointing
+
+    target = Path(_from_rank_0(str(folder)))
+    if folder is not None:
+        (target / "weights").mkdir()
+    dist.barrier()
+    dist_checkpointing.save(policy.state_dict(), str(target / "weights"))
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, _rng_state())
+    if folder is not None:
+        torch.save(states, target / "rng.pt")
+        write_json_atomic(target / "state.json", {"step": policy.step, "ranks": dist.get_world_size(), "caller": state})
+        _write_manifest(target)
+
+
+def load(policy: Resumable, folder: str | Path) -> dict[str, Any]:
+    """Restore ``policy`` from a checkpoint that may come from another layout. Collective.
+
+    Random-number states are restored per rank if the number of ranks is the same; otherwise every rank takes rank 0's.
+
+    Returns:
+        the ``state`` given to :func:`save`.
+
+    Raises:
+        CheckpointError: the checkpoint is torn or incomplete, or belongs to another model.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    path = Path(folder)
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            verify(path)
+        except CheckpointError as error:
+            problem = str(error)
+    problem = _from_rank_0(problem)
+    if problem:
+        raise CheckpointError(problem)
+    facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    try:
+        loaded = dist_checkpointing.load(policy.state_dict(is_loading=True), str(path / "weights"))
+        policy.load_state_dict(loaded, step=int(facts["step"]))
+    except (CheckpointingException, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} doesn't fit this model ({error}); resume with the model and optimizer it was saved from") from error
+    states = torch.load(path / "rng.pt", weights_only=False)
+    _set_rng_state(states[dist.get_rank() if len(states) == dist.get_world_size() else 0])
+    caller: dict[str, Any] = facts["caller"]
+    return caller
+
+
+def verify(folder: str | Path) -> None:
+    """Check a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: names the file concerned and the remedy.
+    """
+    base = Path(folder)
+    remedy = "resume from an older checkpoint (checkpoints.resume.latest_complete finds it)"
+    try:
+        row = json.loads((base / MANIFEST_NAME).read_text(encoding="utf-8"))
+        if row["schema"] != SCHEMA:
+            raise CheckpointError(f"{base / MANIFEST_NAME}: schema {row['schema']!r}, this version reads {SCHEMA}")
+        files: dict[str, dict[str, Any]] = row["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{base / MANIFEST_NAME} is missing or unreadable ({error}): the checkpoint is incomplete; {remedy}") from error
+    for name, entry in files.items():
+        path = base / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {remedy}")
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise CheckpointError(f"{path} has {size} bytes, the manifest says {entry['size']}; {remedy}")
+        if entry["sha256"] is not None and sha256_file(path) != entry["sha256"]:
+            raise CheckpointError(f"{path} is corrupt: its SHA-256 differs from the manifest's; {remedy}")
+
+
+def steps(root: str | Path) -> list[int]:
+    """Steps of all visible checkpoints, ascending, whole or not; empty if ``root`` doesn't exist."""
+    base = Path(root)
+    matches = (_FOLDER.fullmatch(path.name) for path in base.iterdir()) if base.is_dir() else iter(())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def latest(root: str | Path) -> Path | None:
+    """The checkpoint that was finished last, by its pointer; None if nothing was ever saved. It is verified when loaded.
+
+    Raises:
+        CheckpointError: the pointer names a folder that is gone, or is missing although there are checkpoints.
+    """
+    pointer = Path(root) / POINTER_NAME
+    if not pointer.is_file():
+        if steps(root):
+            raise CheckpointError(f"{pointer} is missing although there are checkpoints; name one, or use the latest complete one")
+        return None
+    folder = Path(root) / pointer.read_text(encoding="utf-8").strip()
+    if not _FOLDER.fullmatch(folder.name) or not folder.is_dir():
+        raise CheckpointError(f"{pointer} names {folder.name!r}, which is not there; name a checkpoint, or use the latest complete one")
+    return folder
+
+
+def latest_complete(root: str | Path) -> Path | None:
+    """The newest checkpoint that passes :func:`verify`, whatever the pointer says; None if there is none. Refused ones are logged."""
+    for step in reversed(steps(root)):
+        folder = checkpoint_path(root, step)
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            logger.warning("passing over %s: %s", folder, error)
+        else:
+            return folder
+    return None
+
+
+def prune(root: str | Path, keep: int) -> list[int]:
+    """Delete all but the ``keep`` newest checkpoints (call on rank 0). Returns the steps deleted, ascending.
+
+    Raises:
+        CheckpointError: ``keep`` < 1.
+    """
+    if keep < 1:
+        raise CheckpointError(f"keep={keep}: at least the newest checkpoint has to stay")
+    doomed = steps(root)[:-keep]
+    for step in doomed:
+        folder = checkpoint_path(root, step)
+        hidden = folder.with_name(f".{folder.name}.deleted")
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+    return doomed
+
+
+def _write_manifest(base: Path) -> None:
+    files = {}
+    for path in sorted(path for path in base.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        files[path.relative_to(base).as_posix()] = {"size": size, "sha256": sha256_file(path) if size <= HASH_LIMIT else None}
+    write_json_atomic(base / MANIFEST_NAME, {"schema": SCHEMA, "files": files})
+
+
+def _from_rank_0(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _rng_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.random.get_rng_state(), "cuda": cuda}
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.random.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

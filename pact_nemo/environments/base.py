@@ -1,0 +1,91 @@
+"""The environment protocol: what a benchmark has to provide, and the types that tasks and calls travel in.
+
+An environment knows tasks, tools and how to execute calls. It knows nothing of models, tokens, rewards or traces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call as the policy or a reference wrote it: tool name and JSON-like keyword arguments."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt of a benchmark.
+
+    Attributes:
+        id: unique over the benchmark, e.g. ``multi_turn_base_12`` or, for a single-turn window, ``multi_turn_base_12#1``.
+        group: the id that splits are made by; every task of one group is on the same side of the held-out split.
+        category: the benchmark's own category name (reported apart).
+        user_turns: chat messages of each user turn, in order. The first one, with ``tools``, is the prompt ``x``.
+        tools: the function schemas offered at the start (OpenAI style: ``{"name", "description", "parameters": JSON schema}``).
+        reference_calls: ground-truth calls per user turn; never shown to the policy.
+        reference_answer: text of the expected final answer, where the benchmark has one.
+        data: the benchmark's own record, for its environment and checker only.
+    """
+
+    id: str
+    group: str
+    category: str
+    user_turns: tuple[tuple[dict[str, str], ...], ...]
+    tools: tuple[dict[str, Any], ...]
+    reference_calls: tuple[tuple[ToolCall, ...], ...]
+    reference_answer: str | None = None
+    data: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The benchmark checker's verdict on a finished episode.
+
+    Attributes:
+        success: the official pass/fail.
+        score: outcome reward in [0, 1].
+        reason: the checker's own error type, or ``"ok"``.
+    """
+
+    success: bool
+    score: float
+    reason: str = "ok"
+
+
+class Session(Protocol):
+    """One running episode. Sessions of one environment share no mutable state and may run concurrently."""
+
+    task: Task
+
+    def execute(self, calls: list[ToolCall]) -> list[str]:
+        """Run the calls of one assistant turn in order; one observation string each. A failing tool is an observation, not an exception.
+
+        Raises:
+            EnvironmentFailure: the environment itself broke.
+        """
+        ...
+
+    def next_user_turn(self) -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
+        """Close the current user turn. Returns (messages, newly revealed tools) of the next one, or None when the task is over."""
+        ...
+
+    def outcome(self) -> Outcome:
+        """Official verdict on everything executed so far."""
+        ...
+
+    def close(self) -> None:
+        """Release all state; safe to call twice."""
+        ...
+
+
+class Environment(Protocol):
+    """A benchmark: its tasks and how to start an episode of one."""
+
+    def tasks(self) -> list[Task]: ...
+
+    def start(self, task: Task) -> Session: ...

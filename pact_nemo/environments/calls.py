@@ -1,0 +1,156 @@
+"""Tool calls as Python call text: reading literals only, writing ``repr`` only. Nothing here evaluates anything."""
+
+from __future__ import annotations
+
+import ast
+import keyword
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pact_nemo.environments.base import ToolCall
+from pact_nemo.errors import ToolCallError
+
+_MAX_DEPTH = 20
+_MAX_CALL_CHARS = 20_000
+
+
+def _check_name(name: object, what: str) -> None:
+    if not isinstance(name, str) or not name.isascii() or not name.isidentifier() or keyword.iskeyword(name):
+        raise ToolCallError(f"{what} {str(name)[:60]!r} is not a plain identifier")
+
+
+def _check_value(value: Any, depth: int = 0) -> None:
+    if depth > _MAX_DEPTH:
+        raise ToolCallError(f"an argument is nested deeper than {_MAX_DEPTH} levels")
+    if value is None or type(value) in (str, bool, int):
+        return
+    if type(value) is float:
+        if not math.isfinite(value):
+            raise ToolCallError("an argument is not a finite number")
+    elif type(value) is list:
+        for item in value:
+            _check_value(item, depth + 1)
+    elif type(value) is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                raise ToolCallError("a dictionary key in an argument is not a string")
+            _check_value(item, depth + 1)
+    else:
+        raise ToolCallError(f"an argument of type {type(value).__name__} is not a JSON value")
+
+
+def check_call(call: ToolCall) -> None:
+    """Refuse a call whose name or argument names aren't identifiers or whose values aren't finite JSON values.
+
+    The names end up in call text, so ``__import__('os')`` as an argument *name* must stop here, whatever format it came in.
+
+    Raises:
+        ToolCallError: says which part is wrong.
+    """
+    _check_name(call.name, "function name")
+    for key, value in call.arguments.items():
+        _check_name(key, "argument name")
+        _check_value(value)
+
+
+def call_text(call: ToolCall) -> str:
+    """``name(key=repr(value), …)``: the call as Python source with literal arguments only.
+
+    Raises:
+        ToolCallError: the call can't be written as a literal call, or is longer than 20,000 characters.
+    """
+    check_call(call)
+    try:
+        text = f"{call.name}({', '.join(f'{key}={value!r}' for key, value in call.arguments.items())})"
+    except ValueError as error:  # an int beyond Python's digit limit has no repr
+        raise ToolCallError(f"an argument can't be written out: {error}") from None
+    if len(text) > _MAX_CALL_CHARS:
+        raise ToolCallError(f"the call is {len(text)} characters long; the limit is {_MAX_CALL_CHARS}")
+    return text
+
+
+def literal(node: ast.expr, depth: int = 0) -> Any:
+    """JSON value of a literal syntax node; tuples become lists.
+
+    Raises:
+        ToolCallError: the node is anything but a literal (a name, a call, an operator, an f-string …).
+    """
+    if depth > _MAX_DEPTH:
+        raise ToolCallError(f"an argument is nested deeper than {_MAX_DEPTH} levels")
+    if isinstance(node, ast.Constant) and (node.value is None or type(node.value) in (str, bool, int, float)):
+        _check_value(node.value)
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd) and isinstance(node.operand, ast.Constant):
+        value = literal(node.operand, depth + 1)
+        if type(value) in (int, float):
+            return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.List | ast.Tuple):
+        return [literal(item, depth + 1) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        result: dict[str, Any] = {}
+        for key, item in zip(node.keys, node.values, strict=True):
+            if not isinstance(key, ast.Constant) or type(key.value) is not str:
+                raise ToolCallError("a dictionary key in an argument is not a string")
+            result[key.value] = literal(item, depth + 1)
+        return result
+    raise ToolCallError(f"an argument is not a literal value: {type(node).__name__}")
+
+
+def call_from_node(node: ast.expr, parameters: Mapping[str, Sequence[str]]) -> ToolCall:
+    """One call from its syntax node; positional arguments get their names from ``parameters[function name]``.
+
+    Raises:
+        ToolCallError: not a plain call of a bare name with literal arguments, or the positional arguments can't be named.
+    """
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise ToolCallError("expected calls such as name(argument=value)")
+    name = node.func.id
+    arguments: dict[str, Any] = {}
+    if node.args:
+        names = parameters.get(name)
+        if names is None:
+            raise ToolCallError(f"unknown function {name!r}: its positional arguments have no names")
+        if len(node.args) > len(names):
+            raise ToolCallError(f"{name} takes at most {len(names)} arguments, {len(node.args)} were given without a name")
+        for key, argument in zip(names, node.args, strict=False):
+            arguments[key] = literal(argument)
+    for item in node.keywords:
+        if item.arg is None:
+            raise ToolCallError(f"{name}: ** is not allowed in a call")
+        if item.arg in arguments:
+            raise ToolCallError(f"{name}: argument {item.arg!r} is given twice")
+        arguments[item.arg] = literal(item.value)
+    call = ToolCall(name, arguments)
+    check_call(call)
+    return call
+
+
+def _parse_expression(text: str) -> ast.expr:
+    if len(text) > _MAX_CALL_CHARS:
+        raise ToolCallError(f"the call text is {len(text)} characters long; the limit is {_MAX_CALL_CHARS}")
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ToolCallError(f"not valid call syntax: {getattr(error, 'msg', None) or error}") from None
+
+
+def parse_call(text: str, parameters: Mapping[str, Sequence[str]]) -> ToolCall:
+    """Read one call, e.g. ``sort('a.txt')`` with ``parameters={'sort': ['file_name']}``.
+
+    Raises:
+        ToolCallError: see :func:`call_from_node`, or the text is no expression.
+    """
+    return call_from_node(_parse_expression(text), parameters)
+
+
+def parse_call_list(text: str, parameters: Mapping[str, Sequence[str]]) -> list[ToolCall]:
+    """Read ``[f(a=1), g()]``.
+
+    Raises:
+        ToolCallError: the text is no list of literal calls; see :func:`call_from_node`.
+    """
+    node = _parse_expression(text)
+    if not isinstance(node, ast.List):
+        raise ToolCallError("expected one list of calls: [name(argument=value)]")
+    return [call_from_node(item, parameters) for item in node.elts]

@@ -1,0 +1,181 @@
+"""Bipartite-matching rewards (eq. 24-28), after MatchTIR (arXiv 2601.10712)."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+
+class Call(Protocol):
+    """Anything with a tool name and keyword arguments."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def arguments(self) -> Mapping[str, Any]: ...
+
+
+def values_equal(left: Any, right: Any) -> bool:
+    """Exact equality of JSON-like values: 1 equals 1.0, True equals nothing but True, lists and objects are compared element by element.
+
+    A tuple equals a list of the same elements (calls written in Python syntax may have either).
+    """
+    if isinstance(left, bool) or isinstance(right, bool):
+        return isinstance(left, bool) and isinstance(right, bool) and left == right
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(values_equal(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        return len(left) == len(right) and all(values_equal(a, b) for a, b in zip(left, right, strict=True))
+    return bool(left == right)
+
+
+def call_similarity(predicted: Call, reference: Call) -> float:
+    """S_ab in [0, 1] of one predicted and one reference call.
+
+    0 if the names differ; else (1 + Jaccard of the argument names as multisets + number of reference arguments whose predicted value is equal)
+    / (2 + number of reference arguments). Two calls without arguments have Jaccard 1. Names are compared exactly: tools are called by exact
+    names (MatchTIR's public code ignores their case).
+    """
+    if predicted.name != reference.name:
+        return 0.0
+    left, right = Counter(predicted.arguments.keys()), Counter(reference.arguments.keys())
+    union = sum((left | right).values())
+    jaccard = sum((left & right).values()) / union if union else 1.0
+    equal = sum(key in predicted.arguments and values_equal(predicted.arguments[key], value) for key, value in reference.arguments.items())
+    return (1.0 + jaccard + equal) / (2.0 + len(reference.arguments))
+
+
+def assign(similarity: np.ndarray, method: str = "hungarian") -> list[tuple[int, int]]:
+    """One-to-one pairs (predicted, reference) of [P, G] similarities, pairs of similarity 0 left out.
+
+    ``hungarian``: maximum total weight (eq. 24). ``greedy``: best remaining pair first, as in MatchTIR's public code; ties by index.
+
+    Raises:
+        ValueError: another method.
+    """
+    if method not in ("hungarian", "greedy"):
+        raise ValueError(f"matching method {method!r} is neither 'hungarian' nor 'greedy'")
+    if similarity.size == 0:
+        return []
+    if method == "hungarian":
+        rows, columns = linear_sum_assignment(similarity, maximize=True)
+        pairs = [(int(row), int(column)) for row, column in zip(rows, columns, strict=True)]
+    else:
+        order = np.argsort(-similarity, axis=None, kind="stable")
+        used_rows: set[int] = set()
+        used_columns: set[int] = set()
+        pairs = []
+        for flat in order:
+            row, column = (int(i) for i in np.unravel_index(flat, similarity.shape))
+            if row not in used_rows and column not in used_columns:
+                pairs.append((row, column))
+                used_rows.add(row)
+                used_columns.add(column)
+    return sorted(pair for pair in pairs if similarity[pair] > 0.0)
+
+
+def match_calls(
+    predicted: Sequence[Call],
+    reference: Sequence[Call],
+    *,
+    groups: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
+    method: str = "hungarian",
+    penalty: float = 0.0,
+) -> list[float]:
+    """r(p_a) of each predicted call: its similarity if matched, else ``-penalty`` (eq. 25).
+
+    Args:
+        groups: a label per predicted and per reference call; only calls of the same label may match (BFCL: the user turn).
+        method: see :func:`assign`.
+        penalty: lambda_pen >= 0; the paper uses 0.
+
+    Returns:
+        One reward per predicted call, in order. A pair of similarity 0 is no match. Of equally good matchings one is taken, always the same
+        for the same input.
+
+    Raises:
+        ValueError: groups of other lengths than the calls, an unknown method, a negative penalty.
+    """
+    if groups is not None and (len(groups[0]), len(groups[1])) != (len(predicted), len(reference)):
+        raise ValueError(f"{len(groups[0])} and {len(groups[1])} group labels for {len(predicted)} and {len(reference)} calls")
+    if penalty < 0.0:
+        raise ValueError(f"penalty {penalty} is negative: it would reward unmatched calls")
+    similarity = np.zeros((len(predicted), len(reference)))
+    for a, p in enumerate(predicted):
+        for b, g in enumerate(reference):
+            if groups is None or groups[0][a] == groups[1][b]:
+                similarity[a, b] = call_similarity(p, g)
+    rewards = [-penalty] * len(predicted)
+    for a, b in assign(similarity, method):
+        rewards[a] = float(similarity[a, b])
+    return rewards
+
+
+def turn_rewards(
+    turn_calls: Sequence[Sequence[Call]],
+    turn_groups: Sequence[Hashable],
+    reference: Sequence[Call],
+    reference_groups: Sequence[Hashable],
+    *,
+    is_tool_turn: Sequence[bool],
+    malformed: Sequence[int],
+    outcome: float,
+    method: str = "hungarian",
+    penalty: float = 0.0,
+    outcome_weight: float = 1.0,
+) -> np.ndarray:
+    """[T] reward of each assistant turn of one rollout (eq. 26-28).
+
+    A tool turn gets the mean of r over its calls, parsed and malformed; a malformed call counts as an unmatched one. A tool turn without any
+    call gets 0, as does a turn that isn't a tool turn. The final turn gets ``outcome_weight * outcome`` on top, whatever it is.
+
+    Args:
+        turn_calls: the parsed calls of each turn.
+        turn_groups, reference_groups: labels of turns and reference calls; see :func:`match_calls`.
+        is_tool_turn: whether the turn asked for a tool at all.
+        malformed: number of malformed calls of each turn.
+        outcome: the checker's verdict in [0, 1], or :func:`token_f1` where a benchmark has a reference answer and no checker.
+        method, penalty: see :func:`match_calls`; the matching is over the calls of the whole rollout.
+
+    Raises:
+        ValueError: lists of different lengths, or as :func:`match_calls`.
+    """
+    lengths = {len(turn_calls), len(turn_groups), len(is_tool_turn), len(malformed)}
+    if len(lengths) != 1:
+        raise ValueError(f"turn_calls, turn_groups, is_tool_turn and malformed have different lengths: {sorted(lengths)}")
+    flat = [call for calls in turn_calls for call in calls]
+    flat_groups = [group for calls, group in zip(turn_calls, turn_groups, strict=True) for _ in calls]
+    matched = iter(match_calls(flat, reference, groups=(flat_groups, reference_groups), method=method, penalty=penalty))
+    rewards = np.zeros(len(turn_calls))
+    for t, calls in enumerate(turn_calls):
+        scores = [next(matched) for _ in calls] + [-penalty] * malformed[t]
+        if is_tool_turn[t] and scores:
+            rewards[t] = float(np.mean(scores))
+    if len(rewards):
+        rewards[-1] += outcome_weight * outcome
+    return rewards
+
+
+def normalise_answer(text: str) -> list[str]:
+    """Lower-cased words without punctuation and English articles (the SQuAD convention)."""
+    lowered = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", lowered).split()
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """F1 in [0, 1] of the words of two answers as multisets (:func:`normalise_answer`); 1 if both are empty, 0 if one is."""
+    left, right = normalise_answer(answer), normalise_answer(reference)
+    if not left or not right:
+        return float(left == right)
+    common = sum((Counter(left) & Counter(right)).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(left), common / len(right)
+    return 2 * precision * recall / (precision + recall)

@@ -1,0 +1,133 @@
+"""Settings of the policy: parallel layout, precision, memory and optimizer. Every default has its one home here."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+
+from pact_nemo.errors import ConfigError
+
+PRECISIONS = ("auto", "fp32", "bf16")
+RECOMPUTE = ("none", "full", "selective")
+ATTENTION = ("auto", "tree_sdpa", "te")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+FP8_RECIPES = ("delayed", "tensorwise", "mxfp8", "blockwise")
+
+
+@dataclass
+class PolicyConfig:
+    """How the policy is laid out and computed. The result of a step doesn't depend on any field but ``precision`` and ``fp8``.
+
+    Attributes:
+        tensor_parallel: ranks that share each weight matrix (TP).
+        pipeline_parallel: ranks that share the stack of layers (PP), 1F1B schedule.
+        context_parallel: ranks that share each packed row of tokens (CP), zig-zag chunks.
+        expert_parallel: ranks that share the experts of a mixture-of-experts model (EP).
+        sequence_parallel: shard norms and residuals over the TP ranks; needs ``tensor_parallel`` > 1.
+        virtual_pipeline: model chunks per pipeline rank (interleaved 1F1B); None = one.
+        precision: ``fp32``, ``bf16`` (fp32 gradients and main weights) or ``auto``: bf16 on CUDA, fp32 otherwise.
+        recompute: activations recomputed in the backward pass: ``none``, ``full`` (every layer) or ``selective`` (attention only).
+        micro_batch_tokens: token budget of a packed micro-batch; a larger tree gets a micro-batch of its own.
+        logprob_chunk: positions per chunk of the vocabulary head; at most chunk x vocab/TP logits exist at a time.
+        share_prefix: compute shared prefixes of a token tree once; False = separate root-to-leaf sequences.
+        attention: ``tree_sdpa`` (torch kernels on any device), ``te`` (Transformer Engine, needs share_prefix=False) or ``auto`` = tree_sdpa.
+        fp8: name of a Transformer Engine FP8 recipe, or None.
+        distributed_optimizer: shard optimizer state over the data-parallel ranks.
+        init_timeout_s: seconds a collective may wait before the run is declared hung.
+    """
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    context_parallel: int = 1
+    expert_parallel: int = 1
+    sequence_parallel: bool = False
+    virtual_pipeline: int | None = None
+    precision: str = "auto"
+    recompute: str = "none"
+    micro_batch_tokens: int = 1024
+    logprob_chunk: int = 256
+    share_prefix: bool = True
+    attention: str = "auto"
+    fp8: str | None = None
+    distributed_optimizer: bool = True
+    init_timeout_s: int = 1800
+
+    def validate(self, *, cuda: bool, world_size: int = 1) -> None:
+        """Check the fields against each other and against the machine.
+
+        Args:
+            cuda: whether CUDA devices are available.
+            world_size: number of ranks of the job.
+
+        Raises:
+            ConfigError: a value is out of range, contradicts another one, or needs something that is absent; the message says what to set.
+        """
+        for name in ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "micro_batch_tokens", "logprob_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"policy.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, known in (("precision", PRECISIONS), ("recompute", RECOMPUTE), ("attention", ATTENTION)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"policy.{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ConfigError("policy.sequence_parallel needs policy.tensor_parallel > 1; unset it or raise tensor_parallel")
+        if self.virtual_pipeline is not None and (self.virtual_pipeline < 2 or self.pipeline_parallel < 2):
+            raise ConfigError("policy.virtual_pipeline must be at least 2 and needs policy.pipeline_parallel > 1; set it to null otherwise")
+        ranks = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+        if world_size % ranks:
+            raise ConfigError(f"{world_size} ranks can't be split into TP x PP x CP = {ranks}; start a multiple of {ranks} ranks")
+        has_te = cuda and importlib.util.find_spec("transformer_engine") is not None
+        if self.attention == "te":
+            if not has_te:
+                raise ConfigError("policy.attention=te needs CUDA and the transformer-engine package; install it or set attention=tree_sdpa")
+            if self.share_prefix:
+                raise ConfigError("policy.attention=te has no tree mask; set policy.share_prefix=false with it")
+        if self.fp8 is not None:
+            if self.fp8 not in FP8_RECIPES:
+                raise ConfigError(f"policy.fp8 is {self.fp8!r}; choose one of {', '.join(FP8_RECIPES)} or null")
+            if not has_te:
+                raise ConfigError("policy.fp8 needs a CUDA device and the transformer-engine package; install it or set fp8 to null")
+            if self.resolved_precision(cuda=cuda) != "bf16":
+                raise ConfigError("policy.fp8 needs policy.precision=bf16 (or auto on CUDA)")
+
+    def resolved_precision(self, *, cuda: bool) -> str:
+        """``fp32`` or ``bf16``, with ``auto`` decided by the device."""
+        if self.precision == "auto":
+            return "bf16" if cuda else "fp32"
+        return self.precision
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule; steps are optimizer steps.
+
+    Attributes:
+        lr: peak learning rate.
+        min_lr: learning rate at the end of a decaying schedule.
+        lr_schedule: ``constant``, ``linear`` or ``cosine`` decay from ``lr`` to ``min_lr`` after the warm-up.
+        warmup_steps: steps of linear warm-up from 0; step 1 uses ``lr / warmup_steps``.
+        weight_decay: decoupled weight decay on matrices (never on biases and norms).
+        betas: Adam's two decay rates.
+        eps: Adam's epsilon.
+        clip_grad: largest global gradient norm; 0 = no clipping.
+    """
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+    def validate(self) -> None:
+        """Raises ConfigError on a value out of range."""
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ConfigError(f"optimizer.lr_schedule is {self.lr_schedule!r}; choose one of {', '.join(LR_SCHEDULES)}")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas is {list(self.betas)}; two numbers in [0, 1) are needed")
+        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "eps", "clip_grad"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
+        if self.min_lr > self.lr:
+            raise ConfigError(f"optimizer.min_lr {self.min_lr} is above optimizer.lr {self.lr}")

@@ -1,0 +1,371 @@
+"""Which device and backend to run on, and megatron-core without CUDA.
+
+megatron-core names CUDA in a few places: ``torch.cuda.current_device()``, ``device="cuda"`` literals, ``Tensor.cuda()``, streams and events,
+CUDA random-number state, and dtype tests by ``Tensor.type()`` string. On a machine without CUDA :func:`install_cpu_redirection` sends these
+to the CPU. It must run before megatron is imported; with CUDA it does nothing at all. :data:`REDIRECTED` counts what was sent
+elsewhere, so that a test shows which of them a given megatron-core version uses.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import functools
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import socket
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pact_nemo.errors import MissingDependency
+
+logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+REDIRECTED: collections.Counter[str] = collections.Counter()
+_FACTORIES = (
+    "zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "linspace", "eye", "as_tensor",
+    "zeros_like", "ones_like", "empty_like", "full_like",
+)  # fmt: skip
+_STAND_INS = {
+    "transformer_engine": "transformer_engine",
+    "transformer_engine.pytorch": "transformer_engine",
+    "transformer_engine.pytorch.ops": "transformer_engine",
+    "megatron.core.inference.contexts.attention_context.triton.tensor_ops": "triton",
+}  # module -> the absent package that it is or needs
+_installed = False
+
+
+class NullStream:
+    """Stands for a CUDA stream or event where there is nothing to wait for."""
+
+    device = CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> NullStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def record_event(self, event: Any = None) -> NullStream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+def use_cuda() -> bool:
+    """Whether the policy runs on CUDA devices."""
+    return torch.cuda.is_available()
+
+
+def local_device() -> torch.device:
+    """This rank's device: ``cuda:LOCAL_RANK`` or ``cpu``."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda() else CPU
+
+
+def prepare_megatron() -> None:
+    """Make ``import megatron.core`` and ``import megatron.bridge`` safe on this machine. Idempotent; call before either import.
+
+    Raises:
+        MissingDependency: megatron-core or megatron-bridge is not installed.
+    """
+    for package, module in (("megatron-core", "megatron.core"), ("megatron-bridge", "megatron.bridge")):
+        try:
+            found = importlib.util.find_spec(module) if "megatron" not in sys.modules or module not in sys.modules else True
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise MissingDependency(f"the policy needs {package}; install the packages of requirements.txt")
+    install_cpu_redirection()
+
+
+def install_cpu_redirection() -> bool:
+    """Redirect CUDA calls to the CPU where CUDA is absent.
+
+    Returns:
+        True if the redirection is in place (now or from before), False with CUDA (nothing was touched).
+    """
+    global _installed
+    if use_cuda():
+        return False
+    if _installed:
+        return True
+    _installed = True
+    _redirect_cuda_module()
+    _redirect_factories()
+    _redirect_tensor_methods()
+    with _uncompiled(), warnings.catch_warnings():
+        # these warnings say that Apex and Transformer Engine are absent, which is why we are here
+        warnings.simplefilter("ignore")
+        import megatron.core.models.gpt.gpt_layer_specs
+        import megatron.core.optimizer  # noqa: F401
+    _redirect_rng_state()
+    _patch_megatron()
+    _patch_gloo_scatter()
+    with _stand_ins(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.bridge  # noqa: F401
+    return True
+
+
+def _redirect_cuda_module() -> None:
+    """``torch.cuda.*`` functions that ask where tensors live, wait for the device, or mark ranges for a profiler."""
+
+    def answer(name: str, make: Callable[[], Any]) -> None:
+        def redirected(*args: Any, **kwargs: Any) -> Any:
+            REDIRECTED[f"torch.cuda.{name}"] += 1
+            return make()
+
+        setattr(torch.cuda, name, redirected)
+
+    answer("current_device", lambda: CPU)
+    answer("device_count", lambda: 0)
+    answer("get_device_capability", lambda: (0, 0))
+    for name in ("synchronize", "empty_cache", "set_device"):
+        answer(name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        answer(name, lambda: 0)
+    for name in ("current_stream", "default_stream"):
+        answer(name, NullStream)
+    answer("stream", contextlib.nullcontext)
+    torch.cuda.Stream = NullStream  # type: ignore[misc,assignment]
+    torch.cuda.Event = NullStream  # type: ignore[misc,assignment]
+    nvtx = types.ModuleType("torch.cuda.nvtx")
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(nvtx, name, lambda *args, **kwargs: None)
+    nvtx.range = lambda *args, **kwargs: contextlib.nullcontext()  # type: ignore[attr-defined]
+    torch.cuda.nvtx = nvtx  # type: ignore[assignment]
+    sys.modules["torch.cuda.nvtx"] = nvtx
+
+
+def _names_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
+
+
+def _redirect_factories() -> None:
+    """``device="cuda"`` literals and pinned memory in tensor factories."""
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()  # caches the original factories, so that `with torch.device(...)` keeps working
+
+    def wrap(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def redirected(*args: Any, **kwargs: Any) -> Any:
+            if _names_cuda(kwargs.get("device")):
+                REDIRECTED[f"torch.{name}"] += 1
+                kwargs["device"] = CPU
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+            return function(*args, **kwargs)
+
+        return redirected
+
+    for name in _FACTORIES:
+        setattr(torch, name, wrap(getattr(torch, name), name))
+
+
+def _redirect_tensor_methods() -> None:
+    """``Tensor.cuda()``, ``Tensor.to("cuda")``, ``Module.cuda()`` and the ``Tensor.type()`` strings that megatron compares with."""
+    original_to, original_type = torch.Tensor.to, torch.Tensor.type
+
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        REDIRECTED["Tensor.cuda"] += 1
+        return self
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _names_cuda(args[0]):
+            REDIRECTED["Tensor.to"] += 1
+            args = (CPU, *args[1:])
+        if _names_cuda(kwargs.get("device")):
+            REDIRECTED["Tensor.to"] += 1
+            kwargs["device"] = CPU
+        return original_to(self, *args, **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original_type(self, *args, **kwargs)
+        asks = not args and not kwargs and result.startswith("torch.") and not result.startswith("torch.cuda")
+        if asks and "megatron" in sys._getframe(1).f_code.co_filename:
+            REDIRECTED["Tensor.type"] += 1
+            return "torch.cuda." + result.removeprefix("torch.")
+        return result
+
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign,assignment]
+    torch.Tensor.to = to  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """``torch.compile`` as a no-op while megatron-core is imported: its fused elementwise kernels stay plain functions on the CPU.
+
+    Narrower than switching off dynamo: other users of ``torch.compile`` in this process are left alone.
+    """
+    original = torch.compile
+    torch.compile = lambda model=None, *args, **kwargs: model if model is not None else (lambda function: function)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
+def _redirect_rng_state() -> None:
+    """CUDA random-number state: the default CPU generator stands in for it."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        REDIRECTED["torch.cuda.get_rng_state"] += 1
+        return torch.random.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+        REDIRECTED["torch.cuda.set_rng_state"] += 1
+        torch.random.set_rng_state(new_state)
+
+    def manual_seed(seed: int) -> None:
+        REDIRECTED["torch.cuda.manual_seed"] += 1
+        torch.random.default_generator.manual_seed(int(seed))
+
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = get_state  # type: ignore[assignment]
+        module.set_rng_state = set_state  # type: ignore[assignment]
+        module.manual_seed = manual_seed  # type: ignore[assignment]
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+
+
+def _patch_megatron() -> None:
+    """Places in megatron-core 0.16 that assume Transformer Engine, Apex or a CUDA tensor."""
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # bound only if Transformer Engine imports, yet used without asking
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host  # converts CUDA tensors only
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        _patch_torch_adam_state(distrib_optimizer.DistributedOptimizer)
+
+
+def _patch_torch_adam_state(cls: Any) -> None:
+    """torch's Adam keeps its step counter per parameter; the distributed optimizer's checkpoint code expects Apex's per-group one."""
+    original_state_dict, original_load = cls.state_dict, cls.load_state_dict
+
+    def state_dict(self: Any) -> Any:
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if not self.optimizer.state[param]:
+                    zeros = torch.zeros_like(param)
+                    self.optimizer.state[param] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        return original_state_dict(self)
+
+    def set_main_param_and_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        for key, value in {"param": main_param, **self.optimizer.state[main_param]}.items():
+            if key != "step":
+                value.copy_(tensors[key])
+
+    def load_state_dict(self: Any, state: Any) -> None:
+        original_load(self, state)
+        for entry in self.optimizer.state.values():
+            if "step" in entry:
+                # one tensor is shared by all parameters after loading, and Adam counts it up in place
+                entry["step"] = torch.as_tensor(entry["step"], dtype=torch.float32).detach().clone()
+
+    cls.state_dict, cls.load_state_dict = state_dict, load_state_dict
+    cls._set_main_param_and_optimizer_states = set_main_param_and_states
+
+
+def _patch_gloo_scatter() -> None:
+    """gloo's ``scatter`` reads non-contiguous list members as if they were contiguous, silently; Megatron-Bridge passes such chunks."""
+    original = dist.scatter
+
+    @functools.wraps(original)
+    def scatter(tensor: torch.Tensor, scatter_list: list[torch.Tensor] | None = None, *args: Any, **kwargs: Any) -> Any:
+        chunks = [chunk.contiguous() for chunk in scatter_list] if scatter_list else scatter_list
+        return original(tensor, chunks, *args, **kwargs)
+
+    dist.scatter = scatter
+
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Empty modules in place of Transformer Engine and one of Triton kernels while Megatron-Bridge is imported.
+
+    It imports both unconditionally, for LoRA layers and Mamba that are never used here. megatron-core has been imported by now and has
+    recorded that Transformer Engine is absent; afterwards the stand-ins are removed, so nobody else takes them for the real ones.
+    """
+    absent = {package for package in set(_STAND_INS.values()) if importlib.util.find_spec(package) is None}
+    added = [name for name, package in _STAND_INS.items() if package in absent and name not in sys.modules]
+    for name in added:
+        module = _StandIn(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.__path__ = []
+        sys.modules[name] = module
+    try:
+        yield
+    finally:
+        for name in added:
+            del sys.modules[name]
+
+
+class _StandIn(types.ModuleType):
+    """A module whose every public attribute is its submodule of that name or an empty ``torch.nn.Module`` class."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return sys.modules.get(f"{self.__name__}.{name}") or type(name, (torch.nn.Module,), {})
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def init_distributed(timeout_s: float) -> None:
+    """Start torch.distributed: nccl with CUDA, gloo otherwise. Under ``torchrun`` its environment is used; a plain process becomes a job of
+    one rank on a free port of the loopback interface. Does nothing if a process group exists already.
+
+    Args:
+        timeout_s: seconds a collective may wait.
+    """
+    if dist.is_initialized():
+        return
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "nccl" if use_cuda() else "gloo"
+    if use_cuda():
+        torch.cuda.set_device(local_device())
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    store = dist.TCPStore("127.0.0.1", _free_port(), 1, is_master=True, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

@@ -1,0 +1,179 @@
+"""Running packed micro-batches through megatron's pipeline schedules: forward only, or forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from pact_nemo.policy.attention import TreeBatch, plan_attention
+from pact_nemo.policy.packing import PackedMicroBatch, zigzag_positions
+
+LossFn = Callable[[torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+MAX_PREFIX = "max/"
+
+
+@dataclass
+class LocalMicroBatch:
+    """This rank's part of a micro-batch.
+
+    Attributes:
+        tokens: [1, T_local] int64.
+        tree: attention plan, positions and scored tokens of this rank.
+        streams: name -> [S_local].
+        flat_index: [S_local] int64, see ``PackedMicroBatch``.
+    """
+
+    tokens: torch.Tensor
+    tree: TreeBatch
+    streams: dict[str, torch.Tensor]
+    flat_index: torch.Tensor
+
+
+@dataclass
+class Collected:
+    """What one rank's loss functions saw; empty on ranks that don't speak for their data-parallel and context-parallel share."""
+
+    logprobs: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    entropies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    metrics: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+def to_local(batch: PackedMicroBatch, *, device: torch.device, mask_dtype: torch.dtype | None, temperature: float, entropy: bool) -> LocalMicroBatch:
+    """Cut out this context-parallel rank's tokens and scored positions, and plan its attention.
+
+    Args:
+        batch: the whole row.
+        device: where tensors go.
+        mask_dtype: store attention masks of this dtype; None = leave them to the kernels.
+        temperature: divisor of the logits.
+        entropy: also collect entropies.
+    """
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    tokens, position_ids = batch.tokens, batch.position_ids
+    source, target, flat, streams = batch.source_index, batch.target_ids, batch.flat_index, batch.streams
+    key_order = None
+    if size > 1:
+        length = tokens.shape[0]
+        mine = zigzag_positions(length, rank, size)
+        gathered = torch.cat([zigzag_positions(length, other, size) for other in range(size)])
+        key_order = torch.argsort(gathered)
+        local_of = torch.full((length,), -1)
+        local_of[mine] = torch.arange(mine.shape[0])
+        owned = local_of[source] >= 0
+        tokens, position_ids = tokens[mine], position_ids[mine]
+        source, target, flat = local_of[source][owned], target[owned], flat[owned]
+        streams = {name: stream[owned] for name, stream in streams.items()}
+        plan = plan_attention(batch.runs, mine)
+    else:
+        plan = plan_attention(batch.runs)
+    if mask_dtype is not None:
+        plan.add_masks(mask_dtype)
+    tree = TreeBatch(
+        qkv_format="sbhd",
+        position_ids=position_ids.to(device),
+        plan=plan,
+        key_order=None if key_order is None else key_order.to(device),
+        source_index=source.to(device),
+        target_ids=target.to(device),
+        temperature=temperature,
+        entropy=torch.zeros(source.shape[0], device=device) if entropy else None,
+    )
+    streams = {name: stream.to(device) for name, stream in streams.items()}
+    return LocalMicroBatch(tokens[None].to(device), tree, streams, flat)
+
+
+def _forward_step(collected: Collected, loss_fn: LossFn | None, data_iterator: Iterator[LocalMicroBatch], model: Any) -> tuple[Any, Any]:
+    batch = next(data_iterator)
+    output = model(batch.tokens, batch.tree.position_ids[None], None, packed_seq_params=batch.tree)
+    return output, partial(_loss, collected, loss_fn, batch)
+
+
+def _loss(
+    collected: Collected, loss_fn: LossFn | None, batch: LocalMicroBatch, logprob_S: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Called by megatron's schedule on the last stage; (loss, token count, report), the latter two unused."""
+    if logprob_S.shape[0] and loss_fn is not None:
+        loss, metrics = loss_fn(logprob_S, batch.streams)
+    else:
+        loss, metrics = logprob_S.sum(), {}  # zero where nothing is scored; keeps the backward pass and its collectives in step
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        collected.logprobs.append((batch.flat_index, logprob_S.detach()))
+        if batch.tree.entropy is not None:
+            collected.entropies.append((batch.flat_index, batch.tree.entropy))
+        if logprob_S.shape[0] and loss_fn is not None:
+            collected.losses.append(loss.detach())
+            collected.metrics.append({name: value.detach() if torch.is_tensor(value) else torch.tensor(value) for name, value in metrics.items()})
+    return loss, torch.zeros((), dtype=torch.int, device=loss.device), {}
+
+
+def run_schedule(chunks: list[Any], batches: list[LocalMicroBatch], loss_fn: LossFn | None, *, forward_only: bool) -> Collected:
+    """Run micro-batches through the pipeline.
+
+    Args:
+        chunks: this rank's model chunks, wrapped for data parallelism if ``forward_only`` is False.
+        batches: this rank's micro-batches; all ranks must bring the same number.
+        loss_fn: see ``MegatronPolicy.update``; None = log-probs only.
+        forward_only: no backward pass and no gradient reduction.
+
+    Returns:
+        log-probs, losses and metrics of this rank's share, on the tensor-parallel rank 0 of the last pipeline stage.
+    """
+    collected = Collected()
+    data: Any = [iter(batches) for _ in chunks]
+    get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, collected, loss_fn),
+        data_iterator=data if len(chunks) > 1 else data[0],
+        model=chunks,
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return collected
+
+
+def gather_flat(parts: list[tuple[torch.Tensor, torch.Tensor]], total: int, device: torch.device) -> torch.Tensor:
+    """[total] float32 on the CPU of every rank, from the parts that all ranks hold (each position on exactly one rank)."""
+    flat = torch.zeros(total, dtype=torch.float32, device=device)
+    for index, values in parts:
+        flat[index.to(device)] = values.to(torch.float32)
+    if dist.get_world_size() > 1 and total:
+        dist.all_reduce(flat)
+    return flat.cpu()
+
+
+def gather_metrics(collected: Collected) -> tuple[float, dict[str, float]]:
+    """Loss and metrics of the whole step on every rank: sums over micro-batches and ranks, maxima for names starting with ``max/``.
+
+    Summed in float64 in rank order, so all ranks get the same numbers.
+    """
+    local = (
+        [float(loss) for loss in collected.losses],
+        [{name: float(value) for name, value in metrics.items()} for metrics in collected.metrics],
+    )
+    everything: list[Any] = [local]
+    if dist.get_world_size() > 1:
+        everything = [None] * dist.get_world_size()
+        dist.all_gather_object(everything, local)
+    total = 0.0
+    merged: dict[str, float] = {}
+    for losses, metrics_list in everything:
+        total += sum(losses)
+        for metrics in metrics_list:
+            for name, value in metrics.items():
+                if name not in merged:
+                    merged[name] = value
+                elif name.startswith(MAX_PREFIX):
+                    # max() drops NaN depending on the order of its arguments
+                    merged[name] = value if value != value else max(merged[name], value)
+                else:
+                    merged[name] += value
+    return total, merged

@@ -1,0 +1,347 @@
+"""The policy network: Megatron-core's GPT model on packed token trees, built and loaded through Megatron-Bridge.
+
+Differences to ``GPTModel``: rotary angles come from each token's depth in its tree, core attention is :class:`TreeCoreAttention`, and the
+last stage returns log-probabilities of the scored tokens instead of logits. Import after ``device.prepare_megatron()``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.bridge import AutoBridge
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.param_mapping import AutoMapping, ColumnParallelMapping
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage, is_vp_first_stage, is_vp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from pact_nemo.errors import ConfigError
+from pact_nemo.policy.attention import TreeBatch, TreeCoreAttention
+from pact_nemo.policy.config import PolicyConfig
+from pact_nemo.policy.device import local_device
+from pact_nemo.policy.heads import vocab_parallel_logprobs
+
+logger = logging.getLogger(__name__)
+
+LOCAL_NORM_NAMES = {
+    "decoder.layers.*.input_layernorm.weight": "model.layers.*.input_layernorm.weight",
+    "decoder.layers.*.pre_mlp_layernorm.weight": "model.layers.*.post_attention_layernorm.weight",
+}
+VOCAB_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm for specs without Transformer Engine; unlike megatron's wrapper of torch's, it works under sequence parallelism."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # megatron sums the gradients of parameters so marked over the tensor-parallel ranks
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class PactGPTModel(GPTModel):
+    """One pipeline stage of the policy. Call with ``packed_seq_params=TreeBatch``; the last stage returns [S_local] float32 log-probs."""
+
+    logprob_chunk: int
+    true_vocab_size: int
+
+    def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, decoder_input: Any = None, **kwargs: Any) -> tuple[Any, ...]:
+        """Embeddings on the first stage; rotary angles [T_local, 1, 1, d] of this micro-batch's positions on every stage."""
+        batch: TreeBatch = kwargs["packed_seq_params"]
+        if decoder_input is None and self.pre_process:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        return decoder_input, self._rotary(batch.position_ids), None, None, None, None
+
+    def _rotary(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Angles [T, 1, 1, d] in float32, rotate-half layout."""
+        frequencies = self.rotary_pos_emb.inv_freq
+        angles = torch.outer(position_ids.to(frequencies.dtype), frequencies)
+        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Last stage: log-probs of the scored tokens, [S_local]; other stages: hidden states unchanged."""
+        if not self.post_process:
+            return hidden_states
+        batch: TreeBatch = kwargs["packed_seq_params"]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=group)
+            hidden_SH = hidden_states[:, 0].index_select(0, batch.source_index)
+        else:
+            hidden_SH = hidden_states[:, 0].index_select(0, batch.source_index)
+            hidden_SH = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SH, group=group)
+        return vocab_parallel_logprobs(
+            hidden_SH,
+            weight,
+            batch.target_ids,
+            vocab_size=self.true_vocab_size,
+            chunk=self.logprob_chunk,
+            temperature=batch.temperature,
+            group=group,
+            entropy_S=batch.entropy,
+        )
+
+
+def layer_spec(provider: Any, *, transformer_engine: bool, attention: str) -> ModuleSpec:
+    """Layer spec with our core attention: Transformer Engine modules if asked for, local ones with our RMSNorm otherwise."""
+    moe = dict(num_experts=provider.num_moe_experts, moe_grouped_gemm=provider.moe_grouped_gemm, qk_layernorm=provider.qk_layernorm)
+    if transformer_engine:
+        spec = get_gpt_layer_with_transformer_engine_spec(**moe)
+    else:
+        spec = get_gpt_layer_local_spec(**{**moe, "moe_grouped_gemm": False}, normalization=provider.normalization)
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+        if provider.qk_layernorm:
+            spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    if attention != "te":
+        spec.submodules.self_attention.submodules.core_attention = TreeCoreAttention
+    return spec
+
+
+def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool) -> None:
+    """Write the parallel layout, precision and kernel choices into Megatron-Bridge's provider (a TransformerConfig), then finalize it.
+
+    Raises:
+        ConfigError: the model can't be laid out this way (layers, heads), or isn't of a supported kind.
+    """
+    if provider.normalization != "RMSNorm" or provider.position_embedding_type != "rope":
+        raise ConfigError(f"only RMSNorm + RoPE decoders are supported, this is {provider.normalization} + {provider.position_embedding_type}")
+    chunks = config.pipeline_parallel * (config.virtual_pipeline or 1)
+    if provider.num_layers % chunks:
+        raise ConfigError(f"{provider.num_layers} layers can't be cut into pipeline_parallel x virtual_pipeline = {chunks} equal parts")
+    if provider.num_attention_heads % config.tensor_parallel:
+        raise ConfigError(f"{provider.num_attention_heads} attention heads can't be split over tensor_parallel = {config.tensor_parallel}")
+    bf16 = config.resolved_precision(cuda=cuda) == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    settings: dict[str, Any] = dict(
+        tensor_model_parallel_size=config.tensor_parallel,
+        pipeline_model_parallel_size=config.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline,
+        context_parallel_size=config.context_parallel,
+        expert_model_parallel_size=config.expert_parallel,
+        sequence_parallel=config.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        bf16=bf16,
+        fp16=False,
+        fp8=None if config.fp8 is None else "hybrid",
+        fp8_recipe=config.fp8 or "delayed",
+        # gradients are plain sums over tokens: no division by micro-batches, ranks or token counts anywhere
+        calculate_per_token_loss=True,
+        # packed rows differ in length from micro-batch to micro-batch
+        variable_seq_lengths=config.pipeline_parallel > 1,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        should_pad_vocab=True,
+        make_vocab_size_divisible_by=1,
+        use_cpu_initialization=not cuda,
+        perform_initialization=False,
+        attention_softmax_in_fp32=True,
+        cross_entropy_loss_fusion=False,
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=cuda,
+        batch_p2p_comm=config.virtual_pipeline is None,
+        overlap_p2p_comm=config.virtual_pipeline is not None,
+        # our rotary angles differ per token, and the fused kernels need CUDA
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=cuda,
+        bias_dropout_fusion=cuda,
+        persist_layer_norm=False,
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type="alltoall",
+    )
+    if config.recompute == "full":
+        settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif config.recompute == "selective":
+        settings.update(recompute_granularity="selective", recompute_modules=["core_attn"])
+    for name, value in settings.items():
+        if not hasattr(provider, name):
+            raise ConfigError(f"this megatron version's TransformerConfig has no field {name}; use the versions of requirements.txt")
+        setattr(provider, name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about CUDA graphs and Transformer Engine's attention, neither in use
+        provider.finalize()
+
+
+def load_bridge(hf_path: str | Path) -> AutoBridge:
+    """Megatron-Bridge for a local Hugging Face folder, with our additions to its name mappings.
+
+    Raises:
+        ConfigError: the folder is absent or its architecture is not supported by Megatron-Bridge.
+    """
+    if not (Path(hf_path) / "config.json").is_file():
+        raise ConfigError(f"{hf_path} holds no config.json; policy weights must be a local Hugging Face folder")
+    try:
+        bridge = AutoBridge.from_hf_pretrained(str(hf_path))
+    except ValueError as error:
+        raise ConfigError(f"{hf_path}: {error}") from error
+    _extend_mappings(type(bridge._model_bridge))
+    return bridge
+
+
+class PaddedVocabMapping(ColumnParallelMapping):
+    """Embedding or output matrix whose rows are padded with zeros to a multiple of the tensor-parallel size (the bridge refuses those)."""
+
+    def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module) -> torch.Tensor:
+        if hf_weights is not None:
+            hf_weights = F.pad(hf_weights, (0, 0, 0, -hf_weights.shape[0] % self.tp_size))
+        return super().hf_to_megatron(hf_weights, megatron_module)
+
+
+def _extend_mappings(cls: Any) -> None:
+    """Add to a bridge class, once, what it lacks: the norm names of specs without Transformer Engine (in the Qwen bridges), padded vocabularies."""
+    if getattr(cls, "_extended_by_pact", False):
+        return
+    original = cls.mapping_registry
+
+    def mapping_registry(self: Any) -> MegatronMappingRegistry:
+        mappings = original(self).mappings
+        known = {mapping.megatron_param for mapping in mappings}
+        mappings = [
+            PaddedVocabMapping(mapping.megatron_param, mapping.hf_param) if mapping.megatron_param in VOCAB_PARAMETERS else mapping
+            for mapping in mappings
+        ]
+        missing = [AutoMapping(megatron_param=ours, hf_param=theirs) for ours, theirs in LOCAL_NORM_NAMES.items() if ours not in known]
+        return MegatronMappingRegistry(*mappings, *missing)
+
+    def broadcast_shared_embeddings(self: Any, chunks: list[PactGPTModel]) -> None:
+        """Copy tied embeddings from the first pipeline stage to the last (the bridge looks for them in the first chunk of each rank only)."""
+        if not chunks[0].share_embeddings_and_output_weights or parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            return
+        group = parallel_state.get_embedding_group(check_initialized=False)
+        ranks = dist.get_process_group_ranks(group) if group is not None else []
+        if dist.get_rank() in ranks:
+            chunk = chunks[0] if dist.get_rank() == ranks[0] else chunks[-1]
+            dist.broadcast(chunk.shared_embedding_or_output_weight().data, src=ranks[0], group=group)
+
+    cls.mapping_registry, cls._extended_by_pact = mapping_registry, True
+    cls._broadcast_shared_embeddings = broadcast_shared_embeddings
+
+
+def export_weights(bridge: AutoBridge, chunks: list[PactGPTModel]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face names and full tensors, gathered over TP and PP; collective, every rank gets every tensor."""
+    vocab_size = chunks[0].true_vocab_size
+    vocab_names = {
+        mapping.hf_param for mapping in bridge._model_bridge.mapping_registry().mappings if mapping.megatron_param in VOCAB_PARAMETERS
+    } | {"lm_head.weight"}
+    for name, tensor in bridge.export_hf_weights(chunks, cpu=True, show_progress=False):
+        yield name, tensor[:vocab_size] if name in vocab_names else tensor
+
+
+def rotary_frequencies(hf_config: Any) -> torch.Tensor:
+    """[d / 2] float32 RoPE frequencies of a Hugging Face configuration, by the function that transformers itself uses.
+
+    Neither Megatron-Bridge 0.3 (which looks for ``rope_theta`` where transformers 5 no longer keeps it) nor megatron-core (which fixes
+    three of the llama3 scaling parameters) can be relied on here.
+
+    Raises:
+        ConfigError: a scaling that changes with the sequence length or scales attention.
+    """
+    parameters = dict(getattr(hf_config, "rope_parameters", None) or {})
+    kind = parameters.get("rope_type", "default")
+    if kind not in ("default", "llama3", "linear"):
+        raise ConfigError(f"RoPE scaling {kind!r} is not supported; supported are default, linear and llama3")
+    if kind == "default":
+        dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+        return 1.0 / (parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim))
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    if attention_factor != 1.0:
+        raise ConfigError(f"RoPE scaling {kind!r} with attention factor {attention_factor} is not supported")
+    return frequencies
+
+
+def build_chunks(provider: Any, hf_config: Any, config: PolicyConfig, *, cuda: bool) -> list[PactGPTModel]:
+    """This rank's model chunks (one per virtual pipeline stage) with uninitialised weights, on this rank's device."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    provider._pg_collection = groups
+    virtual = config.virtual_pipeline
+    transformer_engine = cuda and importlib.util.find_spec("transformer_engine") is not None
+    spec = layer_spec(provider, transformer_engine=transformer_engine, attention=config.attention)
+    final_norm = spec.submodules.input_layernorm if not transformer_engine else None
+    padded = provider.vocab_size + -provider.vocab_size % config.tensor_parallel
+    chunks = []
+    for stage in range(virtual or 1):
+        vp_stage = stage if virtual else None
+        first = is_vp_first_stage(vp_stage=vp_stage, vp_size=virtual) and is_pp_first_stage(groups.pp)
+        last = is_vp_last_stage(vp_stage=vp_stage, vp_size=virtual) and is_pp_last_stage(groups.pp)
+        block: Any = spec
+        if final_norm is not None:
+            layers = get_num_layers_to_build(provider, vp_stage=vp_stage)
+            block = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=final_norm)
+        provider._vp_stage = vp_stage
+        model = PactGPTModel(
+            provider,
+            transformer_layer_spec=block,
+            vocab_size=padded,
+            max_sequence_length=provider.seq_length,
+            parallel_output=True,
+            share_embeddings_and_output_weights=provider.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_percent=provider.rotary_percent,
+            rotary_base=provider.rotary_base,
+            rope_scaling=provider.rope_scaling,
+            rope_scaling_factor=provider.rope_scaling_factor,
+            seq_len_interpolation_factor=provider.seq_len_interpolation_factor,
+            pre_process=first,
+            post_process=last,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        model.logprob_chunk = config.logprob_chunk
+        model.true_vocab_size = provider.vocab_size
+        model.rotary_pos_emb.inv_freq = rotary_frequencies(hf_config).to(local_device())
+        model.to(local_device())
+        _mark_tensor_parallel(model)
+        chunks.append(model)
+    return chunks
+
+
+def _mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Mark which parameters are shards: megatron does so only while it initialises weights, and needs it for gradient norms."""
+    for module in model.modules():
+        if isinstance(module, (tensor_parallel.ColumnParallelLinear, tensor_parallel.VocabParallelEmbedding)):
+            dim = 0
+        elif isinstance(module, tensor_parallel.RowParallelLinear):
+            dim = 1
+        else:
+            continue
+        weight = module.weight
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
+    for param in model.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+
+
+def initialize_model_parallel(config: PolicyConfig, *, seed: int) -> None:
+    """Create megatron's process groups for this layout (again, if another layout was there before) and seed its generators."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_parallel,
+        pipeline_model_parallel_size=config.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline,
+        context_parallel_size=config.context_parallel,
+        expert_model_parallel_size=config.expert_parallel,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -1,0 +1,104 @@
+"""AdamW through megatron's optimizers, its learning-rate schedule, and the step that refuses non-finite numbers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from pact_nemo.policy.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step ``step`` (1-based) of ``total_steps``; after the last step it stays at its end value."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return config.lr
+    span = max(total_steps - config.warmup_steps, 1)
+    done = min((step - config.warmup_steps) / span, 1.0)
+    remaining = 1.0 - done if config.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.min_lr + (config.lr - config.min_lr) * remaining
+
+
+def wrap_data_parallel(chunks: list[Any], *, distributed_optimizer: bool) -> list[DistributedDataParallel]:
+    """Megatron's DDP around each chunk: float32 gradient buffers that hold plain sums over micro-batches and ranks."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed_optimizer, check_for_nan_in_grad=False
+    )
+    model_config = chunks[0].config
+    # with ``calculate_per_token_loss`` megatron would divide by the token count that it passes here
+    model_config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(model, None, **kwargs)
+    # one bucket per chunk: nothing is overlapped, so fewer and larger reductions are best
+    wrapped = [DistributedDataParallel(model_config, settings, chunk, disable_bucketing=True) for chunk in chunks]
+    for chunk in wrapped:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            _count_padding_between_buckets(buffer)
+    return wrapped
+
+
+def _count_padding_between_buckets(buffer: Any) -> None:
+    """Make a gradient buffer's bucket sizes agree with its parameter offsets.
+
+    A tied embedding always gets a bucket of its own. megatron-core 0.16 pads every bucket, and parameter offsets include that padding, but
+    the code that gathers optimizer state for a checkpoint joins the buckets without it: all parameters after the first bucket are then
+    saved shifted, silently. Counting the padding as part of each bucket but the last puts every parameter where it is looked for.
+    """
+    for bucket in buffer.buckets[:-1]:
+        bucket.numel_unpadded = bucket.grad_data.numel()
+    last = buffer.buckets[-1]
+    buffer.numel_unpadded = last.offset + last.numel_unpadded
+
+
+def build_optimizer(config: OptimizerConfig, wrapped: list[DistributedDataParallel], *, bf16: bool, distributed_optimizer: bool) -> Any:
+    """AdamW over the wrapped chunks, with float32 main weights if ``bf16``."""
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=distributed_optimizer,
+        ),
+        wrapped,
+        use_gloo_process_groups=False,
+    )
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True  # torch's one-pass kernel, also on the CPU; its default there goes over memory a dozen times
+    return optimizer
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Hand the reduced gradients to the optimizer and return their global L2 norm, the same on every rank (NaN or Inf included)."""
+    with warnings.catch_warnings():
+        # the distributed optimizer's float32 parameters are views of the model's; it asks each for .grad and checks for None itself
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        optimizer.prepare_grads()
+        return float(optimizer.get_grad_norm())
+
+
+def apply_step(optimizer: Any, *, lr: float, weight_decay: float, clip_grad: float, grad_norm: float) -> None:
+    """Clip by the given global norm and update the weights. Call after :func:`gradient_norm`."""
+    for part in optimizer.chained_optimizers:
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        for group in part.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+        if clip_grad > 0.0 and part.get_parameters():
+            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()

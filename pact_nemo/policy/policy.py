@@ -1,0 +1,319 @@
+"""The policy as the training loop sees it: log-probabilities of token trees, one optimizer step on an additive loss, and export."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
+from pact_nemo.policy import device as devices
+from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.hf_folder import copy_artifacts, write_weights
+from pact_nemo.policy.packing import pack
+from pact_nemo.policy.trees import TokenTree
+
+devices.prepare_megatron()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from pact_nemo.policy import engine, model, optimizer  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class UpdateResult:
+    """One optimizer step.
+
+    Attributes:
+        loss: sum of the loss function over all scored tokens of all trees.
+        grad_norm: global L2 norm of the gradient of ``loss`` before clipping.
+        metrics: the loss function's metrics: sums over the step, maxima for names starting with ``max/``.
+        lr: learning rate of this step.
+        tokens: tree tokens that went through the model.
+        logprobs: per tree [S] float32 log-probs before the step, in nats, detached.
+    """
+
+    loss: float
+    grad_norm: float
+    metrics: dict[str, float]
+    lr: float
+    tokens: int
+    logprobs: list[torch.Tensor]
+
+
+class MegatronPolicy:
+    """A causal language model under any TP x PP x CP x DP layout; every method is collective and gives every rank the same result."""
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        optimizer_config: OptimizerConfig,
+        hf_path: str | Path,
+        *,
+        seed: int,
+        total_steps: int,
+        trainable: bool = True,
+        keep_reference: bool = False,
+    ):
+        """Build the model and load its weights.
+
+        Args:
+            config: layout and precision.
+            optimizer_config: AdamW and its schedule.
+            hf_path: local Hugging Face folder with the initial weights, tokenizer and configuration.
+            seed: for megatron's generators (dropout is off, so results don't depend on it).
+            total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+            trainable: False = no gradients and no optimizer.
+            keep_reference: keep a host copy of the initial weights for :meth:`reference_logprobs`.
+
+        Raises:
+            ConfigError: contradictory settings, or a model that can't be laid out this way.
+        """
+        devices.init_distributed(config.init_timeout_s)
+        cuda = devices.use_cuda()
+        config.validate(cuda=cuda, world_size=dist.get_world_size())
+        optimizer_config.validate()
+        self.config, self.optimizer_config = config, optimizer_config
+        self.hf_path, self.total_steps, self.step = Path(hf_path), total_steps, 0
+        self.device = devices.local_device()
+        self.bf16 = config.resolved_precision(cuda=cuda) == "bf16"
+        model.initialize_model_parallel(config, seed=seed)
+        self.bridge = model.load_bridge(hf_path)
+        self.provider = self.bridge.to_megatron_provider(load_weights=False)
+        model.configure_provider(self.provider, config, cuda=cuda)
+        self.chunks = model.build_chunks(self.provider, self.bridge.hf_pretrained.config, config, cuda=cuda)
+        with contextlib.redirect_stdout(io.StringIO()):  # it draws a progress bar
+            self.bridge.load_hf_weights(self.chunks)
+        self._reference: list[dict[str, torch.Tensor]] | None = None
+        if keep_reference:
+            self._reference = [{name: param.detach().cpu().clone() for name, param in chunk.named_parameters()} for chunk in self.chunks]
+        self.wrapped: list[Any] = []
+        self.optimizer: Any = None
+        if trainable:
+            self.wrapped = optimizer.wrap_data_parallel(self.chunks, distributed_optimizer=config.distributed_optimizer)
+            self.optimizer = optimizer.build_optimizer(
+                optimizer_config, self.wrapped, bf16=self.bf16, distributed_optimizer=config.distributed_optimizer
+            )
+        else:
+            for chunk in self.chunks:
+                chunk.requires_grad_(False)
+
+    # ---------------------------------------------------------------- scoring
+
+    @torch.no_grad()
+    def logprobs(self, trees: list[TokenTree], *, temperature: float = 1.0) -> list[torch.Tensor]:
+        """Log-probabilities of the scored tokens under the current weights.
+
+        Args:
+            trees: the same list on every rank.
+            temperature: divisor of the logits.
+
+        Returns:
+            per tree [S] float32, in nats, in segment order then token order.
+
+        Raises:
+            DataError: malformed trees.
+        """
+        return self._score(trees, temperature=temperature, entropy=False)[0]
+
+    @torch.no_grad()
+    def logprobs_and_entropies(self, trees: list[TokenTree], *, temperature: float = 1.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Like :meth:`logprobs`, with the entropy (nats) of each distribution that a scored token was drawn from."""
+        return self._score(trees, temperature=temperature, entropy=True)
+
+    @torch.no_grad()
+    def reference_logprobs(self, trees: list[TokenTree], *, temperature: float = 1.0) -> list[torch.Tensor]:
+        """Like :meth:`logprobs`, under the reference weights instead of the current ones.
+
+        Raises:
+            ConfigError: there is no reference: neither ``keep_reference`` nor :meth:`load_reference`.
+        """
+        with self._reference_weights():
+            return self.logprobs(trees, temperature=temperature)
+
+    @property
+    def weight_dtype(self) -> str:
+        """Name of the dtype that holds the weights without loss."""
+        return "bfloat16" if self.bf16 else "float32"
+
+    @torch.no_grad()
+    def load_reference(self, hf_path: str | Path) -> None:
+        """Take the weights of an HF folder as the frozen reference; the current weights are untouched. Collective."""
+        current = [{name: param.data for name, param in chunk.named_parameters()} for chunk in self.chunks]
+        try:
+            for chunk in self.chunks:
+                for param in chunk.parameters():
+                    param.data = torch.empty_like(param.data)
+            with contextlib.redirect_stdout(io.StringIO()):
+                model.load_bridge(hf_path).load_hf_weights(self.chunks)
+            self._reference = [{name: param.data.cpu() for name, param in chunk.named_parameters()} for chunk in self.chunks]
+        finally:
+            self._point_to(current)
+
+    @contextlib.contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """The initial weights in place of the current ones. Only pointers are exchanged, so the current weights come back bit for bit."""
+        if self._reference is None:
+            raise ConfigError("reference log-probs need load_reference() or a policy built with keep_reference=True")
+        current = [{name: param.data for name, param in chunk.named_parameters()} for chunk in self.chunks]
+        try:
+            self._point_to(self._reference)
+            yield
+        finally:
+            self._point_to(current)
+
+    def _point_to(self, weights: list[dict[str, torch.Tensor]]) -> None:
+        for chunk, values in zip(self.chunks, weights, strict=True):
+            for name, param in chunk.named_parameters():
+                param.data = values[name].to(self.device)
+
+    def _score(self, trees: list[TokenTree], *, temperature: float, entropy: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        bare = [TokenTree(tree.segments) for tree in trees]
+        batches = self._local_batches(bare, temperature=temperature, entropy=entropy)
+        for chunk in self.chunks:
+            chunk.eval()
+        collected = engine.run_schedule(self.chunks, batches, None, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        logprobs = self._per_tree(trees, collected.logprobs)
+        return logprobs, self._per_tree(trees, collected.entropies) if entropy else []
+
+    # --------------------------------------------------------------- training
+
+    def update(
+        self, trees: list[TokenTree], loss_fn: engine.LossFn, *, temperature: float = 1.0, lr: float | None = None
+    ) -> UpdateResult:
+        """One optimizer step on a loss that is a plain sum over scored tokens.
+
+        Args:
+            trees: the same list on every rank, all with the same stream names.
+            loss_fn: (log-probs [S] float32 with gradient, streams name -> [S]) of any subset of the scored tokens -> (scalar loss,
+                metrics). It must be additive over tokens: all denominators are already in the streams' weights. Loss and gradients of
+                the step are the sums over all calls, micro-batches and ranks; nothing is averaged. Never called without tokens.
+            temperature: divisor of the logits.
+            lr: learning rate of this step; None = the schedule's.
+
+        Returns:
+            the step's numbers, the same on every rank.
+
+        Raises:
+            NumericsError: NaN or Inf in the loss, a metric or the gradient norm; raised on all ranks together, weights untouched.
+            DataError: malformed trees.
+            ConfigError: the policy is not trainable.
+        """
+        if self.optimizer is None:
+            raise ConfigError("this policy was built with trainable=False")
+        batches = self._local_batches(trees, temperature=temperature, entropy=False)
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        collected = engine.run_schedule(self.wrapped, batches, loss_fn, forward_only=False)
+        loss, metrics = engine.gather_metrics(collected)
+        grad_norm = optimizer.gradient_norm(self.optimizer)
+        broken = [name for name, value in {"loss": loss, "grad_norm": grad_norm, **metrics}.items() if not math.isfinite(value)]
+        if broken:
+            raise NumericsError(f"step {self.step + 1}: not finite: {', '.join(broken)}; the weights were not changed")
+        if lr is None:
+            lr = optimizer.learning_rate(self.optimizer_config, self.step + 1, self.total_steps)
+        optimizer.apply_step(
+            self.optimizer,
+            lr=lr,
+            weight_decay=self.optimizer_config.weight_decay,
+            clip_grad=self.optimizer_config.clip_grad,
+            grad_norm=grad_norm,
+        )
+        self.step += 1
+        tokens = torch.tensor([batch.used for batch in self._packed_rows])
+        return UpdateResult(loss, grad_norm, metrics, lr, int(tokens.sum()), self._per_tree(trees, collected.logprobs))
+
+    # ----------------------------------------------------------------- export
+
+    @torch.no_grad()
+    def export_hf(self, folder: str | Path, *, dtype: str = "bfloat16") -> None:
+        """Write the current weights as a Hugging Face folder: safetensors, and everything else copied from ``hf_path``.
+
+        Collective; rank 0 writes. ``checkpoints.hf.export_version`` makes atomic, versioned folders of it.
+
+        Args:
+            folder: existing or new folder (only read on rank 0).
+            dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
+
+        Raises:
+            CheckpointError: the set of weights differs from that of ``hf_path``.
+            ConfigError: unknown dtype.
+        """
+        writes = dist.get_rank() == 0
+        if writes:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            copy_artifacts(self.hf_path, folder, dtype)
+        names = write_weights(model.export_weights(self.bridge, self.chunks), folder if writes else None, dtype)
+        expected = set(self.bridge.hf_pretrained.state.source.get_all_keys())
+        if set(names) != expected:
+            raise CheckpointError(f"exported weights differ from those of {self.hf_path}: {sorted(expected.symmetric_difference(names))[:5]}")
+        dist.barrier()
+
+    # ------------------------------------------------------------- checkpoint
+
+    def state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
+        """Sharded state dict of weights and optimizer (moments, main weights, Adam's step counters); collective.
+
+        Independent of the layout: ``checkpoints.resume`` loads it under another one.
+
+        Raises:
+            ConfigError: the policy is not trainable.
+        """
+        if self.optimizer is None:
+            raise ConfigError("a policy built with trainable=False has no state to resume from; export it instead")
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+        names = ["model"] if len(self.chunks) == 1 else [f"model{index}" for index in range(len(self.chunks))]
+        state: dict[str, Any] = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, self.chunks, strict=True)}
+        state["optimizer"] = self.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], *, step: int) -> None:
+        """Take over a loaded state. Reference weights stay those of ``hf_path``.
+
+        Args:
+            state: as :meth:`state_dict`, with the tensors loaded.
+            step: optimizer steps behind it.
+        """
+        names = ["model"] if len(self.chunks) == 1 else [f"model{index}" for index in range(len(self.chunks))]
+        for name, chunk in zip(names, self.chunks, strict=True):
+            chunk.load_state_dict(state[name], strict=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = step
+
+    # ---------------------------------------------------------------- batches
+
+    def _local_batches(self, trees: list[TokenTree], *, temperature: float, entropy: bool) -> list[engine.LocalMicroBatch]:
+        """Pack the trees for all ranks, keep this rank's rows."""
+        config = self.config
+        context = config.context_parallel
+        packed = pack(
+            trees,
+            config.micro_batch_tokens,
+            share_prefix=config.share_prefix,
+            data_parallel=parallel_state.get_data_parallel_world_size(),
+            multiple=(config.tensor_parallel if config.sequence_parallel else 1) * (2 * context if context > 1 else 1),
+            group_of=config.pipeline_parallel if config.virtual_pipeline else 1,
+        )
+        self._packed_rows = [row for rows in packed for row in rows]
+        mask_dtype = None if devices.use_cuda() else (torch.bfloat16 if self.bf16 else torch.float32)
+        return [
+            engine.to_local(row, device=self.device, mask_dtype=mask_dtype, temperature=temperature, entropy=entropy)
+            for row in packed[parallel_state.get_data_parallel_rank()]
+        ]
+
+    def _per_tree(self, trees: list[TokenTree], parts: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+        sizes = [tree.num_scored for tree in trees]
+        return list(engine.gather_flat(parts, sum(sizes), self.device).split(sizes))

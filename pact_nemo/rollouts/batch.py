@@ -1,0 +1,53 @@
+"""Many episodes at once, in a fixed order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from pact_nemo.environments.base import Environment, Task
+from pact_nemo.rollouts.client import RolloutClient
+from pact_nemo.rollouts.config import EpisodeLimits, Sampling
+from pact_nemo.rollouts.episode import Chat, SeedPath, run_episode
+from pact_nemo.rollouts.types import Rollout
+
+#: Called after each episode with (episodes done, episodes in all, policy-written tokens so far).
+BatchProgress = Callable[[int, int, int], None]
+
+
+async def run_batch(
+    tasks: Sequence[Task],
+    samples: int,
+    *,
+    environment: Environment,
+    chat: Chat,
+    client: RolloutClient,
+    limits: EpisodeLimits,
+    sampling: Sampling,
+    seeds: SeedPath,
+    concurrency: int,
+    on_progress: BatchProgress | None = None,
+) -> list[Rollout]:
+    """Play every task ``samples`` times, at most ``concurrency`` episodes at once.
+
+    Returns ``len(tasks) * samples`` rollouts ordered by (task, sample): ``tasks[i]``'s are ``[i * samples : (i + 1) * samples]``.
+    Rollouts of a task start one after another, so that they find its prompt in the server's prefix cache. Each request has its own seed
+    (:class:`SeedPath`), so which episodes ran side by side does not decide what is drawn (up to the last bits of the server's arithmetic,
+    which depend on the batch).
+    """
+    gate = asyncio.Semaphore(concurrency)
+    total, done, tokens = len(tasks) * samples, 0, 0
+
+    async def one(task: Task, sample: int) -> Rollout:
+        nonlocal done, tokens
+        async with gate:
+            rollout = await run_episode(task, sample, environment, chat, client, limits, sampling, seeds)
+        done += 1
+        tokens += sum(rollout.loss_mask)
+        if on_progress is not None:
+            on_progress(done, total, tokens)
+        return rollout
+
+    async with client, asyncio.TaskGroup() as group:
+        running = [group.create_task(one(task, sample)) for task in tasks for sample in range(samples)]
+    return [task.result() for task in running]

@@ -1,0 +1,86 @@
+"""Settings of the rollout server and of an episode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pact_nemo.errors import ConfigError
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class RolloutServerConfig:
+    """How the vLLM server is started, or where one that runs already is found. OmegaConf reads this as a structured config."""
+
+    url: str | None = None  #: attach to a server at this address (``http://host:port``) instead of starting one
+    api_key_env: str = (
+        "PACT_ROLLOUT_API_KEY"  #: with ``url``: environment variable that holds its API key; a started server gets a random one
+    )
+    device: str = "auto"  #: "cpu", "cuda", or "auto" = cuda where torch sees a GPU
+    dtype: str = "bfloat16"  #: weights and KV cache of the sampler: bfloat16 | float16 | float32
+    max_model_len: int = 4096  #: prompt + response, tokens
+    max_num_seqs: int = 32  #: sequences decoded together
+    max_num_batched_tokens: int | None = None  #: tokens of one engine step; None = vLLM's default (CPU: at least ``max_model_len``)
+    prefix_caching: bool = True  #: share the KV cache of equal prefixes: the K rollouts of a prompt and the turns of an episode
+    enforce_eager: bool | None = None  #: no compiled graphs; None = true on the CPU (starts faster), false on a GPU
+    seed: int = 0  #: engine seed; requests carry their own seeds
+    cpu_threads: int | None = None  #: CPU only: OpenMP threads; None = every core that this process may use
+    cpu_kv_cache_gib: int = 1  #: CPU only: memory of the KV cache, GiB
+    cpu_block_size: int = 32  #: CPU only: tokens of a KV block, the grain of prefix sharing; a multiple of 32
+    cpu_single_process: bool = True  #: CPU only: worker inside the engine process, forked from the front end: half the start-up time
+    tensor_parallel_size: int = 1  #: GPUs that the model is split over
+    gpu_memory_utilization: float = 0.85  #: GPU only: share of its memory that the server may take
+    start_timeout_s: float = 600.0  #: from process start to healthy
+    stop_timeout_s: float = 10.0  #: from SIGTERM to SIGKILL
+    request_timeout_s: float = 600.0  #: deadline of one generation request, queueing included
+    refit_timeout_s: float = 600.0  #: deadline of each call of a weight update
+    connect_retries: int = 3  #: extra tries after a connection error, with growing pauses; a request that was answered is never repeated
+    extra_args: list[str] = field(default_factory=list)  #: further words of vLLM's own command line
+
+    def validate(self) -> None:
+        """Raises ConfigError for a setting that can't be meant."""
+        if self.device not in DEVICES:
+            raise ConfigError(f"rollout.server.device is {self.device!r}; one of {', '.join(DEVICES)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"rollout.server.dtype is {self.dtype!r}; one of {', '.join(DTYPES)}")
+        if self.connect_retries < 0:
+            raise ConfigError(f"rollout.server.connect_retries is {self.connect_retries}; 0 or more")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "cpu_kv_cache_gib", "cpu_threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"rollout.server.{name} must be at least 1, not {getattr(self, name)}")
+        if self.cpu_block_size < 32 or self.cpu_block_size % 32:
+            raise ConfigError(f"rollout.server.cpu_block_size is {self.cpu_block_size}; a multiple of 32 is needed")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"rollout.server.gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share in (0, 1]")
+        for name in ("start_timeout_s", "stop_timeout_s", "request_timeout_s", "refit_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"rollout.server.{name} must be positive")
+
+
+@dataclass(frozen=True)
+class EpisodeLimits:
+    """What ends an episode early; the rollout is then marked truncated.
+
+    Attributes:
+        max_turns_per_user_turn: assistant turns that may follow one user turn.
+        max_turns: assistant turns of the whole episode.
+        max_turn_tokens: policy-written tokens of one assistant turn.
+        max_response_tokens: tokens of tau, observations included.
+        max_model_len: tokens of x and tau together (the server's own limit).
+    """
+
+    max_turns_per_user_turn: int
+    max_turns: int
+    max_turn_tokens: int
+    max_response_tokens: int
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling distribution. ``temperature=0`` is greedy. Rollout log-probs are those of this distribution (see the client)."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0

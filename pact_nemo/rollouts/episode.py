@@ -1,0 +1,243 @@
+"""One episode: the policy writes, the environment answers, until the task is over or a limit ends it.
+
+Token-in-token-out: the prompt is tokenised once, sampled ids are appended as they came, and observations are tokenised on their own. No
+trace can enter: this package does not import the traces package, and a request has no field for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
+from pact_nemo.errors import EnvironmentFailure, PactError, ServerError, ToolCallError
+from pact_nemo.rollouts.client import Completion, GenerationRequest
+from pact_nemo.rollouts.config import EpisodeLimits, Sampling
+from pact_nemo.rollouts.types import Rollout, Turn
+
+log = logging.getLogger(__name__)
+
+Tools = Sequence[dict[str, Any]]
+T = TypeVar("T")
+
+
+class ParsedTurn(Protocol):
+    """What the tool format made of an assistant message."""
+
+    @property
+    def calls(self) -> list[ToolCall]: ...
+    @property
+    def errors(self) -> list[str]: ...
+
+
+class Chat(Protocol):
+    """The part of :class:`pact_nemo.chat.template.ChatFormat` that episodes use."""
+
+    @property
+    def eos_ids(self) -> list[int]: ...
+    @property
+    def tool_format(self) -> Any: ...
+    def prompt_ids(self, messages: Any, tools: Any) -> list[int]: ...
+    def continuation_ids(self, messages: Any, after_eos: bool, new_tools: Any = ()) -> list[int]: ...
+    def decode(self, ids: Any) -> str: ...
+
+
+class Generates(Protocol):
+    """The part of :class:`pact_nemo.rollouts.client.RolloutClient` that episodes use."""
+
+    @property
+    def weight_version(self) -> int: ...
+    async def generate(self, request: GenerationRequest) -> Completion: ...
+
+
+@dataclass(frozen=True)
+class SeedPath:
+    """Where a request stands in a run; its seed is a function of this alone, so a resumed run samples with the same seeds.
+
+    Attributes:
+        run_seed: the run's seed.
+        step: training step, or a name such as ``eval/before`` for generation outside the loop.
+    """
+
+    run_seed: int
+    step: int | str
+
+    def seed(self, task_id: str, sample: int, turn: int) -> int:
+        """63-bit seed of one request (BLAKE2b of the path)."""
+        path = "\x1f".join(map(str, (self.run_seed, self.step, task_id, sample, turn)))
+        return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class _Truncated(Exception):
+    """A limit ended the episode."""
+
+
+async def run_episode(
+    task: Task,
+    sample: int,
+    environment: Environment,
+    chat: Chat,
+    client: Generates,
+    limits: EpisodeLimits,
+    sampling: Sampling,
+    seeds: SeedPath,
+) -> Rollout:
+    """Play ``task`` once with the policy being served. Never raises for a server or environment failure: the rollout says ``failed`` then.
+
+    Malformed calls are answered by error observations that the model sees. A message without calls ends the user turn. The checker's
+    verdict is taken of truncated episodes too.
+    """
+    started = time.perf_counter()
+    prompt = chat.prompt_ids(list(task.user_turns[0]), list(task.tools))
+    rollout = Rollout(task.id, sample, prompt, [], [], [], [], None, client.weight_version)
+    session: Session | None = None
+    try:
+        session = await _in_thread(task, environment.start, task)
+        episode = _Episode(task, rollout, session, chat, client, limits, sampling, seeds)
+        try:
+            await episode.play()
+        except _Truncated as limit:
+            rollout.status, rollout.error = "truncated", str(limit)
+        rollout.outcome = await _in_thread(task, _verdict, session)
+    except (EnvironmentFailure, ServerError) as error:
+        rollout.status, rollout.outcome = "failed", None
+        rollout.error = f"{type(error).__name__}: {error}"
+        log.debug("%s, sample %d failed: %s", task.id, sample, error)
+    finally:
+        if session is not None:
+            try:
+                await asyncio.to_thread(session.close)
+            except Exception:  # a session that can't be closed takes nothing from what was played
+                log.warning("%s: the environment session could not be closed", task.id, exc_info=True)
+    rollout.seconds = time.perf_counter() - started
+    return rollout
+
+
+class _Episode:
+    """State of one running episode."""
+
+    def __init__(
+        self,
+        task: Task,
+        rollout: Rollout,
+        session: Session,
+        chat: Chat,
+        client: Generates,
+        limits: EpisodeLimits,
+        sampling: Sampling,
+        seeds: SeedPath,
+    ):
+        self.task, self.rollout, self.session = task, rollout, session
+        self.chat, self.client = chat, client
+        self.limits, self.sampling, self.seeds = limits, sampling, seeds
+        self.tools = list(task.tools)
+        self.user_turn = 0
+        self.turns_here = 0
+
+    async def play(self) -> None:
+        """Until the task is over. Raises _Truncated when a limit ends it first."""
+        while True:
+            turn, ended = await self.policy_turn()
+            if turn.is_tool_turn:
+                turn.observations = await self.observe(turn)
+                self.append_context(self.chat.tool_format.render_observation(turn.observations), ended)
+                continue
+            following = await _in_thread(self.task, self.session.next_user_turn)
+            if following is None:
+                return
+            messages, revealed = following
+            self.user_turn += 1
+            self.turns_here = 0
+            self.tools += revealed
+            self.append_context(messages, ended, revealed)
+
+    async def policy_turn(self) -> tuple[Turn, bool]:
+        """Sample one assistant message. Returns the turn and whether it ended with an end-of-turn token."""
+        rollout, limits = self.rollout, self.limits
+        if self.turns_here >= limits.max_turns_per_user_turn:
+            raise _Truncated(f"more than {limits.max_turns_per_user_turn} assistant turns in one user turn")
+        if len(rollout.turns) >= limits.max_turns:
+            raise _Truncated(f"more than {limits.max_turns} assistant turns")
+        room = self.room()
+        if room < 1:
+            raise _Truncated(self.room_error())
+        request = GenerationRequest(
+            prompt_ids=(*rollout.prompt_ids, *rollout.token_ids),
+            max_tokens=min(limits.max_turn_tokens, room),
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            stop_token_ids=tuple(self.chat.eos_ids),
+            seed=self.seeds.seed(self.task.id, rollout.sample, len(rollout.turns)),
+        )
+        completion = await self.client.generate(request)
+        if completion.weight_version != rollout.weight_version:
+            raise ServerError(f"stale weights: version {completion.weight_version} in an episode of version {rollout.weight_version}")
+        start = len(rollout.token_ids)
+        rollout.token_ids += completion.token_ids
+        rollout.loss_mask += [1] * len(completion.token_ids)
+        rollout.sampler_logprobs += completion.logprobs
+        text = self.chat.decode(completion.token_ids)
+        turn = Turn(start, len(rollout.token_ids), text, user_turn=self.user_turn, finish_reason=completion.finish_reason)
+        rollout.turns.append(turn)
+        self.turns_here += 1
+        ended = completion.token_ids[-1] in self.chat.eos_ids
+        if not ended:
+            # An unfinished message is not acted on: half a call is not what the policy meant to send.
+            raise _Truncated(f"turn {len(rollout.turns) - 1} was cut after {len(completion.token_ids)} tokens")
+        parsed: ParsedTurn = self.chat.tool_format.parse(text, self.tools)
+        turn.calls, turn.call_errors = list(parsed.calls), list(parsed.errors)
+        return turn, ended
+
+    async def observe(self, turn: Turn) -> list[str]:
+        """One observation a call, then one an error."""
+        observations: list[str] = []
+        if turn.calls:
+            try:
+                observations = list(await _in_thread(self.task, self.session.execute, turn.calls))
+            except ToolCallError as error:  # the environment can't take these calls: data, shown to the model
+                observations = [f"Error: {error}"] * len(turn.calls)
+            if len(observations) != len(turn.calls):
+                raise EnvironmentFailure(f"{self.task.id}: {len(turn.calls)} calls got {len(observations)} observations")
+        return observations + [f"Error: the call could not be read: {error}" for error in turn.call_errors]
+
+    def append_context(self, messages: Sequence[dict[str, str]], after_eos: bool, new_tools: Tools = ()) -> None:
+        """Append tool or user messages and the next generation prompt; they carry no loss. A limit that they would break ends the episode
+        before them.
+        """
+        ids = self.chat.continuation_ids(messages, after_eos, new_tools)
+        if len(ids) >= self.room():
+            raise _Truncated(self.room_error())
+        self.rollout.token_ids += ids
+        self.rollout.loss_mask += [0] * len(ids)
+        self.rollout.sampler_logprobs += [0.0] * len(ids)
+
+    def room(self) -> int:
+        """Tokens that may still follow."""
+        used = len(self.rollout.token_ids)
+        return min(self.limits.max_response_tokens - used, self.limits.max_model_len - len(self.rollout.prompt_ids) - used)
+
+    def room_error(self) -> str:
+        used = len(self.rollout.token_ids)
+        if self.limits.max_response_tokens - used <= self.limits.max_model_len - len(self.rollout.prompt_ids) - used:
+            return f"the response has no room left within {self.limits.max_response_tokens} tokens"
+        return f"prompt and response have no room left within {self.limits.max_model_len} tokens"
+
+
+def _verdict(session: Session) -> Outcome:
+    return session.outcome()
+
+
+async def _in_thread(task: Task, function: Callable[..., T], *args: Any) -> T:
+    """Run environment code in a worker thread. What it raises by mistake is the environment's failure, not the run's."""
+    try:
+        return await asyncio.to_thread(function, *args)
+    except PactError:
+        raise
+    except Exception as error:
+        log.warning("%s: the environment raised %r", task.id, error, exc_info=True)
+        raise EnvironmentFailure(f"{task.id}: the environment raised {error!r}") from error

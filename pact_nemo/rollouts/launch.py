@@ -1,0 +1,111 @@
+"""Command line and environment of the vLLM process, for a CPU and for GPUs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from pact_nemo.errors import ConfigError
+from pact_nemo.rollouts.config import RolloutServerConfig
+from pact_nemo.rollouts.endpoint import ServerEndpoint
+from pact_nemo.rollouts.serve_process import FORK_ENGINE_ENV, PARENT_ENV
+
+GUARD = "pact_nemo.rollouts.guard.RequireApiKey"
+WORKER_EXTENSION = "pact_nemo.rollouts.worker.RefitExtension"
+#: What a trainer's environment may say about its own ranks and threads; none of it is meant for the server.
+_TRAINER_ONLY = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "PYTHONDONTWRITEBYTECODE",
+)  # fmt: skip
+
+
+def on_cuda(config: RolloutServerConfig) -> bool:
+    """Whether the server runs on GPUs. Raises ConfigError when CUDA is asked for and absent."""
+    if config.device == "cpu":
+        return False
+    import torch
+
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError("rollout.server.device is cuda, but torch sees no GPU; use device=cpu or fix the driver")
+    return available
+
+
+def single_process(config: RolloutServerConfig) -> bool:
+    """CPU server whose worker lives in the engine process."""
+    return config.cpu_single_process and config.tensor_parallel_size == 1 and not on_cuda(config)
+
+
+def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: ServerEndpoint, port: int) -> list[str]:
+    """vLLM's command line. The API key is not on it: any process of the machine can read that."""
+    cuda = on_cuda(config)
+    arguments = [
+        f"--model={model_path}",
+        f"--served-model-name={endpoint.model}",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        f"--middleware={GUARD}",
+        f"--worker-extension-cls={WORKER_EXTENSION}",
+        f"--dtype={config.dtype}",
+        f"--max-model-len={config.max_model_len}",
+        f"--max-num-seqs={config.max_num_seqs}",
+        f"--seed={config.seed}",
+        f"--tensor-parallel-size={config.tensor_parallel_size}",
+        "--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching",
+        "--enable-scale-out",  # /inference/v1/generate: token ids in, token ids out, stamped with the weight version
+        "--logprobs-mode=processed_logprobs",  # of the distribution that was sampled from: after temperature and top-p
+        "--generation-config=vllm",  # a model's generation_config.json must not change the sampling distribution behind our back
+        "--disable-log-stats",
+        "--disable-uvicorn-access-log",
+    ]
+    if config.enforce_eager or (config.enforce_eager is None and not cuda):
+        arguments.append("--enforce-eager")
+    batched = config.max_num_batched_tokens
+    if cuda:
+        arguments.append(f"--gpu-memory-utilization={config.gpu_memory_utilization}")
+    else:
+        # A prompt that is prefilled in chunks rewinds its request's random generator, which a CPU generator can't: vLLM's engine would die.
+        arguments += ["--no-enable-chunked-prefill", f"--block-size={config.cpu_block_size}"]
+        batched = max(batched if batched is not None else 4096, config.max_model_len)
+    if batched is not None:
+        arguments.append(f"--max-num-batched-tokens={batched}")
+    return arguments + list(config.extra_args)
+
+
+def engine_environment(config: RolloutServerConfig, endpoint: ServerEndpoint) -> dict[str, str]:
+    """Environment of the server process: ours, without the trainer's rank and thread settings, plus vLLM's."""
+    environment = {name: value for name, value in os.environ.items() if name not in _TRAINER_ONLY}
+    environment |= {
+        PARENT_ENV: str(os.getpid()),
+        "VLLM_API_KEY": endpoint.api_key,
+        "VLLM_SERVER_DEV_MODE": "1",  # weight swap endpoints; the guard asks for the key on each of them
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_PLUGINS": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if on_cuda(config):
+        return environment
+    cores = sorted(os.sched_getaffinity(0))[: config.cpu_threads]
+    environment |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "VLLM_CPU_KVCACHE_SPACE": str(config.cpu_kv_cache_gib),
+        # Threads sleep soon after a parallel region: the trainer needs the cores whenever no rollout runs.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "1",
+    }
+    if single_process(config):
+        environment |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(len(cores)),
+            FORK_ENGINE_ENV: "1",
+        }
+        library = Path(sys.prefix) / "lib" / "libiomp5.so"
+        if "LD_PRELOAD" not in environment and library.is_file():
+            environment["LD_PRELOAD"] = str(library)  # Intel's OpenMP survives a fork and obeys KMP_BLOCKTIME
+    else:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    return environment

@@ -1,0 +1,112 @@
+"""New policy weights into the running server.
+
+The export is verified before the server hears of it. From the moment the weights may be half old, half new until all of it has
+succeeded, the server's version label names no version, so nothing that is sampled in between, or after a failure, can pass for a rollout
+of either policy.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pact_nemo.checkpoints.manifest import verify_manifest
+from pact_nemo.errors import CheckpointError, ServerError
+from pact_nemo.rollouts.client import RolloutClient
+
+_LM_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class RefitReport:
+    """Seconds of each part of a refit: verification (hashing), draining running requests, loading, cache reset and version check."""
+
+    version: int
+    bytes: int
+    verify_s: float
+    pause_s: float
+    reload_s: float
+    finish_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.verify_s + self.pause_s + self.reload_s + self.finish_s
+
+
+def refit(client: RolloutClient, export_dir: str | Path, version: int, *, like: str | Path | None = None) -> RefitReport:
+    """Make the client's server load ``export_dir`` and expect ``version`` from then on.
+
+    Args:
+        client: its server is updated, and its ``weight_version`` on success.
+        export_dir: a folder with a manifest (:mod:`pact_nemo.checkpoints.manifest`), readable by the server.
+        version: must be the manifest's.
+        like: folder that the server was started from; the export must hold the same tensors. (vLLM keeps the old value of a tensor that
+            is missing.)
+
+    Raises:
+        CheckpointError: the export is torn, of another version, or holds other tensors. The server was not touched.
+        ServerError: requests are in flight, or the server refused, is late or gone. What it serves then has no version.
+    """
+    folder = Path(export_dir).resolve()
+    marks = [time.perf_counter()]
+    manifest = verify_manifest(folder, expect_version=version)
+    if like is not None:
+        check_same_tensors(folder, Path(like))
+    if client.in_flight:
+        raise ServerError(f"{client.in_flight} generation requests are in flight; refit between batches")
+    admin = client.admin
+    marks.append(time.perf_counter())
+    admin.pause()
+    marks.append(time.perf_counter())
+    admin.set_weight_version(f"loading-{version}")
+    admin.load_weights(folder)
+    marks.append(time.perf_counter())
+    admin.reset_prefix_cache()
+    admin.set_weight_version(version)
+    admin.resume()
+    admin.check_weight_version(version)
+    client.weight_version = version
+    marks.append(time.perf_counter())
+    parts = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    return RefitReport(version, manifest.total_bytes, *parts)
+
+
+def check_same_tensors(export: Path, like: Path) -> None:
+    """Raises CheckpointError when two HF folders differ in tensor names or shapes (an output matrix tied to the embeddings may be
+    absent).
+    """
+    new, old = tensor_shapes(export), tensor_shapes(like)
+    optional = {_LM_HEAD} if _is_tied(export) else set()
+    missing = sorted(old.keys() - new.keys() - optional)
+    extra = sorted(new.keys() - old.keys() - optional)
+    if missing or extra:
+        raise CheckpointError(
+            f"{export} lacks {len(missing)} tensors of {like} {missing[:3]} and has {len(extra)} others {extra[:3]}; export the same model"
+        )
+    for name in new.keys() & old.keys():
+        if new[name] != old[name]:
+            raise CheckpointError(f"{export}: {name} has shape {new[name]}, {like} has {old[name]}; export the same model")
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a folder's safetensors files, from their headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with open(path, "rb") as handle:
+                header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is no safetensors file ({error!r}); export it again") from error
+    if not shapes:
+        raise CheckpointError(f"{folder} holds no *.safetensors file")
+    return shapes
+
+
+def _is_tied(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"])
+    except (OSError, ValueError, KeyError):
+        return False

@@ -1,0 +1,122 @@
+"""Rollouts on disk: JSONL, written whole or not at all, checked row by row when read back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pact_nemo.environments.base import Outcome, ToolCall
+from pact_nemo.errors import DataError
+from pact_nemo.files import write_text_atomic
+from pact_nemo.rollouts.types import Rollout, Turn
+
+_STATUSES = ("ok", "truncated", "failed")
+_SCALARS: dict[str, tuple[type, ...]] = {
+    "task_id": (str,),
+    "sample": (int,),
+    "weight_version": (int,),
+    "status": (str,),
+    "error": (str, type(None)),
+    "seconds": (int, float),
+    "outcome": (dict, type(None)),
+}
+_TURN: dict[str, tuple[type, ...]] = {
+    "start": (int,),
+    "end": (int,),
+    "text": (str,),
+    "calls": (list,),
+    "call_errors": (list,),
+    "observations": (list,),
+    "user_turn": (int,),
+    "finish_reason": (str,),
+}
+
+
+def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
+    """One JSON object a line. Raises ValueError for a log-prob that is NaN or infinite."""
+    write_text_atomic(path, "".join(json.dumps(r.to_dict(), ensure_ascii=False, allow_nan=False) + "\n" for r in rollouts))
+
+
+def read_rollouts(path: str | Path) -> list[Rollout]:
+    """Read :func:`write_rollouts` output; keys that a writer added beyond a rollout's own (e.g. rewards) are left out.
+
+    Raises:
+        DataError: names file, line and field of the first row that is not a rollout.
+    """
+    file = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"rollouts can't be read: {error}", file=file) from error
+    rollouts = []
+    lines = text.removesuffix("\n").split("\n") if text else []  # not splitlines(): U+2028 and its kin are no line ends in JSON
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"not a JSON object ({error}); the file is torn, dump it again", file=file, line=number) from error
+        rollouts.append(_parse(row, file, number))
+    return rollouts
+
+
+def _parse(row: Any, file: str, line: int) -> Rollout:
+    def fail(message: str, name: str | None = None) -> DataError:
+        return DataError(message, file=file, line=line, field=name)
+
+    def typed(container: dict[str, Any], schema: dict[str, tuple[type, ...]], prefix: str = "") -> None:
+        for key, kinds in schema.items():
+            if key not in container:
+                raise fail("the key is missing", prefix + key)
+            value = container[key]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise fail(f"{type(value).__name__} where {' or '.join(kind.__name__ for kind in kinds)} is needed", prefix + key)
+
+    if not isinstance(row, dict):
+        raise fail("a row has to be a JSON object")
+    typed(row, _SCALARS)
+    for name, kinds in (("prompt_ids", (int,)), ("token_ids", (int,)), ("loss_mask", (int,)), ("sampler_logprobs", (int, float))):
+        typed(row, {name: (list,)})
+        bad = next((i for i, value in enumerate(row[name]) if not isinstance(value, kinds) or isinstance(value, bool)), None)
+        if bad is not None:
+            raise fail("a list of numbers is needed", f"{name}[{bad}]")
+    if row["status"] not in _STATUSES:
+        raise fail(f"{row['status']!r} is no status; one of {', '.join(_STATUSES)}", "status")
+    length = len(row["token_ids"])
+    for name in ("loss_mask", "sampler_logprobs"):
+        if len(row[name]) != length:
+            raise fail(f"{len(row[name])} entries for {length} token ids", name)
+    if not set(row["loss_mask"]) <= {0, 1}:
+        raise fail("entries have to be 0 or 1", "loss_mask")
+    if not all(math.isfinite(value) for value in row["sampler_logprobs"]):
+        raise fail("entries have to be finite", "sampler_logprobs")
+    typed(row, {"turns": (list,)})
+    turns = [_turn(turn, f"turns[{i}]", length, typed, fail) for i, turn in enumerate(row["turns"])]
+    outcome = None
+    if row["outcome"] is not None:
+        typed(row["outcome"], {"success": (bool,), "score": (int, float), "reason": (str,)}, "outcome.")
+        outcome = Outcome(bool(row["outcome"]["success"]), float(row["outcome"]["score"]), row["outcome"]["reason"])
+    own = {item.name: row[item.name] for item in fields(Rollout)}
+    return Rollout(**(own | {"turns": turns, "outcome": outcome}))
+
+
+def _turn(row: Any, where: str, length: int, typed: Any, fail: Any) -> Turn:
+    if not isinstance(row, dict):
+        raise fail("a turn has to be a JSON object", where)
+    typed(row, _TURN, f"{where}.")
+    if not 0 <= row["start"] <= row["end"] <= length:
+        raise fail(f"range {row['start']}..{row['end']} lies outside the {length} token ids", f"{where}.end")
+    calls = []
+    for i, call in enumerate(row["calls"]):
+        if not isinstance(call, dict):
+            raise fail("a call has to be a JSON object", f"{where}.calls[{i}]")
+        typed(call, {"name": (str,), "arguments": (dict,)}, f"{where}.calls[{i}].")
+        calls.append(ToolCall(call["name"], call["arguments"]))
+    for name in ("call_errors", "observations"):
+        if not all(isinstance(text, str) for text in row[name]):
+            raise fail("a list of strings is needed", f"{where}.{name}")
+    own = {item.name: row[item.name] for item in fields(Turn)}
+    return Turn(**(own | {"calls": calls}))

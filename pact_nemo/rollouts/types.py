@@ -1,0 +1,81 @@
+"""What a rollout is, in memory and on disk. Nothing here has room for a trace: generation sees the prompt only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pact_nemo.environments.base import Outcome, ToolCall
+
+Status = Literal["ok", "truncated", "failed"]
+
+
+@dataclass
+class Turn:
+    """One assistant turn (u_t, a_t, o_t) or the final answer y.
+
+    Attributes:
+        start, end: half-open range of this turn's policy-written tokens within ``Rollout.token_ids``.
+        text: the decoded tokens, end-of-turn token left out.
+        calls: parsed calls; empty for a message without calls.
+        call_errors: one message per malformed call text; shown to the model as an error observation.
+        observations: what the environment (or the parser) answered, one per call or error.
+        user_turn: index of the user turn this assistant turn belongs to.
+        finish_reason: the server's: ``stop`` or ``length``.
+    """
+
+    start: int
+    end: int
+    text: str
+    calls: list[ToolCall] = field(default_factory=list)
+    call_errors: list[str] = field(default_factory=list)
+    observations: list[str] = field(default_factory=list)
+    user_turn: int = 0
+    finish_reason: str = "stop"
+
+    @property
+    def is_tool_turn(self) -> bool:
+        """A turn that asked for a tool, well-formed or not."""
+        return bool(self.calls or self.call_errors)
+
+
+@dataclass
+class Rollout:
+    """One complete episode, as sampled: token-in-token-out, nothing is ever re-tokenised.
+
+    Attributes:
+        prompt_ids: x, [P] token ids.
+        token_ids: tau, [N] token ids, policy-written and observation tokens interleaved.
+        loss_mask: [N], 1 for policy-written tokens (the set M(tau)), 0 for observation, role and delimiter tokens.
+        sampler_logprobs: [N], natural log; the rollout engine's log-prob of each policy-written token, 0.0 elsewhere.
+        turns: assistant turns in order.
+        outcome: checker verdict; None when ``status == "failed"``.
+        weight_version: version of the policy weights that every token was sampled from.
+        status: ``ok``; ``truncated`` (a limit ended it); ``failed`` (not the policy's fault: masked from the loss and counted).
+        error: why it was truncated or failed.
+        seconds: wall time of the episode.
+    """
+
+    task_id: str
+    sample: int
+    prompt_ids: list[int]
+    token_ids: list[int]
+    loss_mask: list[int]
+    sampler_logprobs: list[float]
+    turns: list[Turn]
+    outcome: Outcome | None
+    weight_version: int
+    status: Status = "ok"
+    error: str | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, the inverse of :meth:`from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Rollout:
+        """Rebuild from :meth:`to_dict` output (a dumped rollout), e.g. to replay a step without a server."""
+        turns = [Turn(**{**t, "calls": [ToolCall(**c) for c in t["calls"]]}) for t in row["turns"]]
+        outcome = Outcome(**row["outcome"]) if row["outcome"] is not None else None
+        return cls(**{**row, "turns": turns, "outcome": outcome})

@@ -1,0 +1,56 @@
+"""Which traces are kept: the filters of appendix C, as one function that names the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pact_nemo.environments.calls import check_call
+from pact_nemo.errors import ToolCallError
+from pact_nemo.traces.schema import Trace
+
+_ROLE_TEXT = re.compile(
+    r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|eom_id|endoftext|end_of_text|begin_of_text)\|>"
+    r"|^\s*(?:user|assistant|system|human|tool)\s*:",
+    re.IGNORECASE | re.MULTILINE,
+)
+_CALL_TAG = re.compile(r"</?(?:tool_call|tool_response|tools|function|think)\b[^>]*>|<\|python_tag\|>", re.IGNORECASE)
+
+
+def reject_reason(trace: Trace, tools: Iterable[Mapping[str, Any]]) -> str | None:
+    """Why a trace must not be used, or None.
+
+    Args:
+        trace: the candidate.
+        tools: schemas offered at the start of its task; tools that the trace itself sees revealed later count from then on, and before
+            (one BFCL ground truth calls such a tool early).
+
+    Returns:
+        ``unverified``, ``unknown_tool``, ``malformed_turn``, ``role_text_in_observation``, ``tool_call_tag_in_observation``,
+        ``control_text_in_turn``, or None.
+    """
+    if not trace.verified:
+        return "unverified"
+    known = {tool["name"] for tool in tools} | {tool["name"] for turn in trace.turns for tool in turn.new_tools_after}
+    if not trace.turns or not trace.turns[-1].calls:
+        return "malformed_turn"
+    for turn in trace.turns:
+        if len(turn.calls) != len(turn.observations) or (not turn.calls and not turn.user_messages_after):
+            return "malformed_turn"
+        for call in turn.calls:
+            if call.name not in known:
+                return "unknown_tool"
+            try:
+                check_call(call)
+            except ToolCallError:
+                return "malformed_turn"
+        for observation in turn.observations:
+            if _ROLE_TEXT.search(observation):
+                return "role_text_in_observation"
+            if _CALL_TAG.search(observation):
+                return "tool_call_tag_in_observation"
+        written = turn.reasoning + "\n".join(repr(call.arguments) for call in turn.calls)
+        if re.search(r"<\|\w+\|>", written) or _CALL_TAG.search(written):
+            return "control_text_in_turn"
+    return None

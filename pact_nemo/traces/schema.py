@@ -1,0 +1,186 @@
+"""What an expert trace is, in memory and as JSON lines. A trace holds no final answer: its last turn is a tool turn."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pact_nemo.environments.base import ToolCall
+from pact_nemo.errors import DataError
+from pact_nemo.files import write_text_atomic
+from pact_nemo.traces.segments import LEVEL_OF_TYPE
+
+TRACE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ReasoningSegment:
+    """A typed piece of reasoning. ``text`` is exact: white space that parts it from the segment before it is its own."""
+
+    type: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TraceTurn:
+    """One assistant turn (u*_t, a*_t, o*_t) of the expert and what the user says after it.
+
+    Attributes:
+        segments: the reasoning; its text is their concatenation.
+        calls: calls of this turn. Empty only where the expert makes no call in a whole user turn, and another user turn follows.
+        observations: one per call.
+        user_turn: index of the user turn that this turn belongs to.
+        user_messages_after: chat messages of the user turns that begin after this turn.
+        new_tools_after: schemas revealed with them.
+    """
+
+    segments: tuple[ReasoningSegment, ...]
+    calls: tuple[ToolCall, ...]
+    observations: tuple[str, ...]
+    user_turn: int = 0
+    user_messages_after: tuple[dict[str, str], ...] = ()
+    new_tools_after: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning text u*_t."""
+        return "".join(segment.text for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An expert trace h* without the final answer.
+
+    Attributes:
+        task_id: id of the task it solves.
+        source: ``ground_truth``, ``teacher`` or another maker's name.
+        turns: at least one.
+        verified: the benchmark's checker passed it.
+        version: of this schema.
+    """
+
+    task_id: str
+    source: str
+    turns: tuple[TraceTurn, ...]
+    verified: bool
+    version: int = TRACE_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, the inverse of :meth:`from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: Any, *, file: str | None = None, line: int | None = None) -> Trace:
+        """Check and build.
+
+        Raises:
+            DataError: names file, line and field of the first thing that is wrong.
+        """
+        return _Reader(file, line).trace(row)
+
+
+class _Reader:
+    def __init__(self, file: str | None, line: int | None):
+        self._file, self._line = file, line
+
+    def _fail(self, message: str, field: str) -> DataError:
+        return DataError(message, file=self._file, line=self._line, field=field)
+
+    def _get(self, row: Any, key: str, kind: type, where: str) -> Any:
+        path = f"{where}.{key}" if where else key
+        if not isinstance(row, Mapping):
+            raise self._fail("expected an object", where)
+        if key not in row:
+            raise self._fail("missing", path)
+        value = row[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self._fail(f"expected {kind.__name__}, found {type(value).__name__}", path)
+        return value
+
+    def _known(self, row: Mapping[str, Any], allowed: set[str], where: str) -> None:
+        unknown = sorted(set(row) - allowed)
+        if unknown:
+            raise self._fail(f"unknown keys {unknown}; known: {sorted(allowed)}", where or "(row)")
+
+    def trace(self, row: Any) -> Trace:
+        version = self._get(row, "version", int, "")
+        if version != TRACE_VERSION:
+            raise self._fail(f"schema version {version} is not {TRACE_VERSION}; make the traces anew", "version")
+        self._known(row, {"version", "task_id", "source", "turns", "verified"}, "")
+        turns = self._get(row, "turns", list | tuple, "")  # type: ignore[arg-type]
+        if not turns:
+            raise self._fail("a trace needs at least one turn", "turns")
+        built = tuple(self._turn(turn, f"turns[{index}]", last=index == len(turns) - 1) for index, turn in enumerate(turns))
+        return Trace(
+            task_id=self._get(row, "task_id", str, ""),
+            source=self._get(row, "source", str, ""),
+            turns=built,
+            verified=self._get(row, "verified", bool, ""),
+        )
+
+    def _turn(self, row: Any, where: str, last: bool) -> TraceTurn:
+        segments = []
+        for index, item in enumerate(self._get(row, "segments", list | tuple, where)):  # type: ignore[arg-type]
+            path = f"{where}.segments[{index}]"
+            kind = self._get(item, "type", str, path)
+            if kind not in LEVEL_OF_TYPE:
+                raise self._fail(f"unknown segment type {kind!r}; known: {sorted(LEVEL_OF_TYPE)}", f"{path}.type")
+            segments.append(ReasoningSegment(kind, self._get(item, "text", str, path)))
+        calls = []
+        for index, item in enumerate(self._get(row, "calls", list | tuple, where)):  # type: ignore[arg-type]
+            path = f"{where}.calls[{index}]"
+            calls.append(ToolCall(self._get(item, "name", str, path), dict(self._get(item, "arguments", dict, path))))
+        observations = self._get(row, "observations", list | tuple, where)  # type: ignore[arg-type]
+        if len(observations) != len(calls) or not all(isinstance(text, str) for text in observations):
+            raise self._fail(f"expected {len(calls)} texts, one per call", f"{where}.observations")
+        self._known(row, {"segments", "calls", "observations", "user_turn", "user_messages_after", "new_tools_after"}, where)
+        after = self._get(row, "user_messages_after", list | tuple, where)  # type: ignore[arg-type]
+        for index, message in enumerate(after):
+            self._get(message, "role", str, f"{where}.user_messages_after[{index}]")
+            self._get(message, "content", str, f"{where}.user_messages_after[{index}]")
+        if not calls and (last or not after):
+            raise self._fail("a turn without calls must be followed by a user turn: a trace holds no final answer", f"{where}.calls")
+        return TraceTurn(
+            segments=tuple(segments),
+            calls=tuple(calls),
+            observations=tuple(observations),
+            user_turn=self._get(row, "user_turn", int, where),
+            user_messages_after=tuple(after),
+            new_tools_after=tuple(self._get(row, "new_tools_after", list | tuple, where)),  # type: ignore[arg-type]
+        )
+
+
+def write_traces(path: str | os.PathLike[str], traces: Iterable[Trace]) -> None:
+    """One JSON object a line, written atomically."""
+    lines = [json.dumps(trace.to_dict(), ensure_ascii=False, allow_nan=False) for trace in traces]
+    write_text_atomic(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_traces(path: str | os.PathLike[str]) -> list[Trace]:
+    """Read what :func:`write_traces` wrote.
+
+    Raises:
+        DataError: the file is missing or torn, a row is not a trace, or two rows are for the same task; names file, line and field.
+    """
+    file = os.fspath(path)
+    if not Path(file).is_file():
+        raise DataError("no such trace file; make it first", file=file)
+    traces: list[Trace] = []
+    seen: dict[str, int] = {}
+    for line, text in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"not a JSON line: {error}", file=file, line=line) from error
+        trace = Trace.from_dict(row, file=file, line=line)
+        if trace.task_id in seen:
+            raise DataError(f"{trace.task_id} has a trace already, on line {seen[trace.task_id]}", file=file, line=line, field="task_id")
+        seen[trace.task_id] = line
+        traces.append(trace)
+    return traces

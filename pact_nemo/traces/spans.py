@@ -1,0 +1,161 @@
+"""Traces as tokens: h* right after x, with one component label a token (the masks of eq. 9 come from these).
+
+Rules:
+- h* is assistant text + end-of-turn + rendered observations (and user messages), turn after turn, with generation prompts between turns.
+  It ends right after the closing delimiter of its last message: ``x + h* + boundary_ids`` is what the chat template renders.
+- Assistant text is tokenised whole, as a policy would write it. The newline between reasoning and calls belongs to the reasoning, at the
+  top level.
+- A token that covers characters of two segments belongs to the later one. A token that covers reasoning and call characters is an error.
+- End-of-turn tokens, delimiters, role markers and user messages are OTHER.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, replace
+from enum import IntEnum
+
+from pact_nemo.chat.template import ChatFormat, Continuation
+from pact_nemo.chat.tool_formats import SEPARATOR
+from pact_nemo.errors import ConfigError, DataError
+from pact_nemo.traces.schema import Trace, TraceTurn
+from pact_nemo.traces.segments import NO_LEVEL, TOP_LEVEL, prefix_levels
+
+COMPONENTS = frozenset({"reasoning", "calls", "observations"})
+
+
+class Component(IntEnum):
+    """What a token of h* is part of."""
+
+    OTHER = 0
+    OBSERVATION = 1
+    CALL = 2
+    REASONING = 3
+
+
+OTHER, OBSERVATION, CALL, REASONING = Component.OTHER, Component.OBSERVATION, Component.CALL, Component.REASONING
+
+
+@dataclass
+class TraceTokens:
+    """h* as tokens; all per-token lists have length H.
+
+    Attributes:
+        token_ids: [H] everything after x.
+        component: [H] a :class:`Component` each.
+        segment_level: [H] 0…4, the lowest prefix level that contains this reasoning token; −1 for all other tokens and for call previews.
+        turn: [H] index of the trace turn; delimiters, observations and user messages after a turn count to it, as does the generation
+            prompt before it.
+        reasoning_rank: [H] index of a reasoning token within its turn's reasoning; −1 for all other tokens.
+        turn_ends: one per turn: h* cut at ``[:turn_ends[t]]`` holds turns 0…t and can be followed by ``boundary_ids``.
+        turns_dropped: how many turns :func:`truncate_at_turn` has cut off.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    component: list[int] = field(default_factory=list)
+    segment_level: list[int] = field(default_factory=list)
+    turn: list[int] = field(default_factory=list)
+    reasoning_rank: list[int] = field(default_factory=list)
+    turn_ends: list[int] = field(default_factory=list)
+    turns_dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def _append(self, token: int, turn: int, component: Component = Component.OTHER, level: int = NO_LEVEL, rank: int = -1) -> None:
+        self.token_ids.append(token)
+        self.component.append(int(component))
+        self.segment_level.append(level)
+        self.turn.append(turn)
+        self.reasoning_rank.append(rank)
+
+
+def encode_trace(
+    trace: Trace, chat: ChatFormat, components: Collection[str] = COMPONENTS, end_of_turn: Component = Component.OTHER
+) -> TraceTokens:
+    """h* of ``trace`` under a chat format.
+
+    Args:
+        trace: what to encode.
+        chat: template and tool format; the ones that x is made with.
+        components: which of ``reasoning``, ``calls``, ``observations`` to keep in the text (paper table 3 drops one at a time).
+        end_of_turn: label of the end-of-turn token after a call: OTHER, or CALL to supervise it as the end of the call span.
+
+    Raises:
+        ConfigError: unknown component names, or no component at all.
+        DataError: the tokenizer merges reasoning and call characters into one token.
+    """
+    kept = frozenset(components)
+    if not kept or kept - COMPONENTS:
+        raise ConfigError(f"components must be a non-empty subset of {sorted(COMPONENTS)}, not {sorted(kept)}")
+    opening = chat.generation_ids()
+    result = TraceTokens()
+    for index, turn in enumerate(trace.turns):
+        if index:
+            for token in opening:
+                result._append(token, index)
+        _append_assistant(result, turn, index, chat, kept, trace.task_id)
+        label = end_of_turn if turn.calls and "calls" in kept else Component.OTHER
+        result._append(chat.end_of_turn_id, index, label)
+        observations = list(turn.observations) if "observations" in kept else []
+        messages = chat.tool_format.render_observation(observations) if observations else []
+        _append_interlude(result, _interlude(chat, messages, turn), observations, index)
+        result.turn_ends.append(len(result))
+    return result
+
+
+def _interlude(chat: ChatFormat, messages: list[dict[str, str]], turn: TraceTurn) -> Continuation:
+    after = [dict(message) for message in turn.user_messages_after]
+    if turn.new_tools_after and after:
+        after[0]["content"] = f"{chat.tool_format.render_new_tools(turn.new_tools_after)}\n{after[0]['content']}"
+    return chat.continuation([*messages, *after], generation=False)
+
+
+def _append_assistant(result: TraceTokens, turn: TraceTurn, index: int, chat: ChatFormat, kept: frozenset[str], task_id: str) -> None:
+    reasoning = turn.reasoning if "reasoning" in kept else ""
+    calls = chat.tool_format.render_calls(turn.calls) if turn.calls and "calls" in kept else ""
+    head = reasoning + (SEPARATOR if reasoning and calls else "")
+    levels: list[int] = []  # one per character of head
+    if reasoning:
+        for segment, level in zip(turn.segments, prefix_levels([segment.type for segment in turn.segments]), strict=True):
+            levels += [level] * len(segment.text)
+        levels += [TOP_LEVEL] * (len(head) - len(levels))
+    ids, offsets = chat.encode_assistant(head + calls)
+    rank = 0
+    for token, (start, end) in zip(ids, offsets, strict=True):
+        if start >= len(head):
+            result._append(token, index, Component.CALL)
+        elif end <= len(head):
+            result._append(token, index, Component.REASONING, levels[end - 1], rank)
+            rank += 1
+        else:
+            raise DataError(f"a token of turn {index} covers both reasoning and call text in the trace of {task_id}; no exact mask exists")
+
+
+def _append_interlude(result: TraceTokens, continuation: Continuation, observations: list[str], index: int) -> None:
+    spans, position = [], 0
+    for text in observations:
+        # Llama 3 templates write an observation as a JSON string: the form that occurs first is the rendered one
+        forms = [form for form in (text.strip(), json.dumps(text, ensure_ascii=False)) if form]
+        found = [(start, len(form)) for form in forms if (start := continuation.text.find(form, position)) >= 0]
+        if found:
+            start, length = min(found)
+            position = start + length
+            spans.append((start, position))
+    for token, (start, end) in list(zip(continuation.ids, continuation.offsets, strict=True))[1:]:
+        inside = any(start < stop and end > begin for begin, stop in spans)
+        result._append(token, index, Component.OBSERVATION if inside else Component.OTHER)
+
+
+def truncate_at_turn(tokens: TraceTokens, max_tokens: int) -> TraceTokens:
+    """The longest run of whole turns from the start that has at most ``max_tokens`` tokens; empty if the first turn is longer."""
+    if len(tokens) <= max_tokens:
+        return tokens
+    keep = sum(end <= max_tokens for end in tokens.turn_ends)
+    length = tokens.turn_ends[keep - 1] if keep else 0
+    per_token = {
+        item.name: getattr(tokens, item.name)[:length] for item in fields(tokens) if item.name not in ("turn_ends", "turns_dropped")
+    }
+    dropped = tokens.turns_dropped + len(tokens.turn_ends) - keep
+    return replace(tokens, **per_token, turn_ends=tokens.turn_ends[:keep], turns_dropped=dropped)

@@ -1,0 +1,215 @@
+"""Where rollouts and traces meet: prompts, their K rollouts and their trace become token trees with per-term weight streams.
+
+This is the only place that reads both. It runs after generation has ended, so nothing here can reach the rollout server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pact_nemo.environments.base import Task
+from pact_nemo.objective.advantages import group_advantages
+from pact_nemo.objective.gate import anchored
+from pact_nemo.objective.rewards import turn_rewards
+from pact_nemo.objective.schedules import TraceSchedule
+from pact_nemo.objective.surrogate import truncated_importance
+from pact_nemo.objective.weights import rl_weights, sft_weights
+from pact_nemo.policy.trees import Segment, TokenTree
+from pact_nemo.rollouts.types import Rollout
+from pact_nemo.traces.spans import CALL, REASONING, TraceTokens
+from pact_nemo.training.config import ObjectiveConfig
+
+PROMPT_ONLY, TRACE_CONDITIONED, TRACE = "x", "h", "sft"
+
+
+@dataclass
+class PromptGroup:
+    """One prompt of a step with everything the update needs.
+
+    Attributes:
+        rollouts: all K, failed ones included (they carry no loss).
+        rewards: per rollout, [T_k] turn rewards.
+        advantages: per rollout, [T_k] combined advantages A^g + A^l.
+        anchored: the gate z, True = prompt-only RL.
+        trace: h* as tokens, or None where no verified trace exists (then ``anchored`` is True).
+    """
+
+    task: Task
+    rollouts: list[Rollout]
+    rewards: list[np.ndarray]
+    advantages: list[np.ndarray]
+    anchored: bool
+    trace: TraceTokens | None
+
+
+@dataclass
+class PromptTree:
+    """A group laid out as a token tree, with the scored-token ranges of its parts.
+
+    ``spans[(context, k)]`` is the half-open range, in the tree's scored-token order, of rollout k under ``context``
+    (``"x"`` or ``"h"``); ``spans[("sft", 0)]`` that of the trace.
+    """
+
+    group: PromptGroup
+    tree: TokenTree
+    spans: dict[tuple[str, int], tuple[int, int]]
+    sft_index: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  #: positions within h* of its scored tokens
+
+
+def form_group(task: Task, rollouts: list[Rollout], trace: TraceTokens | None, objective: ObjectiveConfig, *, seed: int, step: int) -> PromptGroup:
+    """Rewards (eq. 24-28), advantages (eq. 29-32) and the gate (eq. 13) of one prompt."""
+    reference = [call for turn in task.reference_calls for call in turn]
+    reference_turns = [index for index, turn in enumerate(task.reference_calls) for _ in turn]
+    rewards = []
+    for rollout in rollouts:
+        rewards.append(
+            turn_rewards(
+                [turn.calls for turn in rollout.turns],
+                [turn.user_turn for turn in rollout.turns],
+                reference,
+                reference_turns,
+                is_tool_turn=[turn.is_tool_turn for turn in rollout.turns],
+                malformed=[len(turn.call_errors) for turn in rollout.turns],
+                outcome=rollout.outcome.score if rollout.outcome is not None else 0.0,
+                method=objective.matching,
+                penalty=objective.call_penalty,
+                outcome_weight=objective.outcome_weight,
+            )
+        )
+    result = group_advantages(
+        rewards,
+        gamma=objective.gamma,
+        eps=objective.advantage_eps,
+        turn_level=objective.turn_level,
+        combine=objective.combine,
+        mask=[rollout.status != "failed" and bool(rollout.turns) for rollout in rollouts],
+    )
+    without_trace = objective.method == "grpo" or trace is None
+    gate = without_trace or anchored(seed, step, task.id, objective.anchor_prob)
+    return PromptGroup(task, rollouts, rewards, result.combined, gate, None if objective.method == "grpo" else trace)
+
+
+def _usable(rollout: Rollout) -> bool:
+    return rollout.status != "failed" and any(rollout.loss_mask)
+
+
+def grow_tree(group: PromptGroup, boundary_ids: list[int], objective: ObjectiveConfig, *, contexts: Sequence[str]) -> PromptTree:
+    """Lay a group out as one tree: x, its rollouts under x, and, unless the prompt is anchored, h*, the boundary and the rollouts under c_h."""
+    prompt_ids = group.rollouts[0].prompt_ids
+    segments = [Segment(list(prompt_ids), -1, [False] * len(prompt_ids))]
+    spans: dict[tuple[str, int], tuple[int, int]] = {}
+    scored = 0
+    sft_index = np.zeros(0, dtype=np.int64)
+
+    def add(token_ids: list[int], parent: int, mask: list[bool]) -> tuple[int, tuple[int, int]]:
+        nonlocal scored
+        segments.append(Segment(token_ids, parent, mask))
+        span = (scored, scored + sum(mask))
+        scored = span[1]
+        return len(segments) - 1, span
+
+    def add_rollouts(parent: int, context: str) -> None:
+        for k, rollout in enumerate(group.rollouts):
+            if _usable(rollout):
+                _, spans[(context, k)] = add(list(rollout.token_ids), parent, [bool(m) for m in rollout.loss_mask])
+
+    if PROMPT_ONLY in contexts:
+        add_rollouts(0, PROMPT_ONLY)
+    if not group.anchored and TRACE_CONDITIONED in contexts:
+        assert group.trace is not None
+        component = np.asarray(group.trace.component)
+        mask = (component == CALL) | (component == REASONING)
+        sft_index = np.flatnonzero(mask)
+        trace_node, spans[(TRACE, 0)] = add(list(group.trace.token_ids), 0, mask.tolist())
+        if objective.trace_rl:
+            boundary, _ = add(list(boundary_ids), trace_node, [False] * len(boundary_ids))
+            add_rollouts(boundary, TRACE_CONDITIONED)
+    return PromptTree(group, TokenTree(segments), spans, sft_index)
+
+
+def contexts_needed(group: PromptGroup, objective: ObjectiveConfig, *, diagnostics: bool) -> list[str]:
+    """Which contexts the update forward of this prompt has to run: no context is computed that no term and no diagnostic reads."""
+    contexts = []
+    if group.anchored or not objective.trace_rl or objective.kl_coef > 0 or diagnostics:
+        contexts.append(PROMPT_ONLY)
+    if not group.anchored:
+        contexts.append(TRACE_CONDITIONED)
+    return contexts
+
+
+def _token_advantages(rollout: Rollout, advantages: np.ndarray) -> np.ndarray:
+    """[n] advantage of each policy-written token of the rollout, in order (turn t's value on all of turn t's tokens)."""
+    per_token = np.zeros(len(rollout.token_ids))
+    for turn, value in zip(rollout.turns, advantages, strict=True):
+        per_token[turn.start : turn.end] = value
+    return per_token[np.asarray(rollout.loss_mask, dtype=bool)]
+
+
+def sampler_logprobs(rollout: Rollout) -> np.ndarray:
+    """[n] rollout-engine log-probs of the policy-written tokens."""
+    return np.asarray(rollout.sampler_logprobs)[np.asarray(rollout.loss_mask, dtype=bool)]
+
+
+def fill_streams(
+    prompts: list[PromptTree],
+    objective: ObjectiveConfig,
+    schedule: TraceSchedule,
+    step: int,
+    *,
+    old: list[torch.Tensor] | None,
+    reference: list[torch.Tensor] | None,
+    importance_cap: float | None,
+) -> None:
+    """Write every tree's streams for one mini-batch; all denominators are counted here, over the whole mini-batch, before any forward.
+
+    Args:
+        prompts: the mini-batch; |B| = len(prompts).
+        old: per tree, [S] log-probs of pi_old in both contexts; None on a single on-policy update, where the loss uses its own detached ones.
+        reference: per tree, [S] log-probs of the frozen reference (only the prompt-only part is read).
+        importance_cap: truncation of the sampler-trainer importance weight; None switches the correction off. Needs ``old``.
+    """
+    lengths = [[sum(r.loss_mask) for r in p.group.rollouts] for p in prompts]
+    usable = [[_usable(r) for r in p.group.rollouts] for p in prompts]
+    rl = rl_weights(lengths, usable, num_prompts=len(prompts), aggregation=objective.aggregation, constant_length=objective.constant_length)
+    masks = []
+    for prompt in prompts:
+        if (TRACE, 0) in prompt.spans and prompt.group.trace is not None:
+            trace = prompt.group.trace
+            masks.append(schedule.weights(np.asarray(trace.component), np.asarray(trace.segment_level), np.asarray(trace.turn), step))
+        else:
+            masks.append(np.zeros(0))
+    sft = sft_weights(masks, [p.group.anchored for p in prompts], num_prompts=len(prompts), beta=objective.sft_coef)
+
+    names = ("advantages", "importance", "ref_logprobs", "w_rl_x", "w_rl_h", "w_sft_reasoning", "w_sft_call", "w_kl")
+    for i, prompt in enumerate(prompts):
+        streams = {name: np.zeros(prompt.tree.num_scored) for name in names}
+        streams["importance"][:] = 1.0
+        group = prompt.group
+        for (context, k), (start, end) in prompt.spans.items():
+            here = slice(start, end)
+            if context == TRACE:
+                weights = sft[i][prompt.sft_index]
+                reasoning = np.asarray(group.trace.component)[prompt.sft_index] == REASONING if group.trace is not None else np.zeros(0, bool)
+                streams["w_sft_reasoning"][here] = np.where(reasoning, weights, 0.0)
+                streams["w_sft_call"][here] = np.where(reasoning, 0.0, weights)
+                continue
+            rollout = group.rollouts[k]
+            streams["advantages"][here] = _token_advantages(rollout, group.advantages[k])
+            carries_surrogate = (context == PROMPT_ONLY) == (group.anchored or not objective.trace_rl)
+            if carries_surrogate:
+                streams["w_rl_x" if context == PROMPT_ONLY else "w_rl_h"][here] = rl[i][k]
+            if context == PROMPT_ONLY and reference is not None:
+                streams["w_kl"][here] = objective.kl_coef * np.asarray(rl[i][k])
+                streams["ref_logprobs"][here] = reference[i][here].double().numpy()
+            if importance_cap is not None and old is not None and (PROMPT_ONLY, k) in prompt.spans:
+                x_start, x_end = prompt.spans[(PROMPT_ONLY, k)]
+                streams["importance"][here] = truncated_importance(
+                    old[i][x_start:x_end].double(), torch.from_numpy(sampler_logprobs(rollout)), importance_cap
+                ).numpy()
+        prompt.tree.streams = {name: torch.from_numpy(value).float() for name, value in streams.items()}
+        if old is not None:
+            prompt.tree.streams["old_logprobs"] = old[i].float()

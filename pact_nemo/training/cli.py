@@ -1,0 +1,61 @@
+"""The command line that every recipe shares."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pact_nemo.errors import ConfigError, PactError
+from pact_nemo.training.config import Config, load_config, to_yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def preset_for_this_machine(presets: Mapping[str, str]) -> Path:
+    """The ``cuda`` preset where a CUDA device is usable, the ``cpu`` one elsewhere."""
+    import torch
+
+    return REPOSITORY / presets["cuda" if torch.cuda.is_available() else "cpu"]
+
+
+def resolve(arguments: argparse.Namespace, presets: Mapping[str, str]) -> Config:
+    """Config of a new run (preset or ``--config``) or of the run being resumed, with the overrides on top."""
+    if arguments.resume is not None:
+        saved = Path(arguments.resume) / "config.yaml"
+        if not saved.is_file():
+            raise ConfigError(f"--resume {arguments.resume}: no config.yaml there; give a run folder such as runs/latest")
+        return load_config(saved, arguments.overrides)
+    return load_config(arguments.config or preset_for_this_machine(presets), arguments.overrides)
+
+
+def main(run: Callable[[Config, str | None], None], presets: Mapping[str, str], description: str | None) -> None:
+    """Parse, resolve, and run or explain. Exit codes: 0 done, 2 the configuration is wrong, 1 anything else."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file; default: the preset for this machine")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config, the plan and the memory needed; start nothing")
+    parser.add_argument("--resume", nargs="?", const="runs/latest", metavar="RUN", help="continue a run folder (default runs/latest)")
+    parser.add_argument("--verbose", action="store_true", help="log at INFO")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of pact_nemo/training/config.py")
+    arguments = parser.parse_intermixed_args()
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        config = resolve(arguments, presets)
+        if arguments.dry_run:
+            from pact_nemo.training.plan import describe_plan
+
+            print(to_yaml(config))
+            print(describe_plan(config))
+            return
+        run(config, arguments.resume)
+    except ConfigError as error:
+        print(f"configuration error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except PactError as error:
+        logging.getLogger(__name__).info("stopped", exc_info=True)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,289 @@
+"""The one schema and the one home of every default. YAML files and command-line overrides are checked against it by OmegaConf.
+
+Order of precedence, weakest first: these defaults, the files a YAML names under ``defaults:`` (in order), the YAML itself, ``key=value`` words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pact_nemo.errors import ConfigError
+from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.rollouts.config import RolloutServerConfig
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and what makes it reproducible."""
+
+    name: str = "pact_bfcl"  #: prefix of the run folder
+    root: str = "runs"  #: run folders are made below it; ``<root>/latest`` points to the newest
+    seed: int = 1234  #: every random choice derives from it: split, prompt order, gate, sampling, initialisation
+    cache_dir: str = ".cache/pact_nemo"  #: converted models; safe to delete
+
+
+@dataclass
+class ModelConfig:
+    """The policy to train."""
+
+    path: str | None = None  #: HF folder; None = the small instruct model that an installed package embeds
+    tool_format: str = "pythonic"  #: how calls are written: a name in ``pact_nemo.chat.tool_formats.TOOL_FORMATS``
+
+
+@dataclass
+class TasksConfig:
+    """Which BFCL tasks, and how they are reduced for small machines. The full benchmark: ``window=full`` and no limits."""
+
+    categories: list[str] = field(
+        default_factory=lambda: ["multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context"]
+    )
+    window: str = "full"  #: "full": whole episodes; "turn": one user turn a task, earlier turns replayed from the ground truth
+    max_calls: int | None = None  #: window=turn: keep turns with 1..max_calls ground-truth calls
+    grounded_only: bool = False  #: window=turn: keep turns whose every argument occurs in the user's words or an earlier observation
+    max_user_chars: int | None = None  #: window=turn: keep turns whose request is at most this long
+    max_observation_chars: int | None = None  #: longer observations are cut for the policy (the checker sees them whole)
+    max_tools: int | None = None  #: offer the needed tools plus seeded distractors, this many in all; None = all of the involved classes
+    max_prompt_tokens: int = 7000  #: longer prompts are dropped and counted
+    held_out: int = 50  #: scenario groups kept for evaluation only, chosen by ``split_seed``; none of their tasks is ever trained on
+    split_seed: int = 7  #: apart from ``run.seed`` on purpose, so that runs with different seeds share one held-out set
+    max_train: int | None = None  #: use at most this many training tasks
+    max_eval: int | None = None  #: use at most this many held-out tasks
+
+
+@dataclass
+class TracesConfig:
+    """Expert traces h*."""
+
+    path: str | None = None  #: JSONL of traces; None = execute the ground truth in the environment and annotate it
+    style: str = "full"  #: annotator's wording: "full" or "compact"
+    calls_per_turn: str = "one"  #: "one": each call in an assistant turn of its own, as its observation comes; "all": a user turn's calls together
+    teach_end_of_turn: bool = False  #: supervise the end-of-turn token after a call as part of the call span
+    components: list[str] = field(default_factory=lambda: ["reasoning", "calls", "observations"])  #: what of a trace is used (paper, table 3)
+    max_tokens: int = 4096  #: a longer trace is cut at a turn boundary from its end, counted
+
+
+@dataclass
+class SamplingConfig:
+    """Generation of training rollouts. Limits hold per episode; an episode that hits one is marked truncated."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_turns_per_user_turn: int = 10  #: assistant turns that may follow one user turn
+    max_turns: int = 100  #: assistant turns of the episode
+    max_turn_tokens: int = 2048  #: policy tokens per assistant turn
+    max_response_tokens: int = 23000  #: tokens of tau, observations included
+    concurrency: int = 64  #: episodes in flight
+
+
+@dataclass
+class RolloutConfig:
+    """Rollouts: the server that makes them and how they are sampled."""
+
+    server: RolloutServerConfig = field(default_factory=RolloutServerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    importance: str = "tis"  #: correction of sampler-trainer mismatch: "tis" (truncated importance sampling) or "off"
+    importance_cap: float = 2.0
+    export_dtype: str = "bfloat16"  #: of the weights that the server reloads: bfloat16 | float16 | float32
+    keep_exports: int = 2  #: newest refit exports kept on disk
+
+
+@dataclass
+class ScheduleConfig:
+    """Annealing of the SFT term (paper, tables 4 and 6)."""
+
+    reasoning: str = "segment"  #: none | fixed | token | segment | whole_trace_token
+    call: str = "scale"  #: none | fixed | token | scale
+    reasoning_scale: float = 1.0
+    call_start: float = 0.8  #: lambda_start of eq. 11
+    call_end: float = 0.2  #: lambda_end of eq. 11
+    horizon: int | None = None  #: S; None = trainer.steps
+
+
+@dataclass
+class ObjectiveConfig:
+    """The PACT objective; see ``docs/objective.md`` for each symbol."""
+
+    method: str = "pact"  #: "pact" or "grpo" (every prompt through the prompt-only surrogate, no trace read)
+    group_size: int = 8  #: K
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    gamma: float = 0.9  #: discount of the turn-level return
+    advantage_eps: float = 1e-6
+    turn_level: bool = True  #: False: trajectory advantage only
+    combine: str = "sum"  #: A^g + A^l: "sum" (eq. 32) or "mean"
+    matching: str = "hungarian"  #: "hungarian" or "greedy"
+    call_penalty: float = 0.0  #: lambda_pen of an unmatched call
+    outcome_weight: float = 1.0  #: weight of the checker's outcome in the final turn's reward
+    trace_rl: bool = True  #: trace-conditioned surrogate; False evaluates the ratio under x for every prompt (ablation)
+    sft_coef: float = 0.1  #: beta_SFT
+    anchor_prob: float = 0.4  #: q
+    kl_coef: float = 0.001
+    aggregation: str = "rollout-mean"  #: rollout-mean | token-mean | constant-length
+    constant_length: int = 1024  #: denominator of aggregation=constant-length
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass
+class WarmupConfig:
+    """A named, separately reported stage before RL: plain SFT on traces, the same for every method. ``steps=0`` leaves it out."""
+
+    steps: int = 0
+    batch_size: int = 8  #: traces per optimizer step
+    lr: float = 2e-5
+    max_tasks: int | None = None  #: training tasks whose traces the stage sees; None = all
+    reasoning_weight: float = 1.0
+    call_weight: float = 1.0
+    closing: str | None = None  #: a message without calls that ends the turn, taught in this stage only (traces hold no final answer)
+
+
+@dataclass
+class TrainerConfig:
+    """The loop."""
+
+    steps: int = 24
+    batch_size: int = 256  #: prompts per step
+    mini_batch_size: int = 32  #: prompts per optimizer update
+    checkpoint_every: int = 5  #: steps; the last step is always saved; 0 = only the last
+    keep_checkpoints: int = 2
+    save_optimizer: bool = True
+    dump_rollouts: bool = True
+    replay: str | None = None  #: run folder whose dumped rollouts are trained on instead of sampling (no server is started)
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out evaluation with the benchmark's own checker."""
+
+    before: bool = True
+    after: bool = True
+    temperature: float = 0.0
+    samples: int = 1  #: episodes per task; with more than one the score is their mean
+    episodes_in_report: int = 12
+
+
+@dataclass
+class Config:
+    """Everything a run can be told."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    traces: TracesConfig = field(default_factory=TracesConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
+    """A YAML file with its ``defaults:`` parents merged below it."""
+    if path in seen:
+        raise ConfigError(f"{path}: 'defaults' go in a circle: {' -> '.join(map(str, (*seen, path)))}")
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist; the shipped ones are under conf/")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml and OmegaConf raise unrelated families; all mean "not a config file"
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if isinstance(loaded, ListConfig):
+        raise ConfigError(f"{path}: expected a mapping at the top level, found a list")
+    parents = loaded.pop("defaults", [])
+    merged = OmegaConf.create({})
+    for parent in parents:
+        merged = OmegaConf.merge(merged, _read_yaml((path.parent / str(parent)).resolve(), (*seen, path)))  # type: ignore[assignment]
+    return OmegaConf.merge(merged, loaded)  # type: ignore[return-value]
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Resolve defaults, a YAML file and ``key=value`` overrides into a validated :class:`Config`.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or settings that contradict each other; the message names the key and the source.
+    """
+    merged: Any = OmegaConf.structured(Config)
+    sources: list[tuple[str, Any]] = []
+    if path is not None:
+        sources.append((str(path), _read_yaml(Path(path).resolve())))
+    for word in overrides or []:
+        key, separator, _ = word.partition("=")
+        if not separator or key.startswith("-"):
+            raise ConfigError(f"command line: {word!r} is not a key=value override, e.g. trainer.steps=50")
+        sources.append((f"command line '{word}'", OmegaConf.from_dotlist([word])))
+    for name, source in sources:
+        try:
+            merged = OmegaConf.merge(merged, source)
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None) or ""
+            first_line = str(error).splitlines()[0]
+            raise ConfigError(f"{name}: {first_line} (key '{key}'); the schema is pact_nemo/training/config.py") from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, loadable again by :func:`load_config`."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict of every setting."""
+    return dataclasses.asdict(config)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{key}={value!r}: must be one of {', '.join(allowed)}")
+
+
+def validate(config: Config) -> None:
+    """Checks that types can't express. Raises ConfigError with the key and the remedy."""
+    objective, trainer, tasks = config.objective, config.trainer, config.tasks
+    _one_of("objective.method", objective.method, ("pact", "grpo"))
+    _one_of("objective.combine", objective.combine, ("sum", "mean"))
+    _one_of("objective.matching", objective.matching, ("hungarian", "greedy"))
+    _one_of("objective.aggregation", objective.aggregation, ("rollout-mean", "token-mean", "constant-length"))
+    _one_of("objective.schedule.reasoning", objective.schedule.reasoning, ("none", "fixed", "token", "segment", "whole_trace_token"))
+    _one_of("objective.schedule.call", objective.schedule.call, ("none", "fixed", "token", "scale"))
+    _one_of("rollout.importance", config.rollout.importance, ("tis", "off"))
+    _one_of("tasks.window", tasks.window, ("full", "turn"))
+    _one_of("traces.style", config.traces.style, ("full", "compact"))
+    _one_of("traces.calls_per_turn", config.traces.calls_per_turn, ("one", "all"))
+    _one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32"))
+    _require(set(config.traces.components) <= {"reasoning", "calls", "observations"}, f"traces.components={config.traces.components}: "
+             "only reasoning, calls and observations exist")
+    _require(0.0 <= objective.anchor_prob <= 1.0, f"objective.anchor_prob={objective.anchor_prob}: a probability in [0, 1]")
+    _require(objective.group_size >= 2, f"objective.group_size={objective.group_size}: group-normalised advantages need K >= 2")
+    _require(0.0 < objective.clip_low < 1.0, f"objective.clip_low={objective.clip_low}: must be in (0, 1)")
+    _require(objective.clip_high > 0.0, f"objective.clip_high={objective.clip_high}: must be > 0")
+    _require(objective.kl_coef >= 0.0, f"objective.kl_coef={objective.kl_coef}: must be >= 0")
+    _require(objective.sft_coef >= 0.0, f"objective.sft_coef={objective.sft_coef}: must be >= 0")
+    _require(trainer.steps >= 1, f"trainer.steps={trainer.steps}: must be >= 1")
+    _require(
+        1 <= trainer.mini_batch_size <= trainer.batch_size and trainer.batch_size % trainer.mini_batch_size == 0,
+        f"trainer.mini_batch_size={trainer.mini_batch_size} must divide trainer.batch_size={trainer.batch_size}",
+    )
+    _require(tasks.held_out >= 1, f"tasks.held_out={tasks.held_out}: at least one scenario group must be held out")
+    if tasks.window == "full":
+        reduced = [k for k in ("max_calls", "max_user_chars") if getattr(tasks, k) is not None]
+        _require(not reduced and not tasks.grounded_only, f"tasks.{', tasks.'.join(reduced or ['grounded_only'])} only apply to tasks.window=turn")
+    if config.rollout.importance == "tis":
+        _require(config.rollout.importance_cap >= 1.0, f"rollout.importance_cap={config.rollout.importance_cap}: must be >= 1")
+        _require(
+            config.rollout.sampling.top_p == 1.0,
+            "rollout.importance=tis needs rollout.sampling.top_p=1.0: a truncated sampler has no density to correct with; set importance=off",
+        )

@@ -1,0 +1,138 @@
+"""What a step reports, all of it from parts that the step computed anyway. Every key says its denominator in ``docs/metrics.md``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pact_nemo.policy.policy import UpdateResult
+from pact_nemo.traces.spans import CALL, REASONING
+from pact_nemo.training.batch import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptGroup, PromptTree, sampler_logprobs
+
+if TYPE_CHECKING:
+    from pact_nemo.training.experiment import Experiment
+
+
+def has_policy_tokens(group: PromptGroup) -> bool:
+    """Whether any rollout of the group can carry loss."""
+    return any(r.status != "failed" and any(r.loss_mask) for r in group.rollouts)
+
+
+def _mean(values: list[float] | np.ndarray) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def latent(prompts: list[PromptTree], logprobs: list[torch.Tensor]) -> dict[str, float | None]:
+    """Section 5: privilege gap in nats per policy token (mean over rollouts scored in both contexts), trace log-likelihood per token."""
+    gaps: dict[bool, list[float]] = {True: [], False: []}
+    trace: dict[int, list[float]] = {REASONING: [], CALL: []}
+    for prompt, values in zip(prompts, logprobs, strict=True):
+        for k, rollout in enumerate(prompt.group.rollouts):
+            if (PROMPT_ONLY, k) in prompt.spans and (TRACE_CONDITIONED, k) in prompt.spans:
+                under_x = values[slice(*prompt.spans[(PROMPT_ONLY, k)])]
+                under_h = values[slice(*prompt.spans[(TRACE_CONDITIONED, k)])]
+                success = rollout.outcome is not None and rollout.outcome.success
+                gaps[success].append(float((under_h - under_x).double().mean()))
+        if (TRACE, 0) in prompt.spans and prompt.group.trace is not None:
+            component = np.asarray(prompt.group.trace.component)[prompt.sft_index]
+            here = values[slice(*prompt.spans[(TRACE, 0)])].double().numpy()
+            for kind, found in trace.items():
+                found.extend(here[component == kind].tolist())
+    return {
+        "latent/gap_success": _mean(gaps[True]),
+        "latent/gap_failure": _mean(gaps[False]),
+        "latent/trace_reasoning": _mean(trace[REASONING]),
+        "latent/trace_call": _mean(trace[CALL]),
+    }
+
+
+def mismatch(prompts: list[PromptTree], scored: list[torch.Tensor]) -> dict[str, float | None]:
+    """Sampler against trainer log-probs of the same tokens under x: mean and max of |difference| in nats per token, mean IS weight."""
+    differences = []
+    for prompt, values in zip(prompts, scored, strict=True):
+        for k, rollout in enumerate(prompt.group.rollouts):
+            if (PROMPT_ONLY, k) in prompt.spans:
+                trainer = values[slice(*prompt.spans[(PROMPT_ONLY, k)])].double().numpy()
+                differences.append(trainer - sampler_logprobs(rollout))
+    if not differences:
+        return {"mismatch/mean_abs": None, "mismatch/max_abs": None, "mismatch/weight_mean": None}
+    joined = np.concatenate(differences)
+    return {
+        "mismatch/mean_abs": float(np.abs(joined).mean()),
+        "mismatch/max_abs": float(np.abs(joined).max()),
+        "mismatch/weight_mean": float(np.exp(joined).mean()),
+    }
+
+
+def rollout_record(groups: list[PromptGroup], seconds: float | None = None) -> dict[str, Any]:
+    """Reward (sum over turns, mean over rollouts), success share, counts. Failed rollouts are counted and left out of the means."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    rewards = [float(reward.sum()) for g in groups for r, reward in zip(g.rollouts, g.rewards, strict=True) if r.status != "failed"]
+    valid = [r for r in rollouts if r.status != "failed"]
+    policy_tokens = sum(sum(r.loss_mask) for r in rollouts)
+    flat = [g for g in groups if has_policy_tokens(g) and all(np.all(a == 0) for a in g.advantages)]
+    record: dict[str, Any] = {
+        "reward/mean": _mean(rewards),
+        "reward/success": _mean([float(r.outcome is not None and r.outcome.success) for r in valid]),
+        "gate/anchored": _mean([float(g.anchored) for g in groups]),
+        "gate/no_trace": sum(g.trace is None for g in groups),
+        "groups/zero_advantage": len(flat),
+        "rollout/count": len(rollouts),
+        "rollout/mean_turns": _mean([len(r.turns) for r in valid]),
+        "rollout/truncated": sum(r.status == "truncated" for r in rollouts),
+        "rollout/failed": sum(r.status == "failed" for r in rollouts),
+        "rollout/malformed_calls": sum(len(t.call_errors) for r in valid for t in r.turns),
+        "tokens/policy": policy_tokens,
+    }
+    if seconds:
+        record["rollout/tokens_per_second"] = policy_tokens / seconds
+    return record
+
+
+def step_record(
+    experiment: Experiment,
+    groups: list[PromptGroup],
+    prompts: list[PromptTree],
+    old: list[torch.Tensor] | None,
+    results: list[UpdateResult],
+) -> dict[str, Any]:
+    """One line of ``metrics.jsonl``."""
+    record = rollout_record(groups)
+    current = [values for result in results for values in result.logprobs]
+    record.update(latent(prompts, current))
+    record.update(mismatch(prompts, old if old is not None else current))
+    record.update(loss_record(results))
+    record["anneal/call_weight"] = experiment.schedule.call_weight(experiment.step)
+    record["anneal/prefix_level"] = experiment.schedule.level(experiment.step)
+    return record
+
+
+def loss_record(results: list[UpdateResult]) -> dict[str, Any]:
+    """Means over the step's updates of each loss term; clip fractions are clipped tokens / surrogate tokens over all updates."""
+    if not results:
+        return {}
+    record: dict[str, Any] = {}
+    sums: dict[str, float] = {}
+    for result in results:
+        for key, value in result.metrics.items():
+            sums[key] = max(sums.get(key, value), value) if key.startswith("max/") else sums.get(key, 0.0) + value
+    record["loss/total"] = sum(r.loss for r in results) / len(results)
+    for key, value in sums.items():
+        if key.startswith("loss/"):
+            record[key] = value / len(results)
+        elif key.startswith("max/"):
+            record[key] = value
+    for name, top, bottom in (
+        ("policy/clip_fraction_x", "clip/x", "tokens/x"),
+        ("policy/clip_fraction_h", "clip/h", "tokens/h"),
+        ("policy/kl_ref", "kl/sum", "kl/count"),
+    ):
+        if sums.get(bottom):
+            record[name] = sums[top] / sums[bottom]
+    record["policy/grad_norm"] = sum(r.grad_norm for r in results) / len(results)
+    record["policy/lr"] = results[-1].lr
+    record["policy/updates"] = len(results)
+    record["tokens/trained"] = sum(r.tokens for r in results)
+    return record

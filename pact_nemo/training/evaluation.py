@@ -1,0 +1,84 @@
+"""Held-out score by the benchmark's own checker."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pact_nemo.environments.base import Task
+from pact_nemo.rollouts.types import Rollout
+from pact_nemo.training.batch import form_group
+from pact_nemo.training.distributed import on_rank_zero
+from pact_nemo.training.records import dump_evaluation
+
+if TYPE_CHECKING:
+    from pact_nemo.training.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean of the official pass/fail over episodes, 0-1. An episode that failed through no fault of the policy counts as not passed, and is
+    counted in ``failed`` so that nobody mistakes it for the model's doing."""
+
+    score: float
+    n: int
+    call_reward: float
+    failed: int
+    categories: dict[str, dict[str, float]]
+    weight_version: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarise(tasks: list[Task], rollouts: list[Rollout], call_rewards: list[float], version: int, seconds: float) -> Score:
+    """Denominators: ``score`` and ``call_reward`` over all episodes, ``categories`` over the episodes of each category."""
+    by_task = {task.id: task for task in tasks}
+    passed: dict[str, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        success = rollout.outcome is not None and rollout.outcome.success
+        passed[by_task[rollout.task_id].category].append(float(success))
+    flat = [value for values in passed.values() for value in values]
+    return Score(
+        score=sum(flat) / len(flat),
+        n=len(flat),
+        call_reward=sum(call_rewards) / len(call_rewards),
+        failed=sum(r.status == "failed" for r in rollouts),
+        categories={name: {"score": sum(v) / len(v), "n": len(v)} for name, v in sorted(passed.items())},
+        weight_version=version,
+        seconds=seconds,
+    )
+
+
+def evaluate(experiment: Experiment, name: str) -> None:
+    """Play every held-out task with the weights being served, dump the episodes as ``eval/<name>.jsonl`` and keep the score.
+
+    ``name`` is ``base`` (before the warm-up), ``before`` or ``after``; one that a resumed run has already is not played again. Replayed runs
+    have no server and skip it.
+    """
+    wanted = {"base": experiment.config.evaluation.before, "before": experiment.config.evaluation.before, "after": experiment.config.evaluation.after}
+    if not wanted[name] or name in experiment.scores or experiment.config.trainer.replay is not None:
+        return
+
+    def run() -> Score:
+        config, tasks = experiment.config, experiment.dataset.held_out
+        rollouts, seconds = experiment.generator.evaluation(tasks, name=name, version=experiment.version)
+        rewards, call_rewards = [], []
+        samples = config.evaluation.samples
+        for i, task in enumerate(tasks):
+            episode = rollouts[i * samples : (i + 1) * samples]
+            group = form_group(task, episode, None, config.objective, seed=config.run.seed, step=experiment.step)
+            for rollout, reward in zip(episode, group.rewards, strict=True):
+                outcome = config.objective.outcome_weight * (rollout.outcome.score if rollout.outcome is not None and rollout.turns else 0.0)
+                tool_turns = sum(turn.is_tool_turn for turn in rollout.turns)
+                rewards.append(reward.tolist())
+                call_rewards.append(float(reward.sum() - outcome) / max(tool_turns, 1))
+        dump_evaluation(experiment.workspace.evaluation(name), tasks, rollouts, rewards)
+        return summarise(tasks, rollouts, call_rewards, experiment.version, seconds)
+
+    score = on_rank_zero(run)
+    experiment.scores[name] = score.to_dict()
+    experiment.seconds["evaluation"] = experiment.seconds.get("evaluation", 0.0) + score.seconds
+    experiment.progress.message(f"held-out score {name}: {score.score:.3f} over {score.n} episodes ({score.seconds:.0f} s)")

@@ -1,0 +1,185 @@
+"""Everything a run holds, built once: data, policy, rollout generator, schedules, run folder. The loop reads; this wires."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pact_nemo.chat.template import ChatFormat
+from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.checkpoints.hf import export_version
+from pact_nemo.checkpoints.manifest import export_path, prune_exports, verify_manifest
+from pact_nemo.checkpoints.resume import load_checkpoint, save_checkpoint
+from pact_nemo.environments.bfcl import BFCLEnvironment
+from pact_nemo.errors import CheckpointError
+from pact_nemo.objective.schedules import TraceSchedule
+from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.training.config import Config
+from pact_nemo.training.data import Dataset
+from pact_nemo.training.distributed import on_rank_zero, rank
+from pact_nemo.training.generation import Generator
+from pact_nemo.training.metrics import MetricsLog
+from pact_nemo.training.progress import RunProgress
+from pact_nemo.training.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+
+def model_path(config: Config) -> Path:
+    """The HF folder to start from: the user's, or the embedded model converted into the cache."""
+    if config.model.path is not None:
+        return Path(config.model.path)
+    return on_rank_zero(lambda: materialise_embedded_model(Path(config.run.cache_dir)))
+
+
+def trace_schedule(config: Config) -> TraceSchedule:
+    schedule = config.objective.schedule
+    return TraceSchedule(
+        reasoning=schedule.reasoning,
+        call=schedule.call,
+        reasoning_scale=schedule.reasoning_scale,
+        call_start=schedule.call_start,
+        call_end=schedule.call_end,
+        horizon=schedule.horizon if schedule.horizon is not None else config.trainer.steps,
+    )
+
+
+class Experiment:
+    """The state of a run between two steps.
+
+    Attributes:
+        step: finished RL steps; also the index of the next one.
+        warmup_step: finished warm-up steps.
+        version: weight version being served; raised by one at every refit.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workspace: Workspace,
+        chat: ChatFormat,
+        environment: BFCLEnvironment,
+        dataset: Dataset,
+        policy: MegatronPolicy,
+        generator: Generator,
+        progress: RunProgress,
+        source: Path,
+    ):
+        self.config, self.workspace, self.chat = config, workspace, chat
+        self.environment, self.dataset = environment, dataset
+        self.policy, self.generator, self.progress = policy, generator, progress
+        self.source = source
+        self.schedule = trace_schedule(config)
+        self.boundary_ids = chat.boundary_ids()
+        self.step = 0
+        self.warmup_step = 0
+        self.version = 0
+        self.metrics: MetricsLog | None = None
+        self.scores: dict[str, dict[str, Any]] = {}
+        self.seconds: dict[str, float] = {}
+
+    # -- weights ------------------------------------------------------------------------------------------------------------------
+
+    def export(self, version: int) -> Path:
+        """Write the current weights as ``exports/v<version>``: complete and checksummed before the folder has its name."""
+        folder = export_path(self.workspace.exports, version)
+        if rank() == 0 and folder.exists():  # a run cut between export and checkpoint comes by again; the same version is the same weights
+            verify_manifest(folder)
+        if not on_rank_zero(folder.exists):
+            export_version(self.policy, self.workspace.exports, version, dtype=self.config.rollout.export_dtype)
+        return folder
+
+    def refit(self) -> None:
+        """Export, then make the server load it. A replayed run has no server and only counts the version."""
+        self.version += 1
+        if self.config.trainer.replay is not None:
+            return
+        folder = self.export(self.version)
+
+        def reload() -> None:
+            self.generator.refit(folder, self.version)
+            prune_exports(self.workspace.exports, keep=self.config.rollout.keep_exports, protect={self.version})
+
+        on_rank_zero(reload)
+
+    def serve_current(self) -> None:
+        """After a resume: make the server load the restored weights before it answers anything."""
+        folder = self.export(self.version)
+        on_rank_zero(lambda: self.generator.refit(folder, self.version))
+
+    def replay_file(self, step: int) -> Path:
+        """Dumped rollouts of ``step`` in the run folder that ``trainer.replay`` names."""
+        assert self.config.trainer.replay is not None
+        return Workspace(Path(self.config.trainer.replay)).step_rollouts(step)
+
+    @property
+    def reference_path(self) -> Path:
+        """The frozen KL reference: the policy that RL starts from; where there is a warm-up, its result, kept in full precision."""
+        return export_path(self.workspace.folder / "reference", 0) if self.config.warmup.steps > 0 else self.source
+
+    def freeze_reference(self) -> None:
+        """Keep the policy that RL starts from for the KL term; written once, so that a resumed run reads the same one."""
+        if self.config.objective.kl_coef == 0:
+            return
+        if not on_rank_zero(self.reference_path.exists):
+            export_version(self.policy, self.reference_path.parent, 0, dtype=self.policy.weight_dtype)
+        self.policy.load_reference(self.reference_path)
+
+    # -- resume -------------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights, optimizer and RNG. Data position, schedules and gate are functions of the step and the seed."""
+        return {
+            "step": self.step,
+            "warmup_step": self.warmup_step,
+            "version": self.version,
+            "scores": self.scores,
+            "seconds": self.seconds,
+            "seed": self.config.run.seed,
+        }
+
+    def checkpoint_if_due(self) -> None:
+        trainer = self.config.trainer
+        if self.step == trainer.steps or (trainer.checkpoint_every and self.step % trainer.checkpoint_every == 0):
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        save_checkpoint(
+            self.workspace.checkpoints, self.step, self.policy, self.state(), keep=self.config.trainer.keep_checkpoints
+        )
+
+    def restore(self) -> bool:
+        """Continue from the newest complete checkpoint. False when there is none (the run starts from its beginning).
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another seed.
+        """
+        state = load_checkpoint(self.workspace.checkpoints, self.policy)
+        if state is None:
+            return False
+        if state["seed"] != self.config.run.seed:
+            raise CheckpointError(f"checkpoint was made with run.seed={state['seed']}, the config says {self.config.run.seed}")
+        self.step, self.warmup_step, self.version = state["step"], state["warmup_step"], state["version"]
+        self.scores, self.seconds = state["scores"], state["seconds"]
+        return True
+
+    # -- reporting ----------------------------------------------------------------------------------------------------------------
+
+    def log_step(self, stage: str, record: dict[str, Any]) -> None:
+        """Append to metrics.jsonl and TensorBoard and show one line."""
+        step = self.step if stage == "rl" else self.warmup_step
+        if "rollout/tokens_per_second" not in record and record.get("time/rollout"):
+            record["rollout/tokens_per_second"] = record.get("tokens/policy", 0) / record["time/rollout"]
+        if rank() == 0:
+            assert self.metrics is not None
+            self.metrics.append({"step": step, "stage": stage, **record})
+            self.progress.step_line({"step": step, "stage": stage, **record})
+        for key, value in record.items():
+            if key.startswith("time/") and key != "time/total":
+                phase = key.removeprefix("time/")
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+        if stage == "warmup":
+            self.seconds["warmup"] = self.seconds.get("warmup", 0.0) + record["time/total"]
+
+

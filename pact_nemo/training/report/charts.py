@@ -1,0 +1,236 @@
+"""Geometry of the report's charts. Everything is computed here; the template only writes it down as SVG.
+
+A chart is drawn in user units of ``WIDTH`` x ``HEIGHT``, close to the pixels it gets on a phone and in a desktop's three columns, so that text
+keeps its size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+WIDTH, HEIGHT = 360, 200
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 26
+DOTS_UP_TO = 40  #: points are marked while there are at most this many
+
+Values = Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line or one layer of a stack.
+
+    Attributes:
+        values: one per x; None is a gap.
+        tone: index of a colour of the page.
+        faint: drawn thin and light, e.g. raw values behind their running mean.
+        steps: drawn as a staircase.
+    """
+
+    label: str
+    values: Values
+    tone: int
+    faint: bool = False
+    steps: bool = False
+
+
+@dataclass(frozen=True)
+class Tick:
+    position: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A series as the template needs it: path data, or boxes (x, y, width, height) of a stack, and the readings for the hover line."""
+
+    label: str
+    tone: int
+    faint: bool
+    path: str
+    dots: list[tuple[float, float]]
+    boxes: list[tuple[float, float, float, float]]
+    readings: list[str]
+    latest: str
+
+
+@dataclass
+class Chart:
+    """A finished chart.
+
+    Attributes:
+        note: what is measured and what it is divided by.
+        summary: what a screen reader says.
+        data: what the page's script needs: x labels, x positions, y positions and readings per series.
+    """
+
+    title: str
+    note: str
+    summary: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    series: list[Drawn]
+    data: dict[str, Any] = field(default_factory=dict)
+    zero: float | None = None
+
+
+def reading(value: float | None) -> str:
+    """Three or four significant digits, without needless exponents; a dash for a gap."""
+    if value is None:
+        return "–"
+    size = abs(value)
+    if size != 0 and (size < 1e-3 or size >= 1e6):
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    digits = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3 if size >= 0.1 or size == 0 else 4
+    text = f"{value:.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def ticks_between(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) that enclose ``low`` and ``high``."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def whole_ticks(low: int, high: int, count: int = 6) -> list[int]:
+    """Step numbers to write under an axis: the first, then round ones."""
+    if high - low < count:
+        return list(range(low, high + 1))
+    step = next(s for s in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10**6) if (high - low) / s <= count)
+    round_ones = [value for value in range(step, high + 1, step) if value - low >= step / 2]
+    return [low, *round_ones]
+
+
+def _limits(values: list[float], bounds: tuple[float | None, float | None]) -> list[float]:
+    low, high = min(values), max(values)
+    low = low if bounds[0] is None else min(low, bounds[0])
+    high = high if bounds[1] is None else max(high, bounds[1])
+    if high - low < 1e-12 * max(abs(high), abs(low), 1e-30):
+        pad = abs(high) * 0.1 or 1.0
+        low, high = (low, high + pad) if low == 0 else (low - pad, high + pad)
+    return ticks_between(low, high)
+
+
+def _line(xs: list[float], ys: list[float | None], steps: bool) -> str:
+    """SVG path data; a gap lifts the pen."""
+    words: list[str] = []
+    previous: float | None = None
+    for x, y in zip(xs, ys, strict=True):
+        if y is None:
+            previous = None
+            continue
+        if previous is None:
+            words.append(f"M{x:.1f} {y:.1f}")
+        elif steps:
+            words.append(f"H{x:.1f}V{y:.1f}")
+        else:
+            words.append(f"L{x:.1f} {y:.1f}")
+        previous = y
+    return "".join(words)
+
+
+def _alone(values: Values, index: int) -> bool:
+    before = values[index - 1] if index > 0 else None
+    after = values[index + 1] if index + 1 < len(values) else None
+    return before is None and after is None
+
+
+def make_chart(
+    title: str,
+    note: str,
+    steps: Sequence[int],
+    series: Sequence[Series],
+    *,
+    kind: Literal["line", "stack"] = "line",
+    bounds: tuple[float | None, float | None] = (None, None),
+    percent: bool = False,
+    levels: Sequence[str] | None = None,
+) -> Chart | None:
+    """Lay a chart out; None when no series has a value (a run without that part).
+
+    Args:
+        steps: x, ascending.
+        bounds: values that the y axis must include.
+        percent: values are shares in [0, 1]; shown as percentages.
+        levels: names of the whole values 0, 1, …, which then are the y ticks.
+    """
+    drawn_series = [s for s in series if any(value is not None for value in s.values)]
+    if not drawn_series:
+        return None
+    if kind == "stack":
+        tops = [sum(s.values[i] or 0.0 for s in drawn_series) for i in range(len(steps))]
+        marks = _limits([0.0, *tops], bounds)
+    elif levels is not None:
+        marks = [float(level) for level in range(len(levels))]
+    else:
+        marks = _limits([value for s in drawn_series for value in s.values if value is not None], bounds)
+
+    def show(value: float | None) -> str:
+        if value is None:
+            return "–"
+        if percent:
+            return f"{reading(round(value * 100, 2))} %"
+        if levels is not None and 0 <= round(value) < len(levels):
+            return levels[round(value)]
+        return reading(value)
+
+    half = 0.5 if kind == "stack" else 0.0
+    low_x, high_x = steps[0] - half, steps[-1] + half
+    span = (WIDTH - LEFT - RIGHT) / (high_x - low_x) if high_x > low_x else 0.0
+
+    def place_x(value: float) -> float:
+        return LEFT + (value - low_x) * span if span else (LEFT + WIDTH - RIGHT) / 2
+
+    def place_y(value: float) -> float:
+        return TOP + (marks[-1] - value) / (marks[-1] - marks[0]) * (HEIGHT - TOP - BOTTOM)
+
+    xs = [place_x(step) for step in steps]
+    floor = [0.0] * len(steps)
+    drawn: list[Drawn] = []
+    heights: list[list[float | None]] = []
+    for s in drawn_series:
+        path, dots, boxes = "", [], []
+        if kind == "stack":
+            width = max((span or 60.0) * 0.72, 0.6)
+            ys: list[float | None] = []
+            for index, value in enumerate(s.values):
+                bottom = place_y(floor[index])
+                floor[index] += value or 0.0
+                top = place_y(floor[index])
+                ys.append(None)
+                if value:
+                    boxes.append((round(xs[index] - width / 2, 2), round(top, 2), round(width, 2), round(bottom - top, 2)))
+        else:
+            ys = [None if value is None else place_y(value) for value in s.values]
+            path = _line(xs, ys, s.steps)
+            few = len(steps) <= DOTS_UP_TO and not s.steps
+            dots = [
+                (round(x, 1), round(y, 1)) for i, (x, y) in enumerate(zip(xs, ys, strict=True)) if y is not None and (few or _alone(s.values, i))
+            ]
+        readings = [show(value) for value in s.values]
+        last = next((text for text, value in zip(reversed(readings), reversed(s.values), strict=True) if value is not None), "–")
+        heights.append([None if y is None else round(y, 1) for y in ys])
+        drawn.append(Drawn(s.label, s.tone, s.faint, path, dots, boxes, readings, last))
+
+    tellings = []
+    for s, d in zip(drawn_series, drawn, strict=True):
+        known = [value for value in s.values if value is not None]
+        first = next(value for value in s.values if value is not None)
+        tellings.append(f"{s.label}: first {show(first)}, last {d.latest}, lowest {show(min(known))}, highest {show(max(known))}")
+    steps_said = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    return Chart(
+        title=title,
+        note=note,
+        summary=f"{steps_said}. {'; '.join(tellings)}.",
+        x_ticks=[Tick(place_x(value), str(value)) for value in whole_ticks(steps[0], steps[-1])],
+        y_ticks=[Tick(place_y(mark), show(0.0 if abs(mark) < 1e-15 else mark)) for mark in marks],
+        series=drawn,
+        data={"x": [round(x, 1) for x in xs], "step": list(steps), "y": heights, "text": [d.readings for d in drawn]},
+        zero=place_y(0.0) if marks[0] < 0 < marks[-1] else None,
+    )

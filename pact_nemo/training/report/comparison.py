@@ -1,0 +1,173 @@
+"""Several runs side by side: one row per run, one per method, and the settings in which they differ."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from pact_nemo.training.report.charts import Tick, ticks_between
+from pact_nemo.training.report.data import Run
+from pact_nemo.training.report.stats import deviation, mean
+
+WIDTH, LEFT, RIGHT, ROW, AXIS = 360, 78, 14, 26, 24
+_OWN = ("run.", "objective.method")  #: settings that runs of a comparison differ in by design
+
+
+@dataclass(frozen=True)
+class RunRow:
+    name: str
+    method: str
+    seed: str
+    steps: str
+    start: float | None
+    end: float | None
+    n: int | None
+    call_start: float | None
+    call_end: float | None
+    seconds: float | None
+    this: bool
+
+    @property
+    def change(self) -> float | None:
+        return None if self.start is None or self.end is None else self.end - self.start
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """Over the seeds of a method: mean, sample standard deviation and range of the score after training; means before and of the change."""
+
+    method: str
+    runs: int
+    start: float | None
+    end: float
+    change: float | None
+    deviation: float | None
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Dot:
+    x: float
+    y: float
+    label: str
+    tone: int
+
+
+@dataclass(frozen=True)
+class DotChart:
+    """Score after training of every run, a row per method, the mean as a bar."""
+
+    height: int
+    ticks: list[Tick]
+    rows: list[tuple[str, float, float]]  #: (method, y, x of the mean)
+    dots: list[Dot]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    runs: list[RunRow]
+    methods: list[MethodRow]
+    differences: list[tuple[str, list[str]]]  #: (setting, value per run)
+    chart: DotChart | None
+    warnings: list[str]
+
+
+def _row(run: Run, this: bool) -> RunRow:
+    start_name = run.start()
+    start: dict[str, Any] = run.scores.get(start_name, {}) if start_name else {}
+    end: dict[str, Any] = run.scores.get("after", {})
+    seconds = run.summary.get("seconds")
+    return RunRow(
+        name=run.name,
+        method=run.method,
+        seed=str(run.seed),
+        steps=str(run.summary.get("steps", len(run.rl))),
+        start=start.get("score"),
+        end=end.get("score"),
+        n=end.get("n"),
+        call_start=start.get("call_reward"),
+        call_end=end.get("call_reward"),
+        seconds=total_seconds(seconds) if seconds else None,
+        this=this,
+    )
+
+
+#: phases of ``summary.json`` that make up the run; the others are parts of these
+DETAIL = ("generation", "server")
+
+
+def total_seconds(seconds: dict[str, float]) -> float:
+    """Seconds of a run: its own total where it says one, else the sum of its phases."""
+    return seconds["total"] if "total" in seconds else sum(value for name, value in seconds.items() if name not in DETAIL)
+
+
+def _methods(rows: list[RunRow]) -> list[MethodRow]:
+    groups: dict[str, list[RunRow]] = defaultdict(list)
+    for row in rows:
+        if row.end is not None:
+            groups[row.method].append(row)
+    result = []
+    for method, members in groups.items():
+        ends = [row.end for row in members if row.end is not None]
+        starts = [row.start for row in members if row.start is not None]
+        changes = [row.change for row in members if row.change is not None]
+        result.append(
+            MethodRow(
+                method=method,
+                runs=len(members),
+                start=mean(starts) if starts else None,
+                end=mean(ends),
+                change=mean(changes) if changes else None,
+                deviation=deviation(ends),
+                low=min(ends),
+                high=max(ends),
+            )
+        )
+    return result
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        return {key: text for name, inner in value.items() for key, text in _flat(inner, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): str(value)}
+
+
+def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    flat = [_flat(run.config) for run in runs]
+    keys = sorted({key for settings in flat for key in settings if not key.startswith(_OWN)})
+    table = [(key, [settings.get(key, "–") for settings in flat]) for key in keys]
+    return [(key, values) for key, values in table if len(set(values)) > 1]
+
+
+def _chart(rows: list[RunRow], methods: list[MethodRow]) -> DotChart | None:
+    if not methods:
+        return None
+    top = max(row.end for row in rows if row.end is not None)
+    marks = ticks_between(0.0, max(top, 0.01))
+
+    def place(value: float) -> float:
+        return LEFT + value / marks[-1] * (WIDTH - LEFT - RIGHT)
+
+    lines, dots = [], []
+    for index, method in enumerate(methods):
+        y = ROW * index + ROW / 2
+        lines.append((method.method, y, place(method.end)))
+        for row in rows:
+            if row.method == method.method and row.end is not None:
+                dots.append(Dot(place(row.end), y, f"{row.name}: {row.end * 100:.1f} %", index % 6))
+    return DotChart(ROW * len(methods) + AXIS, [Tick(place(mark), f"{mark * 100:g} %") for mark in marks], lines, dots)
+
+
+def compare(runs: list[Run]) -> Comparison:
+    """``runs[0]`` is the run that the report is about."""
+    rows = [_row(run, index == 0) for index, run in enumerate(runs)]
+    methods = _methods(rows)
+    warnings = []
+    if len({row.n for row in rows if row.n is not None}) > 1:
+        warnings.append("The runs were evaluated on different numbers of episodes; their scores aren't comparable.")
+    unfinished = [row.name for row in rows if row.end is None]
+    if unfinished:
+        warnings.append(f"No score after training yet: {', '.join(unfinished)}.")
+    return Comparison(rows, methods, _differences(runs), _chart(rows, methods), warnings)

@@ -1,0 +1,154 @@
+"""Reading a run folder for its report. What a run hasn't written yet is simply absent; what is there but broken is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pact_nemo.errors import DataError
+from pact_nemo.traces.schema import Trace, read_traces
+from pact_nemo.training.metrics import read_metrics
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One held-out evaluation: ``name`` is its key in ``summary.json`` and the stem of its file, ``label`` what a reader sees."""
+
+    name: str
+    label: str
+
+
+@dataclass
+class Run:
+    """A run folder in memory.
+
+    Attributes:
+        summary: ``summary.json``; empty while the run hasn't finished.
+        config_text: the resolved configuration as YAML.
+        warmup, rl: metric records of the two stages, in step order.
+        episodes: evaluation rows by stage name.
+        traces: expert traces by task id.
+    """
+
+    folder: Path
+    summary: Row
+    config: Row
+    config_text: str
+    warmup: list[Row]
+    rl: list[Row]
+    episodes: dict[str, list[Row]] = field(default_factory=dict)
+    traces: dict[str, Trace] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def method(self) -> str:
+        return str(self.summary.get("method") or self.setting("objective.method") or "unknown method")
+
+    @property
+    def seed(self) -> Any:
+        return self.summary.get("seed", self.setting("run.seed"))
+
+    @property
+    def scores(self) -> dict[str, Row]:
+        """Evaluation results by stage name."""
+        return {name: score for name, score in (self.summary.get("eval") or {}).items() if score is not None}
+
+    def setting(self, key: str) -> Any:
+        """Value of a dotted configuration key, None when this run's configuration doesn't have it."""
+        value: Any = self.config
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                return None
+            value = value[part]
+        return value
+
+    def stages(self) -> list[Stage]:
+        """Evaluations that exist, in the order they happened.
+
+        ``base`` precedes a warm-up and ``before`` follows it; runs that name the latter ``warm`` are read too.
+        """
+        present = {*self.scores, *self.episodes}
+        if "base" in present:
+            labels = {"base": "as published", "before": "after warm-up", "after": "after RL"}
+        elif "warm" in present:
+            labels = {"before": "as published", "warm": "after warm-up", "after": "after RL"}
+        else:
+            labels = {"before": "before", "after": "after"}
+        labels |= {name: name for name in sorted(present) if name not in labels}
+        return [Stage(name, label) for name, label in labels.items() if name in present]
+
+    def start(self) -> str | None:
+        """Name of the evaluation that RL started from."""
+        return next((name for name in ("warm", "before") if name in self.scores), None)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Objects of a JSONL file.
+
+    Raises:
+        DataError: a line is not an object; names file and line.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"not JSON: {error}", file=str(path), line=number) from error
+        if not isinstance(row, dict):
+            raise DataError("expected an object", file=str(path), line=number)
+        rows.append(row)
+    return rows
+
+
+def rollout_files(folder: Path) -> list[Path]:
+    """Dumped training steps in step order."""
+    return sorted((folder / "rollouts").glob("step_*.jsonl"))
+
+
+def load_run(folder: str | Path, *, episodes: bool = True) -> Run:
+    """Read a run folder.
+
+    Args:
+        episodes: also read evaluation episodes and traces; a comparison does without them.
+
+    Raises:
+        DataError: not a run folder, or a file in it is malformed.
+    """
+    path = Path(folder).resolve()
+    config_file, summary_file = path / "config.yaml", path / "summary.json"
+    if not config_file.is_file():
+        raise DataError("not a run folder: it has no config.yaml; give one such as runs/latest", file=str(path))
+    text = config_file.read_text(encoding="utf-8")
+    try:
+        config = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # yaml and OmegaConf raise unrelated families; all mean "not a configuration"
+        raise DataError(f"not valid YAML: {error}", file=str(config_file)) from error
+    if not isinstance(config, dict):
+        raise DataError("expected a mapping", file=str(config_file))
+    summary: Row = {}
+    if summary_file.is_file():
+        try:
+            summary = json.loads(summary_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"not JSON: {error}", file=str(summary_file)) from error
+        if not isinstance(summary, dict):
+            raise DataError("expected an object", file=str(summary_file))
+    records = read_metrics(path)
+    by_stage = {stage: [record for record in records if record["stage"] == stage] for stage in ("warmup", "rl")}
+    run = Run(path, summary, {str(key): value for key, value in config.items()}, text, by_stage["warmup"], by_stage["rl"])
+    if episodes:
+        run.episodes = {file.stem: read_rows(file) for file in sorted((path / "eval").glob("*.jsonl"))}
+        if (path / "traces.jsonl").is_file():
+            run.traces = {trace.task_id: trace for trace in read_traces(path / "traces.jsonl")}
+    return run

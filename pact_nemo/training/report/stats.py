@@ -1,0 +1,76 @@
+"""The few statistics of the report: intervals, paired changes, spread over seeds. Plain Python."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % Wilson score interval of a share of ``n`` independent episodes, as (low, high) in [0, 1]; (0, 1) without any."""
+    if n <= 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Sample standard deviation (denominator n - 1); None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    centre = mean(values)
+    return math.sqrt(sum((value - centre) ** 2 for value in values) / (len(values) - 1))
+
+
+def running_mean(values: Sequence[float | None], window: int) -> list[float | None]:
+    """Mean of the last ``window`` values up to each position, absent ones left out; None where all of them are absent."""
+    result: list[float | None] = []
+    for index in range(len(values)):
+        known = [value for value in values[max(index - window + 1, 0) : index + 1] if value is not None]
+        result.append(mean(known) if known else None)
+    return result
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How the same held-out tasks fared in two evaluations. An episode pairs with the one of the same task and sample."""
+
+    gained: int
+    lost: int
+    kept: int
+    failed: int
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided exact sign test on the tasks that changed; 1 when none did."""
+        changed = self.gained + self.lost
+        if changed == 0:
+            return 1.0
+        tail = sum(math.comb(changed, k) for k in range(min(self.gained, self.lost) + 1)) / 2**changed
+        return min(2 * tail, 1.0)
+
+
+def passed(row: dict[str, Any]) -> bool:
+    """Official verdict of an episode; one that failed through no fault of the policy has none and counts as not passed."""
+    return bool(row.get("outcome") and row["outcome"]["success"])
+
+
+def pair(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Paired:
+    """Compare two evaluations episode by episode; episodes of only one of them are left out."""
+    first = {(row["task_id"], row["sample"]): passed(row) for row in before}
+    counts: dict[tuple[bool, bool], int] = defaultdict(int)
+    for row in after:
+        key = (row["task_id"], row["sample"])
+        if key in first:
+            counts[first[key], passed(row)] += 1
+    return Paired(counts[False, True], counts[True, False], counts[True, True], counts[False, False])

@@ -1,0 +1,75 @@
+"""From a config to a running experiment, and back to a clean machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from pact_nemo.chat.template import ChatFormat
+from pact_nemo.files import write_text_atomic
+from pact_nemo.policy.device import init_distributed
+from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.traces.schema import write_traces
+from pact_nemo.training import workspace as workspaces
+from pact_nemo.training.config import Config, to_yaml
+from pact_nemo.training.data import build_dataset, build_environment
+from pact_nemo.training.distributed import on_rank_zero, rank
+from pact_nemo.training.experiment import Experiment, model_path
+from pact_nemo.training.generation import Generator
+from pact_nemo.training.metrics import MetricsLog
+from pact_nemo.training.progress import RunProgress
+from pact_nemo.training.workspace import Workspace
+
+
+@contextmanager
+def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
+    """Build everything, start the rollout server, restore a checkpoint when resuming; stop and release it all at the end, however it ends."""
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        init_distributed(config.policy.init_timeout_s)
+        opened: list[Workspace] = []  # rank 0's holds the folder's lock
+        folder = on_rank_zero(lambda: _open_folder(config, resume, opened))
+        space = opened[0] if opened else Workspace(Path(folder))
+        progress = stack.enter_context(RunProgress(total_steps=config.trainer.steps, enabled=rank() == 0))
+        progress.message(f"run folder {folder}")
+        with progress.phase("set-up"):
+            source = model_path(config)
+            chat = ChatFormat.from_pretrained(source, config.model.tool_format)
+            environment = build_environment(config)
+            dataset = build_dataset(config, environment, chat, note=progress.message)
+            if rank() == 0:
+                write_traces(space.traces, list(dataset.traces.values()))
+            generator = Generator(config, chat, environment, progress, space.server_log)
+            stack.callback(generator.close)
+            on_rank_zero(lambda: generator.launch(source))  # loads in the background while the policy is built
+            policy = MegatronPolicy(
+                config.policy,
+                config.optimizer,
+                source,
+                seed=config.run.seed,
+                total_steps=config.warmup.steps + config.trainer.steps * (config.trainer.batch_size // config.trainer.mini_batch_size),
+            )
+            experiment = Experiment(config, space, chat, environment, dataset, policy, generator, progress, source)
+            restored = resume is not None and experiment.restore()
+            if experiment.warmup_step >= config.warmup.steps:
+                experiment.freeze_reference()
+            if rank() == 0:
+                experiment.metrics = stack.enter_context(
+                    MetricsLog(space.folder, resume_from=(experiment.warmup_step, experiment.step) if resume is not None else None)
+                )
+            on_rank_zero(generator.wait_ready)
+            if restored:
+                progress.message(f"resumed after step {experiment.step} (weight version {experiment.version})")
+                if experiment.version > 0:
+                    experiment.serve_current()
+        experiment.seconds["setup"] = experiment.seconds.get("setup", 0.0) + time.perf_counter() - started
+        yield experiment
+
+
+def _open_folder(config: Config, resume: str | None, opened: list[Workspace]) -> str:
+    opened.append(workspaces.reopen(resume) if resume is not None else workspaces.create(config))
+    if resume is not None:
+        write_text_atomic(opened[0].config, to_yaml(config))
+    return str(opened[0].folder)

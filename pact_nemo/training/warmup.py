@@ -1,0 +1,98 @@
+"""The named stage before RL: SFT on expert traces under the prompt alone, so that the model emits calls at all.
+
+It is the same for every method that is compared, reported apart (``stage: warmup``), and left out with ``warmup.steps=0``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pact_nemo.chat.template import ChatFormat
+from pact_nemo.environments.base import Task
+from pact_nemo.errors import ConfigError
+from pact_nemo.objective.loss import pact_loss
+from pact_nemo.objective.weights import sft_weights
+from pact_nemo.policy.trees import Segment, TokenTree
+from pact_nemo.traces.spans import CALL, REASONING, TraceTokens
+from pact_nemo.training.data import prompts_of_step
+from pact_nemo.training.diagnostics import loss_record
+
+if TYPE_CHECKING:
+    from pact_nemo.training.experiment import Experiment
+
+
+def closing_ids(chat: ChatFormat, text: str | None) -> tuple[list[int], list[bool]]:
+    """Tokens of a closing assistant message and which of them are taught (the message and its end-of-turn token, not the role marker)."""
+    if text is None:
+        return [], []
+    opening, words = chat.generation_ids(), chat.encode_assistant(text)[0]
+    return [*opening, *words, chat.end_of_turn_id], [False] * len(opening) + [True] * (len(words) + 1)
+
+
+def sft_tree(prompt_ids: list[int], trace: TraceTokens, weights: np.ndarray, closing: tuple[list[int], list[bool]], share: float) -> TokenTree:
+    """``[x; h*; closing]`` with the SFT weight of each scored token.
+
+    Args:
+        weights: [len(h*)] weights of the trace tokens.
+        closing: see :func:`closing_ids`; its tokens share the weight ``share`` equally.
+    """
+    component = np.asarray(trace.component)
+    mask = (component == CALL) | (component == REASONING)
+    closing_tokens, taught = closing
+    closing_weights = np.full(sum(taught), share / max(sum(taught), 1))
+    scored = torch.from_numpy(np.concatenate([weights[mask], closing_weights])).float()
+    zeros = torch.zeros_like(scored)
+    reasoning = torch.from_numpy(np.concatenate([component[mask] == REASONING, np.ones(sum(taught), dtype=bool)]))
+    streams = {name: zeros for name in ("advantages", "ref_logprobs", "w_rl_x", "w_rl_h", "w_kl")}
+    streams["importance"] = torch.ones_like(scored)
+    streams["w_sft_reasoning"] = torch.where(reasoning, scored, zeros)
+    streams["w_sft_call"] = torch.where(reasoning, zeros, scored)
+    segments = [Segment(list(prompt_ids), -1, [False] * len(prompt_ids)), Segment(list(trace.token_ids), 0, mask.tolist())]
+    if closing_tokens:
+        segments.append(Segment(closing_tokens, 1, taught))
+    return TokenTree(segments, streams)
+
+
+def warm_up(experiment: Experiment, evaluate: Callable[[Experiment, str], object]) -> None:
+    """Evaluate the untouched model as ``base``, run the stage with its own learning rate, refit, and freeze the result as the KL reference."""
+    stage = experiment.config.warmup
+    if experiment.warmup_step >= stage.steps:  # left out, or done before a resume
+        return
+    evaluate(experiment, "base")
+    tasks = [task for task in experiment.dataset.train if task.id in experiment.dataset.trace_tokens][: stage.max_tasks]
+    if not tasks:
+        raise ConfigError("warmup.steps > 0 needs training tasks with verified traces, and there are none; set warmup.steps=0 or check traces.path")
+    with experiment.progress.phase("warm-up", total=stage.steps - experiment.warmup_step) as phase:
+        while experiment.warmup_step < stage.steps:
+            start = time.perf_counter()
+            record = sft_step(experiment, prompts_of_step(tasks, experiment.warmup_step, stage.batch_size, f"warmup:{experiment.config.run.seed}"))
+            experiment.warmup_step += 1
+            experiment.log_step("warmup", record | {"time/total": time.perf_counter() - start})
+            phase.advance()
+    experiment.refit()
+    experiment.freeze_reference()
+    experiment.checkpoint()
+
+
+def sft_step(experiment: Experiment, batch: list[Task]) -> dict[str, Any]:
+    """One optimizer step of component-aware SFT, every prefix level active, mean over traces of the weighted token mean."""
+    config = experiment.config
+    stage = config.warmup
+    traces = [experiment.dataset.trace_tokens[task.id] for task in batch]
+    masks = []
+    for trace in traces:
+        component = np.asarray(trace.component)
+        in_some_level = np.asarray(trace.segment_level) >= 0
+        masks.append(stage.reasoning_weight * ((component == REASONING) & in_some_level) + stage.call_weight * (component == CALL))
+    weights = sft_weights(masks, [False] * len(batch), num_prompts=len(batch), beta=1.0)
+    prompts = [experiment.chat.prompt_ids(list(task.user_turns[0]), list(task.tools)) for task in batch]
+    closing = closing_ids(experiment.chat, stage.closing)
+    trees = [sft_tree(x, h, w, closing, 1.0 / len(batch)) for x, h, w in zip(prompts, traces, weights, strict=True)]
+    loss_fn = partial(pact_loss, clip_low=config.objective.clip_low, clip_high=config.objective.clip_high)
+    return loss_record([experiment.policy.update(trees, loss_fn, lr=stage.lr)])

@@ -1,0 +1,90 @@
+"""The run folder: one place that knows what lies where in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from pathlib import Path
+from typing import IO
+
+from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.files import write_text_atomic
+from pact_nemo.training.config import Config, to_yaml
+
+
+class Workspace:
+    """Paths of one run. A folder is opened by one process at a time (``flock`` on ``.lock``, released by the kernel however we die)."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = folder / "config.yaml"
+        self.summary = folder / "summary.json"
+        self.rollouts = folder / "rollouts"
+        self.evaluations = folder / "eval"
+        self.traces = folder / "traces.jsonl"
+        self.checkpoints = folder / "checkpoints"
+        self.exports = folder / "exports"
+        self.hf = folder / "hf"
+        self.server_log = folder / "server.log"
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Raises CheckpointError when another process has the folder open."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle = open(self.folder / ".lock", "w")  # noqa: SIM115 - held for the life of the process
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.close()
+            raise CheckpointError(f"{self.folder} is in use by another process; wait for it or start a new run") from error
+        self._lock = handle
+
+    def step_rollouts(self, step: int) -> Path:
+        return self.rollouts / f"step_{step:06d}.jsonl"
+
+    def evaluation(self, name: str) -> Path:
+        return self.evaluations / f"{name}.jsonl"
+
+
+def _point_latest(root: Path, target: Path) -> None:
+    link, temporary = root / "latest", root / f".latest.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, link)
+
+
+def create(config: Config) -> Workspace:
+    """Make the next free ``<root>/<name>-seed<seed>-<n>``, write the resolved config into it and point ``<root>/latest`` at it."""
+    root = Path(config.run.root)
+    root.mkdir(parents=True, exist_ok=True)
+    stem = f"{config.run.name}-{config.objective.method}-seed{config.run.seed}-"
+    taken = [int(m.group(1)) for p in root.iterdir() if (m := re.fullmatch(re.escape(stem) + r"(\d+)", p.name))]
+    number = max(taken, default=0) + 1
+    while True:
+        folder = root / f"{stem}{number}"
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:  # another run took the number between the look and the mkdir
+            number += 1
+    workspace = Workspace(folder)
+    workspace.lock()
+    write_text_atomic(workspace.config, to_yaml(config))
+    _point_latest(root, folder)
+    return workspace
+
+
+def reopen(folder: str | Path) -> Workspace:
+    """Open an existing run to continue it.
+
+    Raises:
+        ConfigError: there is no run in that folder.
+    """
+    path = Path(folder).resolve()
+    workspace = Workspace(path)
+    if not workspace.config.is_file():
+        raise ConfigError(f"{folder}: no config.yaml there, so it is no run folder; --resume takes one, e.g. --resume runs/latest")
+    workspace.lock()
+    _point_latest(path.parent, path)
+    return workspace

@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""PACT on BFCL multi-turn: warm-up (optional), Algorithm 1, held-out evaluation before and after, HF export, report.
+
+    python recipes/pact_bfcl.py                                        # the preset for this machine: CPU or CUDA
+    python recipes/pact_bfcl.py trainer.steps=50 objective.anchor_prob=0.2 policy.tensor_parallel=2
+    python recipes/pact_bfcl.py --config conf/pact_bfcl-qwen3_4b-1n4g.yaml model.path=/models/Qwen3-4B
+    python recipes/pact_bfcl.py --dry-run                              # resolved config, plan, memory; starts nothing
+    python recipes/pact_bfcl.py --resume runs/latest
+    torchrun --nproc-per-node=2 recipes/pact_bfcl.py policy.tensor_parallel=2
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pact_nemo.training.cli import main  # noqa: E402
+from pact_nemo.training.config import Config  # noqa: E402
+
+PRESETS = {
+    "cpu": "conf/pact_bfcl-smollm2_135m-cpu.yaml",
+    "cuda": "conf/pact_bfcl-qwen3_4b-1n4g.yaml",
+}
+
+
+def run(config: Config, resume: str | None) -> None:
+    """The whole job, in the order of the paper's Algorithm 1."""
+    from pact_nemo.training.evaluation import evaluate
+    from pact_nemo.training.finish import finish
+    from pact_nemo.training.loop import train
+    from pact_nemo.training.setup import open_experiment
+    from pact_nemo.training.warmup import warm_up
+
+    with open_experiment(config, resume) as experiment:
+        warm_up(experiment, evaluate)  # named stage, the same for every method; steps=0 leaves it out
+        evaluate(experiment, "before")
+        train(experiment)  # for each step: rollouts | x -> advantages -> gate -> update under x and [x; h*] -> refit
+        evaluate(experiment, "after")
+        finish(experiment)  # HF export, summary.json, report.html
+
+
+if __name__ == "__main__":
+    main(run, PRESETS, description=__doc__)

@@ -1,0 +1,381 @@
+"""BFCL: ground truth passes, nothing else does by accident, sessions don't touch one another, call text holds literals only."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import pytest
+
+from pact_nemo.environments.base import Outcome, Task, ToolCall
+from pact_nemo.environments.bfcl import BFCLEnvironment
+from pact_nemo.environments.bfcl_backend import protect_strings
+from pact_nemo.environments.bfcl_data import CATEGORIES, function_documents, load_category
+from pact_nemo.environments.grounding import is_grounded
+from pact_nemo.errors import ConfigError, EnvironmentFailure
+
+
+@cache
+def environment(window: str, category: str | None = None, **settings: object) -> BFCLEnvironment:
+    return BFCLEnvironment(categories=(category,) if category else CATEGORIES, window=window, **settings)
+
+
+def _globals() -> list[str]:
+    from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_utils
+
+    return [key for key in vars(multi_turn_utils) if key.endswith("_instance")]
+
+
+def _play(env: BFCLEnvironment, task: Task, calls: list[list[ToolCall]]) -> tuple[Outcome, list[str]]:
+    """Run an episode with the given calls per user turn, one call per assistant turn."""
+    session = env.start(task)
+    try:
+        observations = []
+        for turn in calls:
+            for call in turn:
+                observations += session.execute([call])
+            session.next_user_turn()
+        return session.outcome(), observations
+    finally:
+        session.close()
+
+
+def _reference(task: Task) -> list[list[ToolCall]]:
+    return [list(turn) for turn in task.reference_calls]
+
+
+@pytest.mark.parametrize(("window", "count"), [("full", 800), ("turn", 912)])
+def test_ground_truth_of_every_task_passes_the_official_checker(window: str, count: int) -> None:
+    env = environment(window)
+    tasks = env.tasks()
+    assert len(tasks) == count and len({task.id for task in tasks}) == count
+    failed = {task.id: outcome.reason for task in tasks if not (outcome := _play(env, task, _reference(task))[0]).success}
+    assert failed == {}
+    assert _globals() == []
+
+
+@pytest.mark.parametrize("window", ["full", "turn"])
+def test_doing_nothing_or_nonsense_passes_no_task(window: str) -> None:
+    env = environment(window)
+    for task in env.tasks():
+        empty: list[list[ToolCall]] = [[] for _ in task.reference_calls]
+        assert not _play(env, task, empty)[0].success, task.id
+        unknown = [[ToolCall("no_such_function", {})] for _ in task.reference_calls]
+        assert not _play(env, task, unknown)[0].success, task.id
+
+
+def test_turn_window_fails_with_an_altered_argument() -> None:
+    env = environment("turn", "multi_turn_base")
+    insensitive: list[str] = []
+    checked = 0
+    for task in env.tasks():
+        call = task.reference_calls[0][-1]
+        texts = [key for key, value in call.arguments.items() if isinstance(value, str)]
+        if not texts:
+            continue
+        checked += 1
+        wrong = ToolCall(call.name, {**call.arguments, texts[0]: "zz_other"})
+        outcome, _ = _play(env, task, [[*task.reference_calls[0][:-1], wrong]])
+        if outcome.success:
+            insensitive.append(f"{call.name}({texts[0]})")
+        else:
+            assert outcome.score == 0.0 and outcome.reason.startswith("multi_turn:")
+    assert checked > 150
+    # BFCL's own backends ignore or can't tell these; nothing else passes
+    assert sorted(insensitive) == ["add_to_watchlist(stock)"] * 6 + ["authenticate_travel(client_id)"] * 2
+
+
+def test_turn_window_continues_from_the_replayed_state() -> None:
+    env = environment("turn", "multi_turn_base")
+    task = next(task for task in env.tasks() if task.id == "multi_turn_base_0#2")
+    session = env.start(task)
+    # only after the ground truth of turns 0 and 1 is the file there
+    assert "sorted_content" in session.execute([ToolCall("sort", {"file_name": "final_report.pdf"})])[0]
+    session.close()
+    fresh = environment("full", "multi_turn_base").tasks()[0]
+    session = environment("full", "multi_turn_base").start(fresh)
+    assert "error" in session.execute([ToolCall("sort", {"file_name": "final_report.pdf"})])[0].lower()
+    session.close()
+
+
+def test_turn_window_filters() -> None:
+    env = environment("turn", "multi_turn_base")
+    for task in env.tasks():
+        assert 1 <= len(task.reference_calls[0]) <= 2 and len(task.user_turns) == 1
+        if len(task.reference_calls[0]) == 1:
+            schema = {tool["name"]: tool["parameters"]["properties"] for tool in task.tools}[task.reference_calls[0][0].name]
+            for key, value in task.reference_calls[0][0].arguments.items():
+                assert value == schema[key].get("default") or is_grounded(value, task.user_turns[0][0]["content"]), (task.id, key)
+    loose = BFCLEnvironment(("multi_turn_base",), window="turn", grounded_only=False, max_calls=None).tasks()
+    assert len(loose) > len(env.tasks()) and max(len(task.reference_calls[0]) for task in loose) > 2
+    short = BFCLEnvironment(("multi_turn_base",), window="turn", max_user_chars=80).tasks()
+    assert short and all(len(task.user_turns[0][0]["content"]) <= 80 for task in short)
+
+
+def test_groups_are_scenarios_shared_by_the_categories() -> None:
+    groups = {category: {task.group for task in environment("full").tasks() if task.category == category} for category in CATEGORIES}
+    assert all(group == {str(number) for number in range(200)} for group in groups.values())
+    task = environment("turn", "multi_turn_base").tasks()[0]
+    assert task.id.startswith(f"multi_turn_base_{task.group}#")
+
+
+def test_unknown_tools_are_answered_and_not_executed() -> None:
+    env = environment("turn", "multi_turn_base", max_tools=3)
+    task = env.tasks()[0]
+    session = env.start(task)
+    before = [list(turn) for turn in session.steps]
+    [text] = session.execute([ToolCall("rm_everything", {"x": 1})])
+    assert text.startswith("Error: unknown function 'rm_everything'. Available: ")
+    assert all(tool["name"] in text for tool in task.tools)
+    hidden = next(tool["name"] for tool in function_documents()["GorillaFileSystem"] if tool["name"] not in {t["name"] for t in task.tools})
+    assert "unknown function" in session.execute([ToolCall(hidden, {})])[0]
+    assert session.steps == before
+    session.close()
+
+
+def test_wrong_arguments_get_the_benchmark_error_text() -> None:
+    env = environment("full", "multi_turn_base")
+    session = env.start(env.tasks()[0])
+    texts = session.execute([ToolCall("ls", {"colour": "red"}), ToolCall("cd", {}), ToolCall("cd", {"folder": "nowhere"})])
+    assert "unexpected keyword argument 'colour'" in texts[0]
+    assert "missing 1 required positional argument: 'folder'" in texts[1]
+    assert "nowhere" in texts[2]
+    session.close()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ToolCall("ls", {"a=__import__('os').system('true'), b": 1}),
+        ToolCall("ls", {"a": float("nan")}),
+        ToolCall("ls", {"a": object()}),
+        ToolCall("echo", {"content": "x" * 50_000}),
+    ],
+)
+def test_calls_that_are_no_literals_never_reach_the_backend(call: ToolCall, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = environment("full", "multi_turn_base")
+    session = env.start(env.tasks()[0])
+    monkeypatch.setattr(session._backend, "execute", lambda calls: pytest.fail(f"executed {calls}"))
+    assert session.execute([call])[0].startswith("Error: ")
+    assert session.steps == [[]]
+    session.close()
+
+
+def test_call_like_text_inside_an_argument_is_kept_as_written() -> None:
+    env = environment("full", "multi_turn_base")
+    session = env.start(env.tasks()[0])
+    content = "run ls() then 'cat (x)' and \"pwd\\\\()\"\n"
+    session.execute([ToolCall("touch", {"file_name": "t"}), ToolCall("echo", {"content": content, "file_name": "t"})])
+    [text] = session.execute([ToolCall("cat", {"file_name": "t"})])
+    import json
+
+    assert json.loads(text) == {"file_content": content}
+    session.close()
+
+
+def test_protect_strings_changes_no_value() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        value = "".join(rng.choice("ab ()'\"\\\n1_é") for _ in range(rng.randrange(12)))
+        text = protect_strings(f"f(x={value!r})")
+        assert eval(text, {"f": lambda x: x}) == value  # noqa: S307 - the literal was made two lines above
+        assert text.count("(") == 1 or "(" in value
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ToolCall("power", {"base": 10, "exponent": 10**9}),
+        ToolCall("power", {"base": 10**6, "exponent": 10**7}),
+        ToolCall("logarithm", {"value": 3.0, "base": 2.0, "precision": 10**9}),
+        ToolCall("square_root", {"number": 2, "precision": 10**9}),
+    ],
+)
+def test_endless_arithmetic_is_refused(call: ToolCall) -> None:
+    env = environment("full", "multi_turn_base")
+    task = next(task for task in env.tasks() if any(tool["name"] == "power" for tool in task.tools))
+    session = env.start(task)
+    started = time.monotonic()
+    assert session.execute([call])[0].startswith("Error: ")
+    assert time.monotonic() - started < 2.0
+    assert session.execute([ToolCall("power", {"base": 2, "exponent": 10})]) == ['{"result": 1024}']
+    session.close()
+
+
+def test_an_episode_that_stops_early_fails_as_in_the_official_runner() -> None:
+    env = environment("full", "multi_turn_base")
+    task = env.tasks()[1]
+    session = env.start(task)
+    for call in task.reference_calls[0]:
+        session.execute([call])
+    assert session.outcome() == Outcome(False, 0.0, "multi_turn:force_terminated")
+    session.close()
+    lenient = BFCLEnvironment(("multi_turn_base",), window="turn", judge_unfinished=True)
+    task = lenient.tasks()[0]
+    session = lenient.start(task)
+    for call in task.reference_calls[0]:
+        session.execute([call])
+    assert session.outcome().success
+    assert session.outcome().success  # may be asked twice
+    session.close()
+
+
+def test_a_call_after_the_end_is_an_environment_failure() -> None:
+    env = environment("turn", "multi_turn_base")
+    session = env.start(env.tasks()[0])
+    assert session.next_user_turn() is None
+    with pytest.raises(EnvironmentFailure):
+        session.execute([ToolCall("ls", {})])
+    session.close()
+    session.close()
+
+
+def test_miss_func_reveals_its_tools_at_the_right_turn() -> None:
+    env = environment("full", "multi_turn_miss_func")
+    seen = 0
+    for task, entry in zip(env.tasks(), load_category("multi_turn_miss_func"), strict=True):
+        offered = {tool["name"] for tool in task.tools}
+        session = env.start(task)
+        for turn in range(1, len(task.user_turns)):
+            upcoming = session.next_user_turn()
+            assert upcoming is not None
+            messages, revealed = upcoming
+            names = [tool["name"] for tool in revealed]
+            expected = entry.record["missed_function"].get(str(turn), [])
+            assert sorted(names) == sorted(expected)
+            assert not offered & set(names)
+            if names:
+                assert messages == [{"role": "user", "content": "I have updated some more functions you can choose from. What about now?"}]
+                seen += 1
+        session.close()
+    assert seen == 200
+
+
+def test_irrelevance_check_is_a_setting() -> None:
+    strict = BFCLEnvironment(("multi_turn_miss_func",), irrelevance_check=True)
+    task = next(task for task in strict.tasks() if task.category == "multi_turn_miss_func" and any(t["name"] == "pwd" for t in task.tools))
+    empty = next(turn for turn, calls in enumerate(task.reference_calls) if not calls)
+    calls = _reference(task)
+    calls[empty] = [ToolCall("pwd", {})]
+    assert _play(strict, task, calls)[0].reason == "multi_turn:irrelevance_error:decoder_success"
+    assert _play(environment("full", "multi_turn_miss_func"), task, calls)[0].success
+
+
+def test_max_tools_keeps_the_needed_ones_and_is_seeded() -> None:
+    tasks = environment("turn", "multi_turn_base", max_tools=5).tasks()
+    again = BFCLEnvironment(("multi_turn_base",), window="turn", max_tools=5).tasks()
+    other = BFCLEnvironment(("multi_turn_base",), window="turn", max_tools=5, seed=1).tasks()
+    documents = function_documents()
+    firsts = 0
+    for task, same in zip(tasks, again, strict=True):
+        names = [tool["name"] for tool in task.tools]
+        assert names == [tool["name"] for tool in same.tools]
+        assert len(names) == len(set(names)) == 5
+        needed = {call.name for call in task.reference_calls[0]}
+        assert needed <= set(names)
+        classes = task.data["entry"].classes
+        assert set(names) <= {tool["name"] for name in classes for tool in documents[name]}
+        firsts += names[0] in needed
+    assert any(a.tools != b.tools for a, b in zip(tasks, other, strict=True))
+    assert 0 < firsts < len(tasks) / 2  # the needed tool has no fixed place
+
+
+def test_schemas_use_json_schema_types() -> None:
+    def types(schema: dict) -> set[str]:
+        inner = [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]
+        return {schema["type"]}.union(*(types(item) for item in inner))
+
+    found = set().union(*(types(tool["parameters"]) for tools in function_documents().values() for tool in tools))
+    assert found <= {"object", "array", "string", "integer", "number", "boolean"}
+
+
+def test_long_observations_are_cut_for_the_policy_only() -> None:
+    env = BFCLEnvironment(("multi_turn_long_context",), window="full", max_observation_chars=50)
+    task = env.tasks()[0]
+    outcome, observations = _play(env, task, _reference(task))
+    assert outcome.success
+    assert max(map(len, observations)) == 50 + len(" [cut]")
+
+
+def test_concurrent_sessions_give_what_serial_ones_give() -> None:
+    env = environment("full")
+    rng = random.Random(1)
+    tasks = [rng.choice(env.tasks()) for _ in range(40)]
+    tasks += [tasks[0]] * 12  # the same task many times at once
+    plans = []
+    for index, task in enumerate(tasks):
+        calls = _reference(task)
+        if index % 3 == 1:  # some episodes go wrong, each in its own way
+            calls[index % len(calls)] = [ToolCall(task.tools[index % len(task.tools)]["name"], {})]
+        plans.append((task, calls))
+    serial = [_play(env, task, calls) for task, calls in plans]
+    barrier = threading.Barrier(8)
+
+    def worker(lane: int) -> list[tuple[int, tuple[Outcome, list[str]]]]:
+        barrier.wait(timeout=30)
+        return [(index, _play(env, *plans[index])) for index in range(lane, len(plans), 8)]
+
+    with ThreadPoolExecutor(8) as pool:
+        parallel = dict(pair for lane in pool.map(worker, range(8)) for pair in lane)
+    assert [parallel[index] for index in range(len(plans))] == serial
+    assert any(outcome.success for outcome, _ in serial) and any(not outcome.success for outcome, _ in serial)
+    assert _globals() == []
+
+
+def test_interleaved_sessions_of_one_task_do_not_see_each_other() -> None:
+    env = environment("full", "multi_turn_base")
+    task = env.tasks()[0]
+    one, two = env.start(task), env.start(task)
+    one.execute([ToolCall("mkdir", {"dir_name": "only_one"})])
+    assert "only_one" in one.execute([ToolCall("ls", {})])[0]
+    assert "only_one" not in two.execute([ToolCall("ls", {})])[0]
+    one.close()
+    assert "only_one" not in two.execute([ToolCall("ls", {})])[0]
+    two.close()
+    assert _globals() == []
+
+
+def test_settings_are_checked() -> None:
+    for settings in ({"categories": ("nope",)}, {"categories": "multi_turn_base"}, {"window": "half"}, {"max_tools": 0}):
+        with pytest.raises(ConfigError):
+            BFCLEnvironment(**settings)
+
+
+def test_importing_is_quiet_and_drags_in_no_vendor_sdk() -> None:
+    code = (
+        "import sys\n"
+        "from pact_nemo.environments.bfcl import BFCLEnvironment\n"
+        "env = BFCLEnvironment(('multi_turn_base',))\n"
+        "session = env.start(env.tasks()[0]); session.next_user_turn(); session.outcome(); session.close()\n"
+        "bad = {'openai', 'anthropic', 'cohere', 'mistralai', 'boto3', 'google.genai', 'torch', 'transformers'} & set(sys.modules)\n"
+        "assert not bad, bad\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "expected"),
+    [
+        ("notes.txt", "Open NOTES.TXT now", True),
+        ("notes.txt", "Open the notes", False),
+        (5, "give me 5 lines", True),
+        (5, "give me 15 lines", False),
+        (5, "give me 5.5 lines", False),
+        (5.0, "pay 5 dollars.", True),
+        (1500, "pay 1,500 dollars", True),
+        ("ab", "a cab", False),
+        (".", "the end.", False),
+        (True, "", True),
+        (["x1y", 3], "x1y and 3", True),
+        (["x1y", 4], "x1y and 3", False),
+        ({"k": "abc"}, "abc", True),
+    ],
+)
+def test_grounding(value: object, text: str, expected: bool) -> None:
+    assert is_grounded(value, text) is expected

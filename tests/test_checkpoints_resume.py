@@ -1,0 +1,202 @@
+"""Resuming: bit for bit under the same layout, to rounding under another one, and never from a torn checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pact_nemo.checkpoints import resume
+from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.policy import MegatronPolicy
+from tests.workers.policy_kit import launch, loss_fn, make_model, make_trees
+
+TREES = make_trees(4, seed=21)
+OPTIMIZER = {"lr": 1e-3, "eps": 1e-5, "lr_schedule": "linear", "warmup_steps": 1, "weight_decay": 0.01}
+
+
+def build(path: Path, *, keep_reference: bool = False, **config: Any) -> MegatronPolicy:
+    settings = PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 96, "logprob_chunk": 16, **config})
+    return MegatronPolicy(settings, OptimizerConfig(**OPTIMIZER), path, seed=1, total_steps=4, keep_reference=keep_reference)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("hf"), "llama")
+
+
+@pytest.mark.parametrize("config", [{}, {"distributed_optimizer": False}, {"precision": "bf16"}, {"precision": "bf16", "distributed_optimizer": False}], ids=str)
+def test_two_steps_are_one_step_and_one_resumed(config: dict[str, Any], hf: Path, tmp_path: Path) -> None:
+    straight = build(hf, **config)
+    initial = straight.logprobs(TREES)
+    straight.update(TREES, loss_fn)
+    expected = straight.update(TREES, loss_fn)
+
+    first = build(hf, **config)
+    first.update(TREES, loss_fn)
+    folder = resume.save(first, tmp_path, {"sampler": [1, 2], "x": None})
+    drawn = torch.rand(4)
+    resumed = build(hf, keep_reference=True, **config)
+    torch.rand(7)
+    assert resume.load(resumed, folder) == {"sampler": [1, 2], "x": None}
+    assert torch.equal(torch.rand(4), drawn), "random-number state"
+    result = resumed.update(TREES, loss_fn)
+    assert (result.loss, result.grad_norm, result.lr, resumed.step) == (expected.loss, expected.grad_norm, expected.lr, 2)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.chunks[0].parameters(), straight.chunks[0].parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.reference_logprobs(TREES), initial, strict=True)), "the reference is not the checkpoint"
+
+
+def test_a_step_after_resuming_differs_if_adam_forgot_its_past(hf: Path, tmp_path: Path) -> None:
+    """The previous test can fail: weights alone are not enough."""
+    straight = build(hf)
+    straight.update(TREES, loss_fn)
+    straight.export_hf(tmp_path / "weights", dtype="float32")
+    forgetful = build(tmp_path / "weights")
+    forgetful.step = 1
+    straight.update(TREES, loss_fn)
+    forgetful.update(TREES, loss_fn)
+    assert not all(torch.equal(a, b) for a, b in zip(forgetful.chunks[0].parameters(), straight.chunks[0].parameters(), strict=True))
+
+
+def test_resuming_under_other_layouts(hf: Path, tmp_path: Path) -> None:
+    layouts: dict[str, tuple[int, dict[str, Any]]] = {
+        "one": (1, {}),
+        "tp2": (2, {"tensor_parallel": 2}),
+        "pp2": (2, {"pipeline_parallel": 2}),
+        "pp2vp2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
+        "dp2": (2, {}),
+        "cp2": (2, {"context_parallel": 2}),
+    }
+    routes = [("one", "tp2"), ("one", "pp2"), ("tp2", "one"), ("tp2", "tp2"), ("pp2", "tp2"), ("pp2vp2", "one"), ("dp2", "pp2vp2"), ("cp2", "dp2")]
+
+    def job(name: str, layout: str, actions: list[list[Any]]) -> dict[str, Any]:
+        return {"name": name, "hf_path": str(hf), "config": layouts[layout][1], "optimizer": OPTIMIZER, "actions": actions}
+
+    def run(jobs: dict[str, tuple[str, list[list[Any]]]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for ranks in (1, 2):
+            part = [job(name, layout, actions) for name, (layout, actions) in jobs.items() if layouts[layout][0] == ranks]
+            found.update(launch(ranks, part, tmp_path))
+        return found
+
+    saving = {source: (source, [["update", None], ["save", str(tmp_path / source)], ["update", None]]) for source, _ in routes}
+    saving["one"][1].append(["export", str(tmp_path / "straight")])
+    straight = run(saving)
+    loading = {
+        f"{source}-{target}": (
+            target,
+            [["load", str(tmp_path / source / "step_000001")], ["update", None], ["export", str(tmp_path / f"{source}-{target}")]],
+        )
+        for source, target in routes
+    }
+    resumed = run(loading)
+    expected = load_file(tmp_path / "straight" / "model.safetensors")
+    for name, answers in resumed.items():
+        assert answers[0] == {"note": 1}
+        assert answers[1]["loss"] == pytest.approx(straight["one"][2]["loss"], abs=1e-6), name
+        assert answers[1]["grad_norm"] == pytest.approx(straight["one"][2]["grad_norm"], rel=1e-5), name
+        weights = load_file(tmp_path / name / "model.safetensors")
+        for key, value in expected.items():
+            torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-5, msg=f"{name} {key}")
+    assert resumed["tp2-tp2"][1] == straight["tp2"][2], "the same layout: bit for bit"
+
+
+@pytest.fixture(scope="module")
+def saved(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with two checkpoints."""
+    root = tmp_path_factory.mktemp("saved")
+    policy = build(hf)
+    for _ in range(2):
+        policy.update(TREES, loss_fn)
+        resume.save(policy, root, {"step": policy.step})
+    return root
+
+
+def truncate(folder: Path) -> None:
+    path = next((folder / "weights").glob("*.distcp"))
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(folder: Path) -> None:
+    path = next((folder / "weights").glob("*.distcp"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (truncate, "bytes, the manifest says"),
+    "flipped bit": (flip, "SHA-256"),
+    "missing file": (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
+    "missing manifest": (lambda folder: (folder / "manifest.json").unlink(), "incomplete"),
+    "broken manifest": (lambda folder: (folder / "manifest.json").write_text("{"), "incomplete"),
+    "other schema": (lambda folder: (folder / "manifest.json").write_text('{"schema": 99, "files": {}}'), "schema 99"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_torn_checkpoints_are_refused_and_the_older_one_is_found_on_request(kind: str, saved: Path, hf: Path, tmp_path: Path) -> None:
+    damage, message = DAMAGE[kind]
+    root = tmp_path / "root"
+    shutil.copytree(saved, root)
+    newest = resume.latest(root)
+    assert newest == root / "step_000002" == resume.latest_complete(root)
+    damage(newest)
+    policy = build(hf)
+    before = [param.detach().clone() for param in policy.chunks[0].parameters()]
+    with pytest.raises(CheckpointError, match=message):
+        resume.load(policy, newest)
+    assert all(torch.equal(a, b) for a, b in zip(policy.chunks[0].parameters(), before, strict=True))
+    assert resume.latest(root) == newest, "no silent fallback"
+    older = resume.latest_complete(root)
+    assert older == root / "step_000001"
+    assert resume.load(policy, older) == {"step": 1} and policy.step == 1
+
+
+def test_checkpoints_of_another_model_are_refused(saved: Path, tmp_path: Path) -> None:
+    other = build(make_model(tmp_path, "qwen3"))
+    with pytest.raises(CheckpointError, match="doesn't fit this model"):
+        resume.load(other, saved / "step_000002")
+
+
+def test_a_step_is_saved_once_and_a_failed_save_leaves_nothing_behind(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = build(hf)
+    resume.save(policy, tmp_path, {})
+    with pytest.raises(CheckpointError, match="exists already"):
+        resume.save(policy, tmp_path, {})
+    policy.step = 1
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        resume.save(policy, tmp_path, {"loss": float("nan")})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000000"]
+    assert resume.latest(tmp_path) == tmp_path / "step_000000"
+
+
+def test_policies_without_an_optimizer_cannot_be_saved(hf: Path, tmp_path: Path) -> None:
+    policy = MegatronPolicy(PolicyConfig(precision="fp32"), OptimizerConfig(), hf, seed=1, total_steps=1, trainable=False)
+    with pytest.raises(ConfigError, match="export it instead"):
+        resume.save(policy, tmp_path, {})
+
+
+def test_finding_and_pruning(tmp_path: Path) -> None:
+    assert resume.latest(tmp_path) is None and resume.latest_complete(tmp_path / "absent") is None
+    for step in (3, 20, 1000000):
+        folder = resume.checkpoint_path(tmp_path, step)
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps({"schema": 1, "files": {}}))
+    (tmp_path / ".step_000021.9.tmp").mkdir()
+    assert resume.steps(tmp_path) == [3, 20, 1000000]
+    with pytest.raises(CheckpointError, match="latest is missing"):
+        resume.latest(tmp_path)
+    assert resume.prune(tmp_path, 2) == [3] and resume.steps(tmp_path) == [20, 1000000]
+    (tmp_path / "latest").write_text("step_000003\n")
+    with pytest.raises(CheckpointError, match="not there"):
+        resume.latest(tmp_path)
+    with pytest.raises(CheckpointError, match="keep=0"):
+        resume.prune(tmp_path, 0)

@@ -1,0 +1,128 @@
+"""Rewards and advantages against brute force and hand-computed numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pact_nemo.objective.advantages import group_advantages, normalise, returns_to_go
+from pact_nemo.objective.rewards import assign, call_similarity, match_calls, token_f1, turn_rewards, values_equal
+
+
+@dataclass(frozen=True)
+class Call:
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def test_similarity_by_hand() -> None:
+    reference = Call("f", {"a": 1, "b": "x"})
+    assert call_similarity(Call("g", {"a": 1, "b": "x"}), reference) == 0.0
+    assert call_similarity(reference, reference) == 1.0
+    # names {a, c} against {a, b}: Jaccard 1/3; one equal value: (1 + 1/3 + 1) / 4
+    assert call_similarity(Call("f", {"a": 1.0, "c": 2}), reference) == pytest.approx((1 + 1 / 3 + 1) / 4)
+    assert call_similarity(Call("f"), reference) == pytest.approx(1 / 4)
+    assert call_similarity(Call("f"), Call("f")) == 1.0
+
+
+def test_values_are_compared_as_json_means_them() -> None:
+    assert values_equal(1, 1.0) and values_equal([1, {"a": "b"}], (1.0, {"a": "b"}))
+    assert not values_equal(True, 1) and not values_equal(0, False) and not values_equal("1", 1)
+    assert not values_equal([1, 2], [2, 1]) and not values_equal({"a": 1}, {"a": 1, "b": 2})
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_hungarian_equals_brute_force(rows: int, columns: int, random: Any) -> None:
+    weights = np.array([[random.choice([0.0, random.random()]) for _ in range(columns)] for _ in range(rows)])
+    padded = np.zeros((max(rows, columns),) * 2)
+    padded[:rows, :columns] = weights
+    best = max(sum(padded[i, p[i]] for i in range(len(padded))) for p in itertools.permutations(range(len(padded))))
+    pairs = assign(weights)
+    assert sum(weights[a, b] for a, b in pairs) == pytest.approx(best)
+    assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs)
+    assert sum(weights[a, b] for a, b in assign(weights, "greedy")) <= best + 1e-12
+
+
+def test_greedy_and_hungarian_differ_where_they_should() -> None:
+    weights = np.array([[0.9, 0.8], [0.8, 0.0]])
+    assert assign(weights) == [(0, 1), (1, 0)]
+    assert assign(weights, "greedy") == [(0, 0)]
+    with pytest.raises(ValueError, match="auction"):
+        assign(weights, "auction")
+
+
+def test_each_reference_call_pays_once_and_only_within_its_user_turn() -> None:
+    call = Call("f", {"a": 1})
+    assert match_calls([call, call], [call], penalty=0.25) == [1.0, -0.25]
+    assert match_calls([call], [call], groups=([0], [1])) == [0.0]
+    assert match_calls([], [call]) == []
+
+
+def test_turn_rewards_by_hand() -> None:
+    f, g = Call("f", {"a": 1}), Call("g", {})
+    rewards = turn_rewards(
+        [[f], [f, g], [], []], [0, 0, 0, 0], [f, g], [0, 0], is_tool_turn=[True, True, True, False], malformed=[0, 0, 2, 0], outcome=1.0,
+        penalty=0.5, outcome_weight=2.0,
+    )  # fmt: skip
+    assert rewards.tolist() == [1.0, (-0.5 + 1.0) / 2, -0.5, 2.0]
+    assert turn_rewards([], [], [f], [0], is_tool_turn=[], malformed=[], outcome=0.0).tolist() == []
+
+
+def test_token_f1() -> None:
+    assert token_f1("The answer is 42.", "answer: 42") == pytest.approx(2 * (2 / 3) * 1 / (2 / 3 + 1))
+    assert token_f1("", "") == 1.0 and token_f1("x", "") == 0.0 and token_f1("x", "y") == 0.0
+
+
+def test_advantages_by_hand() -> None:
+    rewards = [np.array([1.0, 0.0]), np.array([0.0, 1.0]), np.array([0.0])]
+    result = group_advantages(rewards, gamma=0.5, eps=0.0)
+    # totals 1, 1, 0: mean 2/3, sample std 1/sqrt(3)
+    std = math.sqrt(1 / 3)
+    assert result.trajectory == pytest.approx([(1 / 3) / std, (1 / 3) / std, (-2 / 3) / std])
+    # returns-to-go at turn 0: 1, 0.5, 0; at turn 1: 0, 1 (third rollout does not reach it)
+    assert [t[0] for t in result.turn] == pytest.approx([1.0, 0.0, -1.0])
+    assert [result.turn[0][1], result.turn[1][1]] == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)])
+    assert result.combined[0] == pytest.approx(result.trajectory[0] + result.turn[0])
+    halved = group_advantages(rewards, gamma=0.5, eps=0.0, combine="mean")
+    assert halved.combined[1] == pytest.approx(result.combined[1] / 2)
+    assert group_advantages(rewards, turn_level=False).combined[2] == pytest.approx(group_advantages(rewards).trajectory[2:3])
+
+
+def test_equal_rewards_lone_turns_and_failed_rollouts_carry_nothing() -> None:
+    same = group_advantages([np.array([0.1, 0.2])] * 4)
+    assert all(np.all(a == 0.0) for a in same.combined)
+    lone = group_advantages([np.array([1.0, 5.0]), np.array([0.0])], eps=0.0)
+    assert lone.turn[0][1] == 0.0
+    kept = group_advantages([np.array([1.0]), np.array([0.0])])
+    with_failed = group_advantages([np.array([1.0]), np.array([99.0]), np.array([0.0])], mask=[True, False, True])
+    assert with_failed.combined[1].tolist() == [0.0]
+    assert [with_failed.combined[0][0], with_failed.combined[2][0]] == [kept.combined[0][0], kept.combined[1][0]]
+    with pytest.raises(ValueError, match="finite"):
+        group_advantages([np.array([np.nan])])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.floats(-2, 2), min_size=1, max_size=5), min_size=2, max_size=6), st.floats(0, 1))
+def test_advantages_equal_a_naive_double_loop(rows: list[list[float]], gamma: float) -> None:
+    rewards = [np.array(r) for r in rows]
+    result = group_advantages(rewards, gamma=gamma, eps=1e-3)
+    for k, row in enumerate(rows):
+        for t in range(len(row)):
+            def to_go(r: list[float], t: int = t) -> float:
+                return sum(gamma ** (u - t) * r[u] for u in range(t, len(r)))
+
+            assert returns_to_go(rewards[k], gamma)[t] == pytest.approx(to_go(row))
+            peers = [returns_to_go(np.array(r), gamma)[t] for r in rows if len(r) > t]
+            mean = sum(peers) / len(peers)
+            spread = math.sqrt(sum((p - mean) ** 2 for p in peers) / max(len(peers) - 1, 1))
+            expected = 0.0 if len(set(peers)) == 1 else (returns_to_go(rewards[k], gamma)[t] - mean) / (spread + 1e-3)
+            assert result.turn[k][t] == pytest.approx(expected, abs=1e-9)
+    assert normalise(np.array([3.0]), 1e-6).tolist() == [0.0]

@@ -1,0 +1,177 @@
+"""megatron-core without CUDA: one test per redirected call, so that a new version shows what moved."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pact_nemo.policy import device
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the redirection is for machines without CUDA")
+device.prepare_megatron()
+
+CPU = torch.device("cpu")
+
+
+def test_installing_twice_changes_nothing() -> None:
+    before = torch.zeros
+    assert device.install_cpu_redirection() is True
+    assert torch.zeros is before
+
+
+def test_with_cuda_nothing_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "use_cuda", lambda: True)
+    monkeypatch.setattr(device, "_redirect_cuda_module", lambda: pytest.fail("redirected although CUDA is there"))
+    monkeypatch.setattr(device, "_installed", False)
+    assert device.install_cpu_redirection() is False
+
+
+FACTORIES: dict[str, Callable[..., torch.Tensor]] = {
+    "zeros": lambda **k: torch.zeros(2, **k),
+    "ones": lambda **k: torch.ones(2, **k),
+    "empty": lambda **k: torch.empty(2, **k),
+    "full": lambda **k: torch.full((2,), 1.0, **k),
+    "tensor": lambda **k: torch.tensor([1.0], **k),
+    "arange": lambda **k: torch.arange(3, **k),
+    "rand": lambda **k: torch.rand(2, **k),
+    "randn": lambda **k: torch.randn(2, **k),
+    "randint": lambda **k: torch.randint(0, 3, (2,), **k),
+    "linspace": lambda **k: torch.linspace(0, 1, 3, **k),
+    "eye": lambda **k: torch.eye(2, **k),
+    "as_tensor": lambda **k: torch.as_tensor([1.0], **k),
+    "zeros_like": lambda **k: torch.zeros_like(torch.ones(2), **k),
+    "ones_like": lambda **k: torch.ones_like(torch.ones(2), **k),
+    "empty_like": lambda **k: torch.empty_like(torch.ones(2), **k),
+    "full_like": lambda **k: torch.full_like(torch.ones(2), 1.0, **k),
+}
+
+
+def test_every_factory_has_its_test() -> None:
+    assert set(FACTORIES) == set(device._FACTORIES)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("spelling", ["cuda", "cuda:0", torch.device("cuda", 0)])
+def test_factories_with_a_cuda_device(name: str, spelling: Any) -> None:
+    before = device.REDIRECTED[f"torch.{name}"]
+    assert FACTORIES[name](device=spelling).device == CPU
+    assert device.REDIRECTED[f"torch.{name}"] == before + 1
+    assert FACTORIES[name](device="meta").device.type == "meta", "other devices pass through"
+
+
+def test_pinned_memory_is_ordinary_memory() -> None:
+    assert torch.zeros(2, pin_memory=True).tolist() == [0.0, 0.0]
+
+
+def test_device_context_still_reaches_the_factories() -> None:
+    with torch.device("meta"):
+        assert torch.zeros(2).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("current_device", (), CPU),
+        ("device_count", (), 0),
+        ("get_device_capability", (), (0, 0)),
+        ("synchronize", (), None),
+        ("empty_cache", (), None),
+        ("set_device", (0,), None),
+        ("memory_allocated", (), 0),
+        ("max_memory_allocated", (), 0),
+    ],
+)
+def test_cuda_module_answers(name: str, arguments: tuple[Any, ...], expected: Any) -> None:
+    assert getattr(torch.cuda, name)(*arguments) == expected
+    assert device.REDIRECTED[f"torch.cuda.{name}"] > 0
+
+
+@pytest.mark.parametrize("name", ["current_stream", "default_stream"])
+def test_streams_have_nothing_to_wait_for(name: str) -> None:
+    stream = getattr(torch.cuda, name)()
+    stream.wait_stream(torch.cuda.Stream(device=torch.cuda.current_device()))
+    stream.wait_event(torch.cuda.Event(enable_timing=True))
+    assert stream.query() and stream.record_event().elapsed_time(None) == 0.0
+    with torch.cuda.stream(stream), stream:
+        stream.synchronize()
+
+
+def test_profiler_ranges_are_ignored() -> None:
+    torch.cuda.nvtx.range_push("x")
+    torch.cuda.nvtx.range_pop()
+    torch.cuda.nvtx.mark("x")
+    with torch.cuda.nvtx.range("x"):
+        pass
+
+
+def test_tensor_methods() -> None:
+    tensor = torch.ones(2)
+    assert tensor.cuda() is tensor and tensor.cuda(non_blocking=True) is tensor
+    assert tensor.to("cuda") is tensor and tensor.to(device="cuda:0") is tensor
+    assert tensor.to(torch.float64).dtype == torch.float64
+    module = torch.nn.Linear(1, 1)
+    assert module.cuda() is module
+
+
+def test_type_strings_name_cuda_to_megatron_only() -> None:
+    assert torch.ones(1).type() == "torch.FloatTensor"
+    asked = compile("answer = tensor.type()", "/somewhere/megatron/core/asks.py", "exec")
+    scope: dict[str, Any] = {"tensor": torch.ones(1, dtype=torch.bfloat16)}
+    exec(asked, scope)
+    assert scope["answer"] == "torch.cuda.BFloat16Tensor"
+    assert torch.ones(1).type(torch.float64).dtype == torch.float64
+
+
+def test_cuda_random_state_is_the_cpu_generators() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    torch.cuda.manual_seed(5)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3)
+    megatron_random._set_cuda_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+    torch.cuda.set_rng_state(megatron_random._get_cuda_rng_state())
+
+
+def test_torch_compile_is_left_alone_outside_megatron() -> None:
+    from megatron.core import jit
+
+    def function(x: int) -> int:
+        return x
+
+    assert jit.jit_fuser(function) is function, "megatron's fused kernels stay plain functions"
+    assert torch.compile(function) is not function, "others may still compile"
+
+
+def test_stand_ins_are_gone_after_the_import() -> None:
+    assert "transformer_engine" not in sys.modules
+    assert not any(name.endswith("attention_context.triton.tensor_ops") for name in sys.modules)
+    from megatron.core.extensions import transformer_engine as extension
+
+    assert not extension.HAVE_TE
+
+
+def test_scatter_makes_its_chunks_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(dist, "scatter", lambda tensor, chunks=None, *a, **k: seen.extend(chunk.is_contiguous() for chunk in chunks or []))
+    device._patch_gloo_scatter()
+    dist.scatter(torch.empty(2, 2), list(torch.ones(2, 4).chunk(2, dim=1)))
+    dist.scatter(torch.empty(2, 2))
+    assert seen == [True, True]
+
+
+def test_a_plain_process_is_a_job_of_one_rank() -> None:
+    code = (
+        "import torch.distributed as dist\n"
+        "from pact_nemo.policy.device import init_distributed, local_device\n"
+        "init_distributed(30); init_distributed(30)\n"
+        "print(dist.get_world_size(), dist.get_backend(), local_device())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["1", "gloo", "cpu"], done.stderr

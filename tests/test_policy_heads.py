@@ -1,0 +1,95 @@
+"""The chunked vocabulary head against plain log_softmax in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pact_nemo.policy.heads import vocab_parallel_logprobs
+
+
+def inputs(rows: int = 11, hidden: int = 6, vocab: int = 17, padded: int = 20, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(rows, hidden, generator=generator, dtype=dtype).requires_grad_()
+    w = torch.randn(padded, hidden, generator=generator, dtype=dtype).requires_grad_()
+    return h, w, torch.randint(0, vocab, (rows,), generator=generator)
+
+
+def reference(h: torch.Tensor, w: torch.Tensor, target: torch.Tensor, vocab: int, temperature: float) -> torch.Tensor:
+    return (h @ w[:vocab].t() / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_and_gradients_equal_log_softmax_of_the_true_vocabulary(chunk: int, temperature: float) -> None:
+    h, w, target = inputs()
+    upstream = torch.linspace(-2, 3, 11, dtype=torch.float64)
+    ours = vocab_parallel_logprobs(h, w, target, vocab_size=17, chunk=chunk, temperature=temperature)
+    grads = torch.autograd.grad((ours * upstream).sum(), (h, w))
+    expected = reference(h, w, target, 17, temperature)
+    expected_grads = torch.autograd.grad((expected * upstream).sum(), (h, w))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    for got, want in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_gradcheck() -> None:
+    h, w, target = inputs(rows=5, hidden=3, vocab=7, padded=8)
+    assert torch.autograd.gradcheck(lambda a, b: vocab_parallel_logprobs(a, b, target, vocab_size=7, chunk=2), (h, w))
+
+
+def test_large_logits_stay_finite() -> None:
+    h, w, target = inputs(dtype=torch.float32)
+    ours = vocab_parallel_logprobs(h * 1e4, w, target, vocab_size=17, chunk=4)
+    torch.testing.assert_close(ours, reference(h * 1e4, w, target, 17, 1.0), rtol=1e-5, atol=1e-2)
+    assert ours.isfinite().all()
+
+
+def test_bf16_inputs_give_float32_logprobs() -> None:
+    h, w, target = (t.detach().bfloat16().requires_grad_() if t.is_floating_point() else t for t in inputs(hidden=32))
+    ours = vocab_parallel_logprobs(h, w, target, vocab_size=17, chunk=4)
+    assert ours.dtype == torch.float32
+    expected = reference(h.double(), w.double(), target, 17, 1.0)
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=0.1)
+    for got, want in zip(torch.autograd.grad(ours.sum(), (h, w)), torch.autograd.grad(expected.sum(), (h, w)), strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), want.float(), rtol=0.05, atol=0.05)
+
+
+def test_entropy() -> None:
+    h, w, target = inputs()
+    entropy = torch.zeros(11, dtype=torch.float64)
+    vocab_parallel_logprobs(h, w, target, vocab_size=17, chunk=4, entropy_S=entropy)
+    expected = torch.distributions.Categorical(logits=(h @ w[:17].t()).detach()).entropy()
+    torch.testing.assert_close(entropy, expected, rtol=0, atol=1e-12)
+
+
+def test_no_scored_rows() -> None:
+    h, w, target = inputs(rows=0)
+    out = vocab_parallel_logprobs(h, w, target, vocab_size=17, chunk=4)
+    out.sum().backward()
+    assert out.shape == (0,) and w.grad is not None and not w.grad.any()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest storage that any operator returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+def test_never_more_logits_than_one_chunk() -> None:
+    rows, vocab, chunk = 64, 500, 8
+    h, w, target = inputs(rows=rows, hidden=4, vocab=vocab, padded=vocab, dtype=torch.float32)
+    with LargestTensor() as largest:
+        vocab_parallel_logprobs(h, w, target, vocab_size=vocab, chunk=chunk).sum().backward()
+    assert largest.elements == chunk * vocab

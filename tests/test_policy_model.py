@@ -1,0 +1,286 @@
+"""The policy in one process, against Hugging Face models, plain autograd and torch's AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pact_nemo.checkpoints.hf import export_version
+from pact_nemo.checkpoints.manifest import verify_manifest
+from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
+from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.packing import pack
+from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.policy.trees import Segment, TokenTree
+from tests.workers.policy_kit import VOCAB, loss_fn, make_model, make_trees
+
+from pact_nemo.policy import engine, model  # isort: skip
+
+FAMILIES = ["llama", "llama3", "qwen2", "qwen3"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_model(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return get
+
+
+def build(path: Path, *, optimizer: dict[str, Any] | None = None, policy: dict[str, Any] | None = None, **config: Any) -> MegatronPolicy:
+    settings = PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 96, "logprob_chunk": 16, **config})
+    return MegatronPolicy(settings, OptimizerConfig(**{"lr": 1e-3, "eps": 1e-5, **(optimizer or {})}), path, seed=1, total_steps=4, **(policy or {}))
+
+
+def hf_logprobs(hf: Any, trees: list[TokenTree]) -> torch.Tensor:
+    """Flat log-probs of all scored tokens: every segment scored in its own full sequence by transformers."""
+    values = []
+    for tree in trees:
+        for index, segment in enumerate(tree.segments):
+            prefix: list[int] = []
+            parent = tree.segments[index].parent
+            while parent >= 0:
+                prefix = tree.segments[parent].token_ids + prefix
+                parent = tree.segments[parent].parent
+            ids = torch.tensor(prefix + segment.token_ids)
+            logprobs = hf(ids[None]).logits[0].log_softmax(-1)
+            values += [logprobs[len(prefix) + i - 1, ids[len(prefix) + i]] for i, scored in enumerate(segment.scored) if scored]
+    return torch.stack(values)
+
+
+def load_hf(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_equal_transformers_and_weights_come_back_bit_for_bit(family: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+    policy = build(models(family), policy={"trainable": False})
+    trees = make_trees(5, seed=11, scale=3)
+    with torch.no_grad():
+        expected = hf_logprobs(load_hf(models(family)), trees)
+    torch.testing.assert_close(torch.cat(policy.logprobs(trees)), expected, rtol=0, atol=1e-5)
+    policy.export_hf(tmp_path / "out", dtype="float32")
+    before, after = load_file(models(family) / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (models(family) / name).read_bytes()
+    assert load_hf(tmp_path / "out").config.to_dict() | {"_name_or_path": ""} == load_hf(models(family)).config.to_dict() | {"_name_or_path": ""}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_an_update_equals_autograd_and_adamw_on_separate_sequences(family: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+    trees = make_trees(5, seed=12)
+    hf = load_hf(models(family))
+    plain = [p for name, p in hf.named_parameters() if p.dim() == 1]
+    decayed = [p for name, p in hf.named_parameters() if p.dim() > 1]
+    adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1e-3, eps=1e-5, betas=(0.8, 0.9))
+    streams = {"weight": torch.cat([tree.streams["weight"] for tree in trees])}
+    policy = build(models(family), optimizer={"weight_decay": 0.1, "betas": [0.8, 0.9], "clip_grad": 0.5})
+    for _ in range(2):
+        logprobs = hf_logprobs(hf, trees)
+        loss, metrics = loss_fn(logprobs, streams)
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), 0.5)
+        adamw.step()
+        result = policy.update(trees, loss_fn)
+        assert result.loss == pytest.approx(loss.item(), abs=1e-6)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5) and norm > 0.5, "clipping is at work"
+        assert result.metrics == pytest.approx({name: value.item() for name, value in metrics.items()}, rel=1e-5)
+        assert result.tokens == sum(tree.num_tokens for tree in trees)
+        torch.testing.assert_close(torch.cat(result.logprobs), logprobs.detach(), rtol=0, atol=1e-5)
+    policy.export_hf(tmp_path, dtype="float32")
+    weights = load_hf(tmp_path).state_dict()
+    for name, value in hf.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one_tree_per_row": {"micro_batch_tokens": 1},
+    "all_in_one_row": {"micro_batch_tokens": 10_000},
+    "no_sharing": {"share_prefix": False},
+    "no_sharing_small_rows": {"share_prefix": False, "micro_batch_tokens": 40},
+    "one_logit_row": {"logprob_chunk": 1},
+    "recompute_full": {"recompute": "full"},
+    "recompute_selective": {"recompute": "selective"},
+    "plain_optimizer": {"distributed_optimizer": False},
+}
+
+
+@pytest.fixture(scope="module")
+def baseline(models: Callable[[str], Path]) -> dict[str, Any]:
+    policy, trees = build(models("qwen3")), make_trees(6, seed=13)
+    return {"trees": trees, "results": [policy.update(trees, loss_fn) for _ in range(2)], "after": policy.logprobs(trees)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_result_depends_on_no_setting_of_how_it_is_computed(variant: str, baseline: dict[str, Any], models: Callable[[str], Path]) -> None:
+    policy = build(models("qwen3"), **VARIANTS[variant])
+    for expected in baseline["results"]:
+        result = policy.update(baseline["trees"], loss_fn)
+        assert result.loss == pytest.approx(expected.loss, abs=1e-6)
+        assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert result.metrics == pytest.approx(expected.metrics, rel=1e-5)
+        torch.testing.assert_close(result.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(policy.logprobs(baseline["trees"]), baseline["after"], rtol=0, atol=1e-5)
+
+
+def test_trees_equal_separate_sequences_to_the_last_digits_in_float64(models: Callable[[str], Path]) -> None:
+    config = PolicyConfig(precision="fp32", logprob_chunk=7)
+    model.initialize_model_parallel(config, seed=1)
+    bridge = model.load_bridge(models("qwen3"))
+    provider = bridge.to_megatron_provider(load_weights=False)
+    model.configure_provider(provider, config, cuda=False)
+    provider.params_dtype = torch.float64
+    (network,) = model.build_chunks(provider, bridge.hf_pretrained.config, config, cuda=False)
+    bridge.load_hf_weights([network])
+    trees = make_trees(4, seed=14)
+
+    def run(share_prefix: bool, budget: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        network.zero_grad()
+        flat = torch.zeros(sum(tree.num_scored for tree in trees), dtype=torch.float64)
+        for row in pack(trees, budget, share_prefix=share_prefix)[0]:
+            batch = engine.to_local(row, device=torch.device("cpu"), mask_dtype=torch.float64, temperature=1.0, entropy=False)
+            logprobs = network(batch.tokens, batch.tree.position_ids[None], None, packed_seq_params=batch.tree)
+            loss_fn(logprobs, batch.streams)[0].backward()
+            flat[row.flat_index] = logprobs.detach()
+        return flat, [param.grad.clone() for param in network.parameters()]
+
+    shared, shared_grads = run(True, 200)
+    separate, separate_grads = run(False, 1)
+    assert shared.dtype == torch.float64
+    torch.testing.assert_close(shared, separate, rtol=0, atol=1e-12)
+    for one, other in zip(shared_grads, separate_grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_the_cut_of_the_loss_over_calls_does_not_matter_and_empty_calls_never_happen(models: Callable[[str], Path]) -> None:
+    sizes: list[int] = []
+
+    def counting(logprob: torch.Tensor, streams: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        sizes.append(logprob.shape[0])
+        return loss_fn(logprob, streams)
+
+    trees = make_trees(4, seed=15)
+    policy = build(models("llama"), micro_batch_tokens=1)
+    policy.update(trees, counting)
+    assert len(sizes) == 4 and all(sizes) and sum(sizes) == sum(tree.num_scored for tree in trees)
+
+
+def test_an_update_without_tokens_leaves_a_zero_loss_and_gradient(models: Callable[[str], Path]) -> None:
+    policy = build(models("llama"))
+    result = policy.update([], loss_fn)
+    assert (result.loss, result.grad_norm, result.metrics, result.logprobs) == (0.0, 0.0, {}, [])
+    assert policy.logprobs([]) == []
+
+
+def test_temperature_and_entropy(models: Callable[[str], Path]) -> None:
+    policy = build(models("llama"), policy={"trainable": False})
+    ids = [3, 1, 4, 1, 5, 9]
+    tree = TokenTree([Segment(ids, -1, [False] + [True] * 5)])
+    with torch.no_grad():
+        logits = load_hf(models("llama"))(torch.tensor([ids])).logits[0, :-1]
+    logprobs, entropies = policy.logprobs_and_entropies([tree], temperature=0.5)
+    distribution = torch.distributions.Categorical(logits=logits / 0.5)
+    torch.testing.assert_close(logprobs[0], distribution.log_prob(torch.tensor(ids[1:])), rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropies[0], distribution.entropy(), rtol=0, atol=1e-5)
+
+
+def test_reference_logprobs_stay_those_of_the_initial_weights(models: Callable[[str], Path]) -> None:
+    trees = make_trees(3, seed=16)
+    policy = build(models("qwen2"), policy={"keep_reference": True})
+    initial = policy.logprobs(trees)
+    policy.update(trees, loss_fn)
+    trained = policy.logprobs(trees)
+    before = [param.detach().clone() for param in policy.chunks[0].parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(policy.reference_logprobs(trees), initial, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(policy.chunks[0].parameters(), before, strict=True)), "restored bit for bit"
+    assert not any(torch.equal(a, b) for a, b in zip(trained, initial, strict=True))
+    policy.update(trees, loss_fn)
+    assert not torch.equal(policy.logprobs(trees)[0], trained[0]), "the optimizer still reaches the weights"
+    with pytest.raises(ConfigError, match="keep_reference"):
+        build(models("qwen2")).reference_logprobs(trees)
+
+
+@pytest.mark.parametrize("kind", ["loss", "metric", "gradient"])
+def test_non_finite_numbers_are_refused_and_change_nothing(kind: str, models: Callable[[str], Path]) -> None:
+    trees = make_trees(3, seed=17)
+    policy, untouched = build(models("llama")), build(models("llama"))
+    before = [param.detach().clone() for param in policy.chunks[0].parameters()]
+
+    def broken(logprob: torch.Tensor, streams: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, metrics = loss_fn(logprob, streams)
+        if kind == "loss":
+            loss = loss + torch.tensor(float("nan"))
+        elif kind == "metric":
+            metrics["bad_metric"] = torch.tensor(float("inf"))
+        else:
+            loss = loss + (logprob * 0.0).abs().sqrt().sum()  # value 0, gradient NaN
+        return loss, metrics
+
+    with pytest.raises(NumericsError, match={"loss": "loss", "metric": "bad_metric", "gradient": "grad_norm"}[kind]):
+        policy.update(trees, broken)
+    assert policy.step == 0
+    assert all(torch.equal(a, b) for a, b in zip(policy.chunks[0].parameters(), before, strict=True))
+    assert policy.update(trees, loss_fn).grad_norm == untouched.update(trees, loss_fn).grad_norm, "no trace of it in the next step"
+
+
+def test_bf16_trains_with_float32_main_weights(models: Callable[[str], Path]) -> None:
+    trees = make_trees(5, seed=18)
+    exact = build(models("llama")).logprobs(trees)
+    policy = build(models("llama"), precision="bf16", optimizer={"lr": 1e-5})
+    assert {param.dtype for param in policy.chunks[0].parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(policy.logprobs(trees), exact, rtol=0, atol=0.25)
+    mains = [param for part in policy.optimizer.chained_optimizers for group in part.param_groups for param in group["params"]]
+    before = [main.clone() for main in mains]
+    result = policy.update(trees, loss_fn)
+    assert all(main.dtype == torch.float32 for main in mains)
+    changed = torch.cat([(a - b).abs().flatten() for a, b in zip(mains, before, strict=True)])
+    assert 0 < changed.max() < 2e-5, "steps far below bf16 resolution of the weights are kept"
+    assert result.grad_norm == pytest.approx(build(models("llama")).update(trees, loss_fn).grad_norm, rel=0.05)
+
+
+def test_exports_are_versioned_whole_and_in_the_dtype_asked_for(models: Callable[[str], Path], tmp_path: Path) -> None:
+    policy = build(models("llama3"), policy={"trainable": False})
+    folder = export_version(policy, tmp_path, 7, extra={"step": 7})
+    manifest = verify_manifest(folder, expect_version=7)
+    assert folder.name == "v000007" and manifest.extra == {"dtype": "bfloat16", "step": 7}
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_version(policy, tmp_path, 7)
+    with pytest.raises(ConfigError, match="int8"):
+        policy.export_hf(tmp_path / "x", dtype="int8")
+
+
+def test_large_exports_are_sharded_with_an_index(tmp_path: Path) -> None:
+    from pact_nemo.policy.hf_folder import write_weights
+
+    weights = {f"w{i}": torch.full((10,), float(i)) for i in range(5)}
+    write_weights(weights.items(), tmp_path, "float32", shard_bytes=80)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"]
+    loaded = {name: tensor for file in files for name, tensor in load_file(tmp_path / file).items()}
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], weights[name]) for name in weights)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    with pytest.raises(CheckpointError, match="twice"):
+        write_weights([("a", torch.ones(1)), ("a", torch.ones(1))], None, "float32")
+
+
+def test_what_cannot_be_built_is_refused_with_a_reason(models: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        build(tmp_path)
+    policy = build(models("llama"), policy={"trainable": False})
+    with pytest.raises(ConfigError, match="trainable"):
+        policy.update(make_trees(1), loss_fn)
+    assert policy.provider.vocab_size == VOCAB

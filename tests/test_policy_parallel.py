@@ -1,0 +1,92 @@
+"""Every parallel layout gives the step of one process: real gloo processes under torchrun, tiny models with an odd vocabulary.
+
+Compared: log-probs, loss, gradient norm, metrics, the weights after two steps (through the Hugging Face export, so the round trip under
+that layout is part of it), the round trip of untouched weights, and a refusal of non-finite numbers on all ranks together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.workers.policy_kit import launch, make_model
+
+FAMILIES = ["llama", "qwen2", "qwen3"]  # tied, tied with biases, untied with q/k norms
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"tensor_parallel": 2}),
+    "tp2_sp": (2, {"tensor_parallel": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline_parallel": 2}),
+    "pp2_vp2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
+    "cp2": (2, {"context_parallel": 2}),
+    "dp2": (2, {}),
+    "dp2_plain_optimizer": (2, {"distributed_optimizer": False}),
+    "dp2_no_sharing": (2, {"share_prefix": False}),
+    "pp2_recompute": (2, {"pipeline_parallel": 2, "recompute": "full"}),
+    "tp2_pp2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    "tp2_sp_cp2": (4, {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2}),
+    "pp2_dp2": (4, {"pipeline_parallel": 2}),
+    "cp2_dp2": (4, {"context_parallel": 2}),
+}
+FEW = {"dp2_plain_optimizer", "dp2_no_sharing", "pp2_recompute", "cp2_dp2"}  # one family is enough for these
+CASES = [(family, layout) for layout in LAYOUTS for family in (FAMILIES if layout not in FEW else FAMILIES[:1])]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results by "family-layout"; "one" is a single process."""
+    base = tmp_path_factory.mktemp("parallel")
+    for family in FAMILIES:
+        make_model(base / family, family)
+
+    def job(family: str, layout: str, config: dict[str, Any]) -> dict[str, Any]:
+        export = ["export", str(base / f"trained-{family}-{layout}")]
+        actions = [["export", str(base / f"initial-{family}-{layout}")], ["broken_update", None]]
+        actions += [["logprobs", None], ["entropies", None], ["update", None], ["update", None], export]
+        return {"name": f"{family}-{layout}", "hf_path": str(base / family), "config": config, "actions": actions}
+
+    found: dict[str, Any] = {"base": base}
+    found.update(launch(1, [job(family, "one", {}) for family in FAMILIES], base))
+    for ranks in (2, 4):
+        found.update(launch(ranks, [job(f, name, LAYOUTS[name][1]) for f, name in CASES if LAYOUTS[name][0] == ranks], base))
+    return found
+
+
+def flat(rows: list[list[float]]) -> torch.Tensor:
+    return torch.tensor([value for row in rows for value in row])
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_a_layout_gives_the_same_step(family: str, layout: str, results: dict[str, Any]) -> None:
+    ours, reference = results[f"{family}-{layout}"], results[f"{family}-one"]
+    for index in (2, 3):  # log-probs, entropies
+        torch.testing.assert_close(flat(ours[index]), flat(reference[index]), rtol=0, atol=1e-5)
+    for got, want in zip(ours[4:6], reference[4:6], strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], abs=1e-6)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+        assert got["metrics"] == pytest.approx(want["metrics"], rel=1e-5)
+        torch.testing.assert_close(flat(got["logprobs"]), flat(want["logprobs"]), rtol=0, atol=1e-5)
+    base: Path = results["base"]
+    trained, expected = (load_file(base / f"trained-{family}-{name}" / "model.safetensors") for name in (layout, "one"))
+    initial = load_file(base / family / "model.safetensors")
+    for name, value in expected.items():
+        torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-5, msg=name)
+        assert (value - initial[name]).abs().max() > 1e-4, f"{name} was trained"
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_untouched_weights_come_back_bit_for_bit(family: str, layout: str, results: dict[str, Any]) -> None:
+    base: Path = results["base"]
+    before, after = load_file(base / family / "model.safetensors"), load_file(base / f"initial-{family}-{layout}" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_non_finite_numbers_are_refused_on_all_ranks_together(family: str, layout: str, results: dict[str, Any]) -> None:
+    """Only one micro-batch on one rank sees them; the worker checks that every rank gives the same answer and goes on."""
+    message = results[f"{family}-{layout}"][1]
+    assert message == "step 1: not finite: loss, bad; the weights were not changed"

@@ -1,0 +1,296 @@
+"""The episode loop against a scripted policy and environment, with the real chat format."""
+
+import asyncio
+import threading
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from pact_nemo.chat.template import ChatFormat
+from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.environments.base import Outcome, Task, ToolCall
+from pact_nemo.errors import EnvironmentFailure, ServerError, ToolCallError
+from pact_nemo.rollouts.batch import run_batch
+from pact_nemo.rollouts.client import Completion, StaleWeights
+from pact_nemo.rollouts.config import EpisodeLimits, Sampling
+from pact_nemo.rollouts.episode import SeedPath, run_episode
+
+LS = {"name": "ls", "description": "List a folder.", "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}}}
+CD = {"name": "cd", "description": "Enter a folder.", "parameters": {"type": "object", "properties": {"to": {"type": "string"}}}}
+LIMITS = EpisodeLimits(max_turns_per_user_turn=4, max_turns=8, max_turn_tokens=64, max_response_tokens=1024, max_model_len=2048)
+SEEDS = SeedPath(run_seed=1, step=0)
+
+
+def make_task(task_id="t0", text="What is in here?"):
+    return Task(task_id, task_id, "scripted", (({"role": "user", "content": text},),), (LS,), ((ToolCall("ls", {"a": True}),),))
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return ChatFormat.from_pretrained(materialise_embedded_model(Path(__file__).parents[1] / ".cache" / "pact_nemo"), "pythonic")
+
+
+@dataclass
+class ScriptedSession:
+    task: Task
+    later_turns: list = field(default_factory=list)
+    fail: object = None
+    executed: list = field(default_factory=list)
+    closed: int = 0
+    threads: set = field(default_factory=set)
+
+    def execute(self, calls):
+        self.threads.add(threading.get_ident())
+        if self.fail is not None:
+            raise self.fail
+        self.executed += calls
+        return [f"ran {call.name}" for call in calls]
+
+    def next_user_turn(self):
+        return self.later_turns.pop(0) if self.later_turns else None
+
+    def outcome(self):
+        return Outcome(bool(self.executed), float(bool(self.executed)))
+
+    def close(self):
+        self.closed += 1
+
+
+@dataclass
+class ScriptedEnvironment:
+    later_turns: list = field(default_factory=list)
+    fail: object = None
+    sessions: list = field(default_factory=list)
+
+    def tasks(self):
+        return []
+
+    def start(self, task):
+        self.sessions.append(ScriptedSession(task, list(self.later_turns), self.fail))
+        return self.sessions[-1]
+
+
+class ScriptedPolicy:
+    """Says the texts in order; an exception instead of a text is raised; ``cut`` leaves out the end-of-turn token."""
+
+    def __init__(self, chat, texts, cut=(), version=3):
+        self.chat, self.texts, self.cut, self.weight_version = chat, list(texts), set(cut), version
+        self.requests = []
+
+    async def generate(self, request):
+        index = len(self.requests)
+        self.requests.append(request)
+        text = self.texts[index]
+        if isinstance(text, Exception):
+            raise text
+        ids = self.chat.encode_assistant(text)[0]
+        cut = index in self.cut or len(ids) + 1 > request.max_tokens
+        ids = ids[: request.max_tokens] if cut else [*ids, self.chat.eos_ids[0]]
+        return Completion(ids, [-0.5 - index] * len(ids), "length" if cut else "stop", self.weight_version)
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        return None
+
+
+def play(chat, policy, environment=None, limits=LIMITS, task=None):
+    environment = environment if environment is not None else ScriptedEnvironment()
+    rollout = asyncio.run(run_episode(task or make_task(), 0, environment, chat, policy, limits, Sampling(), SEEDS))
+    for session in environment.sessions:
+        assert session.closed == 1
+    n = len(rollout.token_ids)
+    assert len(rollout.loss_mask) == len(rollout.sampler_logprobs) == n
+    policy_written = {i for turn in rollout.turns for i in range(turn.start, turn.end)}
+    assert [i in policy_written for i in range(n)] == [bool(bit) for bit in rollout.loss_mask]
+    return rollout
+
+
+def test_a_tool_episode_is_what_the_template_would_render(chat):
+    environment = ScriptedEnvironment(later_turns=[([{"role": "user", "content": "Go to docs."}], [CD])])
+    texts = ["Use ls.\n[ls(a=True)]", "There are two files.", "[cd(to='docs')]", "Done."]
+    policy = ScriptedPolicy(chat, texts)
+    rollout = play(chat, policy, environment)
+    assert rollout.status == "ok" and rollout.error is None and rollout.outcome == Outcome(True, 1.0)
+    assert [turn.text for turn in rollout.turns] == texts
+    assert [turn.user_turn for turn in rollout.turns] == [0, 0, 1, 1]
+    assert [turn.observations for turn in rollout.turns] == [["ran ls"], [], ["ran cd"], []]
+    assert environment.sessions[0].executed == [ToolCall("ls", {"a": True}), ToolCall("cd", {"to": "docs"})]
+    assert threading.get_ident() not in environment.sessions[0].threads  # the event loop is never blocked by a tool
+
+    revealed = f"{chat.tool_format.render_new_tools([CD])}\nGo to docs."
+    conversation = [
+        *make_task().user_turns[0],
+        {"role": "assistant", "content": texts[0]},
+        *chat.tool_format.render_observation(["ran ls"]),
+        {"role": "assistant", "content": texts[1]},
+        {"role": "user", "content": revealed},
+        {"role": "assistant", "content": texts[2]},
+        *chat.tool_format.render_observation(["ran cd"]),
+        {"role": "assistant", "content": texts[3]},
+    ]
+    rendered = chat.render(conversation, [LS], generation=False)
+    sampled = chat.tokenizer.decode(rollout.prompt_ids + rollout.token_ids)
+    assert rendered.startswith(sampled) and rendered[len(sampled) :].strip() == ""
+
+
+def test_each_request_is_prompt_plus_everything_so_far_verbatim(chat):
+    policy = ScriptedPolicy(chat, ["[ls()]", "[ls()]", "Done."])
+    rollout = play(chat, policy)
+    for request, turn in zip(policy.requests, rollout.turns, strict=True):
+        assert list(request.prompt_ids) == rollout.prompt_ids + rollout.token_ids[: turn.start]
+        assert list(request.stop_token_ids) == chat.eos_ids
+    assert rollout.sampler_logprobs == [
+        -0.5 - next(k for k, t in enumerate(rollout.turns) if t.start <= i < t.end) if bit else 0.0
+        for i, bit in enumerate(rollout.loss_mask)
+    ]
+
+
+def test_a_malformed_call_is_answered_not_raised(chat):
+    rollout = play(chat, ScriptedPolicy(chat, ["[ls(a=open('x'))]", "[ls(a=True)]", "Done."]))
+    bad = rollout.turns[0]
+    assert bad.calls == [] and len(bad.call_errors) == 1 and bad.is_tool_turn
+    assert bad.observations == [f"Error: the call could not be read: {bad.call_errors[0]}"]
+    shown = chat.tokenizer.decode(rollout.token_ids[bad.end : rollout.turns[1].start])
+    assert bad.observations[0] in shown
+    assert rollout.status == "ok" and rollout.outcome.success
+
+
+def test_calls_that_the_environment_refuses_are_observations(chat):
+    rollout = play(chat, ScriptedPolicy(chat, ["[ls(), ls()]", "Done."]), ScriptedEnvironment(fail=ToolCallError("no such tool")))
+    assert rollout.turns[0].observations == ["Error: no such tool"] * 2
+    assert rollout.status == "ok"
+
+
+@pytest.mark.parametrize("failure", [EnvironmentFailure("sandbox gone"), ZeroDivisionError("simulator bug")])
+def test_a_broken_environment_fails_the_rollout_only(chat, failure):
+    rollout = play(chat, ScriptedPolicy(chat, ["[ls()]", "Done."]), ScriptedEnvironment(fail=failure))
+    assert rollout.status == "failed" and rollout.outcome is None
+    assert str(failure) in rollout.error
+
+
+def test_a_broken_start_or_close_is_survived(chat):
+    environment = ScriptedEnvironment()
+    environment.start = lambda task: 1 / 0
+    assert play(chat, ScriptedPolicy(chat, []), environment).status == "failed"
+    environment = ScriptedEnvironment()
+    rollout = asyncio.run(run_episode(make_task(), 0, NoClose(environment), chat, ScriptedPolicy(chat, ["Hi."]), LIMITS, Sampling(), SEEDS))
+    assert rollout.status == "ok"
+
+
+class NoClose:
+    def __init__(self, inner):
+        self.inner = inner
+
+    def start(self, task):
+        session = self.inner.start(task)
+        session.close = lambda: 1 / 0
+        return session
+
+
+@pytest.mark.parametrize("failure", [ServerError("dead"), StaleWeights("version 4, expected 3")])
+def test_a_server_failure_marks_the_rollout_failed(chat, failure):
+    rollout = play(chat, ScriptedPolicy(chat, ["[ls()]", failure]))
+    assert rollout.status == "failed" and rollout.outcome is None
+    assert rollout.error == f"{type(failure).__name__}: {failure}"
+
+
+def test_weights_that_change_within_an_episode_fail_it(chat):
+    policy = ScriptedPolicy(chat, ["[ls()]", "Done."])
+    original = policy.generate
+
+    async def generate(request):
+        completion = await original(request)
+        return replace(completion, weight_version=3 + len(policy.requests) - 1)
+
+    policy.generate = generate
+    rollout = play(chat, policy)
+    assert rollout.status == "failed" and "stale weights" in rollout.error
+
+
+@pytest.mark.parametrize(
+    "limits, texts, cut, turns, reason",
+    [
+        (replace(LIMITS, max_turns_per_user_turn=2), ["[ls()]"] * 3, (), 2, "2 assistant turns in one user turn"),
+        (replace(LIMITS, max_turns=3, max_turns_per_user_turn=9), ["[ls()]"] * 4, (), 3, "more than 3 assistant turns"),
+        (replace(LIMITS, max_turn_tokens=4), ["A rather long sentence about nothing."], (), 1, "turn 0 was cut after 4 tokens"),
+        (LIMITS, ["[ls()]", "[ls("], (1,), 2, "turn 1 was cut"),
+    ],
+)
+def test_limits_truncate(chat, limits, texts, cut, turns, reason):
+    rollout = play(chat, ScriptedPolicy(chat, texts, cut), limits=limits)
+    assert rollout.status == "truncated" and reason in rollout.error
+    assert len(rollout.turns) == turns
+    assert rollout.outcome is not None  # the checker's verdict is taken of what was done
+
+
+def test_a_cut_message_is_not_acted_on(chat):
+    environment = ScriptedEnvironment()
+    rollout = play(chat, ScriptedPolicy(chat, ["[ls()]"], cut=(0,)), environment)
+    assert rollout.status == "truncated" and environment.sessions[0].executed == [] and rollout.turns[0].calls == []
+
+
+@pytest.mark.parametrize("room", range(8, 54, 3))
+def test_token_limits_hold_exactly(chat, room):
+    texts = ["[ls()]", "[ls(a=True)]", "[ls()]", "Done."]
+    response = play(chat, ScriptedPolicy(chat, texts), limits=replace(LIMITS, max_response_tokens=room))
+    assert len(response.token_ids) <= room and response.status == "truncated"
+    prompt = len(response.prompt_ids)
+    whole = play(chat, ScriptedPolicy(chat, texts), limits=replace(LIMITS, max_model_len=prompt + room))
+    assert len(whole.prompt_ids) + len(whole.token_ids) <= prompt + room
+    assert whole.token_ids == response.token_ids
+
+
+def test_a_prompt_that_fills_the_model_is_truncated_without_a_request(chat):
+    policy = ScriptedPolicy(chat, [])
+    rollout = play(chat, policy, limits=replace(LIMITS, max_model_len=20))
+    assert rollout.status == "truncated" and rollout.turns == [] and policy.requests == []
+
+
+def test_request_seeds_depend_on_every_part_of_the_path():
+    base = (5, 3, "task_1", 2, 4)
+    paths = [base] + [tuple("x" if j == i and j == 2 else v + (j == i) if j != 2 else v for j, v in enumerate(base)) for i in range(5)]
+    seeds = [SeedPath(run, step).seed(task, sample, turn) for run, step, task, sample, turn in paths]
+    assert len(set(seeds)) == 6 and all(0 <= seed < 2**63 for seed in seeds)
+    assert SeedPath(5, 3).seed("task_1", 2, 4) == seeds[0]
+    assert SeedPath(5, "eval/before").seed("t", 0, 0) != SeedPath(5, "eval/after").seed("t", 0, 0)
+
+
+def test_a_batch_is_ordered_limited_and_reported(chat):
+    """Order by (task, sample) whatever finishes first; a fault in one rollout leaves the others alone."""
+    running, peak, reports = 0, 0, []
+
+    class Policy(ScriptedPolicy):
+        async def generate(self, request):
+            nonlocal running, peak
+            running += 1
+            peak = max(peak, running)
+            delay = (request.seed % 7) / 500
+            await asyncio.sleep(delay)
+            running -= 1
+            if "task 2" in chat.tokenizer.decode(list(request.prompt_ids)):
+                raise ServerError("only this one")
+            ids = [*chat.encode_assistant("Fine.")[0], chat.eos_ids[0]]
+            return Completion(ids, [-1.0] * len(ids), "stop", 3)
+
+    tasks = [make_task(f"t{i}", f"This is task {i}.") for i in range(5)]
+    rollouts = asyncio.run(
+        run_batch(
+            tasks,
+            3,
+            environment=ScriptedEnvironment(),
+            chat=chat,
+            client=Policy(chat, []),
+            limits=LIMITS,
+            sampling=Sampling(),
+            seeds=SEEDS,
+            concurrency=4,
+            on_progress=lambda *counts: reports.append(counts),
+        )
+    )
+    assert [(r.task_id, r.sample) for r in rollouts] == [(f"t{i}", k) for i in range(5) for k in range(3)]
+    assert [r.status for r in rollouts] == ["ok"] * 6 + ["failed"] * 3 + ["ok"] * 6
+    assert 1 < peak <= 4
+    assert [done for done, _, _ in reports] == list(range(1, 16)) and reports[-1][1:] == (15, sum(sum(r.loss_mask) for r in rollouts))

@@ -1,0 +1,110 @@
+"""Command line and environment of the server process on the CPU and on GPUs, and the settings they come from."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from pact_nemo.errors import ConfigError
+from pact_nemo.rollouts import launch
+from pact_nemo.rollouts.config import RolloutServerConfig
+from pact_nemo.rollouts.endpoint import ServerEndpoint
+
+ENDPOINT = ServerEndpoint("http://127.0.0.1:5000", "the-key")
+CPU = RolloutServerConfig(device="cpu")
+GPU = RolloutServerConfig(device="cuda", tensor_parallel_size=4, gpu_memory_utilization=0.7)
+
+
+@pytest.fixture
+def with_cuda(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def arguments(config):
+    return launch.engine_arguments(config, Path("/models/m"), ENDPOINT, 5000)
+
+
+def test_cpu(monkeypatch):
+    words = arguments(CPU)
+    # prompts prefilled in chunks kill vLLM's CPU engine when requests are seeded
+    assert {"--enforce-eager", "--no-enable-chunked-prefill", "--enable-prefix-caching", "--logprobs-mode=processed_logprobs"} <= set(words)
+    assert "--max-num-batched-tokens=4096" in words and "--max-num-batched-tokens=9000" in arguments(replace(CPU, max_model_len=9000))
+    assert not any("gpu-memory" in word for word in words)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("RANK", "1")
+    environment = launch.engine_environment(replace(CPU, cpu_threads=1, cpu_kv_cache_gib=3), ENDPOINT)
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3" and environment["OMP_NUM_THREADS"] == "1" and "RANK" not in environment
+    assert environment["VLLM_API_KEY"] == "the-key" and environment["HF_HUB_OFFLINE"] == "1"
+    assert environment[launch.PARENT_ENV] == str(os.getpid())
+
+
+def test_gpu(with_cuda):
+    words = arguments(GPU)
+    assert {"--tensor-parallel-size=4", "--gpu-memory-utilization=0.7"} <= set(words)
+    assert not {"--enforce-eager", "--no-enable-chunked-prefill"} & set(words) and not any("batched-tokens" in word for word in words)
+    assert "--enforce-eager" in arguments(replace(GPU, enforce_eager=True))
+    assert not any(
+        name.startswith(("VLLM_CPU", "OMP_", "KMP_", launch.FORK_ENGINE_ENV)) for name in launch.engine_environment(GPU, ENDPOINT)
+    )
+
+
+def test_the_key_is_never_an_argument():
+    assert not any("the-key" in word for word in arguments(CPU))
+
+
+def test_extra_arguments_come_last_and_win():
+    assert arguments(replace(CPU, extra_args=["--max-num-seqs=2"]))[-1] == "--max-num-seqs=2"
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no GPU"):
+        arguments(GPU)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "tpu"},
+        {"max_model_len": 0},
+        {"cpu_block_size": 40},
+        {"gpu_memory_utilization": 1.5},
+        {"request_timeout_s": 0.0},
+        {"cpu_threads": 0},
+        {"connect_retries": -1},
+        {"dtype": "fp8"},
+    ],
+)
+def test_settings_that_cannot_be_meant(change):
+    [name] = change
+    with pytest.raises(ConfigError, match=name):
+        replace(CPU, **change).validate()
+    CPU.validate()
+
+
+def test_settings_are_an_omegaconf_schema():
+    @dataclass
+    class Outer:
+        server: RolloutServerConfig = field(default_factory=RolloutServerConfig)
+
+    merged = OmegaConf.merge(OmegaConf.structured(Outer), OmegaConf.from_dotlist(["server.max_num_seqs=4", "server.extra_args=[--x]"]))
+    server = OmegaConf.to_object(merged).server
+    assert (server.max_num_seqs, server.extra_args, server.url) == (4, ["--x"], None)
+
+
+def test_the_package_imports_neither_vllm_nor_torch_nor_traces():
+    """What the trainer pays for, and the wall: generation can't reach a trace."""
+    names = ["batch", "client", "config", "episode", "launch", "refit", "server", "store"]
+    code = "import sys\n" + "".join(f"import pact_nemo.rollouts.{name}\n" for name in names)
+    code += "bad = [m for m in sys.modules if m.split('.')[0] in ('vllm', 'torch') or m.startswith(('pact_nemo.traces', 'pact_nemo.training'))]\n"
+    code += "sys.exit(repr(bad) if bad else 0)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,332 @@
+"""The real server with the real small model: exact log-probs, refit, stale weights, and that nothing of it outlives its trainer."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pact_nemo.chat.template import ChatFormat
+from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.checkpoints.manifest import MANIFEST_NAME, new_export
+from pact_nemo.environments.base import Outcome, Task
+from pact_nemo.errors import CheckpointError, ConfigError, ServerError
+from pact_nemo.rollouts.batch import run_batch
+from pact_nemo.rollouts.client import GenerationRequest, RolloutClient, StaleWeights
+from pact_nemo.rollouts.config import EpisodeLimits, RolloutServerConfig, Sampling
+from pact_nemo.rollouts.endpoint import ServerEndpoint
+from pact_nemo.rollouts.episode import SeedPath
+from pact_nemo.rollouts.refit import refit
+from pact_nemo.rollouts.server import RolloutServer, group_members
+
+pytest.importorskip("vllm")
+ROOT = Path(__file__).parents[1]
+# float32 so that log-probs can be compared exactly, not to bfloat16's two digits
+CONFIG = RolloutServerConfig(device="cpu", dtype="float32", max_model_len=1024, max_num_seqs=16, max_num_batched_tokens=1024)
+LIMITS = EpisodeLimits(max_turns_per_user_turn=3, max_turns=6, max_turn_tokens=24, max_response_tokens=200, max_model_len=1024)
+
+
+@pytest.fixture(scope="module")
+def model_dir():
+    return materialise_embedded_model(ROOT / ".cache" / "pact_nemo")
+
+
+@pytest.fixture(scope="module")
+def chat(model_dir):
+    return ChatFormat.from_pretrained(model_dir, "pythonic")
+
+
+@pytest.fixture(scope="module")
+def server(model_dir, tmp_path_factory):
+    with RolloutServer(CONFIG, model_dir, log_file=tmp_path_factory.mktemp("server") / "server.log") as running:
+        group = running.pid
+        assert len(group_members(group)) >= 2
+        yield running
+    assert group_members(group) == []  # a normal end leaves no process of the group
+
+
+def client_of(server, **changes):
+    settings = dict(endpoint=server.endpoint, weight_version=0, request_timeout_s=120.0, connect_retries=1, admin_timeout_s=120.0)
+    return RolloutClient(**(settings | changes))
+
+
+def sample(client, *requests):
+    async def call():
+        async with client:
+            return await asyncio.gather(*(client.generate(request) for request in requests))
+
+    return asyncio.run(call())
+
+
+def request(chat, text="Name three colours.", **changes):
+    prompt = tuple(chat.prompt_ids([{"role": "user", "content": text}], []))
+    settings = dict(max_tokens=24, temperature=1.0, top_p=1.0, stop_token_ids=tuple(chat.eos_ids), seed=11)
+    return GenerationRequest(prompt, **(settings | changes))
+
+
+@torch.no_grad()
+def reference_logprobs(folder, prompt, sampled, temperature=1.0, top_p=1.0):
+    """transformers' log-probs of the sampled tokens under the distribution that a sampler with these settings draws from."""
+    torch.set_num_threads(2)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    logits = model(torch.tensor([[*prompt, *sampled]])).logits[0, len(prompt) - 1 : -1] / temperature
+    if top_p < 1:
+        values, order = logits.softmax(-1).sort(-1, descending=True)
+        outside = values.cumsum(-1) - values >= top_p
+        logits[torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, outside)] = -torch.inf
+    return logits.log_softmax(-1).gather(-1, torch.tensor(sampled)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9)])
+def test_logprobs_are_those_of_the_sampling_distribution(server, chat, model_dir, temperature, top_p):
+    wanted = request(chat, temperature=temperature, top_p=top_p)
+    [completion] = sample(client_of(server), wanted)
+    expected = reference_logprobs(model_dir, wanted.prompt_ids, completion.token_ids, temperature, top_p)
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-3, rtol=0)
+    assert expected.exp().max() < 1 or top_p < 1
+
+
+def test_greedy_ids_are_transformers_ids_and_end_with_the_stop_token(server, chat, model_dir):
+    wanted = request(chat, "What is the capital of France?", temperature=0.0)
+    [completion] = sample(client_of(server), wanted)
+    assert completion.finish_reason == "stop" and completion.token_ids[-1] == chat.eos_ids[0]
+    assert chat.decode(completion.token_ids) == "The capital of France is Paris."
+    expected = reference_logprobs(model_dir, wanted.prompt_ids, completion.token_ids)
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-3, rtol=0)
+
+
+def test_a_seed_decides_what_is_drawn(server, chat):
+    first, again, other = (sample(client_of(server), request(chat, seed=seed))[0] for seed in (1, 1, 2))
+    assert first.token_ids == again.token_ids != other.token_ids
+
+
+def test_many_long_seeded_prompts_at_once(server, chat):
+    """More prompt tokens than one engine step takes: a prompt prefilled in chunks with a seeded generator kills vLLM's CPU engine."""
+    requests = [request(chat, f"{i}: " + "Tell me about rivers. " * 110, max_tokens=2, seed=i) for i in range(4)]
+    assert sum(len(r.prompt_ids) for r in requests) > 2 * CONFIG.max_num_batched_tokens > len(requests[0].prompt_ids) * 2
+    assert [len(completion.token_ids) for completion in sample(client_of(server), *requests)] == [2] * 4
+
+
+def test_every_path_but_health_asks_for_the_key(server):
+    url = server.endpoint.url
+    for path in ("/v1/models", "/inference/v1/generate", "/collective_rpc", "/pause", "/weight_info", "/metrics", "//collective_rpc"):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": server.endpoint.api_key}):
+            assert httpx.get(url + path, headers=headers).status_code == 401
+            assert httpx.post(url + path, headers=headers, json={}).status_code == 401
+    assert httpx.get(url + "/health").status_code == 200
+    assert httpx.get(url + "/v1/models", headers=server.endpoint.headers).json()["data"][0]["id"] == "policy"
+    with pytest.raises(ServerError, match="401"):
+        sample(client_of(server, endpoint=ServerEndpoint(url, "wrong")), REQUEST)
+    for pid in group_members(server.pid):
+        assert server.endpoint.api_key not in Path(f"/proc/{pid}/cmdline").read_text()
+    assert server.endpoint.api_key not in server.log_file.read_text()
+
+
+REQUEST = GenerationRequest((1, 2, 3), 2, 1.0, 1.0, (2,), 1)
+
+
+@dataclass
+class TwoTurnSession:
+    task: Task
+    left: int = 1
+
+    def execute(self, calls):
+        return ["done"] * len(calls)
+
+    def next_user_turn(self):
+        self.left -= 1
+        return ([{"role": "user", "content": "And one more?"}], []) if self.left >= 0 else None
+
+    def outcome(self):
+        return Outcome(True, 1.0)
+
+    def close(self):
+        pass
+
+
+class TwoTurns:
+    def start(self, task):
+        return TwoTurnSession(task)
+
+
+def play(server, chat, client, tasks=2, samples=2, concurrency=8):
+    texts = [f"Name a number larger than {i}." for i in range(tasks)]
+    items = [Task(f"t{i}", f"t{i}", "c", (({"role": "user", "content": text},),), (), ((),)) for i, text in enumerate(texts)]
+    settings = dict(environment=TwoTurns(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SeedPath(3, 1), concurrency=concurrency)
+    return asyncio.run(run_batch(items, samples, client=client, **settings))
+
+
+def test_episodes_are_token_in_token_out_and_repeatable(server, chat, model_dir):
+    sent = []
+    rollouts = play(server, chat, client_of(server, on_request=sent.append))
+    assert {r.status for r in rollouts} <= {"ok", "truncated"} and any(len(r.turns) == 2 for r in rollouts)
+    assert len({tuple(r.token_ids) for r in rollouts}) == 4
+    expected = sorted(r.prompt_ids + r.token_ids[: turn.start] for r in rollouts for turn in r.turns)
+    assert sorted(body["token_ids"] for body in sent) == expected  # the server saw the prompt and what it sampled itself, nothing else
+    longest = max(rollouts, key=lambda r: len(r.turns))
+    reference = reference_logprobs(model_dir, longest.prompt_ids, longest.token_ids)
+    mask = torch.tensor(longest.loss_mask, dtype=torch.bool)
+    torch.testing.assert_close(torch.tensor(longest.sampler_logprobs)[mask], reference[mask], atol=2e-3, rtol=0)
+    again = play(server, chat, client_of(server), concurrency=1)
+    assert [r.token_ids for r in again] == [r.token_ids for r in rollouts]
+
+
+@pytest.fixture(scope="module")
+def exports(model_dir, tmp_path_factory):
+    """v1: the model with every matrix disturbed. v2: the same with a flipped byte. v3: without the weights. v4: a tensor missing."""
+    root = tmp_path_factory.mktemp("exports")
+    state = load_file(model_dir / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    moved = {name: t + 0.02 * t.std() * torch.randn(t.shape, generator=generator) if t.dim() == 2 else t for name, t in state.items()}
+    for version in range(1, 5):
+        with new_export(root, version) as folder:
+            for path in model_dir.iterdir():
+                if path.name not in (MANIFEST_NAME, "model.safetensors"):
+                    shutil.copy(path, folder / path.name)
+            tensors = {name: t for name, t in moved.items() if not (version == 4 and "layers.7.mlp.up" in name)}
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = root / "v000002" / "model.safetensors"
+    with open(weights, "r+b") as handle:
+        handle.seek(weights.stat().st_size // 2)
+        byte = handle.read(1)
+        handle.seek(-1, os.SEEK_CUR)
+        handle.write(bytes([byte[0] ^ 1]))
+    (root / "v000003" / "model.safetensors").unlink()
+    return root
+
+
+def test_torn_exports_are_refused_before_the_server_hears_of_them(server, chat, exports, model_dir):
+    client = client_of(server)
+    before = sample(client, request(chat, temperature=0.0))
+    log_size = server.log_file.stat().st_size
+    for version, reason in ((2, "corrupt"), (3, "missing"), (4, "lacks 1 tensors"), (9, "not a folder")):
+        with pytest.raises(CheckpointError, match=reason):
+            refit(client, exports / f"v{version:06d}", version, like=model_dir)
+    with pytest.raises(CheckpointError, match="says version 1, expected 5"):
+        refit(client, exports / "v000001", 5)
+    assert client.weight_version == 0 and server.admin().weight_version() == "0"
+    assert "Reloading" not in server.log_file.read_text()[log_size:]
+    assert sample(client, request(chat, temperature=0.0)) == before
+
+
+def test_refit_equals_a_fresh_server_and_old_weights_are_noticed(server, chat, exports, model_dir, tmp_path):
+    """Then the fresh server's front end is killed: requests fail, rollouts are marked, and the rest of its group goes by itself."""
+    client, late = client_of(server), client_of(server)
+    wanted = [request(chat, temperature=0.0), request(chat, "Count to five."), request(chat, "Tell me about rivers. " * 40)]
+    old = sample(client, *wanted)  # also fills the prefix cache with the old weights' keys and values
+    report = refit(client, exports / "v000001", 1, like=model_dir)
+    assert client.weight_version == 1 and server.admin().weight_version() == "1"
+    assert report.total_s < 30 and report.bytes > 500_000_000
+    new = sample(client, *wanted)
+    assert all(a.logprobs != b.logprobs for a, b in zip(old, new, strict=True))
+
+    with pytest.raises(StaleWeights, match="version 1, expected 0"):
+        sample(late, wanted[0])
+    stale = play(server, chat, late)
+    assert all(r.status == "failed" and r.error.startswith("StaleWeights") and r.outcome is None for r in stale)
+
+    with RolloutServer(CONFIG, exports / "v000001", log_file=tmp_path / "fresh.log", version=1) as fresh:
+        other = client_of(fresh, weight_version=1)
+        for ours, theirs in zip(new, sample(other, *wanted), strict=True):
+            assert ours.token_ids == theirs.token_ids
+            torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-4, rtol=0)
+
+        group = fresh.pid
+        killed = []
+
+        def kill_at_second_request(body):
+            killed.append(body)
+            if len(killed) == 2:
+                os.kill(group, signal.SIGKILL)
+
+        rollouts = play(fresh, chat, client_of(fresh, weight_version=1, on_request=kill_at_second_request))
+        assert len(rollouts) == 4 and all(r.status == "failed" and "ServerError" in r.error for r in rollouts)
+        deadline = time.monotonic() + 10
+        while group_members(group) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert group_members(group) == []  # the engine noticed by itself
+        with pytest.raises(ServerError, match="died"):
+            fresh.check_alive()
+        with pytest.raises(ServerError, match="can't be reached"):
+            fresh.admin().weight_version()
+
+
+def test_a_failed_reload_leaves_no_valid_version(server, chat, exports, model_dir, monkeypatch):
+    client = client_of(server, weight_version=1)
+
+    def broken(folder):
+        raise ServerError("reload failed half way")
+
+    monkeypatch.setattr(client.admin, "load_weights", broken)
+    with pytest.raises(ServerError, match="half way"):
+        refit(client, exports / "v000001", 1)
+    assert server.admin().weight_version() == "loading-1"
+    server.admin().resume()
+    with pytest.raises(StaleWeights, match="loading-1"):
+        sample(client, request(chat))
+    monkeypatch.undo()
+    refit(client, exports / "v000001", 1)
+    sample(client, request(chat))
+
+
+def test_a_killed_trainer_takes_its_server_along(model_dir, tmp_path):
+    script = (
+        "import sys, time\n"
+        "from pact_nemo.rollouts.config import RolloutServerConfig\n"
+        "from pact_nemo.rollouts.server import RolloutServer\n"
+        f"server = RolloutServer(RolloutServerConfig(device='cpu'), {str(model_dir)!r}, log_file={str(tmp_path / 'log')!r})\n"
+        "server.launch(); print(server.pid, flush=True); time.sleep(100)\n"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    group = int(trainer.stdout.readline())
+    time.sleep(1)
+    assert group_members(group) == [group]
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 10
+    while group_members(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert group_members(group) == []
+
+
+def test_a_server_that_dies_while_starting_says_why(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    config = RolloutServerConfig(device="cpu", extra_args=["--no-such-option"])
+    with (
+        pytest.raises(ServerError, match="(?s)died while starting.*no-such-option"),
+        RolloutServer(config, tmp_path, log_file=tmp_path / "log"),
+    ):
+        pass
+    assert "no-such-option" in (tmp_path / "log").read_text()
+
+
+def test_a_server_that_is_not_healthy_in_time_is_stopped(model_dir, tmp_path):
+    server = RolloutServer(RolloutServerConfig(device="cpu", start_timeout_s=1.0), model_dir, log_file=tmp_path / "log")
+    seen = []
+    server.launch()
+    group = server.pid
+    with pytest.raises(ServerError, match="not healthy after 1 s"):
+        server.wait_ready(lambda seconds, line: seen.append(seconds))
+    assert seen and group_members(group) == []
+
+
+def test_attaching_uses_the_key_of_the_environment_and_leaves_the_server_running(server, model_dir, tmp_path, monkeypatch):
+    config = RolloutServerConfig(url=server.endpoint.url + "/", request_timeout_s=60)
+    monkeypatch.delenv(config.api_key_env, raising=False)
+    with pytest.raises(ConfigError, match=config.api_key_env):
+        RolloutServer(config, model_dir, log_file=tmp_path / "log").launch()
+    monkeypatch.setenv(config.api_key_env, server.endpoint.api_key)
+    with RolloutServer(config, model_dir, log_file=tmp_path / "log", version=4) as attached:
+        assert attached.pid is None and attached.admin().weight_version() == "4"
+    assert server.admin().healthy()
+    server.check_alive()

@@ -1,0 +1,180 @@
+"""Trace rows: what is written reads back; what is malformed is named by file, line and field; bad traces are filtered with a reason."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pact_nemo.environments.base import ToolCall
+from pact_nemo.errors import DataError
+from pact_nemo.traces.builder import TraceBuilder
+from pact_nemo.traces.filters import reject_reason
+from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn, read_traces, write_traces
+from pact_nemo.traces.segments import LEVEL_OF_TYPE, prefix_levels, segment_type, split_reasoning
+
+TOOLS = [{"name": "ls", "description": "List.", "parameters": {"type": "object", "properties": {}, "required": []}}]
+
+
+def _trace(observation: str = "[]", **changes: Any) -> Trace:
+    turns = (
+        TraceTurn(
+            (ReasoningSegment("tool_selection", "Use ls."), ReasoningSegment("other", " Now. \u2028é")),
+            (ToolCall("ls", {"a": True, "b": [1, {"c": None}]}),),
+            ("[]",),
+            0,
+            ({"role": "user", "content": "More."},),
+            ({"name": "cat", "description": "", "parameters": {"type": "object", "properties": {}, "required": []}},),
+        ),
+        TraceTurn((), (ToolCall("ls", {}),), (observation,), 1),
+    )
+    return replace(Trace("t#0", "ground_truth", turns, True), **changes)
+
+
+def test_traces_read_back_as_written(tmp_path: Path) -> None:
+    traces = [_trace(), _trace(task_id="t#1", verified=False)]
+    write_traces(tmp_path / "traces.jsonl", traces)
+    assert read_traces(tmp_path / "traces.jsonl") == traces
+    assert len((tmp_path / "traces.jsonl").read_bytes().split(b"\n")) == 3
+
+
+def _edit(path: str, value: Any) -> dict[str, Any]:
+    """The good row with one place changed; ``value`` of ``...`` removes the key."""
+    row = copy.deepcopy(_trace().to_dict())
+    place: Any = json.loads(json.dumps(row))
+    row = place
+    *parents, last = path.split("/")
+    for part in parents:
+        place = place[int(part) if part.isdigit() else part]
+    if value is ...:
+        del place[last]
+    else:
+        place[int(last) if last.isdigit() else last] = value
+    return row
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("version", 99, "version"),
+        ("task_id", ..., "task_id"),
+        ("task_id", 3, "task_id"),
+        ("verified", "yes", "verified"),
+        ("turns", [], "turns"),
+        ("turns/0/calls/0/name", None, r"turns\[0\].calls\[0\].name"),
+        ("turns/0/calls/0/arguments", [], r"turns\[0\].calls\[0\].arguments"),
+        ("turns/0/segments/1/type", "musing", r"turns\[0\].segments\[1\].type"),
+        ("turns/0/segments/1/text", ..., r"turns\[0\].segments\[1\].text"),
+        ("turns/1/observations", [], r"turns\[1\].observations"),
+        ("turns/1/observations", [3], r"turns\[1\].observations"),
+        ("turns/1/user_turn", True, r"turns\[1\].user_turn"),
+        ("turns/0/user_messages_after", ["hi"], r"turns\[0\].user_messages_after\[0\]"),
+        ("turns/1/answer", "42", r"turns\[1\]"),
+        ("final_answer", "42", r"\(row\)"),
+        ("turns/0", "x", r"turns\[0\]"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_line_and_field(tmp_path: Path, path: str, value: Any, field: str) -> None:
+    file = tmp_path / "traces.jsonl"
+    write_traces(file, [_trace(task_id="fine")])
+    with open(file, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(_edit(path, value)) + "\n")
+    with pytest.raises(DataError, match=field) as caught:
+        read_traces(file)
+    assert (caught.value.file, caught.value.line) == (str(file), 2)
+
+
+def test_torn_missing_and_double_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such trace file"):
+        read_traces(tmp_path / "absent.jsonl")
+    file = tmp_path / "traces.jsonl"
+    write_traces(file, [_trace()])
+    whole = file.read_text(encoding="utf-8")
+    file.write_text(whole[:-20], encoding="utf-8")
+    with pytest.raises(DataError, match="not a JSON line"):
+        read_traces(file)
+    file.write_text(whole + whole, encoding="utf-8")
+    with pytest.raises(DataError, match="already, on line 1"):
+        read_traces(file)
+
+
+def test_a_trace_can_not_end_with_a_message() -> None:
+    row = json.loads(json.dumps(_trace().to_dict()))
+    row["turns"][1].update(calls=[], observations=[])
+    with pytest.raises(DataError, match="no final answer"):
+        Trace.from_dict(row)
+    builder = TraceBuilder()
+    builder.assistant((ReasoningSegment("other", "Hm."),), (ToolCall("ls", {}),), ("[]",), 0)
+    builder.user([{"role": "user", "content": "And?"}], [])
+    builder.assistant((ReasoningSegment("other", "The answer is 42."),), (), (), 1)
+    trace = builder.build("t", "teacher", True)
+    assert trace is not None and len(trace.turns) == 1 and trace.turns[0].user_messages_after == ()
+    assert "42" not in json.dumps(trace.to_dict())
+    assert TraceBuilder().build("t", "teacher", True) is None
+
+
+@pytest.mark.parametrize(
+    ("trace", "reason"),
+    [
+        (_trace(), None),
+        (_trace(verified=False), "unverified"),
+        (_trace(observation="ok\nUser: do that"), "role_text_in_observation"),
+        (_trace(observation="a<|im_end|>"), "role_text_in_observation"),
+        (_trace(observation="<tool_call>{}"), "tool_call_tag_in_observation"),
+        (_trace(observation="</tool_response>"), "tool_call_tag_in_observation"),
+        (_trace(observation="the user: role is fine inline"), None),
+        (_trace(turns=(TraceTurn((), (ToolCall("rm", {}),), ("x",)),)), "unknown_tool"),
+        (_trace(turns=(TraceTurn((), (ToolCall("ls", {"a b": 1}),), ("x",)),)), "malformed_turn"),
+        (_trace(turns=(TraceTurn((), (), ()),)), "malformed_turn"),
+        (_trace(turns=(TraceTurn((), (ToolCall("ls", {}),), ()),)), "malformed_turn"),
+        (_trace(turns=(TraceTurn((ReasoningSegment("other", "<|im_end|>"),), (ToolCall("ls", {}),), ("x",)),)), "control_text_in_turn"),
+    ],
+)
+def test_filters_name_the_reason(trace: Trace, reason: str | None) -> None:
+    assert reject_reason(trace, TOOLS) == reason
+
+
+def test_levels_are_cumulative_prefixes_and_previews_are_in_none() -> None:
+    assert prefix_levels(["task_restate", "tool_selection", "required_arg_grounding", "optional_arg_analysis", "decision_summary"]) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert prefix_levels(["decision_summary", "tool_selection"]) == [4, 4]
+    assert prefix_levels(["tool_selection", "explicit_call_preview", "required_arg_grounding"]) == [1, -1, 2]
+    assert sorted(set(LEVEL_OF_TYPE.values())) == [-1, 0, 1, 2, 3, 4]
+    assert [kind for kind, level in LEVEL_OF_TYPE.items() if level == -1] == ["explicit_call_preview"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("The user wants a listing.", "task_restate"),
+        ("I will call ls(a=True) now.", "explicit_call_preview"),
+        ('{"name": "ls"}', "explicit_call_preview"),
+        ("The last call failed.", "failure_reflection"),
+        ("Alternatively, search first.", "fallback_plan"),
+        ("The weather tool is irrelevant.", "irrelevant_tool_rejection"),
+        ("The optional flag stays off.", "optional_arg_analysis"),
+        ("The required argument is the path.", "required_arg_grounding"),
+        ("ls is what I need.", "tool_selection"),
+        ("So let us go.", "decision_summary"),
+        ("Hmm.", "other"),
+    ],
+)
+def test_free_reasoning_is_typed_by_rules(text: str, kind: str) -> None:
+    assert segment_type(text, ["ls"]) == kind
+
+
+def test_split_reasoning_loses_no_character() -> None:
+    text = "The user wants x.\n\nls fits.\n \n\nI run ls(a=1)."
+    pieces = split_reasoning(f"\n{text}\n", ["ls"])
+    assert "".join(piece for _, piece in pieces) == text
+    assert [kind for kind, _ in pieces] == ["task_restate", "tool_selection", "explicit_call_preview"]
+    assert split_reasoning("  ", ["ls"]) == []

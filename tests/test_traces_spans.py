@@ -1,0 +1,214 @@
+"""Component masks: in every supported chat template, CALL tokens are the call text and REASONING tokens the reasoning text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+from fixtures.chat_models import KINDS, chat_format, tokenizer
+
+from pact_nemo.chat.template import BOUNDARY_TEXT, ChatFormat
+from pact_nemo.chat.tool_formats import TOOL_FORMATS
+from pact_nemo.environments.base import Task, ToolCall
+from pact_nemo.environments.bfcl import BFCLEnvironment
+from pact_nemo.errors import ConfigError, DataError
+from pact_nemo.traces.bfcl import make_traces
+from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn
+from pact_nemo.traces.segments import NO_LEVEL, TOP_LEVEL, prefix_levels
+from pact_nemo.traces.spans import CALL, OBSERVATION, OTHER, REASONING, TraceTokens, encode_trace, truncate_at_turn
+
+SHORT = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param")
+
+
+@cache
+def traced(window: str, style: str) -> list[tuple[Task, Trace]]:
+    """All tasks of the three short categories; every 20th of the long-context one, whose observations are long."""
+    pairs = []
+    for categories, step in ((SHORT, 1), (("multi_turn_long_context",), 20)):
+        env = BFCLEnvironment(categories, window=window, max_tools=5 if window == "turn" else None)  # type: ignore[arg-type]
+        tasks = env.tasks()[::step]
+        traces, rejected = make_traces(env, tasks, style=style)  # type: ignore[arg-type]
+        assert not rejected
+        pairs += list(zip(tasks, traces, strict=True))
+    return pairs
+
+
+def _messages(task: Task, trace: Trace, chat: ChatFormat) -> list[dict[str, str]]:
+    """The conversation x + h* as plain chat messages, written down independently of the encoder."""
+    messages = [dict(message) for message in task.user_turns[0]]
+    for turn in trace.turns:
+        parts = [part for part in (turn.reasoning, chat.tool_format.render_calls(turn.calls) if turn.calls else "") if part]
+        messages.append({"role": "assistant", "content": "\n".join(parts)})
+        if turn.observations:
+            messages += chat.tool_format.render_observation(turn.observations)
+        after = [dict(message) for message in turn.user_messages_after]
+        if turn.new_tools_after:
+            after[0]["content"] = chat.tool_format.render_new_tools(turn.new_tools_after) + "\n" + after[0]["content"]
+        messages += after
+    return messages
+
+
+def _text(chat: ChatFormat, tokens: TraceTokens, turn: int, component: int) -> str:
+    ids = [i for i, t, c in zip(tokens.token_ids, tokens.turn, tokens.component, strict=True) if t == turn and c == component]
+    return str(chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _check(task: Task, trace: Trace, chat: ChatFormat) -> TraceTokens:
+    tokens = encode_trace(trace, chat)
+    lists = (tokens.component, tokens.segment_level, tokens.turn, tokens.reasoning_rank)
+    assert all(len(values) == len(tokens.token_ids) for values in lists)
+    for index, turn in enumerate(trace.turns):
+        assert _text(chat, tokens, index, CALL) == (chat.tool_format.render_calls(turn.calls) if turn.calls else "")
+        separator = "\n" if turn.reasoning and turn.calls else ""
+        assert _text(chat, tokens, index, REASONING) == turn.reasoning + separator
+        ranks = [r for r, t in zip(tokens.reasoning_rank, tokens.turn, strict=True) if t == index and r >= 0]
+        assert ranks == list(range(len(ranks)))
+    for component, level, rank in zip(tokens.component, tokens.segment_level, tokens.reasoning_rank, strict=True):
+        assert component == REASONING or (level == NO_LEVEL and rank == -1)
+    # x + h* + boundary is what the template renders for the whole conversation; so x + h* is its exact prefix
+    x = chat.prompt_ids(task.user_turns[0], task.tools)
+    whole = [*_messages(task, trace, chat), {"role": "user", "content": BOUNDARY_TEXT}]
+    assert x + tokens.token_ids + chat.boundary_ids() == chat.prompt_ids(whole, task.tools)
+    return tokens
+
+
+@pytest.mark.parametrize("style", ["compact", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_are_exact_on_every_trace_of_the_turn_window(kind: str, style: str) -> None:
+    chat = chat_format(kind)
+    for task, trace in traced("turn", style)[:: 1 if kind.startswith("smollm/p") else 4]:
+        _check(task, trace, chat)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_are_exact_on_whole_episodes(kind: str) -> None:
+    chat = chat_format(kind)
+    for task, trace in traced("full", "compact")[:: 1 if kind.startswith("smollm/p") else 12]:
+        _check(task, trace, chat)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_observation_tokens_are_the_observations(kind: str) -> None:
+    chat = chat_format(kind)
+    for task, trace in traced("turn", "compact")[::25]:
+        tokens = _check(task, trace, chat)
+        for index, turn in enumerate(trace.turns):
+            text = _text(chat, tokens, index, OBSERVATION)
+            written = json.dumps(turn.observations[0]) if kind.startswith("llama") else turn.observations[0]
+            assert written.strip() in text and len(text) <= len(written) + 2  # a token may also cover a neighbouring line break
+
+
+def test_end_of_turn_and_roles_are_other_unless_asked() -> None:
+    chat = chat_format("smollm/pythonic")
+    task, trace = traced("turn", "compact")[0]
+    tokens = encode_trace(trace, chat)
+    ends = [index for index, token in enumerate(tokens.token_ids) if token == chat.end_of_turn_id]
+    assert all(tokens.component[index] == OTHER for index in ends)
+    asked = encode_trace(trace, chat, end_of_turn=CALL)
+    assert asked.token_ids == tokens.token_ids
+    after_calls = [i for i in ends if tokens.component[i - 1] == CALL]
+    assert len(after_calls) == len(trace.turns) and [i for i in ends if asked.component[i] == CALL] == after_calls
+
+
+def _segmented() -> Trace:
+    segments = (
+        ReasoningSegment("task_restate", "List it."),
+        ReasoningSegment("tool_selection", " Use ls."),
+        ReasoningSegment("explicit_call_preview", " That is ls(a=True)."),
+        ReasoningSegment("decision_summary", " Go."),
+    )
+    return Trace("t", "ground_truth", (TraceTurn(segments, (ToolCall("ls", {"a": True}),), ("[]",)),) * 3, True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_select_growing_prefixes_without_the_preview(kind: str) -> None:
+    chat = chat_format(kind)
+    trace = _segmented()
+    tokens = encode_trace(trace, chat)
+
+    def text(level: int) -> str:
+        return chat.tokenizer.decode(
+            [i for i, have, t in zip(tokens.token_ids, tokens.segment_level, tokens.turn, strict=True) if t == 1 and 0 <= have <= level],
+            clean_up_tokenization_spaces=False,
+        )
+
+    assert [text(level) for level in range(5)] == ["List it.", *["List it. Use ls."] * 3, "List it. Use ls. Go.\n"]
+    levels = prefix_levels([segment.type for segment in trace.turns[0].segments])
+    assert levels == [0, 1, NO_LEVEL, TOP_LEVEL]
+
+
+@pytest.mark.parametrize("kind", ["smollm/pythonic", "qwen2_5/hermes", "llama3/llama3_json"])
+@pytest.mark.parametrize("dropped", ["reasoning", "calls", "observations"])
+def test_components_can_be_left_out(kind: str, dropped: str) -> None:
+    chat = chat_format(kind)
+    task, trace = next(pair for pair in traced("turn", "compact") if len(pair[1].turns) == 2)
+    tokens = encode_trace(trace, chat, components={"reasoning", "calls", "observations"} - {dropped})
+    absent = {"reasoning": REASONING, "calls": CALL, "observations": OBSERVATION}[dropped]
+    assert absent not in tokens.component
+    assert {REASONING, CALL, OBSERVATION} - {absent} <= set(tokens.component)
+    assert len(tokens) < len(encode_trace(trace, chat))
+    ids = chat.prompt_ids(task.user_turns[0], task.tools) + tokens.token_ids + chat.boundary_ids()
+    messages: list[dict[str, str]] = [dict(message) for message in task.user_turns[0]]
+    for turn in trace.turns:
+        calls = chat.tool_format.render_calls(turn.calls) if dropped != "calls" else ""
+        content = "\n".join(part for part in (turn.reasoning if dropped != "reasoning" else "", calls) if part)
+        messages.append({"role": "assistant", "content": content})
+        messages += chat.tool_format.render_observation(turn.observations) if dropped != "observations" else []
+    assert ids == chat.prompt_ids([*messages, {"role": "user", "content": BOUNDARY_TEXT}], task.tools)
+
+
+def test_bad_components_are_refused() -> None:
+    for components in ((), ("answers",)):
+        with pytest.raises(ConfigError):
+            encode_trace(_segmented(), chat_format("smollm/pythonic"), components=components)
+
+
+def test_a_token_across_reasoning_and_call_is_refused() -> None:
+    merging = tokenizer("smollm")
+    merging.add_tokens(["\n["])
+    chat = ChatFormat(merging, TOOL_FORMATS["pythonic"])
+    with pytest.raises(DataError, match="both reasoning and call"):
+        encode_trace(_segmented(), chat)
+
+
+@pytest.mark.parametrize("kind", ["smollm/pythonic", "qwen3/hermes", "llama3/llama3_json"])
+def test_truncation_keeps_whole_turns_that_render_on_their_own(kind: str) -> None:
+    chat = chat_format(kind)
+    whole = encode_trace(_segmented(), chat)
+    assert whole.turn_ends[-1] == len(whole) and len(whole.turn_ends) == 3
+    assert truncate_at_turn(whole, len(whole)) == whole
+    for keep in (2, 1, 0):
+        limit = whole.turn_ends[keep] - 1
+        cut = truncate_at_turn(whole, limit)
+        shorter = Trace("t", "ground_truth", _segmented().turns[:keep], True)
+        expected = encode_trace(shorter, chat)
+        assert cut.token_ids == expected.token_ids and cut.component == expected.component and cut.turn_ends == expected.turn_ends
+        assert cut.segment_level == expected.segment_level and cut.turn == expected.turn and cut.turns_dropped == 3 - keep
+
+
+def _percentile(values: Sequence[int], share: float) -> int:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def test_the_small_models_prompts_and_traces_stay_short() -> None:
+    chat = chat_format("smollm/pythonic")
+    env = BFCLEnvironment(("multi_turn_base",), window="turn", max_tools=5)
+    traces, _ = make_traces(env, env.tasks(), style="compact")
+    encoded = [encode_trace(trace, chat) for trace in traces]
+    prompts = [len(chat.prompt_ids(task.user_turns[0], task.tools)) for task in env.tasks()]
+    reasoning = [tokens.component.count(REASONING) for tokens in encoded]
+    turns = sum(len(tokens.turn_ends) for tokens in encoded)
+    assert sum(prompts) / len(prompts) < 205 and _percentile(prompts, 0.9) < 255
+    assert sum(map(len, encoded)) / len(encoded) < 100
+    assert sum(reasoning) / turns < 25
+
+
+def test_a_token_across_two_segments_belongs_to_the_later_one() -> None:
+    merging = tokenizer("smollm")
+    merging.add_tokens([". Use"])
+    chat = ChatFormat(merging, TOOL_FORMATS["pythonic"])
+    tokens = encode_trace(_segmented(), chat)
+    position = tokens.token_ids.index(merging.convert_tokens_to_ids(". Use"))
+    assert tokens.segment_level[position - 1 : position + 1] == [0, 1]

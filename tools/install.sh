@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Create the virtual environment and install the pinned dependencies. Called by the Makefile; safe to run again.
+# Why two steps: requirements.txt is a complete lock installed without dependency resolution, because several packages declare needs that a
+# CPU machine neither has nor uses (Megatron-Bridge: TransformerEngine and mamba; vLLM: audio and vision; bfcl-eval: vendor SDKs). torch comes
+# first, with its own dependencies, so that a CUDA build brings its CUDA libraries.
+set -euo pipefail
+PYTHON="${PYTHON:-python3}"
+VENV="${VENV:-.venv}"
+"$PYTHON" - <<'PY' || { echo "Python 3.11 or newer is needed; choose one with PYTHON=python3.12 make ..." >&2; exit 1; }
+import sys
+sys.exit(sys.version_info < (3, 11))
+PY
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+PIP=("$VENV/bin/python" -m pip --disable-pip-version-check)
+echo "[1/3] pip and build tools"
+"${PIP[@]}" install -q "pip>=25" setuptools==78.1.1 wheel
+echo "[2/3] torch"
+"${PIP[@]}" install -q ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
+echo "[3/3] $(grep -cE '^[a-zA-Z]' requirements.txt) pinned packages"
+"${PIP[@]}" install -q --no-deps -r requirements.txt
+"$VENV/bin/python" -c "import torch, megatron.core; print('installed: torch', torch.__version__, 'megatron-core', megatron.core.__version__)"
+du -sh "$VENV" | awk '{print "environment size: " $1}'

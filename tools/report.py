@@ -1,0 +1,43 @@
+#!/usr/bin/env python
+"""Write (again) the report of a run, alone or beside other runs.
+
+    python tools/report.py runs/latest
+    python tools/report.py runs/pact_bfcl-pact-seed1-1 --compare runs/pact_bfcl-grpo-seed1-1 runs/pact_bfcl-pact-seed2-1
+    python tools/report.py runs/latest --png report.png --width 390 --dark
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pact_nemo.errors import PactError  # noqa: E402
+from pact_nemo.training.report import write_report  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder; report.html is written into it")
+    parser.add_argument("--compare", type=Path, nargs="+", default=[], metavar="RUN", help="run folders to compare with")
+    parser.add_argument("--png", type=Path, metavar="OUT", help="also draw the page, by a headless Chromium")
+    parser.add_argument("--width", type=int, default=1280, help="of the picture in CSS pixels (default 1280; a phone has about 390)")
+    parser.add_argument("--dark", action="store_true", help="draw the dark version")
+    options = parser.parse_args(arguments)
+    try:
+        page = write_report(options.run, options.compare)
+        print(f"report: {page}")
+        if options.png is not None:
+            from pact_nemo.training.report.browser import write_png
+
+            print(f"picture: {write_png(page, options.png, width=options.width, dark=options.dark)}")
+    except PactError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
