@@ -17,6 +17,7 @@ from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.workers.policy_kit import launch, loss_fn, make_model, make_trees
+from tests.workers.policy_worker import run_jobs
 
 TREES = make_trees(4, seed=21)
 OPTIMIZER = {"lr": 1e-3, "eps": 1e-5, "lr_schedule": "linear", "warmup_steps": 1, "weight_decay": 0.01}
@@ -32,8 +33,10 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("hf"), "llama")
 
 
-@pytest.mark.parametrize("config", [{}, {"distributed_optimizer": False}, {"precision": "bf16"}, {"precision": "bf16", "distributed_optimizer": False}], ids=str)
-def test_two_steps_are_one_step_and_one_resumed(config: dict[str, Any], hf: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_steps_are_one_step_and_one_resumed(precision: str, distributed_optimizer: bool, hf: Path, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"precision": precision, "distributed_optimizer": distributed_optimizer}
     straight = build(hf, **config)
     initial = straight.logprobs(TREES)
     straight.update(TREES, loss_fn)
@@ -66,42 +69,37 @@ def test_a_step_after_resuming_differs_if_adam_forgot_its_past(hf: Path, tmp_pat
 
 
 def test_resuming_under_other_layouts(hf: Path, tmp_path: Path) -> None:
-    layouts: dict[str, tuple[int, dict[str, Any]]] = {
-        "one": (1, {}),
-        "tp2": (2, {"tensor_parallel": 2}),
-        "pp2": (2, {"pipeline_parallel": 2}),
-        "pp2vp2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
-        "dp2": (2, {}),
-        "cp2": (2, {"context_parallel": 2}),
+    layouts: dict[str, dict[str, Any]] = {
+        "one": {},
+        "tp2": {"tensor_parallel": 2},
+        "pp2": {"pipeline_parallel": 2},
+        "pp2vp2": {"pipeline_parallel": 2, "virtual_pipeline": 2},
+        "dp2": {},
+        "cp2": {"context_parallel": 2},
     }
     routes = [("one", "tp2"), ("one", "pp2"), ("tp2", "one"), ("tp2", "tp2"), ("pp2", "tp2"), ("pp2vp2", "one"), ("dp2", "pp2vp2"), ("cp2", "dp2")]
 
     def job(name: str, layout: str, actions: list[list[Any]]) -> dict[str, Any]:
-        return {"name": name, "hf_path": str(hf), "config": layouts[layout][1], "optimizer": OPTIMIZER, "actions": actions}
+        return {"name": name, "hf_path": str(hf), "config": layouts[layout], "optimizer": OPTIMIZER, "actions": actions}
 
-    def run(jobs: dict[str, tuple[str, list[list[Any]]]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for ranks in (1, 2):
-            part = [job(name, layout, actions) for name, (layout, actions) in jobs.items() if layouts[layout][0] == ranks]
-            found.update(launch(ranks, part, tmp_path))
-        return found
-
-    saving = {source: (source, [["update", None], ["save", str(tmp_path / source)], ["update", None]]) for source, _ in routes}
-    saving["one"][1].append(["export", str(tmp_path / "straight")])
-    straight = run(saving)
-    loading = {
-        f"{source}-{target}": (
-            target,
-            [["load", str(tmp_path / source / "step_000001")], ["update", None], ["export", str(tmp_path / f"{source}-{target}")]],
-        )
+    saves = {source: [["update", None], ["save", str(tmp_path / source)], ["update", None]] for source, _ in routes}
+    saves["one"].append(["export", str(tmp_path / "straight")])
+    loads = {
+        (source, target): [["load", str(tmp_path / source / "step_000001")], ["update", None], ["export", str(tmp_path / f"{source}-{target}")]]
         for source, target in routes
     }
-    resumed = run(loading)
+    straight = run_jobs([job("one", "one", saves["one"])])
+    many = [job(source, source, actions) for source, actions in saves.items() if source != "one"]
+    many += [job(f"{source}-{target}", target, actions) for (source, target), actions in loads.items() if target != "one"]
+    answers = launch(2, many, tmp_path)
+    straight |= {source: answers.pop(source) for source in saves if source != "one"}
+    resumed = answers | run_jobs([job(f"{source}-one", "one", actions) for (source, target), actions in loads.items() if target == "one"])
+    assert len(resumed) == len(routes)
     expected = load_file(tmp_path / "straight" / "model.safetensors")
-    for name, answers in resumed.items():
-        assert answers[0] == {"note": 1}
-        assert answers[1]["loss"] == pytest.approx(straight["one"][2]["loss"], abs=1e-6), name
-        assert answers[1]["grad_norm"] == pytest.approx(straight["one"][2]["grad_norm"], rel=1e-5), name
+    for name, got in resumed.items():
+        assert got[0] == {"note": 1}
+        assert got[1]["loss"] == pytest.approx(straight["one"][2]["loss"], abs=1e-6), name
+        assert got[1]["grad_norm"] == pytest.approx(straight["one"][2]["grad_norm"], rel=1e-5), name
         weights = load_file(tmp_path / name / "model.safetensors")
         for key, value in expected.items():
             torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-5, msg=f"{name} {key}")
@@ -164,6 +162,17 @@ def test_checkpoints_of_another_model_are_refused(saved: Path, tmp_path: Path) -
     other = build(make_model(tmp_path, "qwen3"))
     with pytest.raises(CheckpointError, match="doesn't fit this model"):
         resume.load(other, saved / "step_000002")
+
+
+def test_of_large_checkpoints_only_small_files_are_hashed(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "HASH_TOTAL", 1000)
+    monkeypatch.setattr(resume, "HASH_LIMIT", 1000)
+    folder = resume.save(build(hf), tmp_path, {})
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert files["state.json"]["sha256"] and any(entry["sha256"] is None for entry in files.values())
+    truncate(folder)
+    with pytest.raises(CheckpointError, match="bytes, the manifest says"):
+        resume.verify(folder)
 
 
 def test_a_step_is_saved_once_and_a_failed_save_leaves_nothing_behind(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

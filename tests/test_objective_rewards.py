@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,6 +68,66 @@ def test_each_reference_call_pays_once_and_only_within_its_user_turn() -> None:
     assert match_calls([], [call]) == []
 
 
+VALUES = st.sampled_from([1, 1.0, True, "a", [1, 2], {"k": [True]}, None])
+CALLS = st.lists(st.builds(Call, st.sampled_from("fg"), st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3)), max_size=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(CALLS, CALLS, st.data())
+def test_matched_calls_equal_brute_force_over_all_assignments(predicted: list[Call], reference: list[Call], data: st.DataObject) -> None:
+    left = data.draw(st.lists(st.integers(0, 1), min_size=len(predicted), max_size=len(predicted)))
+    right = data.draw(st.lists(st.integers(0, 1), min_size=len(reference), max_size=len(reference)))
+
+    def similarity(p: Call, g: Call) -> float:  # the formula once more, on sets, with equality by type-tagged JSON
+        if p.name != g.name:
+            return 0.0
+        names, union = set(p.arguments) & set(g.arguments), set(p.arguments) | set(g.arguments)
+        plain = {True: "yes", False: "no"}
+
+        def text(value: Any) -> str:
+            if isinstance(value, bool):
+                return plain[value]
+            if isinstance(value, dict):
+                return str({k: text(v) for k, v in value.items()})
+            if isinstance(value, list):
+                return str([text(v) for v in value])
+            return json.dumps(float(value) if isinstance(value, int) else value)
+
+        equal = sum(text(p.arguments[n]) == text(g.arguments[n]) for n in names)
+        return (1 + (len(names) / len(union) if union else 1) + equal) / (2 + len(g.arguments))
+
+    slots: list[int | None] = [*range(len(reference)), *[None] * len(predicted)]
+    best = 0.0
+    for choice in set(itertools.permutations(slots, len(predicted))):
+        pairs = [(a, b) for a, b in enumerate(choice) if b is not None and left[a] == right[b]]
+        best = max(best, sum(similarity(predicted[a], reference[b]) for a, b in pairs))
+    rewards = match_calls(predicted, reference, groups=(left, right), penalty=0.0)
+    assert sum(rewards) == pytest.approx(best) and all(0.0 <= r <= 1.0 for r in rewards)
+    penalised = match_calls(predicted, reference, groups=(left, right), penalty=0.5)
+    assert penalised == [r if r > 0 else -0.5 for r in rewards]
+    assert sum(match_calls(predicted, reference, groups=(left, right), method="greedy")) <= best + 1e-12
+
+
+def test_lists_of_the_wrong_length_and_negative_penalties_are_refused() -> None:
+    call = Call("f")
+    with pytest.raises(ValueError, match="group labels"):
+        match_calls([call], [call], groups=([0, 1], [0]))
+    with pytest.raises(ValueError, match="penalty"):
+        match_calls([call], [call], penalty=-1.0)
+    with pytest.raises(ValueError, match="different lengths"):
+        turn_rewards([[call]], [0], [call], [0], is_tool_turn=[True], malformed=[], outcome=1.0)
+
+
+def test_the_final_turn_gets_the_outcome_even_when_it_is_a_tool_turn() -> None:
+    f = Call("f")
+    arguments: dict[str, Any] = {"is_tool_turn": [True, False, True], "malformed": [0, 0, 0], "outcome": 0.5}
+    assert turn_rewards([[f], [], [f]], [0, 0, 1], [f, f], [0, 1], **arguments).tolist() == [1.0, 0.0, 1.5]
+    # the second f belongs to user turn 1, the only reference left is user turn 0's
+    assert turn_rewards([[f], [], [f]], [0, 0, 1], [f, f], [0, 0], **arguments).tolist() == [1.0, 0.0, 0.5]
+    arguments["is_tool_turn"] = [True, True, True]  # a tool turn in which nothing was parsed and nothing was malformed
+    assert turn_rewards([[f], [], [f]], [0, 0, 1], [f, f], [0, 1], penalty=0.5, **arguments).tolist() == [1.0, 0.0, 1.5]
+
+
 def test_turn_rewards_by_hand() -> None:
     f, g = Call("f", {"a": 1}), Call("g", {})
     rewards = turn_rewards(
@@ -107,6 +169,28 @@ def test_equal_rewards_lone_turns_and_failed_rollouts_carry_nothing() -> None:
     assert [with_failed.combined[0][0], with_failed.combined[2][0]] == [kept.combined[0][0], kept.combined[1][0]]
     with pytest.raises(ValueError, match="finite"):
         group_advantages([np.array([np.nan])])
+
+
+def test_standard_deviation_is_the_sample_one_unless_told() -> None:
+    rewards = [np.array([r]) for r in (3.0, 1.0, 1.0, 3.0)]
+    assert group_advantages(rewards, eps=0.0).trajectory == pytest.approx(np.array([1, -1, -1, 1]) * math.sqrt(3 / 4))
+    assert group_advantages(rewards, eps=0.0, ddof=0).trajectory == pytest.approx([1, -1, -1, 1])
+    values = torch.tensor([0.3, 1.9, -0.4, 0.0], dtype=torch.float64)
+    assert normalise(values.numpy(), 1e-6) == pytest.approx(((values - values.mean()) / (values.std() + 1e-6)).numpy())
+    with pytest.raises(ValueError, match="ddof"):
+        group_advantages(rewards, ddof=2)
+
+
+def test_groups_without_two_living_rollouts_have_no_advantage() -> None:
+    rewards = [np.array([1.0, 2.0]), np.array([0.0])]
+    for mask in ([True, False], [False, False]):
+        result = group_advantages(rewards, mask=mask)
+        assert result.trajectory.tolist() == [0.0, 0.0] and [a.tolist() for a in result.combined] == [[0.0, 0.0], [0.0]]
+    assert group_advantages([]).combined == []
+    with pytest.raises(ValueError, match="mask"):
+        group_advantages(rewards, mask=[True])
+    with pytest.raises(ValueError, match="combine"):
+        group_advantages(rewards, combine="product")
 
 
 @settings(max_examples=60, deadline=None)

@@ -213,6 +213,20 @@ def test_reference_logprobs_stay_those_of_the_initial_weights(models: Callable[[
         build(models("qwen2")).reference_logprobs(trees)
 
 
+def test_another_checkpoint_can_become_the_reference(models: Callable[[str], Path], tmp_path: Path) -> None:
+    trees = make_trees(3, seed=19)
+    other = make_model(tmp_path, "qwen2", seed=5)
+    expected = build(other).logprobs(trees)
+    policy = build(models("qwen2"))
+    before = policy.logprobs(trees)
+    policy.load_reference(other)
+    assert all(torch.equal(a, b) for a, b in zip(policy.reference_logprobs(trees), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(policy.logprobs(trees), before, strict=True))
+    result = policy.update(trees, loss_fn, lr=0.0)
+    assert result.lr == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(policy.logprobs(trees), before, strict=True)), "a learning rate of 0 changes nothing"
+
+
 @pytest.mark.parametrize("kind", ["loss", "metric", "gradient"])
 def test_non_finite_numbers_are_refused_and_change_nothing(kind: str, models: Callable[[str], Path]) -> None:
     trees = make_trees(3, seed=17)

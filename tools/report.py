@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Write (again) the report of a run, alone or beside other runs.
 
-    python tools/report.py runs/latest
-    python tools/report.py runs/pact_bfcl-pact-seed1-1 --compare runs/pact_bfcl-grpo-seed1-1 runs/pact_bfcl-pact-seed2-1
-    python tools/report.py runs/latest --png report.png --width 390 --dark
+python tools/report.py runs/latest
+python tools/report.py runs/pact_bfcl-pact-seed1-1 --compare runs/pact_bfcl-grpo-seed1-1 runs/pact_bfcl-pact-seed2-1
+python tools/report.py runs/latest --png report.png --width 390 --dark
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checkpoints to resume from: weights, optimizer, random-number state and the training loop's own state, under any parallel layout.
 
 ``<root>/step_000012/`` holds ``weights/`` (megatron's torch_dist format), ``rng.pt``, ``state.json`` and, written last, ``manifest.json`` with the
-size of every file and the SHA-256 of small ones. The folder appears in one rename; then ``<root>/latest`` is pointed at it.
+size and (but for large files of large checkpoints) SHA-256 of every file. The folder appears in one rename; then ``<root>/latest`` is pointed at it.
 A folder that fails its manifest is refused. Falling back to an older one is the caller's explicit choice: :func:`latest_complete`.
 """
 
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "manifest.json"
 POINTER_NAME = "latest"
 SCHEMA = 1
-HASH_LIMIT = 16 << 20  # larger files are checked by size only: a resume must not read terabytes twice
+HASH_TOTAL = 8 << 30  # of a larger checkpoint, files above HASH_LIMIT are checked by size only: a resume must not read terabytes twice
+HASH_LIMIT = 16 << 20
 _FOLDER = re.compile(r"step_(\d{6,})")
 
 
@@ -104,6 +105,7 @@ def load(policy: Resumable, folder: str | Path) -> dict[str, Any]:
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     path = Path(folder)
     problem = None
@@ -119,8 +121,9 @@ def load(policy: Resumable, folder: str | Path) -> dict[str, Any]:
     try:
         loaded = dist_checkpointing.load(policy.state_dict(is_loading=True), str(path / "weights"))
         policy.load_state_dict(loaded, step=int(facts["step"]))
-    except (CheckpointingException, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} doesn't fit this model ({error}); resume with the model and optimizer it was saved from") from error
+    except (CheckpointException, CheckpointingException, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1:]
+        raise CheckpointError(f"{path} doesn't fit this model {reason}; resume with the model and optimizer it was saved from") from error
     states = torch.load(path / "rng.pt", weights_only=False)
     _set_rng_state(states[dist.get_rank() if len(states) == dist.get_world_size() else 0])
     caller: dict[str, Any] = facts["caller"]
@@ -209,10 +212,11 @@ def prune(root: str | Path, keep: int) -> list[int]:
 
 
 def _write_manifest(base: Path) -> None:
-    files = {}
-    for path in sorted(path for path in base.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        files[path.relative_to(base).as_posix()] = {"size": size, "sha256": sha256_file(path) if size <= HASH_LIMIT else None}
+    sizes = {path: path.stat().st_size for path in sorted(base.rglob("*")) if path.is_file()}
+    limit = HASH_TOTAL if sum(sizes.values()) <= HASH_TOTAL else HASH_LIMIT
+    files = {
+        path.relative_to(base).as_posix(): {"size": size, "sha256": sha256_file(path) if size <= limit else None} for path, size in sizes.items()
+    }
     write_json_atomic(base / MANIFEST_NAME, {"schema": SCHEMA, "files": files})
 
 

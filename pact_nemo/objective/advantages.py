@@ -65,8 +65,8 @@ def group_advantages(
         mask: False for rollouts that failed through no fault of the policy: left out of every statistic, advantage 0.
         ddof: see :func:`normalise`.
 
-    The turn-level normalisation at turn t is over the unmasked rollouts that reach turn t; a turn reached by one rollout gets 0, and a prompt
-    with one unmasked rollout has no advantages at all.
+    The turn-level normalisation at turn t is over the unmasked rollouts that reach turn t; a turn reached by one rollout gets 0, and a
+    prompt with one unmasked rollout has no advantages at all.
 
     Raises:
         ValueError: ``combine`` is neither, ``ddof`` is neither 0 nor 1, ``mask`` has another length, or a reward is not finite.

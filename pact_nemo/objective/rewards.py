@@ -39,9 +39,9 @@ def values_equal(left: Any, right: Any) -> bool:
 def call_similarity(predicted: Call, reference: Call) -> float:
     """S_ab in [0, 1] of one predicted and one reference call.
 
-    0 if the names differ; else (1 + Jaccard of the argument names as multisets + number of reference arguments whose predicted value is equal)
-    / (2 + number of reference arguments). Two calls without arguments have Jaccard 1. Names are compared exactly: tools are called by exact
-    names (MatchTIR's public code ignores their case).
+    0 if the names differ; else (1 + Jaccard of the argument names as multisets + number of reference arguments whose predicted value is
+    equal) / (2 + number of reference arguments). Two calls without arguments have Jaccard 1. Names are compared exactly: tools are called
+    by exact names (MatchTIR's public code ignores their case).
     """
     if predicted.name != reference.name:
         return 0.0
@@ -133,8 +133,8 @@ def turn_rewards(
 ) -> np.ndarray:
     """[T] reward of each assistant turn of one rollout (eq. 26-28).
 
-    A tool turn gets the mean of r over its calls, parsed and malformed; a malformed call counts as an unmatched one. A tool turn without any
-    call gets 0, as does a turn that isn't a tool turn. The final turn gets ``outcome_weight * outcome`` on top, whatever it is.
+    A tool turn gets the mean of r over its calls, parsed and malformed; a malformed call counts as an unmatched one. A tool turn without
+    any call gets 0, as does a turn that isn't a tool turn. The final turn gets ``outcome_weight * outcome`` on top, whatever it is.
 
     Args:
         turn_calls: the parsed calls of each turn.

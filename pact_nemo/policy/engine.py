@@ -13,7 +13,9 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from pact_nemo.policy.attention import TreeBatch, plan_attention
-from pact_nemo.policy.packing import PackedMicroBatch, zigzag_positions
+from pact_nemo.policy.config import PolicyConfig
+from pact_nemo.policy.packing import PackedMicroBatch, pack, zigzag_positions
+from pact_nemo.policy.trees import TokenTree
 
 LossFn = Callable[[torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 MAX_PREFIX = "max/"
@@ -46,7 +48,9 @@ class Collected:
     metrics: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
-def to_local(batch: PackedMicroBatch, *, device: torch.device, mask_dtype: torch.dtype | None, temperature: float, entropy: bool) -> LocalMicroBatch:
+def to_local(
+    batch: PackedMicroBatch, *, device: torch.device, mask_dtype: torch.dtype | None, temperature: float, entropy: bool
+) -> LocalMicroBatch:
     """Cut out this context-parallel rank's tokens and scored positions, and plan its attention.
 
     Args:
@@ -88,6 +92,27 @@ def to_local(batch: PackedMicroBatch, *, device: torch.device, mask_dtype: torch
     )
     streams = {name: stream.to(device) for name, stream in streams.items()}
     return LocalMicroBatch(tokens[None].to(device), tree, streams, flat)
+
+
+def local_batches(
+    trees: list[TokenTree], config: PolicyConfig, *, device: torch.device, bf16: bool, temperature: float, entropy: bool = False
+) -> tuple[list[LocalMicroBatch], int]:
+    """Pack the trees for all ranks; this rank's micro-batches, and the number of tree tokens on all ranks together."""
+    context = config.context_parallel
+    packed = pack(
+        trees,
+        config.micro_batch_tokens,
+        share_prefix=config.share_prefix,
+        data_parallel=parallel_state.get_data_parallel_world_size(),
+        multiple=(config.tensor_parallel if config.sequence_parallel else 1) * (2 * context if context > 1 else 1),
+        group_of=config.pipeline_parallel if config.virtual_pipeline else 1,
+    )
+    mask_dtype = None if device.type == "cuda" else (torch.bfloat16 if bf16 else torch.float32)
+    mine = [
+        to_local(row, device=device, mask_dtype=mask_dtype, temperature=temperature, entropy=entropy)
+        for row in packed[parallel_state.get_data_parallel_rank()]
+    ]
+    return mine, sum(row.used for rows in packed for row in rows)
 
 
 def _forward_step(collected: Collected, loss_fn: LossFn | None, data_iterator: Iterator[LocalMicroBatch], model: Any) -> tuple[Any, Any]:

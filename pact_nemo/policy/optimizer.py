@@ -14,6 +14,9 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from pact_nemo.policy.config import OptimizerConfig
 
+# the distributed optimizer's float32 parameters are views of the model's: megatron asks each for .grad and checks for None itself
+warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")
+
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step ``step`` (1-based) of ``total_steps``; after the last step it stays at its end value."""
@@ -84,11 +87,8 @@ def build_optimizer(config: OptimizerConfig, wrapped: list[DistributedDataParall
 
 def gradient_norm(optimizer: Any) -> float:
     """Hand the reduced gradients to the optimizer and return their global L2 norm, the same on every rank (NaN or Inf included)."""
-    with warnings.catch_warnings():
-        # the distributed optimizer's float32 parameters are views of the model's; it asks each for .grad and checks for None itself
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        optimizer.prepare_grads()
-        return float(optimizer.get_grad_norm())
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
 
 
 def apply_step(optimizer: Any, *, lr: float, weight_decay: float, clip_grad: float, grad_norm: float) -> None:

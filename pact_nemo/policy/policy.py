@@ -18,12 +18,9 @@ from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.hf_folder import copy_artifacts, write_weights
-from pact_nemo.policy.packing import pack
 from pact_nemo.policy.trees import TokenTree
 
 devices.prepare_megatron()
-
-from megatron.core import parallel_state  # noqa: E402
 
 from pact_nemo.policy import engine, model, optimizer  # noqa: E402
 
@@ -162,7 +159,7 @@ class MegatronPolicy:
 
     @contextlib.contextmanager
     def _reference_weights(self) -> Iterator[None]:
-        """The initial weights in place of the current ones. Only pointers are exchanged, so the current weights come back bit for bit."""
+        """The reference weights in place of the current ones. Only pointers are exchanged, so the current weights come back bit for bit."""
         if self._reference is None:
             raise ConfigError("reference log-probs need load_reference() or a policy built with keep_reference=True")
         current = [{name: param.data for name, param in chunk.named_parameters()} for chunk in self.chunks]
@@ -179,7 +176,9 @@ class MegatronPolicy:
 
     def _score(self, trees: list[TokenTree], *, temperature: float, entropy: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         bare = [TokenTree(tree.segments) for tree in trees]
-        batches = self._local_batches(bare, temperature=temperature, entropy=entropy)
+        batches, _ = engine.local_batches(
+            bare, self.config, device=self.device, bf16=self.bf16, temperature=temperature, entropy=entropy
+        )
         for chunk in self.chunks:
             chunk.eval()
         collected = engine.run_schedule(self.chunks, batches, None, forward_only=True)
@@ -213,7 +212,7 @@ class MegatronPolicy:
         """
         if self.optimizer is None:
             raise ConfigError("this policy was built with trainable=False")
-        batches = self._local_batches(trees, temperature=temperature, entropy=False)
+        batches, tokens = engine.local_batches(trees, self.config, device=self.device, bf16=self.bf16, temperature=temperature)
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -233,8 +232,7 @@ class MegatronPolicy:
             grad_norm=grad_norm,
         )
         self.step += 1
-        tokens = torch.tensor([batch.used for batch in self._packed_rows])
-        return UpdateResult(loss, grad_norm, metrics, lr, int(tokens.sum()), self._per_tree(trees, collected.logprobs))
+        return UpdateResult(loss, grad_norm, metrics, lr, tokens, self._per_tree(trees, collected.logprobs))
 
     # ----------------------------------------------------------------- export
 
@@ -292,27 +290,6 @@ class MegatronPolicy:
             chunk.load_state_dict(state[name], strict=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = step
-
-    # ---------------------------------------------------------------- batches
-
-    def _local_batches(self, trees: list[TokenTree], *, temperature: float, entropy: bool) -> list[engine.LocalMicroBatch]:
-        """Pack the trees for all ranks, keep this rank's rows."""
-        config = self.config
-        context = config.context_parallel
-        packed = pack(
-            trees,
-            config.micro_batch_tokens,
-            share_prefix=config.share_prefix,
-            data_parallel=parallel_state.get_data_parallel_world_size(),
-            multiple=(config.tensor_parallel if config.sequence_parallel else 1) * (2 * context if context > 1 else 1),
-            group_of=config.pipeline_parallel if config.virtual_pipeline else 1,
-        )
-        self._packed_rows = [row for rows in packed for row in rows]
-        mask_dtype = None if devices.use_cuda() else (torch.bfloat16 if self.bf16 else torch.float32)
-        return [
-            engine.to_local(row, device=self.device, mask_dtype=mask_dtype, temperature=temperature, entropy=entropy)
-            for row in packed[parallel_state.get_data_parallel_rank()]
-        ]
 
     def _per_tree(self, trees: list[TokenTree], parts: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
         sizes = [tree.num_scored for tree in trees]

@@ -15,9 +15,7 @@ class RolloutServerConfig:
     """How the vLLM server is started, or where one that runs already is found. OmegaConf reads this as a structured config."""
 
     url: str | None = None  #: attach to a server at this address (``http://host:port``) instead of starting one
-    api_key_env: str = (
-        "PACT_ROLLOUT_API_KEY"  #: with ``url``: environment variable that holds its API key; a started server gets a random one
-    )
+    api_key_env: str = "PACT_ROLLOUT_API_KEY"  #: with ``url``: variable that holds its key; a started server gets a random one
     device: str = "auto"  #: "cpu", "cuda", or "auto" = cuda where torch sees a GPU
     dtype: str = "bfloat16"  #: weights and KV cache of the sampler: bfloat16 | float16 | float32
     max_model_len: int = 4096  #: prompt + response, tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, verify_manifest
-from pact_nemo.checkpoints.resume import load_checkpoint, save_checkpoint
+from pact_nemo.checkpoints import resume
 from pact_nemo.environments.bfcl import BFCLEnvironment
 from pact_nemo.errors import CheckpointError
 from pact_nemo.objective.schedules import TraceSchedule
@@ -145,24 +146,36 @@ class Experiment:
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        save_checkpoint(
-            self.workspace.checkpoints, self.step, self.policy, self.state(), keep=self.config.trainer.keep_checkpoints
-        )
+        """Save now, then delete all but the newest ``trainer.keep_checkpoints``."""
+        resume.save(self.policy, self.workspace.checkpoints, self.state())
+        on_rank_zero(lambda: resume.prune(self.workspace.checkpoints, self.config.trainer.keep_checkpoints))
 
     def restore(self) -> bool:
-        """Continue from the newest complete checkpoint. False when there is none (the run starts from its beginning).
+        """Continue from the newest complete checkpoint; torn newer ones are removed with a warning. False when there is none: the run starts
+        from its beginning.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another seed.
+            CheckpointError: the checkpoint belongs to another seed or model.
         """
-        state = load_checkpoint(self.workspace.checkpoints, self.policy)
-        if state is None:
+        folder = on_rank_zero(self._newest_checkpoint)
+        if folder is None:
             return False
+        state = resume.load(self.policy, folder)
         if state["seed"] != self.config.run.seed:
-            raise CheckpointError(f"checkpoint was made with run.seed={state['seed']}, the config says {self.config.run.seed}")
+            raise CheckpointError(f"{folder} was made with run.seed={state['seed']}, the config says {self.config.run.seed}")
         self.step, self.warmup_step, self.version = state["step"], state["warmup_step"], state["version"]
         self.scores, self.seconds = state["scores"], state["seconds"]
         return True
+
+    def _newest_checkpoint(self) -> Path | None:
+        root = self.workspace.checkpoints
+        folder = resume.latest_complete(root)
+        for step in resume.steps(root):
+            torn = resume.checkpoint_path(root, step)
+            if folder is None or torn.name > folder.name:
+                log.warning("removing %s: it is not complete", torn)
+                shutil.rmtree(torn)
+        return folder
 
     # -- reporting ----------------------------------------------------------------------------------------------------------------
 

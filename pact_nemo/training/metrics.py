@@ -26,7 +26,9 @@ def _row(text: str, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"expected an object, found {type(row).__name__}; {remedy}", file=str(path), line=number)
     if row.get("stage") not in STAGES:
-        raise DataError(f"expected one of {', '.join(STAGES)}, found {row.get('stage')!r}; {remedy}", file=str(path), line=number, field="stage")
+        raise DataError(
+            f"expected one of {', '.join(STAGES)}, found {row.get('stage')!r}; {remedy}", file=str(path), line=number, field="stage"
+        )
     if not isinstance(row.get("step"), int) or isinstance(row["step"], bool):
         raise DataError(f"expected a step number, found {row.get('step')!r}; {remedy}", file=str(path), line=number, field="step")
     return row
@@ -59,9 +61,9 @@ class MetricsLog:
 
     Args:
         folder: run folder.
-        resume_from: finished (warm-up, RL) steps of the checkpoint that the run goes on from. Later records are dropped in one atomic
-            replacement, because their steps are about to be run again, and TensorBoard's files are written anew from the kept ones. None for
-            a new run.
+        resume_from: finished (warm-up, RL) steps of the checkpoint that the run goes on from. Later records are dropped in one
+            atomic replacement, because their steps are about to be run again, and TensorBoard's files are written anew from the
+            kept ones. None for a new run.
 
     Raises:
         DataError: on resume, ``metrics.jsonl`` holds a malformed line other than a torn last one.

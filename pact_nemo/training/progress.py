@@ -98,7 +98,12 @@ class RunProgress:
 
     def __enter__(self) -> RunProgress:
         if self.enabled and not self.plain:
-            columns = (TextColumn("{task.description:<20}"), BarColumn(bar_width=24), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description:<20}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[count]}"),
+                TimeElapsedColumn(),
+            )
             self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=self._console, transient=True)
             self._bars.start()
         return self

@@ -95,13 +95,13 @@ def loss_fn(logprob: torch.Tensor, streams: dict[str, torch.Tensor]) -> tuple[to
 
 
 def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path, *, timeout: int = 300) -> dict[str, Any]:
-    """Run ``policy_worker.py`` under torchrun (``ranks`` > 1) or as a plain process, and return its results by job name."""
+    """Run ``policy_worker.py`` under torchrun and return its results by job name."""
     folder.mkdir(parents=True, exist_ok=True)
     spec, out = folder / f"jobs{ranks}.json", folder / f"results{ranks}.json"
     spec.write_text(json.dumps({"jobs": jobs, "out": str(out)}))
     out.unlink(missing_ok=True)
     worker = str(Path(__file__).with_name("policy_worker.py"))
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*run, worker, str(spec)], capture_output=True, text=True, timeout=timeout, env=environment, cwd=REPO)
     assert done.returncode == 0 and out.is_file(), f"worker failed ({done.returncode}):\n{done.stdout[-2000:]}\n{_trace(done.stderr)}"

@@ -1,4 +1,4 @@
-"""Runs policies as told by a JSON file; started by ``policy_kit.launch``, alone or under torchrun.
+"""Runs policies as told by a JSON file; started under torchrun by ``policy_kit.launch``. ``run_jobs`` does the same in this process.
 
 The file: {"out": path, "jobs": [{"name", "hf_path", "config": {...}, "optimizer": {...}, "trees": {...}, "actions": [[verb, argument], ...]}]}.
 Every rank's answer to every action must agree; rank 0 writes them.
@@ -37,8 +37,7 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
         return [row.tolist() for row in policy.reference_logprobs(trees)]
     if verb == "update":
         result = policy.update(trees, loss_fn)
-        rows = [row.tolist() for row in result.logprobs]
-        return {"loss": result.loss, "grad_norm": result.grad_norm, "metrics": result.metrics, "lr": result.lr, "logprobs": rows, "tokens": result.tokens}
+        return {**vars(result), "logprobs": [row.tolist() for row in result.logprobs]}
     if verb == "broken_update":
         top = max(float(tree.streams["weight"].max()) for tree in trees)
         for tree in trees:
@@ -60,14 +59,13 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
     raise ValueError(verb)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    spec = json.loads(Path(sys.argv[1]).read_text())
+def run_jobs(jobs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Answers to each job's actions by job name; collective."""
     results: dict[str, Any] = {}
-    for job in spec["jobs"]:
+    for job in jobs:
         trees = make_trees(**job.get("trees", {"count": 6}))
         policy = MegatronPolicy(
-            PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 96, "logprob_chunk": 16, "init_timeout_s": 60, **job.get("config", {})}),
+            PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 96, "logprob_chunk": 16, "init_timeout_s": 120, **job.get("config", {})}),
             OptimizerConfig(**{"lr": 1e-3, "weight_decay": 0.01, "eps": 1e-5, **job.get("optimizer", {})}),
             job["hf_path"],
             seed=1,
@@ -82,7 +80,13 @@ def main() -> None:
             assert all(json.dumps(other) == json.dumps(answer) for other in everyone), f"{job['name']} {verb}: ranks disagree: {everyone}"
             answers.append(answer)
         results[job["name"]] = answers
-        del policy
+    return results
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    results = run_jobs(spec["jobs"])
     if dist.get_rank() == 0:
         Path(spec["out"]).write_text(json.dumps(results))
     dist.barrier()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import selectors
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,6 +34,10 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
+
+
+#: the browser reads commands from descriptor 3 and writes answers to 4
+_LAUNCHER = "import os, sys; [os.dup2(int(end), place) for place, end in enumerate(sys.argv[1:3], 3)]; os.execv(sys.argv[3], sys.argv[3:])"
 
 
 class BrowserError(PactError):
@@ -67,14 +73,13 @@ class Browser:
         self._profile = tempfile.mkdtemp(prefix="report-browser-")
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
-        # the browser reads commands from descriptor 3 and writes answers to 4
-        shell = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
-        command = ["/bin/sh", "-c", shell, binary, *FLAGS, f"--user-data-dir={self._profile}", "about:blank"]
+        ends = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_browser, from_browser))  # clear of 3 and 4
+        command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *map(str, ends), binary, *FLAGS, f"--user-data-dir={self._profile}"]
         self._process = subprocess.Popen(
-            command, pass_fds=(to_browser, from_browser), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, "about:blank"], pass_fds=ends, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        os.close(to_browser)
-        os.close(from_browser)
+        for end in (to_browser, from_browser, *ends):
+            os.close(end)
         self._buffer = b""
         self._number = 0
         self._session: str | None = None

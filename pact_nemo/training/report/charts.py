@@ -1,7 +1,7 @@
 """Geometry of the report's charts. Everything is computed here; the template only writes it down as SVG.
 
-A chart is drawn in user units of ``WIDTH`` x ``HEIGHT``, close to the pixels it gets on a phone and in a desktop's three columns, so that text
-keeps its size.
+A chart is drawn in user units of ``WIDTH`` x ``HEIGHT``, close to the pixels it gets on a phone and in a desktop's three columns, so
+that text keeps its size.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Chart:
     zero: float | None = None
 
 
-def reading(value: float | None) -> str:
-    """Three or four significant digits, without needless exponents; a dash for a gap."""
+def reading(value: float | None, least: int = 0) -> str:
+    """Three or four significant digits, but at least ``least`` decimals; no needless exponents; a dash for a gap."""
     if value is None:
         return "–"
     size = abs(value)
@@ -85,7 +85,7 @@ def reading(value: float | None) -> str:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     digits = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3 if size >= 0.1 or size == 0 else 4
-    text = f"{value:.{digits}f}"
+    text = f"{value:.{max(digits, least)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
@@ -171,14 +171,17 @@ def make_chart(
     else:
         marks = _limits([value for s in drawn_series for value in s.values if value is not None], bounds)
 
-    def show(value: float | None) -> str:
+    # decimals that tell two neighbouring ticks apart: the axis of values between 0.9998 and 1.0002 must not read 1, 1, 1
+    decimals = max(-math.floor(math.log10(abs(marks[1] - marks[0]) * (100 if percent else 1)) + 1e-9), 0)
+
+    def show(value: float | None, least: int = decimals + 1) -> str:
         if value is None:
             return "–"
         if percent:
-            return f"{reading(round(value * 100, 2))} %"
+            return f"{reading(value * 100, least)} %"
         if levels is not None and 0 <= round(value) < len(levels):
             return levels[round(value)]
-        return reading(value)
+        return reading(value, least)
 
     half = 0.5 if kind == "stack" else 0.0
     low_x, high_x = steps[0] - half, steps[-1] + half
@@ -211,7 +214,9 @@ def make_chart(
             path = _line(xs, ys, s.steps)
             few = len(steps) <= DOTS_UP_TO and not s.steps
             dots = [
-                (round(x, 1), round(y, 1)) for i, (x, y) in enumerate(zip(xs, ys, strict=True)) if y is not None and (few or _alone(s.values, i))
+                (round(x, 1), round(y, 1))
+                for i, (x, y) in enumerate(zip(xs, ys, strict=True))
+                if y is not None and (few or _alone(s.values, i))
             ]
         readings = [show(value) for value in s.values]
         last = next((text for text, value in zip(reversed(readings), reversed(s.values), strict=True) if value is not None), "–")
@@ -229,7 +234,7 @@ def make_chart(
         note=note,
         summary=f"{steps_said}. {'; '.join(tellings)}.",
         x_ticks=[Tick(place_x(value), str(value)) for value in whole_ticks(steps[0], steps[-1])],
-        y_ticks=[Tick(place_y(mark), show(0.0 if abs(mark) < 1e-15 else mark)) for mark in marks],
+        y_ticks=[Tick(place_y(mark), show(0.0 if abs(mark) < 1e-15 else mark, decimals)) for mark in marks],
         series=drawn,
         data={"x": [round(x, 1) for x in xs], "step": list(steps), "y": heights, "text": [d.readings for d in drawn]},
         zero=place_y(0.0) if marks[0] < 0 < marks[-1] else None,

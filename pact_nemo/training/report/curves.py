@@ -151,7 +151,9 @@ def rl_curves(run: Run) -> list[Chart]:
         chart(
             "Rollout health",
             "counts per step",
-            _plain(records, ("rollout/truncated", "truncated"), ("rollout/failed", "failed"), ("rollout/malformed_calls", "malformed calls")),
+            _plain(
+                records, ("rollout/truncated", "truncated"), ("rollout/failed", "failed"), ("rollout/malformed_calls", "malformed calls")
+            ),
             bounds=(0.0, None),
         ),
         chart("Turns", "assistant turns per rollout", _plain(records, ("rollout/mean_turns", "turns")), bounds=(0.0, None)),
