@@ -133,12 +133,12 @@ def test_garbage_in_any_stream_of_an_unweighted_token_does_no_harm_and_on_a_weig
 
 
 def test_metrics_by_hand() -> None:
-    logprobs = torch.log(torch.tensor([0.6, 0.3, 0.5, 0.25], dtype=torch.float64))
+    logprobs = torch.log(torch.tensor([0.6, 0.15, 0.25, 0.25], dtype=torch.float64))
     streams = {name: torch.zeros(4, dtype=torch.float64) for name in (*STREAMS, "old_logprobs")}
     streams["importance"] += 1
     streams["advantages"] = torch.tensor([1.0, -1.0, 2.0, 0.0], dtype=torch.float64)
-    streams["old_logprobs"] = torch.log(torch.tensor([0.3, 0.6, 0.5, 0.9], dtype=torch.float64))  # ratios 2, 0.5, 1
-    streams["ref_logprobs"] = torch.log(torch.tensor([0.6, 0.6, 0.9, 0.9], dtype=torch.float64))
+    streams["old_logprobs"] = torch.log(torch.tensor([0.3, 0.6, 0.5, 0.9], dtype=torch.float64))  # ratios 2, 1/4, 1/2
+    streams["ref_logprobs"] = torch.log(torch.tensor([0.6, 0.3, 0.9, 0.9], dtype=torch.float64))
     streams["w_rl_x"] = torch.tensor([0.5, 0.5, 0.0, 0.0], dtype=torch.float64)
     streams["w_rl_h"] = torch.tensor([0.0, 0.0, 0.25, 0.0], dtype=torch.float64)
     streams["w_kl"] = torch.tensor([0.1, 0.1, 0.0, 0.0], dtype=torch.float64)
@@ -146,8 +146,8 @@ def test_metrics_by_hand() -> None:
     loss, metrics = pact_loss(logprobs, streams, **CLIP)
     expected = {
         "loss/rl_x": 0.5 * -1.3 + 0.5 * 0.8, "clip/x": 2, "tokens/x": 2, "max/ratio_x": 2,
-        "approx_kl/x": (2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2)),
-        "loss/rl_h": 0.25 * -2, "clip/h": 0, "tokens/h": 1, "max/ratio_h": 1, "approx_kl/h": 0,
+        "approx_kl/x": (2 - 1 - math.log(2)) + (0.25 - 1 + math.log(4)),
+        "loss/rl_h": 0.25 * -2 * 0.5, "clip/h": 0, "tokens/h": 1, "max/ratio_h": 0.5, "approx_kl/h": 0.5 - 1 + math.log(2),
         "loss/sft_reasoning": 0.5 * math.log(4), "tokens/sft_reasoning": 1, "loss/sft_call": 0, "tokens/sft_call": 0,
         "loss/kl": 0.1 * (2 - 1 - math.log(2)), "kl/sum": 2 - 1 - math.log(2), "kl/count": 2,
         "nonfinite/rl_x": 0, "nonfinite/rl_h": 0, "nonfinite/sft_reasoning": 0, "nonfinite/sft_call": 0, "nonfinite/kl": 0,
@@ -164,6 +164,11 @@ def test_wild_tokens_stay_finite_in_float32() -> None:
     loss, metrics = pact_loss(logprobs, streams, **CLIP)
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert torch.isfinite(loss) and torch.isfinite(gradient).all() and all(torch.isfinite(v) for v in metrics.values())
+    assert float(metrics["max/ratio_h"]) == pytest.approx(math.exp(20), rel=1e-6) and float(metrics["max/ratio_x"]) == 0.0
+    # a log-prob of -Inf gives a finite surrogate (its ratio is 0), and is counted all the same
+    impossible = torch.tensor([-math.inf, -300.0, -0.01, -300.0])
+    loss, metrics = pact_loss(impossible, streams | {"w_kl": torch.zeros(4)}, **CLIP)
+    assert torch.isfinite(loss) and float(metrics["nonfinite/rl_h"]) == 1.0
 
 
 def test_a_stream_of_another_shape_or_a_missing_one_is_refused() -> None:
@@ -190,6 +195,9 @@ def test_clipping_stops_the_gradient_on_the_right_side_only() -> None:
     assert values.tolist() == pytest.approx([-1.3, 1.5, -0.5, 0.8]) and clipped.tolist() == [True, False, False, True]
     values.sum().backward()
     assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([0.0, 1.5, -0.5, 0.0])
+    old = torch.zeros(4, requires_grad=True)  # pi_old is a constant even when it comes with a graph
+    values, _ = clipped_surrogate(logprobs.detach(), old, advantages, 0.2, 0.3)
+    assert not values.requires_grad
     wild, _ = clipped_surrogate(torch.tensor([0.0]), torch.tensor([-1e4]), torch.tensor([-1.0]), 0.2, 0.2)
     assert torch.isfinite(wild).all()
 
@@ -299,6 +307,11 @@ def test_gate_is_the_same_in_another_process_and_in_any_order() -> None:
     assert len({uniform("gate", *key) for key in keys}) == len(keys) and uniform("a", 1, 23) != uniform("a", 12, 3)
     with pytest.raises(ValueError, match="q=1.5"):
         anchored(0, 0, "p", 1.5)
+
+
+def test_q_zero_is_never_even_for_the_smallest_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pact_nemo.objective.gate.uniform", lambda *key: 0.0)
+    assert not anchored(0, 0, "p", 0.0) and anchored(0, 0, "p", 2**-53)
 
 
 def test_the_gate_is_not_biased_along_steps_or_prompts() -> None:

@@ -54,6 +54,17 @@ def test_optimizer_settings_out_of_range_are_refused(fields: dict[str, Any]) -> 
         OptimizerConfig(**fields).validate()
 
 
+def test_transformer_engine_attention_knows_neither_trees_nor_our_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match="share_prefix=false"):
+        PolicyConfig(attention="te").validate(cuda=True)
+    with pytest.raises(ConfigError, match="context-parallel"):
+        PolicyConfig(attention="te", share_prefix=False, context_parallel=2).validate(cuda=True, world_size=2)
+    PolicyConfig(attention="te", share_prefix=False, fp8="mxfp8").validate(cuda=True)
+    with pytest.raises(ConfigError, match="bf16"):
+        PolicyConfig(fp8="mxfp8", precision="fp32").validate(cuda=True)
+
+
 def test_precision_auto_follows_the_device() -> None:
     assert PolicyConfig().resolved_precision(cuda=True) == "bf16"
     assert PolicyConfig().resolved_precision(cuda=False) == "fp32"

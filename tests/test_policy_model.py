@@ -21,7 +21,7 @@ from tests.workers.policy_kit import VOCAB, loss_fn, make_model, make_trees
 
 from pact_nemo.policy import engine, model  # isort: skip
 
-FAMILIES = ["llama", "llama3", "qwen2", "qwen3"]
+FAMILIES = ["llama", "llama3", "qwen2", "qwen3", "qwen3_moe"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_logprobs_equal_transformers_and_weights_come_back_bit_for_bit(family: s
     assert load_hf(tmp_path / "out").config.to_dict() | {"_name_or_path": ""} == load_hf(models(family)).config.to_dict() | {"_name_or_path": ""}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
 def test_an_update_equals_autograd_and_adamw_on_separate_sequences(family: str, models: Callable[[str], Path], tmp_path: Path) -> None:
     trees = make_trees(5, seed=12)
     hf = load_hf(models(family))
@@ -147,22 +147,23 @@ def test_trees_equal_separate_sequences_to_the_last_digits_in_float64(models: Ca
     bridge.load_hf_weights([network])
     trees = make_trees(4, seed=14)
 
-    def run(share_prefix: bool, budget: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def run(share_prefix: bool, budget: int, mask_dtype: torch.dtype | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         network.zero_grad()
         flat = torch.zeros(sum(tree.num_scored for tree in trees), dtype=torch.float64)
         for row in pack(trees, budget, share_prefix=share_prefix)[0]:
-            batch = engine.to_local(row, device=torch.device("cpu"), mask_dtype=torch.float64, temperature=1.0, entropy=False)
+            batch = engine.to_local(row, device=torch.device("cpu"), mask_dtype=mask_dtype)
             logprobs = network(batch.tokens, batch.tree.position_ids[None], None, packed_seq_params=batch.tree)
             loss_fn(logprobs, batch.streams)[0].backward()
             flat[row.flat_index] = logprobs.detach()
         return flat, [param.grad.clone() for param in network.parameters()]
 
-    shared, shared_grads = run(True, 200)
-    separate, separate_grads = run(False, 1)
-    assert shared.dtype == torch.float64
-    torch.testing.assert_close(shared, separate, rtol=0, atol=1e-12)
-    for one, other in zip(shared_grads, separate_grads, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    separate, separate_grads = run(False, 1, None)  # plain causal attention only
+    assert separate.dtype == torch.float64
+    for mask_dtype in (torch.float64, None):  # stored masks (CPU), and masks that the kernel knows (CUDA)
+        shared, shared_grads = run(True, 200, mask_dtype)
+        torch.testing.assert_close(shared, separate, rtol=0, atol=1e-12)
+        for one, other in zip(shared_grads, separate_grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_the_cut_of_the_loss_over_calls_does_not_matter_and_empty_calls_never_happen(models: Callable[[str], Path]) -> None:

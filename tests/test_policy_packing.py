@@ -13,6 +13,15 @@ from tests.workers.policy_kit import make_trees
 
 prepare_megatron()
 from pact_nemo.policy.attention import AttentionPlan, plan_attention  # noqa: E402
+from pact_nemo.policy.config import PolicyConfig  # noqa: E402
+from pact_nemo.policy.device import init_distributed  # noqa: E402
+from pact_nemo.policy.engine import to_local  # noqa: E402
+from pact_nemo.policy.model import initialize_model_parallel  # noqa: E402
+
+
+def model_parallel_of_one() -> None:
+    init_distributed(60)
+    initialize_model_parallel(PolicyConfig(), seed=1)
 
 
 def scored_contexts(trees: list[TokenTree]) -> list[tuple[tuple[int, ...], int]]:
@@ -130,6 +139,23 @@ def test_a_context_parallel_rank_sees_what_its_tokens_see_in_the_whole_row(size:
     for rank in range(size):
         positions = zigzag_positions(len(batch.tokens), rank, size)
         assert torch.equal(plan_to_mask(plan_attention(batch.runs, positions)), whole[positions])
+
+
+def test_rows_of_plain_sequences_for_kernels_without_trees() -> None:
+    trees = make_trees(3, seed=4)
+    (row,) = pack(trees, 10_000, share_prefix=False, multiple=16)[0]
+    model_parallel_of_one()
+    batch = to_local(row, device=torch.device("cpu"), mask_dtype=None, varlen=True).tree
+    lengths = [chain.num_tokens for tree in trees for chain in tree.unshared() if chain.num_scored]
+    boundaries = batch.cu_seqlens_q.tolist()
+    assert batch.qkv_format == "thd" and boundaries[0] == 0 and boundaries[-1] == len(row.tokens) and len(row.tokens) % 16 == 0
+    found = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]
+    padding = len(row.tokens) - row.used
+    assert sorted(found) == sorted(lengths + [padding] * (padding > 0)) and batch.max_seqlen_q == max(found)
+    assert all(batch.position_ids[start] == 0 for start in boundaries[:-1])
+    (shared,) = pack(trees, 10_000)[0]
+    with pytest.raises(AssertionError, match="share_prefix=False"):
+        to_local(shared, device=torch.device("cpu"), mask_dtype=None, varlen=True)
 
 
 def test_only_children_continue_their_parents_run() -> None:

@@ -17,19 +17,24 @@ from tests.workers.policy_kit import launch, make_model
 from tests.workers.policy_worker import run_jobs
 
 ALL = ["llama", "qwen2", "qwen3"]  # tied, tied with biases, untied with q/k norms
+MOE = "qwen3_moe"
 LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "tp2": (2, {"tensor_parallel": 2}, ALL),
     "tp2_sp": (2, {"tensor_parallel": 2, "sequence_parallel": True}, ["llama", "qwen3"]),
+    "ep2": (2, {"expert_parallel": 2}, [MOE]),
+    "moe_tp2_sp": (2, {"tensor_parallel": 2, "sequence_parallel": True}, [MOE]),
     "pp2": (2, {"pipeline_parallel": 2}, ALL),
     "pp2_vp2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}, ["llama"]),
     "cp2": (2, {"context_parallel": 2}, ["llama", "qwen3"]),
     "dp2": (2, {}, ["llama", "qwen3"]),
     "dp2_plain_optimizer": (2, {"distributed_optimizer": False}, ["llama"]),
     "dp2_no_sharing": (2, {"share_prefix": False}, ["llama"]),
+    "dp2_overlap": (2, {"overlap_grad_reduce": True}, ["llama"]),
     "pp2_recompute": (2, {"pipeline_parallel": 2, "recompute": "full"}, ["llama"]),
     "tp2_pp2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}, ["llama", "qwen3"]),
     "tp2_sp_cp2": (4, {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2}, ["qwen3"]),
     "pp2_dp2": (4, {"pipeline_parallel": 2}, ["llama"]),
+    "pp2_vp2_dp2_overlap": (4, {"pipeline_parallel": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True}, ["llama"]),
     "cp2_dp2": (4, {"context_parallel": 2}, ["llama"]),
 }
 CASES = [(family, layout) for layout, (_, _, families) in LAYOUTS.items() for family in families]
@@ -39,7 +44,7 @@ CASES = [(family, layout) for layout, (_, _, families) in LAYOUTS.items() for fa
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Results by "family-layout"; "one" is a single process."""
     base = tmp_path_factory.mktemp("parallel")
-    for family in ALL:
+    for family in [*ALL, MOE]:
         make_model(base / family, family)
 
     def job(family: str, layout: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return {"name": f"{family}-{layout}", "hf_path": str(base / family), "config": config, "actions": actions}
 
     found: dict[str, Any] = {"base": base}
-    found.update(run_jobs([job(family, "one", {}) for family in ALL]))
+    found.update(run_jobs([job(family, "one", {}) for family in [*ALL, MOE]]))
     for ranks in (2, 4):
         found.update(launch(ranks, [job(f, name, LAYOUTS[name][1]) for f, name in CASES if LAYOUTS[name][0] == ranks], base))
     return found

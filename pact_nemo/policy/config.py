@@ -33,6 +33,7 @@ class PolicyConfig:
         attention: ``tree_sdpa`` (torch kernels on any device), ``te`` (Transformer Engine, needs share_prefix=False) or ``auto`` = tree_sdpa.
         fp8: name of a Transformer Engine FP8 recipe, or None.
         distributed_optimizer: shard optimizer state over the data-parallel ranks.
+        overlap_grad_reduce: reduce gradients over the data-parallel ranks while the backward pass still runs.
         init_timeout_s: seconds a collective may wait before the run is declared hung.
     """
 
@@ -50,6 +51,7 @@ class PolicyConfig:
     attention: str = "auto"
     fp8: str | None = None
     distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
     init_timeout_s: int = 1800
 
     def validate(self, *, cuda: bool, world_size: int = 1) -> None:
@@ -81,6 +83,8 @@ class PolicyConfig:
                 raise ConfigError("policy.attention=te needs CUDA and the transformer-engine package; install it or set attention=tree_sdpa")
             if self.share_prefix:
                 raise ConfigError("policy.attention=te has no tree mask; set policy.share_prefix=false with it")
+            if self.context_parallel > 1:
+                raise ConfigError("policy.attention=te cuts sequences differently over context-parallel ranks; use attention=tree_sdpa there")
         if self.fp8 is not None:
             if self.fp8 not in FP8_RECIPES:
                 raise ConfigError(f"policy.fp8 is {self.fp8!r}; choose one of {', '.join(FP8_RECIPES)} or null")

@@ -3,7 +3,7 @@
 megatron-core names CUDA in a few places: ``torch.cuda.current_device()``, ``device="cuda"`` literals, ``Tensor.cuda()``, streams and events,
 CUDA random-number state, and dtype tests by ``Tensor.type()`` string. On a machine without CUDA :func:`install_cpu_redirection` sends these
 to the CPU. It must run before megatron is imported; with CUDA it does nothing at all. :data:`REDIRECTED` counts what was sent
-elsewhere, so that a test shows which of them a given megatron-core version uses.
+elsewhere, so that a test shows which of them a given megatron-core version uses. :func:`prepare_megatron` is the one door to megatron.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ _STAND_INS = {
     "megatron.core.inference.contexts.attention_context.triton.tensor_ops": "triton",
 }  # module -> the absent package that it is or needs
 _installed = False
+_prepared = False
 
 
 class NullStream:
@@ -88,23 +89,39 @@ def local_device() -> torch.device:
 
 
 def prepare_megatron() -> None:
-    """Make ``import megatron.core`` and ``import megatron.bridge`` safe on this machine. Idempotent; call before either import.
+    """Import megatron-core and Megatron-Bridge in a way that works on this machine. Idempotent; call before any other import of them.
 
     Raises:
         MissingDependency: megatron-core or megatron-bridge is not installed.
     """
+    global _prepared
+    if _prepared:
+        return
     for package, module in (("megatron-core", "megatron.core"), ("megatron-bridge", "megatron.bridge")):
         try:
-            found = importlib.util.find_spec(module) if "megatron" not in sys.modules or module not in sys.modules else True
+            found = importlib.util.find_spec(module)
         except ModuleNotFoundError:
             found = None
         if found is None:
             raise MissingDependency(f"the policy needs {package}; install the packages of requirements.txt")
-    install_cpu_redirection()
+    on_cpu = install_cpu_redirection()
+    with warnings.catch_warnings(), _uncompiled() if on_cpu else contextlib.nullcontext():
+        # these warnings say that Apex and Transformer Engine are absent
+        warnings.simplefilter("ignore")
+        import megatron.core.models.gpt.gpt_layer_specs
+        import megatron.core.optimizer
+
+        if on_cpu:
+            _redirect_rng_state()
+            _patch_gloo_scatter()
+        _patch_megatron()
+        with _stand_ins():
+            import megatron.bridge  # noqa: F401
+    _prepared = True
 
 
 def install_cpu_redirection() -> bool:
-    """Redirect CUDA calls to the CPU where CUDA is absent.
+    """Redirect CUDA calls to the CPU where CUDA is absent. (Random-number state follows when megatron is imported.)
 
     Returns:
         True if the redirection is in place (now or from before), False with CUDA (nothing was touched).
@@ -112,23 +129,11 @@ def install_cpu_redirection() -> bool:
     global _installed
     if use_cuda():
         return False
-    if _installed:
-        return True
-    _installed = True
-    _redirect_cuda_module()
-    _redirect_factories()
-    _redirect_tensor_methods()
-    with _uncompiled(), warnings.catch_warnings():
-        # these warnings say that Apex and Transformer Engine are absent, which is why we are here
-        warnings.simplefilter("ignore")
-        import megatron.core.models.gpt.gpt_layer_specs
-        import megatron.core.optimizer  # noqa: F401
-    _redirect_rng_state()
-    _patch_megatron()
-    _patch_gloo_scatter()
-    with _stand_ins(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import megatron.bridge  # noqa: F401
+    if not _installed:
+        _redirect_cuda_module()
+        _redirect_factories()
+        _redirect_tensor_methods()
+        _installed = True
     return True
 
 

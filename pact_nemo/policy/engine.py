@@ -49,7 +49,13 @@ class Collected:
 
 
 def to_local(
-    batch: PackedMicroBatch, *, device: torch.device, mask_dtype: torch.dtype | None, temperature: float, entropy: bool
+    batch: PackedMicroBatch,
+    *,
+    device: torch.device,
+    mask_dtype: torch.dtype | None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    varlen: bool = False,
 ) -> LocalMicroBatch:
     """Cut out this context-parallel rank's tokens and scored positions, and plan its attention.
 
@@ -59,6 +65,7 @@ def to_local(
         mask_dtype: store attention masks of this dtype; None = leave them to the kernels.
         temperature: divisor of the logits.
         entropy: also collect entropies.
+        varlen: describe the row as plain sequences side by side, for kernels that know no trees (all runs must be roots).
     """
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     tokens, position_ids = batch.tokens, batch.position_ids
@@ -90,6 +97,13 @@ def to_local(
         temperature=temperature,
         entropy=torch.zeros(source.shape[0], device=device) if entropy else None,
     )
+    if varlen:
+        assert all(run.parent < 0 for run in batch.runs), "these kernels need share_prefix=False"
+        starts = torch.tensor([run.start for run in batch.runs] + [tokens.shape[0]], dtype=torch.int32, device=device)
+        longest = max(run.length for run in batch.runs)
+        tree.qkv_format = "thd"
+        tree.cu_seqlens_q = tree.cu_seqlens_kv = starts
+        tree.max_seqlen_q = tree.max_seqlen_kv = longest
     streams = {name: stream.to(device) for name, stream in streams.items()}
     return LocalMicroBatch(tokens[None].to(device), tree, streams, flat)
 
@@ -104,12 +118,13 @@ def local_batches(
         config.micro_batch_tokens,
         share_prefix=config.share_prefix,
         data_parallel=parallel_state.get_data_parallel_world_size(),
-        multiple=(config.tensor_parallel if config.sequence_parallel else 1) * (2 * context if context > 1 else 1),
+        # sequence and context parallelism cut rows into equal parts; FP8 matrix products want multiples of 16
+        multiple=(config.tensor_parallel if config.sequence_parallel else 1) * (2 * context if context > 1 else 1) * (16 if config.fp8 else 1),
         group_of=config.pipeline_parallel if config.virtual_pipeline else 1,
     )
     mask_dtype = None if device.type == "cuda" else (torch.bfloat16 if bf16 else torch.float32)
     mine = [
-        to_local(row, device=device, mask_dtype=mask_dtype, temperature=temperature, entropy=entropy)
+        to_local(row, device=device, mask_dtype=mask_dtype, temperature=temperature, entropy=entropy, varlen=config.attention == "te")
         for row in packed[parallel_state.get_data_parallel_rank()]
     ]
     return mine, sum(row.used for rows in packed for row in rows)

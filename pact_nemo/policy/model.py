@@ -171,6 +171,7 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool) -> No
         persist_layer_norm=False,
         moe_aux_loss_coeff=0.0,
         moe_token_dispatcher_type="alltoall",
+        moe_permute_fusion=False,
     )
     if config.recompute == "full":
         settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)

@@ -30,16 +30,19 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     return config.min_lr + (config.lr - config.min_lr) * remaining
 
 
-def wrap_data_parallel(chunks: list[Any], *, distributed_optimizer: bool) -> list[DistributedDataParallel]:
+def wrap_data_parallel(chunks: list[Any], *, distributed_optimizer: bool, overlap: bool) -> list[DistributedDataParallel]:
     """Megatron's DDP around each chunk: float32 gradient buffers that hold plain sums over micro-batches and ranks."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed_optimizer, check_for_nan_in_grad=False
+        grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=distributed_optimizer, check_for_nan_in_grad=False
     )
     model_config = chunks[0].config
     # with ``calculate_per_token_loss`` megatron would divide by the token count that it passes here
     model_config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(model, None, **kwargs)
-    # one bucket per chunk: nothing is overlapped, so fewer and larger reductions are best
-    wrapped = [DistributedDataParallel(model_config, settings, chunk, disable_bucketing=True) for chunk in chunks]
+    # one bucket per chunk where nothing is overlapped: fewer and larger reductions
+    wrapped = [DistributedDataParallel(model_config, settings, chunk, disable_bucketing=not overlap) for chunk in chunks]
+    if overlap:
+        functions = [chunk.no_sync for chunk in wrapped]
+        model_config.no_sync_func = functions if len(functions) > 1 else functions[0]
     for chunk in wrapped:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             _count_padding_between_buckets(buffer)

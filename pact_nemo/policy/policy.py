@@ -97,7 +97,9 @@ class MegatronPolicy:
         self.wrapped: list[Any] = []
         self.optimizer: Any = None
         if trainable:
-            self.wrapped = optimizer.wrap_data_parallel(self.chunks, distributed_optimizer=config.distributed_optimizer)
+            self.wrapped = optimizer.wrap_data_parallel(
+                self.chunks, distributed_optimizer=config.distributed_optimizer, overlap=config.overlap_grad_reduce
+            )
             self.optimizer = optimizer.build_optimizer(
                 optimizer_config, self.wrapped, bf16=self.bf16, distributed_optimizer=config.distributed_optimizer
             )

@@ -227,6 +227,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             raise ConfigError(f"{name}: {first_line} (key '{key}'); the schema is pact_nemo/training/config.py") from error
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
+    if config.rollout.importance == "False":  # YAML 1.1 reads a bare `off` as a boolean
+        config.rollout.importance = "off"
     validate(config)
     return config
 

@@ -45,7 +45,7 @@ def build_environment(config: Config) -> BFCLEnvironment:
     tasks = config.tasks
     return BFCLEnvironment(
         categories=list(tasks.categories),
-        window=tasks.window,
+        window=cast(Literal["full", "turn"], tasks.window),
         max_tools=tasks.max_tools,
         max_calls=tasks.max_calls,
         grounded_only=tasks.grounded_only,
@@ -88,9 +88,9 @@ def build_dataset(config: Config, environment: BFCLEnvironment, chat: ChatFormat
                 traces[trace.task_id] = trace
     else:
         for task in train:
-            trace = make_trace(environment, task, style=style, calls_per_turn=per_turn)
-            if trace is not None:
-                traces[task.id] = trace
+            made = make_trace(environment, task, style=style, calls_per_turn=per_turn)
+            if made is not None:
+                traces[task.id] = made
     dropped["trace_missing"] = len(train) - len(traces)
     trace_tokens = {}
     for task_id, trace in traces.items():

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.checkpoints import resume
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, verify_manifest
-from pact_nemo.checkpoints import resume
 from pact_nemo.environments.bfcl import BFCLEnvironment
 from pact_nemo.errors import CheckpointError
 from pact_nemo.objective.schedules import TraceSchedule

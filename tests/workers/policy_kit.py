@@ -27,8 +27,9 @@ LLAMA3_ROPE = {
 
 
 def make_model(folder: Path, family: str, *, seed: int = 0, layers: int = 4) -> Path:
-    """Write a tiny random Hugging Face model: ``llama`` (tied), ``llama3`` (untied, scaled RoPE), ``qwen2`` (biases) or ``qwen3`` (q/k norms)."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+    """Write a tiny random Hugging Face model: ``llama`` (tied), ``llama3`` (untied, scaled RoPE), ``qwen2`` (biases), ``qwen3`` (q/k norms),
+    ``qwen3_moe`` (4 experts, 2 a token)."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     common: dict[str, Any] = dict(
         vocab_size=VOCAB, hidden_size=64, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4, intermediate_size=96,
@@ -39,6 +40,9 @@ def make_model(folder: Path, family: str, *, seed: int = 0, layers: int = 4) -> 
         "llama3": lambda: LlamaConfig(**common, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE),
         "qwen2": lambda: Qwen2Config(**common, tie_word_embeddings=True),
         "qwen3": lambda: Qwen3Config(**common, tie_word_embeddings=False, head_dim=16),
+        "qwen3_moe": lambda: Qwen3MoeConfig(
+            **common, tie_word_embeddings=False, head_dim=16, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True
+        ),
     }[family]()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float()

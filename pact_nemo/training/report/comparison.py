@@ -167,7 +167,7 @@ def compare(runs: list[Run]) -> Comparison:
     warnings = []
     if len({row.n for row in rows if row.n is not None}) > 1:
         warnings.append("The runs were evaluated on different numbers of episodes; their scores aren't comparable.")
-    unfinished = [row.name for row in rows if row.end is None]
+    unfinished = [row.name for run, row in zip(runs, rows, strict=True) if row.end is None or not run.summary]
     if unfinished:
-        warnings.append(f"No score after training yet: {', '.join(unfinished)}.")
+        warnings.append(f"Not finished, or without a score after training: {', '.join(unfinished)}.")
     return Comparison(rows, methods, _differences(runs), _chart(rows, methods), warnings)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from pact_nemo.errors import DataError
 from pact_nemo.traces.schema import Trace, read_traces
 from pact_nemo.training.metrics import read_metrics
+from pact_nemo.training.report.stats import mean, passed
 
 Row = dict[str, Any]
 
@@ -59,8 +60,9 @@ class Run:
 
     @property
     def scores(self) -> dict[str, Row]:
-        """Evaluation results by stage name."""
-        return {name: score for name, score in (self.summary.get("eval") or {}).items() if score is not None}
+        """Evaluation results by stage name: the summary's, else (a run that hasn't finished) counted from the episodes."""
+        counted = {name: count_scores(rows) for name, rows in self.episodes.items() if rows}
+        return counted | {name: score for name, score in (self.summary.get("eval") or {}).items() if score is not None}
 
     def setting(self, key: str) -> Any:
         """Value of a dotted configuration key, None when this run's configuration doesn't have it."""
@@ -89,6 +91,15 @@ class Run:
     def start(self) -> str | None:
         """Name of the evaluation that RL started from."""
         return next((name for name in ("warm", "before") if name in self.scores), None)
+
+
+def count_scores(rows: list[Row]) -> Row:
+    """Share of passed episodes, over all of them and per category."""
+    by_category: dict[str, list[float]] = {}
+    for row in rows:
+        by_category.setdefault(row["task"]["category"], []).append(float(passed(row)))
+    categories = {name: {"score": mean(values), "n": len(values)} for name, values in sorted(by_category.items())}
+    return {"score": mean([float(passed(row)) for row in rows]), "n": len(rows), "categories": categories}
 
 
 def read_rows(path: Path) -> list[Row]:
