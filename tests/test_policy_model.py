@@ -19,6 +19,7 @@ from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import Segment, TokenTree
 from tests.workers.policy_kit import VOCAB, loss_fn, make_model, make_trees
 
+from pact_nemo.policy import bridge as bridges  # isort: skip
 from pact_nemo.policy import engine, model  # isort: skip
 
 FAMILIES = ["llama", "llama3", "qwen2", "qwen3", "qwen3_moe"]
@@ -139,7 +140,7 @@ def test_the_result_depends_on_no_setting_of_how_it_is_computed(variant: str, ba
 def test_trees_equal_separate_sequences_to_the_last_digits_in_float64(models: Callable[[str], Path]) -> None:
     config = PolicyConfig(precision="fp32", logprob_chunk=7)
     model.initialize_model_parallel(config, seed=1)
-    bridge = model.load_bridge(models("qwen3"))
+    bridge = bridges.load_bridge(models("qwen3"))
     provider = bridge.to_megatron_provider(load_weights=False)
     model.configure_provider(provider, config, cuda=False)
     provider.params_dtype = torch.float64

@@ -31,7 +31,7 @@ def test_defaults_are_the_papers_settings() -> None:
     assert (o.group_size, o.sft_coef, o.anchor_prob, o.kl_coef) == (8, 0.1, 0.4, 0.001)
     assert (o.schedule.call_start, o.schedule.call_end, o.schedule.reasoning_scale) == (0.8, 0.2, 1.0)
     assert (t.batch_size, t.mini_batch_size, t.steps) == (256, 32, 24)
-    assert (config.rollout.sampling.temperature, config.rollout.sampling.max_turns) == (1.0, 10)
+    assert (config.rollout.sampling.temperature, config.rollout.sampling.max_turns_per_user_turn) == (1.0, 10)
 
 
 def test_overrides_win_over_yaml_and_parents_lose_to_children(tmp_path: Path) -> None:

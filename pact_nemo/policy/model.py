@@ -1,4 +1,4 @@
-"""The policy network: Megatron-core's GPT model on packed token trees, built and loaded through Megatron-Bridge.
+"""The policy network: Megatron-core's GPT model on packed token trees, built from Megatron-Bridge's configuration.
 
 Differences to ``GPTModel``: rotary angles come from each token's depth in its tree, core attention is :class:`TreeCoreAttention`, and the
 last stage returns log-probabilities of the scored tokens instead of logits. Import after ``device.prepare_megatron()``.
@@ -7,18 +7,11 @@ last stage returns log-probabilities of the scored tokens instead of logits. Imp
 from __future__ import annotations
 
 import importlib.util
-import logging
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.bridge import AutoBridge
-from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
-from megatron.bridge.models.conversion.param_mapping import AutoMapping, ColumnParallelMapping
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
@@ -33,14 +26,6 @@ from pact_nemo.policy.attention import TreeBatch, TreeCoreAttention
 from pact_nemo.policy.config import PolicyConfig
 from pact_nemo.policy.device import local_device
 from pact_nemo.policy.heads import vocab_parallel_logprobs
-
-logger = logging.getLogger(__name__)
-
-LOCAL_NORM_NAMES = {
-    "decoder.layers.*.input_layernorm.weight": "model.layers.*.input_layernorm.weight",
-    "decoder.layers.*.pre_mlp_layernorm.weight": "model.layers.*.post_attention_layernorm.weight",
-}
-VOCAB_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 class RMSNorm(torch.nn.Module):
@@ -184,71 +169,6 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about CUDA graphs and Transformer Engine's attention, neither in use
         provider.finalize()
-
-
-def load_bridge(hf_path: str | Path) -> AutoBridge:
-    """Megatron-Bridge for a local Hugging Face folder, with our additions to its name mappings.
-
-    Raises:
-        ConfigError: the folder is absent or its architecture is not supported by Megatron-Bridge.
-    """
-    if not (Path(hf_path) / "config.json").is_file():
-        raise ConfigError(f"{hf_path} holds no config.json; policy weights must be a local Hugging Face folder")
-    try:
-        bridge = AutoBridge.from_hf_pretrained(str(hf_path))
-    except ValueError as error:
-        raise ConfigError(f"{hf_path}: {error}") from error
-    _extend_mappings(type(bridge._model_bridge))
-    return bridge
-
-
-class PaddedVocabMapping(ColumnParallelMapping):
-    """Embedding or output matrix whose rows are padded with zeros to a multiple of the tensor-parallel size (the bridge refuses those)."""
-
-    def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module) -> torch.Tensor:
-        if hf_weights is not None:
-            hf_weights = F.pad(hf_weights, (0, 0, 0, -hf_weights.shape[0] % self.tp_size))
-        return super().hf_to_megatron(hf_weights, megatron_module)
-
-
-def _extend_mappings(cls: Any) -> None:
-    """Add to a bridge class, once, what it lacks: the norm names of specs without Transformer Engine (in the Qwen bridges), padded vocabularies."""
-    if getattr(cls, "_extended_by_pact", False):
-        return
-    original = cls.mapping_registry
-
-    def mapping_registry(self: Any) -> MegatronMappingRegistry:
-        mappings = original(self).mappings
-        known = {mapping.megatron_param for mapping in mappings}
-        mappings = [
-            PaddedVocabMapping(mapping.megatron_param, mapping.hf_param) if mapping.megatron_param in VOCAB_PARAMETERS else mapping
-            for mapping in mappings
-        ]
-        missing = [AutoMapping(megatron_param=ours, hf_param=theirs) for ours, theirs in LOCAL_NORM_NAMES.items() if ours not in known]
-        return MegatronMappingRegistry(*mappings, *missing)
-
-    def broadcast_shared_embeddings(self: Any, chunks: list[PactGPTModel]) -> None:
-        """Copy tied embeddings from the first pipeline stage to the last (the bridge looks for them in the first chunk of each rank only)."""
-        if not chunks[0].share_embeddings_and_output_weights or parallel_state.get_pipeline_model_parallel_world_size() == 1:
-            return
-        group = parallel_state.get_embedding_group(check_initialized=False)
-        ranks = dist.get_process_group_ranks(group) if group is not None else []
-        if dist.get_rank() in ranks:
-            chunk = chunks[0] if dist.get_rank() == ranks[0] else chunks[-1]
-            dist.broadcast(chunk.shared_embedding_or_output_weight().data, src=ranks[0], group=group)
-
-    cls.mapping_registry, cls._extended_by_pact = mapping_registry, True
-    cls._broadcast_shared_embeddings = broadcast_shared_embeddings
-
-
-def export_weights(bridge: AutoBridge, chunks: list[PactGPTModel]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face names and full tensors, gathered over TP and PP; collective, every rank gets every tensor."""
-    vocab_size = chunks[0].true_vocab_size
-    vocab_names = {
-        mapping.hf_param for mapping in bridge._model_bridge.mapping_registry().mappings if mapping.megatron_param in VOCAB_PARAMETERS
-    } | {"lm_head.weight"}
-    for name, tensor in bridge.export_hf_weights(chunks, cpu=True, show_progress=False):
-        yield name, tensor[:vocab_size] if name in vocab_names else tensor
 
 
 def rotary_frequencies(hf_config: Any) -> torch.Tensor:

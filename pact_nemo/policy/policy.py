@@ -22,7 +22,7 @@ from pact_nemo.policy.trees import TokenTree
 
 devices.prepare_megatron()
 
-from pact_nemo.policy import engine, model, optimizer  # noqa: E402
+from pact_nemo.policy import bridge, engine, model, optimizer  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class MegatronPolicy:
         self.device = devices.local_device()
         self.bf16 = config.resolved_precision(cuda=cuda) == "bf16"
         model.initialize_model_parallel(config, seed=seed)
-        self.bridge = model.load_bridge(hf_path)
+        self.bridge = bridge.load_bridge(hf_path)
         self.provider = self.bridge.to_megatron_provider(load_weights=False)
         model.configure_provider(self.provider, config, cuda=cuda)
         self.chunks = model.build_chunks(self.provider, self.bridge.hf_pretrained.config, config, cuda=cuda)
@@ -154,7 +154,7 @@ class MegatronPolicy:
                 for param in chunk.parameters():
                     param.data = torch.empty_like(param.data)
             with contextlib.redirect_stdout(io.StringIO()):
-                model.load_bridge(hf_path).load_hf_weights(self.chunks)
+                bridge.load_bridge(hf_path).load_hf_weights(self.chunks)
             self._reference = [{name: param.data.cpu() for name, param in chunk.named_parameters()} for chunk in self.chunks]
         finally:
             self._point_to(current)
@@ -256,7 +256,7 @@ class MegatronPolicy:
         if writes:
             Path(folder).mkdir(parents=True, exist_ok=True)
             copy_artifacts(self.hf_path, folder, dtype)
-        names = write_weights(model.export_weights(self.bridge, self.chunks), folder if writes else None, dtype)
+        names = write_weights(bridge.export_weights(self.bridge, self.chunks), folder if writes else None, dtype)
         expected = set(self.bridge.hf_pretrained.state.source.get_all_keys())
         if set(names) != expected:
             raise CheckpointError(f"exported weights differ from those of {self.hf_path}: {sorted(expected.symmetric_difference(names))[:5]}")

@@ -100,6 +100,7 @@ class ScheduleConfig:
     reasoning: str = "segment"  #: none | fixed | token | segment | whole_trace_token
     call: str = "scale"  #: none | fixed | token | scale
     reasoning_scale: float = 1.0
+    fixed_level: int = 4  #: prefix level of reasoning=fixed
     call_start: float = 0.8  #: lambda_start of eq. 11
     call_end: float = 0.2  #: lambda_end of eq. 11
     horizon: int | None = None  #: S; None = trainer.steps

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
 from pact_nemo.policy.policy import UpdateResult
-from pact_nemo.traces.spans import CALL, REASONING
 from pact_nemo.training.batch import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptGroup, PromptTree, sampler_logprobs
 
 if TYPE_CHECKING:
@@ -25,27 +25,21 @@ def _mean(values: list[float] | np.ndarray) -> float | None:
 
 
 def latent(prompts: list[PromptTree], logprobs: list[torch.Tensor]) -> dict[str, float | None]:
-    """Section 5: privilege gap in nats per policy token (mean over rollouts scored in both contexts), trace log-likelihood per token."""
-    gaps: dict[bool, list[float]] = {True: [], False: []}
-    trace: dict[int, list[float]] = {REASONING: [], CALL: []}
+    """Section 5, from the log-probs of the update's own forward: privilege gap and trace log-likelihood, nats per token."""
+    conditioned, prompt_only, success = [], [], []
+    trace = {"reasoning": TokenSum(), "call": TokenSum()}
     for prompt, values in zip(prompts, logprobs, strict=True):
         for k, rollout in enumerate(prompt.group.rollouts):
             if (PROMPT_ONLY, k) in prompt.spans and (TRACE_CONDITIONED, k) in prompt.spans:
-                under_x = values[slice(*prompt.spans[(PROMPT_ONLY, k)])]
-                under_h = values[slice(*prompt.spans[(TRACE_CONDITIONED, k)])]
-                success = rollout.outcome is not None and rollout.outcome.success
-                gaps[success].append(float((under_h - under_x).double().mean()))
+                conditioned.append(log_likelihood(values[slice(*prompt.spans[(TRACE_CONDITIONED, k)])].numpy()))
+                prompt_only.append(log_likelihood(values[slice(*prompt.spans[(PROMPT_ONLY, k)])].numpy()))
+                success.append(rollout.outcome is not None and rollout.outcome.success)
         if (TRACE, 0) in prompt.spans and prompt.group.trace is not None:
             component = np.asarray(prompt.group.trace.component)[prompt.sft_index]
-            here = values[slice(*prompt.spans[(TRACE, 0)])].double().numpy()
-            for kind, found in trace.items():
-                found.extend(here[component == kind].tolist())
-    return {
-        "latent/gap_success": _mean(gaps[True]),
-        "latent/gap_failure": _mean(gaps[False]),
-        "latent/trace_reasoning": _mean(trace[REASONING]),
-        "latent/trace_call": _mean(trace[CALL]),
-    }
+            found = trace_log_likelihood(values[slice(*prompt.spans[(TRACE, 0)])].numpy(), component)
+            trace = {name: trace[name] + found[name] for name in trace}
+    gap = privilege_gap(conditioned, prompt_only, success)
+    return {f"latent/gap_{name}": value.mean for name, value in gap.items()} | {f"latent/trace_{name}": value.mean for name, value in trace.items()}
 
 
 def mismatch(prompts: list[PromptTree], scored: list[torch.Tensor]) -> dict[str, float | None]:
@@ -128,6 +122,8 @@ def loss_record(results: list[UpdateResult]) -> dict[str, Any]:
         ("policy/clip_fraction_x", "clip/x", "tokens/x"),
         ("policy/clip_fraction_h", "clip/h", "tokens/h"),
         ("policy/kl_ref", "kl/sum", "kl/count"),
+        ("policy/approx_kl_x", "approx_kl/x", "tokens/x"),
+        ("policy/approx_kl_h", "approx_kl/h", "tokens/h"),
     ):
         if sums.get(bottom):
             record[name] = sums[top] / sums[bottom]

@@ -40,6 +40,7 @@ def trace_schedule(config: Config) -> TraceSchedule:
         reasoning=schedule.reasoning,
         call=schedule.call,
         reasoning_scale=schedule.reasoning_scale,
+        fixed_level=schedule.fixed_level,
         call_start=schedule.call_start,
         call_end=schedule.call_end,
         horizon=schedule.horizon if schedule.horizon is not None else config.trainer.steps,

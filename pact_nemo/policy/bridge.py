@@ -1,0 +1,122 @@
+"""Weights between Hugging Face folders and the policy's model chunks, through Megatron-Bridge and what it lacks (0.3).
+
+It lacks, and gets here: norm names of layer specs without Transformer Engine in the Qwen mappings; vocabularies that don't divide by the
+tensor-parallel size; tied embeddings under virtual pipeline stages; expert parallelism over experts that are separate modules (it loads
+every rank's experts from the first rank's, silently). Import after ``device.prepare_megatron()``.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.bridge import AutoBridge
+from megatron.bridge.models.conversion import model_bridge
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.param_mapping import AutoMapping, ColumnParallelMapping, MegatronParamMapping
+from megatron.core import parallel_state
+
+from pact_nemo.errors import ConfigError
+
+LOCAL_NORM_NAMES = {
+    "decoder.layers.*.input_layernorm.weight": "model.layers.*.input_layernorm.weight",
+    "decoder.layers.*.pre_mlp_layernorm.weight": "model.layers.*.post_attention_layernorm.weight",
+}
+VOCAB_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")
+LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+
+
+def load_bridge(hf_path: str | Path) -> AutoBridge:
+    """Megatron-Bridge for a local Hugging Face folder, with our additions to its name mappings.
+
+    Raises:
+        ConfigError: the folder is absent or its architecture is not supported by Megatron-Bridge.
+    """
+    if not (Path(hf_path) / "config.json").is_file():
+        raise ConfigError(f"{hf_path} holds no config.json; policy weights must be a local Hugging Face folder")
+    try:
+        bridge = AutoBridge.from_hf_pretrained(str(hf_path))
+    except ValueError as error:
+        raise ConfigError(f"{hf_path}: {error}") from error
+    _extend_mappings(type(bridge._model_bridge))
+    _extend_expert_names()
+    return bridge
+
+
+class PaddedVocabMapping(ColumnParallelMapping):
+    """Embedding or output matrix whose rows are padded with zeros to a multiple of the tensor-parallel size (the bridge refuses those)."""
+
+    def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module) -> torch.Tensor:
+        if hf_weights is not None:
+            hf_weights = F.pad(hf_weights, (0, 0, 0, -hf_weights.shape[0] % self.tp_size))
+        return super().hf_to_megatron(hf_weights, megatron_module)
+
+
+def _extend_mappings(cls: Any) -> None:
+    """Add to a bridge class, once, what it lacks: the norm names of specs without Transformer Engine (in the Qwen bridges), padded vocabularies."""
+    if getattr(cls, "_extended_by_pact", False):
+        return
+    original = cls.mapping_registry
+
+    def mapping_registry(self: Any) -> MegatronMappingRegistry:
+        mappings = original(self).mappings
+        known = {mapping.megatron_param for mapping in mappings}
+        mappings = [
+            PaddedVocabMapping(mapping.megatron_param, mapping.hf_param) if mapping.megatron_param in VOCAB_PARAMETERS else mapping
+            for mapping in mappings
+        ]
+        missing = [AutoMapping(megatron_param=ours, hf_param=theirs) for ours, theirs in LOCAL_NORM_NAMES.items() if ours not in known]
+        return MegatronMappingRegistry(*mappings, *missing)
+
+    def broadcast_shared_embeddings(self: Any, chunks: list[Any]) -> None:
+        """Copy tied embeddings from the first pipeline stage to the last (the bridge looks for them in the first chunk of each rank only)."""
+        if not chunks[0].share_embeddings_and_output_weights or parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            return
+        group = parallel_state.get_embedding_group(check_initialized=False)
+        ranks = dist.get_process_group_ranks(group) if group is not None else []
+        if dist.get_rank() in ranks:
+            chunk = chunks[0] if dist.get_rank() == ranks[0] else chunks[-1]
+            dist.broadcast(chunk.shared_embedding_or_output_weight().data, src=ranks[0], group=group)
+
+    cls.mapping_registry, cls._extended_by_pact = mapping_registry, True
+    cls._broadcast_shared_embeddings = broadcast_shared_embeddings
+
+
+def _extend_expert_names() -> None:
+    """Number the experts of ``local_experts`` (separate modules, without Transformer Engine) over the expert-parallel ranks."""
+    if getattr(model_bridge, "_extended_by_pact", False):
+        return
+    original_name, original_gather = model_bridge._megatron_local_name_to_global, MegatronParamMapping.gather_from_ep_ranks
+
+    def local_name_to_global(models: Any, config: Any, name: str, *args: Any, **kwargs: Any) -> str:
+        name = original_name(models, config, name, *args, **kwargs)
+        size, rank = parallel_state.get_expert_model_parallel_world_size(), parallel_state.get_expert_model_parallel_rank()
+        first = rank * (config.num_moe_experts or 0) // size
+        return LOCAL_EXPERT.sub(lambda match: f".local_experts.{int(match[1]) + first}.", name)
+
+    def gather_from_ep_ranks(self: Any, weights: Any, module: Any, hf_param: Any) -> Any:
+        match = LOCAL_EXPERT.search(self.megatron_param)
+        if match:  # the original reads the expert's number behind the parameter's name, as grouped experts have it
+            self = copy.copy(self)
+            self.megatron_param = f"experts.weight{match[1]}"
+        return original_gather(self, weights, module, hf_param)
+
+    model_bridge._megatron_local_name_to_global = local_name_to_global
+    MegatronParamMapping.gather_from_ep_ranks = gather_from_ep_ranks
+    model_bridge._extended_by_pact = True
+
+
+def export_weights(bridge: AutoBridge, chunks: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face names and full tensors, gathered over TP and PP; collective, every rank gets every tensor."""
+    vocab_size = chunks[0].true_vocab_size
+    vocab_names = {
+        mapping.hf_param for mapping in bridge._model_bridge.mapping_registry().mappings if mapping.megatron_param in VOCAB_PARAMETERS
+    } | {"lm_head.weight"}
+    for name, tensor in bridge.export_hf_weights(chunks, cpu=True, show_progress=False):
+        yield name, tensor[:vocab_size] if name in vocab_names else tensor
