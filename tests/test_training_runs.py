@@ -1,0 +1,134 @@
+"""Whole runs of the real recipe, replayed from dumped rollouts: resume is bit for bit, and no layout changes a number."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.training.config import load_config
+from tests.workers.policy_kit import make_model
+from tests.workers.scripted import write_replay
+
+REPO = Path(__file__).resolve().parents[1]
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A tiny random model with the embedded model's tokenizer, the shipped CPU preset made small, and dumped rollouts of it."""
+    folder = tmp_path_factory.mktemp("runs")
+    embedded = materialise_embedded_model(REPO / ".cache" / "pact_nemo")
+    model = make_model(folder / "model", "llama", layers=2, vocabulary=49152)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (model / name).write_bytes((embedded / name).read_bytes())
+    words = [
+        f"model.path={model}",
+        f"run.root={folder / 'runs'}",
+        f"trainer.replay={folder / 'replay'}",
+        f"trainer.steps={STEPS}",
+        f"objective.schedule.horizon={STEPS}",
+        "trainer.batch_size=4",
+        "trainer.mini_batch_size=2",
+        "trainer.checkpoint_every=1",
+        "objective.kl_coef=0.01",
+        "rollout.importance=tis",
+        "warmup.steps=1",
+        "warmup.batch_size=2",
+        "optimizer.lr=1e-3",
+        "tasks.max_eval=2",
+        "tasks.max_train=12",
+    ]
+    preset = REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml"
+    write_replay(load_config(preset, words), model, folder / "replay", STEPS)
+    return {"folder": folder, "words": words, "preset": str(preset)}
+
+
+def recipe(stage: dict[str, Any], name: str, *words: str, ranks: int = 1, resume: Path | None = None) -> Path:
+    """Run the recipe as a user does; returns its run folder."""
+    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    source = ["--config", stage["preset"], *stage["words"], f"run.name={name}"] if resume is None else ["--resume", str(resume)]
+    command = [*launcher, str(REPO / "recipes" / "pact_bfcl.py"), *source, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=REPO, env=environment)
+    assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    return resume or stage["folder"] / "runs" / f"{name}-pact-seed1234-1"
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "rollout/tokens_per_second"} for r in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "hf" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def plain(stage: dict[str, Any]) -> Path:
+    return recipe(stage, "plain")
+
+
+def test_a_replayed_run_trains_and_leaves_what_it_promises(plain: Path) -> None:
+    rows = records(plain)
+    assert [(r["stage"], r["step"]) for r in rows] == [("warmup", 1), ("rl", 1), ("rl", 2)]
+    for row in rows[1:]:
+        assert row["policy/updates"] == 2 and row["loss/kl"] is not None and row["policy/grad_norm"] > 0
+    assert any(r["loss/rl_h"] != 0 for r in rows) and any(r["loss/sft_call"] > 0 for r in rows)
+    summary = json.loads((plain / "summary.json").read_text())
+    assert (summary["method"], summary["steps"], summary["warmup_steps"]) == ("pact", 2, 1)
+    for name in ("config.yaml", "report.html", "traces.jsonl", "hf/config.json", "hf/tokenizer.json", "hf/chat_template.jinja"):
+        assert (plain / name).is_file(), name
+
+
+def test_the_export_loads_in_transformers_as_it_is(plain: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(plain / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(plain / "hf")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False)
+    assert text.endswith("assistant\n")
+    assert torch.isfinite(model(**tokenizer(text, return_tensors="pt")).logits).all()
+
+
+def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any], plain: Path) -> None:
+    first = recipe(stage, "halves", "trainer.steps=1")
+    assert [r["step"] for r in records(first)] == [1, 1]
+    (first / "hf").rename(first / "hf-after-one")
+    resumed = recipe(stage, "halves", f"trainer.steps={STEPS}", resume=first)
+    assert records(resumed) == records(plain)
+    one, other = weights(plain), weights(resumed)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(load_file(first / "hf-after-one" / "model.safetensors")["model.norm.weight"], other["model.norm.weight"])
+
+
+@pytest.mark.parametrize("layout", ["tensor_parallel", "pipeline_parallel", "context_parallel", "data_parallel"])
+def test_two_processes_give_the_numbers_of_one(stage: dict[str, Any], plain: Path, layout: str) -> None:
+    words = () if layout == "data_parallel" else (f"policy.{layout}=2",)
+    for row, expected in zip(records(recipe(stage, layout, *words, ranks=2)), records(plain), strict=True):
+        for key in ("loss/total", "policy/grad_norm", "loss/rl_h", "loss/sft_call", "latent/gap_failure", "policy/kl_ref"):
+            if expected.get(key) is not None:
+                assert row[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), (row["stage"], row["step"], key)
+
+
+def test_another_seed_is_refused_on_resume(stage: dict[str, Any], plain: Path) -> None:
+    command = [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), "--resume", str(plain), "run.seed=9"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPO)
+    assert done.returncode == 1 and "run.seed=1234" in done.stderr
+
+
+def test_a_wrong_setting_and_a_dry_run_start_nothing(tmp_path: Path) -> None:
+    recipe_file = str(REPO / "recipes" / "pact_bfcl.py")
+    wrong = subprocess.run([sys.executable, recipe_file, "trainer.stepz=3"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert wrong.returncode == 2 and "stepz" in wrong.stderr
+    dry = subprocess.run([sys.executable, recipe_file, "--dry-run", "trainer.steps=7"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert dry.returncode == 0 and "steps: 7" in dry.stdout and "GiB" in dry.stdout and "7 steps x" in dry.stdout
+    assert not list(tmp_path.iterdir())
