@@ -296,6 +296,8 @@ def test_large_exports_are_sharded_with_an_index(tmp_path: Path) -> None:
 def test_what_cannot_be_built_is_refused_with_a_reason(models: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         build(tmp_path)
+    with pytest.raises(ConfigError, match="dense models need 1"):
+        build(models("llama"), expert_parallel=2)
     policy = build(models("llama"), policy={"trainable": False})
     with pytest.raises(ConfigError, match="trainable"):
         policy.update(make_trees(1), loss_fn)

@@ -26,6 +26,8 @@ from pathlib import Path
 #: ``slurm`` asks what a login node must have: its GPUs are elsewhere, and a CPU cluster has none
 ALL, GPU, SLURM, NONE = ("cpu", "gpu", "slurm"), ("gpu",), ("slurm",), ()
 GIB = 1024**3
+#: those of ``pact_nemo.training.report.browser``, which a broken environment can't import
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def vllm(mode: str) -> Finding:
 
 def chromium_path() -> str | None:
     """A Chromium-family browser on PATH."""
-    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    return next((path for name in CHROMIUM_NAMES if (path := shutil.which(name))), None)
 
 
 def chromium() -> Finding:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Write (again) the report of a run, alone or beside other runs.
+"""Write (again) the report of a run, alone or beside other runs: the first one's report, compared with the others.
 
 python tools/report.py runs/latest
-python tools/report.py runs/pact_bfcl-pact-seed1-1 --compare runs/pact_bfcl-grpo-seed1-1 runs/pact_bfcl-pact-seed2-1
+python tools/report.py runs/pact_bfcl-pact-seed1-1 runs/pact_bfcl-grpo-seed1-1 runs/pact_bfcl-pact-seed2-1
 python tools/report.py runs/latest --png report.png --width 390 --dark
 """
 
@@ -20,14 +20,16 @@ from pact_nemo.training.report import write_report  # noqa: E402
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder; report.html is written into it")
-    parser.add_argument("--compare", type=Path, nargs="+", default=[], metavar="RUN", help="run folders to compare with")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folder that report.html is written into, and others to compare with"
+    )
+    parser.add_argument("--compare", type=Path, nargs="+", default=[], metavar="RUN", help="more run folders to compare with")
     parser.add_argument("--png", type=Path, metavar="OUT", help="also draw the page, by a headless Chromium")
     parser.add_argument("--width", type=int, default=1280, help="of the picture in CSS pixels (default 1280; a phone has about 390)")
     parser.add_argument("--dark", action="store_true", help="draw the dark version")
     options = parser.parse_args(arguments)
     try:
-        page = write_report(options.run, options.compare)
+        page = write_report(options.runs[0], [*options.runs[1:], *options.compare])
         print(f"report: {page}")
         if options.png is not None:
             from pact_nemo.training.report.browser import write_png

@@ -7,7 +7,10 @@ every rank's experts from the first rank's, silently). Import after ``device.pre
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,12 +44,34 @@ def load_bridge(hf_path: str | Path) -> AutoBridge:
     if not (Path(hf_path) / "config.json").is_file():
         raise ConfigError(f"{hf_path} holds no config.json; policy weights must be a local Hugging Face folder")
     try:
-        bridge = AutoBridge.from_hf_pretrained(str(hf_path))
+        with quiet():
+            bridge = AutoBridge.from_hf_pretrained(str(hf_path))
     except ValueError as error:
         raise ConfigError(f"{hf_path}: {error}") from error
     _extend_mappings(type(bridge._model_bridge))
     _extend_expert_names()
     return bridge
+
+
+def load_weights(bridge: AutoBridge, chunks: list[Any]) -> None:
+    """Fill the chunks' parameters from the bridge's folder, in their dtype; collective."""
+    with quiet():
+        bridge.load_hf_weights(chunks)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bridge's progress bar and its remarks on fusions and dtypes, which are as asked for."""
+    loggers = [logging.getLogger(name) for name in ("megatron.bridge", "transformers")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class PaddedVocabMapping(ColumnParallelMapping):

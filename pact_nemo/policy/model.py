@@ -116,6 +116,9 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool) -> No
         raise ConfigError(f"{provider.num_layers} layers can't be cut into pipeline_parallel x virtual_pipeline = {chunks} equal parts")
     if provider.num_attention_heads % config.tensor_parallel:
         raise ConfigError(f"{provider.num_attention_heads} attention heads can't be split over tensor_parallel = {config.tensor_parallel}")
+    experts = provider.num_moe_experts or 1
+    if experts % config.expert_parallel:
+        raise ConfigError(f"{experts} expert(s) can't be split over expert_parallel = {config.expert_parallel}; dense models need 1")
     bf16 = config.resolved_precision(cuda=cuda) == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     settings: dict[str, Any] = dict(

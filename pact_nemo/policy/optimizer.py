@@ -16,6 +16,8 @@ from pact_nemo.policy.config import OptimizerConfig
 
 # the distributed optimizer's float32 parameters are views of the model's: megatron asks each for .grad and checks for None itself
 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")
+# torch 2.13 renames the collectives that megatron-core calls
+warnings.filterwarnings("ignore", message=".*(reduce_scatter_tensor|all_gather_into_tensor)", category=FutureWarning)
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
 from collections.abc import Iterator
@@ -86,11 +85,11 @@ class MegatronPolicy:
         self.bf16 = config.resolved_precision(cuda=cuda) == "bf16"
         model.initialize_model_parallel(config, seed=seed)
         self.bridge = bridge.load_bridge(hf_path)
-        self.provider = self.bridge.to_megatron_provider(load_weights=False)
+        with bridge.quiet():
+            self.provider = self.bridge.to_megatron_provider(load_weights=False)
         model.configure_provider(self.provider, config, cuda=cuda)
         self.chunks = model.build_chunks(self.provider, self.bridge.hf_pretrained.config, config, cuda=cuda)
-        with contextlib.redirect_stdout(io.StringIO()):  # it draws a progress bar
-            self.bridge.load_hf_weights(self.chunks)
+        bridge.load_weights(self.bridge, self.chunks)
         self._reference: list[dict[str, torch.Tensor]] | None = None
         if keep_reference:
             self._reference = [{name: param.detach().cpu().clone() for name, param in chunk.named_parameters()} for chunk in self.chunks]
@@ -153,8 +152,7 @@ class MegatronPolicy:
             for chunk in self.chunks:
                 for param in chunk.parameters():
                     param.data = torch.empty_like(param.data)
-            with contextlib.redirect_stdout(io.StringIO()):
-                bridge.load_bridge(hf_path).load_hf_weights(self.chunks)
+            bridge.load_weights(bridge.load_bridge(hf_path), self.chunks)
             self._reference = [{name: param.data.cpu() for name, param in chunk.named_parameters()} for chunk in self.chunks]
         finally:
             self._point_to(current)

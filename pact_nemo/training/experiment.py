@@ -106,7 +106,9 @@ class Experiment:
         on_rank_zero(reload)
 
     def serve_current(self) -> None:
-        """After a resume: make the server load the restored weights before it answers anything."""
+        """After a resume: make the server load the restored weights before it answers anything (a replayed run has none)."""
+        if self.config.trainer.replay is not None:
+            return
         folder = self.export(self.version)
         on_rank_zero(lambda: self.generator.refit(folder, self.version))
 

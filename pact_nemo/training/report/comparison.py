@@ -20,6 +20,7 @@ class RunRow:
     method: str
     seed: str
     steps: str
+    base: float | None
     start: float | None
     end: float | None
     n: int | None
@@ -35,10 +36,11 @@ class RunRow:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """Over the seeds of a method: mean, sample standard deviation and range of the score after training; means before and of the change."""
+    """Over the seeds of a method: mean, sample standard deviation and range of the score after training; the other scores are means."""
 
     method: str
     runs: int
+    base: float | None
     start: float | None
     end: float
     change: float | None
@@ -73,17 +75,21 @@ class Comparison:
     chart: DotChart | None
     warnings: list[str]
 
+    @property
+    def has_base(self) -> bool:
+        """Whether a run was also evaluated before its warm-up."""
+        return any(run.base is not None for run in self.runs)
+
 
 def _row(run: Run, this: bool) -> RunRow:
-    start_name = run.start()
-    start: dict[str, Any] = run.scores.get(start_name, {}) if start_name else {}
-    end: dict[str, Any] = run.scores.get("after", {})
+    base, start, end = (run.scores.get(name, {}) for name in ("base", "before", "after"))
     seconds = run.summary.get("seconds")
     return RunRow(
         name=run.name,
         method=run.method,
         seed=str(run.seed),
         steps=str(run.summary.get("steps", len(run.rl))),
+        base=base.get("score"),
         start=start.get("score"),
         end=end.get("score"),
         n=end.get("n"),
@@ -111,12 +117,14 @@ def _methods(rows: list[RunRow]) -> list[MethodRow]:
     result = []
     for method, members in groups.items():
         ends = [row.end for row in members if row.end is not None]
+        bases = [row.base for row in members if row.base is not None]
         starts = [row.start for row in members if row.start is not None]
         changes = [row.change for row in members if row.change is not None]
         result.append(
             MethodRow(
                 method=method,
                 runs=len(members),
+                base=mean(bases) if bases else None,
                 start=mean(starts) if starts else None,
                 end=mean(ends),
                 change=mean(changes) if changes else None,

@@ -11,6 +11,7 @@ from pact_nemo.training.report.stats import running_mean
 PHASES = ("rollout", "score", "update", "refit", "checkpoint")
 SMOOTH_FROM = 10  #: with at least this many steps, noisy curves get a running mean of ``WINDOW`` steps
 WINDOW = 5
+LEAST_SECONDS = 0.01
 
 Records = list[dict[str, Any]]
 
@@ -38,13 +39,16 @@ def _noisy(records: Records, *keys: tuple[str, str]) -> list[Series]:
 
 
 def _times(records: Records) -> list[Series]:
-    known = {phase: column(records, f"time/{phase}") for phase in PHASES}
+    measured = {phase: column(records, f"time/{phase}") for phase in PHASES}
+    # a phase that a run never enters still costs some microseconds
+    known = {phase: values for phase, values in measured.items() if any((value or 0.0) >= LEAST_SECONDS for value in values)}
     total = column(records, "time/total")
     other: list[float | None] = []
     for index, seconds in enumerate(total):
         rest = None if seconds is None else seconds - sum(values[index] or 0.0 for values in known.values())
         other.append(rest if rest is not None and rest > 0.01 * (seconds or 0.0) else None)
-    return [Series(phase, values, tone) for tone, (phase, values) in enumerate([*known.items(), ("other", other)])]
+    layers = [*((PHASES.index(phase), phase, values) for phase, values in known.items()), (len(PHASES), "other", other)]
+    return [Series(phase, values, tone) for tone, phase, values in layers]
 
 
 def warmup_curves(run: Run) -> list[Chart]:
@@ -125,8 +129,14 @@ def rl_curves(run: Run) -> list[Chart]:
             "Clip fractions",
             "clipped tokens / tokens of that surrogate",
             _plain(records, ("policy/clip_fraction_x", "prompt-only"), ("policy/clip_fraction_h", "trace-conditioned")),
-            bounds=(0.0, None),
+            bounds=(0.0, 0.01),
             percent=True,
+        ),
+        chart(
+            "KL of the update",
+            "from π_old, nats per token of that surrogate",
+            _plain(records, ("policy/approx_kl_x", "prompt-only"), ("policy/approx_kl_h", "trace-conditioned")),
+            bounds=(0.0, None),
         ),
         chart(
             "KL to the reference",
@@ -140,12 +150,23 @@ def rl_curves(run: Run) -> list[Chart]:
             _plain(records, ("mismatch/mean_abs", "difference")),
             bounds=(0.0, None),
         ),
-        chart("Importance weight", "mean over policy tokens, before truncation", _plain(records, ("mismatch/weight_mean", "weight"))),
+        chart(
+            "Importance weight",
+            "mean over policy tokens, before truncation",
+            _plain(records, ("mismatch/weight_mean", "weight")),
+            bounds=(0.99, 1.01),
+        ),
         chart("Gradient norm", "before clipping; mean over updates", _plain(records, ("policy/grad_norm", "norm")), bounds=(0.0, None)),
         chart(
             "Generation speed",
             "policy tokens / seconds of the rollout phase",
             _plain(records, ("rollout/tokens_per_second", "tokens/s")),
+            bounds=(0.0, None),
+        ),
+        chart(
+            "Prompts without a signal",
+            "counts per step: all rollouts alike, or no verified trace",
+            _plain(records, ("groups/zero_advantage", "no advantage"), ("gate/no_trace", "no trace")),
             bounds=(0.0, None),
         ),
         chart(

@@ -74,15 +74,10 @@ class Run:
         return value
 
     def stages(self) -> list[Stage]:
-        """Evaluations that exist, in the order they happened.
-
-        ``base`` precedes a warm-up and ``before`` follows it; runs that name the latter ``warm`` are read too.
-        """
+        """Evaluations that exist, in the order they happened; ``base`` precedes a warm-up and ``before`` follows it."""
         present = {*self.scores, *self.episodes}
         if "base" in present:
             labels = {"base": "as published", "before": "after warm-up", "after": "after RL"}
-        elif "warm" in present:
-            labels = {"before": "as published", "warm": "after warm-up", "after": "after RL"}
         else:
             labels = {"before": "before", "after": "after"}
         labels |= {name: name for name in sorted(present) if name not in labels}
@@ -90,7 +85,7 @@ class Run:
 
     def start(self) -> str | None:
         """Name of the evaluation that RL started from."""
-        return next((name for name in ("warm", "before") if name in self.scores), None)
+        return "before" if "before" in self.scores else None
 
 
 def count_scores(rows: list[Row]) -> Row:

@@ -19,7 +19,7 @@ from pact_nemo.training.report.stats import passed
 
 MAX_CHARS = 6000  #: a longer text is cut in the page, with a word on how much is missing
 TRAINING = "training"
-TRAINING_CARDS = 3  #: prompts of training steps shown: of the first, a middle and the last dumped step
+TRAINING_CARDS = 4  #: prompts of training steps shown: of the first, the last and evenly spaced steps between them
 TRAINING_SAMPLES = 2  #: rollouts of each: the one with the highest and the one with the lowest advantage
 
 
@@ -175,7 +175,10 @@ def _interest(outcomes: list[bool]) -> tuple[int, bool]:
 
 
 def choose_tasks(run: Run, count: int) -> list[str]:
-    """Held-out tasks to show: in turn from those gained, lost, never passed and always passed, so that no kind fills the page."""
+    """Held-out tasks to show: in turn from those gained, lost, never passed and always passed, so that no kind fills the page.
+
+    Gained ones get two places in each round, those gained in the last stage (RL) first.
+    """
     verdicts: dict[str, list[bool]] = defaultdict(list)
     for stage in run.stages():
         for row in run.episodes.get(stage.name, []):
@@ -184,7 +187,9 @@ def choose_tasks(run: Run, count: int) -> list[str]:
     kinds: dict[tuple[bool, bool], list[str]] = defaultdict(list)
     for task_id, outcomes in verdicts.items():
         kinds[outcomes[0], outcomes[-1]].append(task_id)
-    queues = [kinds[key] for key in ((False, True), (True, False), (False, False), (True, True))]
+    gained = kinds[False, True]
+    gained.sort(key=lambda task_id: verdicts[task_id][-2])
+    queues = [gained, gained, *(kinds[key] for key in ((True, False), (False, False), (True, True)))]
     chosen: list[str] = []
     while len(chosen) < count and any(queues):
         for queue in queues:
@@ -217,12 +222,13 @@ def _advantage(row: Row) -> float:
 
 
 def training_cards(run: Run) -> list[Card]:
-    """Rollouts of the prompt that its step learnt most from, for the first, a middle and the last dumped step."""
+    """Rollouts of the prompt that its step learnt most from, for steps evenly spaced from the first to the last dumped one."""
     files = rollout_files(run.folder)
     tool_format = str(run.setting("model.tool_format") or "")
     counts_from_zero = any(int(file.stem.removeprefix("step_")) == 0 for file in files)
     cards = []
-    for position in sorted({0, len(files) // 2, len(files) - 1})[:TRAINING_CARDS] if files else []:
+    last = len(files) - 1
+    for position in sorted({last * card // (TRAINING_CARDS - 1) for card in range(TRAINING_CARDS)}) if files else []:
         file = files[position]
         step = int(file.stem.removeprefix("step_")) + int(counts_from_zero)
         groups: dict[str, list[Row]] = defaultdict(list)

@@ -43,10 +43,11 @@ def score_of(row: dict[str, Any]) -> Score:
 
 
 def score_table(run: Run, stages: list[Stage]) -> list[tuple[str, int, list[Score | None]]]:
-    """(category, episodes, score per stage), all categories together first."""
+    """(category, episodes, score per stage), all categories together first; a sole category has one row."""
     scores = run.scores
     names = sorted({name for score in scores.values() for name in score.get("categories") or {}})
-    lines: list[tuple[str, list[dict[str, Any] | None]]] = [("all", [scores.get(stage.name) for stage in stages])]
+    whole = names[0] if len(names) == 1 else "all"
+    lines: list[tuple[str, list[dict[str, Any] | None]]] = [(whole, [scores.get(stage.name) for stage in stages])]
     if len(names) > 1:
         lines += [(name, [(scores.get(stage.name) or {}).get("categories", {}).get(name) for stage in stages]) for name in names]
     table = []
