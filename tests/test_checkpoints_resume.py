@@ -77,7 +77,7 @@ def test_resuming_under_other_layouts(hf: Path, tmp_path: Path) -> None:
         "dp2": {},
         "cp2": {"context_parallel": 2},
     }
-    routes = [("one", "tp2"), ("one", "pp2"), ("tp2", "one"), ("tp2", "tp2"), ("pp2", "tp2"), ("pp2vp2", "one"), ("dp2", "pp2vp2"), ("cp2", "dp2")]
+    routes = [("one", "tp2"), ("tp2", "tp2"), ("pp2", "one"), ("pp2vp2", "one"), ("dp2", "pp2vp2"), ("cp2", "dp2")]
 
     def job(name: str, layout: str, actions: list[list[Any]]) -> dict[str, Any]:
         return {"name": name, "hf_path": str(hf), "config": layouts[layout], "optimizer": OPTIMIZER, "actions": actions}

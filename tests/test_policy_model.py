@@ -296,9 +296,12 @@ def test_large_exports_are_sharded_with_an_index(tmp_path: Path) -> None:
 def test_what_cannot_be_built_is_refused_with_a_reason(models: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         build(tmp_path)
-    with pytest.raises(ConfigError, match="dense models need 1"):
-        build(models("llama"), expert_parallel=2)
     policy = build(models("llama"), policy={"trainable": False})
+    refusals = {"expert_parallel": "dense models need 1", "pipeline_parallel": "4 layers", "tensor_parallel": "8 attention heads"}
+    for field, message in refusals.items():
+        provider = policy.bridge.to_megatron_provider(load_weights=False)
+        with pytest.raises(ConfigError, match=message):
+            model.configure_provider(provider, PolicyConfig(**{field: 3}), cuda=False)
     with pytest.raises(ConfigError, match="trainable"):
         policy.update(make_trees(1), loss_fn)
     assert policy.provider.vocab_size == VOCAB

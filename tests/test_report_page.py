@@ -19,7 +19,8 @@ from fixtures.run_folders import episode, make_run, trace
 from pact_nemo.errors import DataError
 from pact_nemo.training.report import write_report
 from pact_nemo.training.report.comparison import compare
-from pact_nemo.training.report.data import load_run
+from pact_nemo.training.report.curves import rl_curves
+from pact_nemo.training.report.data import Run, load_run
 from pact_nemo.training.report.episodes import choose_tasks, parts_of, training_cards, view_episode, view_trace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +73,7 @@ def edit(path: Path, change: Any) -> None:
 def test_headline_table_and_facts(page: Page) -> None:
     text = " ".join(page.text.split())
     assert "12.5 %→37.5 % +25.0 points on 24 held-out episodes" in text
+    assert "The model as published scored 0.0 %" in text
     assert "7 gained, 1 lost, 2 passed both times, 14 neither" in text
     assert "multi_turn_miss_func" in text and "as published" in text and "after warm-up" in text
     for fact in ("pact", "embedded small model", "14:39", "31\u202f200", "2.13.0+cpu", "trainer 5.0 GiB"):
@@ -92,8 +94,10 @@ def test_every_required_curve_is_there_with_a_title_and_a_description(page: Page
     titles |= {
         "Call weight λₐ and anchoring",
         "Reasoning prefix level",
+        "KL of the update",
         "KL to the reference",
         "Sampler mismatch",
+        "Prompts without a signal",
         "Generation speed",
         "Time per phase",
     }
@@ -106,6 +110,18 @@ def test_every_required_curve_is_there_with_a_title_and_a_description(page: Page
     for chart in charts:
         data = json.loads(chart["data-chart"] or "")
         assert len(data["x"]) == len(data["step"]) == len(data["text"][0]) == len(data["y"][0])
+
+
+def test_curves_of_a_run_whose_numbers_hardly_move() -> None:
+    """An exact sampler, no clipped token and no checkpoint: readable axes, and no layer for a phase of microseconds."""
+    times = {"time/rollout": 20.0, "time/update": 30.0, "time/checkpoint": 1.3e-5, "time/total": 50.1}
+    still = {"policy/clip_fraction_x": 0.0, "policy/clip_fraction_h": 0.0}
+    records = [{"step": step, "mismatch/weight_mean": 0.999992 + 1e-6 * step, **still, **times} for step in (1, 2, 3)]
+    charts = {chart.title: chart for chart in rl_curves(Run(Path("run"), {}, {}, "", [], records))}
+    assert set(charts) == {"Clip fractions", "Importance weight", "Time per phase"}
+    assert max(len(tick.text) for chart in charts.values() for tick in chart.y_ticks) <= 6
+    assert charts["Clip fractions"].y_ticks[-1].text == "1 %"
+    assert [s.label for s in charts["Time per phase"].series] == ["rollout", "update"]
 
 
 def test_nothing_is_loaded_and_only_this_script_may_run(page: Page) -> None:
@@ -258,6 +274,7 @@ def test_chosen_episodes_cover_gains_losses_and_the_rest(run: Path) -> None:
     chosen = choose_tasks(loaded, 8)
     assert len(chosen) == len(set(chosen)) == 8
     assert chosen[0] in passed_after - passed_before
+    assert len([task for task in chosen if task in passed_after - passed_before]) >= 4
     assert any(task not in passed_after for task in chosen)
     assert len(choose_tasks(loaded, 1000)) == 24
 
@@ -265,6 +282,7 @@ def test_chosen_episodes_cover_gains_losses_and_the_rest(run: Path) -> None:
 def test_training_rollouts_come_from_the_prompt_with_the_largest_advantages(run: Path) -> None:
     cards = training_cards(load_run(run))
     assert [card.heading for card in cards] == [f"training step {step}, trace-conditioned" for step in (1, 13, 24)]
+    # three steps were dumped: none is shown twice
     assert {card.task_id for card in cards} == {"multi_turn_base_100#1"}
     assert all([e.success for e in card.episodes] == [True, False] for card in cards)
 
@@ -276,7 +294,9 @@ def test_comparison_has_mean_and_spread_per_method(tmp_path: Path) -> None:
     made = compare([load_run(folder) for folder in folders])
     shares = [count / 24 for count in ends.values()]
     pact, grpo = made.methods
-    assert (pact.method, pact.runs, pact.start) == ("pact", 3, 3 / 24)
+    assert (pact.method, pact.runs, pact.base, pact.start) == ("pact", 3, 0.0, 3 / 24)
+    plain = compare([load_run(make_run(tmp_path, seed=9, warmup=0, passed=(0, 3, 4)))])
+    assert made.has_base and not plain.has_base and plain.methods[0].base is None
     assert (pact.end, pact.deviation) == pytest.approx((statistics.mean(shares), statistics.stdev(shares)))
     assert (pact.low, pact.high) == (min(shares), max(shares))
     assert (grpo.runs, grpo.deviation) == (1, None)
@@ -295,8 +315,9 @@ def test_comparison_warns_of_unlike_evaluations_and_unfinished_runs(tmp_path: Pa
 def test_command_line(tmp_path: Path) -> None:
     folder, other = make_run(tmp_path, steps=2), make_run(tmp_path, seed=2, steps=2)
     tool = [sys.executable, str(ROOT / "tools/report.py")]
-    done = subprocess.run([*tool, str(folder), "--compare", str(other)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and (folder / "report.html").is_file()
+    done = subprocess.run([*tool, str(folder), str(other)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not (other / "report.html").exists()
+    assert other.name in (folder / "report.html").read_text()
     assert re.search(r"report: .*report\.html", done.stdout)
     without_browser = subprocess.run(
         [*tool, str(folder), "--png", str(tmp_path / "a.png")], capture_output=True, text=True, timeout=60, env={"PATH": ""}

@@ -77,6 +77,9 @@ class PolicyConfig:
         ranks = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
         if world_size % ranks:
             raise ConfigError(f"{world_size} ranks can't be split into TP x PP x CP = {ranks}; start a multiple of {ranks} ranks")
+        experts = self.tensor_parallel * self.pipeline_parallel * self.expert_parallel
+        if world_size % experts:
+            raise ConfigError(f"{world_size} ranks can't be split into TP x PP x EP = {experts}; start a multiple of {experts} ranks")
         has_te = cuda and importlib.util.find_spec("transformer_engine") is not None
         if self.attention == "te":
             if not has_te:

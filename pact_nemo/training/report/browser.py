@@ -64,7 +64,7 @@ class Browser:
         MissingDependency: there is no browser; the message says what to do.
     """
 
-    def __init__(self, width: int, *, dark: bool = False, timeout_s: float = 30.0):
+    def __init__(self, width: int, *, dark: bool = False, timeout_s: float = 60.0):
         binary = find_browser()
         if binary is None:
             raise MissingDependency(f"no Chromium on PATH ({', '.join(NAMES)}): {REMEDY}")

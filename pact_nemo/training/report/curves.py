@@ -134,7 +134,7 @@ def rl_curves(run: Run) -> list[Chart]:
         ),
         chart(
             "KL of the update",
-            "from π_old, nats per token of that surrogate",
+            "from the sampling policy, nats per token of that surrogate",
             _plain(records, ("policy/approx_kl_x", "prompt-only"), ("policy/approx_kl_h", "trace-conditioned")),
             bounds=(0.0, None),
         ),
