@@ -27,7 +27,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A tiny random model with the embedded model's tokenizer, the shipped CPU preset made small, and dumped rollouts of it."""
     folder = tmp_path_factory.mktemp("runs")
     embedded = materialise_embedded_model(REPO / ".cache" / "pact_nemo")
-    model = make_model(folder / "model", "llama", layers=2, vocabulary=49152)
+    model = make_model(folder / "model", "llama", layers=2, vocabulary=49152, heads=2)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (model / name).write_bytes((embedded / name).read_bytes())
     words = [
@@ -132,3 +132,49 @@ def test_a_wrong_setting_and_a_dry_run_start_nothing(tmp_path: Path) -> None:
     dry = subprocess.run([sys.executable, recipe_file, "--dry-run", "trainer.steps=7"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert dry.returncode == 0 and "steps: 7" in dry.stdout and "GiB" in dry.stdout and "7 steps x" in dry.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_with_its_own_server(stage: dict[str, Any]) -> None:
+    """The real thing at its smallest: server, evaluation, refit by export, version stamps, and no trace in any request."""
+    words = ["trainer.replay=null", "trainer.steps=1", "rollout.sampling.max_turn_tokens=24", "rollout.server.max_model_len=512"]
+    run = recipe(stage, "served", *words)
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["eval"]) == {"base", "before", "after"}
+    assert [summary["eval"][name]["weight_version"] for name in ("base", "before", "after")] == [0, 1, 2]
+    assert all(summary["eval"][name]["n"] == 2 and summary["eval"][name]["failed"] == 0 for name in summary["eval"])
+    rollouts = [json.loads(line) for line in (run / "rollouts" / "step_000000.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 16 and {r["weight_version"] for r in rollouts} == {1} and all(r["status"] != "failed" for r in rollouts)
+    (row,) = [r for r in records(run) if r["stage"] == "rl"]
+    assert row["mismatch/mean_abs"] < 2e-3  # sampler and trainer compute in float32: what was sampled is what is trained on
+    assert summary["peak_memory_bytes"]["server"] > 0 and summary["seconds"]["rollout"] > 0
+
+    from pact_nemo.chat.template import ChatFormat
+    from pact_nemo.environments.base import Task
+    from pact_nemo.training.data import build_dataset, build_environment
+    from pact_nemo.training.generation import Generator
+    from pact_nemo.training.progress import RunProgress
+
+    config = load_config(stage["preset"], [*stage["words"], *words])
+    chat = ChatFormat.from_pretrained(run / "hf", config.model.tool_format)
+    environment = build_environment(config)
+    dataset = build_dataset(config, environment, chat)
+    tasks: list[Task] = dataset.train[:3]
+    bodies: list[dict[str, Any]] = []
+    with RunProgress(total_steps=1, enabled=False) as progress:
+        generator = Generator(config, chat, environment, progress, stage["folder"] / "again.log")
+        generator.on_request = bodies.append
+        try:
+            generator.launch(run / "hf")  # vLLM serves the export as it is
+            generator.wait_ready()
+            played = generator.rollouts(tasks, 2, step=0, version=0)
+        finally:
+            generator.close()
+    assert len(bodies) == sum(len(r.turns) for r in played) >= 6
+    sent = {tuple(body["token_ids"]) for body in bodies}
+    allowed = {(*r.prompt_ids, *r.token_ids[: turn.start]) for r in played for turn in r.turns}
+    assert sent == allowed  # a request is the prompt and what this very rollout wrote and saw, nothing else
+    flat = " ".join(chat.decode(ids) for ids in sent)
+    for task in tasks:
+        for turn in dataset.traces[task.id].turns:
+            for segment in turn.segments:
+                assert segment.text.strip() not in flat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class Generator:
             def show(done: int, total: int, tokens: int) -> None:
                 phase.update(done, f"{tokens / max(time.perf_counter() - started, 1e-9):.0f} tokens/s")
 
-            return asyncio.run(
+            rollouts = asyncio.run(
                 run_batch(
                     tasks,
                     samples,
@@ -97,6 +98,16 @@ class Generator:
                     on_progress=show,
                 )
             )
+        self._refuse_all_failed(name, rollouts)
+        return rollouts
+
+    def _refuse_all_failed(self, name: str, rollouts: list[Rollout]) -> None:
+        """Nothing can be learnt or scored from a batch in which no episode was played: stop and say why."""
+        if all(rollout.status == "failed" for rollout in rollouts):
+            cause, count = Counter(str(rollout.error) for rollout in rollouts).most_common(1)[0]
+            if self._server is not None:
+                self._server.check_alive()
+            raise ServerError(f"{name}: all {len(rollouts)} episodes failed; most often ({count} times): {cause}")
 
     def rollouts(self, tasks: list[Task], k: int, *, step: int, version: int) -> list[Rollout]:
         """K training rollouts per task, ordered by (task, sample)."""

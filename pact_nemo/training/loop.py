@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 
-from pact_nemo.errors import ServerError
 from pact_nemo.objective.loss import pact_loss
 from pact_nemo.policy.policy import UpdateResult
 from pact_nemo.rollouts.store import read_rollouts
@@ -82,10 +80,6 @@ def collect(experiment: Experiment) -> list[PromptGroup]:
         return experiment.generator.rollouts(tasks, k, step=experiment.step, version=experiment.version)
 
     rollouts = on_rank_zero(sample)
-    if all(rollout.status == "failed" for rollout in rollouts):
-        causes = Counter(str(rollout.error) for rollout in rollouts)
-        cause, count = causes.most_common(1)[0]
-        raise ServerError(f"step {experiment.step + 1}: all {len(rollouts)} rollouts failed; most often ({count} times): {cause}")
     groups = [
         form_group(
             task,

@@ -26,13 +26,14 @@ LLAMA3_ROPE = {
 }
 
 
-def make_model(folder: Path, family: str, *, seed: int = 0, layers: int = 4, vocabulary: int = VOCAB) -> Path:
+def make_model(folder: Path, family: str, *, seed: int = 0, layers: int = 4, vocabulary: int = VOCAB, heads: int = 8) -> Path:
     """Write a tiny random Hugging Face model: ``llama`` (tied), ``llama3`` (untied, scaled RoPE), ``qwen2`` (biases), ``qwen3`` (q/k norms),
     ``qwen3_moe`` (4 experts, 2 a token)."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     common: dict[str, Any] = dict(
-        vocab_size=vocabulary, hidden_size=64, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4, intermediate_size=96,
+        vocab_size=vocabulary, hidden_size=64, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=max(heads // 2, 2), intermediate_size=96,
         max_position_embeddings=512,
     )  # fmt: skip
     config = {

@@ -13,10 +13,10 @@ from pact_nemo.rollouts.client import Completion, GenerationRequest
 from pact_nemo.rollouts.config import EpisodeLimits, Sampling
 from pact_nemo.rollouts.episode import SeedPath, run_episode
 from pact_nemo.rollouts.types import Rollout
+from pact_nemo.training.batch import form_group
 from pact_nemo.training.config import Config
 from pact_nemo.training.data import build_dataset, build_environment, prompts_of_step
 from pact_nemo.training.records import dump_step
-from pact_nemo.training.batch import form_group
 from pact_nemo.training.workspace import Workspace
 
 
@@ -57,7 +57,11 @@ def write_replay(config: Config, model: Path, folder: Path, steps: int) -> None:
     dataset = build_dataset(config, environment, chat)
     sampling = config.rollout.sampling
     limits = EpisodeLimits(
-        sampling.max_turns_per_user_turn, sampling.max_turns, sampling.max_turn_tokens, sampling.max_response_tokens, config.rollout.server.max_model_len
+        sampling.max_turns_per_user_turn,
+        sampling.max_turns,
+        sampling.max_turn_tokens,
+        sampling.max_response_tokens,
+        config.rollout.server.max_model_len,
     )
 
     def play(task: Task, k: int, step: int) -> Rollout:
