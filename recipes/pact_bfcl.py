@@ -2,11 +2,11 @@
 """PACT on BFCL multi-turn: warm-up (optional), Algorithm 1, held-out evaluation before and after, HF export, report.
 
     python recipes/pact_bfcl.py                                        # the preset for this machine: CPU or CUDA
-    python recipes/pact_bfcl.py trainer.steps=50 objective.anchor_prob=0.2 policy.tensor_parallel=2
+    python recipes/pact_bfcl.py trainer.steps=50 objective.anchor_prob=0.2 policy.micro_batch_tokens=2048
     python recipes/pact_bfcl.py --config conf/pact_bfcl-qwen3_4b-1n4g.yaml model.path=/models/Qwen3-4B
     python recipes/pact_bfcl.py --dry-run                              # resolved config, plan, memory; starts nothing
     python recipes/pact_bfcl.py --resume runs/latest
-    torchrun --nproc-per-node=2 recipes/pact_bfcl.py policy.tensor_parallel=2
+    torchrun --nproc-per-node=2 recipes/pact_bfcl.py policy.pipeline_parallel=2
 """
 
 from __future__ import annotations
