@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from pact_nemo.policy.config import OptimizerConfig
 
@@ -87,7 +89,39 @@ def build_optimizer(config: OptimizerConfig, wrapped: list[DistributedDataParall
         if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:
                 group["fused"] = True  # torch's one-pass kernel, also on the CPU; its default there goes over memory a dozen times
+        if isinstance(part, DistributedOptimizer) and part.data_parallel_group.size() == 1:
+            part.get_parameter_state_dp_zero = partial(_state_without_gathering, part)
     return optimizer
+
+
+class _ByStart:
+    """What megatron slices a gathered buffer for, ``buffer[start:end]``, answered with the parameter's own state that begins at ``start``."""
+
+    def __init__(self, tensors: dict[int, torch.Tensor]):
+        self._tensors = tensors
+
+    def __getitem__(self, where: slice) -> torch.Tensor:
+        return self._tensors[where.start]
+
+
+def _state_without_gathering(
+    part: DistributedOptimizer, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+) -> Any:
+    """``get_parameter_state_dp_zero`` of an optimizer that isn't sharded: its state by reference.
+
+    Megatron's own gathers from a group of one through four copies of the whole state, which takes longer than writing the checkpoint.
+    """
+    if empty_data:  # loading: the buffers that will be filled
+        return DistributedOptimizer.get_parameter_state_dp_zero(part, use_gloo_comm, empty_data, return_on_all_ranks)
+    state: dict[Any, Any] = {"buckets_coalesced": True}
+    for index, (buffer, by_dtype) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
+        tensors: dict[str, dict[int, torch.Tensor]] = {"param": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        for parameter, (start, _, _) in buffer.param_index_map.items():
+            own = part._get_main_param_and_optimizer_states(parameter)
+            for key, by_start in tensors.items():
+                by_start[start] = own[key].detach().float().cpu()
+        state[index] = {dtype: {key: _ByStart(by_start) for key, by_start in tensors.items()} for dtype in by_dtype}
+    return state
 
 
 def gradient_norm(optimizer: Any) -> float:

@@ -13,6 +13,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.training.config import Config
 
 GIB = 1024**3
+LIBRARIES_GIB = 0.5  # resident after all imports, before the model is built (measured on Linux with the CPU build of torch)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def memory_by_part(config: Config, shape: ModelShape, world_size: int) -> dict[s
         "optimizer": optimizer / GIB,
         "reference weights (host)": (width * shard / GIB) if config.objective.kl_coef > 0 else 0.0,
         "activations (estimate)": kept * in_flight / GIB,
+        "checkpoint copies (at a save)": (width + 4) * shard / GIB,
+        "Python and libraries": LIBRARIES_GIB,
         "log-prob chunk": 3 * 4 * policy.logprob_chunk * shape.vocab / policy.tensor_parallel / GIB,
     }
 
@@ -115,8 +118,8 @@ def describe_plan(config: Config) -> str:
         "  evaluation " + ", ".join(name for name, on in (("before", config.evaluation.before), ("after", config.evaluation.after)) if on),
         "memory per trainer process",
     ]
-    lines += [f"  {name:<26}{value:8.2f} GiB" for name, value in parts.items()]
-    lines.append(f"  {'sum':<26}{sum(parts.values()):8.2f} GiB")
+    lines += [f"  {name:<30}{value:8.2f} GiB" for name, value in parts.items()]
+    lines.append(f"  {'sum':<30}{sum(parts.values()):8.2f} GiB")
     server = 2 if config.rollout.server.dtype in ("bfloat16", "float16", "auto") else 4
     lines.append(f"memory of the rollout server  {server * shape.parameters / GIB:.2f} GiB weights + its KV cache")
     if world % split:
