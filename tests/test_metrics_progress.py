@@ -46,6 +46,18 @@ def test_without_a_terminal_a_phase_speaks_at_its_start_and_then_at_most_every_f
     assert lines[1].endswith("120 tokens/s · about 0:20 left in this phase")
 
 
+def test_without_a_terminal_a_brief_phase_speaks_only_after_five_seconds_of_silence() -> None:
+    progress, clock, out = plain()
+    with progress:
+        progress.message("before")
+        with progress.phase("score", brief=True):
+            clock.seconds += 6
+        with progress.phase("update", brief=True):
+            pass
+    assert "score" not in out.getvalue()
+    assert "update" in out.getvalue()
+
+
 def test_remaining_time_is_the_mean_of_recent_steps_times_the_steps_left_plus_the_last_evaluation() -> None:
     progress, clock, _ = plain(total_steps=10)
     assert progress.remaining() == ""

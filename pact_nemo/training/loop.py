@@ -27,21 +27,24 @@ from pact_nemo.training.batch import (
 from pact_nemo.training.data import prompts_of_step
 from pact_nemo.training.distributed import on_rank_zero
 from pact_nemo.training.experiment import Experiment
+from pact_nemo.training.progress import RunProgress
 from pact_nemo.training.records import dump_step
 
 
 class Stopwatch:
-    """Seconds by phase of one step; ``times["time/<phase>"]``."""
+    """Seconds by phase of one step, ``times["time/<phase>"]``; the phase is also what the terminal shows meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: RunProgress) -> None:
         self.times: dict[str, float] = {}
+        self._progress = progress
         self._start = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with self._progress.phase(phase, brief=True):
+                yield
         finally:
             key = f"time/{phase}"
             self.times[key] = self.times.get(key, 0.0) + time.perf_counter() - start
@@ -54,7 +57,7 @@ def train(experiment: Experiment) -> None:
     """Run every step from where the experiment stands to ``trainer.steps``."""
     config = experiment.config
     while experiment.step < config.trainer.steps:
-        watch = Stopwatch()
+        watch = Stopwatch(experiment.progress)
         with watch("rollout"):
             groups = collect(experiment)
         record = optimise(experiment, groups, watch)

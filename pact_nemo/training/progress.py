@@ -94,7 +94,7 @@ class RunProgress:
         self._step_seconds: list[float] = []
         self._steps_done = 0
         self._tail_seconds = 0.0
-        self._started = now()
+        self._started = self._spoke = now()
 
     def __enter__(self) -> RunProgress:
         if self.enabled and not self.plain:
@@ -114,13 +114,17 @@ class RunProgress:
             self._bars = None
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
-        """A named stretch of work with ``total`` units, or an unknown number of them. Phases may be nested."""
+    def phase(self, name: str, total: int | None = None, *, brief: bool = False) -> Iterator[Phase]:
+        """A named stretch of work with ``total`` units, or an unknown number of them. Phases may be nested.
+
+        A ``brief`` one (a part of a step) is announced without a terminal only when nothing was said for ``PLAIN_INTERVAL_S``.
+        """
         task = None
         if self._bars is not None:
             task = self._bars.add_task(name, total=total, count=f"0/{total}" if total else "", note=self.remaining())
-        elif total != 0:
-            self.message(name + (f" ({total})" if total else ""))
+        elif total != 0 and not (brief and self.now() - self._spoke < PLAIN_INTERVAL_S):
+            left = self.remaining()
+            self.message(name + (f" ({total})" if total else "") + (f" · {left}" if left else ""))
         phase = Phase(self, name, total, task)
         started = self.now()
         try:
@@ -139,6 +143,7 @@ class RunProgress:
     def message(self, text: str) -> None:
         """A line that stays, with the time since the start."""
         if self.enabled:
+            self._spoke = self.now()
             self._console.print(f"[{duration(self.now() - self._started)}] {text}", markup=False, highlight=False, soft_wrap=True)
             sys.stdout.flush()
 

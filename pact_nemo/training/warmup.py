@@ -75,9 +75,9 @@ def warm_up(experiment: Experiment, evaluate: Callable[[Experiment, str], object
             experiment.warmup_step += 1
             experiment.log_step("warmup", record | {"time/total": time.perf_counter() - start})
             phase.advance()
-    experiment.refit()
-    experiment.freeze_reference()
-    experiment.checkpoint()
+    for part, run in (("refit", experiment.refit), ("KL reference", experiment.freeze_reference), ("checkpoint", experiment.checkpoint)):
+        with experiment.progress.phase(part, brief=True):
+            run()
 
 
 def sft_step(experiment: Experiment, batch: list[Task]) -> dict[str, Any]:
