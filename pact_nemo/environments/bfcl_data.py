@@ -41,7 +41,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError("file is missing; this bfcl-eval version is not supported", file=str(path))
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):  # U+2028 is no line end in JSON
         if line.strip():
             try:
                 rows.append(json.loads(line))

@@ -188,7 +188,7 @@ class _Episode:
         ended = completion.token_ids[-1] in self.chat.eos_ids
         if not ended:
             # An unfinished message is not acted on: half a call is not what the policy meant to send.
-            raise _Truncated(f"turn {len(rollout.turns) - 1} was cut after {len(completion.token_ids)} tokens")
+            raise _Truncated(f"assistant turn {len(rollout.turns)} was cut after {len(completion.token_ids)} tokens")
         parsed: ParsedTurn = self.chat.tool_format.parse(text, self.tools)
         turn.calls, turn.call_errors = list(parsed.calls), list(parsed.errors)
         return turn, ended
