@@ -216,7 +216,7 @@ def test_weights_that_change_within_an_episode_fail_it(chat):
         (replace(LIMITS, max_turns_per_user_turn=2), ["[ls()]"] * 3, (), 2, "2 assistant turns in one user turn"),
         (replace(LIMITS, max_turns=3, max_turns_per_user_turn=9), ["[ls()]"] * 4, (), 3, "more than 3 assistant turns"),
         (replace(LIMITS, max_turn_tokens=4), ["A rather long sentence about nothing."], (), 1, "assistant turn 1 was cut after 4 tokens"),
-        (LIMITS, ["[ls()]", "[ls("], (1,), 2, "turn 1 was cut"),
+        (LIMITS, ["[ls()]", "[ls("], (1,), 2, "assistant turn 2 was cut"),
     ],
 )
 def test_limits_truncate(chat, limits, texts, cut, turns, reason):
