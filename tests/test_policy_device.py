@@ -151,7 +151,8 @@ def test_torch_compile_is_left_alone_outside_megatron() -> None:
 
 def test_stand_ins_are_gone_after_the_import() -> None:
     assert "transformer_engine" not in sys.modules
-    assert not any(name.endswith("attention_context.triton.tensor_ops") for name in sys.modules)
+    for name, module in sys.modules.items():  # a CUDA build of torch brings triton, and then the real module is there
+        assert not name.endswith("attention_context.triton.tensor_ops") or getattr(module, "__file__", None), name
     from megatron.core.extensions import transformer_engine as extension
 
     assert not extension.HAVE_TE

@@ -47,7 +47,7 @@ class ScriptedSession:
         self.executed += calls
         return [f"ran {call.name}" for call in calls]
 
-    def next_user_turn(self):
+    def next_user_turn(self, message: str = ""):
         return self.later_turns.pop(0) if self.later_turns else None
 
     def outcome(self):

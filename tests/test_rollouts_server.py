@@ -143,7 +143,7 @@ class TwoTurnSession:
     def execute(self, calls):
         return ["done"] * len(calls)
 
-    def next_user_turn(self):
+    def next_user_turn(self, message: str = ""):
         self.left -= 1
         return ([{"role": "user", "content": "And one more?"}], []) if self.left >= 0 else None
 

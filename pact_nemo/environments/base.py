@@ -50,11 +50,13 @@ class Outcome:
         success: the official pass/fail.
         score: outcome reward in [0, 1].
         reason: the checker's own error type, or ``"ok"``.
+        metrics: the benchmark's further numbers by name (e.g. FTRL's ``solve_p``); evaluation reports their means.
     """
 
     success: bool
     score: float
     reason: str = "ok"
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Session(Protocol):
@@ -70,8 +72,10 @@ class Session(Protocol):
         """
         ...
 
-    def next_user_turn(self) -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
-        """Close the current user turn. Returns (messages, newly revealed tools) of the next one, or None when the task is over."""
+    def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
+        """Close the current user turn with the assistant's ``message`` that asked for no tool. Returns (messages, newly revealed tools) of the
+        next one, or None when the task is over.
+        """
         ...
 
     def outcome(self) -> Outcome:

@@ -251,8 +251,10 @@ class BFCLSession:
         limit = self._environment.max_observation_chars
         return [text if limit is None or len(text) <= limit else f"{text[:limit]} [cut]" for text in observations]
 
-    def next_user_turn(self) -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
-        """Close the current user turn. Returns (messages, newly revealed tools) of the next one, or None when the task is over."""
+    def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
+        """Close the current user turn. Returns (messages, newly revealed tools) of the next one, or None when the task is over. BFCL's checkers
+        don't read what the assistant says.
+        """
         if self._turn >= self._last:
             self._finished = True
             return None

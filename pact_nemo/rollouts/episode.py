@@ -147,7 +147,7 @@ class _Episode:
                 turn.observations = await self.observe(turn)
                 self.append_context(self.chat.tool_format.render_observation(turn.observations), ended)
                 continue
-            following = await _in_thread(self.task, self.session.next_user_turn)
+            following = await _in_thread(self.task, self.session.next_user_turn, turn.text)
             if following is None:
                 return
             messages, revealed = following

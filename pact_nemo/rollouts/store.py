@@ -98,7 +98,11 @@ def _parse(row: Any, file: str, line: int) -> Rollout:
     outcome = None
     if row["outcome"] is not None:
         typed(row["outcome"], {"success": (bool,), "score": (int, float), "reason": (str,)}, "outcome.")
-        outcome = Outcome(bool(row["outcome"]["success"]), float(row["outcome"]["score"]), row["outcome"]["reason"])
+        verdict = row["outcome"]
+        metrics = verdict.get("metrics", {})
+        if not isinstance(metrics, dict) or not all(type(value) in (int, float) for value in metrics.values()):
+            raise fail("an object of numbers is needed", "outcome.metrics")
+        outcome = Outcome(bool(verdict["success"]), float(verdict["score"]), verdict["reason"], metrics)
     own = {item.name: row[item.name] for item in fields(Rollout)}
     return Rollout(**(own | {"turns": turns, "outcome": outcome}))
 

@@ -1,0 +1,150 @@
+"""ToolHop (arXiv 2501.02506): multi-hop questions with locally executed functions, judged by the final answer.
+
+Scenarios as the benchmark defines them: ``direct`` (no tools), ``mandatory`` (tools must be used for every step), ``free`` (tools may be used).
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pact_nemo.environments.base import Outcome, Task, ToolCall
+from pact_nemo.environments.python_tools import PythonTools, contains_answer, tool_schema
+from pact_nemo.environments.rows import Row, read_rows
+from pact_nemo.errors import ConfigError, EnvironmentFailure
+from pact_nemo.sandbox import Sandbox
+
+Scenario = Literal["direct", "mandatory", "free"]
+SCENARIOS: tuple[Scenario, ...] = ("direct", "mandatory", "free")
+
+_FORMAT = (
+    "Dates are written YYYY-MM-DD, names as first name and last name, numbers in digits without leading zeros and with nothing else. "
+    "Answer as briefly as you can, as <answer>the answer</answer>.\nQuestion: "
+)
+INSTRUCTIONS: dict[Scenario, str] = {
+    "direct": "Answer the question. " + _FORMAT,
+    "mandatory": "Answer the question with the tools given. Call a tool at every step instead of using what you know; the final answer, too, has to "
+    "come from a tool. " + _FORMAT,
+    "free": "Answer the question; tools are given to help you. " + _FORMAT,
+}  #: in our words, with the benchmark's rules for how an answer is written
+
+
+def defined_functions(source: str) -> list[str]:
+    """Names of the functions that a source defines at its top level; empty if it is not Python."""
+    try:
+        return [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+
+
+@dataclass(frozen=True)
+class ToolHopEnvironment:
+    """The tasks of one ToolHop file.
+
+    Attributes:
+        path: the published ``.json`` list, or ``.jsonl`` / ``.parquet`` of the same rows: question, answer, sub_task, tools, functions.
+        sandbox: where the functions run.
+        scenario: ``direct``, ``mandatory`` or ``free``.
+        max_observation_chars: longer observations are cut for the policy. None: no limit.
+    """
+
+    path: str | Path
+    sandbox: Sandbox
+    scenario: Scenario = "mandatory"
+    max_observation_chars: int | None = None
+    _tasks: list[Task] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.scenario not in SCENARIOS:
+            raise ConfigError(f"unknown ToolHop scenario {self.scenario!r}; known: {', '.join(SCENARIOS)}")
+
+    def tasks(self) -> list[Task]:
+        """All tasks in file order.
+
+        Raises:
+            DataError: names file, row and field.
+        """
+        if not self._tasks:
+            rows = read_rows(self.path)
+            self._tasks[:] = [self._task(Row(row, self.path, number), number) for number, row in enumerate(rows, start=1)]
+        return list(self._tasks)
+
+    def _task(self, row: Row, number: int) -> Task:
+        question, answer = row.text("question"), row.text("answer")
+        tools, functions, sub_task = row.json("tools", dict), row.json("functions", list), row.json("sub_task", dict)
+        sources: dict[str, str] = {}
+        for source in functions:
+            for name in defined_functions(str(source)):
+                sources.setdefault(name, str(source))
+        schemas = []
+        for key, tool in tools.items():
+            try:
+                schemas.append(tool_schema(tool))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise row.complain(f"not a function description: {error!r}", f"tools.{key}") from error
+        identifier = row.text("id", str(number - 1))
+        name = identifier if identifier.startswith("toolhop") else f"toolhop_{identifier}"
+        return Task(
+            id=name,
+            group=name,
+            category=f"{len(sub_task)} hops",
+            user_turns=(({"role": "user", "content": INSTRUCTIONS[self.scenario] + question},),),
+            tools=tuple(schemas) if self.scenario != "direct" else (),
+            reference_calls=((),),
+            reference_answer=answer,
+            data={
+                "functions": {schema["name"]: sources[schema["name"]] for schema in schemas if schema["name"] in sources},
+                "sub_task": {str(key): str(value) for key, value in sub_task.items()},
+                "tool_of": {str(key): schema["name"] for key, schema in zip(tools, schemas, strict=True)},
+                "answer_type": str(row.values.get("answer_type", "unknown")),
+            },
+        )
+
+    def start(self, task: Task) -> ToolHopSession:
+        if "functions" not in task.data:
+            raise ConfigError(f"task {task.id} is not a ToolHop task")
+        return ToolHopSession(self, task)
+
+
+class ToolHopSession:
+    """One episode: one question, any number of calls, the final message is the answer."""
+
+    def __init__(self, environment: ToolHopEnvironment, task: Task):
+        self.task = task
+        self._limit = environment.max_observation_chars
+        offered = {tool["name"] for tool in task.tools}
+        self._tools = PythonTools(environment.sandbox, {name: source for name, source in task.data["functions"].items() if name in offered})
+        self._message: str | None = None
+        self._closed = False
+
+    def execute(self, calls: list[ToolCall]) -> list[str]:
+        """Raises EnvironmentFailure after :meth:`close`; whatever a tool does is its observation."""
+        if self._closed:
+            raise EnvironmentFailure(f"{self.task.id}: a call after the episode's end")
+        texts = self._tools.execute(calls)
+        return [text if self._limit is None or len(text) <= self._limit else f"{text[: self._limit]} [cut]" for text in texts]
+
+    def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
+        """There is one user turn; ``message`` is the answer."""
+        self._message = message
+        return None
+
+    def outcome(self) -> Outcome:
+        """Answer correctness: the final message contains the reference answer, or it says something and the last observation contains it."""
+        answer = self.task.reference_answer or ""
+        executed = list(self._tools.executed)
+        correct, reason = False, "no final message"
+        if self._message is not None and self._message.strip():
+            correct = contains_answer(self._message, answer) or (bool(executed) and contains_answer(executed[-1].text, answer))
+            reason = "ok" if correct else "wrong answer"
+        metrics = {
+            "answer_correctness": float(correct),
+            "calls": float(len(executed)),
+            "invocation_errors": float(sum(not done.result.ok for done in executed)),
+        }
+        return Outcome(correct, float(correct), reason, metrics)
+
+    def close(self) -> None:
+        self._closed = True
