@@ -171,6 +171,8 @@ def test_calls_from_many_threads_share_the_workers() -> None:
 
 def test_a_closed_sandbox_leaves_no_process_and_refuses_calls() -> None:
     box = Sandbox(2, FAST)
+    assert not box._all, "nothing runs before it is needed"
+    box.start()
     pids = [worker._process.pid for worker in box._all]
     box.close()
     box.close()
@@ -182,7 +184,7 @@ def test_a_closed_sandbox_leaves_no_process_and_refuses_calls() -> None:
 def test_workers_end_with_a_trainer_that_is_killed() -> None:
     program = (
         "import time; from pact_nemo.sandbox import Sandbox\n"
-        "box = Sandbox(1); print(box._all[0]._process.pid, flush=True); time.sleep(60)"
+        "box = Sandbox(1); box.start(); print(box._all[0]._process.pid, flush=True); time.sleep(60)"
     )
     trainer = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
@@ -202,7 +204,7 @@ def test_a_system_that_cannot_confine_is_refused_unless_told_by_name() -> None:
         "rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW); rules.add_rule(pyseccomp.ERRNO(errno.EPERM), 'unshare'); rules.load()\n"
         "from pact_nemo.errors import MissingDependency\n"
         "from pact_nemo.sandbox import Sandbox\n"
-        "try:\n    Sandbox(1)\n    sys.exit('it ran')\nexcept MissingDependency as error:\n    print(error)\n"
+        "try:\n    Sandbox(1).start()\n    sys.exit('it ran')\nexcept MissingDependency as error:\n    print(error)\n"
         "with Sandbox(1, unconfined=True) as box:\n    print(box.call('def f(): return 5', 'f', {}).text, box.enforced()['network'])\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)

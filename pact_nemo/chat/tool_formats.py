@@ -84,13 +84,20 @@ def first_sentence(description: str) -> str:
     return " ".join((match.group(1) if match else text).split())
 
 
+def first_type(schema: Mapping[str, Any]) -> str:
+    """JSON schema type of a parameter; of several (``["string", "null"]``) the first that isn't null."""
+    kind = schema.get("type", "string")
+    kinds = kind if isinstance(kind, list | tuple) else [kind]
+    return next((str(item) for item in kinds if item != "null"), "string")
+
+
 def signature_line(tool: Mapping[str, Any]) -> str:
     """One tool as ``name(a: str, b: bool = False): First sentence.``; required arguments keep schema order."""
     schema = tool["parameters"]
     required = set(schema.get("required", []))
     parts = []
     for key, value in schema.get("properties", {}).items():
-        part = f"{key}: {_PYTHON_TYPES.get(value.get('type', 'string'), 'str')}"
+        part = f"{key}: {_PYTHON_TYPES.get(first_type(value), 'str')}"
         if key not in required:
             default = value.get("default")
             part += f" = {None if default == 'None' else default!r}"  # some documents write the default None as text

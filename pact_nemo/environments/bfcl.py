@@ -95,6 +95,9 @@ class BFCLEnvironment:
             self._tasks[:] = [task for entry in entries for task in make(entry)]
         return list(self._tasks)
 
+    def close(self) -> None:
+        """Nothing runs outside sessions."""
+
     def start(self, task: Task) -> BFCLSession:
         """A new episode of ``task``; close it when done."""
         return BFCLSession(self, task)

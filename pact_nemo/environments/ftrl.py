@@ -97,6 +97,10 @@ class FTRLEnvironment:
             data={"codes": {schema["name"]: codes[schema["name"]] for schema in schemas}, "unsolved": answers, "split": row.values.get("split")},
         )
 
+    def close(self) -> None:
+        """Stop the sandbox."""
+        self.sandbox.close()
+
     def start(self, task: Task) -> FTRLSession:
         if "unsolved" not in task.data:
             raise ConfigError(f"task {task.id} is not an FTRL task")

@@ -102,6 +102,10 @@ class ToolHopEnvironment:
             },
         )
 
+    def close(self) -> None:
+        """Stop the sandbox."""
+        self.sandbox.close()
+
     def start(self, task: Task) -> ToolHopSession:
         if "functions" not in task.data:
             raise ConfigError(f"task {task.id} is not a ToolHop task")

@@ -115,8 +115,7 @@ class Sandbox:
         limits: of every call that brings none of its own.
         unconfined: run without namespaces, with resource limits only. Only for sources you trust as you trust the trainer.
 
-    Raises:
-        MissingDependency: the system can't confine, and ``unconfined`` was not asked for.
+    Workers start at :meth:`start`, on entering it as a context manager, or at the first call.
     """
 
     def __init__(self, workers: int = 2, limits: Limits | None = None, *, unconfined: bool = False):
@@ -129,8 +128,21 @@ class Sandbox:
         self.replaced = 0
         if unconfined:
             log.warning("untrusted tools run WITHOUT confinement (sandbox.unconfined=true)")
+        self._workers = workers
+        self._started = False
         atexit.register(self.close)
-        for _ in range(workers):
+
+    def start(self) -> None:
+        """Start the workers now instead of at the first call, e.g. to learn early that this system can't confine.
+
+        Raises:
+            MissingDependency: the system can't confine, and ``unconfined`` was not asked for.
+        """
+        with self._lock:
+            if self._started:
+                return
+            self._started = True
+        for _ in range(self._workers):
             self._idle.put(self._start())
 
     def _start(self) -> Worker:
@@ -155,6 +167,7 @@ class Sandbox:
         limits = limits or self.limits
         if self._closed:
             raise EnvironmentFailure("the sandbox is closed")
+        self.start()
         worker = self._idle.get()
         request = {"source": source, "function": function, "arguments": arguments, "limits": dataclasses.asdict(limits)}
         started = time.perf_counter()
@@ -186,6 +199,7 @@ class Sandbox:
         atexit.unregister(self.close)
 
     def __enter__(self) -> Sandbox:
+        self.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

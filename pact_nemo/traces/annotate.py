@@ -24,6 +24,11 @@ _FULL_VALUE_CHARS, _FULL_PURPOSE_WORDS = 200, 20
 _RESTATED_CHARS, _SCANNED_TOOLS = 240, 8
 _BREAKS = frozenset("of in at for from by with to on that using based as per within into under between among given if containing".split())
 _DANGLING = _BREAKS | frozenset("and or the a an any all".split())
+_PREAMBLE = re.compile(  # "An advanced tool designed to …"
+    r"^(?:an?|the|this)\b[^.,;]*?\b(?:tool|function|utility|api)\b"
+    r"(?:\s+(?:that|which))?(?:\s+is)?(?:\s+designed)?(?:\s+(?:to|for))?\s+",
+    re.IGNORECASE,
+)
 _ERROR = re.compile(r'^\s*(?:\{\s*"error"|Error\b)', re.IGNORECASE)
 
 
@@ -31,7 +36,7 @@ def purpose(tool: Mapping[str, Any], limit: int) -> str:
     """What a tool is for, from its description: at most ``limit`` words, ending where a phrase ends, e.g. ``display the contents of a
     file``.
     """
-    sentence = first_sentence(tool["description"]).rstrip(".!?")
+    sentence = _PREAMBLE.sub("", first_sentence(tool["description"])).rstrip(".!?")
     words = re.split(r"[,;:(]", sentence)[0].split()
     if len(words) > limit:
         if words[limit].lower() not in _BREAKS:
@@ -40,8 +45,12 @@ def purpose(tool: Mapping[str, Any], limit: int) -> str:
         words = words[:limit]
     while len(words) > 1 and words[-1].lower() in _DANGLING:
         words.pop()
+    if not words:
+        return "go on"  # a tool without a description
     # the first word is a verb, often in the third person ("Displays the contents"): bring it to the infinitive
     verb = words[0].lower()
+    if verb.endswith("ing"):  # "… tool for retrieving dates"
+        return " ".join(["help with", verb, *words[1:]])
     if verb.endswith(("sses", "shes", "ches")):
         verb = verb[:-2]
     elif verb.endswith("s") and not verb.endswith("ss"):

@@ -38,8 +38,12 @@ class ModelConfig:
 
 @dataclass
 class TasksConfig:
-    """Which BFCL tasks, and how they are reduced for small machines. The full benchmark: ``window=full`` and no limits."""
+    """Which tasks, and how they are reduced for small machines. The full BFCL: ``window=full`` and no limits."""
 
+    benchmark: str = "bfcl"  #: "bfcl" (its package carries the data), "ftrl" or "toolhop" (published files at ``path``)
+    path: str | None = None  #: ftrl: parquet, jsonl or json of the training set; toolhop: json or jsonl
+    eval_path: str | None = None  #: ftrl, toolhop: a file of held-out tasks; None = ``held_out`` tasks of ``path``
+    scenario: str = "mandatory"  #: toolhop: "direct", "mandatory" or "free"
     categories: list[str] = field(
         default_factory=lambda: ["multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context"]
     )
@@ -57,10 +61,21 @@ class TasksConfig:
 
 
 @dataclass
+class SandboxConfig:
+    """Where the tools of FTRL and ToolHop run; limits are per call."""
+
+    workers: int = 2
+    seconds: float = 10.0
+    memory_mb: int = 1024
+    processes: int = 16
+    unconfined: bool = False  #: run untrusted tools without namespaces; for machines that can't confine, and only on purpose
+
+
+@dataclass
 class TracesConfig:
     """Expert traces h*."""
 
-    path: str | None = None  #: JSONL of traces; None = execute the ground truth in the environment and annotate it
+    path: str | None = None  #: JSONL of traces; None = bfcl: execute the ground truth and annotate it; others: find the calls of recorded sub-answers
     style: str = "full"  #: annotator's wording: "full" or "compact"
     calls_per_turn: str = "one"  #: "one": each call in an assistant turn of its own, as its observation comes; "all": a user turn's calls together
     teach_end_of_turn: bool = False  #: supervise the end-of-turn token after a call as part of the call span
@@ -174,6 +189,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     traces: TracesConfig = field(default_factory=TracesConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -262,6 +278,12 @@ def validate(config: Config) -> None:
     _one_of("objective.schedule.reasoning", objective.schedule.reasoning, ("none", "fixed", "token", "segment", "whole_trace_token"))
     _one_of("objective.schedule.call", objective.schedule.call, ("none", "fixed", "token", "scale"))
     _one_of("rollout.importance", config.rollout.importance, ("tis", "off"))
+    _one_of("tasks.benchmark", tasks.benchmark, ("bfcl", "ftrl", "toolhop"))
+    _one_of("tasks.scenario", tasks.scenario, ("direct", "mandatory", "free"))
+    _require(
+        tasks.benchmark == "bfcl" or tasks.path is not None,
+        f"tasks.benchmark={tasks.benchmark} needs tasks.path=FILE, the benchmark's published rows",
+    )
     _one_of("tasks.window", tasks.window, ("full", "turn"))
     _one_of("traces.style", config.traces.style, ("full", "compact"))
     _one_of("traces.calls_per_turn", config.traces.calls_per_turn, ("one", "all"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pact_nemo.environments.base import Task
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean of the official pass/fail over episodes, 0-1. An episode that failed through no fault of the policy counts as not passed, and is
-    counted in ``failed`` so that nobody mistakes it for the model's doing."""
+    """Mean of the benchmark's own score over episodes, 0-1 (BFCL: pass or fail; FTRL: Solve-F1; ToolHop: answer correctness). An episode that
+    failed through no fault of the policy counts 0, and is counted in ``failed`` so that nobody mistakes it for the model's doing.
+    ``metrics``: means of the benchmark's further numbers over the episodes that have a verdict."""
 
     score: float
     n: int
@@ -28,6 +29,7 @@ class Score:
     categories: dict[str, dict[str, float]]
     weight_version: int
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,9 +39,11 @@ def summarise(tasks: list[Task], rollouts: list[Rollout], call_rewards: list[flo
     """Denominators: ``score`` and ``call_reward`` over all episodes, ``categories`` over the episodes of each category."""
     by_task = {task.id: task for task in tasks}
     passed: dict[str, list[float]] = defaultdict(list)
+    further: dict[str, list[float]] = defaultdict(list)
     for rollout in rollouts:
-        success = rollout.outcome is not None and rollout.outcome.success
-        passed[by_task[rollout.task_id].category].append(float(success))
+        passed[by_task[rollout.task_id].category].append(rollout.outcome.score if rollout.outcome is not None else 0.0)
+        for metric, value in (rollout.outcome.metrics if rollout.outcome is not None else {}).items():
+            further[metric].append(value)
     flat = [value for values in passed.values() for value in values]
     return Score(
         score=sum(flat) / len(flat),
@@ -49,6 +53,7 @@ def summarise(tasks: list[Task], rollouts: list[Rollout], call_rewards: list[flo
         categories={name: {"score": sum(v) / len(v), "n": len(v)} for name, v in sorted(passed.items())},
         weight_version=version,
         seconds=seconds,
+        metrics={metric: sum(values) / len(values) for metric, values in sorted(further.items())},
     )
 
 

@@ -12,7 +12,7 @@ from pact_nemo.checkpoints import resume
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, verify_manifest
-from pact_nemo.environments.bfcl import BFCLEnvironment
+from pact_nemo.environments.base import Environment
 from pact_nemo.errors import CheckpointError
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.policy.policy import MegatronPolicy
@@ -61,7 +61,7 @@ class Experiment:
         config: Config,
         workspace: Workspace,
         chat: ChatFormat,
-        environment: BFCLEnvironment,
+        environment: Environment,
         dataset: Dataset,
         policy: MegatronPolicy,
         generator: Generator,

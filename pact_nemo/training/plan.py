@@ -93,6 +93,14 @@ def memory_by_part(config: Config, shape: ModelShape, world_size: int) -> dict[s
     }
 
 
+def _tasks(config: Config) -> str:
+    tasks = config.tasks
+    if tasks.benchmark == "bfcl":
+        return f"BFCL {', '.join(tasks.categories)}; window {tasks.window}; {tasks.held_out} scenario groups held out"
+    scenario = f", scenario {tasks.scenario}" if tasks.benchmark == "toolhop" else ""
+    return f"{tasks.benchmark} of {tasks.path}{scenario}; held out: {tasks.eval_path or f'{tasks.held_out} tasks'}"
+
+
 def describe_plan(config: Config) -> str:
     """The plan as text."""
     shape = model_shape(config)
@@ -107,7 +115,7 @@ def describe_plan(config: Config) -> str:
         f"vocabulary {shape.vocab:,}",
         f"  layout     {world} process(es): TP {policy.tensor_parallel} x PP {policy.pipeline_parallel} x CP {policy.context_parallel} "
         f"x DP {world // split if world % split == 0 else '?'}, precision {policy.precision}",
-        f"  tasks      BFCL {', '.join(config.tasks.categories)}; window {config.tasks.window}; {config.tasks.held_out} scenario groups held out",
+        f"  tasks      {_tasks(config)}",
     ]
     if config.warmup.steps:
         lines.append(f"  warm-up    {config.warmup.steps} SFT steps of {config.warmup.batch_size} traces")

@@ -38,6 +38,7 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
             source = model_path(config)
             chat = ChatFormat.from_pretrained(source, config.model.tool_format)
             environment = build_environment(config)
+            stack.callback(environment.close)
             dataset = build_dataset(config, environment, chat, note=progress.message)
             if rank() == 0:
                 write_traces(space.traces, list(dataset.traces.values()))

@@ -1,0 +1,26 @@
+#!/usr/bin/env python
+"""PACT on FTRL: the same algorithm as ``pact_bfcl.py``, with tools that run in the sandbox and traces from recorded sub-answers or a file.
+
+    python recipes/pact_ftrl.py tasks.path=/data/ftrl_train.parquet                        # the preset for this machine: CPU or CUDA
+    python recipes/pact_ftrl.py tasks.path=/data/ftrl_train.parquet traces.path=traces.jsonl trainer.steps=50
+    python recipes/pact_ftrl.py tasks.path=/data/ftrl_train.parquet --dry-run
+    python recipes/pact_ftrl.py --resume runs/latest
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pact_nemo.training.cli import main  # noqa: E402
+from recipes.pact_bfcl import run  # noqa: E402
+
+PRESETS = {
+    "cpu": "conf/pact_ftrl-smollm2_135m-cpu.yaml",
+    "cuda": "conf/pact_ftrl-qwen3_4b-1n4g.yaml",
+}
+
+if __name__ == "__main__":
+    main(run, PRESETS, description=__doc__)
