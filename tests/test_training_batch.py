@@ -154,6 +154,19 @@ def test_gate_and_missing_trace_decide_the_contexts() -> None:
     assert all(g.anchored and g.trace is None for g in make_groups(plain))
 
 
+def test_grpo_is_the_group_normalised_outcome_and_matchtir_is_pact_without_traces() -> None:
+    groups = {method: make_groups(ObjectiveConfig(method=method, group_size=4, anchor_prob=0.0)) for method in ("pact", "matchtir", "grpo")}
+    for pact, matchtir, grpo in zip(*groups.values(), strict=True):
+        assert matchtir.anchored and grpo.anchored and matchtir.trace is None is grpo.trace
+        for a, b in zip(pact.advantages, matchtir.advantages, strict=True):
+            np.testing.assert_array_equal(a, b)
+        usable = [k for k, r in enumerate(grpo.rollouts) if r.status != "failed" and r.turns]
+        outcomes = np.array([grpo.rollouts[k].outcome.score for k in usable])  # type: ignore[union-attr]
+        expected = (outcomes - outcomes.mean()) / (outcomes.std(ddof=1) + 1e-6)
+        for k, value in zip(usable, expected, strict=True):
+            np.testing.assert_allclose(grpo.advantages[k], value, rtol=1e-5, atol=1e-6)  # one advantage for the whole rollout
+
+
 def test_nothing_is_computed_that_no_term_reads() -> None:
     objective = ObjectiveConfig(group_size=4, anchor_prob=0.0, kl_coef=0.0)
     group = make_groups(objective)[0]

@@ -14,6 +14,7 @@ import torch
 from pact_nemo.environments.base import Task
 from pact_nemo.objective.advantages import group_advantages
 from pact_nemo.objective.gate import anchored
+from pact_nemo.objective.methods import METHODS
 from pact_nemo.objective.rewards import turn_rewards
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.objective.surrogate import truncated_importance
@@ -62,8 +63,10 @@ class PromptTree:
 
 def form_group(task: Task, rollouts: list[Rollout], trace: TraceTokens | None, objective: ObjectiveConfig, *, seed: int, step: int) -> PromptGroup:
     """Rewards (eq. 24-28), advantages (eq. 29-32) and the gate (eq. 13) of one prompt."""
-    reference = [call for turn in task.reference_calls for call in turn]
-    reference_turns = [index for index, turn in enumerate(task.reference_calls) for _ in turn]
+    method = METHODS[objective.method]
+    expected = task.reference_calls if method.call_rewards else ()
+    reference = [call for turn in expected for call in turn]
+    reference_turns = [index for index, turn in enumerate(expected) for _ in turn]
     rewards = []
     for rollout in rollouts:
         rewards.append(
@@ -76,7 +79,7 @@ def form_group(task: Task, rollouts: list[Rollout], trace: TraceTokens | None, o
                 malformed=[len(turn.call_errors) for turn in rollout.turns],
                 outcome=rollout.outcome.score if rollout.outcome is not None else 0.0,
                 method=objective.matching,
-                penalty=objective.call_penalty,
+                penalty=objective.call_penalty if method.call_rewards else 0.0,
                 outcome_weight=objective.outcome_weight,
             )
         )
@@ -84,13 +87,13 @@ def form_group(task: Task, rollouts: list[Rollout], trace: TraceTokens | None, o
         rewards,
         gamma=objective.gamma,
         eps=objective.advantage_eps,
-        turn_level=objective.turn_level,
+        turn_level=objective.turn_level and method.turn_level,
         combine=objective.combine,
         mask=[rollout.status != "failed" and bool(rollout.turns) for rollout in rollouts],
     )
-    without_trace = objective.method == "grpo" or trace is None
-    gate = without_trace or anchored(seed, step, task.id, objective.anchor_prob)
-    return PromptGroup(task, rollouts, rewards, result.combined, gate, None if objective.method == "grpo" else trace)
+    trace = trace if method.traces else None
+    gate = trace is None or anchored(seed, step, task.id, objective.anchor_prob)
+    return PromptGroup(task, rollouts, rewards, result.combined, gate, trace)
 
 
 def _usable(rollout: Rollout) -> bool:

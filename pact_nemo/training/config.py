@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pact_nemo.errors import ConfigError
+from pact_nemo.objective.methods import METHODS
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.rollouts.config import RolloutServerConfig
 
@@ -125,7 +126,7 @@ class ScheduleConfig:
 class ObjectiveConfig:
     """The PACT objective; see ``docs/objective.md`` for each symbol."""
 
-    method: str = "pact"  #: "pact" or "grpo" (every prompt through the prompt-only surrogate, no trace read)
+    method: str = "pact"  #: a name in ``pact_nemo.objective.methods.METHODS``
     group_size: int = 8  #: K
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -271,7 +272,7 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 def validate(config: Config) -> None:
     """Checks that types can't express. Raises ConfigError with the key and the remedy."""
     objective, trainer, tasks = config.objective, config.trainer, config.tasks
-    _one_of("objective.method", objective.method, ("pact", "grpo"))
+    _one_of("objective.method", objective.method, tuple(METHODS))
     _one_of("objective.combine", objective.combine, ("sum", "mean"))
     _one_of("objective.matching", objective.matching, ("hungarian", "greedy"))
     _one_of("objective.aggregation", objective.aggregation, ("rollout-mean", "token-mean", "constant-length"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pact_nemo.environments.base import Task
@@ -71,10 +71,11 @@ def evaluate(experiment: Experiment, name: str) -> None:
         config, tasks = experiment.config, experiment.dataset.held_out
         rollouts, seconds = experiment.generator.evaluation(tasks, name=name, version=experiment.version)
         rewards, call_rewards = [], []
+        scored = replace(config.objective, method="matchtir")  # call rewards are reported whatever the method trains on
         samples = config.evaluation.samples
         for i, task in enumerate(tasks):
             episode = rollouts[i * samples : (i + 1) * samples]
-            group = form_group(task, episode, None, config.objective, seed=config.run.seed, step=experiment.step)
+            group = form_group(task, episode, None, scored, seed=config.run.seed, step=experiment.step)
             for rollout, reward in zip(episode, group.rewards, strict=True):
                 outcome = config.objective.outcome_weight * (rollout.outcome.score if rollout.outcome is not None and rollout.turns else 0.0)
                 tool_turns = sum(turn.is_tool_turn for turn in rollout.turns)
