@@ -236,3 +236,14 @@ def test_confinement_as_an_ordinary_user() -> None:
         pytest.skip(f"no user namespaces for ordinary users here: {done.stderr.strip().splitlines()[-1]}")
     assert done.stdout.split("\n")[0] == "network: 101", done.stderr
     assert done.stdout.split("\n")[1] == "[] False 0000000000000000"
+
+
+def test_a_trainer_with_many_open_files_can_start_one() -> None:
+    program = (
+        "import os, resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))\n"
+        "held = [os.open('/dev/null', os.O_RDONLY) for _ in range(1500)]\n"
+        "from pact_nemo.sandbox import Sandbox\n"
+        "with Sandbox(1) as box:\n    print(box.call('def f(): return 5', 'f', {}).text)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "5\n", done.stderr

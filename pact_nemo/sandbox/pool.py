@@ -81,10 +81,12 @@ class Worker:
     def _read(self, size: int, deadline: float) -> bytes:
         assert self._process.stdout is not None
         fd = self._process.stdout.fileno()
+        waiting = select.poll()  # not select(): a trainer may well have more than 1024 files open
+        waiting.register(fd, select.POLLIN)
         data = b""
         while len(data) < size:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([fd], [], [], left)[0]:
+            if left <= 0 or not waiting.poll(left * 1000):
                 raise TimeoutError("the worker does not answer")
             part = os.read(fd, size - len(data))
             if not part:
