@@ -11,16 +11,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pact_nemo.objective.baselines import phi_weighted_nll, shaped_off_policy
 from pact_nemo.objective.kl import kl_estimate
 from pact_nemo.objective.sft import token_nll
 from pact_nemo.objective.surrogate import clipped_surrogate, log_ratio
 
-#: What every call needs; ``old_logprobs`` may come besides.
+#: What every call needs; ``old_logprobs``, ``w_sft_phi`` (CHORD) and ``w_off`` (LUFFY) may come besides.
 STREAMS = ("advantages", "importance", "ref_logprobs", "w_rl_x", "w_rl_h", "w_sft_reasoning", "w_sft_call", "w_kl")
 
 
 def pact_loss(
-    logprobs: Tensor, streams: Mapping[str, Tensor], *, clip_low: float, clip_high: float
+    logprobs: Tensor, streams: Mapping[str, Tensor], *, clip_low: float, clip_high: float, shaping: float = 0.1
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = sum_n [ (w_rl_x + w_rl_h) importance surrogate_n - (w_sft_reasoning + w_sft_call) logprob_n + w_kl k3_n ].
 
@@ -29,6 +30,9 @@ def pact_loss(
         streams: [S] each, the names of ``STREAMS``; ``old_logprobs`` besides. Without ``old_logprobs`` the update is the single on-policy
             one and the detached current log-probs are used: every ratio is exactly 1.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        shaping: gamma of the ``w_off`` term (:func:`pact_nemo.objective.baselines.shaped_off_policy`).
+
+    The terms of ``w_sft_phi`` and ``w_off``, where given, are added and reported as ``loss/sft_phi`` and ``loss/off``.
 
     A token whose weights are all 0 contributes exactly 0 to loss and gradient, whatever its log-probs are. A token with a weight and a
     log-prob that isn't finite is not hidden: it is counted under ``nonfinite/<term>`` and, if NaN, makes ``loss/<term>`` NaN.
@@ -78,6 +82,13 @@ def pact_loss(
     for part in ("reasoning", "call"):
         weight = streams[f"w_sft_{part}"]
         add(f"sft_{part}", f"tokens/sft_{part}", weight != 0, token_nll(logprobs, weight))
+
+    if "w_sft_phi" in streams:
+        weight = streams["w_sft_phi"]
+        add("sft_phi", "tokens/sft_phi", weight != 0, phi_weighted_nll(logprobs, weight))
+    if "w_off" in streams:
+        weight = streams["w_off"]
+        add("off", "tokens/off", weight != 0, shaped_off_policy(logprobs, streams["advantages"], weight, shaping))
 
     weight = streams["w_kl"]
     active = weight != 0

@@ -13,6 +13,7 @@ import torch
 
 from pact_nemo.environments.base import Task
 from pact_nemo.objective.advantages import group_advantages
+from pact_nemo.objective.baselines import chord_mu
 from pact_nemo.objective.gate import anchored
 from pact_nemo.objective.methods import METHODS
 from pact_nemo.objective.rewards import turn_rewards
@@ -45,6 +46,7 @@ class PromptGroup:
     advantages: list[np.ndarray]
     anchored: bool
     trace: TraceTokens | None
+    trace_advantage: float = 0.0  #: of the trace as one more sample of the group (LUFFY)
 
 
 @dataclass
@@ -83,17 +85,23 @@ def form_group(task: Task, rollouts: list[Rollout], trace: TraceTokens | None, o
                 outcome_weight=objective.outcome_weight,
             )
         )
+    trace = trace if method.teaching is not None else None
+    joins = trace is not None and method.teaching == "shaped"  # the expert's solution is one more sample: verified, so its outcome is 1
     result = group_advantages(
-        rewards,
+        [*rewards, np.array([objective.outcome_weight])] if joins else rewards,
         gamma=objective.gamma,
         eps=objective.advantage_eps,
         turn_level=objective.turn_level and method.turn_level,
         combine=objective.combine,
-        mask=[rollout.status != "failed" and bool(rollout.turns) for rollout in rollouts],
+        mask=[rollout.status != "failed" and bool(rollout.turns) for rollout in rollouts] + [True] * joins,
     )
-    trace = trace if method.traces else None
-    gate = trace is None or anchored(seed, step, task.id, objective.anchor_prob)
-    return PromptGroup(task, rollouts, rewards, result.combined, gate, trace)
+    gate = trace is None or (method.gated and anchored(seed, step, task.id, objective.anchor_prob))
+    own = result.combined[: len(rollouts)]
+    return PromptGroup(task, rollouts, rewards, own, gate, trace, float(result.combined[-1][0]) if joins else 0.0)
+
+
+def _trace_rl(objective: ObjectiveConfig) -> bool:
+    return objective.trace_rl and METHODS[objective.method].trace_rl
 
 
 def _usable(rollout: Rollout) -> bool:
@@ -128,7 +136,7 @@ def grow_tree(group: PromptGroup, boundary_ids: list[int], objective: ObjectiveC
         mask = (component == CALL) | (component == REASONING)
         sft_index = np.flatnonzero(mask)
         trace_node, spans[(TRACE, 0)] = add(list(group.trace.token_ids), 0, mask.tolist())
-        if objective.trace_rl:
+        if _trace_rl(objective):
             boundary, _ = add(list(boundary_ids), trace_node, [False] * len(boundary_ids))
             add_rollouts(boundary, TRACE_CONDITIONED)
     return PromptTree(group, TokenTree(segments), spans, sft_index)
@@ -137,7 +145,7 @@ def grow_tree(group: PromptGroup, boundary_ids: list[int], objective: ObjectiveC
 def contexts_needed(group: PromptGroup, objective: ObjectiveConfig, *, diagnostics: bool) -> list[str]:
     """Which contexts the update forward of this prompt has to run: no context is computed that no term and no diagnostic reads."""
     contexts = []
-    if group.anchored or not objective.trace_rl or objective.kl_coef > 0 or diagnostics:
+    if group.anchored or not _trace_rl(objective) or objective.kl_coef > 0 or diagnostics:
         contexts.append(PROMPT_ONLY)
     if not group.anchored:
         contexts.append(TRACE_CONDITIONED)
@@ -178,16 +186,28 @@ def fill_streams(
     lengths = [[sum(r.loss_mask) for r in p.group.rollouts] for p in prompts]
     usable = [[_usable(r) for r in p.group.rollouts] for p in prompts]
     rl = rl_weights(lengths, usable, num_prompts=len(prompts), aggregation=objective.aggregation, constant_length=objective.constant_length)
+    method = METHODS[objective.method]
     masks = []
     for prompt in prompts:
         if (TRACE, 0) in prompt.spans and prompt.group.trace is not None:
             trace = prompt.group.trace
-            masks.append(schedule.weights(np.asarray(trace.component), np.asarray(trace.segment_level), np.asarray(trace.turn), step))
+            component = np.asarray(trace.component)
+            if method.teaching == "annealed":
+                masks.append(schedule.weights(component, np.asarray(trace.segment_level), np.asarray(trace.turn), step))
+            else:
+                masks.append(((component == CALL) | (component == REASONING)).astype(np.float64))
         else:
             masks.append(np.zeros(0))
-    sft = sft_weights(masks, [p.group.anchored for p in prompts], num_prompts=len(prompts), beta=objective.sft_coef)
+    rl_coef, sft_coef = 1.0, objective.sft_coef
+    if method.mixed:
+        sft_coef = chord_mu(step, objective.mu_start, objective.mu_end, objective.mu_decay_steps)
+        rl_coef = 1.0 - sft_coef
+    elif method.teaching == "shaped":
+        sft_coef = 1.0
+    sft = sft_weights(masks, [p.group.anchored for p in prompts], num_prompts=len(prompts), beta=sft_coef)
 
-    names = ("advantages", "importance", "ref_logprobs", "w_rl_x", "w_rl_h", "w_sft_reasoning", "w_sft_call", "w_kl")
+    extra = {"phi": ("w_sft_phi",), "shaped": ("w_off",)}.get(method.teaching or "", ())
+    names = ("advantages", "importance", "ref_logprobs", "w_rl_x", "w_rl_h", "w_sft_reasoning", "w_sft_call", "w_kl", *extra)
     for i, prompt in enumerate(prompts):
         streams = {name: np.zeros(prompt.tree.num_scored) for name in names}
         streams["importance"][:] = 1.0
@@ -196,15 +216,23 @@ def fill_streams(
             here = slice(start, end)
             if context == TRACE:
                 weights = sft[i][prompt.sft_index]
+                if method.teaching == "phi":
+                    streams["w_sft_phi"][here] = weights
+                    continue
+                if method.teaching == "shaped":  # one of K + 1 samples of its group
+                    streams["w_off"][here] = weights / (1 + sum(usable[i]))
+                    streams["advantages"][here] = group.trace_advantage
+                    continue
                 reasoning = np.asarray(group.trace.component)[prompt.sft_index] == REASONING if group.trace is not None else np.zeros(0, bool)
                 streams["w_sft_reasoning"][here] = np.where(reasoning, weights, 0.0)
                 streams["w_sft_call"][here] = np.where(reasoning, 0.0, weights)
                 continue
             rollout = group.rollouts[k]
             streams["advantages"][here] = _token_advantages(rollout, group.advantages[k])
-            carries_surrogate = (context == PROMPT_ONLY) == (group.anchored or not objective.trace_rl)
+            carries_surrogate = (context == PROMPT_ONLY) == (group.anchored or not _trace_rl(objective))
             if carries_surrogate:
-                streams["w_rl_x" if context == PROMPT_ONLY else "w_rl_h"][here] = rl[i][k]
+                share = sum(usable[i]) / (1 + sum(usable[i])) if method.teaching == "shaped" and not group.anchored else 1.0
+                streams["w_rl_x" if context == PROMPT_ONLY else "w_rl_h"][here] = rl_coef * share * rl[i][k]
             if context == PROMPT_ONLY and reference is not None:
                 streams["w_kl"][here] = objective.kl_coef * np.asarray(rl[i][k])
                 streams["ref_logprobs"][here] = reference[i][here].double().numpy()

@@ -139,6 +139,10 @@ class ObjectiveConfig:
     outcome_weight: float = 1.0  #: weight of the checker's outcome in the final turn's reward
     trace_rl: bool = True  #: trace-conditioned surrogate; False evaluates the ratio under x for every prompt (ablation)
     sft_coef: float = 0.1  #: beta_SFT
+    mu_start: float = 0.9  #: chord: weight of its SFT term at the first step
+    mu_end: float = 0.05  #: chord: after ``mu_decay_steps``
+    mu_decay_steps: int = 12
+    shaping: float = 0.1  #: luffy: gamma of f(p) = p / (p + gamma)
     anchor_prob: float = 0.4  #: q
     kl_coef: float = 0.001
     aggregation: str = "rollout-mean"  #: rollout-mean | token-mean | constant-length
@@ -297,7 +301,13 @@ def validate(config: Config) -> None:
     _require(objective.clip_high > 0.0, f"objective.clip_high={objective.clip_high}: must be > 0")
     _require(objective.kl_coef >= 0.0, f"objective.kl_coef={objective.kl_coef}: must be >= 0")
     _require(objective.sft_coef >= 0.0, f"objective.sft_coef={objective.sft_coef}: must be >= 0")
-    _require(trainer.steps >= 1, f"trainer.steps={trainer.steps}: must be >= 1")
+    _require(0.0 <= objective.mu_end <= 1.0 and 0.0 <= objective.mu_start <= 1.0, "objective.mu_start and mu_end are weights in [0, 1]")
+    _require(objective.mu_decay_steps >= 1, f"objective.mu_decay_steps={objective.mu_decay_steps}: must be >= 1")
+    _require(objective.shaping > 0.0, f"objective.shaping={objective.shaping}: must be > 0")
+    _require(
+        (trainer.steps == 0 and config.warmup.steps > 0) if objective.method == "sft" else trainer.steps >= 1,
+        f"trainer.steps={trainer.steps}: must be >= 1, and 0 for objective.method=sft, which has warmup.steps > 0 only",
+    )
     _require(
         1 <= trainer.mini_batch_size <= trainer.batch_size and trainer.batch_size % trainer.mini_batch_size == 0,
         f"trainer.mini_batch_size={trainer.mini_batch_size} must divide trainer.batch_size={trainer.batch_size}",

@@ -43,7 +43,7 @@ def trace_schedule(config: Config) -> TraceSchedule:
         fixed_level=schedule.fixed_level,
         call_start=schedule.call_start,
         call_end=schedule.call_end,
-        horizon=schedule.horizon if schedule.horizon is not None else config.trainer.steps,
+        horizon=schedule.horizon if schedule.horizon is not None else max(config.trainer.steps, 1),
     )
 
 

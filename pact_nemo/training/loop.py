@@ -124,7 +124,7 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
         if objective.kl_coef > 0:
             reference = spread(prompt_only, prompts, policy.reference_logprobs([p.tree for p in prompt_only]))
 
-    loss_fn = partial(pact_loss, clip_low=objective.clip_low, clip_high=objective.clip_high)
+    loss_fn = partial(pact_loss, clip_low=objective.clip_low, clip_high=objective.clip_high, shaping=objective.shaping)
     results: list[UpdateResult] = []
     size = config.trainer.mini_batch_size
     with watch("update"):

@@ -1,0 +1,112 @@
+"""CHORD and LUFFY against their papers' formulas, written down token by token over separate sequences."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from pact_nemo.objective.baselines import chord_mu, phi_weighted_nll, shaped_off_policy
+from pact_nemo.objective.loss import pact_loss
+from pact_nemo.objective.schedules import TraceSchedule
+from pact_nemo.training.batch import PromptGroup
+from pact_nemo.training.config import ObjectiveConfig
+from tests.test_training_batch import TRACE, built, fake_logprob, make_groups, score
+
+TAUGHT = (0, 1, 2, 3)  # reasoning and call tokens of TRACE
+
+
+@pytest.mark.parametrize(("step", "mu"), [(0, 0.9), (5, 0.5), (10, 0.1), (50, 0.1)])
+def test_mu_goes_down_linearly_and_stays(step: int, mu: float) -> None:
+    assert chord_mu(step, 0.9, 0.1, 10) == pytest.approx(mu)
+
+
+@pytest.mark.parametrize("wrong", [(1.1, 0.0, 5), (0.5, -0.1, 5), (0.5, 0.1, 0)])
+def test_mu_outside_its_range_is_refused(wrong: tuple[float, float, int]) -> None:
+    with pytest.raises(ValueError, match="mu goes"):
+        chord_mu(0, *wrong)
+
+
+def test_phi_is_a_constant_for_the_gradient() -> None:
+    logprobs = torch.tensor([-0.2, -1.5, float("-inf")], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
+    loss = phi_weighted_nll(logprobs, weights)
+    expected = [-w * math.exp(v) * (1 - math.exp(v)) * v for v, w in ((-0.2, 0.5), (-1.5, 2.0))]
+    assert loss.tolist() == pytest.approx([*expected, 0.0])
+    loss.sum().backward()
+    slope = [-w * math.exp(v) * (1 - math.exp(v)) for v, w in ((-0.2, 0.5), (-1.5, 2.0))]
+    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([*slope, 0.0])
+
+
+def test_shaping_lifts_unlikely_tokens_and_its_gradient_is_that_of_f() -> None:
+    logprobs = torch.tensor([-0.1, -4.0, float("nan")], dtype=torch.float64, requires_grad=True)
+    advantages, weights = torch.tensor([1.5, 1.5, 1.0], dtype=torch.float64), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+
+    def f(value: float) -> float:
+        return math.exp(value) / (math.exp(value) + 0.1)
+
+    loss = shaped_off_policy(logprobs, advantages, weights, 0.1)
+    assert loss.tolist() == pytest.approx([-1.5 * f(-0.1), -1.5 * f(-4.0), 0.0])
+    loss.sum().backward()
+    step = 1e-6
+    slope = [-1.5 * (f(v + step) - f(v - step)) / (2 * step) for v in (-0.1, -4.0)]
+    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([*slope, 0.0], rel=1e-6)
+    assert abs(slope[1]) / math.exp(-4.0) > 3 * abs(slope[0]) / math.exp(-0.1)  # against the plain ratio p
+    with pytest.raises(ValueError, match="gamma"):
+        shaped_off_policy(logprobs, advantages, weights, 0.0)
+
+
+def prompt_only_terms(group: PromptGroup, objective: ObjectiveConfig) -> tuple[float, float, int]:
+    """Mean over usable rollouts of the token-mean surrogate and of k3, under the prompt alone."""
+    x = group.rollouts[0].prompt_ids
+    usable = [k for k, r in enumerate(group.rollouts) if r.status != "failed"]
+    rl = kl = 0.0
+    for k in usable:
+        rollout = group.rollouts[k]
+        for t, turn in enumerate(rollout.turns):
+            for n in range(turn.start, turn.end):
+                context, token = [*x, *rollout.token_ids[:n]], rollout.token_ids[n]
+                old, current = fake_logprob(context, token, "old"), fake_logprob(context, token)
+                ratio, a = math.exp(current - old), float(group.advantages[k][t])
+                clipped = min(max(ratio, 1 - objective.clip_low), 1 + objective.clip_high)
+                weight = min(math.exp(old - rollout.sampler_logprobs[n]), 2.0)
+                rl -= weight * min(ratio * a, clipped * a) / sum(rollout.loss_mask)
+                d = fake_logprob(context, token, "ref") - current
+                kl += (math.exp(d) - d - 1) / sum(rollout.loss_mask)
+    return rl / len(usable), kl / len(usable), len(usable)
+
+
+def trace_logprobs(group: PromptGroup) -> list[float]:
+    x = group.rollouts[0].prompt_ids
+    return [fake_logprob([*x, *TRACE.token_ids[:n]], TRACE.token_ids[n]) for n in TAUGHT]
+
+
+@pytest.mark.parametrize("step", [0, 3, 20])
+@pytest.mark.parametrize("method", ["chord", "chord_phi", "luffy"])
+def test_the_summed_loss_is_the_papers(method: str, step: int) -> None:
+    objective = ObjectiveConfig(method=method, group_size=4, kl_coef=0.01, anchor_prob=0.7, mu_start=0.9, mu_end=0.1, mu_decay_steps=8)
+    groups = make_groups(objective)
+    assert [g.anchored for g in groups] == [False, False, False, True], "the gate is PACT's; only a missing trace is left out"
+    expected = 0.0
+    for group in groups:
+        rl, kl, usable = prompt_only_terms(group, objective)
+        values = trace_logprobs(group) if group.trace is not None else []
+        mu = chord_mu(step, 0.9, 0.1, 8)
+        if method == "luffy":
+            if group.trace is not None:
+                outcomes = [r.outcome.score for r in group.rollouts if r.outcome is not None] + [1.0]
+                advantage = (1.0 - np.mean(outcomes)) / (np.std(outcomes, ddof=1) + 1e-6)
+                assert group.trace_advantage == pytest.approx(advantage)
+                shaped = -advantage * sum(math.exp(v) / (math.exp(v) + 0.1) for v in values) / len(values)
+                rl = (usable * rl + shaped) / (usable + 1)
+        else:
+            phi = [math.exp(v) * (1 - math.exp(v)) if method == "chord_phi" else 1.0 for v in values]
+            sft = -sum(p * v for p, v in zip(phi, values, strict=True)) / len(values) if values else 0.0
+            rl = (1 - mu) * rl + mu * sft
+        expected += (rl + objective.kl_coef * kl) / len(groups)
+    loss_fn = partial(pact_loss, clip_low=objective.clip_low, clip_high=objective.clip_high, shaping=objective.shaping)
+    total = sum(float(loss_fn(score(p.tree), p.tree.streams)[0]) for p in built(groups, objective, TraceSchedule(horizon=5), step))
+    assert total == pytest.approx(expected, rel=1e-6)
