@@ -1,0 +1,68 @@
+"""The comparison of methods: interval, table, resumption and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pact_nemo.training.report.stats import paired_bootstrap
+from tests.fixtures.run_folders import make_run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_interval_covers_the_difference_and_shrinks_with_pairing() -> None:
+    rng = np.random.default_rng(1)
+    easy = rng.random(200)
+    baseline = {str(i): [float(value)] for i, value in enumerate(easy)}
+    better = {str(i): [float(value) + 0.1, float(value) + 0.1] for i, value in enumerate(easy)}
+    assert paired_bootstrap(better, baseline) == pytest.approx((0.1, 0.1))  # every task gains the same: nothing is left to chance
+    noisy = {key: [value[0] + 0.1 + float(rng.normal(0, 0.2))] for key, value in baseline.items()}
+    low, high = paired_bootstrap(noisy, baseline)
+    expected = 1.96 * np.std([noisy[key][0] - baseline[key][0] for key in baseline]) / np.sqrt(200)
+    assert low < 0.1 < high and (high - low) / 2 == pytest.approx(expected, rel=0.1)
+    assert paired_bootstrap(noisy, baseline) == (low, high)
+    assert paired_bootstrap({"a": [1.0]}, {"b": [1.0]}) == (0.0, 0.0)
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(ROOT / "tools" / "compare.py"), *words], capture_output=True, text=True, timeout=120)
+
+
+def test_collecting_makes_a_table_and_replaces_it_in_place(tmp_path: Path) -> None:
+    for seed, count in ((1, 9), (2, 12)):
+        make_run(tmp_path / "runs", seed=seed, passed=(0, 3, count))
+        make_run(tmp_path / "runs", method="grpo", seed=seed, passed=(0, 3, 5))
+    make_run(tmp_path / "runs", seed=3, finished=False)
+    out = tmp_path / "results.md"
+    assert run("--collect", str(tmp_path / "runs"), "--out", str(out)).returncode == 0
+    text = out.read_text()
+    pact = next(line for line in text.split("\n") if line.startswith("| pact | 2 |"))
+    assert "| 0.000 | 0.125 | **0.438** | +0.312 | 0.088 | +0.229 [" in pact  # (9 + 12) / 48, 3 / 24, grpo 5 / 24
+    assert "| grpo | 1 | 0.000 | 0.125 | 0.208 |" in text
+    out.write_text("# Mine\n\nwords\n" + text + "more words\n")
+    assert run("--collect", str(tmp_path / "runs"), "--out", str(out)).returncode == 0
+    assert out.read_text().startswith("# Mine\n\nwords\n") and out.read_text().endswith("more words\n")
+    assert out.read_text().count("**0.438**") == 1
+    out.write_text("no marks")
+    refused = run("--collect", str(tmp_path / "runs"), "--out", str(out))
+    assert refused.returncode == 1 and "add the two comments" in refused.stderr and out.read_text() == "no marks"
+
+
+def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
+    for method in ("pact", "grpo"):
+        make_run(tmp_path / f"{method}-seed1", method=method, seed=1)
+    done = run("--root", str(tmp_path), "--seeds", "1")
+    assert done.returncode == 0, done.stderr
+    assert "run 2/2: grpo, seed 1" in done.stdout and "| pact | 1 |" in done.stdout
+
+
+def test_unknown_methods_and_empty_folders_are_refused_by_name(tmp_path: Path) -> None:
+    unknown = run("--methods", "ppo", "--root", str(tmp_path))
+    assert unknown.returncode == 1 and "methods with one: chord, chord_phi, grpo, luffy, matchtir, pact, sft" in unknown.stderr
+    empty = run("--collect", str(tmp_path))
+    assert empty.returncode == 1 and "no finished run" in empty.stderr
