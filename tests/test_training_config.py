@@ -21,6 +21,17 @@ def test_every_shipped_config_resolves_and_round_trips(path: Path, tmp_path: Pat
     assert load_config(saved) == config
 
 
+@pytest.mark.parametrize("path", sorted((CONF / "ablations").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_ablation_changes_the_run_it_is_laid_over_by_what_it_says(path: Path) -> None:
+    base_file = CONF / "pact_bfcl-smollm2_135m-cpu.yaml"
+    base, ablated = to_yaml(load_config(base_file)).split("\n"), to_yaml(load_config([base_file, path])).split("\n")
+    said = [line.split("#")[0].strip() for line in path.read_text().split("\n") if line.strip() and not line.startswith("#")]
+    changed = [line.strip() for line in ablated if line not in base]
+    assert len(changed) <= len(said)
+    if path.stem not in ("table4-reasoning_segment", "table6-call_scale", "figure4-q_0.4"):  # the paper's own choice is the default
+        assert ablated != base
+
+
 def test_a_benchmark_without_its_rows_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="tasks.path=FILE"):
         load_config(CONF / "pact_ftrl.yaml")

@@ -35,7 +35,9 @@ def resolve(arguments: argparse.Namespace, presets: Mapping[str, str]) -> Config
 def main(run: Callable[[Config, str | None], None], presets: Mapping[str, str], description: str | None) -> None:
     """Parse, resolve, and run or explain. Exit codes: 0 done, 2 the configuration is wrong, 1 anything else."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="YAML file; default: the preset for this machine")
+    parser.add_argument(
+        "--config", action="append", metavar="YAML", help="default: the preset for this machine; given again, later files go on top (conf/ablations)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, the plan and the memory needed; start nothing")
     parser.add_argument("--resume", nargs="?", const="runs/latest", metavar="RUN", help="continue a run folder (default runs/latest)")
     parser.add_argument("--verbose", action="store_true", help="log at INFO")

@@ -6,6 +6,7 @@ Order of precedence, weakest first: these defaults, the files a YAML names under
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,16 +225,16 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
     return OmegaConf.merge(merged, loaded)  # type: ignore[return-value]
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """Resolve defaults, a YAML file and ``key=value`` overrides into a validated :class:`Config`.
+def load_config(path: str | Path | Sequence[str | Path] | None = None, overrides: list[str] | None = None) -> Config:
+    """Resolve defaults, YAML files (later ones on top) and ``key=value`` overrides into a validated :class:`Config`.
 
     Raises:
         ConfigError: unknown key, wrong type, or settings that contradict each other; the message names the key and the source.
     """
     merged: Any = OmegaConf.structured(Config)
     sources: list[tuple[str, Any]] = []
-    if path is not None:
-        sources.append((str(path), _read_yaml(Path(path).resolve())))
+    for file in [] if path is None else [path] if isinstance(path, str | Path) else path:
+        sources.append((str(file), _read_yaml(Path(file).resolve())))
     for word in overrides or []:
         key, separator, _ = word.partition("=")
         if not separator or key.startswith("-"):
