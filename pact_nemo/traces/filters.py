@@ -18,6 +18,29 @@ _ROLE_TEXT = re.compile(
 _CALL_TAG = re.compile(r"</?(?:tool_call|tool_response|tools|function|think)\b[^>]*>|<\|python_tag\|>", re.IGNORECASE)
 
 
+def leaks_answer(trace: Trace, question: str, answer: str | None) -> bool:
+    """Whether the reasoning names the final answer before a tool or the question has: the trace then solves nothing, it knows.
+
+    Compared in lower case without commas, as whole words. Answers that are bare numbers below 100 occur by chance and are let pass.
+    """
+    if answer is None:
+        return False
+    wanted = re.sub(r"\s+", " ", answer.lower().replace(",", "")).strip()
+    if not wanted or re.fullmatch(r"\d{1,2}", wanted):
+        return False
+    pattern = re.compile(rf"(?<!\w){re.escape(wanted)}(?!\w)")
+
+    def names(text: str) -> bool:
+        return pattern.search(re.sub(r"\s+", " ", text.lower().replace(",", ""))) is not None
+
+    known = names(question)
+    for turn in trace.turns:
+        if not known and names(turn.reasoning):
+            return True
+        known = known or any(names(text) for text in turn.observations)
+    return False
+
+
 def reject_reason(trace: Trace, tools: Iterable[Mapping[str, Any]]) -> str | None:
     """Why a trace must not be used, or None.
 

@@ -14,23 +14,34 @@ from pact_nemo.traces.builder import TraceBuilder
 from pact_nemo.traces.schema import ReasoningSegment, Trace
 from pact_nemo.traces.segments import split_reasoning
 
+Segment = Callable[[str, Sequence[str]], list[tuple[str, str]]]
 Complete = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 
 
-def chat_endpoint(base_url: str, model: str, api_key: str, timeout_seconds: float, temperature: float) -> Complete:
+def chat_endpoint(
+    base_url: str,
+    model: str,
+    api_key: str,
+    timeout_seconds: float,
+    temperature: float,
+    on_usage: Callable[[int, int], None] | None = None,
+) -> Complete:
     """A function (messages, tools) → assistant message dict that asks ``POST <base_url>/chat/completions``.
+
+    ``on_usage`` hears of the prompt and completion tokens of every answer that says them.
 
     Raises:
         ServerError: (from the function) the endpoint is unreachable, late, or answers something else than a chat completion.
     """
 
     def complete(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        body = {
+        body: dict[str, Any] = {
             "model": model,
             "messages": list(messages),
-            "tools": [{"type": "function", "function": dict(tool)} for tool in tools],
             "temperature": temperature,
         }
+        if tools:
+            body["tools"] = [{"type": "function", "function": dict(tool)} for tool in tools]
         request = urllib.request.Request(
             f"{base_url.rstrip('/')}/chat/completions",
             data=json.dumps(body).encode("utf-8"),
@@ -38,7 +49,11 @@ def chat_endpoint(base_url: str, model: str, api_key: str, timeout_seconds: floa
         )
         try:
             with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
-                message = json.load(response)["choices"][0]["message"]
+                reply = json.load(response)
+            message = reply["choices"][0]["message"]
+            usage = reply.get("usage") or {}
+            if on_usage is not None:
+                on_usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
         except (urllib.error.URLError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ServerError(f"teacher endpoint {base_url}: {error!r}") from error
         if not isinstance(message, dict):
@@ -59,7 +74,9 @@ def _calls(message: Mapping[str, Any]) -> list[tuple[str, ToolCall]]:
     return calls
 
 
-def teacher_trace(environment: Environment, task: Task, complete: Complete, max_turns: int) -> Trace | None:
+def teacher_trace(
+    environment: Environment, task: Task, complete: Complete, max_turns: int, segment: Segment = split_reasoning
+) -> Trace | None:
     """One teacher rollout as a trace, its messages without calls (answers) left out; ``verified`` is the checker's verdict.
 
     The result still has to pass :func:`pact_nemo.traces.filters.reject_reason`.
@@ -69,6 +86,7 @@ def teacher_trace(environment: Environment, task: Task, complete: Complete, max_
         task: what to solve. The teacher sees its user turns and tools, never its reference calls.
         complete: (messages, tools) → assistant message; see :func:`chat_endpoint`.
         max_turns: assistant turns per user turn.
+        segment: (reasoning, tool names) → typed pieces whose texts concatenate to the reasoning.
 
     Returns:
         None if the teacher wrote a malformed call, made no call, or reached ``max_turns``.
@@ -97,11 +115,11 @@ def teacher_trace(environment: Environment, task: Task, complete: Complete, max_
                 for (call_id, _), text in zip(named, observations, strict=True):
                     messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
                 reasoning = str(answer.get("reasoning_content") or answer.get("content") or "")
-                segments = [ReasoningSegment(*piece) for piece in split_reasoning(reasoning, [tool["name"] for tool in tools])]
+                segments = [ReasoningSegment(*piece) for piece in segment(reasoning, [tool["name"] for tool in tools])]
                 builder.assistant(segments, [call for _, call in named], observations, user_turn)
             else:
                 return None
-            upcoming = session.next_user_turn()
+            upcoming = session.next_user_turn(str(answer.get("content") or ""))
             if upcoming is None:
                 break
             following, revealed = upcoming

@@ -1,0 +1,214 @@
+#!/usr/bin/env python
+"""Expert traces for any benchmark: a teacher behind an OpenAI-compatible endpoint, the recorded sub-answers, or BFCL's ground truth.
+
+    python tools/make_traces.py --out traces.jsonl tasks.benchmark=toolhop tasks.path=ToolHop.json --recorded
+    TEACHER_API_KEY=... python tools/make_traces.py --out traces.jsonl --teacher http://127.0.0.1:8000/v1 --model NAME --attempts 4 \\
+        tasks.benchmark=ftrl tasks.path=ftrl_train.parquet
+    python tools/make_traces.py --show traces.jsonl --limit 3
+
+Each task is tried up to ``--attempts`` times; what passes the benchmark's own check and the filters is kept. Every attempt is appended to
+``OUT.attempts.jsonl`` at once, so that a run that was cut goes on where it stopped. ``OUT.quality.json`` says what was kept and dropped, and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from rich.console import Console  # noqa: E402
+from rich.text import Text  # noqa: E402
+
+from pact_nemo.environments.base import Environment, Task  # noqa: E402
+from pact_nemo.environments.calls import call_text  # noqa: E402
+from pact_nemo.errors import PactError, ServerError  # noqa: E402
+from pact_nemo.files import write_json_atomic  # noqa: E402
+from pact_nemo.traces.annotate import Style  # noqa: E402
+from pact_nemo.traces.bfcl import ground_truth_trace  # noqa: E402
+from pact_nemo.traces.filters import leaks_answer, reject_reason  # noqa: E402
+from pact_nemo.traces.llm_annotate import ModelAnnotator  # noqa: E402
+from pact_nemo.traces.recorded import recorded_trace  # noqa: E402
+from pact_nemo.traces.schema import Trace, read_traces, write_traces  # noqa: E402
+from pact_nemo.traces.segments import split_reasoning  # noqa: E402
+from pact_nemo.traces.teacher import chat_endpoint, teacher_trace  # noqa: E402
+from pact_nemo.training.config import Config, load_config  # noqa: E402
+from pact_nemo.training.data import build_environment  # noqa: E402
+from pact_nemo.training.progress import RunProgress  # noqa: E402
+
+Attempt = Callable[[Task], Trace | None]
+COLOURS = {"reasoning": "cyan", "call": "bold green", "observation": "yellow", "user": "magenta"}
+
+
+def verdict(trace: Trace | None, task: Task) -> str:
+    """``kept``, or why not."""
+    if trace is None:
+        return "no_solution"
+    question = "\n".join(message["content"] for turn in task.user_turns for message in turn)
+    reason = reject_reason(trace, task.tools)
+    return reason if reason is not None else "answer_leaked" if leaks_answer(trace, question, task.reference_answer) else "kept"
+
+
+class Journal:
+    """The attempts made so far, one JSON line each; a torn last line (the run was cut) is dropped."""
+
+    def __init__(self, path: Path):
+        self._path, self._lock = path, threading.Lock()
+        self.kept: dict[str, Trace] = {}
+        self.tries: Counter[str] = Counter()
+        self.reasons: dict[str, list[str]] = defaultdict(list)
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").split("\n")
+            for number, line in enumerate(lines[:-1], start=1):
+                row = json.loads(line)
+                self._note(row["task_id"], row["verdict"], Trace.from_dict(row["trace"], file=str(path), line=number) if row["trace"] else None)
+            if lines[-1]:
+                path.write_text("\n".join(lines[:-1]) + "\n" if len(lines) > 1 else "", encoding="utf-8")
+
+    def _note(self, task_id: str, reason: str, trace: Trace | None) -> None:
+        self.tries[task_id] += 1
+        self.reasons[task_id].append(reason)
+        if reason == "kept" and trace is not None:
+            self.kept[task_id] = trace
+
+    def add(self, task_id: str, reason: str, trace: Trace | None) -> None:
+        row = {"task_id": task_id, "verdict": reason, "trace": trace.to_dict() if trace is not None and reason == "kept" else None}
+        with self._lock:
+            with open(self._path, "a", encoding="utf-8") as out:
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._note(task_id, reason, trace)
+
+
+def quality(tasks: list[Task], journal: Journal, tokens: Counter[str], annotator: ModelAnnotator | None) -> dict[str, Any]:
+    """What came of it: over tasks, and over attempts by reason."""
+    categories: dict[str, Counter[str]] = defaultdict(Counter)
+    for task in tasks:
+        categories[task.category]["tasks"] += 1
+        categories[task.category]["kept"] += task.id in journal.kept
+    return {
+        "tasks": len(tasks),
+        "kept": sum(task.id in journal.kept for task in tasks),
+        "attempts": dict(Counter(reason for task in tasks for reason in journal.reasons[task.id])),
+        "coverage": {name: {**count, "share": count["kept"] / count["tasks"]} for name, count in sorted(categories.items())},
+        "tokens": dict(tokens),
+        "annotator": None if annotator is None else {"turns": annotator.turns, "fallbacks_to_rules": annotator.fallbacks},
+    }
+
+
+def make(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    environment = build_environment(config)
+    tokens: Counter[str] = Counter()
+    annotator: ModelAnnotator | None = None
+    try:
+        tasks = environment.tasks()[: options.limit]
+        attempt: Attempt
+        if options.teacher is not None:
+
+            def used(prompt: int, completion: int) -> None:
+                tokens["prompt"] += prompt
+                tokens["completion"] += completion
+
+            key = os.environ.get("TEACHER_API_KEY", "none")
+            complete = chat_endpoint(options.teacher, options.model, key, options.timeout, options.temperature, used)
+            annotator = ModelAnnotator(complete) if options.annotate else None
+
+            def attempt(task: Task) -> Trace | None:
+                return teacher_trace(environment, task, complete, options.max_turns, annotator or split_reasoning)
+        else:
+            attempt = without_teacher(config, environment)
+        journal = Journal(Path(f"{options.out}.attempts.jsonl"))
+        run_attempts(tasks, journal, attempt, options.attempts if options.teacher else 1, options.concurrency)
+    finally:
+        environment.close()
+    write_traces(options.out, [journal.kept[task.id] for task in tasks if task.id in journal.kept])
+    found = quality(tasks, journal, tokens, annotator)
+    write_json_atomic(f"{options.out}.quality.json", found)
+    return found
+
+
+def without_teacher(config: Config, environment: Environment) -> Attempt:
+    style = cast(Style, config.traces.style)
+    if config.tasks.benchmark == "bfcl":
+        return lambda task: ground_truth_trace(environment, task, style, cast(Any, config.traces.calls_per_turn))
+    return lambda task: recorded_trace(environment, task, style)
+
+
+def run_attempts(tasks: list[Task], journal: Journal, attempt: Attempt, attempts: int, concurrency: int) -> None:
+    """Every task without a kept trace, until one is kept or its attempts are used up. A teacher that is away counts as no attempt."""
+    open_tasks = [task for task in tasks if task.id not in journal.kept and journal.tries[task.id] < attempts]
+    failure: list[ServerError] = []
+    with RunProgress(total_steps=1) as progress, progress.phase("traces", total=len(open_tasks)) as phase:
+
+        def solve(task: Task) -> None:
+            while not failure and task.id not in journal.kept and journal.tries[task.id] < attempts:
+                try:
+                    trace = attempt(task)
+                except ServerError as error:
+                    failure.append(error)
+                    return
+                journal.add(task.id, verdict(trace, task), trace)
+            phase.advance(note=f"{len(journal.kept)} kept")
+
+        with ThreadPoolExecutor(concurrency) as threads:
+            list(threads.map(solve, open_tasks))
+    if failure:
+        raise ServerError(f"{failure[0]}; what was made so far is in the attempts file, start again to go on")
+
+
+def show(path: Path, limit: int | None) -> None:
+    """Traces with their components coloured."""
+    console = Console(highlight=False)
+    for trace in read_traces(path)[:limit]:
+        console.rule(f"{trace.task_id} · {trace.source} · {'verified' if trace.verified else 'NOT verified'}")
+        for turn in trace.turns:
+            for segment in turn.segments:
+                console.print(Text(f"[{segment.type}] ", style="dim") + Text(segment.text.strip(), style=COLOURS["reasoning"]))
+            for call, observation in zip(turn.calls, turn.observations, strict=True):
+                console.print(Text(call_text(call), style=COLOURS["call"]))
+                console.print(Text(observation, style=COLOURS["observation"]))
+            for message in turn.user_messages_after:
+                console.print(Text(f"{message['role']}: {message['content']}", style=COLOURS["user"]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("traces.jsonl"))
+    parser.add_argument("--config", action="append", metavar="YAML", help="settings files as for the recipes")
+    parser.add_argument("--teacher", metavar="URL", help="OpenAI-compatible base URL, e.g. http://127.0.0.1:8000/v1; the key is in TEACHER_API_KEY")
+    parser.add_argument("--model", default="default", help="the teacher's name at that endpoint")
+    parser.add_argument("--recorded", action="store_true", help="no teacher: recorded sub-answers (FTRL, ToolHop) or ground truth (BFCL)")
+    parser.add_argument("--annotate", action="store_true", help="let the teacher type its reasoning's paragraphs; rules where it can't")
+    parser.add_argument("--attempts", type=int, default=4)
+    parser.add_argument("--max-turns", type=int, default=10, help="assistant turns per user turn")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds per answer")
+    parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--limit", type=int, help="only the first tasks (or traces to show)")
+    parser.add_argument("--show", type=Path, metavar="TRACES", help="print traces, components coloured, and do nothing else")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, e.g. tasks.benchmark=ftrl tasks.path=rows.parquet")
+    options = parser.parse_intermixed_args()
+    try:
+        if options.show is not None:
+            show(options.show, options.limit)
+            return 0
+        if (options.teacher is None) == (not options.recorded):
+            parser.error("say where traces come from: --teacher URL or --recorded")
+        found = make(load_config(options.config, options.overrides), options)
+    except PactError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(found, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
