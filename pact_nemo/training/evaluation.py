@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pact_nemo.environments.base import Task
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.training.batch import form_group
+from pact_nemo.training.config import Config
 from pact_nemo.training.distributed import on_rank_zero
 from pact_nemo.training.records import dump_evaluation
 
@@ -57,6 +58,19 @@ def summarise(tasks: list[Task], rollouts: list[Rollout], call_rewards: list[flo
     )
 
 
+def turn_rewards_of(config: Config, tasks: list[Task], rollouts: list[Rollout]) -> tuple[list[list[float]], list[float]]:
+    """Per episode: the reward of each turn, and the mean matching reward of its tool turns (whatever the method trains on)."""
+    by_task = {task.id: task for task in tasks}
+    scored = replace(config.objective, method="matchtir")
+    rewards, call_rewards = [], []
+    for rollout in rollouts:
+        (reward,) = form_group(by_task[rollout.task_id], [rollout], None, scored, seed=0, step=0).rewards
+        outcome = config.objective.outcome_weight * (rollout.outcome.score if rollout.outcome is not None and rollout.turns else 0.0)
+        rewards.append(reward.tolist())
+        call_rewards.append(float(reward.sum() - outcome) / max(sum(turn.is_tool_turn for turn in rollout.turns), 1))
+    return rewards, call_rewards
+
+
 def evaluate(experiment: Experiment, name: str) -> None:
     """Play every held-out task with the weights being served, dump the episodes as ``eval/<name>.jsonl`` and keep the score.
 
@@ -70,17 +84,7 @@ def evaluate(experiment: Experiment, name: str) -> None:
     def run() -> Score:
         config, tasks = experiment.config, experiment.dataset.held_out
         rollouts, seconds = experiment.generator.evaluation(tasks, name=name, version=experiment.version)
-        rewards, call_rewards = [], []
-        scored = replace(config.objective, method="matchtir")  # call rewards are reported whatever the method trains on
-        samples = config.evaluation.samples
-        for i, task in enumerate(tasks):
-            episode = rollouts[i * samples : (i + 1) * samples]
-            group = form_group(task, episode, None, scored, seed=config.run.seed, step=experiment.step)
-            for rollout, reward in zip(episode, group.rewards, strict=True):
-                outcome = config.objective.outcome_weight * (rollout.outcome.score if rollout.outcome is not None and rollout.turns else 0.0)
-                tool_turns = sum(turn.is_tool_turn for turn in rollout.turns)
-                rewards.append(reward.tolist())
-                call_rewards.append(float(reward.sum() - outcome) / max(tool_turns, 1))
+        rewards, call_rewards = turn_rewards_of(config, tasks, rollouts)
         dump_evaluation(experiment.workspace.evaluation(name), tasks, rollouts, rewards)
         return summarise(tasks, rollouts, call_rewards, experiment.version, seconds)
 

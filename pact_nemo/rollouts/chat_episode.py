@@ -1,0 +1,90 @@
+"""Episodes through a chat-completions endpoint, for models that are only evaluated: messages in, messages out, no token ids."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pact_nemo.environments.base import Environment, Task, ToolCall
+from pact_nemo.errors import EnvironmentFailure, ServerError, ToolCallError
+from pact_nemo.rollouts.config import EpisodeLimits
+from pact_nemo.rollouts.types import Rollout, Turn
+
+Complete = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Mapping[str, Any]]
+
+
+def read_calls(message: Mapping[str, Any]) -> list[tuple[str, ToolCall | str]]:
+    """(call id, the call or what is wrong with it) of each tool call of an assistant message."""
+    calls: list[tuple[str, ToolCall | str]] = []
+    for index, item in enumerate(message.get("tool_calls") or []):
+        identifier = str(item.get("id", index)) if isinstance(item, dict) else str(index)
+        try:
+            arguments = json.loads(item["function"]["arguments"] or "{}")
+            if not isinstance(arguments, dict):
+                raise ValueError("arguments are not an object")
+            calls.append((identifier, ToolCall(str(item["function"]["name"]), arguments)))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            calls.append((identifier, f"{type(error).__name__}: {error}"))
+    return calls
+
+
+def play_by_chat(environment: Environment, task: Task, sample: int, complete: Complete, limits: EpisodeLimits) -> Rollout:
+    """One episode. Malformed calls are answered by error observations; never raises for a server or environment failure.
+
+    Returns:
+        a rollout without tokens (``prompt_ids`` and ``token_ids`` are empty): for scoring, not for training.
+    """
+    started = time.perf_counter()
+    rollout = Rollout(task.id, sample, [], [], [], [], [], None, 0)
+    messages: list[dict[str, Any]] = [dict(message) for message in task.user_turns[0]]
+    tools, user_turn, here = list(task.tools), 0, 0
+    session = None
+    try:
+        session = environment.start(task)
+        while True:
+            if here >= limits.max_turns_per_user_turn or len(rollout.turns) >= limits.max_turns:
+                rollout.status, rollout.error = "truncated", f"more than {here} assistant turns in one user turn"
+                break
+            answer = complete(messages, tools)
+            here += 1
+            named = read_calls(answer)
+            text = str(answer.get("content") or "")
+            turn = Turn(0, 0, text, user_turn=user_turn)
+            rollout.turns.append(turn)
+            if named:
+                messages.append({"role": "assistant", "content": text, "tool_calls": answer["tool_calls"]})
+                turn.calls = [call for _, call in named if isinstance(call, ToolCall)]
+                turn.call_errors = [call for _, call in named if isinstance(call, str)]
+                observations = _observe(session, turn.calls)
+                good = iter(observations)
+                for identifier, call in named:
+                    content = next(good) if isinstance(call, ToolCall) else f"Error: the call could not be read: {call}"
+                    messages.append({"role": "tool", "tool_call_id": identifier, "content": content})
+                turn.observations = observations + [f"Error: the call could not be read: {error}" for error in turn.call_errors]
+                continue
+            messages.append({"role": "assistant", "content": text})
+            following = session.next_user_turn(text)
+            if following is None:
+                break
+            user_turn, here = user_turn + 1, 0
+            messages += [dict(message) for message in following[0]]
+            tools += following[1]
+        rollout.outcome = session.outcome()
+    except (ServerError, EnvironmentFailure) as error:
+        rollout.status, rollout.outcome, rollout.error = "failed", None, f"{type(error).__name__}: {error}"
+    finally:
+        if session is not None:
+            session.close()
+    rollout.seconds = time.perf_counter() - started
+    return rollout
+
+
+def _observe(session: Any, calls: list[ToolCall]) -> list[str]:
+    if not calls:
+        return []
+    try:
+        return list(session.execute(calls))
+    except ToolCallError as error:
+        return [f"Error: {error}"] * len(calls)

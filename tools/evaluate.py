@@ -1,0 +1,162 @@
+#!/usr/bin/env python
+"""Score any model on a benchmark with its official check: a Hugging Face folder (served by vLLM here) or a chat-completions server by URL.
+
+    python tools/evaluate.py --model runs/latest/hf --benchmark bfcl --out eval/mine
+    python tools/evaluate.py --model http://127.0.0.1:8000/v1 --name Qwen3-4B --benchmark toolhop tasks.path=ToolHop.json tasks.scenario=free
+    python tools/evaluate.py --model /models/Qwen3-4B --benchmark bfcl --config conf/pact_bfcl-qwen3_4b-1n4g.yaml --json
+
+Every task of the benchmark is played, or with ``--held-out`` the run's held-out split only. Episodes are kept in ``OUT/episodes.jsonl`` as they
+are finished, so that an evaluation that was cut goes on where it stopped. BFCL's score files are written in the layout of its leaderboard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from pact_nemo.chat.template import ChatFormat  # noqa: E402
+from pact_nemo.environments.base import Environment, Task  # noqa: E402
+from pact_nemo.environments.splits import split  # noqa: E402
+from pact_nemo.errors import PactError, ServerError  # noqa: E402
+from pact_nemo.files import write_json_atomic, write_text_atomic  # noqa: E402
+from pact_nemo.rollouts.chat_episode import play_by_chat  # noqa: E402
+from pact_nemo.rollouts.config import EpisodeLimits  # noqa: E402
+from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
+from pact_nemo.rollouts.types import Rollout  # noqa: E402
+from pact_nemo.traces.teacher import chat_endpoint  # noqa: E402
+from pact_nemo.training.config import Config, load_config  # noqa: E402
+from pact_nemo.training.data import build_environment  # noqa: E402
+from pact_nemo.training.evaluation import summarise, turn_rewards_of  # noqa: E402
+from pact_nemo.training.generation import Generator  # noqa: E402
+from pact_nemo.training.progress import RunProgress  # noqa: E402
+from pact_nemo.training.records import dump_evaluation  # noqa: E402
+
+
+@contextmanager
+def player(config: Config, options: argparse.Namespace, environment: Environment, progress: RunProgress) -> Iterator[Any]:
+    """A function tasks -> rollouts, for either kind of model."""
+    sampling = config.rollout.sampling
+    if options.model.startswith(("http://", "https://")):
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        complete = chat_endpoint(options.model, options.name, key, config.rollout.server.request_timeout_s, config.evaluation.temperature)
+        limits = EpisodeLimits(sampling.max_turns_per_user_turn, sampling.max_turns, sampling.max_turn_tokens, sampling.max_response_tokens, 1 << 30)
+
+        def by_chat(tasks: list[Task]) -> list[Rollout]:
+            with ThreadPoolExecutor(sampling.concurrency) as threads:
+                made = list(threads.map(lambda task: play_by_chat(environment, task, 0, complete, limits), tasks))
+            if all(rollout.status == "failed" for rollout in made):
+                raise ServerError(f"all {len(made)} episodes failed; the first: {made[0].error}")
+            return made
+
+        yield by_chat
+        return
+    chat = ChatFormat.from_pretrained(Path(options.model), config.model.tool_format)
+    generator = Generator(config, chat, environment, progress, options.out / "server.log")
+    try:
+        generator.launch(Path(options.model))
+        generator.wait_ready()
+        yield lambda tasks: generator.evaluation(tasks, name="evaluate", version=0)[0]
+    finally:
+        generator.close()
+
+
+def bfcl_score_files(folder: Path, name: str, tasks: list[Task], rollouts: list[Rollout]) -> None:
+    """``score/<model>/multi_turn/BFCL_v4_<category>_score.json``: the header line and one line per failed task, as bfcl-eval writes them."""
+    from bfcl_eval.utils import get_directory_structure_by_category, get_file_name_by_category
+
+    by_id = {rollout.task_id: rollout for rollout in rollouts}
+    for category in sorted({task.category for task in tasks}):
+        rows = [(task.id, by_id[task.id]) for task in tasks if task.category == category]
+        good = sum(rollout.outcome is not None and rollout.outcome.success for _, rollout in rows)
+        lines: list[dict[str, Any]] = [{"accuracy": good / len(rows), "correct_count": good, "total_count": len(rows)}]
+        for task_id, rollout in rows:
+            if rollout.outcome is None or not rollout.outcome.success:
+                reason = rollout.error if rollout.outcome is None else rollout.outcome.reason
+                lines.append({"id": task_id, "model_name": name, "test_category": category, "valid": False, "error": {"error_type": reason}})
+        path = folder / "score" / name.replace("/", "_") / get_directory_structure_by_category(category)
+        write_text_atomic(path / get_file_name_by_category(category, is_score_file=True), "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    environment = build_environment(config)
+    episodes = options.out / "episodes.jsonl"
+    options.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    try:
+        tasks = environment.tasks()
+        if options.held_out:
+            tasks = split(tasks, held_out=config.tasks.held_out, seed=config.tasks.split_seed)[1]
+        tasks = tasks[: options.limit]
+        rollouts = [r for r in read_rollouts(episodes) if r.status != "failed"] if episodes.is_file() else []
+        done = {rollout.task_id for rollout in rollouts}
+        left = [task for task in tasks if task.id not in done]
+        with RunProgress(total_steps=0, enabled=not options.json) as progress:
+            if done:
+                progress.message(f"{len(tasks) - len(left)} of {len(tasks)} tasks were played before")
+            if left:
+                with player(config, options, environment, progress) as play:
+                    for start in range(0, len(left), options.chunk):
+                        rollouts += play(left[start : start + options.chunk])
+                        played = {rollout.task_id for rollout in rollouts}
+                        dump_evaluation(episodes, [t for t in tasks if t.id in played], rollouts, turn_rewards_of(config, tasks, rollouts)[0])
+    finally:
+        environment.close()
+    wanted = {task.id for task in tasks}
+    rollouts = [rollout for rollout in rollouts if rollout.task_id in wanted]
+    _, call_rewards = turn_rewards_of(config, tasks, rollouts)
+    score = summarise(tasks, rollouts, call_rewards, 0, time.monotonic() - started).to_dict()
+    name = options.name if options.model.startswith("http") else Path(options.model).resolve().name
+    result = {"model": options.model, "name": name, "benchmark": config.tasks.benchmark, **score}
+    if config.tasks.benchmark == "bfcl":
+        bfcl_score_files(options.out, name, tasks, rollouts)
+    write_json_atomic(options.out / "result.json", result)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="HF folder, or base URL of a chat-completions server (key in OPENAI_API_KEY)")
+    parser.add_argument("--name", default="default", help="the model's name at that server")
+    parser.add_argument("--benchmark", choices=["bfcl", "ftrl", "toolhop"], default="bfcl")
+    parser.add_argument("--config", action="append", metavar="YAML", help="settings as for the recipes; default: the benchmark's full settings")
+    parser.add_argument("--out", type=Path, default=Path("eval"))
+    parser.add_argument("--held-out", action="store_true", help="only the tasks that runs with these settings hold out")
+    parser.add_argument("--limit", type=int, help="only the first tasks")
+    parser.add_argument("--chunk", type=int, default=256, help="tasks between two saves")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args()
+    try:
+        files = options.config or [REPOSITORY / "conf" / f"pact_{options.benchmark}.yaml"]
+        result = evaluate(load_config(files, [f"tasks.benchmark={options.benchmark}", *options.overrides]), options)
+    except PactError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    table = Table("category", "tasks", "score", title=f"{result['name']} on {result['benchmark']}: {result['score']:.4f}")
+    for category, row in result["categories"].items():
+        table.add_row(category, str(row["n"]), f"{row['score']:.4f}")
+    for metric, value in result["metrics"].items():
+        table.add_row(metric, str(result["n"]), f"{value:.4f}")
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
