@@ -121,6 +121,10 @@ class ScheduleConfig:
     call_start: float = 0.8  #: lambda_start of eq. 11
     call_end: float = 0.2  #: lambda_end of eq. 11
     horizon: int | None = None  #: S; None = trainer.steps
+    kind: str = "fixed"  #: "fixed": a function of the step; "adaptive": of the policy's progress (``objective/adaptive.py``)
+    success_target: float = 0.6  #: adaptive: success rate of rollouts at which annealing is through
+    smoothing: float = 0.7  #: adaptive: weight of the past in the means it goes by
+    anchor_end: float | None = None  #: adaptive: anchoring probability at full progress; None = ``anchor_prob`` throughout
 
 
 @dataclass
@@ -282,6 +286,13 @@ def validate(config: Config) -> None:
     _one_of("objective.matching", objective.matching, ("hungarian", "greedy"))
     _one_of("objective.aggregation", objective.aggregation, ("rollout-mean", "token-mean", "constant-length"))
     _one_of("objective.schedule.reasoning", objective.schedule.reasoning, ("none", "fixed", "token", "segment", "whole_trace_token"))
+    _one_of("objective.schedule.kind", objective.schedule.kind, ("fixed", "adaptive"))
+    _require(
+        objective.schedule.anchor_end is None or (objective.schedule.kind == "adaptive" and 0.0 <= objective.schedule.anchor_end <= 1.0),
+        f"objective.schedule.anchor_end={objective.schedule.anchor_end}: a probability, and for objective.schedule.kind=adaptive only",
+    )
+    _require(0.0 < objective.schedule.success_target <= 1.0, "objective.schedule.success_target must be in (0, 1]")
+    _require(0.0 <= objective.schedule.smoothing < 1.0, "objective.schedule.smoothing must be in [0, 1)")
     _one_of("objective.schedule.call", objective.schedule.call, ("none", "fixed", "token", "scale"))
     _one_of("rollout.importance", config.rollout.importance, ("tis", "off"))
     _one_of("tasks.benchmark", tasks.benchmark, ("bfcl", "ftrl", "toolhop"))

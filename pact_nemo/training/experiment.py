@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, verify_manifest
 from pact_nemo.environments.base import Environment
 from pact_nemo.errors import CheckpointError
+from pact_nemo.objective.adaptive import AdaptiveSchedule, Progress, between
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.training.config import Config
@@ -36,7 +38,7 @@ def model_path(config: Config) -> Path:
 
 def trace_schedule(config: Config) -> TraceSchedule:
     schedule = config.objective.schedule
-    return TraceSchedule(
+    fixed = TraceSchedule(
         reasoning=schedule.reasoning,
         call=schedule.call,
         reasoning_scale=schedule.reasoning_scale,
@@ -45,6 +47,9 @@ def trace_schedule(config: Config) -> TraceSchedule:
         call_end=schedule.call_end,
         horizon=schedule.horizon if schedule.horizon is not None else max(config.trainer.steps, 1),
     )
+    if schedule.kind == "fixed":
+        return fixed
+    return AdaptiveSchedule(fixed, Progress(schedule.success_target, schedule.smoothing))
 
 
 class Experiment:
@@ -80,6 +85,12 @@ class Experiment:
         self.metrics: MetricsLog | None = None
         self.scores: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
+
+    @property
+    def anchor_prob(self) -> float:
+        """q of the step that is next."""
+        progress = self.schedule.progress.value if isinstance(self.schedule, AdaptiveSchedule) else 0.0
+        return between(self.config.objective.anchor_prob, self.config.objective.schedule.anchor_end, progress)
 
     # -- weights ------------------------------------------------------------------------------------------------------------------
 
@@ -133,7 +144,7 @@ class Experiment:
     # -- resume -------------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside weights, optimizer and RNG. Data position, schedules and gate are functions of the step and the seed."""
+        """What a checkpoint keeps beside weights, optimizer and RNG. Data position, fixed schedules and gate are functions of step and seed."""
         return {
             "step": self.step,
             "warmup_step": self.warmup_step,
@@ -141,6 +152,7 @@ class Experiment:
             "scores": self.scores,
             "seconds": self.seconds,
             "seed": self.config.run.seed,
+            "progress": asdict(self.schedule.progress) if isinstance(self.schedule, AdaptiveSchedule) else None,
         }
 
     def checkpoint_if_due(self) -> None:
@@ -168,6 +180,8 @@ class Experiment:
             raise CheckpointError(f"{folder} was made with run.seed={state['seed']}, the config says {self.config.run.seed}")
         self.step, self.warmup_step, self.version = state["step"], state["warmup_step"], state["version"]
         self.scores, self.seconds = state["scores"], state["seconds"]
+        if isinstance(self.schedule, AdaptiveSchedule) and state.get("progress") is not None:
+            self.schedule = AdaptiveSchedule(self.schedule, Progress(**state["progress"]))
         return True
 
     def _newest_checkpoint(self) -> Path | None:

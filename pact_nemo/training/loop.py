@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from pact_nemo.objective.adaptive import AdaptiveSchedule
 from pact_nemo.objective.loss import pact_loss
 from pact_nemo.policy.policy import UpdateResult
 from pact_nemo.rollouts.store import read_rollouts
@@ -61,6 +63,9 @@ def train(experiment: Experiment) -> None:
         with watch("rollout"):
             groups = collect(experiment)
         record = optimise(experiment, groups, watch)
+        if isinstance(experiment.schedule, AdaptiveSchedule):
+            experiment.schedule.progress.observe(record["reward/success"], mean_gap(record))
+            record["anneal/progress"] = experiment.schedule.progress.value
         experiment.step += 1
         with watch("refit"):
             experiment.refit()
@@ -76,6 +81,7 @@ def collect(experiment: Experiment) -> list[PromptGroup]:
     config = experiment.config
     tasks = prompts_of_step(experiment.dataset.train, experiment.step, config.trainer.batch_size, config.run.seed)
     k = config.objective.group_size
+    objective = replace(config.objective, anchor_prob=experiment.anchor_prob)
 
     def sample() -> list[Rollout]:
         if config.trainer.replay is not None:
@@ -88,7 +94,7 @@ def collect(experiment: Experiment) -> list[PromptGroup]:
             task,
             rollouts[i * k : (i + 1) * k],
             experiment.dataset.trace_tokens.get(task.id),
-            config.objective,
+            objective,
             seed=config.run.seed,
             step=experiment.step,
         )
@@ -144,6 +150,12 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
                     prompt.tree.streams.pop("old_logprobs", None)
             results.append(policy.update([p.tree for p in prompts[part]], loss_fn))
     return diagnostics.step_record(experiment, groups, prompts, old, results)
+
+
+def mean_gap(record: dict[str, Any]) -> float | None:
+    """The step's privilege gap, of passed and failed rollouts alike; None where no prompt was conditioned on its trace."""
+    gaps = [record[key] for key in ("latent/gap_success", "latent/gap_failure") if record.get(key) is not None]
+    return sum(gaps) / len(gaps) if gaps else None
 
 
 def spread(source: list[PromptTree], target: list[PromptTree], values: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,0 +1,64 @@
+"""Adaptive annealing: progress by hand, never backwards, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from pact_nemo.objective.adaptive import AdaptiveSchedule, Progress, between
+from pact_nemo.objective.schedules import CALL, REASONING, TraceSchedule
+
+
+def test_progress_by_hand() -> None:
+    progress = Progress(success_target=0.5, smoothing=0.5)
+    progress.observe(0.1, None)
+    assert progress.value == pytest.approx(0.2)  # 0.1 / 0.5, no gap seen yet
+    progress.observe(0.3, -0.4)  # success 0.2; the first gap
+    assert progress.value == pytest.approx((0.2 / 0.5 + 0.0) / 2)
+    progress.observe(0.4, -0.2)  # success 0.3, gap 0.3 of 0.4
+    assert progress.value == pytest.approx((0.3 / 0.5 + 0.25) / 2)
+    before = progress.value
+    progress.observe(0.0, -0.9)  # a bad step: nothing comes back
+    assert progress.value == before
+    progress.observe(None, None)
+    assert progress.value == before
+    for _ in range(50):
+        progress.observe(1.0, 0.0)
+    assert progress.value == pytest.approx(1.0, abs=1e-6) and progress.value <= 1.0
+
+
+def test_the_schedule_follows_progress_and_not_the_step() -> None:
+    base = TraceSchedule(horizon=10)
+    schedule = AdaptiveSchedule(base, Progress())
+    assert isinstance(schedule, TraceSchedule) and schedule.horizon == 10
+    component, level, turn = np.array([REASONING, REASONING, CALL]), np.array([0, 4, -1]), np.zeros(3, dtype=int)
+    for step in (0, 9):
+        assert schedule.level(step) == 4 and schedule.call_weight(step) == pytest.approx(0.8)
+        assert schedule.weights(component, level, turn, step).tolist() == pytest.approx([1, 1, 0.8])
+    schedule.progress.value = 1.0
+    assert schedule.level(0) == 0 and schedule.call_weight(0) == pytest.approx(0.2)
+    assert schedule.weights(component, level, turn, 0).tolist() == pytest.approx([1, 0, 0.2])
+    schedule.progress.value = 0.5
+    assert schedule.weights(component, level, turn, 3).tolist() == base.weights(component, level, turn, 5).tolist()
+
+
+def test_it_resumes_where_it_was() -> None:
+    progress = Progress()
+    progress.observe(0.2, 0.3)
+    again = Progress(**asdict(progress))
+    for one in (progress, again):
+        one.observe(0.5, 0.1)
+    assert progress == again
+
+
+@pytest.mark.parametrize("wrong", [{"success_target": 0.0}, {"success_target": 1.5}, {"smoothing": 1.0}, {"smoothing": -0.1}])
+def test_settings_outside_their_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="success_target"):
+        Progress(**wrong)
+
+
+def test_anchoring_moves_only_if_told_where_to() -> None:
+    assert between(0.4, None, 0.7) == 0.4
+    assert between(0.4, 0.8, 0.5) == pytest.approx(0.6)
