@@ -117,6 +117,30 @@ def build_dataset(config: Config, environment: Environment, chat: ChatFormat, no
     return Dataset(train, held_out, traces, trace_tokens, dropped)
 
 
+def check_positions(config: Config, dataset: Dataset, chat: ChatFormat, positions: int) -> None:
+    """Refuse sequences beyond the ``positions`` that the model was trained with: vLLM won't start, and the trainer's RoPE would silently extrapolate.
+
+    Raises:
+        ConfigError: names the setting to lower.
+    """
+    if config.rollout.server.max_model_len > positions:
+        raise ConfigError(
+            f"rollout.server.max_model_len={config.rollout.server.max_model_len} exceeds the model's {positions} positions "
+            f"(max_position_embeddings in its config.json): set rollout.server.max_model_len={positions} or less"
+        )
+    for task in dataset.train:
+        if task.id not in dataset.trace_tokens:
+            continue
+        prompt = len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools)))
+        sequence = min(prompt + config.rollout.sampling.max_response_tokens, config.rollout.server.max_model_len)
+        longest = sequence + len(dataset.trace_tokens[task.id])
+        if longest > positions:
+            raise ConfigError(
+                f"task {task.id!r}: prompt, trace and the longest response are {longest} tokens together, the model has {positions} positions: lower "
+                "traces.max_tokens, tasks.max_prompt_tokens or rollout.sampling.max_response_tokens"
+            )
+
+
 def _read_traces(path: str, train: list[Task]) -> dict[str, Trace]:
     tools = {task.id: task.tools for task in train}
     usable = (t for t in read_traces(Path(path)) if t.task_id in tools and t.verified and reject_reason(t, tools[t.task_id]) is None)

@@ -28,6 +28,7 @@ class ModelShape:
     intermediate: int
     vocab: int
     tied: bool
+    positions: int
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelShape:
@@ -42,6 +43,7 @@ class ModelShape:
             intermediate=int(config["intermediate_size"]),
             vocab=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
+            positions=int(config["max_position_embeddings"]),
         )
 
     @property

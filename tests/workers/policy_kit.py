@@ -34,7 +34,7 @@ def make_model(folder: Path, family: str, *, seed: int = 0, layers: int = 4, voc
     common: dict[str, Any] = dict(
         vocab_size=vocabulary, hidden_size=64, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=max(heads // 2, 2), intermediate_size=96,
-        max_position_embeddings=512,
+        max_position_embeddings=8192,
     )  # fmt: skip
     config = {
         "llama": lambda: LlamaConfig(**common, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 777.0}),
