@@ -124,7 +124,7 @@ def test_an_ftrl_episode_is_scored_by_hand(tmp_path: Path, sandbox: Sandbox) -> 
 def test_a_toolhop_answer_is_judged_by_hand(tmp_path: Path, sandbox: Sandbox, message: str, calls: list[ToolCall], correct: bool) -> None:
     environment = ToolHopEnvironment(write(tmp_path / "x.jsonl", toolhop_row()), sandbox)
     (task,) = environment.tasks()
-    assert (task.id, task.category, task.data["answer_type"]) == ("toolhop_7", "2 hops", "number")
+    assert (task.id, task.category, task.tags) == ("toolhop_7", "2 hops", ("answer type: number",))
     session = environment.start(task)
     if calls:
         session.execute(calls)

@@ -110,6 +110,23 @@ def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any], p
     assert not torch.equal(load_file(first / "hf-after-one" / "model.safetensors")["model.norm.weight"], other["model.norm.weight"])
 
 
+def test_what_adapts_and_what_is_drawn_resumes_bit_for_bit_too(stage: dict[str, Any]) -> None:
+    beyond = [
+        "objective.schedule.kind=adaptive",
+        "objective.schedule.anchor_end=0.8",
+        "traces.quality=true",
+        "traces.augment=[argument_order,call_order]",
+    ]
+    whole = recipe(stage, "beyond", *beyond)
+    half = recipe(stage, "beyond-half", *beyond, "trainer.steps=1")
+    resumed = recipe(stage, "beyond-half", f"trainer.steps={STEPS}", resume=half)
+    assert records(resumed) == records(whole)
+    one, other = weights(whole), weights(resumed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    rl = [row for row in records(whole) if row["stage"] == "rl"]
+    assert rl[0]["trace/weight"] == 1.0 and 0.0 <= rl[-1]["anneal/progress"] <= 1.0
+
+
 @pytest.mark.parametrize("layout", ["tensor_parallel", "pipeline_parallel", "context_parallel", "data_parallel"])
 def test_two_processes_give_the_numbers_of_one(stage: dict[str, Any], plain: Path, layout: str) -> None:
     words = () if layout == "data_parallel" else (f"policy.{layout}=2",)

@@ -40,7 +40,7 @@ from pact_nemo.rollouts.types import Rollout  # noqa: E402
 from pact_nemo.traces.teacher import chat_endpoint  # noqa: E402
 from pact_nemo.training.config import Config, load_config  # noqa: E402
 from pact_nemo.training.data import build_environment  # noqa: E402
-from pact_nemo.training.evaluation import summarise, turn_rewards_of  # noqa: E402
+from pact_nemo.training.evaluation import episode_rewards, summarise  # noqa: E402
 from pact_nemo.training.generation import Generator  # noqa: E402
 from pact_nemo.training.progress import RunProgress  # noqa: E402
 from pact_nemo.training.records import dump_evaluation  # noqa: E402
@@ -112,12 +112,12 @@ def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
                     for start in range(0, len(left), options.chunk):
                         rollouts += play(left[start : start + options.chunk])
                         played = {rollout.task_id for rollout in rollouts}
-                        dump_evaluation(episodes, [t for t in tasks if t.id in played], rollouts, turn_rewards_of(config, tasks, rollouts)[0])
+                        dump_evaluation(episodes, [t for t in tasks if t.id in played], rollouts, episode_rewards(config, tasks, rollouts)[0])
     finally:
         environment.close()
     wanted = {task.id for task in tasks}
     rollouts = [rollout for rollout in rollouts if rollout.task_id in wanted]
-    _, call_rewards = turn_rewards_of(config, tasks, rollouts)
+    _, call_rewards = episode_rewards(config, tasks, rollouts)
     score = summarise(tasks, rollouts, call_rewards, 0, time.monotonic() - started).to_dict()
     name = options.name if options.model.startswith("http") else Path(options.model).resolve().name
     result = {"model": options.model, "name": name, "benchmark": config.tasks.benchmark, **score}

@@ -4,6 +4,7 @@
     python tools/make_traces.py --out traces.jsonl tasks.benchmark=toolhop tasks.path=ToolHop.json --recorded
     TEACHER_API_KEY=... python tools/make_traces.py --out traces.jsonl --teacher http://127.0.0.1:8000/v1 --model NAME --attempts 4 \\
         tasks.benchmark=ftrl tasks.path=ftrl_train.parquet
+    python tools/make_traces.py --out more.jsonl --extend traces.jsonl --augment argument_order --promote runs/latest tasks.benchmark=...
     python tools/make_traces.py --show traces.jsonl --limit 3
 
 Each task is tried up to ``--attempts`` times; what passes the benchmark's own check and the filters is kept. Every attempt is appended to
@@ -29,11 +30,15 @@ sys.path.insert(0, str(REPOSITORY))
 from rich.console import Console  # noqa: E402
 from rich.text import Text  # noqa: E402
 
+from pact_nemo.chat.tool_formats import tool_format  # noqa: E402
 from pact_nemo.environments.base import Environment, Task  # noqa: E402
 from pact_nemo.environments.calls import call_text  # noqa: E402
-from pact_nemo.errors import PactError, ServerError  # noqa: E402
+from pact_nemo.errors import DataError, PactError, ServerError  # noqa: E402
 from pact_nemo.files import write_json_atomic  # noqa: E402
+from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
+from pact_nemo.rollouts.types import Rollout  # noqa: E402
 from pact_nemo.traces.annotate import Style  # noqa: E402
+from pact_nemo.traces.augment import KINDS, Replay, new_solutions, promoted, replay, variants  # noqa: E402
 from pact_nemo.traces.bfcl import ground_truth_trace  # noqa: E402
 from pact_nemo.traces.filters import leaks_answer, reject_reason  # noqa: E402
 from pact_nemo.traces.llm_annotate import ModelAnnotator  # noqa: E402
@@ -135,6 +140,60 @@ def make(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def extend(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """A trace file with more traces per task: verified variants of what it has, and solutions of the policy's own rollouts."""
+    environment = build_environment(config)
+    counts: Counter[str] = Counter()
+    try:
+        tasks = {task.id: task for task in environment.tasks()}
+        known: dict[str, list[Trace]] = defaultdict(list)
+        for trace in read_traces(options.extend) if options.extend is not None else []:
+            known[trace.task_id].append(trace)
+        counts["read"] = sum(map(len, known.values()))
+        if options.promote is not None:
+            found: dict[str, list[Trace]] = defaultdict(list)
+            for rollout in rollouts_of(options.promote):
+                if rollout.task_id in tasks:
+                    task = tasks[rollout.task_id]
+                    solution = promoted(task, rollout, reasoning_of(config, task))
+                    if solution is not None and verdict(solution, task) == "kept":
+                        found[task.id].append(solution)
+            for task_id, candidates in found.items():
+                fresh = new_solutions(known[task_id], candidates)
+                checked = [trace for trace in fresh if _passes(replay(environment, tasks[task_id], trace))]
+                known[task_id] += checked[: config.traces.variants]
+                counts["promoted"] += len(checked[: config.traces.variants])
+                counts["promoted_but_failed_replay"] += len(fresh) - len(checked)
+        for task_id, traces in known.items():
+            if options.augment and task_id in tasks and traces:
+                made = variants(environment, tasks[task_id], traces[0], options.augment, config.traces.variants, config.tasks.split_seed)
+                traces += made
+                counts.update(trace.source.rpartition("+")[2] for trace in made)
+    finally:
+        environment.close()
+    written = [trace for traces in known.values() for trace in traces]
+    write_traces(options.out, written)
+    return {"tasks": len(known), "traces": len(written), **counts}
+
+
+def reasoning_of(config: Config, task: Task) -> Callable[[str], str]:
+    """The text before the calls of an assistant message, in the tool format of the config."""
+    parse = tool_format(config.model.tool_format).parse
+    return lambda text: parse(text, task.tools).reasoning
+
+
+def _passes(result: Replay | None) -> bool:
+    return result is not None and result.outcome.success
+
+
+def rollouts_of(run: Path) -> list[Rollout]:
+    """Every dumped training rollout of a run, in order of steps."""
+    files = sorted((run / "rollouts").glob("step_*.jsonl"))
+    if not files:
+        raise DataError("no dumped rollouts (rollouts/step_*.jsonl); was the run made with trainer.dump_rollouts=false?", file=str(run))
+    return [rollout for path in files for rollout in read_rollouts(path)]
+
+
 def without_teacher(config: Config, environment: Environment) -> Attempt:
     style = cast(Style, config.traces.style)
     if config.tasks.benchmark == "bfcl":
@@ -186,6 +245,9 @@ def main() -> int:
     parser.add_argument("--teacher", metavar="URL", help="OpenAI-compatible base URL, e.g. http://127.0.0.1:8000/v1; the key is in TEACHER_API_KEY")
     parser.add_argument("--model", default="default", help="the teacher's name at that endpoint")
     parser.add_argument("--recorded", action="store_true", help="no teacher: recorded sub-answers (FTRL, ToolHop) or ground truth (BFCL)")
+    parser.add_argument("--extend", type=Path, metavar="TRACES", help="start from these traces and add more to them")
+    parser.add_argument("--augment", action="append", choices=KINDS, default=[], help="(repeatable) add variants that execution verified")
+    parser.add_argument("--promote", type=Path, metavar="RUN", help="add the solutions that a run's own rollouts found")
     parser.add_argument("--annotate", action="store_true", help="let the teacher type its reasoning's paragraphs; rules where it can't")
     parser.add_argument("--attempts", type=int, default=4)
     parser.add_argument("--max-turns", type=int, default=10, help="assistant turns per user turn")
@@ -200,9 +262,11 @@ def main() -> int:
         if options.show is not None:
             show(options.show, options.limit)
             return 0
-        if (options.teacher is None) == (not options.recorded):
-            parser.error("say where traces come from: --teacher URL or --recorded")
-        found = make(load_config(options.config, options.overrides), options)
+        more = bool(options.promote is not None or (options.extend is not None and options.augment))
+        if (options.teacher is not None) + options.recorded + more != 1:
+            parser.error("say where traces come from: --teacher URL, --recorded, or --extend TRACES with --augment or --promote")
+        config = load_config(options.config, options.overrides)
+        found = extend(config, options) if more else make(config, options)
     except PactError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

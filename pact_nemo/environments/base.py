@@ -25,6 +25,7 @@ class Task:
         id: unique over the benchmark, e.g. ``multi_turn_base_12`` or, for a single-turn window, ``multi_turn_base_12#1``.
         group: the id that splits are made by; every task of one group is on the same side of the held-out split.
         category: the benchmark's own category name (reported apart).
+        tags: further groupings that are reported apart, e.g. ``answer type: date``.
         user_turns: chat messages of each user turn, in order. The first one, with ``tools``, is the prompt ``x``.
         tools: the function schemas offered at the start (OpenAI style: ``{"name", "description", "parameters": JSON schema}``).
         reference_calls: ground-truth calls per user turn; never shown to the policy.
@@ -40,6 +41,7 @@ class Task:
     reference_calls: tuple[tuple[ToolCall, ...], ...]
     reference_answer: str | None = None
     data: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,18 @@ class Outcome:
         score: outcome reward in [0, 1].
         reason: the checker's own error type, or ``"ok"``.
         metrics: the benchmark's further numbers by name (e.g. FTRL's ``solve_p``); evaluation reports their means.
+        solved: per executed call, in order, whether it solved a sub-question that was open; None where the benchmark has no sub-questions.
     """
 
     success: bool
     score: float
     reason: str = "ok"
     metrics: dict[str, float] = field(default_factory=dict)
+    solved: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.solved is not None:
+            object.__setattr__(self, "solved", tuple(self.solved))  # from JSON it comes as a list
 
 
 class Session(Protocol):

@@ -25,17 +25,16 @@ def solve_metrics(solved: int, calls: int, questions: int) -> dict[str, float]:
     return {"solve_p": precision, "solve_r": recall, "solve_f1": f1}
 
 
-def count_solved(executed: list[Executed], unsolved: dict[str, list[str]]) -> int:
-    """Sub-questions that the calls solved, in the order they were made."""
+def solved_calls(executed: list[Executed], unsolved: dict[str, list[str]]) -> list[bool]:
+    """Whether each call, in the order they were made, solved a sub-question that was open."""
     remaining = {name: list(answers) for name, answers in unsolved.items()}
-    solved = 0
+    solved = []
     for done in executed:
         answers = remaining.get(done.call.name, [])
-        for answer in answers:
-            if contains_answer(done.text, answer):
-                answers.remove(answer)
-                solved += 1
-                break
+        answer = next((answer for answer in answers if contains_answer(done.text, answer)), None)
+        solved.append(answer is not None)
+        if answer is not None:
+            answers.remove(answer)
     return solved
 
 
@@ -132,12 +131,15 @@ class FTRLSession:
         unsolved: dict[str, list[str]] = self.task.data["unsolved"]
         questions = sum(len(answers) for answers in unsolved.values())
         executed = list(self._tools.executed)
-        solved = count_solved(executed, unsolved)
+        by_call = solved_calls(executed, unsolved)
+        solved = sum(by_call)
         metrics = solve_metrics(solved, len(executed), questions)
+        metrics["questions"] = float(questions)
         metrics["calls"] = float(len(executed))
         metrics["invocation_errors"] = float(sum(not done.result.ok for done in executed))
         complete = solved == questions
-        return Outcome(complete, metrics["solve_f1"], "ok" if complete else f"{solved} of {questions} sub-questions solved", metrics)
+        reason = "ok" if complete else f"{solved} of {questions} sub-questions solved"
+        return Outcome(complete, metrics["solve_f1"], reason, metrics, tuple(by_call))
 
     def close(self) -> None:
         self._closed = True

@@ -98,8 +98,8 @@ class ToolHopEnvironment:
                 "functions": {schema["name"]: sources[schema["name"]] for schema in schemas if schema["name"] in sources},
                 "sub_task": {str(key): str(value) for key, value in sub_task.items()},
                 "tool_of": {str(key): schema["name"] for key, schema in zip(tools, schemas, strict=True)},
-                "answer_type": str(row.values.get("answer_type", "unknown")),
             },
+            tags=(f"answer type: {row.values.get('answer_type', 'unknown')}",),
         )
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Teaching = Literal["annealed", "nll", "phi", "shaped"]
+Rewards = Literal["matching", "outcome", "toolrl", "ftrl"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Method:
     """What a method uses of what is there.
 
     Attributes:
-        call_rewards: the matching reward of tool turns (eq. 24-27); False leaves the outcome reward of the final turn (eq. 28).
+        rewards: ``matching`` of tool turns and the outcome (eq. 24-28); ``outcome`` alone (eq. 28); ``toolrl`` and ``ftrl``: what those papers
+            reward (:mod:`pact_nemo.objective.baseline_rewards`).
         turn_level: the turn-level advantage (eq. 30-31) on top of the trajectory advantage.
         teaching: how trace tokens enter the update: None = not at all; ``annealed`` the component-aware SFT term (eq. 9-11); ``nll`` all
             reasoning and call tokens at weight 1; ``phi`` the same, times CHORD's phi; ``shaped`` LUFFY's off-policy term.
@@ -24,7 +26,7 @@ class Method:
         source: where it is from.
     """
 
-    call_rewards: bool
+    rewards: Rewards
     turn_level: bool
     teaching: Teaching | None
     trace_rl: bool
@@ -38,11 +40,13 @@ class Method:
 
 
 METHODS = {
-    "pact": Method(True, True, "annealed", True, False, "arXiv 2606.16215"),
-    "matchtir": Method(True, True, None, False, False, "arXiv 2601.10712; the row L_RL^x of PACT's table 2"),
-    "grpo": Method(False, False, None, False, False, "arXiv 2402.03300: group-normalised outcome reward, one advantage per rollout"),
-    "chord": Method(False, False, "nll", False, True, "arXiv 2508.11408, CHORD-mu"),
-    "chord_phi": Method(False, False, "phi", False, True, "arXiv 2508.11408, CHORD-phi"),
-    "sft": Method(False, False, None, False, False, "supervised fine-tuning on the traces: the warm-up stage for the whole budget, no RL step"),
-    "luffy": Method(False, False, "shaped", False, False, "arXiv 2504.14945"),
+    "pact": Method("matching", True, "annealed", True, False, "arXiv 2606.16215"),
+    "matchtir": Method("matching", True, None, False, False, "arXiv 2601.10712; the row L_RL^x of PACT's table 2"),
+    "grpo": Method("outcome", False, None, False, False, "arXiv 2402.03300: group-normalised outcome reward, one advantage per rollout"),
+    "toolrl": Method("toolrl", False, None, False, False, "arXiv 2504.13958: format and correctness reward, group-normalised"),
+    "ftrl": Method("ftrl", False, None, False, False, "arXiv 2508.08791: reward of each turn by the sub-questions it solves, group-normalised sum"),
+    "chord": Method("outcome", False, "nll", False, True, "arXiv 2508.11408, CHORD-mu"),
+    "chord_phi": Method("outcome", False, "phi", False, True, "arXiv 2508.11408, CHORD-phi"),
+    "sft": Method("outcome", False, None, False, False, "supervised fine-tuning on the traces: the warm-up stage for the whole budget, no RL step"),
+    "luffy": Method("outcome", False, "shaped", False, False, "arXiv 2504.14945"),
 }

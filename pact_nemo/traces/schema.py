@@ -161,10 +161,10 @@ def write_traces(path: str | os.PathLike[str], traces: Iterable[Trace]) -> None:
 
 
 def read_traces(path: str | os.PathLike[str]) -> list[Trace]:
-    """Read what :func:`write_traces` wrote.
+    """Read what :func:`write_traces` wrote. A task's first trace is its main one, further ones are alternatives.
 
     Raises:
-        DataError: the file is missing or torn, a row is not a trace, or two rows are for the same task; names file, line and field.
+        DataError: the file is missing or torn, a row is not a trace, or two rows are the same; names file, line and field.
     """
     file = os.fspath(path)
     if not Path(file).is_file():
@@ -179,8 +179,9 @@ def read_traces(path: str | os.PathLike[str]) -> list[Trace]:
         except ValueError as error:
             raise DataError(f"not a JSON line: {error}", file=file, line=line) from error
         trace = Trace.from_dict(row, file=file, line=line)
-        if trace.task_id in seen:
-            raise DataError(f"{trace.task_id} has a trace already, on line {seen[trace.task_id]}", file=file, line=line, field="task_id")
-        seen[trace.task_id] = line
+        written = json.dumps(trace.to_dict())
+        if written in seen:
+            raise DataError(f"{trace.task_id} has this very trace already, on line {seen[written]}", file=file, line=line, field="task_id")
+        seen[written] = line
         traces.append(trace)
     return traces

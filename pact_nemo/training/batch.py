@@ -5,7 +5,8 @@ This is the only place that reads both. It runs after generation has ended, so n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from pact_nemo.environments.base import Task
 from pact_nemo.objective.advantages import group_advantages
+from pact_nemo.objective.baseline_rewards import ftrl_rewards, solved_by_equality, toolrl_reward
 from pact_nemo.objective.baselines import chord_mu
 from pact_nemo.objective.gate import anchored
 from pact_nemo.objective.methods import METHODS
@@ -47,6 +49,7 @@ class PromptGroup:
     anchored: bool
     trace: TraceTokens | None
     trace_advantage: float = 0.0  #: of the trace as one more sample of the group (LUFFY)
+    trace_weight: float = 1.0  #: factor of the trace's SFT weights, in [0, 1]
 
 
 @dataclass
@@ -63,28 +66,68 @@ class PromptTree:
     sft_index: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  #: positions within h* of its scored tokens
 
 
-def form_group(task: Task, rollouts: list[Rollout], trace: TraceTokens | None, objective: ObjectiveConfig, *, seed: int, step: int) -> PromptGroup:
+def turn_rewards_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
+    """[T] reward of each assistant turn, by the method's own rule."""
+    kind = METHODS[objective.method].rewards
+    turns = rollout.turns
+    groups = [turn.user_turn for turn in turns]
+    malformed = [len(turn.call_errors) for turn in turns]
+    expected = task.reference_calls if kind != "outcome" else ()
+    reference = [call for calls in expected for call in calls]
+    reference_groups = [index for index, calls in enumerate(expected) for _ in calls]
+    if kind in ("matching", "outcome"):
+        return turn_rewards(
+            [turn.calls for turn in turns],
+            groups,
+            reference,
+            reference_groups,
+            is_tool_turn=[turn.is_tool_turn for turn in turns],
+            malformed=malformed,
+            outcome=rollout.outcome.score if rollout.outcome is not None else 0.0,
+            method=objective.matching,
+            penalty=objective.call_penalty if kind == "matching" else 0.0,
+            outcome_weight=objective.outcome_weight,
+        )
+    calls = [call for turn in turns for call in turn.calls]
+    call_groups = [turn.user_turn for turn in turns for _ in turn.calls]
+    if kind == "toolrl":
+        rewards = np.zeros(len(turns))
+        if turns:
+            well_formed = rollout.status == "ok" and not any(malformed)
+            rewards[-1] = toolrl_reward(calls, call_groups, reference, reference_groups, well_formed=well_formed)
+        return rewards
+    questions: dict[Hashable, int]
+    if rollout.outcome is not None and rollout.outcome.solved is not None:  # the benchmark has sub-questions of its own, all in one user turn
+        flags = iter([*rollout.outcome.solved, *[False] * len(calls)])  # a call that a limit cut off was not executed
+        questions = {0: round(rollout.outcome.metrics["questions"])}
+    else:
+        flags = iter(solved_by_equality(calls, call_groups, reference, reference_groups))
+        questions = dict(Counter(reference_groups))
+    answer = (task.reference_answer or "").lower().replace(",", "").strip()
+    texts = [turn.text.lower().replace(",", "").strip() for turn in turns]
+    return ftrl_rewards(
+        [[next(flags) for _ in turn.calls] for turn in turns],
+        malformed=malformed,
+        empty=[not text for text in texts],
+        answered=[bool(answer) and answer in text for text in texts],
+        groups=groups,
+        questions=questions,
+    )
+
+
+def form_group(
+    task: Task,
+    rollouts: list[Rollout],
+    trace: TraceTokens | None,
+    objective: ObjectiveConfig,
+    *,
+    seed: int,
+    step: int,
+    trace_weight: float = 1.0,
+) -> PromptGroup:
     """Rewards (eq. 24-28), advantages (eq. 29-32) and the gate (eq. 13) of one prompt."""
     method = METHODS[objective.method]
-    expected = task.reference_calls if method.call_rewards else ()
-    reference = [call for turn in expected for call in turn]
-    reference_turns = [index for index, turn in enumerate(expected) for _ in turn]
-    rewards = []
-    for rollout in rollouts:
-        rewards.append(
-            turn_rewards(
-                [turn.calls for turn in rollout.turns],
-                [turn.user_turn for turn in rollout.turns],
-                reference,
-                reference_turns,
-                is_tool_turn=[turn.is_tool_turn for turn in rollout.turns],
-                malformed=[len(turn.call_errors) for turn in rollout.turns],
-                outcome=rollout.outcome.score if rollout.outcome is not None else 0.0,
-                method=objective.matching,
-                penalty=objective.call_penalty if method.call_rewards else 0.0,
-                outcome_weight=objective.outcome_weight,
-            )
-        )
+    rewards = [turn_rewards_of(task, rollout, objective) for rollout in rollouts]
     trace = trace if method.teaching is not None else None
     joins = trace is not None and method.teaching == "shaped"  # the expert's solution is one more sample: verified, so its outcome is 1
     result = group_advantages(
@@ -97,7 +140,7 @@ def form_group(task: Task, rollouts: list[Rollout], trace: TraceTokens | None, o
     )
     gate = trace is None or (method.gated and anchored(seed, step, task.id, objective.anchor_prob))
     own = result.combined[: len(rollouts)]
-    return PromptGroup(task, rollouts, rewards, own, gate, trace, float(result.combined[-1][0]) if joins else 0.0)
+    return PromptGroup(task, rollouts, rewards, own, gate, trace, float(result.combined[-1][0]) if joins else 0.0, trace_weight)
 
 
 def _trace_rl(objective: ObjectiveConfig) -> bool:
@@ -215,7 +258,7 @@ def fill_streams(
         for (context, k), (start, end) in prompt.spans.items():
             here = slice(start, end)
             if context == TRACE:
-                weights = sft[i][prompt.sft_index]
+                weights = group.trace_weight * sft[i][prompt.sft_index]
                 if method.teaching == "phi":
                     streams["w_sft_phi"][here] = weights
                     continue

@@ -18,6 +18,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.objective.methods import METHODS
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.rollouts.config import RolloutServerConfig
+from pact_nemo.traces.augment import KINDS
 
 
 @dataclass
@@ -83,6 +84,10 @@ class TracesConfig:
     teach_end_of_turn: bool = False  #: supervise the end-of-turn token after a call as part of the call span
     components: list[str] = field(default_factory=lambda: ["reasoning", "calls", "observations"])  #: what of a trace is used (paper, table 3)
     max_tokens: int = 4096  #: a longer trace is cut at a turn boundary from its end, counted
+    augment: list[str] = field(default_factory=list)  #: verified variants of each trace: "argument_order", "call_order" (beyond the paper)
+    variants: int = 3  #: at most this many of them a task; a step takes one of a task's traces by (seed, step, task)
+    quality: bool = False  #: replay every trace first, and let one that rollouts keep beating lose weight (beyond the paper)
+    quality_smoothing: float = 0.5  #: weight of the past in how often a trace was beaten, in [0, 1)
 
 
 @dataclass
@@ -307,6 +312,9 @@ def validate(config: Config) -> None:
     _one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32"))
     _require(set(config.traces.components) <= {"reasoning", "calls", "observations"}, f"traces.components={config.traces.components}: "
              "only reasoning, calls and observations exist")
+    _require(set(config.traces.augment) <= set(KINDS), f"traces.augment={config.traces.augment}: only {', '.join(KINDS)} exist")
+    _require(config.traces.variants >= 1, f"traces.variants={config.traces.variants}: must be >= 1")
+    _require(0.0 <= config.traces.quality_smoothing < 1.0, f"traces.quality_smoothing={config.traces.quality_smoothing}: must be in [0, 1)")
     _require(0.0 <= objective.anchor_prob <= 1.0, f"objective.anchor_prob={objective.anchor_prob}: a probability in [0, 1]")
     _require(objective.group_size >= 2, f"objective.group_size={objective.group_size}: group-normalised advantages need K >= 2")
     _require(0.0 < objective.clip_low < 1.0, f"objective.clip_low={objective.clip_low}: must be in (0, 1)")

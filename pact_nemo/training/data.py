@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.environments.base import Environment, Task
@@ -17,8 +17,10 @@ from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.environments.splits import split
 from pact_nemo.environments.toolhop import Scenario, ToolHopEnvironment
 from pact_nemo.errors import ConfigError
+from pact_nemo.objective.gate import uniform
 from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces.annotate import Style
+from pact_nemo.traces.augment import Kind, replay, variants
 from pact_nemo.traces.bfcl import make_trace
 from pact_nemo.traces.filters import reject_reason
 from pact_nemo.traces.recorded import recorded_trace
@@ -28,6 +30,7 @@ from pact_nemo.training.config import Config
 from pact_nemo.training.distributed import on_rank_zero
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -38,6 +41,8 @@ class Dataset:
         dropped: task counts left out, by reason.
         traces: task id -> trace, training tasks only.
         trace_tokens: task id -> h* as tokens of this model.
+        alternatives: task id -> further traces as tokens, where there are any.
+        trace_results: task id -> (score, calls) of the trace when it was replayed; empty unless ``traces.quality``.
     """
 
     train: list[Task]
@@ -45,6 +50,16 @@ class Dataset:
     traces: dict[str, Trace]
     trace_tokens: dict[str, TraceTokens]
     dropped: dict[str, int]
+    alternatives: dict[str, list[TraceTokens]] = field(default_factory=dict)
+    trace_results: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def trace_for(self, task_id: str, seed: int | str, step: int) -> TraceTokens | None:
+        """The trace that a task uses in a step: one of its traces, drawn by its arguments alone; None where there is none."""
+        main = self.trace_tokens.get(task_id)
+        if main is None or task_id not in self.alternatives:
+            return main
+        choices = [main, *self.alternatives[task_id]]
+        return choices[int(uniform("trace", seed, step, task_id) * len(choices))]
 
 
 def build_environment(config: Config) -> Environment:
@@ -101,20 +116,39 @@ def build_dataset(config: Config, environment: Environment, chat: ChatFormat, no
             raise ConfigError(f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out")
 
     if config.traces.path is not None:
-        traces = _read_traces(config.traces.path, train)
+        sources = _read_traces(config.traces.path, train)
     else:
-        traces = on_rank_zero(lambda: _make_traces(config, environment, train))
+        sources = on_rank_zero(lambda: _make_traces(config, environment, train))
+    dropped["trace_missing"] = len(train) - len(sources)
+    results: dict[str, tuple[float, int]] = {}
+    if config.traces.quality:
+        results = on_rank_zero(lambda: _replay_all(config, environment, train, sources))
+        dropped["trace_replay_failed"] = len(sources) - len(results)
+        sources = {task_id: found for task_id, found in sources.items() if task_id in results}
+    if config.traces.augment:
+        sources = on_rank_zero(lambda: _augment_all(config, environment, train, sources))
+    traces = {task_id: found[0] for task_id, found in sources.items()}
     train = [_with_reference_calls(task, traces.get(task.id)) for task in train]
-    dropped["trace_missing"] = len(train) - len(traces)
-    trace_tokens = {}
-    for task_id, trace in traces.items():
+
+    def tokens_of(trace: Trace) -> tuple[TraceTokens, bool]:
         encoded = encode_trace(trace, chat, frozenset(config.traces.components), end_of_turn=CALL if config.traces.teach_end_of_turn else OTHER)
         shortened = truncate_at_turn(encoded, config.traces.max_tokens)
-        dropped["trace_cut"] += len(shortened) < len(encoded)
+        return shortened, len(shortened) < len(encoded)
+
+    trace_tokens: dict[str, TraceTokens] = {}
+    alternatives: dict[str, list[TraceTokens]] = {}
+    for task_id, found in sources.items():
+        shortened, cut = tokens_of(found[0])
+        dropped["trace_cut"] += cut
         if len(shortened):
             trace_tokens[task_id] = shortened
-    note(f"{len(train)} training tasks with {len(traces)} verified traces, {len(held_out)} held-out tasks; left out: {dropped}")
-    return Dataset(train, held_out, traces, trace_tokens, dropped)
+            further = [tokens for tokens, too_long in map(tokens_of, found[1:]) if not too_long]
+            if further:
+                alternatives[task_id] = further
+    extra = sum(map(len, alternatives.values()))
+    more = f" and {extra} alternatives" if extra else ""
+    note(f"{len(train)} training tasks with {len(traces)} verified traces{more}, {len(held_out)} held-out tasks; left out: {dropped}")
+    return Dataset(train, held_out, traces, trace_tokens, dropped, alternatives, results)
 
 
 def check_positions(config: Config, dataset: Dataset, chat: ChatFormat, positions: int) -> None:
@@ -141,26 +175,61 @@ def check_positions(config: Config, dataset: Dataset, chat: ChatFormat, position
             )
 
 
-def _read_traces(path: str, train: list[Task]) -> dict[str, Trace]:
+def _read_traces(path: str, train: list[Task]) -> dict[str, list[Trace]]:
     tools = {task.id: task.tools for task in train}
-    usable = (t for t in read_traces(Path(path)) if t.task_id in tools and t.verified and reject_reason(t, tools[t.task_id]) is None)
-    return {trace.task_id: trace for trace in usable}
+    found: dict[str, list[Trace]] = {}
+    for trace in read_traces(Path(path)):
+        if trace.task_id in tools and trace.verified and reject_reason(trace, tools[trace.task_id]) is None:
+            found.setdefault(trace.task_id, []).append(trace)
+    return found
 
 
-def _make_traces(config: Config, environment: Environment, train: list[Task]) -> dict[str, Trace]:
-    """From the ground truth (BFCL), or from recorded sub-answers (FTRL, ToolHop), which takes calls by the dozen and so runs in threads."""
+def _in_threads(config: Config, work: Callable[[Task], T], tasks: list[Task]) -> list[T]:
+    """BFCL executes in this process; the others wait for their sandbox, so several tasks at a time are quicker."""
+    if config.tasks.benchmark == "bfcl":
+        return [work(task) for task in tasks]
+    with ThreadPoolExecutor(config.sandbox.workers) as threads:
+        return list(threads.map(work, tasks))
+
+
+def _make_traces(config: Config, environment: Environment, train: list[Task]) -> dict[str, list[Trace]]:
+    """From the ground truth (BFCL), or from recorded sub-answers (FTRL, ToolHop), which takes calls by the dozen."""
     style, per_turn = cast(Style, config.traces.style), cast(Literal["one", "all"], config.traces.calls_per_turn)
 
-    def recorded(task: Task) -> Trace | None:
+    def make(task: Task) -> Trace | None:
+        if config.tasks.benchmark == "bfcl":
+            return make_trace(environment, task, style=style, calls_per_turn=per_turn)
         trace = recorded_trace(environment, task, style)
         return trace if trace is not None and reject_reason(trace, task.tools) is None else None
 
-    if config.tasks.benchmark == "bfcl":
-        made = [make_trace(environment, task, style=style, calls_per_turn=per_turn) for task in train]
-    else:
-        with ThreadPoolExecutor(config.sandbox.workers) as threads:
-            made = list(threads.map(recorded, train))
-    return {trace.task_id: trace for trace in made if trace is not None}
+    return {trace.task_id: [trace] for trace in _in_threads(config, make, train) if trace is not None}
+
+
+def _replay_all(config: Config, environment: Environment, train: list[Task], sources: dict[str, list[Trace]]) -> dict[str, tuple[float, int]]:
+    """(score, calls) of each main trace that, executed anew, passes the checker and brings no error that it didn't have."""
+    tasks = [task for task in train if task.id in sources]
+    results = {}
+    for task, result in zip(tasks, _in_threads(config, lambda task: replay(environment, task, sources[task.id][0]), tasks), strict=True):
+        turns = sources[task.id][0].turns
+        if result is not None and result.outcome.success and not _new_errors([turn.observations for turn in turns], result.observations):
+            results[task.id] = (result.outcome.score, sum(len(turn.calls) for turn in turns))
+    return results
+
+
+def _new_errors(told: Sequence[Sequence[str]], seen: Sequence[Sequence[str]]) -> bool:
+    """Whether an observation is an error now that the trace says it isn't. (Texts may differ: they may have been cut to another length.)"""
+    pairs = zip((text for turn in told for text in turn), (text for turn in seen for text in turn), strict=True)
+    return any(now.startswith("Error") and not then.startswith("Error") for then, now in pairs)
+
+
+def _augment_all(config: Config, environment: Environment, train: list[Task], sources: dict[str, list[Trace]]) -> dict[str, list[Trace]]:
+    kinds = [cast(Kind, kind) for kind in config.traces.augment]
+    tasks = [task for task in train if task.id in sources]
+
+    def more(task: Task) -> list[Trace]:
+        return variants(environment, task, sources[task.id][0], kinds, config.traces.variants, config.tasks.split_seed)
+
+    return {task.id: [*sources[task.id], *made] for task, made in zip(tasks, _in_threads(config, more, tasks), strict=True)}
 
 
 def _with_reference_calls(task: Task, trace: Trace | None) -> Task:

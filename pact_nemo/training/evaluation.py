@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pact_nemo.environments.base import Task
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.training.batch import form_group
+from pact_nemo.training.batch import turn_rewards_of
 from pact_nemo.training.config import Config
 from pact_nemo.training.distributed import on_rank_zero
 from pact_nemo.training.records import dump_evaluation
@@ -37,15 +37,18 @@ class Score:
 
 
 def summarise(tasks: list[Task], rollouts: list[Rollout], call_rewards: list[float], version: int, seconds: float) -> Score:
-    """Denominators: ``score`` and ``call_reward`` over all episodes, ``categories`` over the episodes of each category."""
+    """Denominators: ``score`` and ``call_reward`` over all episodes, ``categories`` over the episodes of each category or tag."""
     by_task = {task.id: task for task in tasks}
+    flat: list[float] = []
     passed: dict[str, list[float]] = defaultdict(list)
     further: dict[str, list[float]] = defaultdict(list)
     for rollout in rollouts:
-        passed[by_task[rollout.task_id].category].append(rollout.outcome.score if rollout.outcome is not None else 0.0)
-        for metric, value in (rollout.outcome.metrics if rollout.outcome is not None else {}).items():
-            further[metric].append(value)
-    flat = [value for values in passed.values() for value in values]
+        task, value = by_task[rollout.task_id], rollout.outcome.score if rollout.outcome is not None else 0.0
+        flat.append(value)
+        for name in (task.category, *task.tags):
+            passed[name].append(value)
+        for metric, number in (rollout.outcome.metrics if rollout.outcome is not None else {}).items():
+            further[metric].append(number)
     return Score(
         score=sum(flat) / len(flat),
         n=len(flat),
@@ -58,13 +61,13 @@ def summarise(tasks: list[Task], rollouts: list[Rollout], call_rewards: list[flo
     )
 
 
-def turn_rewards_of(config: Config, tasks: list[Task], rollouts: list[Rollout]) -> tuple[list[list[float]], list[float]]:
+def episode_rewards(config: Config, tasks: list[Task], rollouts: list[Rollout]) -> tuple[list[list[float]], list[float]]:
     """Per episode: the reward of each turn, and the mean matching reward of its tool turns (whatever the method trains on)."""
     by_task = {task.id: task for task in tasks}
     scored = replace(config.objective, method="matchtir")
     rewards, call_rewards = [], []
     for rollout in rollouts:
-        (reward,) = form_group(by_task[rollout.task_id], [rollout], None, scored, seed=0, step=0).rewards
+        reward = turn_rewards_of(by_task[rollout.task_id], rollout, scored)
         outcome = config.objective.outcome_weight * (rollout.outcome.score if rollout.outcome is not None and rollout.turns else 0.0)
         rewards.append(reward.tolist())
         call_rewards.append(float(reward.sum() - outcome) / max(sum(turn.is_tool_turn for turn in rollout.turns), 1))
@@ -84,7 +87,7 @@ def evaluate(experiment: Experiment, name: str) -> None:
     def run() -> Score:
         config, tasks = experiment.config, experiment.dataset.held_out
         rollouts, seconds = experiment.generator.evaluation(tasks, name=name, version=experiment.version)
-        rewards, call_rewards = turn_rewards_of(config, tasks, rollouts)
+        rewards, call_rewards = episode_rewards(config, tasks, rollouts)
         dump_evaluation(experiment.workspace.evaluation(name), tasks, rollouts, rewards)
         return summarise(tasks, rollouts, call_rewards, experiment.version, seconds)
 

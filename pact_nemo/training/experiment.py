@@ -17,6 +17,7 @@ from pact_nemo.environments.base import Environment
 from pact_nemo.errors import CheckpointError
 from pact_nemo.objective.adaptive import AdaptiveSchedule, Progress, between
 from pact_nemo.objective.schedules import TraceSchedule
+from pact_nemo.objective.trace_quality import TraceQuality
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.training.config import Config
 from pact_nemo.training.data import Dataset
@@ -78,6 +79,7 @@ class Experiment:
         self.policy, self.generator, self.progress = policy, generator, progress
         self.source = source
         self.schedule = trace_schedule(config)
+        self.quality = TraceQuality(config.traces.quality_smoothing) if config.traces.quality else None
         self.boundary_ids = chat.boundary_ids()
         self.step = 0
         self.warmup_step = 0
@@ -153,6 +155,7 @@ class Experiment:
             "seconds": self.seconds,
             "seed": self.config.run.seed,
             "progress": asdict(self.schedule.progress) if isinstance(self.schedule, AdaptiveSchedule) else None,
+            "trace_quality": asdict(self.quality) if self.quality is not None else None,
         }
 
     def checkpoint_if_due(self) -> None:
@@ -182,6 +185,8 @@ class Experiment:
         self.scores, self.seconds = state["scores"], state["seconds"]
         if isinstance(self.schedule, AdaptiveSchedule) and state.get("progress") is not None:
             self.schedule = AdaptiveSchedule(self.schedule, Progress(**state["progress"]))
+        if self.quality is not None and state.get("trace_quality") is not None:
+            self.quality = TraceQuality(**state["trace_quality"])
         return True
 
     def _newest_checkpoint(self) -> Path | None:

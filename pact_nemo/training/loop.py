@@ -13,6 +13,7 @@ import torch
 
 from pact_nemo.objective.adaptive import AdaptiveSchedule
 from pact_nemo.objective.loss import pact_loss
+from pact_nemo.objective.trace_quality import TraceQuality, beats
 from pact_nemo.policy.policy import UpdateResult
 from pact_nemo.rollouts.store import read_rollouts
 from pact_nemo.rollouts.types import Rollout
@@ -66,6 +67,9 @@ def train(experiment: Experiment) -> None:
         if isinstance(experiment.schedule, AdaptiveSchedule):
             experiment.schedule.progress.observe(record["reward/success"], mean_gap(record))
             record["anneal/progress"] = experiment.schedule.progress.value
+        if experiment.quality is not None:
+            observe_traces(experiment.quality, groups, experiment.dataset.trace_results)
+            record["trace/weight"] = sum(group.trace_weight for group in groups) / len(groups)
         experiment.step += 1
         with watch("refit"):
             experiment.refit()
@@ -93,10 +97,11 @@ def collect(experiment: Experiment) -> list[PromptGroup]:
         form_group(
             task,
             rollouts[i * k : (i + 1) * k],
-            experiment.dataset.trace_tokens.get(task.id),
+            experiment.dataset.trace_for(task.id, config.run.seed, experiment.step),
             objective,
             seed=config.run.seed,
             step=experiment.step,
+            trace_weight=experiment.quality.weight(task.id) if experiment.quality is not None else 1.0,
         )
         for i, task in enumerate(tasks)
     ]
@@ -150,6 +155,18 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
                     prompt.tree.streams.pop("old_logprobs", None)
             results.append(policy.update([p.tree for p in prompts[part]], loss_fn))
     return diagnostics.step_record(experiment, groups, prompts, old, results)
+
+
+def observe_traces(quality: TraceQuality, groups: list[PromptGroup], results: dict[str, tuple[float, int]]) -> None:
+    """Tell which rollouts of the step beat their task's trace."""
+    for group in groups:
+        if group.task.id in results:
+            wins = [
+                beats(rollout.outcome.score, sum(len(turn.calls) for turn in rollout.turns), *results[group.task.id])
+                for rollout in group.rollouts
+                if rollout.outcome is not None
+            ]
+            quality.observe(group.task.id, wins)
 
 
 def mean_gap(record: dict[str, Any]) -> float | None:

@@ -16,6 +16,7 @@ def task_view(task: Task) -> dict[str, Any]:
     """What a reader of an episode needs to see of its task."""
     return {
         "category": task.category,
+        "tags": list(task.tags),
         "user_turns": [list(turn) for turn in task.user_turns],
         "reference_calls": [[{"name": c.name, "arguments": c.arguments} for c in turn] for turn in task.reference_calls],
     }

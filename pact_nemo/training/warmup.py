@@ -84,7 +84,8 @@ def sft_step(experiment: Experiment, batch: list[Task]) -> dict[str, Any]:
     """One optimizer step of component-aware SFT, every prefix level active, mean over traces of the weighted token mean."""
     config = experiment.config
     stage = config.warmup
-    traces = [experiment.dataset.trace_tokens[task.id] for task in batch]
+    chosen = [experiment.dataset.trace_for(task.id, f"warmup:{config.run.seed}", experiment.warmup_step) for task in batch]
+    traces = [trace for trace in chosen if trace is not None]  # the stage's tasks all have one
     masks = []
     for trace in traces:
         component = np.asarray(trace.component)

@@ -92,7 +92,8 @@ def count_scores(rows: list[Row]) -> Row:
     """Share of passed episodes, over all of them and per category."""
     by_category: dict[str, list[float]] = {}
     for row in rows:
-        by_category.setdefault(row["task"]["category"], []).append(float(passed(row)))
+        for name in (row["task"]["category"], *row["task"].get("tags", ())):
+            by_category.setdefault(name, []).append(float(passed(row)))
     categories = {name: {"score": mean(values), "n": len(values)} for name, values in sorted(by_category.items())}
     return {"score": mean([float(passed(row)) for row in rows]), "n": len(rows), "categories": categories}
 

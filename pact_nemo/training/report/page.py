@@ -57,6 +57,14 @@ def score_table(run: Run, stages: list[Stage]) -> list[tuple[str, int, list[Scor
     return table
 
 
+def further_numbers(run: Run, stages: list[Stage]) -> list[tuple[str, list[float | None]]]:
+    """(name, value per stage): the call reward, then the benchmark's own further metrics."""
+    scores = [run.scores[stage.name] for stage in stages]
+    names = sorted({name for score in scores for name in score.get("metrics") or {}})
+    rows: list[tuple[str, list[float | None]]] = [("call reward, per tool turn", [score.get("call_reward") for score in scores])]
+    return rows + [(name.replace("_", " "), [(score.get("metrics") or {}).get(name) for score in scores]) for name in names]
+
+
 def amount(value: float, unit: str = "") -> str:
     """A count with thin spaces between thousands."""
     return f"{value:,.0f}".replace(",", "\u202f") + (f" {unit}" if unit else "")
@@ -123,7 +131,7 @@ def render(run: Run, others: Sequence[Run] = ()) -> str:
         scored=scored,
         start=score_of(run.scores[start]) if start else None,
         end=score_of(run.scores[end]) if end else None,
-        call_rewards=[(stage.label, run.scores[stage.name].get("call_reward")) for stage in scored],
+        further=further_numbers(run, scored),
         table=score_table(run, scored),
         changed=changed,
         facts=facts(run),

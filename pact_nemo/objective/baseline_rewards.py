@@ -1,0 +1,98 @@
+"""Rewards of the compared methods: FTRL's per-turn reward (arXiv 2508.08791) and ToolRL's per-answer reward (arXiv 2504.13958)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from pact_nemo.objective.rewards import Call, call_similarity, values_equal
+
+Groups = Sequence[Hashable]
+
+
+def solved_by_equality(calls: Sequence[Call], groups: Groups, reference: Sequence[Call], reference_groups: Groups) -> list[bool]:
+    """For benchmarks without sub-answers: whether each call equals a reference call of its group that no earlier call equalled."""
+    remaining = list(zip(reference, reference_groups, strict=True))
+    solved = []
+    for call, group in zip(calls, groups, strict=True):
+        found = next((i for i, (wanted, label) in enumerate(remaining) if label == group and call_similarity(call, wanted) == 1.0), None)
+        solved.append(found is not None)
+        if found is not None:
+            del remaining[found]
+    return solved
+
+
+def ftrl_rewards(
+    solved: Sequence[Sequence[bool]],
+    *,
+    malformed: Sequence[int],
+    empty: Sequence[bool],
+    answered: Sequence[bool],
+    groups: Groups,
+    questions: Mapping[Hashable, int],
+) -> np.ndarray:
+    """[T] reward of each assistant turn, in [-0.5, 2].
+
+    A turn with p calls that solve q open sub-questions: 2q / (p + 1). Without a readable call: -0.5 if it says nothing, -0.3 if it holds a
+    malformed call, 1 / (1 + sub-questions still open) if it contains the answer, 0.5 if none is open, else 0. Malformed calls beside
+    readable ones count in p. (The published ``compute_solve_f1``, which its training scripts use.)
+
+    Args:
+        solved: per turn and readable call, whether it solved a sub-question that was open.
+        malformed: number of malformed calls of each turn.
+        empty, answered: whether each turn's text is blank, and contains the reference answer.
+        groups: label of each turn; sub-questions are counted per label (BFCL: the user turn).
+        questions: number of sub-questions of each label.
+    """
+    left = dict(questions)
+    rewards = np.zeros(len(solved))
+    for t, calls in enumerate(solved):
+        still_open = left.get(groups[t], 0)
+        if calls:
+            rewards[t] = 2.0 * sum(calls) / (len(calls) + malformed[t] + 1)
+            left[groups[t]] = still_open - sum(calls)
+        elif malformed[t]:
+            rewards[t] = -0.3
+        elif empty[t]:
+            rewards[t] = -0.5
+        elif answered[t]:
+            rewards[t] = 1.0 / (1 + still_open)
+        elif still_open == 0:
+            rewards[t] = 0.5
+    return rewards
+
+
+def _jaccard(left: Sequence[Hashable], right: Sequence[Hashable]) -> float:
+    """Of two multisets; 1 if both are empty."""
+    a, b = Counter(left), Counter(right)
+    union = sum((a | b).values())
+    return sum((a & b).values()) / union if union else 1.0
+
+
+def toolrl_reward(predicted: Sequence[Call], groups: Groups, reference: Sequence[Call], reference_groups: Groups, *, well_formed: bool) -> float:
+    """R_format + R_correct in [-3, 4] of one rollout: 1 if ``well_formed``, and 6 R / S - 3.
+
+    R is the Jaccard similarity of the tool names plus, over the best one-to-one matching of equal names, the Jaccard similarity of the
+    argument names and the number of equal arguments; S = 1 + sum over reference calls of (1 + number of arguments) is its maximum. Without a
+    reference call R_correct is 0. A name counts with its group, so calls of different groups never match.
+    """
+    form = float(well_formed)
+    if not reference:
+        return form
+    score = _jaccard(
+        [(group, call.name) for call, group in zip(predicted, groups, strict=True)],
+        [(group, call.name) for call, group in zip(reference, reference_groups, strict=True)],
+    )
+    pairs = np.zeros((len(predicted), len(reference)))
+    for a, (p, p_group) in enumerate(zip(predicted, groups, strict=True)):
+        for b, (g, g_group) in enumerate(zip(reference, reference_groups, strict=True)):
+            if p.name == g.name and p_group == g_group:
+                equal = sum(key in p.arguments and values_equal(p.arguments[key], value) for key, value in g.arguments.items())
+                pairs[a, b] = _jaccard(list(p.arguments), list(g.arguments)) + equal
+    rows, columns = linear_sum_assignment(pairs, maximize=True)
+    score += float(pairs[rows, columns].sum())
+    most = 1.0 + sum(1 + len(call.arguments) for call in reference)
+    return form + 6.0 * score / most - 3.0

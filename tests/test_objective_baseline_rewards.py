@@ -1,0 +1,123 @@
+"""FTRL's and ToolRL's rewards against cases worked out by hand from the papers' formulas, and through the training step's own door."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pact_nemo.environments.base import Outcome, Task, ToolCall
+from pact_nemo.objective.baseline_rewards import ftrl_rewards, solved_by_equality, toolrl_reward
+from pact_nemo.rollouts.types import Rollout, Turn
+from pact_nemo.training.batch import turn_rewards_of
+from pact_nemo.training.config import ObjectiveConfig
+
+
+def ftrl(solved: list[list[bool]], questions: int = 2, **words: Any) -> list[float]:
+    settings = {"malformed": [0] * len(solved), "empty": [False] * len(solved), "answered": [False] * len(solved), **words}
+    return ftrl_rewards(solved, groups=[0] * len(solved), questions={0: questions}, **settings).tolist()
+
+
+@pytest.mark.parametrize(
+    ("solved", "words", "expected"),
+    [
+        ([[True]], {}, [1.0]),  # 2q / (p + 1), q = p = 1
+        ([[True, True]], {}, [4 / 3]),
+        ([[True, False, False]], {}, [2 / 4]),
+        ([[False]], {}, [0.0]),
+        ([[True]], {"malformed": [1]}, [2 / 3]),
+        ([[]], {"malformed": [1]}, [-0.3]),
+        ([[]], {"empty": [True]}, [-0.5]),
+        ([[]], {}, [0.0]),
+        ([[]], {"answered": [True]}, [1 / 3]),  # two still open
+        ([[True], []], {"answered": [False, True]}, [1.0, 1 / 2]),
+        ([[True, True], []], {}, [4 / 3, 0.5]),  # nothing open any more
+        ([[True, True], []], {"answered": [False, True]}, [4 / 3, 1.0]),
+    ],
+)
+def test_ftrl_turn_by_turn(solved: list[list[bool]], words: dict[str, Any], expected: list[float]) -> None:
+    assert ftrl(solved, **words) == pytest.approx(expected)
+
+
+def test_ftrl_counts_open_questions_per_group() -> None:
+    words = dict(malformed=[0, 0], empty=[False, False], answered=[False, False])
+    assert ftrl_rewards([[True], []], groups=[0, 0], questions={0: 1, 1: 5}, **words).tolist() == [1.0, 0.5]
+    assert ftrl_rewards([[True], []], groups=[0, 1], questions={0: 1, 1: 5}, **words).tolist() == [1.0, 0.0]
+
+
+def test_a_reference_call_is_solved_once_and_in_its_own_group() -> None:
+    call, other = ToolCall("f", {"a": 1}), ToolCall("f", {"a": 2})
+    assert solved_by_equality([call, call, other], [0, 0, 0], [call, other], [0, 0]) == [True, False, True]
+    assert solved_by_equality([call], [1], [call], [0]) == [False]
+
+
+def toolrl(predicted: list[ToolCall], reference: list[ToolCall], well_formed: bool = True) -> float:
+    return toolrl_reward(predicted, [0] * len(predicted), reference, [0] * len(reference), well_formed=well_formed)
+
+
+def test_toolrl_by_hand() -> None:
+    f, g = ToolCall("f", {"a": 1, "b": 2}), ToolCall("g")
+    assert toolrl([f, g], [f, g]) == pytest.approx(4.0)  # R = S = 1 + (1 + 2) + (1 + 0)
+    assert toolrl([g, f], [f, g]) == pytest.approx(4.0)
+    assert toolrl([f, g], [f, g], well_formed=False) == pytest.approx(3.0)
+    assert toolrl([], [f]) == pytest.approx(1 - 3)
+    assert toolrl([], []) == 1.0 and toolrl([f], [], well_formed=False) == 0.0
+    # one name of two, argument names 1/2, one value of two: R = 1/2 + 1/2 + 1 = 2, S = 5
+    assert toolrl([ToolCall("f", {"a": 1})], [f, g]) == pytest.approx(1 + 6 * 2 / 5 - 3)
+    # a surplus call costs in the names: R = 1/2 + 1 + 2, S = 4
+    assert toolrl([f, f], [f]) == pytest.approx(1 + 6 * 3.5 / 4 - 3)
+
+
+def test_toolrl_takes_the_best_matching_of_all() -> None:
+    draw = random.Random(3)
+
+    def some() -> list[ToolCall]:
+        count = draw.randint(1, 4)
+        return [ToolCall(draw.choice("fg"), {k: draw.randint(0, 1) for k in draw.sample("abc", draw.randint(0, 3))}) for _ in range(count)]
+
+    def jaccard(left: list[str], right: list[str]) -> float:
+        a, b = Counter(left), Counter(right)
+        return sum((a & b).values()) / sum((a | b).values()) if a | b else 1.0
+
+    for _ in range(200):
+        predicted, reference = some(), some()
+        best = 0.0
+        slots = [*range(len(reference)), *[None] * len(predicted)]
+        for chosen in set(itertools.permutations(slots, len(predicted))):
+            total = 0.0
+            for call, index in zip(predicted, chosen, strict=True):
+                if index is not None and call.name == reference[index].name:
+                    wanted = reference[index].arguments
+                    total += jaccard(list(call.arguments), list(wanted)) + sum(call.arguments.get(k) == v for k, v in wanted.items())
+            best = max(best, total)
+        names = jaccard([c.name for c in predicted], [c.name for c in reference])
+        most = 1 + sum(1 + len(c.arguments) for c in reference)
+        assert toolrl(predicted, reference) == pytest.approx(1 + 6 * (names + best) / most - 3)
+
+
+def played(turns: list[Turn], outcome: Outcome | None, status: Any = "ok") -> Rollout:
+    return Rollout("t", 0, [1], [1], [1], [0.0], turns, outcome, 0, status)
+
+
+def test_rollouts_are_rewarded_by_the_methods_own_rule() -> None:
+    want = ToolCall("f", {"a": 1})
+    task = Task("t", "t", "c", (({"role": "user", "content": "q"},),), (), ((want,),), reference_answer="1,024 km")
+    turns = [Turn(0, 1, "calls", calls=[want, ToolCall("f", {"a": 2})]), Turn(1, 2, "It is 1024 km.")]
+    rollout = played(turns, Outcome(True, 1.0))
+    assert turn_rewards_of(task, rollout, ObjectiveConfig(method="ftrl")).tolist() == pytest.approx([2 / 3, 1.0])
+    # names 1/2, best match 1 + 1, S = 3
+    assert turn_rewards_of(task, rollout, ObjectiveConfig(method="toolrl")).tolist() == pytest.approx([0.0, 1 + 6 * 2.5 / 3 - 3])
+    assert turn_rewards_of(task, rollout, ObjectiveConfig(method="grpo")).tolist() == [0.0, 1.0]
+    truncated = played(turns, Outcome(True, 1.0), "truncated")
+    assert turn_rewards_of(task, truncated, ObjectiveConfig(method="toolrl"))[-1] == pytest.approx(6 * 2.5 / 3 - 3)
+    for method in ("ftrl", "toolrl"):
+        assert np.array_equal(turn_rewards_of(task, played([], None, "failed"), ObjectiveConfig(method=method)), np.zeros(0))
+    # a benchmark with sub-questions says itself which calls solved one; a call that a limit cut off was not executed
+    own = Outcome(False, 0.5, metrics={"questions": 3.0}, solved=(True, True))
+    assert turn_rewards_of(task, played(turns, own), ObjectiveConfig(method="ftrl")).tolist() == pytest.approx([4 / 3, 1 / 2])
+    cut = Outcome(False, 0.5, metrics={"questions": 3.0}, solved=(True,))
+    assert turn_rewards_of(task, played(turns, cut), ObjectiveConfig(method="ftrl")).tolist() == pytest.approx([2 / 3, 1 / 3])
