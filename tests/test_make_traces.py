@@ -128,7 +128,7 @@ def test_recorded_answers_need_no_teacher(tmp_path: Path) -> None:
     (trace,) = read_traces(tmp_path / "traces.jsonl")
     assert (trace.source, [call.name for turn in trace.turns for call in turn.calls]) == ("recorded", ["find", "population"])
     neither = make(tmp_path)
-    assert neither.returncode == 2 and "--teacher URL or --recorded" in neither.stderr
+    assert neither.returncode == 2 and "--teacher URL, --recorded, or --extend" in neither.stderr
 
 
 @pytest.mark.parametrize(

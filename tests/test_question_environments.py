@@ -103,10 +103,14 @@ def test_an_ftrl_episode_is_scored_by_hand(tmp_path: Path, sandbox: Sandbox) -> 
     texts = session.execute([ToolCall("find", {"place": "France"}), ToolCall("find", {"place": "France"}), ToolCall("population", {"city": "Rome"})])
     assert texts == ['{"capital": "Paris"}', '{"capital": "Paris"}', "Error: KeyError: 'Rome'"]
     outcome = session.outcome()  # 1 of 3 solved by 3 calls: the second find brings nothing new
-    assert outcome.metrics == pytest.approx({"solve_p": 1 / 3, "solve_r": 1 / 3, "solve_f1": 1 / 3, "calls": 3, "invocation_errors": 1})
+    assert outcome.metrics == pytest.approx(
+        {"solve_p": 1 / 3, "solve_r": 1 / 3, "solve_f1": 1 / 3, "questions": 3, "calls": 3, "invocation_errors": 1}
+    )
+    assert outcome.solved == (True, False, False)
     session.execute([ToolCall("find", {"place": "Peru"}), ToolCall("population", {"city": "Paris"}), ToolCall("nothing", {})])
     outcome = session.outcome()
     assert outcome.success and outcome.score == pytest.approx(2 * 0.5 / 1.5)  # 3 of 3 by 6 calls
+    assert outcome.solved == (True, False, False, True, True, False)
     assert session.next_user_turn("2161000") is None
     session.close()
 
