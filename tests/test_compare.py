@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -39,8 +40,12 @@ def test_collecting_makes_a_table_and_replaces_it_in_place(tmp_path: Path) -> No
         make_run(tmp_path / "runs", method="grpo", seed=seed, passed=(0, 3, 5))
     make_run(tmp_path / "runs", seed=3, finished=False)
     out = tmp_path / "results.md"
-    assert run("--collect", str(tmp_path / "runs"), "--out", str(out)).returncode == 0
+    assert run("--collect", str(tmp_path / "runs"), "--out", str(out), "--picture", str(tmp_path / "c.svg")).returncode == 0
     text = out.read_text()
+    picture = ElementTree.parse(tmp_path / "c.svg").getroot()
+    shapes = {kind: list(picture.iter(f"{{http://www.w3.org/2000/svg}}{kind}")) for kind in ("circle", "path")}
+    assert len(shapes["circle"]) == 4 and len(shapes["path"]) == 2  # a dot per finished run, a curve per method
+    assert {dot.get("fill") for dot in shapes["circle"]} == {line.get("stroke") for line in shapes["path"]}
     pact = next(line for line in text.split("\n") if line.startswith("| pact | 2 |"))
     assert "| 0.000 | 0.125 | **0.438** | +0.312 | 0.088 | +0.229 [" in pact  # (9 + 12) / 48, 3 / 24, grpo 5 / 24
     assert "| grpo | 1 | 0.000 | 0.125 | 0.208 |" in text
@@ -63,6 +68,7 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
 
 def test_unknown_methods_and_empty_folders_are_refused_by_name(tmp_path: Path) -> None:
     unknown = run("--methods", "ppo", "--root", str(tmp_path))
-    assert unknown.returncode == 1 and "methods with one: chord, chord_phi, grpo, luffy, matchtir, pact, sft" in unknown.stderr
+    assert unknown.returncode == 1
+    assert "methods with one: chord, chord_phi, ftrl, grpo, luffy, matchtir, pact, sft, sft_matchtir, toolrl" in unknown.stderr
     empty = run("--collect", str(tmp_path))
     assert empty.returncode == 1 and "no finished run" in empty.stderr

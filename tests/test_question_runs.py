@@ -144,3 +144,10 @@ def test_a_recipe_runs_with_sandbox_and_server(stage: dict[str, Any], benchmark:
         assert score["metrics"][key] == pytest.approx(score["score"])
     assert rows[-1]["mismatch/mean_abs"] < 2e-3
     ChatFormat.from_pretrained(run / "hf", "pythonic")
+    if benchmark == "toolhop":  # per hop count and per answer type, in the summary and in the report
+        groups = summary["eval"]["after"]["categories"]
+        page = (run / "report.html").read_text()
+        for kind in (" hops", "answer type: "):
+            named = [name for name in groups if kind in name]
+            assert sum(groups[name]["n"] for name in named) == 2 and all(name in page for name in named)
+        assert "invocation errors" in page

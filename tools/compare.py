@@ -3,7 +3,7 @@
 
     python tools/compare.py --methods pact grpo matchtir --seeds 1 2 3 --out docs/results.md
     python tools/compare.py --methods pact chord luffy --seeds 1 2 3 -- trainer.steps=20     # the same overrides for every run
-    python tools/compare.py --collect runs --out results.md                                 # runs that exist already; starts nothing
+    python tools/compare.py --collect runs --out results.md --picture curves.svg            # runs that exist already; starts nothing
 
 A method is the first word of a file ``conf/<method>_<benchmark>-<preset>.yaml``. A finished run is not run again; one that was cut is resumed.
 """
@@ -24,6 +24,7 @@ from pact_nemo.errors import ConfigError, PactError  # noqa: E402
 from pact_nemo.files import write_text_atomic  # noqa: E402
 from pact_nemo.training.report.comparison import total_seconds  # noqa: E402
 from pact_nemo.training.report.data import Run, load_run  # noqa: E402
+from pact_nemo.training.report.picture import comparison_svg  # noqa: E402
 from pact_nemo.training.report.stats import deviation, mean, paired_bootstrap, passed  # noqa: E402
 
 SCORE = "after"
@@ -140,6 +141,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=Path("runs/compare"))
     parser.add_argument("--baseline", default="grpo", help="the method that the others are compared with")
     parser.add_argument("--collect", type=Path, metavar="FOLDER", help="only make the table, of the runs below this folder")
+    parser.add_argument("--picture", type=Path, metavar="SVG", help="also draw scores and learning curves")
     parser.add_argument("--out", type=Path, help="markdown file; the part between its two 'table' comments is replaced, a new file is made")
     options = parser.parse_args(words[: words.index("--")] if "--" in words else words)
     try:
@@ -154,6 +156,9 @@ def main() -> int:
                 print(f"[{time.monotonic() - started:6.0f} s] run {index + 1}/{len(pairs)}: {method}, seed {seed}", flush=True)
                 folder = run_one(configs[method], options.benchmark, seed, options.root / f"{method}-seed{seed}", overrides)
                 methods[method].append(load_run(folder))
+        if options.picture is not None:
+            write_text_atomic(options.picture, comparison_svg([run for runs in methods.values() for run in runs]))
+            print(f"picture: {options.picture}")
         text = table(methods, options.baseline, "python tools/compare.py " + " ".join(words))
     except PactError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -26,6 +26,7 @@ class RunConfig:
     """Where a run lives and what makes it reproducible."""
 
     name: str = "pact_bfcl"  #: prefix of the run folder
+    label: str | None = None  #: the method's name in folder names and comparisons; None = objective.method
     root: str = "runs"  #: run folders are made below it; ``<root>/latest`` points to the newest
     seed: int = 1234  #: every random choice derives from it: split, prompt order, gate, sampling, initialisation
     cache_dir: str = ".cache/pact_nemo"  #: converted models; safe to delete

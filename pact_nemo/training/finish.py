@@ -46,6 +46,7 @@ def summarise(experiment: Experiment) -> dict[str, Any]:
     tokens = {key: sum(int(r.get(f"tokens/{key}") or 0) for r in records) for key in ("policy", "trained")}
     return {
         "method": config.objective.method,
+        "label": config.run.label or config.objective.method,
         "seed": config.run.seed,
         "steps": experiment.step,
         "warmup_steps": experiment.warmup_step,

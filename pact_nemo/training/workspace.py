@@ -58,7 +58,7 @@ def create(config: Config) -> Workspace:
     """Make the next free ``<root>/<name>-seed<seed>-<n>``, write the resolved config into it and point ``<root>/latest`` at it."""
     root = Path(config.run.root)
     root.mkdir(parents=True, exist_ok=True)
-    stem = f"{config.run.name}-{config.objective.method}-seed{config.run.seed}-"
+    stem = f"{config.run.name}-{config.run.label or config.objective.method}-seed{config.run.seed}-"
     taken = [int(m.group(1)) for p in root.iterdir() if (m := re.fullmatch(re.escape(stem) + r"(\d+)", p.name))]
     number = max(taken, default=0) + 1
     while True:

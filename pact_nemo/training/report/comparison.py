@@ -6,11 +6,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from pact_nemo.training.report.charts import Tick, ticks_between
+from pact_nemo.training.report.charts import Chart, Series, Tick, make_chart, ticks_between
+from pact_nemo.training.report.curves import WINDOW
 from pact_nemo.training.report.data import Run
-from pact_nemo.training.report.stats import deviation, mean
+from pact_nemo.training.report.stats import deviation, mean, running_mean
 
 WIDTH, LEFT, RIGHT, ROW, AXIS = 360, 78, 14, 26, 24
+TONES = 9  #: colours of the page
+CURVES = (("reward/success", "Success of training rollouts", f"checker's pass; mean over seeds and over {WINDOW} steps"),)
 _OWN = ("run.", "objective.method")  #: settings that runs of a comparison differ in by design
 
 
@@ -73,6 +76,7 @@ class Comparison:
     methods: list[MethodRow]
     differences: list[tuple[str, list[str]]]  #: (setting, value per run)
     chart: DotChart | None
+    curves: list[Chart]
     warnings: list[str]
 
     @property
@@ -164,8 +168,29 @@ def _chart(rows: list[RunRow], methods: list[MethodRow]) -> DotChart | None:
         lines.append((method.method, y, place(method.end)))
         for row in rows:
             if row.method == method.method and row.end is not None:
-                dots.append(Dot(place(row.end), y, f"{row.name}: {row.end * 100:.1f} %", index % 6))
+                dots.append(Dot(place(row.end), y, f"{row.name}: {row.end * 100:.1f} %", index % TONES))
     return DotChart(ROW * len(methods) + AXIS, [Tick(place(mark), f"{mark * 100:g} %") for mark in marks], lines, dots)
+
+
+def learning_curves(runs: list[Run]) -> list[Chart]:
+    """A line per method, the mean over its runs at each RL step; methods without RL steps have none."""
+    methods = list(dict.fromkeys(run.method for run in runs))
+    steps = sorted({int(record["step"]) for run in runs for record in run.rl})
+    charts = []
+    for key, title, note in CURVES if steps else ():
+        series = []
+        for tone, method in enumerate(methods):
+            by_step: dict[int, list[float]] = defaultdict(list)
+            for run in runs:
+                for record in run.rl if run.method == method else ():
+                    if record.get(key) is not None:
+                        by_step[int(record["step"])].append(float(record[key]))
+            values = [mean(by_step[step]) if by_step[step] else None for step in steps]
+            series.append(Series(method, running_mean(values, WINDOW), tone % TONES))
+        chart = make_chart(title, note, steps, series, percent=True, bounds=(0.0, None))
+        if chart is not None:
+            charts.append(chart)
+    return charts
 
 
 def compare(runs: list[Run]) -> Comparison:
@@ -178,4 +203,4 @@ def compare(runs: list[Run]) -> Comparison:
     unfinished = [row.name for run, row in zip(runs, rows, strict=True) if row.end is None or not run.summary]
     if unfinished:
         warnings.append(f"Not finished, or without a score after training: {', '.join(unfinished)}.")
-    return Comparison(rows, methods, _differences(runs), _chart(rows, methods), warnings)
+    return Comparison(rows, methods, _differences(runs), _chart(rows, methods), learning_curves(runs), warnings)

@@ -52,7 +52,8 @@ class Run:
 
     @property
     def method(self) -> str:
-        return str(self.summary.get("method") or self.setting("objective.method") or "unknown method")
+        """What comparisons call it."""
+        return str(self.summary.get("label") or self.summary.get("method") or self.setting("objective.method") or "unknown method")
 
     @property
     def seed(self) -> Any:
