@@ -14,11 +14,12 @@ import pytest
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.environments.bfcl import BFCLEnvironment
 from pact_nemo.errors import ConfigError, ServerError
+from pact_nemo.rollouts.chat_endpoint import chat_endpoint
 from pact_nemo.traces.annotate import Context, annotate_turn, purpose
 from pact_nemo.traces.bfcl import ground_truth_trace, make_trace, make_traces
 from pact_nemo.traces.schema import Trace
 from pact_nemo.traces.segments import LEVEL_OF_TYPE
-from pact_nemo.traces.teacher import chat_endpoint, teacher_trace
+from pact_nemo.traces.teacher import teacher_trace
 
 SEARCH = {
     "name": "search",

@@ -33,11 +33,11 @@ from pact_nemo.environments.base import Environment, Task  # noqa: E402
 from pact_nemo.environments.splits import split  # noqa: E402
 from pact_nemo.errors import PactError, ServerError  # noqa: E402
 from pact_nemo.files import write_json_atomic, write_text_atomic  # noqa: E402
+from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
 from pact_nemo.rollouts.chat_episode import play_by_chat  # noqa: E402
 from pact_nemo.rollouts.config import EpisodeLimits  # noqa: E402
 from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
 from pact_nemo.rollouts.types import Rollout  # noqa: E402
-from pact_nemo.traces.teacher import chat_endpoint  # noqa: E402
 from pact_nemo.training.config import Config, load_config  # noqa: E402
 from pact_nemo.training.data import build_environment  # noqa: E402
 from pact_nemo.training.evaluation import episode_rewards, summarise  # noqa: E402

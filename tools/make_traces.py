@@ -35,6 +35,7 @@ from pact_nemo.environments.base import Environment, Task  # noqa: E402
 from pact_nemo.environments.calls import call_text  # noqa: E402
 from pact_nemo.errors import DataError, PactError, ServerError  # noqa: E402
 from pact_nemo.files import write_json_atomic  # noqa: E402
+from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
 from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
 from pact_nemo.rollouts.types import Rollout  # noqa: E402
 from pact_nemo.traces.annotate import Style  # noqa: E402
@@ -45,7 +46,7 @@ from pact_nemo.traces.llm_annotate import ModelAnnotator  # noqa: E402
 from pact_nemo.traces.recorded import recorded_trace  # noqa: E402
 from pact_nemo.traces.schema import Trace, read_traces, write_traces  # noqa: E402
 from pact_nemo.traces.segments import split_reasoning  # noqa: E402
-from pact_nemo.traces.teacher import chat_endpoint, teacher_trace  # noqa: E402
+from pact_nemo.traces.teacher import teacher_trace  # noqa: E402
 from pact_nemo.training.config import Config, load_config  # noqa: E402
 from pact_nemo.training.data import build_environment  # noqa: E402
 from pact_nemo.training.progress import RunProgress  # noqa: E402

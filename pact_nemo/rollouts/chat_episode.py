@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from pact_nemo.environments.base import Environment, Task, ToolCall
 from pact_nemo.errors import EnvironmentFailure, ServerError, ToolCallError
+from pact_nemo.rollouts.chat_endpoint import Complete
 from pact_nemo.rollouts.config import EpisodeLimits
 from pact_nemo.rollouts.types import Rollout, Turn
 
-Complete = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Mapping[str, Any]]
+
+class Watcher(Protocol):
+    """Hears of an episode as it is played."""
+
+    def assistant(self, answer: Mapping[str, Any], turn: Turn) -> None:
+        """An assistant message and the turn made of it, its calls executed."""
+        ...
+
+    def user(self, messages: Sequence[dict[str, str]], revealed: Sequence[dict[str, Any]], user_turn: int) -> None:
+        """User turn ``user_turn`` begins; ``revealed``: tools that are new from here on."""
+        ...
 
 
 def read_calls(message: Mapping[str, Any]) -> list[tuple[str, ToolCall | str]]:
@@ -30,8 +41,12 @@ def read_calls(message: Mapping[str, Any]) -> list[tuple[str, ToolCall | str]]:
     return calls
 
 
-def play_by_chat(environment: Environment, task: Task, sample: int, complete: Complete, limits: EpisodeLimits) -> Rollout:
+def play_by_chat(
+    environment: Environment, task: Task, sample: int, complete: Complete, limits: EpisodeLimits, watcher: Watcher | None = None
+) -> Rollout:
     """One episode. Malformed calls are answered by error observations; never raises for a server or environment failure.
+
+    What the watcher raises ends the episode and is passed on.
 
     Returns:
         a rollout without tokens (``prompt_ids`` and ``token_ids`` are empty): for scoring, not for training.
@@ -63,12 +78,17 @@ def play_by_chat(environment: Environment, task: Task, sample: int, complete: Co
                     content = next(good) if isinstance(call, ToolCall) else f"Error: the call could not be read: {call}"
                     messages.append({"role": "tool", "tool_call_id": identifier, "content": content})
                 turn.observations = observations + [f"Error: the call could not be read: {error}" for error in turn.call_errors]
+            if watcher is not None:
+                watcher.assistant(answer, turn)
+            if named:
                 continue
             messages.append({"role": "assistant", "content": text})
             following = session.next_user_turn(text)
             if following is None:
                 break
             user_turn, here = user_turn + 1, 0
+            if watcher is not None:
+                watcher.user(*following, user_turn)
             messages += [dict(message) for message in following[0]]
             tools += following[1]
         rollout.outcome = session.outcome()

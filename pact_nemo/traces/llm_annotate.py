@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pact_nemo.errors import ServerError
+from pact_nemo.rollouts.chat_endpoint import Complete
 from pact_nemo.traces.segments import LEVEL_OF_TYPE, split_reasoning
-from pact_nemo.traces.teacher import Complete
 
 _INSTRUCTION = """Each numbered paragraph below is a piece of an agent's reasoning before a tool call. Give each one the type that fits best:
 {types}
