@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """PACT on BFCL multi-turn: warm-up (optional), Algorithm 1, held-out evaluation before and after, HF export, report.
 
-    python recipes/pact_bfcl.py                                        # the preset for this machine: CPU or CUDA
+    python recipes/pact_bfcl.py                                        # the embedded small model: runs anywhere
     python recipes/pact_bfcl.py trainer.steps=50 objective.anchor_prob=0.2 policy.micro_batch_tokens=2048
     python recipes/pact_bfcl.py --config conf/pact_bfcl-qwen3_4b-1n4g.yaml model.path=/models/Qwen3-4B
     python recipes/pact_bfcl.py --dry-run                              # resolved config, plan, memory; starts nothing
@@ -19,10 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pact_nemo.training.cli import main  # noqa: E402
 from pact_nemo.training.config import Config  # noqa: E402
 
-PRESETS = {
-    "cpu": "conf/pact_bfcl-smollm2_135m-cpu.yaml",
-    "cuda": "conf/pact_bfcl-qwen3_4b-1n4g.yaml",
-}
+PRESET = "conf/pact_bfcl-smollm2_135m-cpu.yaml"  # runs anywhere, on a GPU too; --config conf/pact_bfcl-qwen3_4b-1n4g.yaml is the paper's run
 
 
 def run(config: Config, resume: str | None) -> None:
@@ -42,4 +39,4 @@ def run(config: Config, resume: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(run, PRESETS, description=__doc__)
+    main(run, PRESET, description=__doc__)

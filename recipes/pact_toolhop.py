@@ -17,10 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pact_nemo.training.cli import main  # noqa: E402
 from recipes.pact_bfcl import run  # noqa: E402
 
-PRESETS = {
-    "cpu": "conf/pact_toolhop-smollm2_135m-cpu.yaml",
-    "cuda": "conf/pact_toolhop-qwen3_4b-1n4g.yaml",
-}
+PRESET = "conf/pact_toolhop-smollm2_135m-cpu.yaml"
 
 if __name__ == "__main__":
-    main(run, PRESETS, description=__doc__)
+    main(run, PRESET, description=__doc__)

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from pact_nemo.training.config import load_config, to_yaml
 from pact_nemo.training.report.stats import paired_bootstrap
 from tests.fixtures.run_folders import make_run
 
@@ -60,10 +61,13 @@ def test_collecting_makes_a_table_and_replaces_it_in_place(tmp_path: Path) -> No
 
 def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     for method in ("pact", "grpo"):
-        make_run(tmp_path / f"{method}-seed1", method=method, seed=1)
+        folder = make_run(tmp_path / f"{method}-seed1", method=method, seed=1)
+        (folder / "config.yaml").write_text(to_yaml(load_config(ROOT / "conf" / f"{method}_bfcl-smollm2_135m-cpu.yaml", ["run.seed=1"])))
     done = run("--root", str(tmp_path), "--seeds", "1")
     assert done.returncode == 0, done.stderr
     assert "run 2/2: grpo, seed 1" in done.stdout and "| pact | 1 |" in done.stdout
+    other = run("--root", str(tmp_path), "--seeds", "1", "--", "trainer.steps=20")
+    assert other.returncode == 1 and "other settings (trainer.steps)" in other.stderr
 
 
 def test_unknown_methods_and_empty_folders_are_refused_by_name(tmp_path: Path) -> None:

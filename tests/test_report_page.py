@@ -113,8 +113,8 @@ def test_every_required_curve_is_there_with_a_title_and_a_description(page: Page
 
 
 def test_curves_of_a_run_whose_numbers_hardly_move() -> None:
-    """An exact sampler, no clipped token and no checkpoint: readable axes, and no layer for a phase of microseconds."""
-    times = {"time/rollout": 20.0, "time/update": 30.0, "time/checkpoint": 1.3e-5, "time/total": 50.1}
+    """An exact sampler, no clipped token and no refit: readable axes, and no layer for a phase of microseconds."""
+    times = {"time/rollout": 20.0, "time/update": 30.0, "time/refit": 1.3e-5, "time/total": 50.1}
     still = {"policy/clip_fraction_x": 0.0, "policy/clip_fraction_h": 0.0}
     records = [{"step": step, "mismatch/weight_mean": 0.999992 + 1e-6 * step, **still, **times} for step in (1, 2, 3)]
     charts = {chart.title: chart for chart in rl_curves(Run(Path("run"), {}, {}, "", [], records))}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pact_nemo.errors import ConfigError
+from pact_nemo.training import workspace
 from pact_nemo.training.config import Config, load_config, to_yaml
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -88,3 +89,12 @@ def test_missing_file_list_file_and_circle(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("defaults: [a.yaml]\n")
     with pytest.raises(ConfigError, match="circle"):
         load_config(tmp_path / "a.yaml")
+
+
+def test_replay_from_latest_means_the_run_that_was_the_latest(tmp_path: Path) -> None:
+    first = workspace.create(load_config(None, [f"run.root={tmp_path}"]))
+    again = load_config(None, [f"run.root={tmp_path}", f"trainer.replay={tmp_path / 'latest'}"])
+    second = workspace.create(again)
+    assert (tmp_path / "latest").resolve() == second.folder.resolve()
+    assert again.trainer.replay == str(first.folder.resolve()) != str(second.folder.resolve())
+    assert load_config(second.config).trainer.replay == again.trainer.replay

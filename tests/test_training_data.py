@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ import pytest
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG, materialise_embedded_model
 from pact_nemo.errors import ConfigError
+from pact_nemo.traces.filters import why_not
+from pact_nemo.traces.schema import ReasoningSegment
 from pact_nemo.training.config import Config, load_config
-from pact_nemo.training.data import Dataset, build_dataset, build_environment, check_positions
+from pact_nemo.training.data import Dataset, build_dataset, build_environment, check_server_length, prompts_of_step
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -23,27 +27,48 @@ def data() -> tuple[Config, Dataset, ChatFormat]:
     return config, build_dataset(config, build_environment(config), chat), chat
 
 
-def test_sequences_within_the_models_positions_pass(data: tuple[Config, Dataset, ChatFormat]) -> None:
-    config, dataset, chat = data
-    check_positions(config, dataset, chat, int(EMBEDDED_CONFIG["max_position_embeddings"]))
+def with_positions(config: Config, folder: Path, positions: int) -> Config:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**EMBEDDED_CONFIG, "max_position_embeddings": positions}))
+    return replace(config, model=replace(config.model, path=str(folder)))
 
 
-def test_a_server_longer_than_the_model_is_refused_by_name(data: tuple[Config, Dataset, ChatFormat]) -> None:
-    config, dataset, chat = data
+def test_a_server_longer_than_the_model_is_refused_by_name(data: tuple[Config, Dataset, ChatFormat], tmp_path: Path) -> None:
+    config, _, _ = data
+    check_server_length(config)
     with pytest.raises(ConfigError, match=r"max_model_len=480 exceeds the model's 256 positions"):
-        check_positions(config, dataset, chat, 256)
+        check_server_length(with_positions(config, tmp_path / "m", 256))
 
 
-def test_prompt_trace_and_response_together_are_held_against_the_positions(data: tuple[Config, Dataset, ChatFormat]) -> None:
+def test_a_trace_is_cut_where_prompt_trace_and_response_exceed_the_positions(data: tuple[Config, Dataset, ChatFormat], tmp_path: Path) -> None:
     config, dataset, chat = data
-    sampling, server = config.rollout.sampling, config.rollout.server
-    longest = max(
-        min(len(chat.prompt_ids(list(t.user_turns[0]), list(t.tools))) + sampling.max_response_tokens, server.max_model_len)
-        + len(dataset.trace_tokens[t.id])
-        for t in dataset.train
-        if t.id in dataset.trace_tokens
-    )
-    assert longest > server.max_model_len
-    check_positions(config, dataset, chat, longest)
-    with pytest.raises(ConfigError, match=rf"{longest} tokens together.*traces\.max_tokens"):
-        check_positions(config, dataset, chat, longest - 1)
+    longest = {}
+    for task in dataset.train:
+        prompt = len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools)))
+        longest[task.id] = min(prompt + config.rollout.sampling.max_response_tokens, config.rollout.server.max_model_len)
+    whole = {task_id: longest[task_id] + len(tokens) for task_id, tokens in dataset.trace_tokens.items()}
+    positions = sorted(whole.values())[len(whole) // 2]
+    short = build_dataset(with_positions(config, tmp_path / "m", positions), build_environment(config), chat)
+    for task_id, total in whole.items():
+        kept = len(short.trace_tokens.get(task_id, ()))
+        assert (kept == len(dataset.trace_tokens[task_id])) if total <= positions else longest[task_id] + kept <= positions
+    too_long = sum(total > positions for total in whole.values())
+    assert too_long and short.dropped["trace_cut"] == dataset.dropped["trace_cut"] + too_long
+
+
+def test_a_batch_holds_no_prompt_twice_and_none_is_asked_for_more_than_there_are(data: tuple[Config, Dataset, ChatFormat]) -> None:
+    _, dataset, _ = data
+    for step in range(9):
+        ids = [task.id for task in prompts_of_step(dataset.train, step, 5, seed=1)]
+        assert len(set(ids)) == 5
+    with pytest.raises(ConfigError, match="batch of 13"):
+        prompts_of_step(dataset.train, 0, 13, seed=1)
+
+
+def test_traces_that_name_the_answer_are_left_out_of_a_run_too(data: tuple[Config, Dataset, ChatFormat], tmp_path: Path) -> None:
+    config, dataset, chat = data
+    trace = next(iter(dataset.traces.values()))
+    leaking = replace(trace, turns=(replace(trace.turns[0], segments=(ReasoningSegment("other", "It is Xanadu."),)), *trace.turns[1:]))
+    tasks = {task.id: task for task in dataset.train}
+    assert why_not(trace, replace(tasks[trace.task_id], reference_answer="Xanadu")) is None
+    assert why_not(leaking, replace(tasks[trace.task_id], reference_answer="Xanadu")) == "answer_leaked"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,33 @@ def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any], p
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     (before,) = first.glob("hf-v*")  # the shorter run's export is kept, under its version
     assert not torch.equal(load_file(before / "model.safetensors")["model.norm.weight"], other["model.norm.weight"])
+
+
+def test_a_cut_attempts_exports_are_not_taken_for_the_resumed_runs(stage: dict[str, Any], plain: Path) -> None:
+    """The attempt that is cut wrote step 2's metrics and the final weights; the run that goes on from step 1 has another learning rate."""
+    first = recipe(stage, "cut", "trainer.steps=2", "optimizer.lr=5e-3")
+    newest = sorted((first / "checkpoints").glob("step_*"))[-1]
+    shutil.rmtree(newest)
+    stale = weights(first)
+    resumed = recipe(stage, "cut", "optimizer.lr=1e-3", resume=first)
+    assert [(r["stage"], r["step"]) for r in records(resumed)] == [("warmup", 1), ("rl", 1), ("rl", 2)]
+    assert not torch.equal(weights(resumed)["model.norm.weight"], stale["model.norm.weight"])
+
+
+def test_replay_of_another_runs_rollouts_is_refused(stage: dict[str, Any], plain: Path) -> None:
+    command = [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), "--config", stage["preset"], *stage["words"], "run.name=wrong", "run.seed=8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPO)
+    assert done.returncode == 2 and "differ from rollout 1 on" in done.stderr
+
+
+def test_more_steps_do_not_bring_back_what_was_annealed_away(stage: dict[str, Any]) -> None:
+    words = ["objective.schedule.horizon=null", "traces.quality=false"]
+    first = recipe(stage, "horizon", *words, "trainer.steps=1")
+    resumed = recipe(stage, "horizon", "trainer.steps=2", resume=first)
+    weight = [r["anneal/call_weight"] for r in records(resumed) if r["stage"] == "rl"]
+    assert weight[1] <= weight[0]
+    config = load_config(resumed / "config.yaml")
+    assert weight[1] == pytest.approx(config.objective.schedule.call_end)  # step 2 of a horizon of 1, not of 2
 
 
 def test_what_adapts_and_what_is_drawn_resumes_bit_for_bit_too(stage: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from pact_nemo.errors import ConfigError, PactError  # noqa: E402
 from pact_nemo.files import write_text_atomic  # noqa: E402
-from pact_nemo.training.report.comparison import total_seconds  # noqa: E402
+from pact_nemo.training.config import load_config, to_dict  # noqa: E402
+from pact_nemo.training.report.comparison import differences, flat, total_seconds  # noqa: E402
 from pact_nemo.training.report.data import Run, load_run  # noqa: E402
 from pact_nemo.training.report.picture import comparison_svg  # noqa: E402
 from pact_nemo.training.report.stats import deviation, mean, paired_bootstrap, passed  # noqa: E402
@@ -47,6 +48,11 @@ def run_one(config: Path, benchmark: str, seed: int, root: Path, overrides: list
     """Run to the end, or go on where it was cut. Raises PactError with the end of its log when it fails."""
     done = finished(root)
     if done is not None:
+        wanted = flat(to_dict(load_config([config], [f"run.seed={seed}", *overrides])))
+        different = [key for key, value in flat(load_run(done, episodes=False).config).items() if key in wanted and wanted[key] != value]
+        different = [key for key in different if not key.startswith("run.")]
+        if different:
+            raise ConfigError(f"{done} was run with other settings ({', '.join(different)}); give --root another folder, or delete it")
         return done
     recipe = str(REPOSITORY / "recipes" / f"pact_{benchmark}.py")
     cut = [path.parent for path in sorted(root.glob("*/checkpoints/latest")) if not path.parent.parent.is_symlink()]
@@ -103,6 +109,9 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
         for run in sorted(runs, key=lambda r: int(r.seed)):
             stages = [run.scores[stage]["score"] if stage in run.scores else None for stage in ("base", "before", SCORE)]
             lines.append(f"| {method} | {run.seed} | " + " | ".join(f"{v:.3f}" if v is not None else "–" for v in stages) + " |")
+    for method, runs in methods.items():
+        if unlike := differences(runs):
+            lines += ["", f"**The runs of {method} differ in their settings**: {', '.join(key for key, _ in unlike)}."]
     first = next(iter(methods.values()))[0]
     count = first.scores[SCORE]["n"]
     versions = first.summary["versions"]

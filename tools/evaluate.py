@@ -31,15 +31,15 @@ from rich.table import Table  # noqa: E402
 from pact_nemo.chat.template import ChatFormat  # noqa: E402
 from pact_nemo.environments.base import Environment, Task  # noqa: E402
 from pact_nemo.environments.splits import split  # noqa: E402
-from pact_nemo.errors import PactError, ServerError  # noqa: E402
+from pact_nemo.errors import ConfigError, PactError, ServerError  # noqa: E402
 from pact_nemo.files import write_json_atomic, write_text_atomic  # noqa: E402
 from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
 from pact_nemo.rollouts.chat_episode import play_by_chat  # noqa: E402
 from pact_nemo.rollouts.config import EpisodeLimits  # noqa: E402
 from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
 from pact_nemo.rollouts.types import Rollout  # noqa: E402
-from pact_nemo.training.config import Config, load_config  # noqa: E402
-from pact_nemo.training.data import build_environment  # noqa: E402
+from pact_nemo.training.config import Config, load_config, to_dict  # noqa: E402
+from pact_nemo.training.data import build_environment, limited  # noqa: E402
 from pact_nemo.training.evaluation import episode_rewards, summarise  # noqa: E402
 from pact_nemo.training.generation import Generator  # noqa: E402
 from pact_nemo.training.progress import RunProgress  # noqa: E402
@@ -91,15 +91,48 @@ def bfcl_score_files(folder: Path, name: str, tasks: list[Task], rollouts: list[
         write_text_atomic(path / get_file_name_by_category(category, is_score_file=True), "".join(json.dumps(line) + "\n" for line in lines))
 
 
+def identity(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """What episodes depend on: the model and the settings that evaluation reads."""
+    settings = to_dict(config)
+    model = options.model if options.model.startswith("http") else str(Path(options.model).resolve())
+    weights = [] if options.model.startswith("http") else sorted(Path(options.model).glob("*.safetensors"))
+    return {
+        "model": model,
+        "name": options.name if options.model.startswith("http") else None,
+        "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+        "tool_format": settings["model"]["tool_format"],
+        "tasks": {key: value for key, value in settings["tasks"].items() if key not in ("max_train", "max_eval")},
+        "sampling": settings["rollout"]["sampling"],
+        "evaluation": settings["evaluation"],
+    }
+
+
+def open_folder(config: Config, options: argparse.Namespace) -> Path:
+    """The episodes file of ``--out``; episodes of another model or other settings are never taken for this one's.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    episodes, note = options.out / "episodes.jsonl", options.out / "identity.json"
+    mine = json.loads(json.dumps(identity(config, options)))
+    if episodes.is_file():
+        found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        different = [key for key in mine if found.get(key) != mine[key]]
+        if different:
+            raise ConfigError(f"{episodes} holds episodes with another {', '.join(different)}; name another folder with --out, or delete this one")
+    write_json_atomic(note, mine)
+    return episodes
+
+
 def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     environment = build_environment(config)
-    episodes = options.out / "episodes.jsonl"
-    options.out.mkdir(parents=True, exist_ok=True)
+    episodes = open_folder(config, options)
     started = time.monotonic()
     try:
         tasks = environment.tasks()
         if options.held_out:
-            tasks = split(tasks, held_out=config.tasks.held_out, seed=config.tasks.split_seed)[1]
+            tasks = limited(config, *split(tasks, held_out=config.tasks.held_out, seed=config.tasks.split_seed))[1]
         tasks = tasks[: options.limit]
         rollouts = [r for r in read_rollouts(episodes) if r.status != "failed"] if episodes.is_file() else []
         done = {rollout.task_id for rollout in rollouts}
@@ -134,7 +167,7 @@ def main() -> int:
     parser.add_argument("--benchmark", choices=["bfcl", "ftrl", "toolhop"], default="bfcl")
     parser.add_argument("--config", action="append", metavar="YAML", help="settings as for the recipes; default: the benchmark's full settings")
     parser.add_argument("--out", type=Path, default=Path("eval"))
-    parser.add_argument("--held-out", action="store_true", help="only the tasks that runs with these settings hold out")
+    parser.add_argument("--held-out", action="store_true", help="only the tasks that a run with these settings is evaluated on")
     parser.add_argument("--limit", type=int, help="only the first tasks")
     parser.add_argument("--chunk", type=int, default=256, help="tasks between two saves")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

@@ -41,7 +41,7 @@ from pact_nemo.rollouts.types import Rollout  # noqa: E402
 from pact_nemo.traces.annotate import Style  # noqa: E402
 from pact_nemo.traces.augment import KINDS, Replay, new_solutions, promoted, replay, variants  # noqa: E402
 from pact_nemo.traces.bfcl import ground_truth_trace  # noqa: E402
-from pact_nemo.traces.filters import leaks_answer, reject_reason  # noqa: E402
+from pact_nemo.traces.filters import why_not  # noqa: E402
 from pact_nemo.traces.llm_annotate import ModelAnnotator  # noqa: E402
 from pact_nemo.traces.recorded import recorded_trace  # noqa: E402
 from pact_nemo.traces.schema import Trace, read_traces, write_traces  # noqa: E402
@@ -59,9 +59,7 @@ def verdict(trace: Trace | None, task: Task) -> str:
     """``kept``, or why not."""
     if trace is None:
         return "no_solution"
-    question = "\n".join(message["content"] for turn in task.user_turns for message in turn)
-    reason = reject_reason(trace, task.tools)
-    return reason if reason is not None else "answer_leaked" if leaks_answer(trace, question, task.reference_answer) else "kept"
+    return why_not(trace, task) or "kept"
 
 
 class Journal:

@@ -19,7 +19,7 @@ class Progress:
     Attributes:
         success_target: success rate at which the trace has done its work.
         smoothing: weight of the past in the exponential means of success and gap, in [0, 1).
-        value: max over steps of the mean of (success / target) and (1 - gap / first gap), both clipped to [0, 1]; of the first alone
+        value: max over steps of the mean of (success / target) and (1 - gap / largest gap), both clipped to [0, 1]; of the first alone
             until a gap was seen. Gaps are magnitudes, in nats per token.
     """
 

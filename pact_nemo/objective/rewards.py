@@ -169,6 +169,12 @@ def normalise_answer(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", lowered).split()
 
 
+def final_answer(message: str) -> str:
+    """What a closing message answers: the last ``<answer>...</answer>`` in it, else all of it."""
+    tagged = re.findall(r"<answer>(.*?)</answer>", message, flags=re.DOTALL | re.IGNORECASE)
+    return str(tagged[-1]) if tagged else message
+
+
 def token_f1(answer: str, reference: str) -> float:
     """F1 in [0, 1] of the words of two answers as multisets (:func:`normalise_answer`); 1 if both are empty, 0 if one is."""
     left, right = normalise_answer(answer), normalise_answer(reference)

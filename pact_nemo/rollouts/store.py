@@ -102,7 +102,10 @@ def _parse(row: Any, file: str, line: int) -> Rollout:
         metrics = verdict.get("metrics", {})
         if not isinstance(metrics, dict) or not all(type(value) in (int, float) for value in metrics.values()):
             raise fail("an object of numbers is needed", "outcome.metrics")
-        outcome = Outcome(bool(verdict["success"]), float(verdict["score"]), verdict["reason"], metrics)
+        solved = verdict.get("solved")
+        if solved is not None and not (isinstance(solved, list) and all(isinstance(value, bool) for value in solved)):
+            raise fail("a list of true and false, or null, is needed", "outcome.solved")
+        outcome = Outcome(bool(verdict["success"]), float(verdict["score"]), verdict["reason"], metrics, None if solved is None else tuple(solved))
     own = {item.name: row[item.name] for item in fields(Rollout)}
     return Rollout(**(own | {"turns": turns, "outcome": outcome}))
 

@@ -21,6 +21,7 @@ from pact_nemo.traces.segments import split_reasoning
 
 Kind = Literal["argument_order", "call_order"]
 KINDS: tuple[Kind, ...] = ("argument_order", "call_order")
+CLOSING = "Done."  #: what is said after the calls: a check that passes must pass by what the calls brought
 _ORDER_WORDS = re.compile(r"\b(?:first|firstly|then|next|after|afterwards|before|finally|last|second|third)\b", re.IGNORECASE)
 
 
@@ -44,7 +45,7 @@ def replay(environment: Environment, task: Task, trace: Trace) -> Replay | None:
                     return None
                 user_turn += 1
             seen.append(tuple(session.execute(list(turn.calls))) if turn.calls else ())
-        while session.next_user_turn(task.reference_answer or "") is not None:
+        while session.next_user_turn(CLOSING) is not None:
             pass
         return Replay(tuple(seen), session.outcome())
     except (ToolCallError, EnvironmentFailure):
@@ -63,17 +64,26 @@ def _shuffled(trace: Trace, generator: random.Random) -> Trace:
     return replace(trace, turns=turns, source=f"{trace.source}+argument_order")
 
 
+def _has_several_arguments(trace: Trace) -> bool:
+    return any(len(call.arguments) > 1 for turn in trace.turns for call in turn.calls)
+
+
+def _may_swap(turn: TraceTurn) -> bool:
+    """A turn whose reasoning speaks of an order keeps it."""
+    return len(turn.calls) > 1 and not _ORDER_WORDS.search(turn.reasoning)
+
+
 def _argument_orders(trace: Trace, generator: random.Random) -> Iterator[Trace]:
-    if any(len(call.arguments) > 1 for turn in trace.turns for call in turn.calls):
+    if _has_several_arguments(trace):
         for _ in range(16):
             yield _shuffled(trace, generator)
 
 
 def _call_orders(trace: Trace, generator: random.Random) -> Iterator[Trace]:
-    """One turn's calls permuted at a time. A turn whose reasoning speaks of an order keeps it."""
+    """One turn's calls permuted at a time."""
     choices: list[tuple[int, tuple[int, ...]]] = []
     for index, turn in enumerate(trace.turns):
-        if len(turn.calls) > 1 and not _ORDER_WORDS.search(turn.reasoning):
+        if _may_swap(turn):
             orders = itertools.islice(itertools.permutations(range(len(turn.calls))), 1, 24)
             choices += [(index, order) for order in orders]
     generator.shuffle(choices)
@@ -84,6 +94,11 @@ def _call_orders(trace: Trace, generator: random.Random) -> Iterator[Trace]:
 
 
 _MAKERS: dict[Kind, Callable[[Trace, random.Random], Iterator[Trace]]] = {"argument_order": _argument_orders, "call_order": _call_orders}
+
+_MAY_CHANGE: dict[Kind, Callable[[Trace], bool]] = {
+    "argument_order": _has_several_arguments,
+    "call_order": lambda trace: any(map(_may_swap, trace.turns)),
+}
 
 
 def _written(trace: Trace) -> str:
@@ -96,6 +111,11 @@ def variants(environment: Environment, task: Task, trace: Trace, kinds: Sequence
 
     A function of its arguments: the random orders come from ``seed`` and the task's id.
     """
+    now = replay(environment, task, trace) if any(_MAY_CHANGE[kind](trace) for kind in kinds) else None
+    if now is None or not now.outcome.success:
+        return []
+    # observations as they come today: the trace's may have been cut to another length
+    trace = replace(trace, turns=tuple(replace(turn, observations=seen) for turn, seen in zip(trace.turns, now.observations, strict=True)))
     generator = random.Random(f"{seed}:{task.id}")
     seen = {_written(trace)}
     found: list[Trace] = []

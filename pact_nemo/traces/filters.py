@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pact_nemo.environments.base import Task
 from pact_nemo.environments.calls import check_call
 from pact_nemo.errors import ToolCallError
 from pact_nemo.traces.schema import Trace
@@ -39,6 +40,15 @@ def leaks_answer(trace: Trace, question: str, answer: str | None) -> bool:
             return True
         known = known or any(names(text) for text in turn.observations)
     return False
+
+
+def why_not(trace: Trace, task: Task) -> str | None:
+    """Why a trace must not be used for its task, or None: :func:`reject_reason`, or ``answer_leaked`` (:func:`leaks_answer`)."""
+    reason = reject_reason(trace, task.tools)
+    if reason is not None:
+        return reason
+    question = "\n".join(message["content"] for turn in task.user_turns for message in turn)
+    return "answer_leaked" if leaks_answer(trace, question, task.reference_answer) else None
 
 
 def reject_reason(trace: Trace, tools: Iterable[Mapping[str, Any]]) -> str | None:

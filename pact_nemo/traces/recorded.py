@@ -171,7 +171,7 @@ def _written_down(environment: Environment, task: Task, calls: Sequence[ToolCall
             observations = session.execute([call])
             seen.extend(observations)
             builder.assistant(segments, [call], observations, 0)
-        session.next_user_turn(task.reference_answer or "")
+        session.next_user_turn("Done.")  # what passes, passes by what the calls brought
         verified = session.outcome().success
     finally:
         session.close()

@@ -18,7 +18,7 @@ from pact_nemo.objective.baseline_rewards import ftrl_rewards, solved_by_equalit
 from pact_nemo.objective.baselines import chord_mu
 from pact_nemo.objective.gate import anchored
 from pact_nemo.objective.methods import METHODS
-from pact_nemo.objective.rewards import turn_rewards
+from pact_nemo.objective.rewards import final_answer, token_f1, turn_rewards
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.objective.surrogate import truncated_importance
 from pact_nemo.objective.weights import rl_weights, sft_weights
@@ -66,6 +66,15 @@ class PromptTree:
     sft_index: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  #: positions within h* of its scored tokens
 
 
+def outcome_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) -> float:
+    """The outcome reward in [0, 1] (eq. 28): the checker's score, or the F1 of the final message's answer (0 without one)."""
+    if objective.outcome == "answer_f1" and task.reference_answer is not None:
+        last = rollout.turns[-1] if rollout.turns else None
+        said = last is not None and not last.is_tool_turn and rollout.status == "ok"
+        return token_f1(final_answer(last.text), task.reference_answer) if said and last is not None else 0.0
+    return rollout.outcome.score if rollout.outcome is not None else 0.0
+
+
 def turn_rewards_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
     """[T] reward of each assistant turn, by the method's own rule."""
     kind = METHODS[objective.method].rewards
@@ -83,7 +92,7 @@ def turn_rewards_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) ->
             reference_groups,
             is_tool_turn=[turn.is_tool_turn for turn in turns],
             malformed=malformed,
-            outcome=rollout.outcome.score if rollout.outcome is not None else 0.0,
+            outcome=outcome_of(task, rollout, objective),
             method=objective.matching,
             penalty=objective.call_penalty if kind == "matching" else 0.0,
             outcome_weight=objective.outcome_weight,
@@ -217,18 +226,21 @@ def fill_streams(
     old: list[torch.Tensor] | None,
     reference: list[torch.Tensor] | None,
     importance_cap: float | None,
+    num_prompts: int | None = None,
 ) -> None:
     """Write every tree's streams for one mini-batch; all denominators are counted here, over the whole mini-batch, before any forward.
 
     Args:
-        prompts: the mini-batch; |B| = len(prompts).
+        prompts: the mini-batch.
+        num_prompts: |B|, where the mini-batch has prompts with nothing to compute, which are not among ``prompts``; None = len(prompts).
         old: per tree, [S] log-probs of pi_old in both contexts; None on a single on-policy update, where the loss uses its own detached ones.
         reference: per tree, [S] log-probs of the frozen reference (only the prompt-only part is read).
         importance_cap: truncation of the sampler-trainer importance weight; None switches the correction off. Needs ``old``.
     """
+    size = num_prompts if num_prompts is not None else len(prompts)
     lengths = [[sum(r.loss_mask) for r in p.group.rollouts] for p in prompts]
     usable = [[_usable(r) for r in p.group.rollouts] for p in prompts]
-    rl = rl_weights(lengths, usable, num_prompts=len(prompts), aggregation=objective.aggregation, constant_length=objective.constant_length)
+    rl = rl_weights(lengths, usable, num_prompts=size, aggregation=objective.aggregation, constant_length=objective.constant_length)
     method = METHODS[objective.method]
     masks = []
     for prompt in prompts:
@@ -247,7 +259,7 @@ def fill_streams(
         rl_coef = 1.0 - sft_coef
     elif method.teaching == "shaped":
         sft_coef = 1.0
-    sft = sft_weights(masks, [p.group.anchored for p in prompts], num_prompts=len(prompts), beta=sft_coef)
+    sft = sft_weights(masks, [p.group.anchored for p in prompts], num_prompts=size, beta=sft_coef)
 
     extra = {"phi": ("w_sft_phi",), "shaped": ("w_off",)}.get(method.teaching or "", ())
     names = ("advantages", "importance", "ref_logprobs", "w_rl_x", "w_rl_h", "w_sft_reasoning", "w_sft_call", "w_kl", *extra)

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from pact_nemo.errors import ConfigError, PactError
@@ -15,28 +15,21 @@ from pact_nemo.training.config import Config, load_config, to_yaml
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def preset_for_this_machine(presets: Mapping[str, str]) -> Path:
-    """The ``cuda`` preset where a CUDA device is usable, the ``cpu`` one elsewhere."""
-    import torch
-
-    return REPOSITORY / presets["cuda" if torch.cuda.is_available() else "cpu"]
-
-
-def resolve(arguments: argparse.Namespace, presets: Mapping[str, str]) -> Config:
+def resolve(arguments: argparse.Namespace, preset: str) -> Config:
     """Config of a new run (preset or ``--config``) or of the run being resumed, with the overrides on top."""
     if arguments.resume is not None:
         saved = Path(arguments.resume) / "config.yaml"
         if not saved.is_file():
             raise ConfigError(f"--resume {arguments.resume}: no config.yaml there; give a run folder such as runs/latest")
         return load_config(saved, arguments.overrides)
-    return load_config(arguments.config or preset_for_this_machine(presets), arguments.overrides)
+    return load_config(arguments.config or REPOSITORY / preset, arguments.overrides)
 
 
-def main(run: Callable[[Config, str | None], None], presets: Mapping[str, str], description: str | None) -> None:
+def main(run: Callable[[Config, str | None], None], preset: str, description: str | None) -> None:
     """Parse, resolve, and run or explain. Exit codes: 0 done, 2 the configuration is wrong, 1 anything else."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--config", action="append", metavar="YAML", help="default: the preset for this machine; given again, later files go on top (conf/ablations)"
+        "--config", action="append", metavar="YAML", help="default: the small model's preset; given again, later files go on top (conf/ablations)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, the plan and the memory needed; start nothing")
     parser.add_argument("--resume", nargs="?", const="runs/latest", metavar="RUN", help="continue a run folder (default runs/latest)")
@@ -46,7 +39,7 @@ def main(run: Callable[[Config, str | None], None], presets: Mapping[str, str], 
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        config = resolve(arguments, presets)
+        config = resolve(arguments, preset)
         if arguments.dry_run:
             from pact_nemo.training.plan import describe_plan
 

@@ -147,7 +147,8 @@ class ObjectiveConfig:
     combine: str = "sum"  #: A^g + A^l: "sum" (eq. 32) or "mean"
     matching: str = "hungarian"  #: "hungarian" or "greedy"
     call_penalty: float = 0.0  #: lambda_pen of an unmatched call
-    outcome_weight: float = 1.0  #: weight of the checker's outcome in the final turn's reward
+    outcome: str = "checker"  #: final turn's reward: "checker" (its score) or "answer_f1" (words of the answer, where there is a reference)
+    outcome_weight: float = 1.0  #: weight of the outcome in the final turn's reward
     trace_rl: bool = True  #: trace-conditioned surrogate; False evaluates the ratio under x for every prompt (ablation)
     sft_coef: float = 0.1  #: beta_SFT
     mu_start: float = 0.9  #: chord: weight of its SFT term at the first step
@@ -288,6 +289,7 @@ def validate(config: Config) -> None:
     """Checks that types can't express. Raises ConfigError with the key and the remedy."""
     objective, trainer, tasks = config.objective, config.trainer, config.tasks
     _one_of("objective.method", objective.method, tuple(METHODS))
+    _one_of("objective.outcome", objective.outcome, ("checker", "answer_f1"))
     _one_of("objective.combine", objective.combine, ("sum", "mean"))
     _one_of("objective.matching", objective.matching, ("hungarian", "greedy"))
     _one_of("objective.aggregation", objective.aggregation, ("rollout-mean", "token-mean", "constant-length"))
@@ -333,6 +335,8 @@ def validate(config: Config) -> None:
         1 <= trainer.mini_batch_size <= trainer.batch_size and trainer.batch_size % trainer.mini_batch_size == 0,
         f"trainer.mini_batch_size={trainer.mini_batch_size} must divide trainer.batch_size={trainer.batch_size}",
     )
+    _require(trainer.keep_checkpoints >= 1, f"trainer.keep_checkpoints={trainer.keep_checkpoints}: must be >= 1")
+    _require(config.rollout.keep_exports >= 1, f"rollout.keep_exports={config.rollout.keep_exports}: must be >= 1")
     _require(tasks.held_out >= 1, f"tasks.held_out={tasks.held_out}: at least one scenario group must be held out")
     if tasks.window == "full":
         reduced = [k for k in ("max_calls", "max_user_chars") if getattr(tasks, k) is not None]

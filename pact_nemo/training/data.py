@@ -16,18 +16,19 @@ from pact_nemo.environments.bfcl import BFCLEnvironment
 from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.environments.splits import split
 from pact_nemo.environments.toolhop import Scenario, ToolHopEnvironment
-from pact_nemo.errors import ConfigError
+from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.objective.gate import uniform
 from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces.annotate import Style
 from pact_nemo.traces.augment import Kind, replay, variants
 from pact_nemo.traces.bfcl import make_trace
-from pact_nemo.traces.filters import reject_reason
+from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.recorded import recorded_trace
 from pact_nemo.traces.schema import Trace, read_traces
 from pact_nemo.traces.spans import CALL, OTHER, TraceTokens, encode_trace, truncate_at_turn
 from pact_nemo.training.config import Config
 from pact_nemo.training.distributed import on_rank_zero
+from pact_nemo.training.plan import model_shape
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -87,11 +88,14 @@ def build_environment(config: Config) -> Environment:
 def build_dataset(config: Config, environment: Environment, chat: ChatFormat, note: Callable[[str], None] = log.info) -> Dataset:
     """Load tasks, split them by scenario group, and make or read the training traces.
 
+    A trace is cut at a turn boundary where it is longer than ``traces.max_tokens``, or where prompt, trace and the longest response together
+    exceed the positions that the model was trained with (its RoPE would silently extrapolate).
+
     Raises:
         ConfigError: no task is left on one side of the split.
         DataError: a task or trace file row is malformed (file, line and field named).
     """
-    dropped = {"prompt_too_long": 0, "trace_missing": 0, "trace_cut": 0}
+    dropped = {"prompt_too_long": 0, "trace_missing": 0, "trace_cut": 0, "trace_unreadable": 0}
 
     def short_enough(tasks: list[Task]) -> list[Task]:
         fitting = [task for task in tasks if len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools))) <= config.tasks.max_prompt_tokens]
@@ -106,11 +110,7 @@ def build_dataset(config: Config, environment: Environment, chat: ChatFormat, no
         dropped["held_out_too"] = len(everything) - len(train)
     else:
         train, held_out = split(short_enough(environment.tasks()), held_out=config.tasks.held_out, seed=config.tasks.split_seed)
-    shuffler = random.Random(config.tasks.split_seed)
-    train, held_out = sorted(train, key=lambda t: t.id), sorted(held_out, key=lambda t: t.id)
-    shuffler.shuffle(train)
-    shuffler.shuffle(held_out)
-    train, held_out = train[: config.tasks.max_train], held_out[: config.tasks.max_eval]
+    train, held_out = limited(config, train, held_out)
     for name, side in (("training", train), ("held-out", held_out)):
         if not side:
             raise ConfigError(f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out")
@@ -122,27 +122,40 @@ def build_dataset(config: Config, environment: Environment, chat: ChatFormat, no
     dropped["trace_missing"] = len(train) - len(sources)
     results: dict[str, tuple[float, int]] = {}
     if config.traces.quality:
-        results = on_rank_zero(lambda: _replay_all(config, environment, train, sources))
-        dropped["trace_replay_failed"] = len(sources) - len(results)
-        sources = {task_id: found for task_id, found in sources.items() if task_id in results}
+        sound = on_rank_zero(lambda: _replay_all(config, environment, train, sources))
+        dropped["trace_replay_failed"] = sum(map(len, sources.values())) - sum(map(len, sound.values()))
+        sources = sound
+        # what a kept trace is worth: it passes the checker, so its score is the best there is
+        results = {task_id: (1.0, sum(len(turn.calls) for turn in found[0].turns)) for task_id, found in sources.items()}
     if config.traces.augment:
         sources = on_rank_zero(lambda: _augment_all(config, environment, train, sources))
     traces = {task_id: found[0] for task_id, found in sources.items()}
     train = [_with_reference_calls(task, traces.get(task.id)) for task in train]
 
-    def tokens_of(trace: Trace) -> tuple[TraceTokens, bool]:
-        encoded = encode_trace(trace, chat, frozenset(config.traces.components), end_of_turn=CALL if config.traces.teach_end_of_turn else OTHER)
-        shortened = truncate_at_turn(encoded, config.traces.max_tokens)
+    rooms = {task.id: _room(config, chat, task) for task in train}
+
+    def tokens_of(trace: Trace) -> tuple[TraceTokens, bool] | None:
+        try:
+            encoded = encode_trace(trace, chat, frozenset(config.traces.components), end_of_turn=CALL if config.traces.teach_end_of_turn else OTHER)
+        except DataError as error:
+            log.warning("trace of %s left out: %s", trace.task_id, error)
+            return None
+        shortened = truncate_at_turn(encoded, rooms[trace.task_id])
         return shortened, len(shortened) < len(encoded)
 
     trace_tokens: dict[str, TraceTokens] = {}
     alternatives: dict[str, list[TraceTokens]] = {}
     for task_id, found in sources.items():
-        shortened, cut = tokens_of(found[0])
+        encoded = [tokens_of(trace) for trace in found]
+        dropped["trace_unreadable"] += encoded[0] is None
+        if encoded[0] is None:
+            del traces[task_id]
+            continue
+        main, cut = encoded[0]
         dropped["trace_cut"] += cut
-        if len(shortened):
-            trace_tokens[task_id] = shortened
-            further = [tokens for tokens, too_long in map(tokens_of, found[1:]) if not too_long]
+        if len(main):
+            trace_tokens[task_id] = main
+            further = [tokens[0] for tokens in encoded[1:] if tokens is not None and not tokens[1]]
             if further:
                 alternatives[task_id] = further
     extra = sum(map(len, alternatives.values()))
@@ -151,35 +164,41 @@ def build_dataset(config: Config, environment: Environment, chat: ChatFormat, no
     return Dataset(train, held_out, traces, trace_tokens, dropped, alternatives, results)
 
 
-def check_positions(config: Config, dataset: Dataset, chat: ChatFormat, positions: int) -> None:
-    """Refuse sequences beyond the ``positions`` that the model was trained with: vLLM won't start, and the trainer's RoPE would silently extrapolate.
+def limited(config: Config, train: list[Task], held_out: list[Task]) -> tuple[list[Task], list[Task]]:
+    """Both sides in the order of ``tasks.split_seed``, the first ``tasks.max_train`` and ``tasks.max_eval`` of them."""
+    shuffler = random.Random(config.tasks.split_seed)
+    train, held_out = sorted(train, key=lambda t: t.id), sorted(held_out, key=lambda t: t.id)
+    shuffler.shuffle(train)
+    shuffler.shuffle(held_out)
+    return train[: config.tasks.max_train], held_out[: config.tasks.max_eval]
+
+
+def _room(config: Config, chat: ChatFormat, task: Task) -> int:
+    """Tokens that a trace of this task may have."""
+    prompt = len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools)))
+    sequence = min(prompt + config.rollout.sampling.max_response_tokens, config.rollout.server.max_model_len)
+    return max(min(config.traces.max_tokens, model_shape(config).positions - sequence), 0)
+
+
+def check_server_length(config: Config) -> None:
+    """Refuse a server that is longer than its model: vLLM wouldn't start.
 
     Raises:
         ConfigError: names the setting to lower.
     """
+    positions = model_shape(config).positions
     if config.rollout.server.max_model_len > positions:
         raise ConfigError(
             f"rollout.server.max_model_len={config.rollout.server.max_model_len} exceeds the model's {positions} positions "
             f"(max_position_embeddings in its config.json): set rollout.server.max_model_len={positions} or less"
         )
-    for task in dataset.train:
-        if task.id not in dataset.trace_tokens:
-            continue
-        prompt = len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools)))
-        sequence = min(prompt + config.rollout.sampling.max_response_tokens, config.rollout.server.max_model_len)
-        longest = sequence + len(dataset.trace_tokens[task.id])
-        if longest > positions:
-            raise ConfigError(
-                f"task {task.id!r}: prompt, trace and the longest response are {longest} tokens together, the model has {positions} positions: lower "
-                "traces.max_tokens, tasks.max_prompt_tokens or rollout.sampling.max_response_tokens"
-            )
 
 
 def _read_traces(path: str, train: list[Task]) -> dict[str, list[Trace]]:
-    tools = {task.id: task.tools for task in train}
+    tasks = {task.id: task for task in train}
     found: dict[str, list[Trace]] = {}
     for trace in read_traces(Path(path)):
-        if trace.task_id in tools and trace.verified and reject_reason(trace, tools[trace.task_id]) is None:
+        if trace.task_id in tasks and why_not(trace, tasks[trace.task_id]) is None:
             found.setdefault(trace.task_id, []).append(trace)
     return found
 
@@ -200,20 +219,24 @@ def _make_traces(config: Config, environment: Environment, train: list[Task]) ->
         if config.tasks.benchmark == "bfcl":
             return make_trace(environment, task, style=style, calls_per_turn=per_turn)
         trace = recorded_trace(environment, task, style)
-        return trace if trace is not None and reject_reason(trace, task.tools) is None else None
+        return trace if trace is not None and why_not(trace, task) is None else None
 
     return {trace.task_id: [trace] for trace in _in_threads(config, make, train) if trace is not None}
 
 
-def _replay_all(config: Config, environment: Environment, train: list[Task], sources: dict[str, list[Trace]]) -> dict[str, tuple[float, int]]:
-    """(score, calls) of each main trace that, executed anew, passes the checker and brings no error that it didn't have."""
+def _replay_all(config: Config, environment: Environment, train: list[Task], sources: dict[str, list[Trace]]) -> dict[str, list[Trace]]:
+    """The traces that, executed anew, pass the checker and bring no error that they didn't have."""
+
+    def sound(task: Task) -> list[Trace]:
+        kept = []
+        for trace in sources[task.id]:
+            result = replay(environment, task, trace)
+            if result is not None and result.outcome.success and not _new_errors([turn.observations for turn in trace.turns], result.observations):
+                kept.append(trace)
+        return kept
+
     tasks = [task for task in train if task.id in sources]
-    results = {}
-    for task, result in zip(tasks, _in_threads(config, lambda task: replay(environment, task, sources[task.id][0]), tasks), strict=True):
-        turns = sources[task.id][0].turns
-        if result is not None and result.outcome.success and not _new_errors([turn.observations for turn in turns], result.observations):
-            results[task.id] = (result.outcome.score, sum(len(turn.calls) for turn in turns))
-    return results
+    return {task.id: kept for task, kept in zip(tasks, _in_threads(config, sound, tasks), strict=True) if kept}
 
 
 def _new_errors(told: Sequence[Sequence[str]], seen: Sequence[Sequence[str]]) -> bool:
@@ -240,12 +263,15 @@ def _with_reference_calls(task: Task, trace: Trace | None) -> Task:
 
 
 def prompts_of_step(train: list[Task], step: int, batch_size: int, seed: int | str) -> list[Task]:
-    """The prompts of 0-based ``step``: consecutive slices of a new permutation per epoch. A function of its arguments only, so that a
-    resumed run visits the same prompts; a batch may straddle two epochs but repeats no prompt unless the set is smaller than a batch."""
-    chosen = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, index = divmod(position, len(train))
-        order = list(range(len(train)))
-        random.Random(f"{seed}:{epoch}").shuffle(order)
-        chosen.append(train[order[index]])
-    return chosen
+    """The prompts of 0-based ``step``: consecutive slices of a new permutation per epoch, what doesn't fill a batch left out until the next
+    one. A function of its arguments only, so that a resumed run visits the same prompts; no batch holds a prompt twice.
+
+    Raises:
+        ConfigError: there are fewer prompts than a batch needs.
+    """
+    if batch_size > len(train):
+        raise ConfigError(f"a batch of {batch_size} prompts needs as many training tasks; there are {len(train)}: lower the batch size")
+    epoch, index = divmod(step, len(train) // batch_size)
+    order = list(range(len(train)))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return [train[i] for i in order[index * batch_size : (index + 1) * batch_size]]

@@ -25,7 +25,7 @@ class Score:
 
     score: float
     n: int
-    call_reward: float
+    call_reward: float | None
     failed: int
     categories: dict[str, dict[str, float]]
     weight_version: int
@@ -37,7 +37,8 @@ class Score:
 
 
 def summarise(tasks: list[Task], rollouts: list[Rollout], call_rewards: list[float], version: int, seconds: float) -> Score:
-    """Denominators: ``score`` and ``call_reward`` over all episodes, ``categories`` over the episodes of each category or tag."""
+    """Denominators: ``score`` over all episodes, ``call_reward`` over those with reference calls (None: none has), ``categories`` over the
+    episodes of each category or tag."""
     by_task = {task.id: task for task in tasks}
     flat: list[float] = []
     passed: dict[str, list[float]] = defaultdict(list)
@@ -52,7 +53,7 @@ def summarise(tasks: list[Task], rollouts: list[Rollout], call_rewards: list[flo
     return Score(
         score=sum(flat) / len(flat),
         n=len(flat),
-        call_reward=sum(call_rewards) / len(call_rewards),
+        call_reward=sum(call_rewards) / len(call_rewards) if call_rewards else None,
         failed=sum(r.status == "failed" for r in rollouts),
         categories={name: {"score": sum(v) / len(v), "n": len(v)} for name, v in sorted(passed.items())},
         weight_version=version,
@@ -62,15 +63,18 @@ def summarise(tasks: list[Task], rollouts: list[Rollout], call_rewards: list[flo
 
 
 def episode_rewards(config: Config, tasks: list[Task], rollouts: list[Rollout]) -> tuple[list[list[float]], list[float]]:
-    """Per episode: the reward of each turn, and the mean matching reward of its tool turns (whatever the method trains on)."""
+    """Per episode: the reward of each turn; and, of the episodes whose task has reference calls, the mean matching reward of their tool turns
+    (whatever the method trains on)."""
     by_task = {task.id: task for task in tasks}
     scored = replace(config.objective, method="matchtir")
+    calls_only = replace(scored, outcome_weight=0.0)
     rewards, call_rewards = [], []
     for rollout in rollouts:
-        reward = turn_rewards_of(by_task[rollout.task_id], rollout, scored)
-        outcome = config.objective.outcome_weight * (rollout.outcome.score if rollout.outcome is not None and rollout.turns else 0.0)
-        rewards.append(reward.tolist())
-        call_rewards.append(float(reward.sum() - outcome) / max(sum(turn.is_tool_turn for turn in rollout.turns), 1))
+        task = by_task[rollout.task_id]
+        rewards.append(turn_rewards_of(task, rollout, scored).tolist())
+        if any(task.reference_calls):
+            reward = float(turn_rewards_of(task, rollout, calls_only).sum())
+            call_rewards.append(reward / max(sum(turn.is_tool_turn for turn in rollout.turns), 1))
     return rewards, call_rewards
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints import resume
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
-from pact_nemo.checkpoints.manifest import export_path, prune_exports, verify_manifest
+from pact_nemo.checkpoints.manifest import export_path, prune_exports, read_manifest, verify_manifest
 from pact_nemo.environments.base import Environment
 from pact_nemo.errors import CheckpointError
 from pact_nemo.objective.adaptive import AdaptiveSchedule, Progress, between
@@ -99,9 +100,16 @@ class Experiment:
     def export(self, version: int) -> Path:
         """Write the current weights as ``exports/v<version>``: complete and checksummed before the folder has its name."""
         folder = export_path(self.workspace.exports, version)
-        if rank() == 0 and folder.exists():  # a run cut between export and checkpoint comes by again; the same version is the same weights
+
+
+        def there() -> bool:
+            """A whole export of this version; :meth:`restore` removed those that an earlier attempt wrote after its last checkpoint."""
+            if not folder.exists():
+                return False
             verify_manifest(folder)
-        if not on_rank_zero(folder.exists):
+            return True
+
+        if not on_rank_zero(there):
             export_version(self.policy, self.workspace.exports, version, dtype=self.config.rollout.export_dtype)
         return folder
 
@@ -154,6 +162,7 @@ class Experiment:
             "scores": self.scores,
             "seconds": self.seconds,
             "seed": self.config.run.seed,
+            "horizon": self.schedule.horizon,
             "progress": asdict(self.schedule.progress) if isinstance(self.schedule, AdaptiveSchedule) else None,
             "trace_quality": asdict(self.quality) if self.quality is not None else None,
         }
@@ -161,12 +170,15 @@ class Experiment:
     def checkpoint_if_due(self) -> None:
         trainer = self.config.trainer
         if self.step == trainer.steps or (trainer.checkpoint_every and self.step % trainer.checkpoint_every == 0):
-            self.checkpoint()
+            with self.progress.phase("checkpoint", brief=True):
+                self.checkpoint()
 
     def checkpoint(self) -> None:
         """Save now, then delete all but the newest ``trainer.keep_checkpoints``."""
+        start = time.perf_counter()
         resume.save(self.policy, self.workspace.checkpoints, self.state())
         on_rank_zero(lambda: resume.prune(self.workspace.checkpoints, self.config.trainer.keep_checkpoints))
+        self.seconds["checkpoint"] = self.seconds.get("checkpoint", 0.0) + time.perf_counter() - start
 
     def restore(self) -> bool:
         """Continue from the newest complete checkpoint; torn newer ones are removed with a warning. False when there is none: the run starts
@@ -177,6 +189,7 @@ class Experiment:
         """
         folder = on_rank_zero(self._newest_checkpoint)
         if folder is None:
+            on_rank_zero(lambda: self._forget_exports_after(-1))
             return False
         state = resume.load(self.policy, folder)
         if state["seed"] != self.config.run.seed:
@@ -185,9 +198,26 @@ class Experiment:
         self.scores, self.seconds = state["scores"], state["seconds"]
         if isinstance(self.schedule, AdaptiveSchedule) and state.get("progress") is not None:
             self.schedule = AdaptiveSchedule(self.schedule, Progress(**state["progress"]))
+        on_rank_zero(lambda: self._forget_exports_after(self.version))
+        if self.config.objective.schedule.horizon is None:  # more steps than before: what was annealed away stays away
+            self.schedule = replace(self.schedule, horizon=state["horizon"])
         if self.quality is not None and state.get("trace_quality") is not None:
             self.quality = TraceQuality(**state["trace_quality"])
         return True
+
+    def _forget_exports_after(self, version: int) -> None:
+        """Remove what an attempt wrote after the checkpoint that the run goes on from: the same version numbers will be other weights."""
+        reference = [self.reference_path] if version < 0 and self.config.warmup.steps > 0 else []
+        for folder in (*self.workspace.exports.glob("v*"), self.workspace.hf, *reference):
+            if not folder.exists():
+                continue
+            try:
+                newer = read_manifest(folder).version > version
+            except CheckpointError:
+                newer = True
+            if newer:
+                log.warning("removing %s: it is newer than the checkpoint", folder)
+                shutil.rmtree(folder)
 
     def _newest_checkpoint(self) -> Path | None:
         root = self.workspace.checkpoints

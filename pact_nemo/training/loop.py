@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from pact_nemo.errors import ConfigError
 from pact_nemo.objective.adaptive import AdaptiveSchedule
 from pact_nemo.objective.loss import pact_loss
 from pact_nemo.objective.trace_quality import TraceQuality, beats
 from pact_nemo.policy.policy import UpdateResult
+from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.store import read_rollouts
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.training import diagnostics
@@ -73,11 +76,10 @@ def train(experiment: Experiment) -> None:
         experiment.step += 1
         with watch("refit"):
             experiment.refit()
-        with watch("checkpoint"):
-            experiment.checkpoint_if_due()
         record.update(watch.times)
         record["time/total"] = watch.total()
-        experiment.log_step("rl", record)
+        experiment.log_step("rl", record)  # before the checkpoint: a step that a checkpoint holds is in metrics.jsonl, whenever the run is cut
+        experiment.checkpoint_if_due()
 
 
 def collect(experiment: Experiment) -> list[PromptGroup]:
@@ -89,7 +91,7 @@ def collect(experiment: Experiment) -> list[PromptGroup]:
 
     def sample() -> list[Rollout]:
         if config.trainer.replay is not None:
-            return read_rollouts(experiment.replay_file(experiment.step))
+            return replayed(experiment.replay_file(experiment.step), [task.id for task in tasks for _ in range(k)])
         return experiment.generator.rollouts(tasks, k, step=experiment.step, version=experiment.version)
 
     rollouts = on_rank_zero(sample)
@@ -110,18 +112,45 @@ def collect(experiment: Experiment) -> list[PromptGroup]:
     return groups
 
 
+def replayed(path: Path, expected: list[str]) -> list[Rollout]:
+    """Dumped rollouts of the very prompts that this step has.
+
+    Raises:
+        ConfigError: they are another run's: seed, batch size, group size or tasks differ.
+    """
+    rollouts = read_rollouts(path)
+    found = [rollout.task_id for rollout in rollouts]
+    if found != expected:
+        first = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), min(len(found), len(expected)))
+        raise ConfigError(
+            f"{path} holds {len(found)} rollouts, this step needs {len(expected)}; they differ from rollout {first + 1} on: replay with the "
+            "run.seed, trainer.batch_size, objective.group_size and tasks of the run that dumped them"
+        )
+    return rollouts
+
+
 def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch) -> dict[str, Any]:
     """Score pi_old and the reference, fill the weight streams with global denominators, update once per mini-batch."""
     config, policy = experiment.config, experiment.policy
     objective = config.objective
     several_updates = config.trainer.mini_batch_size < config.trainer.batch_size
     correct_sampler = config.rollout.importance == "tis"
-    prompts = [
-        grow_tree(group, experiment.boundary_ids, objective, contexts=contexts_needed(group, objective, diagnostics=True))
-        for group in groups
-        if diagnostics.has_policy_tokens(group)
-    ]
-    prompt_only = [grow_tree(p.group, experiment.boundary_ids, objective, contexts=(PROMPT_ONLY,)) for p in prompts]
+    size = config.trainer.mini_batch_size
+    grown = [grow_tree(group, experiment.boundary_ids, objective, contexts=contexts_needed(group, objective, diagnostics=True)) for group in groups]
+    # a prompt whose rollouts all failed still teaches its trace and counts in |B|; one that scores no token at all is not computed
+    parts = [[p for p in grown[start : start + size] if p.tree.num_scored] for start in range(0, len(grown), size)]
+    counts = [len(grown[start : start + size]) for start in range(0, len(grown), size)]
+    prompts = [prompt for part in parts for prompt in part]
+
+    def under_prompt(score: Callable[[list[TokenTree]], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """What ``score`` says of the rollouts under x alone, laid out as the full trees (0 elsewhere)."""
+        alone = {
+            i: grow_tree(p.group, experiment.boundary_ids, objective, contexts=(PROMPT_ONLY,))
+            for i, p in enumerate(prompts)
+            if diagnostics.has_policy_tokens(p.group)
+        }
+        values = dict(zip(alone, score([p.tree for p in alone.values()]), strict=True)) if alone else {}
+        return [spread(alone[i], p, values[i]) if i in alone else torch.zeros(p.tree.num_scored) for i, p in enumerate(prompts)]
 
     with watch("score"):
         old: list[torch.Tensor] | None = None
@@ -130,30 +159,34 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
         elif correct_sampler:
             # One on-policy update: the loss takes its own detached log-probs as pi_old (identical by definition); the sampler
             # correction still needs pi_old(tau | x), and only that.
-            old = spread(prompt_only, prompts, policy.logprobs([p.tree for p in prompt_only]))
+            old = under_prompt(policy.logprobs)
         reference = None
         if objective.kl_coef > 0:
-            reference = spread(prompt_only, prompts, policy.reference_logprobs([p.tree for p in prompt_only]))
+            reference = under_prompt(policy.reference_logprobs)
 
     loss_fn = partial(pact_loss, clip_low=objective.clip_low, clip_high=objective.clip_high, shaping=objective.shaping)
     results: list[UpdateResult] = []
-    size = config.trainer.mini_batch_size
     with watch("update"):
-        for start in range(0, len(prompts), size):
-            part = slice(start, start + size)
+        start = 0
+        for members, num_prompts in zip(parts, counts, strict=True):
+            part = slice(start, start + len(members))
+            start += len(members)
+            if not members:
+                continue
             fill_streams(
-                prompts[part],
+                members,
                 objective,
                 experiment.schedule,
                 experiment.step,
                 old=old[part] if old is not None else None,
                 reference=reference[part] if reference is not None else None,
                 importance_cap=config.rollout.importance_cap if correct_sampler else None,
+                num_prompts=num_prompts,
             )
             if not several_updates:
-                for prompt in prompts[part]:
+                for prompt in members:
                     prompt.tree.streams.pop("old_logprobs", None)
-            results.append(policy.update([p.tree for p in prompts[part]], loss_fn))
+            results.append(policy.update([p.tree for p in members], loss_fn))
     return diagnostics.step_record(experiment, groups, prompts, old, results)
 
 
@@ -170,18 +203,15 @@ def observe_traces(quality: TraceQuality, groups: list[PromptGroup], results: di
 
 
 def mean_gap(record: dict[str, Any]) -> float | None:
-    """The step's privilege gap, of passed and failed rollouts alike; None where no prompt was conditioned on its trace."""
-    gaps = [record[key] for key in ("latent/gap_success", "latent/gap_failure") if record.get(key) is not None]
+    """Mean magnitude of the step's privilege gaps, of passed and failed rollouts; None where no prompt was conditioned on its trace."""
+    gaps = [abs(record[key]) for key in ("latent/gap_success", "latent/gap_failure") if record.get(key) is not None]
     return sum(gaps) / len(gaps) if gaps else None
 
 
-def spread(source: list[PromptTree], target: list[PromptTree], values: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Carry per-rollout values of the prompt-only trees over to the same rollouts' prompt-only ranges in the full trees (0 elsewhere)."""
-    carried = []
-    for from_tree, to_tree, value in zip(source, target, values, strict=True):
-        out = torch.zeros(to_tree.tree.num_scored, dtype=value.dtype)
-        for key, (start, end) in from_tree.spans.items():
-            if key in to_tree.spans:
-                out[slice(*to_tree.spans[key])] = value[start:end]
-        carried.append(out)
-    return carried
+def spread(source: PromptTree, target: PromptTree, values: torch.Tensor) -> torch.Tensor:
+    """Carry per-rollout values of a prompt-only tree over to the same rollouts' prompt-only ranges in the full tree (0 elsewhere)."""
+    out = torch.zeros(target.tree.num_scored, dtype=values.dtype)
+    for key, (start, end) in source.spans.items():
+        if key in target.spans:
+            out[slice(*target.spans[key])] = values[start:end]
+    return out

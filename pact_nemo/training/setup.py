@@ -14,12 +14,11 @@ from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.traces.schema import write_traces
 from pact_nemo.training import workspace as workspaces
 from pact_nemo.training.config import Config, to_yaml
-from pact_nemo.training.data import build_dataset, build_environment, check_positions
+from pact_nemo.training.data import build_dataset, build_environment, check_server_length
 from pact_nemo.training.distributed import on_rank_zero, rank
 from pact_nemo.training.experiment import Experiment, model_path
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.metrics import MetricsLog
-from pact_nemo.training.plan import model_shape
 from pact_nemo.training.progress import RunProgress
 from pact_nemo.training.workspace import Workspace
 
@@ -36,12 +35,12 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
         progress = stack.enter_context(RunProgress(total_steps=config.trainer.steps, enabled=rank() == 0))
         progress.message(f"run folder {folder}")
         with progress.phase("set-up"):
+            check_server_length(config)
             source = model_path(config)
             chat = ChatFormat.from_pretrained(source, config.model.tool_format)
             environment = build_environment(config)
             stack.callback(environment.close)
             dataset = build_dataset(config, environment, chat, note=progress.message)
-            check_positions(config, dataset, chat, model_shape(config).positions)
             if rank() == 0:
                 write_traces(space.traces, list(dataset.traces.values()))
             generator = Generator(config, chat, environment, progress, space.server_log)

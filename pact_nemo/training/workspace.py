@@ -56,6 +56,8 @@ def _point_latest(root: Path, target: Path) -> None:
 
 def create(config: Config) -> Workspace:
     """Make the next free ``<root>/<name>-seed<seed>-<n>``, write the resolved config into it and point ``<root>/latest`` at it."""
+    if config.trainer.replay is not None:  # ``runs/latest`` is about to mean this very run
+        config.trainer.replay = str(Path(config.trainer.replay).resolve())
     root = Path(config.run.root)
     root.mkdir(parents=True, exist_ok=True)
     stem = f"{config.run.name}-{config.run.label or config.objective.method}-seed{config.run.seed}-"

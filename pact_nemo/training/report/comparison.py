@@ -140,16 +140,18 @@ def _methods(rows: list[RunRow]) -> list[MethodRow]:
     return result
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+def flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Settings by their dotted keys, as text."""
     if isinstance(value, dict) and value:
-        return {key: text for name, inner in value.items() for key, text in _flat(inner, f"{prefix}{name}.").items()}
+        return {key: text for name, inner in value.items() for key, text in flat(inner, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): str(value)}
 
 
-def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    flat = [_flat(run.config) for run in runs]
-    keys = sorted({key for settings in flat for key in settings if not key.startswith(_OWN)})
-    table = [(key, [settings.get(key, "–") for settings in flat]) for key in keys]
+def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """(setting, value per run) of the settings in which runs differ, names, seeds and method apart."""
+    found = [flat(run.config) for run in runs]
+    keys = sorted({key for settings in found for key in settings if not key.startswith(_OWN)})
+    table = [(key, [settings.get(key, "–") for settings in found]) for key in keys]
     return [(key, values) for key, values in table if len(set(values)) > 1]
 
 
@@ -203,4 +205,4 @@ def compare(runs: list[Run]) -> Comparison:
     unfinished = [row.name for run, row in zip(runs, rows, strict=True) if row.end is None or not run.summary]
     if unfinished:
         warnings.append(f"Not finished, or without a score after training: {', '.join(unfinished)}.")
-    return Comparison(rows, methods, _differences(runs), _chart(rows, methods), learning_curves(runs), warnings)
+    return Comparison(rows, methods, differences(runs), _chart(rows, methods), learning_curves(runs), warnings)

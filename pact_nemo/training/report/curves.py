@@ -8,7 +8,7 @@ from pact_nemo.training.report.charts import Chart, Series, make_chart
 from pact_nemo.training.report.data import Run
 from pact_nemo.training.report.stats import running_mean
 
-PHASES = ("rollout", "score", "update", "refit", "checkpoint")
+PHASES = ("rollout", "score", "update", "refit")
 SMOOTH_FROM = 10  #: with at least this many steps, noisy curves get a running mean of ``WINDOW`` steps
 WINDOW = 5
 LEAST_SECONDS = 0.01
