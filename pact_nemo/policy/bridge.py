@@ -120,7 +120,11 @@ def _extend_expert_names() -> None:
     original_name, original_gather = model_bridge._megatron_local_name_to_global, MegatronParamMapping.gather_from_ep_ranks
 
     def local_name_to_global(models: Any, config: Any, name: str, *args: Any, **kwargs: Any) -> str:
+        local = LOCAL_EXPERT.search(name)
         name = original_name(models, config, name, *args, **kwargs)
+        found = LOCAL_EXPERT.search(name)
+        if found is None or local is None or found[1] != local[1]:  # no separate expert, or numbered by the bridge itself (from 0.6 on)
+            return name
         size, rank = parallel_state.get_expert_model_parallel_world_size(), parallel_state.get_expert_model_parallel_rank()
         first = rank * (config.num_moe_experts or 0) // size
         return LOCAL_EXPERT.sub(lambda match: f".local_experts.{int(match[1]) + first}.", name)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version as PkgVersion
 
 from pact_nemo.errors import MissingDependency
 
@@ -263,7 +264,7 @@ def _redirect_rng_state() -> None:
 
 
 def _patch_megatron() -> None:
-    """Places in megatron-core 0.16 that assume Transformer Engine, Apex or a CUDA tensor."""
+    """Places in megatron-core that assume Transformer Engine, Apex or a CUDA tensor."""
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -329,6 +330,10 @@ def _stand_ins() -> Iterator[None]:
     """
     absent = {package for package in set(_STAND_INS.values()) if importlib.util.find_spec(package) is None}
     added = [name for name, package in _STAND_INS.items() if package in absent and name not in sys.modules]
+    from megatron.core import utils
+
+    if "transformer_engine" in absent and hasattr(utils, "_te_version"):
+        utils._te_version = PkgVersion("0")  # asked for while modules are imported (0.19): older than any version that a feature needs
     for name in added:
         module = _StandIn(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -339,6 +344,8 @@ def _stand_ins() -> Iterator[None]:
     finally:
         for name in added:
             del sys.modules[name]
+        if "transformer_engine" in absent and hasattr(utils, "_te_version"):
+            utils._te_version = None
 
 
 class _StandIn(types.ModuleType):
