@@ -21,7 +21,7 @@ from pact_nemo.traces.segments import split_reasoning
 
 Kind = Literal["argument_order", "call_order"]
 KINDS: tuple[Kind, ...] = ("argument_order", "call_order")
-CLOSING = "Done."  #: what is said after the calls: a check that passes must pass by what the calls brought
+CLOSING = "Done."  #: what is said after the calls where a task has no reference answer (a trace holds no answer; its calls are what is replayed)
 _ORDER_WORDS = re.compile(r"\b(?:first|firstly|then|next|after|afterwards|before|finally|last|second|third)\b", re.IGNORECASE)
 
 
@@ -45,7 +45,7 @@ def replay(environment: Environment, task: Task, trace: Trace) -> Replay | None:
                     return None
                 user_turn += 1
             seen.append(tuple(session.execute(list(turn.calls))) if turn.calls else ())
-        while session.next_user_turn(CLOSING) is not None:
+        while session.next_user_turn(task.reference_answer or CLOSING) is not None:
             pass
         return Replay(tuple(seen), session.outcome())
     except (ToolCallError, EnvironmentFailure):
