@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.errors import ConfigError
 from pact_nemo.training.config import load_config
+from pact_nemo.training.loop import replayed
 from tests.workers.policy_kit import make_model
 from tests.workers.scripted import write_replay
 
@@ -100,59 +102,49 @@ def test_the_export_loads_in_transformers_as_it_is(plain: Path) -> None:
     assert torch.isfinite(model(**tokenizer(text, return_tensors="pt")).logits).all()
 
 
-def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any], plain: Path) -> None:
-    first = recipe(stage, "halves", "trainer.steps=1")
-    assert [r["step"] for r in records(first)] == [1, 1]
-    resumed = recipe(stage, "halves", f"trainer.steps={STEPS}", resume=first)
-    assert records(resumed) == records(plain)
-    one, other = weights(plain), weights(resumed)
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    (before,) = first.glob("hf-v*")  # the shorter run's export is kept, under its version
-    assert not torch.equal(load_file(before / "model.safetensors")["model.norm.weight"], other["model.norm.weight"])
-
-
-def test_a_cut_attempts_exports_are_not_taken_for_the_resumed_runs(stage: dict[str, Any], plain: Path) -> None:
-    """The attempt that is cut wrote step 2's metrics and the final weights; the run that goes on from step 1 has another learning rate."""
-    first = recipe(stage, "cut", "trainer.steps=2", "optimizer.lr=5e-3")
-    newest = sorted((first / "checkpoints").glob("step_*"))[-1]
-    shutil.rmtree(newest)
-    stale = weights(first)
-    resumed = recipe(stage, "cut", "optimizer.lr=1e-3", resume=first)
-    assert [(r["stage"], r["step"]) for r in records(resumed)] == [("warmup", 1), ("rl", 1), ("rl", 2)]
-    assert not torch.equal(weights(resumed)["model.norm.weight"], stale["model.norm.weight"])
-
-
-def test_replay_of_another_runs_rollouts_is_refused(stage: dict[str, Any], plain: Path) -> None:
-    command = [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), "--config", stage["preset"], *stage["words"], "run.name=wrong", "run.seed=8"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPO)
-    assert done.returncode == 2 and "differ from rollout 1 on" in done.stderr
-
-
-def test_more_steps_do_not_bring_back_what_was_annealed_away(stage: dict[str, Any]) -> None:
-    words = ["objective.schedule.horizon=null", "traces.quality=false"]
-    first = recipe(stage, "horizon", *words, "trainer.steps=1")
-    resumed = recipe(stage, "horizon", "trainer.steps=2", resume=first)
-    weight = [r["anneal/call_weight"] for r in records(resumed) if r["stage"] == "rl"]
-    assert weight[1] <= weight[0]
-    config = load_config(resumed / "config.yaml")
-    assert weight[1] == pytest.approx(config.objective.schedule.call_end)  # step 2 of a horizon of 1, not of 2
-
-
-def test_what_adapts_and_what_is_drawn_resumes_bit_for_bit_too(stage: dict[str, Any]) -> None:
+def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any]) -> None:
+    """With everything that has a state on: adaptive annealing and gate, drawn and weighed traces."""
     beyond = [
         "objective.schedule.kind=adaptive",
         "objective.schedule.anchor_end=0.8",
         "traces.quality=true",
         "traces.augment=[argument_order,call_order]",
     ]
-    whole = recipe(stage, "beyond", *beyond)
-    half = recipe(stage, "beyond-half", *beyond, "trainer.steps=1")
-    resumed = recipe(stage, "beyond-half", f"trainer.steps={STEPS}", resume=half)
+    whole = recipe(stage, "whole", *beyond)
+    first = recipe(stage, "halves", *beyond, "trainer.steps=1")
+    assert [r["step"] for r in records(first)] == [1, 1]
+    resumed = recipe(stage, "halves", f"trainer.steps={STEPS}", resume=first)
     assert records(resumed) == records(whole)
     one, other = weights(whole), weights(resumed)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    (before,) = first.glob("hf-v*")  # the shorter run's export is kept, under its version
+    assert not torch.equal(load_file(before / "model.safetensors")["model.norm.weight"], other["model.norm.weight"])
     rl = [row for row in records(whole) if row["stage"] == "rl"]
     assert rl[0]["trace/weight"] == 1.0 and 0.0 <= rl[-1]["anneal/progress"] <= 1.0
+
+
+def test_what_a_longer_or_a_cut_run_resumes_from(stage: dict[str, Any]) -> None:
+    first = recipe(stage, "longer", "objective.schedule.horizon=null", "trainer.keep_checkpoints=2", "trainer.steps=1")
+    longer = recipe(stage, "longer", "trainer.steps=2", resume=first)
+    weight = [r["anneal/call_weight"] for r in records(longer) if r["stage"] == "rl"]
+    annealed = load_config(longer / "config.yaml").objective.schedule.call_end
+    assert weight[0] >= weight[1] == pytest.approx(annealed)  # step 2 of a horizon of 1, not of 2: more steps bring nothing back
+    # cut between step 2 and its checkpoint, then resumed with another learning rate: the attempt's weights of the same version are not taken
+    shutil.rmtree(max((longer / "checkpoints").glob("step_*")))
+    stale = weights(longer)
+    recipe(stage, "longer", "optimizer.lr=1e-5", resume=longer)
+    assert [(r["stage"], r["step"]) for r in records(longer)] == [("warmup", 1), ("rl", 1), ("rl", 2)]
+    assert not torch.equal(weights(longer)["model.norm.weight"], stale["model.norm.weight"])
+
+
+def test_replay_of_another_runs_rollouts_is_refused(stage: dict[str, Any]) -> None:
+    path = stage["folder"] / "replay" / "rollouts" / "step_000000.jsonl"
+    found = [json.loads(line)["task_id"] for line in path.read_text().splitlines()]
+    assert [rollout.task_id for rollout in replayed(path, found)] == found
+    with pytest.raises(ConfigError, match="differ from rollout 1 on"):
+        replayed(path, [*found[4:], *found[:4]])
+    with pytest.raises(ConfigError, match=f"holds {len(found)} rollouts, this step needs {len(found) + 4}"):
+        replayed(path, [*found, *found[:4]])
 
 
 @pytest.mark.parametrize("layout", ["tensor_parallel", "pipeline_parallel", "context_parallel", "data_parallel"])
