@@ -50,5 +50,9 @@ class NumericsError(PactError):
     """NaN or Inf in a loss, gradient, log-probability or reward; raised before the optimizer step."""
 
 
+class Interrupted(PactError):
+    """The run was asked to stop (a signal) and did so at a safe point. Not a failure: it can be resumed."""
+
+
 class MissingDependency(PactError):
     """An optional package is absent or is the wrong one; the message says what to install."""

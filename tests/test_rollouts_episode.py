@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.environments.base import Outcome, Task, ToolCall
-from pact_nemo.errors import EnvironmentFailure, ServerError, ToolCallError
+from pact_nemo.errors import EnvironmentFailure, Interrupted, ServerError, ToolCallError
 from pact_nemo.rollouts.batch import run_batch
 from pact_nemo.rollouts.client import Completion, StaleWeights
 from pact_nemo.rollouts.config import EpisodeLimits, Sampling
@@ -294,3 +295,41 @@ def test_a_batch_is_ordered_limited_and_reported(chat):
     assert [r.status for r in rollouts] == ["ok"] * 6 + ["failed"] * 3 + ["ok"] * 6
     assert 1 < peak <= 4
     assert [done for done, _, _ in reports] == list(range(1, 16)) and reports[-1][1:] == (15, sum(sum(r.loss_mask) for r in rollouts))
+
+
+def test_a_batch_is_broken_off_when_the_check_says_so_and_leaves_no_session_open(chat):
+    asked, sessions = 0, []
+
+    class Environment(ScriptedEnvironment):
+        def start(self, task):
+            sessions.append(super().start(task))
+            return sessions[-1]
+
+    class Slow(ScriptedPolicy):
+        async def generate(self, request):
+            await asyncio.sleep(60)
+
+    def check():
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            raise Interrupted("SIGTERM: stopping")
+
+    started = time.perf_counter()
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        asyncio.run(
+            run_batch(
+                [make_task()],
+                3,
+                environment=Environment(),
+                chat=chat,
+                client=Slow(chat, []),
+                limits=LIMITS,
+                sampling=Sampling(),
+                seeds=SEEDS,
+                concurrency=2,
+                check=check,
+            )
+        )
+    assert time.perf_counter() - started < 20 and asked == 3
+    assert len(sessions) == 2 and all(session.closed for session in sessions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,26 @@ def test_what_a_longer_or_a_cut_run_resumes_from(stage: dict[str, Any]) -> None:
     recipe(stage, "longer", "optimizer.lr=1e-5", resume=longer)
     assert [(r["stage"], r["step"]) for r in records(longer)] == [("warmup", 1), ("rl", 1), ("rl", 2)]
     assert not torch.equal(weights(longer)["model.norm.weight"], stale["model.norm.weight"])
+
+
+def test_sigterm_leaves_a_checkpoint_and_the_resumed_run_is_the_uncut_one(stage: dict[str, Any], plain: Path) -> None:
+    words = ["--config", stage["preset"], *stage["words"], "run.name=term", "trainer.checkpoint_every=0"]
+    run = stage["folder"] / "runs" / "term-pact-seed1234-1"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=environment) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:  # in the middle of step 1
+            if "step 1" in line or "rl step" in line or "score" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=200)
+    assert process.returncode == 75, said
+    assert "SIGTERM: stopped after" in said and "--resume" in said
+    before = records(run)
+    assert len(before) < 3 and list((run / "checkpoints").glob("step_*"))
+    assert records(recipe(stage, "term", resume=run)) == records(plain)
+    assert all(torch.equal(value, weights(plain)[name]) for name, value in weights(run).items())
 
 
 def test_replay_of_another_runs_rollouts_is_refused(stage: dict[str, Any]) -> None:

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from pact_nemo.environments.base import Environment, Task
+from pact_nemo.errors import Interrupted
 from pact_nemo.rollouts.client import RolloutClient
 from pact_nemo.rollouts.config import EpisodeLimits, Sampling
 from pact_nemo.rollouts.episode import Chat, SeedPath, run_episode
 from pact_nemo.rollouts.types import Rollout
 
+CHECK_SECONDS = 0.25
 #: Called after each episode with (episodes done, episodes in all, policy-written tokens so far).
 BatchProgress = Callable[[int, int, int], None]
 
@@ -27,6 +29,7 @@ async def run_batch(
     seeds: SeedPath,
     concurrency: int,
     on_progress: BatchProgress | None = None,
+    check: Callable[[], None] | None = None,
 ) -> list[Rollout]:
     """Play every task ``samples`` times, at most ``concurrency`` episodes at once.
 
@@ -34,6 +37,8 @@ async def run_batch(
     Rollouts of a task start one after another, so that they find its prompt in the server's prefix cache. Each request has its own seed
     (:class:`SeedPath`), so which episodes ran side by side does not decide what is drawn (up to the last bits of the server's arithmetic,
     which depend on the batch).
+
+    ``check`` is called a few times a second; what it raises ends the batch and is passed on.
     """
     gate = asyncio.Semaphore(concurrency)
     total, done, tokens = len(tasks) * samples, 0, 0
@@ -48,6 +53,19 @@ async def run_batch(
             on_progress(done, total, tokens)
         return rollout
 
-    async with client, asyncio.TaskGroup() as group:
-        running = [group.create_task(one(task, sample)) for task in tasks for sample in range(samples)]
+    async def watch() -> None:
+        while done < total:
+            if check is not None:
+                check()
+            await asyncio.sleep(CHECK_SECONDS)
+
+    try:
+        async with client, asyncio.TaskGroup() as group:
+            watching = group.create_task(watch())
+            running = [group.create_task(one(task, sample)) for task in tasks for sample in range(samples)]
+            if running:
+                await asyncio.wait(running)
+            watching.cancel()
+    except* Interrupted as interrupted:
+        raise interrupted.exceptions[0] from None
     return [task.result() for task in running]

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pact_nemo.errors import ConfigError, PactError
+from pact_nemo.errors import ConfigError, Interrupted, PactError
 from pact_nemo.training.config import Config, load_config, to_yaml
 
+INTERRUPTED = 75  # EX_TEMPFAIL: try again later
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -26,7 +27,7 @@ def resolve(arguments: argparse.Namespace, preset: str) -> Config:
 
 
 def main(run: Callable[[Config, str | None], None], preset: str, description: str | None) -> None:
-    """Parse, resolve, and run or explain. Exit codes: 0 done, 2 the configuration is wrong, 1 anything else."""
+    """Parse, resolve, and run or explain. Exit codes: 0 done, 2 the configuration is wrong, 75 stopped by a signal and resumable, 1 anything else."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config", action="append", metavar="YAML", help="default: the small model's preset; given again, later files go on top (conf/ablations)"
@@ -50,6 +51,9 @@ def main(run: Callable[[Config, str | None], None], preset: str, description: st
     except ConfigError as error:
         print(f"configuration error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Interrupted as interrupted:
+        print(str(interrupted), file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except PactError as error:
         logging.getLogger(__name__).info("stopped", exc_info=True)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from pact_nemo.errors import PactError
+from pact_nemo.errors import Interrupted, PactError
 
 T = TypeVar("T")
 
@@ -24,16 +24,17 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 and hand its result to every rank; its exception is raised on every rank, so that none waits for ever."""
     if world_size() == 1:
         return action()
-    message: list[object] = [None, None]
+    message: list[Any] = [None, None]
     failure: BaseException | None = None
     if rank() == 0:
         try:
             message[0] = action()
         except Exception as error:  # re-raised below, on rank 0 as it was and elsewhere by its text
-            failure, message[1] = error, f"{type(error).__name__}: {error}"
+            failure, message[1] = error, (isinstance(error, Interrupted), f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(message, src=0)
     if failure is not None:
         raise failure
     if message[1] is not None:
-        raise PactError(f"rank 0 stopped with {message[1]}")
-    return message[0]  # type: ignore[return-value]
+        interrupted, text = message[1]
+        raise Interrupted(text) if interrupted else PactError(f"rank 0 stopped with {text}")
+    return cast(T, message[0])

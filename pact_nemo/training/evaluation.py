@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pact_nemo.environments.base import Task
+from pact_nemo.errors import Interrupted
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.training.batch import turn_rewards_of
 from pact_nemo.training.config import Config
@@ -95,7 +96,10 @@ def evaluate(experiment: Experiment, name: str) -> None:
         dump_evaluation(experiment.workspace.evaluation(name), tasks, rollouts, rewards)
         return summarise(tasks, rollouts, call_rewards, experiment.version, seconds)
 
-    score = on_rank_zero(run)
+    try:
+        score = on_rank_zero(run)
+    except Interrupted:
+        experiment.leave()
     experiment.scores[name] = score.to_dict()
     experiment.seconds["evaluation"] = experiment.seconds.get("evaluation", 0.0) + score.seconds
     experiment.progress.message(f"held-out score {name}: {score.score:.3f} over {score.n} episodes ({score.seconds:.0f} s)")

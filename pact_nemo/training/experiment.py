@@ -7,7 +7,7 @@ import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints import resume
@@ -15,7 +15,7 @@ from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, read_manifest, verify_manifest
 from pact_nemo.environments.base import Environment
-from pact_nemo.errors import CheckpointError
+from pact_nemo.errors import CheckpointError, Interrupted
 from pact_nemo.objective.adaptive import AdaptiveSchedule, Progress, between
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.objective.trace_quality import TraceQuality
@@ -24,6 +24,7 @@ from pact_nemo.training.config import Config
 from pact_nemo.training.data import Dataset
 from pact_nemo.training.distributed import on_rank_zero, rank
 from pact_nemo.training.generation import Generator
+from pact_nemo.training.interrupt import StopRequest
 from pact_nemo.training.metrics import MetricsLog
 from pact_nemo.training.progress import RunProgress
 from pact_nemo.training.workspace import Workspace
@@ -74,11 +75,12 @@ class Experiment:
         generator: Generator,
         progress: RunProgress,
         source: Path,
+        stop: StopRequest,
     ):
         self.config, self.workspace, self.chat = config, workspace, chat
         self.environment, self.dataset = environment, dataset
         self.policy, self.generator, self.progress = policy, generator, progress
-        self.source = source
+        self.source, self.stop = source, stop
         self.schedule = trace_schedule(config)
         self.quality = TraceQuality(config.traces.quality_smoothing) if config.traces.quality else None
         self.boundary_ids = chat.boundary_ids()
@@ -176,6 +178,8 @@ class Experiment:
     def checkpoint(self) -> None:
         """Save now, then delete all but the newest ``trainer.keep_checkpoints``."""
         start = time.perf_counter()
+        if on_rank_zero(resume.checkpoint_path(self.workspace.checkpoints, self.policy.step).exists):
+            return  # nothing has been trained since; what stands under a checkpoint's name is whole
         resume.save(self.policy, self.workspace.checkpoints, self.state())
         on_rank_zero(lambda: resume.prune(self.workspace.checkpoints, self.config.trainer.keep_checkpoints))
         self.seconds["checkpoint"] = self.seconds.get("checkpoint", 0.0) + time.perf_counter() - start
@@ -204,6 +208,22 @@ class Experiment:
         if self.quality is not None and state.get("trace_quality") is not None:
             self.quality = TraceQuality(**state["trace_quality"])
         return True
+
+    def leave_if_asked(self) -> None:
+        """Between two steps: if a rank was asked to stop, checkpoint and raise. Collective.
+
+        Raises:
+            Interrupted: says how to go on.
+        """
+        if self.stop.agreed():
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        """Checkpoint what is finished and raise Interrupted. Collective."""
+        done = f"step {self.step}" if self.step else f"warm-up step {self.warmup_step}"
+        if self.policy.step > 0:
+            self.checkpoint()
+        raise Interrupted(f"{self.stop.name}: stopped after {done}, which is checkpointed; go on with --resume {self.workspace.folder}")
 
     def _forget_exports_after(self, version: int) -> None:
         """Remove what an attempt wrote after the checkpoint that the run goes on from: the same version numbers will be other weights."""

@@ -28,6 +28,7 @@ class Generator:
 
     Attributes:
         on_request: called with the body of every generation request just before it is sent.
+        check: called a few times a second while episodes are played; what it raises ends them.
     """
 
     def __init__(self, config: Config, chat: ChatFormat, environment: Environment, progress: RunProgress, log_file: Path):
@@ -37,6 +38,7 @@ class Generator:
         self._server: RolloutServer | None = None
         self._client: RolloutClient | None = None
         self.on_request: Callable[[dict[str, Any]], None] | None = None
+        self.check: Callable[[], None] | None = None
 
     def launch(self, source: Path) -> None:
         """Start the server process on the model as it came (version 0) and return at once."""
@@ -96,6 +98,7 @@ class Generator:
                     seeds=SeedPath(self._config.run.seed, step),
                     concurrency=settings.concurrency,
                     on_progress=show,
+                    check=self.check,
                 )
             )
         self._refuse_all_failed(name, rollouts)

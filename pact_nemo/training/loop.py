@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pact_nemo.errors import ConfigError
+from pact_nemo.errors import ConfigError, Interrupted
 from pact_nemo.objective.adaptive import AdaptiveSchedule
 from pact_nemo.objective.loss import pact_loss
 from pact_nemo.objective.trace_quality import TraceQuality, beats
@@ -63,9 +63,13 @@ def train(experiment: Experiment) -> None:
     """Run every step from where the experiment stands to ``trainer.steps``."""
     config = experiment.config
     while experiment.step < config.trainer.steps:
+        experiment.leave_if_asked()
         watch = Stopwatch(experiment.progress)
         with watch("rollout"):
-            groups = collect(experiment)
+            try:
+                groups = collect(experiment)
+            except Interrupted:  # nothing of this step has touched the weights: what is finished is the step before
+                experiment.leave()
         record = optimise(experiment, groups, watch)
         if isinstance(experiment.schedule, AdaptiveSchedule):
             experiment.schedule.progress.observe(record["reward/success"], mean_gap(record))

@@ -18,6 +18,7 @@ from pact_nemo.training.data import build_dataset, build_environment, check_serv
 from pact_nemo.training.distributed import on_rank_zero, rank
 from pact_nemo.training.experiment import Experiment, model_path
 from pact_nemo.training.generation import Generator
+from pact_nemo.training.interrupt import stop_request
 from pact_nemo.training.metrics import MetricsLog
 from pact_nemo.training.progress import RunProgress
 from pact_nemo.training.workspace import Workspace
@@ -29,6 +30,7 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
     started = time.perf_counter()
     with ExitStack() as stack:
         init_distributed(config.policy.init_timeout_s)
+        stop = stack.enter_context(stop_request())
         opened: list[Workspace] = []  # rank 0's holds the folder's lock
         folder = on_rank_zero(lambda: _open_folder(config, resume, opened))
         space = opened[0] if opened else Workspace(Path(folder))
@@ -45,6 +47,7 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
                 write_traces(space.traces, list(dataset.traces.values()))
             generator = Generator(config, chat, environment, progress, space.server_log)
             stack.callback(generator.close)
+            generator.check = stop.raise_if_set
             on_rank_zero(lambda: generator.launch(source))  # loads in the background while the policy is built
             policy = MegatronPolicy(
                 config.policy,
@@ -53,7 +56,7 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
                 seed=config.run.seed,
                 total_steps=config.warmup.steps + config.trainer.steps * (config.trainer.batch_size // config.trainer.mini_batch_size),
             )
-            experiment = Experiment(config, space, chat, environment, dataset, policy, generator, progress, source)
+            experiment = Experiment(config, space, chat, environment, dataset, policy, generator, progress, source, stop)
             restored = resume is not None and experiment.restore()
             if experiment.warmup_step >= config.warmup.steps:
                 experiment.freeze_reference()

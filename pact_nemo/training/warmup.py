@@ -70,6 +70,7 @@ def warm_up(experiment: Experiment, evaluate: Callable[[Experiment, str], object
         raise ConfigError("warmup.steps > 0 needs training tasks with verified traces, and there are none; set warmup.steps=0 or check traces.path")
     with experiment.progress.phase("warm-up", total=stage.steps - experiment.warmup_step) as phase:
         while experiment.warmup_step < stage.steps:
+            experiment.leave_if_asked()
             start = time.perf_counter()
             record = sft_step(experiment, prompts_of_step(tasks, experiment.warmup_step, stage.batch_size, f"warmup:{experiment.config.run.seed}"))
             experiment.warmup_step += 1
