@@ -1,0 +1,70 @@
+# What every job script of this folder does; sourced by them, not submitted by itself. Words of the sbatch command line are passed on:
+#   sbatch slurm/pact_70b.sh trainer.steps=50                 any setting of pact_nemo/training/config.py
+#   bash slurm/pact_70b.sh --dry-run trainer.steps=50         print the resources and the exact command; submits and starts nothing
+# Variables (the script that sources this sets the defaults):
+#   RECIPE, CONFIG     the recipe and its settings file
+#   RANKS_PER_NODE     trainer processes a node, one per GPU
+#   RUN_ROOT           where the run's folder is made; on a file system that all nodes see. Default runs/slurm-<job id>: a requeued job has the
+#                      same id and so goes on from its own newest checkpoint
+#   PYTHON             interpreter of the environment (default .venv/bin/python)
+#   CONTAINER          image for srun --container-image (enroot/pyxis), CONTAINER_MOUNTS its mounts; empty = the environment itself
+#   MAX_REQUEUES       how often the job may requeue itself (default 20)
+set -euo pipefail
+REPOSITORY="${PACT_REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}"
+cd "$REPOSITORY"
+DRY_RUN=
+if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
+JOB="${SLURM_JOB_ID:-JOBID}"
+ATTEMPT="${SLURM_RESTART_COUNT:-0}"
+RUN_ROOT="${RUN_ROOT:-runs/slurm-$JOB}"
+PYTHON="${PYTHON:-.venv/bin/python}"
+LOGS="$RUN_ROOT/logs"
+
+if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+    head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+    # the node's address, not its name: several slurmd may share one host
+    export MASTER_ADDR="$(scontrol show node "$head_node" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)"
+    export MASTER_PORT="$((20000 + JOB % 20000))"
+fi
+if [ -e "$RUN_ROOT/latest/config.yaml" ]; then
+    words=(--resume "$RUN_ROOT/latest")
+else
+    words=(--config "$CONFIG" "run.root=$RUN_ROOT" "$@")
+fi
+# --wait: a rank that fails takes the others with it after a minute; ranks that leave together (exit code 75) are not cut short
+NODES="${SLURM_JOB_NUM_NODES:-$(grep -o '^#SBATCH --nodes=[0-9]*' "$0" | cut -d= -f2)}"
+launch=(srun --ntasks="$((NODES * RANKS_PER_NODE))" --ntasks-per-node="$RANKS_PER_NODE" --wait=60 --output="$LOGS/attempt-$ATTEMPT-rank-%t.log")
+if [ -n "${CONTAINER:-}" ]; then
+    launch+=(--container-image="$CONTAINER" --container-mounts="${CONTAINER_MOUNTS:-$REPOSITORY:$REPOSITORY}" --container-workdir="$REPOSITORY")
+fi
+launch+=(bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank "$PYTHON" "$RECIPE" "${words[@]}")
+
+if [ -n "$DRY_RUN" ]; then
+    grep '^#SBATCH' "$0"
+    echo "# in $REPOSITORY, attempt $ATTEMPT, logs in $LOGS"
+    printf '%q ' "${launch[@]}"
+    echo
+    exit 0
+fi
+
+mkdir -p "$LOGS"
+echo "$(date -Is) job $JOB attempt $ATTEMPT on $SLURM_JOB_NODELIST: ${words[*]}"
+newest() { ls "$RUN_ROOT/latest/checkpoints" 2>/dev/null | grep '^step_' | sort | tail -n 1; }
+before="$(newest || true)"
+code=0
+"${launch[@]}" || code=$?
+echo "$(date -Is) job $JOB attempt $ATTEMPT ended with $code"
+why=
+if [ "$code" = 75 ]; then
+    why="stopped by a signal with a checkpoint"
+elif [ "$code" -ge 128 ]; then  # a rank was killed: its node died, or it ran out of memory
+    if [ "$(newest || true)" = "$before" ]; then echo "$ATTEMPT" >> "$LOGS/attempts-without-progress"; fi
+    lost="$( (cat "$LOGS/attempts-without-progress" 2>/dev/null || true) | wc -l)"
+    if [ "$lost" -lt 3 ]; then why="a rank was killed ($lost attempts without a new checkpoint so far)"; fi
+fi
+if [ -n "$why" ] && [ "$ATTEMPT" -lt "${MAX_REQUEUES:-20}" ]; then
+    echo "requeued: $why"
+    scontrol requeue "$JOB"
+    exit 0
+fi
+exit "$code"

@@ -1,0 +1,118 @@
+"""The job scripts on a real Slurm: two slurmd on this host, a job over both, requeued in mid-step, a node that dies, and what is printed dry."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.test_training_runs import recipe, records, stage  # noqa: F401 - stage is a fixture
+from tests.workers.slurm_cluster import Cluster, missing
+
+REPO = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.name for path in (REPO / "slurm").glob("pact_*.sh"))
+LACKS = missing()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_dry_run_prints_the_resources_and_the_command_and_starts_nothing(name: str, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | {"RUN_ROOT": str(tmp_path / "runs")}
+    command = ["bash", str(REPO / "slurm" / name), "--dry-run", "trainer.steps=5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --nodes=" in done.stdout and "#SBATCH --signal=TERM@" in done.stdout and "#SBATCH --requeue" in done.stdout
+    (launch,) = [line for line in done.stdout.splitlines() if line.startswith("srun ")]
+    assert "trainer.steps=5" in launch and f"run.root={tmp_path}" in launch and "--config" in launch
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if LACKS:
+        pytest.skip(f"no Slurm can be run here, missing: {', '.join(LACKS)} (Debian: apt-get install slurm-wlm munge)")
+    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+def submit(cluster: Cluster, stage: dict[str, Any], root: Path, *words: str) -> str:  # noqa: F811
+    """sbatch the real script, made small: two nodes with one rank each, replayed rollouts."""
+    environment = {
+        **cluster.env,
+        "RECIPE": "recipes/pact_bfcl.py",
+        "CONFIG": stage["preset"],
+        "RANKS_PER_NODE": "1",
+        "RUN_ROOT": str(root),
+        "PYTHON": str(REPO / ".venv" / "bin" / "python"),
+        "OMP_NUM_THREADS": "1",
+        "PACT_REPOSITORY": str(REPO),
+    }
+    resources = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", f"--output={root}.log"]
+    command = ["sbatch", "--parsable", *resources, str(REPO / "slurm" / "pact_bfcl.sh"), *stage["words"], f"run.root={root}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=root.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, log: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()[-3000:] if log.is_file() else "no log"
+        time.sleep(0.3)
+
+
+def metrics(root: Path) -> list[dict[str, Any]]:
+    path = root / "latest" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+@pytest.mark.slow
+def test_a_job_over_two_nodes_is_requeued_in_mid_step_and_ends_as_if_it_never_was(cluster: Cluster, stage: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    uncut = recipe(stage, "uncut", "policy.pipeline_parallel=2", ranks=2)
+    root = tmp_path / "requeued"
+    job = submit(cluster, stage, root, "policy.pipeline_parallel=2", "run.name=uncut")
+    wait_for(lambda: len(metrics(root)) == 2, 240, Path(f"{root}.log"))  # the warm-up and the first RL step are done, the second is under way
+    assert cluster.state(job) == "RUNNING"
+    cluster.ask("scontrol", "requeue", job)
+    cluster.wait_state(job, ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"), 400)
+    said = Path(f"{root}.log").read_text()
+    assert cluster.state(job) == "COMPLETED", said[-3000:]
+    assert f"job {job} attempt 0 on n[1-2]" in said and f"job {job} attempt 1 on n[1-2]" in said and "--resume" in said
+    assert len(list((root / "logs").glob("attempt-0-rank-*.log"))) == 2 == len(list((root / "logs").glob("attempt-1-rank-*.log")))
+    assert records((root / "latest").resolve()) == records(uncut)
+    one, other = load_file(root / "latest" / "hf" / "model.safetensors"), load_file(uncut / "hf" / "model.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_the_schedulers_notice_is_a_checkpoint_and_the_job_requeues_itself(cluster: Cluster, stage: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    root = tmp_path / "noticed"
+    job = submit(cluster, stage, root, "trainer.checkpoint_every=0")
+    wait_for(lambda: len(metrics(root)) >= 1, 240, Path(f"{root}.log"))
+    cluster.ask("scancel", "--signal=TERM", job)  # what --signal=TERM@300 sends
+    cluster.wait_state(job, ("COMPLETED", "FAILED", "CANCELLED"), 400)
+    said = Path(f"{root}.log").read_text()
+    assert cluster.state(job) == "COMPLETED", said[-3000:]
+    assert "attempt 0 ended with 75" in said and "requeued" in said and "attempt 1 ended with 0" in said
+    assert [(r["stage"], r["step"]) for r in metrics(root)] == [("warmup", 1), ("rl", 1), ("rl", 2)]
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_takes_the_job_with_it_and_it_goes_on_when_the_node_is_back(cluster: Cluster, stage: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    root = tmp_path / "died"
+    job = submit(cluster, stage, root)
+    wait_for(lambda: len(metrics(root)) >= 2, 240, Path(f"{root}.log"))
+    cluster.kill_node("n2")
+    cluster.wait_state(job, ("PENDING", "REQUEUED", "CONFIGURING", "COMPLETING"), 180)
+    cluster.start_node("n2")
+    cluster.wait_state(job, ("COMPLETED", "FAILED", "CANCELLED"), 400)
+    said = Path(f"{root}.log").read_text()
+    assert cluster.state(job) == "COMPLETED", said[-3000:]
+    assert [(r["stage"], r["step"]) for r in metrics(root)] == [("warmup", 1), ("rl", 1), ("rl", 2)]
