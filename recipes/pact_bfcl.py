@@ -3,7 +3,7 @@
 
     python recipes/pact_bfcl.py                                        # the embedded small model: runs anywhere
     python recipes/pact_bfcl.py trainer.steps=50 objective.anchor_prob=0.2 policy.micro_batch_tokens=2048
-    python recipes/pact_bfcl.py --config conf/pact_bfcl-qwen3_4b-1n4g.yaml model.path=/models/Qwen3-4B
+    python recipes/pact_bfcl.py --recipe qwen3_4b_4xh100_bf16 model.path=/models/Qwen3-4B
     python recipes/pact_bfcl.py --dry-run                              # resolved config, plan, memory; starts nothing
     python recipes/pact_bfcl.py --resume runs/latest
     torchrun --nproc-per-node=2 recipes/pact_bfcl.py policy.pipeline_parallel=2
@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pact_nemo.training.cli import main  # noqa: E402
 from pact_nemo.training.config import Config  # noqa: E402
 
-PRESET = "conf/pact_bfcl-smollm2_135m-cpu.yaml"  # runs anywhere, on a GPU too; --config conf/pact_bfcl-qwen3_4b-1n4g.yaml is the paper's run
+PRESET = "conf/pact_bfcl-smollm2_135m-cpu.yaml"  # runs anywhere, on a GPU too
+FULL = "conf/pact_bfcl.yaml"  # the paper's settings; --recipe lays model and layout over them
 
 
 def run(config: Config, resume: str | None) -> None:
@@ -39,4 +40,4 @@ def run(config: Config, resume: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(run, PRESET, description=__doc__)
+    main(run, PRESET, FULL, description=__doc__)

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """PACT on FTRL: the same algorithm as ``pact_bfcl.py``, with tools that run in the sandbox and traces from recorded sub-answers or a file.
 
-    python recipes/pact_ftrl.py tasks.path=/data/ftrl_train.parquet                        # the preset for this machine: CPU or CUDA
+    python recipes/pact_ftrl.py tasks.path=/data/ftrl_train.parquet                        # the embedded small model: runs anywhere
     python recipes/pact_ftrl.py tasks.path=/data/ftrl_train.parquet traces.path=traces.jsonl trainer.steps=50
     python recipes/pact_ftrl.py tasks.path=/data/ftrl_train.parquet --dry-run
+    torchrun --nproc-per-node=4 recipes/pact_ftrl.py --recipe qwen3_4b_4xh100_bf16 model.path=/models/Qwen3-4B tasks.path=...
     python recipes/pact_ftrl.py --resume runs/latest
 """
 
@@ -18,6 +19,7 @@ from pact_nemo.training.cli import main  # noqa: E402
 from recipes.pact_bfcl import run  # noqa: E402
 
 PRESET = "conf/pact_ftrl-smollm2_135m-cpu.yaml"
+FULL = "conf/pact_ftrl.yaml"  # the paper's settings; --recipe lays model and layout over them
 
 if __name__ == "__main__":
-    main(run, PRESET, description=__doc__)
+    main(run, PRESET, FULL, description=__doc__)

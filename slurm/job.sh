@@ -2,7 +2,7 @@
 #   sbatch slurm/pact_70b.sh trainer.steps=50                 any setting of pact_nemo/training/config.py
 #   bash slurm/pact_70b.sh --dry-run trainer.steps=50         print the resources and the exact command; submits and starts nothing
 # Variables (the script that sources this sets the defaults):
-#   RECIPE, CONFIG     the recipe and its settings file
+#   RECIPE, SETTINGS   the recipe script, and its --recipe NAME or --config FILE
 #   RANKS_PER_NODE     trainer processes a node, one per GPU
 #   RUN_ROOT           where the run's folder is made; on a file system that all nodes see. Default runs/slurm-<job id>: a requeued job has the
 #                      same id and so goes on from its own newest checkpoint
@@ -29,7 +29,7 @@ fi
 if [ -e "$RUN_ROOT/latest/config.yaml" ]; then
     words=(--resume "$RUN_ROOT/latest")
 else
-    words=(--config "$CONFIG" "run.root=$RUN_ROOT" "$@")
+    words=($SETTINGS "run.root=$RUN_ROOT" "$@")
 fi
 # --wait: a rank that fails takes the others with it after a minute; ranks that leave together (exit code 75) are not cut short
 NODES="${SLURM_JOB_NUM_NODES:-$(grep -o '^#SBATCH --nodes=[0-9]*' "$0" | cut -d= -f2)}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PACT on full BFCL multi-turn, Qwen3-4B on one node with 4 GPUs: the paper's run.
 #   sbatch slurm/pact_bfcl.sh model.path=/models/Qwen3-4B
-#   CONFIG=conf/pact_bfcl-smollm2_135m-cpu.yaml RANKS_PER_NODE=1 sbatch --gpus-per-node=0 --cpus-per-task=2 slurm/pact_bfcl.sh     # two CPU cores
+#   SETTINGS="--config conf/pact_bfcl-smollm2_135m-cpu.yaml" RANKS_PER_NODE=1 sbatch --gpus-per-node=0 --cpus-per-task=2 slurm/pact_bfcl.sh     # two CPU cores
 #SBATCH --job-name=pact-bfcl
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
@@ -13,6 +13,6 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
 RECIPE="${RECIPE:-recipes/pact_bfcl.py}"
-CONFIG="${CONFIG:-conf/pact_bfcl-qwen3_4b-1n4g.yaml}"
+SETTINGS="${SETTINGS:---recipe qwen3_4b_4xh100_bf16}"
 RANKS_PER_NODE="${RANKS_PER_NODE:-4}"
 source "${PACT_REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}/slurm/job.sh"

@@ -30,7 +30,7 @@ def test_a_dry_run_prints_the_resources_and_the_command_and_starts_nothing(name:
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --nodes=" in done.stdout and "#SBATCH --signal=TERM@" in done.stdout and "#SBATCH --requeue" in done.stdout
     (launch,) = [line for line in done.stdout.splitlines() if line.startswith("srun ")]
-    assert "trainer.steps=5" in launch and f"run.root={tmp_path}" in launch and "--config" in launch
+    assert "trainer.steps=5" in launch and f"run.root={tmp_path}" in launch and "--recipe" in launch
     assert not list(tmp_path.iterdir())
 
 
@@ -47,7 +47,7 @@ def submit(cluster: Cluster, stage: dict[str, Any], root: Path, *words: str) -> 
     environment = {
         **cluster.env,
         "RECIPE": "recipes/pact_bfcl.py",
-        "CONFIG": stage["preset"],
+        "SETTINGS": f"--config {stage['preset']}",
         "RANKS_PER_NODE": "1",
         "RUN_ROOT": str(root),
         "PYTHON": str(REPO / ".venv" / "bin" / "python"),

@@ -3,7 +3,7 @@
 
     python tools/evaluate.py --model runs/latest/hf --benchmark bfcl --out eval/mine
     python tools/evaluate.py --model http://127.0.0.1:8000/v1 --name Qwen3-4B --benchmark toolhop tasks.path=ToolHop.json tasks.scenario=free
-    python tools/evaluate.py --model /models/Qwen3-4B --benchmark bfcl --config conf/pact_bfcl-qwen3_4b-1n4g.yaml --json
+    python tools/evaluate.py --model /models/Qwen3-4B --benchmark bfcl --json model.tool_format=hermes
 
 Every task of the benchmark is played, or with ``--held-out`` the run's held-out split only. Episodes are kept in ``OUT/episodes.jsonl`` as they
 are finished, so that an evaluation that was cut goes on where it stopped. BFCL's score files are written in the layout of its leaderboard.

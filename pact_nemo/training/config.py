@@ -19,6 +19,7 @@ from pact_nemo.objective.methods import METHODS
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.rollouts.config import RolloutServerConfig
 from pact_nemo.traces.augment import KINDS
+from pact_nemo.training.recipes import Recipe
 
 
 @dataclass
@@ -37,6 +38,7 @@ class ModelConfig:
     """The policy to train."""
 
     path: str | None = None  #: HF folder; None = the small instruct model that an installed package embeds
+    recipe: str | None = None  #: set by ``--recipe``: a name in ``pact_nemo.training.recipes.RECIPES``
     tool_format: str = "pythonic"  #: how calls are written: a name in ``pact_nemo.chat.tool_formats.TOOL_FORMATS``
 
 
@@ -236,8 +238,10 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
     return OmegaConf.merge(merged, loaded)  # type: ignore[return-value]
 
 
-def load_config(path: str | Path | Sequence[str | Path] | None = None, overrides: list[str] | None = None) -> Config:
-    """Resolve defaults, YAML files (later ones on top) and ``key=value`` overrides into a validated :class:`Config`.
+def load_config(
+    path: str | Path | Sequence[str | Path | Recipe] | None = None, overrides: list[str] | None = None
+) -> Config:
+    """Resolve defaults, YAML files and recipes (later ones on top) and ``key=value`` overrides into a validated :class:`Config`.
 
     Raises:
         ConfigError: unknown key, wrong type, or settings that contradict each other; the message names the key and the source.
@@ -245,6 +249,9 @@ def load_config(path: str | Path | Sequence[str | Path] | None = None, overrides
     merged: Any = OmegaConf.structured(Config)
     sources: list[tuple[str, Any]] = []
     for file in [] if path is None else [path] if isinstance(path, str | Path) else path:
+        if isinstance(file, Recipe):
+            sources.append((f"recipe {file.name}", OmegaConf.create({**file.settings(), "model": {**file.settings()["model"], "recipe": file.name}})))
+            continue
         sources.append((str(file), _read_yaml(Path(file).resolve())))
     for word in overrides or []:
         key, separator, _ = word.partition("=")

@@ -11,6 +11,7 @@ from typing import Any
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG
 from pact_nemo.errors import ConfigError
 from pact_nemo.training.config import Config
+from pact_nemo.training.recipes import recipe
 
 GIB = 1024**3
 LIBRARIES_GIB = 0.5  # resident after all imports, before the model is built (measured on Linux with the CPU build of torch)
@@ -29,6 +30,10 @@ class ModelShape:
     vocab: int
     tied: bool
     positions: int
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: int = 0
+    expert_intermediate: int = 0
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelShape:
@@ -44,18 +49,33 @@ class ModelShape:
             vocab=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
             positions=int(config["max_position_embeddings"]),
+            qkv_bias=config.get("model_type") == "qwen2",
+            qk_norm=str(config.get("model_type")).startswith("qwen3"),
+            experts=int(config.get("num_experts") or 0),
+            expert_intermediate=int(config.get("moe_intermediate_size") or 0),
         )
 
     @property
+    def expert_parameters(self) -> int:
+        """Of all experts of all layers (the router is not among them); 0 of a dense model."""
+        return self.layers * self.experts * 3 * self.hidden * self.expert_intermediate
+
+    @property
     def parameters(self) -> int:
-        """Dense Llama/Qwen decoder; norms included, biases (Qwen2) left out: under 0.1 %."""
+        """Exactly what a Llama, Qwen2, Qwen3 or Qwen3-MoE decoder has, experts included."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
+        attention += self.head_dim * (self.heads + 2 * self.kv_heads) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        feed_forward = self.hidden * self.experts if self.experts else 3 * self.hidden * self.intermediate
+        layer = attention + feed_forward + 2 * self.hidden
+        return self.layers * layer + self.expert_parameters + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
 
 
 def model_shape(config: Config) -> ModelShape:
-    """Raises ConfigError when ``model.path`` holds no readable ``config.json``."""
+    """Of the weights in ``model.path``; without one, of the recipe's model, or of the embedded one.
+
+    Raises ConfigError when ``model.path`` holds no readable ``config.json``."""
+    if config.model.path is None and config.model.recipe is not None:
+        return ModelShape.from_hf(recipe(config.model.recipe).shape)
     if config.model.path is None:
         return ModelShape.from_hf(EMBEDDED_CONFIG)
     path = Path(config.model.path) / "config.json"
@@ -74,14 +94,20 @@ def memory_by_part(config: Config, shape: ModelShape, world_size: int) -> dict[s
     policy = config.policy
     split = policy.tensor_parallel * policy.pipeline_parallel
     data = max(1, world_size // (split * policy.context_parallel))
-    shard = shape.parameters / split
+    # experts are split over TP x PP x EP, the rest over TP x PP; each part's optimizer over its own data-parallel ranks
+    expert = shape.expert_parameters / (split * policy.expert_parallel)
+    dense = (shape.parameters - shape.expert_parameters) / split
+    shard = dense + expert
+    expert_data = max(1, world_size // (split * policy.expert_parallel))
     fp32 = policy.precision == "fp32"
     width = 4 if fp32 else 2
-    optimizer = (8 if fp32 else 12) * shard / (data if policy.distributed_optimizer else 1)
+    sharded = policy.distributed_optimizer
+    optimizer = (8 if fp32 else 12) * (dense / (data * policy.context_parallel if sharded else 1) + expert / (expert_data if sharded else 1))
     layers = shape.layers / policy.pipeline_parallel
     tokens = policy.micro_batch_tokens / policy.context_parallel
     per_token = width * (10 * shape.hidden + 3 * shape.intermediate + (shape.heads + 2 * shape.kv_heads) * shape.head_dim) / policy.tensor_parallel
-    kept = tokens * (per_token * layers if policy.recompute != "full" else per_token + width * shape.hidden * layers)
+    layer_input = width * shape.hidden / (policy.tensor_parallel if policy.sequence_parallel else 1)
+    kept = tokens * (per_token * layers if policy.recompute != "full" else per_token + layer_input * layers)
     in_flight = min(policy.pipeline_parallel, 4)
     return {
         "weights": width * shard / GIB,
@@ -107,13 +133,15 @@ def describe_plan(config: Config) -> str:
     """The plan as text."""
     shape = model_shape(config)
     policy, trainer = config.policy, config.trainer
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    scale = recipe(config.model.recipe) if config.model.recipe is not None else None
+    world = int(os.environ.get("WORLD_SIZE", scale.world_size if scale is not None else 1))
     parts = memory_by_part(config, shape, world)
     split = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel
     episodes = trainer.batch_size * config.objective.group_size
+    name = config.model.path or (scale.model if scale is not None else "embedded SmolLM2-135M-Instruct")
     lines = [
         "plan",
-        f"  model      {config.model.path or 'embedded SmolLM2-135M-Instruct'}: {shape.parameters / 1e6:,.0f} M parameters, "
+        f"  model      {name}: {shape.parameters / 1e6:,.0f} M parameters, "
         f"vocabulary {shape.vocab:,}",
         f"  layout     {world} process(es): TP {policy.tensor_parallel} x PP {policy.pipeline_parallel} x CP {policy.context_parallel} "
         f"x DP {world // split if world % split == 0 else '?'}, precision {policy.precision}",
@@ -130,8 +158,11 @@ def describe_plan(config: Config) -> str:
     ]
     lines += [f"  {name:<30}{value:8.2f} GiB" for name, value in parts.items()]
     lines.append(f"  {'sum':<30}{sum(parts.values()):8.2f} GiB")
+    if scale is not None:
+        lines.append(f"  {'hardware':<30}{scale.nodes} node(s) x {scale.gpus_per_node} GPU(s) of {scale.gpu_gib} GB")
     server = 2 if config.rollout.server.dtype in ("bfloat16", "float16", "auto") else 4
-    lines.append(f"memory of the rollout server  {server * shape.parameters / GIB:.2f} GiB weights + its KV cache")
+    processes = config.rollout.server.tensor_parallel_size
+    lines.append(f"memory of the rollout server  {server * shape.parameters / GIB:.2f} GiB weights over {processes} process(es) + its KV cache")
     if world % split:
         lines.append(f"note: {world} process(es) can't hold TP x PP x CP = {split}; start with torchrun --nproc-per-node={split} (or a multiple)")
     return "\n".join(lines)

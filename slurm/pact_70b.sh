@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# PACT on full BFCL multi-turn with a 70B policy, 8 nodes with 8 GPUs of 80 GB. The first node also carries the rollout server, split over its GPUs.
+#   sbatch slurm/pact_70b.sh model.path=/models/Llama-3.1-70B-Instruct
+#   SETTINGS="--recipe qwen2p5_72b_64xh100_bf16" sbatch slurm/pact_70b.sh model.path=/models/Qwen2.5-72B-Instruct
+#   sbatch --nodes=16 slurm/pact_70b.sh model.path=... policy.pipeline_parallel=8            # another layout: the rest is data parallel
+#   bash slurm/pact_70b.sh --dry-run model.path=...                                         # what would be submitted; starts nothing
+#SBATCH --job-name=pact-70b
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.log
+RECIPE="${RECIPE:-recipes/pact_70b.py}"
+SETTINGS="${SETTINGS:---recipe llama3p1_70b_64xh100_bf16}"
+RANKS_PER_NODE="${RANKS_PER_NODE:-8}"
+source "${PACT_REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}/slurm/job.sh"
