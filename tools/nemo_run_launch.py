@@ -1,0 +1,121 @@
+#!/usr/bin/env python
+"""Launch a recipe through NeMo-Run, on this machine or on a Slurm cluster; the same definition that ``torchrun`` and ``sbatch`` launch.
+
+    python tools/nemo_run_launch.py --recipe qwen3_4b_4xh100_bf16 model.path=/models/Qwen3-4B
+    python tools/nemo_run_launch.py --recipe llama3p1_70b_64xh100_bf16 --executor slurm --account A --partition P model.path=...
+    python tools/nemo_run_launch.py --config conf/pact_bfcl-smollm2_135m-cpu.yaml trainer.steps=2       # one process here
+    ... --print                                                                       # NeMo-Run's own dry run: what it would do
+
+NeMo-Run is optional: ``pip install nemo_run "leptonai<0.28"`` (nemo_run 0.11 imports a module that later leptonai versions lack). The trainer's
+environment is ``--python``'s, which need not be this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from pact_nemo.errors import MissingDependency, PactError  # noqa: E402
+
+
+def nemo_run() -> Any:
+    try:
+        import nemo_run as found
+    except ImportError as error:
+        raise MissingDependency(f'NeMo-Run can\'t be imported ({error}); pip install nemo_run "leptonai<0.28", or use torchrun or sbatch') from error
+    return found
+
+
+#: a Slurm task is a rank, as in slurm/job.sh
+SLURM_RANK = (
+    "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "
+    "MASTER_ADDR=$SLURM_LAUNCH_NODE_IPADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))"
+)
+
+
+def layout(options: argparse.Namespace) -> tuple[int, int]:
+    """(nodes, ranks a node): the recipe's; a settings file means one process."""
+    if options.recipe is None:
+        return 1, 1
+    from pact_nemo.training.recipes import recipe
+
+    chosen = recipe(options.recipe)
+    return chosen.nodes, chosen.gpus_per_node
+
+
+def task(options: argparse.Namespace) -> Any:
+    """The recipe script with its words, as the command of one Slurm task, or of this machine."""
+    source = ["--recipe", options.recipe] if options.recipe is not None else ["--config", options.config]
+    _, ranks = layout(options)
+    command = [options.python]
+    if options.executor == "local" and ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [str(REPOSITORY / options.script), *source, *options.words]
+    lines = [f"cd {shlex.quote(str(REPOSITORY))}", *([SLURM_RANK] if options.executor == "slurm" else []), f"exec {shlex.join(command)}"]
+    return nemo_run().Script(inline="\n".join(lines))
+
+
+def executor(options: argparse.Namespace) -> Any:
+    """Where it runs."""
+    run = nemo_run()
+    nodes, ranks = layout(options)
+    if options.executor == "local":
+        if nodes > 1:
+            raise PactError(f"recipe {options.recipe} needs {nodes} nodes: --executor slurm")
+        return run.LocalExecutor()
+    return run.SlurmExecutor(
+        account=options.account,
+        partition=options.partition,
+        time=options.time,
+        nodes=nodes,
+        ntasks_per_node=ranks,
+        gpus_per_node=ranks if options.recipe is not None else None,
+        exclusive=True,
+        mem="0",
+        signal="TERM@600",
+        container_image=options.container,
+        container_mounts=[f"{REPOSITORY}:{REPOSITORY}", *options.mount],
+        tunnel=run.LocalTunnel(job_dir=str(options.job_dir)),
+        packager=run.Packager(),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--recipe", metavar="NAME", help="a name of pact_nemo/training/recipes.py")
+    source.add_argument("--config", metavar="YAML", help="a settings file, run as one process")
+    parser.add_argument("--script", default="recipes/pact_bfcl.py", help="which benchmark")
+    parser.add_argument("--python", default=str(REPOSITORY / ".venv" / "bin" / "python"), help="interpreter of the trainer's environment")
+    parser.add_argument("--executor", choices=["local", "slurm"], default="local")
+    parser.add_argument("--account", default="default")
+    parser.add_argument("--partition")
+    parser.add_argument("--time", default="24:00:00")
+    parser.add_argument("--container", metavar="IMAGE")
+    parser.add_argument("--mount", action="append", default=[], metavar="FROM:TO")
+    parser.add_argument("--job-dir", type=Path, default=REPOSITORY / "runs" / "nemo_run")
+    parser.add_argument("--print", action="store_true", help="NeMo-Run's dry run")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="any setting, as for the recipes")
+    options = parser.parse_intermixed_args()
+    try:
+        run = nemo_run()
+        with run.Experiment("pact") as experiment:
+            experiment.add(task(options), executor=executor(options), name="pact")
+            if options.print:
+                experiment.dryrun()
+            else:
+                experiment.run(sequential=True, detach=options.executor == "slurm", tail_logs=options.executor == "local")
+    except PactError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
