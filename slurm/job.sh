@@ -8,6 +8,8 @@
 #                      same id and so goes on from its own newest checkpoint
 #   PYTHON             interpreter of the environment (default .venv/bin/python)
 #   CONTAINER          image for srun --container-image (enroot/pyxis), CONTAINER_MOUNTS its mounts; empty = the environment itself
+#   SERVER_NODES       nodes, the last ones, that carry a rollout server each and no trainer (default 0: rank 0 starts one server on its own node)
+#   SERVER_SETTINGS    settings of these servers, e.g. "rollout.server.tensor_parallel_size=8 rollout.server.gpu_memory_utilization=0.9"
 #   MAX_REQUEUES       how often the job may requeue itself (default 20)
 set -euo pipefail
 REPOSITORY="${PACT_REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}"
@@ -33,22 +35,51 @@ else
 fi
 # --wait: a rank that fails takes the others with it after a minute; ranks that leave together (exit code 75) are not cut short
 NODES="${SLURM_JOB_NUM_NODES:-$(grep -o '^#SBATCH --nodes=[0-9]*' "$0" | cut -d= -f2)}"
-launch=(srun --ntasks="$((NODES * RANKS_PER_NODE))" --ntasks-per-node="$RANKS_PER_NODE" --wait=60 --output="$LOGS/attempt-$ATTEMPT-rank-%t.log")
+SERVER_NODES="${SERVER_NODES:-0}"
+TRAINER_NODES="$((NODES - SERVER_NODES))"
+container=()
 if [ -n "${CONTAINER:-}" ]; then
-    launch+=(--container-image="$CONTAINER" --container-mounts="${CONTAINER_MOUNTS:-$REPOSITORY:$REPOSITORY}" --container-workdir="$REPOSITORY")
+    container=(--container-image="$CONTAINER" --container-mounts="${CONTAINER_MOUNTS:-$REPOSITORY:$REPOSITORY}" --container-workdir="$REPOSITORY")
 fi
-launch+=(bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank "$PYTHON" "$RECIPE" "${words[@]}")
+placed=()
+serve=()
+if [ "$SERVER_NODES" -gt 0 ]; then
+    hosts=($(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null || true))
+    [ -n "$DRY_RUN" ] && hosts=($(seq -f 'node%g' 1 "$NODES"))
+    placed=(--nodelist="$(IFS=,; echo "${hosts[*]:0:$TRAINER_NODES}")")
+    [ -n "${PACT_ROLLOUT_API_KEY:-}" ] || export PACT_ROLLOUT_API_KEY="$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')"
+    # a server serves the model as it came; a resumed trainer loads its own weights into it before it asks for anything
+    serve=(srun --nodes="$SERVER_NODES" --ntasks="$SERVER_NODES" --ntasks-per-node=1 --nodelist="$(IFS=,; echo "${hosts[*]:$TRAINER_NODES}")"
+        --output="$LOGS/attempt-$ATTEMPT-server-%t.log" "${container[@]}" bash -c
+        'address="$(scontrol show node "$SLURMD_NODENAME" 2>/dev/null | grep -o "NodeAddr=[^ ]*" | cut -d= -f2 || hostname -i)"
+         exec "$1" tools/serve.py --host 0.0.0.0 --address "$address" --ready "$2-$SLURM_PROCID.url" --log "$2-$SLURM_PROCID.vllm" "${@:3}"'
+        server "$PYTHON" "$LOGS/attempt-$ATTEMPT-server" $SETTINGS "$@" ${SERVER_SETTINGS:-})
+fi
+launch=(srun --nodes="$TRAINER_NODES" --ntasks="$((TRAINER_NODES * RANKS_PER_NODE))" --ntasks-per-node="$RANKS_PER_NODE" "${placed[@]}" --wait=60 --output="$LOGS/attempt-$ATTEMPT-rank-%t.log")
+launch+=("${container[@]}" bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank "$PYTHON" "$RECIPE" "${words[@]}")
 
 if [ -n "$DRY_RUN" ]; then
     grep '^#SBATCH' "$0"
     echo "# in $REPOSITORY, attempt $ATTEMPT, logs in $LOGS"
+    [ "$SERVER_NODES" = 0 ] || { printf '%q ' "${serve[@]}"; echo "&"; }
     printf '%q ' "${launch[@]}"
+    [ "$SERVER_NODES" = 0 ] || printf 'rollout.server.url=...'
     echo
     exit 0
 fi
 
 mkdir -p "$LOGS"
 echo "$(date -Is) job $JOB attempt $ATTEMPT on $SLURM_JOB_NODELIST: ${words[*]}"
+if [ "$SERVER_NODES" -gt 0 ]; then
+    "${serve[@]}" &
+    server_step=$!
+    trap 'kill $server_step 2>/dev/null || true' EXIT
+    until [ "$(ls "$LOGS/attempt-$ATTEMPT-server-"*.url 2>/dev/null | wc -l)" = "$SERVER_NODES" ]; do
+        kill -0 "$server_step" 2>/dev/null || { echo "a rollout server did not start; see $LOGS/attempt-$ATTEMPT-server-*"; exit 1; }
+        sleep 1
+    done
+    launch+=("rollout.server.url=$(cat "$LOGS/attempt-$ATTEMPT-server-"*.url | paste -sd,)")
+fi
 newest() { ls "$RUN_ROOT/latest/checkpoints" 2>/dev/null | grep '^step_' | sort | tail -n 1; }
 before="$(newest || true)"
 code=0

@@ -283,7 +283,7 @@ def test_a_batch_is_ordered_limited_and_reported(chat):
             3,
             environment=ScriptedEnvironment(),
             chat=chat,
-            client=Policy(chat, []),
+            clients=[Policy(chat, [])],
             limits=LIMITS,
             sampling=Sampling(),
             seeds=SEEDS,
@@ -323,7 +323,7 @@ def test_a_batch_is_broken_off_when_the_check_says_so_and_leaves_no_session_open
                 3,
                 environment=Environment(),
                 chat=chat,
-                client=Slow(chat, []),
+                clients=[Slow(chat, [])],
                 limits=LIMITS,
                 sampling=Sampling(),
                 seeds=SEEDS,
@@ -333,3 +333,23 @@ def test_a_batch_is_broken_off_when_the_check_says_so_and_leaves_no_session_open
         )
     assert time.perf_counter() - started < 20 and asked == 3
     assert len(sessions) == 2 and all(session.closed for session in sessions)
+
+
+def test_tasks_go_to_the_servers_in_turn_and_stay_there(chat):
+    asked = {0: set(), 1: set()}
+
+    class Policy(ScriptedPolicy):
+        def __init__(self, number):
+            super().__init__(chat, [])
+            self.number = number
+
+        async def generate(self, request):
+            asked[self.number].add(chat.tokenizer.decode(list(request.prompt_ids)).partition("task ")[2][:1])
+            ids = [*chat.encode_assistant("Fine.")[0], chat.eos_ids[0]]
+            return Completion(ids, [-1.0] * len(ids), "stop", 3)
+
+    tasks = [make_task(f"t{i}", f"This is task {i}.") for i in range(5)]
+    settings = dict(environment=ScriptedEnvironment(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SEEDS, concurrency=4)
+    rollouts = asyncio.run(run_batch(tasks, 2, clients=[Policy(0), Policy(1)], **settings))
+    assert [(r.task_id, r.sample) for r in rollouts] == [(f"t{i}", k) for i in range(5) for k in range(2)]
+    assert asked == {0: {"0", "2", "4"}, 1: {"1", "3"}}

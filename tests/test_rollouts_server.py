@@ -163,7 +163,7 @@ def play(server, chat, client, tasks=2, samples=2, concurrency=8):
     texts = [f"Name a number larger than {i}." for i in range(tasks)]
     items = [Task(f"t{i}", f"t{i}", "c", (({"role": "user", "content": text},),), (), ((),)) for i, text in enumerate(texts)]
     settings = dict(environment=TwoTurns(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SeedPath(3, 1), concurrency=concurrency)
-    return asyncio.run(run_batch(items, samples, client=client, **settings))
+    return asyncio.run(run_batch(items, samples, clients=client if isinstance(client, list) else [client], **settings))
 
 
 def test_episodes_are_token_in_token_out_and_repeatable(server, chat, model_dir):

@@ -116,3 +116,23 @@ def test_a_node_that_dies_takes_the_job_with_it_and_it_goes_on_when_the_node_is_
     said = Path(f"{root}.log").read_text()
     assert cluster.state(job) == "COMPLETED", said[-3000:]
     assert [(r["stage"], r["step"]) for r in metrics(root)] == [("warmup", 1), ("rl", 1), ("rl", 2)]
+
+
+@pytest.mark.slow
+def test_a_rollout_server_on_a_node_of_its_own(
+    cluster: Cluster,
+    stage: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = tmp_path / "apart"
+    monkeypatch.setitem(cluster.env, "SERVER_NODES", "1")
+    words = ["trainer.replay=null", "trainer.steps=1", "trainer.batch_size=2", "trainer.mini_batch_size=2", "rollout.sampling.max_turn_tokens=24"]
+    job = submit(cluster, stage, root, *words)
+    cluster.wait_state(job, ("COMPLETED", "FAILED", "CANCELLED"), 500)
+    said = Path(f"{root}.log").read_text()
+    assert cluster.state(job) == "COMPLETED", said[-3000:] + "".join(path.read_text()[-1500:] for path in (root / "logs").glob("*"))
+    assert (root / "logs" / "attempt-0-server-0.url").read_text().startswith("http://127.0.0.1:")
+    summary = json.loads((root / "latest" / "summary.json").read_text())
+    assert [summary["eval"][name]["weight_version"] for name in ("base", "before", "after")] == [0, 1, 2]
+    assert summary["peak_memory_bytes"]["server"] == 0  # the trainer started none

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,38 @@ def test_a_run_with_its_own_server(stage: dict[str, Any]) -> None:
         for turn in dataset.traces[task.id].turns:
             for segment in turn.segments:
                 assert segment.text.strip() not in flat
+
+
+@pytest.mark.slow
+def test_two_servers_that_run_elsewhere_are_shared_and_refitted_together(stage: dict[str, Any]) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PACT_ROLLOUT_API_KEY": "a key of this run"}
+    folder = stage["folder"] / "servers"
+    folder.mkdir()
+    serve = [sys.executable, str(REPO / "tools" / "serve.py"), "--config", stage["preset"], f"model.path={stage['folder'] / 'model'}"]
+    servers = [
+        subprocess.Popen([*serve, "--ready", str(folder / f"{i}.url"), "--log", str(folder / f"{i}.log")], env=environment, cwd=REPO) for i in (0, 1)
+    ]
+    try:
+        deadline = time.monotonic() + 240
+        while len(list(folder.glob("*.url"))) < 2:
+            assert time.monotonic() < deadline and all(server.poll() is None for server in servers)
+            time.sleep(0.5)
+        urls = ",".join(path.read_text().strip() for path in sorted(folder.glob("*.url")))
+        words = ["--config", stage["preset"], *stage["words"], "run.name=shared", "trainer.replay=null", f"rollout.server.url={urls}"]
+        short = ["trainer.steps=1", "trainer.batch_size=2", "trainer.mini_batch_size=2", "rollout.sampling.max_turn_tokens=24"]
+        command = [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), *words, *short]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=REPO, env=environment)
+        assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+        assert "2 rollout servers ready" in done.stdout
+        run = stage["folder"] / "runs" / "shared-pact-seed1234-1"
+        summary = json.loads((run / "summary.json").read_text())
+        assert [summary["eval"][name]["weight_version"] for name in ("base", "before", "after")] == [0, 1, 2]
+        assert all(summary["eval"][name]["failed"] == 0 for name in summary["eval"])
+        (row,) = [r for r in records(run) if r["stage"] == "rl"]
+        assert row["mismatch/mean_abs"] < 2e-3 and row["rollout/failed"] == 0  # both servers sample what the trainer computes
+        assert "a key of this run" not in (run / "config.yaml").read_text() + done.stdout + done.stderr
+        assert all(server.poll() is None for server in servers)  # an attached server is left running
+    finally:
+        for server in servers:
+            server.terminate()
+        assert [server.wait(30) for server in servers] == [0, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import Interrupted
@@ -23,7 +24,7 @@ async def run_batch(
     *,
     environment: Environment,
     chat: Chat,
-    client: RolloutClient,
+    clients: Sequence[RolloutClient],
     limits: EpisodeLimits,
     sampling: Sampling,
     seeds: SeedPath,
@@ -34,16 +35,16 @@ async def run_batch(
     """Play every task ``samples`` times, at most ``concurrency`` episodes at once.
 
     Returns ``len(tasks) * samples`` rollouts ordered by (task, sample): ``tasks[i]``'s are ``[i * samples : (i + 1) * samples]``.
-    Rollouts of a task start one after another, so that they find its prompt in the server's prefix cache. Each request has its own seed
-    (:class:`SeedPath`), so which episodes ran side by side does not decide what is drawn (up to the last bits of the server's arithmetic,
-    which depend on the batch).
+    Tasks go to the clients in turn, all rollouts of a task to the same one, one after another, so that they find its prompt in that server's
+    prefix cache. Each request has its own seed (:class:`SeedPath`), so which episodes ran side by side does not decide what is drawn (up to
+    the last bits of the server's arithmetic, which depend on the batch).
 
     ``check`` is called a few times a second; what it raises ends the batch and is passed on.
     """
     gate = asyncio.Semaphore(concurrency)
     total, done, tokens = len(tasks) * samples, 0, 0
 
-    async def one(task: Task, sample: int) -> Rollout:
+    async def one(task: Task, sample: int, client: RolloutClient) -> Rollout:
         nonlocal done, tokens
         async with gate:
             rollout = await run_episode(task, sample, environment, chat, client, limits, sampling, seeds)
@@ -60,12 +61,16 @@ async def run_batch(
             await asyncio.sleep(CHECK_SECONDS)
 
     try:
-        async with client, asyncio.TaskGroup() as group:
-            watching = group.create_task(watch())
-            running = [group.create_task(one(task, sample)) for task in tasks for sample in range(samples)]
-            if running:
-                await asyncio.wait(running)
-            watching.cancel()
+        async with AsyncExitStack() as opened:
+            for client in clients:
+                await opened.enter_async_context(client)
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(watch())
+                pairs = [(task, sample, clients[i % len(clients)]) for i, task in enumerate(tasks) for sample in range(samples)]
+                running = [group.create_task(one(*pair)) for pair in pairs]
+                if running:
+                    await asyncio.wait(running)
+                watching.cancel()
     except* Interrupted as interrupted:
         raise interrupted.exceptions[0] from None
     return [task.result() for task in running]

@@ -14,8 +14,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 class RolloutServerConfig:
     """How the vLLM server is started, or where one that runs already is found. OmegaConf reads this as a structured config."""
 
-    url: str | None = None  #: attach to a server at this address (``http://host:port``) instead of starting one
-    api_key_env: str = "PACT_ROLLOUT_API_KEY"  #: with ``url``: variable that holds its key; a started server gets a random one
+    url: str | None = None  #: attach to the server at this address (``http://host:port``; several: a,b,c) instead of starting one (tools/serve.py)
+    api_key_env: str = "PACT_ROLLOUT_API_KEY"  #: with ``url``: variable that holds the key; a started server gets a random one where it is unset
+    host: str = "127.0.0.1"  #: address that a started server listens on; anything else only within a cluster's own network
     device: str = "auto"  #: "cpu", "cuda", or "auto" = cuda where torch sees a GPU
     dtype: str = "bfloat16"  #: weights and KV cache of the sampler: bfloat16 | float16 | float32
     max_model_len: int = 4096  #: prompt + response, tokens

@@ -43,7 +43,7 @@ def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: Se
     arguments = [
         f"--model={model_path}",
         f"--served-model-name={endpoint.model}",
-        "--host=127.0.0.1",
+        f"--host={config.host}",
         f"--port={port}",
         f"--middleware={GUARD}",
         f"--worker-extension-cls={WORKER_EXTENSION}",

@@ -103,7 +103,9 @@ class RolloutServer:
 
     def _spawn(self) -> None:
         port = _free_port()
-        self._endpoint = ServerEndpoint(f"http://127.0.0.1:{port}", secrets.token_urlsafe(32))
+        key = os.environ.get(self.config.api_key_env) or secrets.token_urlsafe(32)
+        local = self.config.host if self.config.host not in ("0.0.0.0", "::") else "127.0.0.1"
+        self._endpoint = ServerEndpoint(f"http://{local}:{port}", key)
         command = [
             sys.executable,
             "-m",

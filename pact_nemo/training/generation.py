@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from pact_nemo.training.progress import RunProgress
 
 
 class Generator:
-    """Owns the rollout server of a run. Made on every rank; started and used on rank 0 only, and not at all in a replay.
+    """Owns the rollout server of a run, or knows those that run elsewhere. Made on every rank; started and used on rank 0 only, and not at all
+    in a replay.
 
     Attributes:
         on_request: called with the body of every generation request just before it is sent.
@@ -35,8 +38,8 @@ class Generator:
         self._config, self._chat, self._environment, self._progress = config, chat, environment, progress
         self._log_file = log_file
         self._source: Path | None = None
-        self._server: RolloutServer | None = None
-        self._client: RolloutClient | None = None
+        self._servers: list[RolloutServer] = []
+        self._clients: list[RolloutClient] = []
         self.on_request: Callable[[dict[str, Any]], None] | None = None
         self.check: Callable[[], None] | None = None
 
@@ -44,34 +47,42 @@ class Generator:
         """Start the server process on the model as it came (version 0) and return at once."""
         if self._config.trainer.replay is None:
             self._source = source
-            self._server = RolloutServer(self._config.rollout.server, source, log_file=self._log_file, version=0)
-            self._server.launch()
+            settings = self._config.rollout.server
+            each = [replace(settings, url=url.strip()) for url in settings.url.split(",")] if settings.url is not None else [settings]
+            self._servers = [RolloutServer(one, source, log_file=self._log_file, version=0) for one in each]
+            for server in self._servers:
+                server.launch()
 
     def wait_ready(self) -> None:
         """Block until the server answers. Raises ServerError with the end of its log when it doesn't."""
-        if self._server is None:
-            return
         settings = self._config.rollout.server
-        self._server.wait_ready()
-        self._client = RolloutClient(
-            self._server.endpoint,
-            weight_version=0,
-            request_timeout_s=settings.request_timeout_s,
-            connect_retries=settings.connect_retries,
-            admin_timeout_s=settings.refit_timeout_s,
-            on_request=self._requested,
-        )
-        self._progress.message(f"rollout server ready after {self._server.start_seconds:.0f} s")
+        for server in self._servers:
+            server.wait_ready()
+            client = RolloutClient(
+                server.endpoint,
+                weight_version=0,
+                request_timeout_s=settings.request_timeout_s,
+                connect_retries=settings.connect_retries,
+                admin_timeout_s=settings.refit_timeout_s,
+                on_request=self._requested,
+            )
+            self._clients.append(client)
+        if self._servers:
+            count = f"{len(self._servers)} rollout servers" if len(self._servers) > 1 else "rollout server"
+            self._progress.message(f"{count} ready after {max(server.start_seconds or 0.0 for server in self._servers):.0f} s")
 
     def _requested(self, body: dict[str, Any]) -> None:
         if self.on_request is not None:
             self.on_request(body)
 
     def _play(self, name: str, tasks: list[Task], samples: int, sampling: Sampling, step: int | str, version: int) -> list[Rollout]:
-        if self._client is None:
+        if not self._clients:
             raise ServerError("the rollout server was not started on this rank")
-        if self._client.weight_version != version:
-            raise ServerError(f"the server holds weight version {self._client.weight_version}, the policy is at {version}; refit first")
+        for client in self._clients:
+            if client.weight_version != version:
+                raise ServerError(
+                    f"{client.endpoint.url} holds weight version {client.weight_version}, the policy is at {version}; refit first"
+                )
         settings = self._config.rollout.sampling
         limits = EpisodeLimits(
             max_turns_per_user_turn=settings.max_turns_per_user_turn,
@@ -92,7 +103,7 @@ class Generator:
                     samples,
                     environment=self._environment,
                     chat=self._chat,
-                    client=self._client,
+                    clients=self._clients,
                     limits=limits,
                     sampling=sampling,
                     seeds=SeedPath(self._config.run.seed, step),
@@ -108,8 +119,8 @@ class Generator:
         """Nothing can be learnt or scored from a batch in which no episode was played: stop and say why."""
         if all(rollout.status == "failed" for rollout in rollouts):
             cause, count = Counter(str(rollout.error) for rollout in rollouts).most_common(1)[0]
-            if self._server is not None:
-                self._server.check_alive()
+            for server in self._servers:
+                server.check_alive()
             raise ServerError(f"{name}: all {len(rollouts)} episodes failed; most often ({count} times): {cause}")
 
     def rollouts(self, tasks: list[Task], k: int, *, step: int, version: int) -> list[Rollout]:
@@ -125,14 +136,15 @@ class Generator:
         return rollouts, time.perf_counter() - started
 
     def refit(self, folder: Path, version: int) -> None:
-        """Make the server load an export; see :func:`pact_nemo.rollouts.refit.refit`."""
-        if self._client is None:
+        """Make every server load an export, all at the same time; see :func:`pact_nemo.rollouts.refit.refit`."""
+        if not self._clients:
             raise ServerError("the rollout server was not started on this rank")
-        refit(self._client, folder, version, like=self._source)
+        with ThreadPoolExecutor(len(self._clients)) as threads:
+            list(threads.map(lambda client: refit(client, folder, version, like=self._source), self._clients))
 
     def peak_memory_bytes(self) -> int:
-        return self._server.peak_memory_bytes() if self._server is not None else 0
+        return sum(server.peak_memory_bytes() for server in self._servers)
 
     def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()

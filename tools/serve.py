@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""A rollout server by itself, for trainers on other nodes (or other processes) to attach to with ``rollout.server.url=...``.
+
+    PACT_ROLLOUT_API_KEY=... python tools/serve.py --recipe qwen3_8b_8xh100_bf16 --host 0.0.0.0 --address $(hostname -i) --ready server-0.url \\
+        model.path=/models/Qwen3-8B rollout.server.tensor_parallel_size=8 rollout.server.gpu_memory_utilization=0.9
+
+It serves ``model.path`` as weight version 0 until it is told otherwise, with the very arguments that a trainer starts its own server with. When it
+answers, its address is written to ``--ready``. SIGTERM or Ctrl-C stops it and everything it started. The key comes from the variable that
+``rollout.server.api_key_env`` names, the same as the trainer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from pact_nemo.errors import ConfigError, PactError  # noqa: E402
+from pact_nemo.files import write_text_atomic  # noqa: E402
+from pact_nemo.rollouts.server import RolloutServer  # noqa: E402
+from pact_nemo.training.config import load_config  # noqa: E402
+from pact_nemo.training.experiment import model_path  # noqa: E402
+from pact_nemo.training.recipes import RECIPES, recipe  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", metavar="NAME", help=", ".join(RECIPES))
+    parser.add_argument("--config", action="append", metavar="YAML", help="settings files as for the recipes")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--address", help="address that trainers reach it by (default: --host)")
+    parser.add_argument("--ready", type=Path, metavar="FILE", help="the server's URL is written here once it answers")
+    parser.add_argument("--log", type=Path, default=Path("server.log"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        sources = [*([recipe(options.recipe)] if options.recipe is not None else []), *(options.config or [])]
+        config = load_config(sources, options.overrides)
+        settings = replace(config.rollout.server, host=options.host, url=None)
+        if not os.environ.get(settings.api_key_env):
+            raise ConfigError(f"put a key for the server into the environment variable {settings.api_key_env}, the same as the trainers'")
+        with RolloutServer(settings, model_path(config), log_file=options.log) as server:
+            url = f"http://{options.address or urlsplit(server.endpoint.url).hostname}:{urlsplit(server.endpoint.url).port}"
+            print(f"serving {config.model.path or 'the embedded model'} at {url} after {server.start_seconds:.0f} s", flush=True)
+            if options.ready is not None:
+                write_text_atomic(options.ready, url + "\n")
+            while True:
+                server.check_alive()
+                time.sleep(1)
+    except PactError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
