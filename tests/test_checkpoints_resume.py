@@ -68,7 +68,13 @@ def test_a_step_after_resuming_differs_if_adam_forgot_its_past(hf: Path, tmp_pat
     assert not all(torch.equal(a, b) for a, b in zip(forgetful.chunks[0].parameters(), straight.chunks[0].parameters(), strict=True))
 
 
-def test_resuming_under_other_layouts(hf: Path, tmp_path: Path) -> None:
+DENSE_ROUTES = [("one", "tp2"), ("tp2", "tp2"), ("pp2", "one"), ("pp2vp2", "one"), ("dp2", "pp2vp2"), ("cp2", "dp2")]
+MOE_ROUTES = [("one", "ep2"), ("ep2", "tp2sp"), ("tp2sp", "pp2"), ("tp2sp", "tp2sp")]
+
+
+@pytest.mark.parametrize(("family", "routes"), [("llama", DENSE_ROUTES), ("qwen3_moe", MOE_ROUTES)])
+def test_resuming_under_other_layouts(family: str, routes: list[tuple[str, str]], tmp_path: Path) -> None:
+    hf = make_model(tmp_path / "hf", family)
     layouts: dict[str, dict[str, Any]] = {
         "one": {},
         "tp2": {"tensor_parallel": 2},
@@ -76,14 +82,15 @@ def test_resuming_under_other_layouts(hf: Path, tmp_path: Path) -> None:
         "pp2vp2": {"pipeline_parallel": 2, "virtual_pipeline": 2},
         "dp2": {},
         "cp2": {"context_parallel": 2},
+        "ep2": {"expert_parallel": 2},
+        "tp2sp": {"tensor_parallel": 2, "sequence_parallel": True},
     }
-    routes = [("one", "tp2"), ("tp2", "tp2"), ("pp2", "one"), ("pp2vp2", "one"), ("dp2", "pp2vp2"), ("cp2", "dp2")]
 
     def job(name: str, layout: str, actions: list[list[Any]]) -> dict[str, Any]:
         return {"name": name, "hf_path": str(hf), "config": layouts[layout], "optimizer": OPTIMIZER, "actions": actions}
 
     saves = {source: [["update", None], ["save", str(tmp_path / source)], ["update", None]] for source, _ in routes}
-    saves["one"].append(["export", str(tmp_path / "straight")])
+    saves.setdefault("one", [["update", None], ["update", None]]).append(["export", str(tmp_path / "straight")])
     loads = {
         (source, target): [["load", str(tmp_path / source / "step_000001")], ["update", None], ["export", str(tmp_path / f"{source}-{target}")]]
         for source, target in routes
@@ -98,12 +105,13 @@ def test_resuming_under_other_layouts(hf: Path, tmp_path: Path) -> None:
     expected = load_file(tmp_path / "straight" / "model.safetensors")
     for name, got in resumed.items():
         assert got[0] == {"note": 1}
-        assert got[1]["loss"] == pytest.approx(straight["one"][2]["loss"], abs=1e-6), name
-        assert got[1]["grad_norm"] == pytest.approx(straight["one"][2]["grad_norm"], rel=1e-5), name
+        assert got[1]["loss"] == pytest.approx(straight["one"][-2]["loss"], abs=1e-6), name
+        assert got[1]["grad_norm"] == pytest.approx(straight["one"][-2]["grad_norm"], rel=1e-5), name
         weights = load_file(tmp_path / name / "model.safetensors")
         for key, value in expected.items():
             torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-5, msg=f"{name} {key}")
-    assert resumed["tp2-tp2"][1] == straight["tp2"][2], "the same layout: bit for bit"
+    (same,) = [source for source, target in routes if source == target]
+    assert resumed[f"{same}-{same}"][1] == straight[same][2], "the same layout: bit for bit"
 
 
 @pytest.fixture(scope="module")

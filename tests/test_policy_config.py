@@ -38,7 +38,7 @@ def test_every_field_is_documented() -> None:
         ({"sequence_parallel": True}, "tensor_parallel > 1"),
         ({"virtual_pipeline": 2}, "pipeline_parallel > 1"),
         ({"tensor_parallel": 3}, "multiple of 3"),
-        ({"tensor_parallel": 2, "expert_parallel": 4}, "multiple of 8"),
+        ({"pipeline_parallel": 2, "expert_parallel": 4}, "multiple of 8"),
         ({"attention": "te", "share_prefix": False}, "transformer-engine"),
         ({"fp8": "delayed"}, "transformer-engine"),
         ({"fp8": "nonsense"}, "mxfp8"),

@@ -1,7 +1,8 @@
 """Every parallel layout gives the step of one process: real gloo processes under torchrun, tiny models with an odd vocabulary.
 
-Compared: log-probs, loss, gradient norm, metrics, the weights after two steps (through the Hugging Face export, so the round trip under
-that layout is part of it), the round trip of untouched weights, and a refusal of non-finite numbers on all ranks together.
+Compared: log-probs, loss, gradient norm, metrics and weights after two steps, the second of which is a PACT mini-batch with all four terms,
+ragged lengths and empty micro-batches (weights through the Hugging Face export, so the round trip under that layout is part of it); the round
+trip of untouched weights; a refusal of non-finite numbers on all ranks together.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tests.workers.policy_worker import run_jobs
 
 ALL = ["llama", "qwen2", "qwen3"]  # tied, tied with biases, untied with q/k norms
 MOE = "qwen3_moe"
+PROMPTS = 11  # of the PACT batch: not a multiple of any number of ranks, so some of them get empty micro-batches
 LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "tp2": (2, {"tensor_parallel": 2}, ALL),
     "tp2_sp": (2, {"tensor_parallel": 2, "sequence_parallel": True}, ["llama", "qwen3"]),
@@ -36,8 +38,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "pp2_dp2": (4, {"pipeline_parallel": 2}, ["llama"]),
     "pp2_vp2_dp2_overlap": (4, {"pipeline_parallel": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True}, ["llama"]),
     "cp2_dp2": (4, {"context_parallel": 2}, ["llama"]),
+    "tp2_sp_pp2_cp2": (8, {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "context_parallel": 2}, ["llama", "qwen3"]),
+    "tp2_pp2_dp2": (8, {"tensor_parallel": 2, "pipeline_parallel": 2}, ["qwen2"]),
+    "pp4_dp2": (8, {"pipeline_parallel": 4}, ["llama"]),
+    "tp4_sp_dp2_overlap": (8, {"tensor_parallel": 4, "sequence_parallel": True, "overlap_grad_reduce": True}, ["qwen3"]),
+    "ep4_dp2": (8, {"expert_parallel": 4}, [MOE]),
+    "tp2_sp_ep2_pp2": (8, {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2, "pipeline_parallel": 2}, [MOE]),
 }
-CASES = [(family, layout) for layout, (_, _, families) in LAYOUTS.items() for family in families]
+CASES = [
+    pytest.param(family, layout, marks=pytest.mark.slow if ranks == 8 else ())
+    for layout, (ranks, _, families) in LAYOUTS.items()
+    for family in families
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +59,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for family in [*ALL, MOE]:
         make_model(base / family, family)
 
-    def job(family: str, layout: str, config: dict[str, Any]) -> dict[str, Any]:
-        export = ["export", str(base / f"trained-{family}-{layout}")]
-        actions = [["export", str(base / f"initial-{family}-{layout}")], ["broken_update", None]]
-        actions += [["logprobs", None], ["entropies", None], ["update", None], ["update", None], export]
-        return {"name": f"{family}-{layout}", "hf_path": str(base / family), "config": config, "actions": actions}
+    return {"base": base, **run_jobs([job(base, family, "one", {}) for family in [*ALL, MOE]])}
 
-    found: dict[str, Any] = {"base": base}
-    found.update(run_jobs([job(family, "one", {}) for family in [*ALL, MOE]]))
-    for ranks in (2, 4):
-        found.update(launch(ranks, [job(f, name, LAYOUTS[name][1]) for f, name in CASES if LAYOUTS[name][0] == ranks], base))
-    return found
+
+def job(base: Path, family: str, layout: str, config: dict[str, Any]) -> dict[str, Any]:
+    export = ["export", str(base / f"trained-{family}-{layout}")]
+    actions = [["export", str(base / f"initial-{family}-{layout}")], ["broken_update", None]]
+    actions += [["logprobs", None], ["entropies", None], ["update", None], ["pact_update", PROMPTS], export]
+    return {"name": f"{family}-{layout}", "hf_path": str(base / family), "config": config, "actions": actions}
+
+
+def made(results: dict[str, Any], family: str, layout: str) -> Any:
+    """A case's results; the first one asked for runs all of its number of ranks in one job."""
+    if f"{family}-{layout}" not in results:
+        base, ranks = results["base"], LAYOUTS[layout][0]
+        jobs = [job(base, f, name, config) for name, (needed, config, families) in LAYOUTS.items() if needed == ranks for f in families]
+        results.update(launch(ranks, jobs, base, timeout=500))
+    return results[f"{family}-{layout}"]
 
 
 def flat(rows: list[list[float]]) -> torch.Tensor:
@@ -66,14 +84,16 @@ def flat(rows: list[list[float]]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
 def test_a_layout_gives_the_same_step(family: str, layout: str, results: dict[str, Any]) -> None:
-    ours, reference = results[f"{family}-{layout}"], results[f"{family}-one"]
+    ours, reference = made(results, family, layout), results[f"{family}-one"]
     for index in (2, 3):  # log-probs, entropies
         torch.testing.assert_close(flat(ours[index]), flat(reference[index]), rtol=0, atol=1e-5)
     for got, want in zip(ours[4:6], reference[4:6], strict=True):
         assert got["loss"] == pytest.approx(want["loss"], abs=1e-6)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
-        assert got["metrics"] == pytest.approx(want["metrics"], rel=1e-5)
+        assert got["metrics"] == pytest.approx(want["metrics"], rel=1e-5, abs=1e-6)
         torch.testing.assert_close(flat(got["logprobs"]), flat(want["logprobs"]), rtol=0, atol=1e-5)
+    terms = reference[5]["metrics"]
+    assert all(terms[f"loss/{name}"] != 0 for name in ("rl_x", "rl_h", "sft_reasoning", "sft_call", "kl")) and terms["clip/h"] > 0
     base: Path = results["base"]
     trained, expected = (load_file(base / f"trained-{family}-{name}" / "model.safetensors") for name in (layout, "one"))
     initial = load_file(base / family / "model.safetensors")
@@ -84,6 +104,7 @@ def test_a_layout_gives_the_same_step(family: str, layout: str, results: dict[st
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
 def test_untouched_weights_come_back_bit_for_bit(family: str, layout: str, results: dict[str, Any]) -> None:
+    made(results, family, layout)
     base: Path = results["base"]
     before, after = load_file(base / family / "model.safetensors"), load_file(base / f"initial-{family}-{layout}" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -93,5 +114,5 @@ def test_untouched_weights_come_back_bit_for_bit(family: str, layout: str, resul
 @pytest.mark.parametrize(("family", "layout"), CASES)
 def test_non_finite_numbers_are_refused_on_all_ranks_together(family: str, layout: str, results: dict[str, Any]) -> None:
     """Only one micro-batch on one rank sees them; the worker checks that every rank gives the same answer and goes on."""
-    message = results[f"{family}-{layout}"][1]
+    message = made(results, family, layout)[1]
     assert message == "step 1: not finite: loss, bad; the weights were not changed"

@@ -22,7 +22,8 @@ class PolicyConfig:
         tensor_parallel: ranks that share each weight matrix (TP).
         pipeline_parallel: ranks that share the stack of layers (PP), 1F1B schedule.
         context_parallel: ranks that share each packed row of tokens (CP), zig-zag chunks.
-        expert_parallel: ranks that share the experts of a mixture-of-experts model (EP).
+        expert_parallel: ranks that share the experts of a mixture-of-experts model (EP), out of all ranks of a pipeline stage. An expert is
+            never cut itself (expert tensor parallelism of 1): fine-grained experts are too small for that.
         sequence_parallel: shard norms and residuals over the TP ranks; needs ``tensor_parallel`` > 1.
         virtual_pipeline: model chunks per pipeline rank (interleaved 1F1B); None = one.
         precision: ``fp32``, ``bf16`` (fp32 gradients and main weights) or ``auto``: bf16 on CUDA, fp32 otherwise.
@@ -77,9 +78,9 @@ class PolicyConfig:
         ranks = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
         if world_size % ranks:
             raise ConfigError(f"{world_size} ranks can't be split into TP x PP x CP = {ranks}; start a multiple of {ranks} ranks")
-        experts = self.tensor_parallel * self.pipeline_parallel * self.expert_parallel
+        experts = self.pipeline_parallel * self.expert_parallel
         if world_size % experts:
-            raise ConfigError(f"{world_size} ranks can't be split into TP x PP x EP = {experts}; start a multiple of {experts} ranks")
+            raise ConfigError(f"{world_size} ranks can't be split into PP x EP = {experts}; start a multiple of {experts} ranks")
         has_te = cuda and importlib.util.find_spec("transformer_engine") is not None
         if self.attention == "te":
             if not has_te:

@@ -120,6 +120,8 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool) -> No
     experts = provider.num_moe_experts or 1
     if experts % config.expert_parallel:
         raise ConfigError(f"{experts} expert(s) can't be split over expert_parallel = {config.expert_parallel}; dense models need 1")
+    if provider.num_moe_experts and config.tensor_parallel > 1 and not config.sequence_parallel:
+        raise ConfigError("a mixture of experts under policy.tensor_parallel > 1 needs policy.sequence_parallel=true")
     bf16 = config.resolved_precision(cuda=cuda) == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     settings: dict[str, Any] = dict(
@@ -128,6 +130,7 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool) -> No
         virtual_pipeline_model_parallel_size=config.virtual_pipeline,
         context_parallel_size=config.context_parallel,
         expert_model_parallel_size=config.expert_parallel,
+        expert_tensor_parallel_size=1,
         sequence_parallel=config.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -255,7 +258,11 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
         weight = module.weight
         if weight is not None and not hasattr(weight, "tensor_model_parallel"):
             tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
-    for param in model.parameters():
+    for name, param in model.named_parameters():
+        if ".experts." in name:
+            # an expert is whole on its rank, so its gradient is a sum over tensor-parallel ranks too: megatron sees that with
+            # expert parallelism only, and would leave each rank with the gradient of its own tokens without
+            param.allreduce = False  # type: ignore[attr-defined]
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
 
 
@@ -277,6 +284,7 @@ def initialize_model_parallel(config: PolicyConfig, *, seed: int) -> None:
             virtual_pipeline_model_parallel_size=config.virtual_pipeline,
             context_parallel_size=config.context_parallel,
             expert_model_parallel_size=config.expert_parallel,
+            expert_tensor_parallel_size=1,
         )
         _layout = layout
     if config.virtual_pipeline is not None:

@@ -94,11 +94,11 @@ def memory_by_part(config: Config, shape: ModelShape, world_size: int) -> dict[s
     policy = config.policy
     split = policy.tensor_parallel * policy.pipeline_parallel
     data = max(1, world_size // (split * policy.context_parallel))
-    # experts are split over TP x PP x EP, the rest over TP x PP; each part's optimizer over its own data-parallel ranks
-    expert = shape.expert_parameters / (split * policy.expert_parallel)
+    # experts are split over PP x EP, the rest over TP x PP; each part's optimizer over its own data-parallel ranks
+    expert = shape.expert_parameters / (policy.pipeline_parallel * policy.expert_parallel)
     dense = (shape.parameters - shape.expert_parameters) / split
     shard = dense + expert
-    expert_data = max(1, world_size // (split * policy.expert_parallel))
+    expert_data = max(1, world_size // (policy.pipeline_parallel * policy.expert_parallel))
     fp32 = policy.precision == "fp32"
     width = 4 if fp32 else 2
     sharded = policy.distributed_optimizer

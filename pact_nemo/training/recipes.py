@@ -220,7 +220,7 @@ def qwen3_30b_a3b_16xh100_bf16() -> Recipe:
         nodes=2,
         gpus_per_node=8,
         gpu_gib=80,
-        policy=_bf16(tensor_parallel=4, expert_parallel=4, sequence_parallel=True, micro_batch_tokens=32768),
+        policy=_bf16(tensor_parallel=4, expert_parallel=8, sequence_parallel=True, micro_batch_tokens=32768),
         server=ServerShare(tensor_parallel_size=4, gpu_memory_utilization=0.35, max_model_len=PAPER_LENGTH, max_num_seqs=64),
     )
 

@@ -18,6 +18,7 @@ from pact_nemo.checkpoints import resume
 from pact_nemo.errors import NumericsError
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
+from tests.workers.pact_kit import make_pact_trees, pact_terms
 from tests.workers.policy_kit import loss_fn, make_trees
 
 
@@ -37,6 +38,12 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
         return [row.tolist() for row in policy.reference_logprobs(trees)]
     if verb == "update":
         result = policy.update(trees, loss_fn)
+        return {**vars(result), "logprobs": [row.tolist() for row in result.logprobs]}
+    if verb == "pact_update":  # old log-probs near the policy's own, so that some ratios are clipped and none explodes
+        batch = make_pact_trees(argument)
+        for tree, now in zip(batch, policy.logprobs(batch), strict=True):
+            tree.streams["old_logprobs"] = now + tree.streams["old_logprobs"] + 5.5
+        result = policy.update(batch, pact_terms)
         return {**vars(result), "logprobs": [row.tolist() for row in result.logprobs]}
     if verb == "broken_update":
         top = max(float(tree.streams["weight"].max()) for tree in trees)
