@@ -40,7 +40,9 @@ def test_every_field_is_documented() -> None:
         ({"tensor_parallel": 3}, "multiple of 3"),
         ({"pipeline_parallel": 2, "expert_parallel": 4}, "multiple of 8"),
         ({"attention": "te", "share_prefix": False}, "transformer-engine"),
-        ({"fp8": "delayed"}, "transformer-engine"),
+        ({"fp8": "delayed"}, "fp8_bf16_layers=0"),
+        ({"fp8": "tensorwise", "fp8_emulate": True, "recompute": "full"}, "recompute=none"),
+        ({"fp8_bf16_layers": -1}, "negative"),
         ({"fp8": "nonsense"}, "mxfp8"),
     ],
 )

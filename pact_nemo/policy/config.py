@@ -11,7 +11,9 @@ PRECISIONS = ("auto", "fp32", "bf16")
 RECOMPUTE = ("none", "full", "selective")
 ATTENTION = ("auto", "tree_sdpa", "te")
 LR_SCHEDULES = ("constant", "linear", "cosine")
-FP8_RECIPES = ("delayed", "tensorwise", "mxfp8", "blockwise")
+FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+#: first compute capability with the recipe's kernels: Ada and Hopper have per-tensor scales, Hopper block scales, Blackwell the MX formats
+FIRST_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 @dataclass
@@ -32,7 +34,12 @@ class PolicyConfig:
         logprob_chunk: positions per chunk of the vocabulary head; at most chunk x vocab/TP logits exist at a time.
         share_prefix: compute shared prefixes of a token tree once; False = separate root-to-leaf sequences.
         attention: ``tree_sdpa`` (torch kernels on any device), ``te`` (Transformer Engine, needs share_prefix=False) or ``auto`` = tree_sdpa.
-        fp8: name of a Transformer Engine FP8 recipe, or None.
+        fp8: Transformer Engine FP8 recipe of the update and of the scoring that its ratios are taken against (the reference pass, the
+            vocabulary head and the loss stay as ``precision`` says): ``delayed``, ``tensorwise``, ``blockwise``, ``mxfp8``, ``auto`` = the
+            finest that the GPU has, None = off. Without Transformer Engine or an FP8 unit it is off, and said so.
+        fp8_bf16_layers: layers at each end of the stack that stay in bf16 under ``fp8``; ``delayed`` knows no exceptions and needs 0.
+        fp8_emulate: where there is no Transformer Engine, round what enters and leaves the linear layers as the recipe would: shows on any
+            machine what FP8 does to log-probs, ratios and clipping. Slower, not faster.
         distributed_optimizer: shard optimizer state over the data-parallel ranks.
         overlap_grad_reduce: reduce gradients over the data-parallel ranks while the backward pass still runs.
         init_timeout_s: seconds a collective may wait before the run is declared hung.
@@ -51,6 +58,8 @@ class PolicyConfig:
     share_prefix: bool = True
     attention: str = "auto"
     fp8: str | None = None
+    fp8_bf16_layers: int = 1
+    fp8_emulate: bool = False
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     init_timeout_s: int = 1800
@@ -89,13 +98,45 @@ class PolicyConfig:
                 raise ConfigError("policy.attention=te has no tree mask; set policy.share_prefix=false with it")
             if self.context_parallel > 1:
                 raise ConfigError("policy.attention=te cuts sequences differently over context-parallel ranks; use attention=tree_sdpa there")
-        if self.fp8 is not None:
-            if self.fp8 not in FP8_RECIPES:
-                raise ConfigError(f"policy.fp8 is {self.fp8!r}; choose one of {', '.join(FP8_RECIPES)} or null")
-            if not has_te:
-                raise ConfigError("policy.fp8 needs a CUDA device and the transformer-engine package; install it or set fp8 to null")
-            if self.resolved_precision(cuda=cuda) != "bf16":
-                raise ConfigError("policy.fp8 needs policy.precision=bf16 (or auto on CUDA)")
+        self._validate_fp8(cuda=cuda, has_te=has_te)
+
+    def _validate_fp8(self, *, cuda: bool, has_te: bool) -> None:
+        if self.fp8_emulate and has_te:
+            raise ConfigError("policy.fp8_emulate is for machines without Transformer Engine; unset it: policy.fp8 runs for real here")
+        if self.fp8_bf16_layers < 0:
+            raise ConfigError(f"policy.fp8_bf16_layers is {self.fp8_bf16_layers}; it must not be negative")
+        if self.fp8 is None:
+            return
+        if self.fp8 not in ("auto", *FP8_RECIPES):
+            raise ConfigError(f"policy.fp8 is {self.fp8!r}; choose one of auto, {', '.join(FP8_RECIPES)} or null")
+        if self.fp8 == "delayed" and self.fp8_bf16_layers:
+            raise ConfigError("policy.fp8=delayed can't leave layers in bf16: set policy.fp8_bf16_layers=0 with it, or take fp8=tensorwise")
+        if self.fp8_emulate and self.recompute == "full":
+            raise ConfigError("policy.fp8_emulate can't recompute whole layers: set policy.recompute=none or selective")
+        if has_te and self.resolved_precision(cuda=cuda) != "bf16":
+            raise ConfigError("policy.fp8 needs policy.precision=bf16 (or auto on CUDA)")
+
+    def resolved_fp8(self, *, capability: tuple[int, int] | None, has_te: bool) -> str | None:
+        """The recipe that runs; None = no FP8.
+
+        Args:
+            capability: compute capability of the GPU; None without one.
+            has_te: whether Transformer Engine is installed.
+
+        Raises:
+            ConfigError: the GPU has an FP8 unit, but no kernels for the recipe that was asked for by name.
+        """
+        if self.fp8 is None:
+            return None
+        if self.fp8_emulate:
+            return "tensorwise" if self.fp8 == "auto" else self.fp8
+        possible = [name for name in FP8_RECIPES if capability is not None and capability >= FIRST_CAPABILITY[name]] if has_te else []
+        if not possible or self.fp8 in possible:
+            return self.fp8 if possible else None
+        if self.fp8 != "auto":
+            raise ConfigError(f"policy.fp8={self.fp8} has no kernels on compute capability {capability}; it has {', '.join(possible)}")
+        # those without memory of earlier passes, finest scales first: scoring and update then round alike
+        return possible[-1]
 
     def resolved_precision(self, *, cuda: bool) -> str:
         """``fp32`` or ``bf16``, with ``auto`` decided by the device."""

@@ -89,6 +89,16 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda() else CPU
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Of this rank's GPU; None without one."""
+    return torch.cuda.get_device_capability(local_device()) if use_cuda() else None
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can be used: a GPU and the package."""
+    return use_cuda() and importlib.util.find_spec("transformer_engine") is not None
+
+
 def prepare_megatron() -> None:
     """Import megatron-core and Megatron-Bridge in a way that works on this machine. Idempotent; call before any other import of them.
 

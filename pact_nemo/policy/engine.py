@@ -109,17 +109,20 @@ def to_local(
 
 
 def local_batches(
-    trees: list[TokenTree], config: PolicyConfig, *, device: torch.device, bf16: bool, temperature: float, entropy: bool = False
+    trees: list[TokenTree], config: PolicyConfig, *, device: torch.device, bf16: bool, temperature: float, entropy: bool = False,
+    alignment: int = 1,
 ) -> tuple[list[LocalMicroBatch], int]:
-    """Pack the trees for all ranks; this rank's micro-batches, and the number of tree tokens on all ranks together."""
+    """Pack the trees for all ranks; this rank's micro-batches, and the number of tree tokens on all ranks together.
+
+    Rows are padded so that every rank's part of them is a multiple of ``alignment`` tokens."""
     context = config.context_parallel
     packed = pack(
         trees,
         config.micro_batch_tokens,
         share_prefix=config.share_prefix,
         data_parallel=parallel_state.get_data_parallel_world_size(),
-        # sequence and context parallelism cut rows into equal parts; FP8 matrix products want multiples of 16
-        multiple=(config.tensor_parallel if config.sequence_parallel else 1) * (2 * context if context > 1 else 1) * (16 if config.fp8 else 1),
+        # sequence and context parallelism cut rows into equal parts
+        multiple=(config.tensor_parallel if config.sequence_parallel else 1) * (2 * context if context > 1 else 1) * alignment,
         group_of=config.pipeline_parallel if config.virtual_pipeline else 1,
     )
     mask_dtype = None if device.type == "cuda" else (torch.bfloat16 if bf16 else torch.float32)

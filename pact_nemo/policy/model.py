@@ -26,6 +26,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.policy.attention import TreeBatch, TreeCoreAttention
 from pact_nemo.policy.config import PolicyConfig
 from pact_nemo.policy.device import local_device
+from pact_nemo.policy.fp8 import HISTORY, emulate, number_format
 from pact_nemo.policy.heads import vocab_parallel_logprobs
 
 
@@ -104,8 +105,10 @@ def layer_spec(provider: Any, *, transformer_engine: bool, attention: str) -> Mo
     return spec
 
 
-def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool) -> None:
+def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool, fp8: str | None = None) -> None:
     """Write the parallel layout, precision and kernel choices into Megatron-Bridge's provider (a TransformerConfig), then finalize it.
+
+    ``fp8`` is the FP8 recipe that runs, or None.
 
     Raises:
         ConfigError: the model can't be laid out this way (layers, heads), or isn't of a supported kind.
@@ -113,6 +116,8 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool) -> No
     if provider.normalization != "RMSNorm" or provider.position_embedding_type != "rope":
         raise ConfigError(f"only RMSNorm + RoPE decoders are supported, this is {provider.normalization} + {provider.position_embedding_type}")
     chunks = config.pipeline_parallel * (config.virtual_pipeline or 1)
+    if fp8 is not None and 2 * config.fp8_bf16_layers >= provider.num_layers:
+        raise ConfigError(f"policy.fp8_bf16_layers={config.fp8_bf16_layers} at each end leaves none of {provider.num_layers} layers in FP8")
     if provider.num_layers % chunks:
         raise ConfigError(f"{provider.num_layers} layers can't be cut into pipeline_parallel x virtual_pipeline = {chunks} equal parts")
     if provider.num_attention_heads % config.tensor_parallel:
@@ -137,8 +142,6 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool) -> No
         autocast_dtype=dtype,
         bf16=bf16,
         fp16=False,
-        fp8=None if config.fp8 is None else "hybrid",
-        fp8_recipe=config.fp8 or "delayed",
         # gradients are plain sums over tokens: no division by micro-batches, ranks or token counts anywhere
         calculate_per_token_loss=True,
         # packed rows differ in length from micro-batch to micro-batch
@@ -165,6 +168,18 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool) -> No
         moe_token_dispatcher_type="alltoall",
         moe_permute_fusion=False,
     )
+    if fp8 is not None:
+        settings.update(
+            fp8=number_format(fp8),
+            fp8_recipe=fp8,
+            fp8_amax_history_len=HISTORY,
+            fp8_amax_compute_algo="max",
+            first_last_layers_bf16=config.fp8_bf16_layers > 0,
+            num_layers_at_start_in_bf16=config.fp8_bf16_layers,
+            num_layers_at_end_in_bf16=config.fp8_bf16_layers,
+        )
+        if provider.num_moe_experts and not config.fp8_emulate:
+            settings["moe_router_padding_for_quantization"] = True  # each expert's share of the tokens, too, to what its product needs
     if config.recompute == "full":
         settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif config.recompute == "selective":
@@ -242,6 +257,8 @@ def build_chunks(provider: Any, hf_config: Any, config: PolicyConfig, *, cuda: b
         model.rotary_pos_emb.inv_freq = rotary_frequencies(hf_config).to(local_device())
         model.to(local_device())
         _mark_tensor_parallel(model)
+        if config.fp8_emulate and provider.fp8 is not None:
+            emulate(model, model.config)
         chunks.append(model)
     return chunks
 

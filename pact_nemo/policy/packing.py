@@ -39,7 +39,7 @@ class PackedMicroBatch:
     """One packed row.
 
     Attributes:
-        tokens: [T] int64 token ids; the last ``T - used`` are padding.
+        tokens: [T] int64 token ids; the last ``T - used`` are padding: the row's first tokens again, as sequences of their own.
         position_ids: [T] int64 depth of each token in its tree.
         runs: attention structure; a token sees its own run up to itself and all ancestors of the run.
         source_index: [S] int64 row position whose hidden state predicts the scored token.
@@ -109,14 +109,21 @@ class _Builder:
         self.flat += [flat[i] for i in order]
         self.streams.append({name: stream[order] for name, stream in tree.streams.items()})
 
-    def finish(self, multiple: int, names: list[str], dtypes: dict[str, torch.dtype]) -> PackedMicroBatch:
+    def finish(self, multiple: int, names: list[str], dtypes: dict[str, torch.dtype], filler: list[int]) -> PackedMicroBatch:
+        """Pad with ``filler`` to a multiple. What is padded with is computed like everything else, so it has to be something that adds no
+        magnitude of its own: scales of low-precision formats are taken over all tokens of a row."""
         used = len(self.tokens)
         pad = -max(used, 1) % multiple + (1 if used == 0 else 0)
-        if pad:
-            self.runs.append(Run(used, pad, -1))
+        padding: list[int] = []
+        positions: list[int] = []
+        while len(padding) < pad:
+            piece = filler[: pad - len(padding)]
+            self.runs.append(Run(used + len(padding), len(piece), -1))
+            padding += piece
+            positions += range(len(piece))
         return PackedMicroBatch(
-            tokens=torch.tensor(self.tokens + [PAD_TOKEN] * pad, dtype=torch.int64),
-            position_ids=torch.tensor(self.positions + list(range(pad)), dtype=torch.int64),
+            tokens=torch.tensor(self.tokens + padding, dtype=torch.int64),
+            position_ids=torch.tensor(self.positions + positions, dtype=torch.int64),
             runs=self.runs,
             source_index=torch.tensor(self.source, dtype=torch.int64),
             target_ids=torch.tensor(self.target, dtype=torch.int64),
@@ -217,7 +224,8 @@ def pack(
             builder = _Builder()
             for index in sorted(row):
                 builder.add(*pieces[index])
-            batches.append(builder.finish(multiple, names, dtypes))
+            first = pieces[min(row, default=0)][0].segments[0].token_ids if pieces else [PAD_TOKEN]
+            batches.append(builder.finish(multiple, names, dtypes, list(first)))
         packed.append(batches)
     return packed
 

@@ -16,12 +16,13 @@ import torch.distributed as dist
 from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.fp8 import ALIGNMENT
 from pact_nemo.policy.hf_folder import copy_artifacts, write_weights
 from pact_nemo.policy.trees import TokenTree
 
 devices.prepare_megatron()
 
-from pact_nemo.policy import bridge, engine, model, optimizer  # noqa: E402
+from pact_nemo.policy import bridge, engine, fp8, model, optimizer  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,16 @@ class MegatronPolicy:
         self.hf_path, self.total_steps, self.step = Path(hf_path), total_steps, 0
         self.device = devices.local_device()
         self.bf16 = config.resolved_precision(cuda=cuda) == "bf16"
+        self.fp8 = config.resolved_fp8(capability=devices.compute_capability(), has_te=devices.has_transformer_engine())
+        if config.fp8 is not None and self.fp8 is None:
+            precision = "bf16" if self.bf16 else "fp32"
+            logger.warning("policy.fp8=%s needs a GPU with FP8 and Transformer Engine, which are not here: running in %s", config.fp8, precision)
+        self.alignment = ALIGNMENT[self.fp8] if self.fp8 is not None else 1
         model.initialize_model_parallel(config, seed=seed)
         self.bridge = bridge.load_bridge(hf_path)
         with bridge.quiet():
             self.provider = self.bridge.to_megatron_provider(load_weights=False)
-        model.configure_provider(self.provider, config, cuda=cuda)
+        model.configure_provider(self.provider, config, cuda=cuda, fp8=self.fp8)
         self.chunks = model.build_chunks(self.provider, self.bridge.hf_pretrained.config, config, cuda=cuda)
         bridge.load_weights(self.bridge, self.chunks)
         self._reference: list[dict[str, torch.Tensor]] | None = None
@@ -136,7 +142,7 @@ class MegatronPolicy:
         Raises:
             ConfigError: there is no reference: neither ``keep_reference`` nor :meth:`load_reference`.
         """
-        with self._reference_weights():
+        with self._reference_weights(), self._without_fp8():
             return self.logprobs(trees, temperature=temperature)
 
     @property
@@ -169,6 +175,18 @@ class MegatronPolicy:
         finally:
             self._point_to(current)
 
+    @contextlib.contextmanager
+    def _without_fp8(self) -> Iterator[None]:
+        """The next passes in bf16 (megatron asks its configuration for FP8 at every forward)."""
+        formats = [chunk.config.fp8 for chunk in self.chunks]
+        try:
+            for chunk in self.chunks:
+                chunk.config.fp8 = None
+            yield
+        finally:
+            for chunk, name in zip(self.chunks, formats, strict=True):
+                chunk.config.fp8 = name
+
     def _point_to(self, weights: list[dict[str, torch.Tensor]]) -> None:
         for chunk, values in zip(self.chunks, weights, strict=True):
             for name, param in chunk.named_parameters():
@@ -177,7 +195,7 @@ class MegatronPolicy:
     def _score(self, trees: list[TokenTree], *, temperature: float, entropy: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         bare = [TokenTree(tree.segments) for tree in trees]
         batches, _ = engine.local_batches(
-            bare, self.config, device=self.device, bf16=self.bf16, temperature=temperature, entropy=entropy
+            bare, self.config, device=self.device, bf16=self.bf16, temperature=temperature, entropy=entropy, alignment=self.alignment
         )
         for chunk in self.chunks:
             chunk.eval()
@@ -212,11 +230,14 @@ class MegatronPolicy:
         """
         if self.optimizer is None:
             raise ConfigError("this policy was built with trainable=False")
-        batches, tokens = engine.local_batches(trees, self.config, device=self.device, bf16=self.bf16, temperature=temperature)
+        batches, tokens = engine.local_batches(
+            trees, self.config, device=self.device, bf16=self.bf16, temperature=temperature, alignment=self.alignment
+        )
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         collected = engine.run_schedule(self.wrapped, batches, loss_fn, forward_only=False)
+        fp8.end_pass(self.chunks)
         loss, metrics = engine.gather_metrics(collected)
         grad_norm = optimizer.gradient_norm(self.optimizer)
         broken = [name for name, value in {"loss": loss, "grad_norm": grad_norm, **metrics}.items() if not math.isfinite(value)]

@@ -159,7 +159,8 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
     with watch("score"):
         old: list[torch.Tensor] | None = None
         if several_updates:
-            old = policy.logprobs([p.tree for p in prompts])
+            # mini-batch by mini-batch: packed as in the update, so that the ratios of the first one are exactly 1 in any precision
+            old = [scored for part in parts if part for scored in policy.logprobs([p.tree for p in part])]
         elif correct_sampler:
             # One on-policy update: the loss takes its own detached log-probs as pi_old (identical by definition); the sampler
             # correction still needs pi_old(tau | x), and only that.

@@ -1,0 +1,179 @@
+"""FP8: the rounding itself, and what it does to log-probs, ratios and gradients of a PACT batch, by emulation on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pact_nemo.errors import ConfigError
+from pact_nemo.policy.config import FP8_RECIPES, OptimizerConfig, PolicyConfig
+from pact_nemo.policy.fp8 import ALIGNMENT, E4M3, E5M2, Caster, round_in_blocks, round_to_fp8, scale_for
+from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.policy.trees import TokenTree
+from tests.workers.pact_kit import make_pact_trees, pact_terms
+from tests.workers.policy_kit import make_model
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("hf"), "qwen2")
+
+
+def build(path: Path, **config: Any) -> MegatronPolicy:
+    fp8 = {"fp8_bf16_layers": 0} if config.get("fp8") == "delayed" else {}
+    settings = PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 256, "logprob_chunk": 64, "fp8_emulate": True, **fp8, **config})
+    return MegatronPolicy(settings, OptimizerConfig(lr=1e-3), path, seed=1, total_steps=4, keep_reference=True)
+
+
+def joined(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(rows)
+
+
+# ------------------------------------------------------------------ rounding
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(E4M3, 3), (E5M2, 2)])
+def test_rounding_errs_by_half_a_step_of_the_mantissa_and_saturates(dtype: torch.dtype, bits: int) -> None:
+    values = torch.exp2(torch.linspace(-4.0, 6.0, 10001))
+    rounded = round_to_fp8(values, torch.ones(()), dtype)
+    assert ((rounded - values).abs() / values).max() == pytest.approx(2.0 ** -(bits + 1) / (1 + 2.0 ** -(bits + 1)), rel=0.01)
+    assert torch.equal(round_to_fp8(rounded, torch.ones(()), dtype), rounded)
+    assert round_to_fp8(torch.tensor([1e9, -1e9]), torch.ones(()), dtype).tolist() == [torch.finfo(dtype).max, -torch.finfo(dtype).max]
+
+
+def test_the_scale_takes_the_largest_magnitude_to_the_largest_value() -> None:
+    values = torch.tensor([-3.7, 0.01, 2.0])
+    assert round_to_fp8(values, scale_for(values.abs().amax(), E4M3, power_of_two=False), E4M3)[0] == pytest.approx(-3.7, rel=1e-6)
+    scale = scale_for(torch.tensor([3.7, 448.0, 449.0, 0.0, float("inf")]), E4M3, power_of_two=True)
+    assert scale.tolist() == [64.0, 1.0, 0.5, 1.0, 1.0]
+    broken = round_in_blocks(torch.tensor([[1.0, float("inf"), float("nan")]]), 1, 32, E4M3)
+    assert broken[0, 1] == float("inf") and torch.isnan(broken[0, 2]), "nothing that isn't finite is hidden"
+
+
+def test_blocks_do_not_see_each_other() -> None:
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 300, generator=draw)
+    lone = values.clone()
+    lone[1, 130] = 1e4
+    for rows, columns in ((1, 128), (1, 32)):
+        plain, disturbed = round_in_blocks(values, rows, columns, E4M3), round_in_blocks(lone, rows, columns, E4M3)
+        block = slice(130 // columns * columns, (130 // columns + 1) * columns)
+        untouched = torch.ones_like(values, dtype=torch.bool)
+        untouched[1, block] = False
+        assert torch.equal(plain[untouched], disturbed[untouched]) and not torch.equal(plain[1, block], disturbed[1, block])
+        assert (plain - values).abs().max() / values.abs().max() < 2.0**-4
+    square = round_in_blocks(lone, 128, 128, E4M3)
+    assert torch.equal(square[:, :128], round_in_blocks(values, 128, 128, E4M3)[:, :128])
+
+
+def test_delayed_scales_come_from_earlier_training_passes() -> None:
+    caster = Caster("delayed")
+    values = torch.tensor([1000.0, 1.0])
+    assert caster(values, E4M3)[0] == 448.0  # nothing seen yet: scale 1, saturated
+    assert caster(values, E4M3)[0] == 448.0  # the same pass
+    caster.next_pass()
+    assert caster(values, E4M3)[0] == pytest.approx(1000.0, rel=1e-6)
+    caster(values * 4, E4M3, record=False)  # scoring leaves no mark
+    caster.next_pass()
+    assert caster(values * 4, E4M3)[0] == pytest.approx(1000.0, rel=1e-6)
+
+
+# ------------------------------------------------------------------ the policy
+
+
+@pytest.mark.parametrize("recipe", FP8_RECIPES)
+def test_ratios_of_an_on_policy_step_are_exactly_1(recipe: str, hf: Path) -> None:
+    """The old policy is scored in the update's precision; under the delayed recipe, too, until the next pass."""
+    policy, trees = build(hf, fp8=recipe), make_pact_trees(6)
+    for tree, now in zip(trees, policy.logprobs(trees), strict=True):
+        tree.streams["old_logprobs"] = now
+    metrics = policy.update(trees, pact_terms).metrics
+    assert metrics["max/ratio_h"] == 1.0 and metrics["max/ratio_x"] == 1.0 and metrics["clip/h"] == metrics["clip/x"] == 0.0
+
+
+def test_old_policy_in_another_precision_would_bend_the_ratios(hf: Path) -> None:
+    """Why it isn't scored in full precision: the ratio would carry the rounding."""
+    policy, exact = build(hf, fp8="tensorwise"), build(hf)
+    trees = make_pact_trees(6)
+    for tree, now in zip(trees, exact.logprobs(trees), strict=True):
+        tree.streams["old_logprobs"] = now
+    metrics = policy.update(trees, pact_terms).metrics
+    assert metrics["max/ratio_h"] > 1.01 and metrics["approx_kl/h"] > 0
+
+
+@pytest.mark.parametrize("recipe", FP8_RECIPES)
+def test_what_fp8_does_to_a_pact_batch(recipe: str, hf: Path) -> None:
+    """Log-probs move, but by little; the gradient keeps its direction; the reference is not touched."""
+    policy, exact = build(hf, fp8=recipe), build(hf)
+    for either in (policy, exact):  # a pass without effect on the weights, from which the delayed recipe takes its scales
+        either.update(make_pact_trees(6), pact_terms, lr=0.0)
+    trees = make_pact_trees(6)
+    rounded, plain = joined(policy.logprobs(trees)), joined(exact.logprobs(trees))
+    error = (rounded - plain).abs()
+    assert 1e-4 < error.mean() < 0.15 and error.max() < 1.0, (error.mean(), error.max())
+    assert torch.equal(joined(policy.reference_logprobs(trees)), joined(exact.reference_logprobs(trees)))
+    assert torch.equal(joined(policy.logprobs(trees)), rounded), "the reference pass leaves the switch where it was"
+    ours, theirs = policy.update(trees, pact_terms), exact.update(trees, pact_terms)
+    assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=0.15) and ours.grad_norm != theirs.grad_norm
+
+
+def gradient(policy: MegatronPolicy, trees: list[TokenTree]) -> torch.Tensor:
+    policy.update(trees, pact_terms, lr=0.0)
+    return torch.cat([param.main_grad.flatten() for param in policy.chunks[0].parameters()])
+
+
+def test_the_gradient_keeps_its_direction(hf: Path) -> None:
+    exact = gradient(build(hf), make_pact_trees(6))
+    for recipe in ("tensorwise", "blockwise", "mxfp8"):
+        rounded = gradient(build(hf, fp8=recipe), make_pact_trees(6))
+        assert torch.nn.functional.cosine_similarity(rounded, exact, dim=0) > 0.97, recipe
+
+
+def test_layers_kept_in_bf16_are_untouched(hf: Path) -> None:
+    trees = make_pact_trees(3)
+    exact = joined(build(hf).logprobs(trees))
+    errors = [float((joined(build(hf, fp8="tensorwise", fp8_bf16_layers=kept).logprobs(trees)) - exact).abs().mean()) for kept in (0, 1)]
+    assert errors[0] > errors[1] > 0
+    with pytest.raises(ConfigError, match="leaves none of 4 layers"):
+        build(hf, fp8="tensorwise", fp8_bf16_layers=2)
+
+
+@pytest.mark.parametrize("recipe", FP8_RECIPES)
+def test_padding_changes_nothing(recipe: str, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales are taken over real tokens: rows padded to 512 tokens give the log-probs and the loss of rows padded to the recipe's multiple."""
+    trees = make_pact_trees(5)
+    policy = build(hf, fp8=recipe)
+    plain, result = joined(policy.logprobs(trees)), build(hf, fp8=recipe).update(trees, pact_terms)
+    monkeypatch.setitem(ALIGNMENT, recipe, 512)
+    padded = build(hf, fp8=recipe)
+    assert padded.alignment == 512
+    torch.testing.assert_close(joined(padded.logprobs(trees)), plain, rtol=0, atol=2e-6)
+    again = padded.update(trees, pact_terms)
+    assert again.loss == pytest.approx(result.loss, abs=1e-6) and again.grad_norm == pytest.approx(result.grad_norm, rel=1e-5)
+
+
+def test_without_transformer_engine_it_says_so_and_goes_on(hf: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = build(hf, fp8="blockwise", fp8_emulate=False)
+    assert plain.fp8 is None and "policy.fp8=blockwise needs a GPU with FP8 and Transformer Engine" in caplog.text
+    trees = make_pact_trees(3)
+    assert torch.equal(joined(plain.logprobs(trees)), joined(build(hf).logprobs(trees)))
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "runs"),
+    [
+        ((8, 0), "auto", None), ((8, 0), "tensorwise", None), ((8, 9), "auto", "tensorwise"), ((9, 0), "auto", "blockwise"),
+        ((9, 0), "delayed", "delayed"), ((10, 0), "auto", "mxfp8"), (None, "auto", None),
+    ],
+)  # fmt: skip
+def test_the_hardware_decides(capability: tuple[int, int] | None, asked: str, runs: str | None) -> None:
+    assert PolicyConfig(fp8=asked).resolved_fp8(capability=capability, has_te=True) == runs
+    assert PolicyConfig(fp8=asked).resolved_fp8(capability=capability, has_te=False) is None
+
+
+def test_a_recipe_that_this_gpu_has_not_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"mxfp8 has no kernels on compute capability \(9, 0\); it has delayed, tensorwise, blockwise"):
+        PolicyConfig(fp8="mxfp8").resolved_fp8(capability=(9, 0), has_te=True)
