@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +195,59 @@ def test_a_step_is_saved_once_and_a_failed_save_leaves_nothing_behind(hf: Path, 
     with pytest.raises(ValueError, match="not JSON compliant"):
         resume.save(policy, tmp_path, {"loss": float("nan")})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000000"]
+    assert resume.latest(tmp_path) == tmp_path / "step_000000"
+
+
+def slow_writer(monkeypatch: pytest.MonkeyPatch, then: Callable[[], None] = lambda: None) -> None:
+    """Megatron's writers, forked from here, wait until the trainer is a step further; ``then`` runs in them first."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    original = filesystem_async._write_item
+
+    @functools.wraps(original)  # megatron looks at its signature
+    def write_item(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.05)
+        then()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(filesystem_async, "_write_item", write_item)
+
+
+def test_a_save_in_the_background_has_the_weights_of_its_step(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of the steps that are made while it is being written."""
+    policy = build(hf)
+    policy.update(TREES, loss_fn)
+    policy.export_hf(tmp_path / "then", dtype="float32")
+    slow_writer(monkeypatch)
+    saving = resume.BackgroundSave(policy, tmp_path / "checkpoints", {"note": "a"})
+    assert not saving.finished()
+    losses = [policy.update(TREES, loss_fn).loss for _ in range(2)]
+    assert resume.latest(tmp_path / "checkpoints") is None, "nothing to be seen before it is whole"
+    saving.finish()
+    policy.export_hf(tmp_path / "now", dtype="float32")
+    again = build(hf)
+    folder = resume.latest(tmp_path / "checkpoints")
+    assert folder is not None and resume.load(again, folder) == {"note": "a"} and again.step == 1
+    again.export_hf(tmp_path / "loaded", dtype="float32")
+    then, now, loaded = (load_file(tmp_path / name / "model.safetensors") for name in ("then", "now", "loaded"))
+    assert all(torch.equal(loaded[name], then[name]) for name in then)
+    assert not all(torch.equal(now[name], then[name]) for name in then)
+    assert [again.update(TREES, loss_fn).loss for _ in range(2)] == losses, "moments and main weights, too"
+
+
+def test_a_failed_save_in_the_background_is_told_and_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = build(hf)
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        slow_writer(patched, full)
+        saving = resume.BackgroundSave(policy, tmp_path, {})
+        with pytest.raises(CheckpointError, match="No space left on device.*the previous checkpoint stands"):
+            saving.finish()
+    assert list(tmp_path.iterdir()) == []
+    resume.BackgroundSave(policy, tmp_path, {}).finish()
     assert resume.latest(tmp_path) == tmp_path / "step_000000"
 
 

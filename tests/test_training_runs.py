@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.checkpoints.resume import verify
 from pact_nemo.errors import ConfigError
 from pact_nemo.training.config import load_config
 from pact_nemo.training.loop import replayed
@@ -112,7 +113,11 @@ def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any]) -
         "traces.quality=true",
         "traces.augment=[argument_order,call_order]",
     ]
-    whole = recipe(stage, "whole", *beyond)
+    whole = recipe(stage, "whole", *beyond, "trainer.async_checkpoint=true", "trainer.checkpoint_every=1", "trainer.keep_checkpoints=2")
+    saved = sorted((whole / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["latest", "step_000003", "step_000005"]  # the first of them written beside the second step
+    for path in saved[1:]:
+        verify(path)
     first = recipe(stage, "halves", *beyond, "trainer.steps=1")
     assert [r["step"] for r in records(first)] == [1, 1]
     resumed = recipe(stage, "halves", f"trainer.steps={STEPS}", resume=first)

@@ -12,6 +12,8 @@ import logging
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,21 +77,98 @@ def save(policy: Resumable, root: str | Path, state: dict[str, Any]) -> Path:
     return final
 
 
-def _write(policy: Resumable, folder: Path | None, state: dict[str, Any]) -> None:
-    """Fill a folder that only rank 0 knows yet."""
+def _write(policy: Resumable, folder: Path | None, state: dict[str, Any], *, background: bool = False) -> Any:
+    """Fill a folder that only rank 0 knows yet, but for the manifest, which rank 0 writes if not in the ``background``.
+
+    Returns:
+        megatron's request to write the weights, if in the background.
+    """
     from megatron.core import dist_checkpointing
 
     target = Path(_from_rank_0(str(folder)))
     if folder is not None:
         (target / "weights").mkdir()
-    dist.barrier()
-    dist_checkpointing.save(policy.state_dict(), str(target / "weights"))
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, _rng_state())
     if folder is not None:
         torch.save(states, target / "rng.pt")
         write_json_atomic(target / "state.json", {"step": policy.step, "ranks": dist.get_world_size(), "caller": state})
+    dist.barrier()
+    request = dist_checkpointing.save(policy.state_dict(), str(target / "weights"), async_sharded_save=background)
+    if folder is not None and not background:
         _write_manifest(target)
+    return request
+
+
+class BackgroundSave:
+    """A checkpoint that is written while training goes on, by one child process a rank.
+
+    The child is forked when the object is made, after tensors on a GPU were copied to the host: it has the weights of that moment, whatever
+    the trainer does to its own. The folder appears when :meth:`finish` has written the manifest; a trainer that dies before leaves
+    nothing that could be taken for a checkpoint. Every method is collective.
+    """
+
+    def __init__(self, policy: Resumable, root: str | Path, state: dict[str, Any]):
+        """As :func:`save`; returns as soon as the writers have started.
+
+        Raises:
+            CheckpointError: a checkpoint of this step exists already.
+        """
+        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+        self.final = checkpoint_path(root, policy.step)
+        if _from_rank_0(self.final.exists() if dist.get_rank() == 0 else None):
+            raise CheckpointError(f"{self.final} exists already; a checkpoint is written once: remove it or save to another root")
+        self._stack = ExitStack()
+        self._folder = self._stack.enter_context(new_directory(self.final)) if dist.get_rank() == 0 else None
+        self._queue = AsyncCallsQueue()
+        with self._stack_closed_on_error():
+            self._queue.schedule_async_request(_write(policy, self._folder, state, background=True))
+
+    def finished(self) -> bool:
+        """Whether the writers of all ranks have ended, well or not: :meth:`finish` then takes no time."""
+        if self._queue.get_num_unfinalized_calls():
+            with self._stack_closed_on_error():
+                self._queue.maybe_finalize_async_calls(blocking=False)
+        return not self._queue.get_num_unfinalized_calls()
+
+    def finish(self) -> Path:
+        """Wait for the writers, then make the folder visible and point ``latest`` at it.
+
+        Raises:
+            CheckpointError: a writer failed (disk full, no permission); on all ranks, and nothing is left behind.
+        """
+        with self._stack_closed_on_error():
+            self._queue.maybe_finalize_async_calls(blocking=True)
+        problem = None
+        if self._folder is not None:
+            try:
+                _write_manifest(self._folder)
+                self._stack.close()
+                write_text_atomic(self.final.parent / POINTER_NAME, self.final.name + "\n")
+            except OSError as error:
+                problem = str(error)
+        problem = _from_rank_0(problem)
+        if problem:
+            raise CheckpointError(f"{self.final} can't be written: {problem}; free or repair the disk: the previous checkpoint stands")
+        logger.info("saved %s", self.final)
+        return self.final
+
+    @contextmanager
+    def _stack_closed_on_error(self) -> Iterator[None]:
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        try:
+            yield
+        except BaseException as error:
+            self._queue.async_calls.clear()
+            with suppress(type(error)):  # the folder's own exit removes it, then raises what it was given
+                self._stack.__exit__(type(error), error, error.__traceback__)
+            if not isinstance(error, (CheckpointException, OSError)):
+                raise
+            reason = str(error).strip().splitlines()[-1:]
+            message = f"{self.final} can't be written: {reason}; free or repair the disk: the previous checkpoint stands"
+            raise CheckpointError(message) from error
 
 
 def load(policy: Resumable, folder: str | Path) -> dict[str, Any]:
@@ -191,6 +270,12 @@ def latest_complete(root: str | Path) -> Path | None:
         else:
             return folder
     return None
+
+
+def remove_unfinished(root: str | Path) -> None:
+    """Delete what saves that were cut off left under temporary names (call on rank 0 while nothing is being saved)."""
+    for folder in Path(root).glob(".step_*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune(root: str | Path, keep: int) -> list[int]:

@@ -186,6 +186,7 @@ class TrainerConfig:
     mini_batch_size: int = 32  #: prompts per optimizer update
     checkpoint_every: int = 5  #: steps; the last step is always saved; 0 = only the last
     keep_checkpoints: int = 2
+    async_checkpoint: bool = False  #: write checkpoints beside the next steps (a child process a rank); the last one is waited for
     dump_rollouts: bool = True
     replay: str | None = None  #: run folder whose dumped rollouts are trained on instead of sampling (no server is started)
 

@@ -87,6 +87,7 @@ class Experiment:
         self.step = 0
         self.warmup_step = 0
         self.version = 0
+        self.saving: resume.BackgroundSave | None = None
         self.metrics: MetricsLog | None = None
         self.scores: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
@@ -171,18 +172,34 @@ class Experiment:
 
     def checkpoint_if_due(self) -> None:
         trainer = self.config.trainer
+        self.finish_saving(wait=False)
         if self.step == trainer.steps or (trainer.checkpoint_every and self.step % trainer.checkpoint_every == 0):
             with self.progress.phase("checkpoint", brief=True):
-                self.checkpoint()
+                self.checkpoint(background=trainer.async_checkpoint and self.step < trainer.steps)
 
-    def checkpoint(self) -> None:
-        """Save now, then delete all but the newest ``trainer.keep_checkpoints``."""
+    def checkpoint(self, *, background: bool = False) -> None:
+        """Save now, or start to, then delete all but the newest ``trainer.keep_checkpoints``."""
         start = time.perf_counter()
+        self.finish_saving(wait=True)
         if on_rank_zero(resume.checkpoint_path(self.workspace.checkpoints, self.policy.step).exists):
             return  # nothing has been trained since; what stands under a checkpoint's name is whole
-        resume.save(self.policy, self.workspace.checkpoints, self.state())
-        on_rank_zero(lambda: resume.prune(self.workspace.checkpoints, self.config.trainer.keep_checkpoints))
+        if background:
+            self.saving = resume.BackgroundSave(self.policy, self.workspace.checkpoints, self.state())
+        else:
+            resume.save(self.policy, self.workspace.checkpoints, self.state())
+            self._prune_checkpoints()
         self.seconds["checkpoint"] = self.seconds.get("checkpoint", 0.0) + time.perf_counter() - start
+
+    def finish_saving(self, *, wait: bool) -> None:
+        """Make a checkpoint that was written in the background visible, once it is whole; ``wait`` for that. Collective."""
+        if self.saving is None or not (wait or self.saving.finished()):
+            return
+        saving, self.saving = self.saving, None
+        saving.finish()
+        self._prune_checkpoints()
+
+    def _prune_checkpoints(self) -> None:
+        on_rank_zero(lambda: resume.prune(self.workspace.checkpoints, self.config.trainer.keep_checkpoints))
 
     def restore(self) -> bool:
         """Continue from the newest complete checkpoint; torn newer ones are removed with a warning. False when there is none: the run starts
@@ -223,6 +240,7 @@ class Experiment:
         done = f"step {self.step}" if self.step else f"warm-up step {self.warmup_step}"
         if self.policy.step > 0:
             self.checkpoint()
+        self.finish_saving(wait=True)
         raise Interrupted(f"{self.stop.name}: stopped after {done}, which is checkpointed; go on with --resume {self.workspace.folder}")
 
     def _forget_exports_after(self, version: int) -> None:
@@ -241,6 +259,7 @@ class Experiment:
 
     def _newest_checkpoint(self) -> Path | None:
         root = self.workspace.checkpoints
+        resume.remove_unfinished(root)
         folder = resume.latest_complete(root)
         for step in resume.steps(root):
             torn = resume.checkpoint_path(root, step)
