@@ -68,7 +68,7 @@ def test_a_layout_divides_model_and_ranks_and_fits_its_gpus_by_the_plan(name: st
 @every_recipe
 def test_the_name_says_model_gpus_hardware_and_precision(name: str) -> None:
     found = recipe(name)
-    assert found.name == name and f"_{found.world_size}xh100_" in name and name.endswith(f"_{found.policy.precision}")
+    assert found.name == name and f"_{found.world_size}xh100_" in name and name.endswith("_fp8" if found.policy.fp8 else f"_{found.policy.precision}")
 
 
 def test_the_papers_runs_are_recipes_setting_for_setting() -> None:

@@ -208,8 +208,17 @@ def llama3p1_70b_64xh100_bf16() -> Recipe:
     )
 
 
+def llama3p1_70b_64xh100_fp8() -> Recipe:
+    """FP8 in the update and in the scoring that its ratios are taken against, first and last layer in bf16. Hopper has block scales."""
+    return dataclasses.replace(
+        llama3p1_70b_64xh100_bf16(),
+        name="llama3p1_70b_64xh100_fp8",
+        policy=dataclasses.replace(llama3p1_70b_64xh100_bf16().policy, fp8="blockwise", fp8_bf16_layers=1),
+    )
+
+
 def qwen3_30b_a3b_16xh100_bf16() -> Recipe:
-    """A mixture of experts: 128, 8 a token."""
+    """A mixture of experts: 128, 8 a token. A pipeline stage a node, so that tokens travel to their experts within it."""
     return Recipe(
         name="qwen3_30b_a3b_16xh100_bf16",
         model="Qwen/Qwen3-30B-A3B",
@@ -220,7 +229,7 @@ def qwen3_30b_a3b_16xh100_bf16() -> Recipe:
         nodes=2,
         gpus_per_node=8,
         gpu_gib=80,
-        policy=_bf16(tensor_parallel=4, expert_parallel=8, sequence_parallel=True, micro_batch_tokens=32768),
+        policy=_bf16(tensor_parallel=4, pipeline_parallel=2, expert_parallel=8, sequence_parallel=True, micro_batch_tokens=32768),
         server=ServerShare(tensor_parallel_size=4, gpu_memory_utilization=0.35, max_model_len=PAPER_LENGTH, max_num_seqs=64),
     )
 
@@ -237,6 +246,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         qwen3_30b_a3b_16xh100_bf16,
         qwen2p5_72b_64xh100_bf16,
         llama3p1_70b_64xh100_bf16,
+        llama3p1_70b_64xh100_fp8,
     )
 }
 
