@@ -81,6 +81,15 @@ def test_nemo_says_whether_it_has_the_llm_collection(installed: dict[str, str], 
     assert "has nemo.collections.llm" in doctor.nemo().detail
 
 
+def test_fp8_says_which_recipes_this_gpu_runs(installed: dict[str, str]) -> None:
+    hopper, ampere = ["NVIDIA H100 80GB HBM3, 81559 MiB, 580.65, 9.0"], ["NVIDIA A100-SXM4-80GB, 81920 MiB, 580.65, 8.0"]
+    assert not doctor.fp8([]).ok and not doctor.fp8(ampere).ok and doctor.fp8(ampere).detail == "no GPU with an FP8 unit"
+    assert "without it the run is in bf16" in doctor.fp8(hopper).remedy
+    installed["transformer-engine"] = "2.12"
+    assert doctor.fp8(hopper).ok and doctor.fp8(hopper).detail == "delayed, tensorwise, blockwise"
+    assert "mxfp8" in doctor.fp8(["NVIDIA B200, 183359 MiB, 580.65, 10.0"]).detail
+
+
 def test_only_what_the_chosen_way_needs_makes_it_fail(installed: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setattr(doctor, "nvidia_smi", lambda: [])
     for name in (

@@ -21,7 +21,7 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(INSTALLED, reason="NeMo-Run is installed")
 def test_without_nemo_run_the_other_ways_are_named() -> None:
     done = launch("--config", "conf/pact_bfcl-smollm2_135m-cpu.yaml")
-    assert done.returncode == 1 and "pip install nemo_run" in done.stderr and "torchrun or sbatch" in done.stderr
+    assert done.returncode == 1 and "requirements-nemo-run.txt" in done.stderr and "torchrun or sbatch" in done.stderr
 
 
 @pytest.mark.skipif(not INSTALLED, reason="NeMo-Run is not installed")

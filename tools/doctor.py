@@ -23,6 +23,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pact_nemo.policy.config import FIRST_CAPABILITY  # noqa: E402  (standard library only)
+
 #: ``slurm`` asks what a login node must have: its GPUs are elsewhere, and a CPU cluster has none
 ALL, GPU, SLURM, NONE = ("cpu", "gpu", "slurm"), ("gpu",), ("slurm",), ()
 GIB = 1024**3
@@ -100,11 +104,11 @@ def torch() -> Finding:
 
 
 def nvidia_smi() -> list[str]:
-    """One line per GPU, e.g. ``NVIDIA H100 80GB HBM3, 81559 MiB, 580.65``; empty without a driver."""
+    """One line per GPU, e.g. ``NVIDIA H100 80GB HBM3, 81559 MiB, 580.65, 9.0``; empty without a driver."""
     binary = shutil.which("nvidia-smi")
     if binary is None:
         return []
-    query = [binary, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    query = [binary, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
     try:
         result = subprocess.run(query, capture_output=True, text=True, timeout=2, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -154,6 +158,24 @@ def nemo() -> Finding:
     detail = f"{version} ({'has' if has_llm else 'without'} nemo.collections.llm)"
     remedy = "" if has_llm else "nothing; this release carries speech only, and nothing here imports it"
     return Finding("nemo", True, detail, purpose, NONE, remedy)
+
+
+def nemo_run() -> Finding:
+    return package("nemo_run", "launching recipes with NeMo-Run", NONE, "optional: pip install -r requirements-nemo-run.txt")
+
+
+def fp8(gpus: list[str]) -> Finding:
+    """Which recipes of ``policy.fp8`` this machine runs for real."""
+    purpose, capability = "policy.fp8: the update in FP8", (0, 0)
+    if gpus and re.fullmatch(r"\d+\.\d+", gpus[0].rpartition(", ")[2]):
+        major, minor = gpus[0].rpartition(", ")[2].split(".")
+        capability = (int(major), int(minor))
+    recipes = [name for name, first in FIRST_CAPABILITY.items() if capability >= first]
+    if not recipes:
+        return Finding("FP8", False, "no GPU with an FP8 unit", purpose, NONE, "nothing: runs in bf16 or fp32; policy.fp8_emulate shows the rounding")
+    installed = version_of("transformer-engine", "transformer-engine-torch") is not None
+    remedy = "" if installed else "pip install -r requirements-gpu.txt: FP8 needs Transformer Engine, without it the run is in bf16"
+    return Finding("FP8", installed, ", ".join(recipes), purpose, NONE, remedy)
 
 
 def vllm(mode: str) -> Finding:
@@ -256,7 +278,9 @@ def examine(mode: str, gpus: list[str], folder: Path) -> list[Finding]:
         lambda: package("Jinja2", "chat templates, report", ALL, INSTALL),
         transformer_engine,
         apex,
+        lambda: fp8(gpus),
         nemo,
+        nemo_run,
         chromium,
         slurm,
         cores,

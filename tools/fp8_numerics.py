@@ -98,7 +98,8 @@ def main() -> None:
                 "grad_cosine": torch.nn.functional.cosine_similarity(gradient, plain[1], dim=0).item(),
             }
         )
-    table = Table(title=f"{run.name}, step {arguments.step}: {len(trees)} trees, {plain[0].numel():,} scored tokens, {config.policy.precision} without FP8")
+    scored = f"{len(trees)} trees, {plain[0].numel():,} scored tokens, {config.policy.precision} without FP8"
+    table = Table(title=f"{run.name}, step {arguments.step}: {scored}")
     for column in rows[0]:
         table.add_column(column)
     for row in rows:

@@ -6,7 +6,7 @@
     python tools/nemo_run_launch.py --config conf/pact_bfcl-smollm2_135m-cpu.yaml trainer.steps=2       # one process here
     ... --print                                                                       # NeMo-Run's own dry run: what it would do
 
-NeMo-Run is optional: ``pip install nemo_run "leptonai<0.28"`` (nemo_run 0.11 imports a module that later leptonai versions lack). The trainer's
+NeMo-Run is optional: ``pip install -r requirements-nemo-run.txt``. The trainer's
 environment is ``--python``'s, which need not be this one.
 """
 
@@ -28,7 +28,8 @@ def nemo_run() -> Any:
     try:
         import nemo_run as found
     except ImportError as error:
-        raise MissingDependency(f'NeMo-Run can\'t be imported ({error}); pip install nemo_run "leptonai<0.28", or use torchrun or sbatch') from error
+        remedy = "pip install -r requirements-nemo-run.txt, or use torchrun or sbatch"
+        raise MissingDependency(f"NeMo-Run can't be imported ({error}); {remedy}") from error
     return found
 
 
