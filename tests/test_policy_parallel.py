@@ -40,6 +40,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "cp2_dp2": (4, {"context_parallel": 2}, ["llama"]),
     "tp2_sp_pp2_cp2": (8, {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "context_parallel": 2}, ["llama", "qwen3"]),
     "tp2_pp2_dp2": (8, {"tensor_parallel": 2, "pipeline_parallel": 2}, ["qwen2"]),
+    "tp2_pp2_vp2_dp2_overlap": (
+        8, {"tensor_parallel": 2, "pipeline_parallel": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True}, ["llama"],
+    ),  # fmt: skip
+    "pp2_vp2_cp2_dp2": (8, {"pipeline_parallel": 2, "virtual_pipeline": 2, "context_parallel": 2}, ["qwen3"]),
     "pp4_dp2": (8, {"pipeline_parallel": 4}, ["llama"]),
     "tp4_sp_dp2_overlap": (8, {"tensor_parallel": 4, "sequence_parallel": True, "overlap_grad_reduce": True}, ["qwen3"]),
     "ep4_dp2": (8, {"expert_parallel": 4}, [MOE]),
