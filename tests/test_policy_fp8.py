@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.policy.config import FP8_RECIPES, OptimizerConfig, PolicyConfig
 from pact_nemo.policy.fp8 import ALIGNMENT, E4M3, E5M2, Caster, round_in_blocks, round_to_fp8, scale_for
 from pact_nemo.policy.policy import MegatronPolicy
-from pact_nemo.policy.trees import TokenTree
+from pact_nemo.policy.trees import Segment, TokenTree
 from tests.workers.pact_kit import make_pact_trees, pact_terms
 from tests.workers.policy_kit import make_model
 
@@ -82,6 +83,35 @@ def test_delayed_scales_come_from_earlier_training_passes() -> None:
 
 
 # ------------------------------------------------------------------ the policy
+
+
+def test_it_is_what_rounding_the_linear_layers_of_a_transformers_model_gives(hf: Path) -> None:
+    """MX blocks lie within a row, so it doesn't matter that megatron joins q, k, v and gate, up into one matrix."""
+    from transformers import AutoModelForCausalLM
+
+    def mx(values: torch.Tensor) -> torch.Tensor:  # written again, block by block, with Python's numbers
+        out = values.detach().clone().reshape(-1, values.shape[-1])
+        for row in out:
+            for start in range(0, row.shape[0], 32):
+                block = row[start : start + 32]
+                scale = 2.0 ** math.floor(math.log2(448.0 / float(block.abs().max())))
+                block.copy_((block * scale).to(torch.float8_e4m3fn).float() / scale)
+        return out.reshape(values.shape)
+
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    for index, layer in enumerate(model.model.layers):
+        if index in (0, len(model.model.layers) - 1):
+            continue
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = mx(module.weight.data)
+                module.register_forward_pre_hook(lambda module, inputs: (mx(inputs[0]),))
+    tokens = [3, 17, 100, 5, 64, 9, 120, 44, 2, 81]
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    expected = logits[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    tree = TokenTree([Segment(tokens, -1, [False] + [True] * 9)])
+    torch.testing.assert_close(build(hf, fp8="mxfp8").logprobs([tree])[0], expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("recipe", FP8_RECIPES)
