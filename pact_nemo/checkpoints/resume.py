@@ -7,6 +7,7 @@ A folder that fails its manifest is refused. Falling back to an older one is the
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import random
@@ -94,7 +95,10 @@ def _write(policy: Resumable, folder: Path | None, state: dict[str, Any], *, bac
         torch.save(states, target / "rng.pt")
         write_json_atomic(target / "state.json", {"step": policy.step, "ranks": dist.get_world_size(), "caller": state})
     dist.barrier()
-    request = dist_checkpointing.save(policy.state_dict(), str(target / "weights"), async_sharded_save=background)
+    options: dict[str, Any] = {"async_sharded_save": True} if background else {}
+    if background and "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        options["async_strategy"] = "mcore"  # megatron-core 0.19 would take NVIDIA's resiliency extension, which is for GPUs
+    request = dist_checkpointing.save(policy.state_dict(), str(target / "weights"), **options)
     if folder is not None and not background:
         _write_manifest(target)
     return request

@@ -71,8 +71,10 @@ def build_optimizer(config: OptimizerConfig, wrapped: list[DistributedDataParall
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
+            # the rate of each step is set by apply_step; megatron-core 0.19 finds a checkpoint's parameter groups by these two, so they
+            # are the same in every run: a run may be resumed with another learning rate
+            lr=1.0,
+            min_lr=0.0,
             weight_decay=config.weight_decay,
             adam_beta1=config.betas[0],
             adam_beta2=config.betas[1],
