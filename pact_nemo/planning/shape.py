@@ -1,0 +1,205 @@
+"""Exact sizes: a decoder's shape as Hugging Face configs name it, a parallel layout, and the parameters that each rank of it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pact_nemo.errors import ConfigError
+from pact_nemo.policy.config import PolicyConfig
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes that memory and time depend on, named as in Hugging Face configs."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool
+    positions: int
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> ModelShape:
+        heads = int(config["num_attention_heads"])
+        hidden = int(config["hidden_size"])
+        return cls(
+            layers=int(config["num_hidden_layers"]),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            intermediate=int(config["intermediate_size"]),
+            vocab=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            positions=int(config["max_position_embeddings"]),
+            qkv_bias=config.get("model_type") == "qwen2",
+            qk_norm=str(config.get("model_type")).startswith("qwen3"),
+            experts=int(config.get("num_experts") or 0),
+            experts_per_token=int(config.get("num_experts_per_tok") or 0),
+            expert_intermediate=int(config.get("moe_intermediate_size") or 0),
+        )
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of all experts of all layers (the router is not among them); 0 of a dense model."""
+        return self.layers * self.experts * 3 * self.hidden * self.expert_intermediate
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer without its experts."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        attention += self.head_dim * (self.heads + 2 * self.kv_heads) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        feed_forward = self.hidden * self.experts if self.experts else 3 * self.hidden * self.intermediate
+        return attention + feed_forward + 2 * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Exactly what a Llama, Qwen2, Qwen3 or Qwen3-MoE decoder has, experts included."""
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.layers * self.layer_parameters + self.expert_parameters + self.hidden + embeddings
+
+    @property
+    def active_layer_parameters(self) -> int:
+        """Weights that one token goes through, over all layers, without embedding and head: what its matrix products cost."""
+        return self.layers * (self.layer_parameters + 3 * self.hidden * self.expert_intermediate * self.experts_per_token)
+
+    def kv_bytes(self, width: int) -> int:
+        """Keys and values of one token in all layers, at ``width`` bytes a number."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * width
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks and how the model is cut over them. Experts are cut over EP x PP only, never over TP."""
+
+    world: int
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    virtual: int = 1
+    sequence_parallel: bool = False
+
+    @classmethod
+    def of(cls, policy: PolicyConfig, world: int) -> Layout:
+        return cls(
+            world=world,
+            tensor=policy.tensor_parallel,
+            pipeline=policy.pipeline_parallel,
+            context=policy.context_parallel,
+            expert=policy.expert_parallel,
+            virtual=policy.virtual_pipeline or 1,
+            sequence_parallel=policy.sequence_parallel,
+        )
+
+    @property
+    def data(self) -> int:
+        """Data-parallel ranks (at least 1, also where the ranks don't divide: :meth:`problems` says so)."""
+        return max(1, self.world // (self.tensor * self.pipeline * self.context))
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts."""
+        return max(1, self.world // (self.pipeline * self.expert))
+
+    @property
+    def hidden_split(self) -> int:
+        """Over how many ranks norms and residuals are cut."""
+        return self.tensor if self.sequence_parallel else 1
+
+    def problems(self, shape: ModelShape) -> list[str]:
+        """Why this model can't be laid out this way; empty if it can."""
+        found = []
+        ranks = self.tensor * self.pipeline * self.context
+        if self.world % ranks:
+            found.append(f"{self.world} ranks are not a multiple of TP x PP x CP = {ranks}")
+        if self.world % (self.pipeline * self.expert):
+            found.append(f"{self.world} ranks are not a multiple of PP x EP = {self.pipeline * self.expert}")
+        if shape.layers % (self.pipeline * self.virtual):
+            found.append(f"{shape.layers} layers can't be cut into PP x VP = {self.pipeline * self.virtual} equal parts")
+        for what, count in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads)):
+            if count % self.tensor:
+                found.append(f"{count} {what} can't be split over TP = {self.tensor}")
+        if not shape.experts and shape.intermediate % self.tensor:
+            found.append(f"feed-forward width {shape.intermediate} can't be split over TP = {self.tensor}")
+        if (shape.experts or 1) % self.expert:
+            found.append(f"{shape.experts or 1} expert(s) can't be split over EP = {self.expert}")
+        if self.virtual > 1 and self.pipeline == 1:
+            found.append("virtual pipeline stages need PP > 1")
+        if self.sequence_parallel and self.tensor == 1:
+            found.append("sequence parallelism needs TP > 1")
+        if shape.experts and self.tensor > 1 and not self.sequence_parallel:
+            found.append("a mixture of experts under TP > 1 needs sequence parallelism")
+        return found
+
+    def describe(self) -> str:
+        words = f"TP {self.tensor} x PP {self.pipeline} x CP {self.context} x DP {self.data}"
+        return words + (f", EP {self.expert}" if self.expert > 1 else "") + (f", VP {self.virtual}" if self.virtual > 1 else "")
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Parameters that one rank of a pipeline stage holds.
+
+    Attributes:
+        dense: all but the experts; their gradients and optimizer state go over DP x CP.
+        expert: of its experts; theirs go over ``Layout.expert_data`` ranks.
+        largest: of its largest single weight.
+    """
+
+    dense: int
+    expert: int
+    largest: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert
+
+
+def padded_vocab(shape: ModelShape, layout: Layout) -> int:
+    """Vocabulary rows after padding to a multiple of TP."""
+    return shape.vocab + -shape.vocab % layout.tensor
+
+
+def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> RankParameters:
+    """Exactly what a rank of pipeline stage ``stage`` holds, as megatron builds it.
+
+    Matrices are cut over TP; norms, q/k norms and the router are on every rank of it; the embedding is on the first stage, the final norm
+    and the head on the last; a tied head is the embedding on a pipeline of one and a copy of it on the last stage of a longer one.
+
+    Raises:
+        ConfigError: the model can't be cut this way.
+    """
+    if found := layout.problems(shape):
+        raise ConfigError("; ".join(found))
+    tensor, hidden = layout.tensor, shape.hidden
+    queries, groups = shape.heads * shape.head_dim // tensor, shape.kv_heads * shape.head_dim // tensor
+    attention = hidden * (2 * queries + 2 * groups) + (queries + 2 * groups) * shape.qkv_bias + 2 * shape.head_dim * shape.qk_norm
+    feed_forward = hidden * shape.experts if shape.experts else 3 * hidden * shape.intermediate // tensor
+    layers = shape.layers // layout.pipeline
+    dense = layers * (attention + feed_forward + 2 * hidden)
+    expert = layers * (shape.experts // layout.expert) * 3 * hidden * shape.expert_intermediate
+    rows = padded_vocab(shape, layout) // tensor * hidden
+    first, last = stage == 0, stage == layout.pipeline - 1
+    if first:
+        dense += rows
+    if last:
+        dense += hidden + (0 if shape.tied and first else rows)
+    first_linear = 2 * (shape.expert_intermediate if shape.experts else shape.intermediate // tensor)
+    largest = max(hidden * first_linear, hidden * (queries + 2 * groups), hidden * shape.experts, rows if first or last else 0)
+    return RankParameters(dense, expert, largest)
+
+
+def share(count: int, ranks: int) -> int:
+    """What the most loaded of ``ranks`` ranks holds of ``count`` elements, padding left out."""
+    return -(-count // ranks)
