@@ -96,10 +96,29 @@ def test_rows_respect_the_budget_and_ranks_get_equally_many() -> None:
     assert sum(loads) == sum(sizes)
 
 
-def test_a_tree_over_the_budget_gets_a_row_of_its_own() -> None:
-    trees = make_trees(3, seed=1)
-    packed = pack(trees, 2)
-    assert [batch.used for batch in packed[0]] == sorted((tree.num_tokens for tree in trees), reverse=True)
+def test_a_tree_over_the_budget_is_cut_and_only_a_single_sequence_may_exceed_it() -> None:
+    trees = make_trees(8, seed=1)
+    longest = max(chain.num_tokens for tree in trees for chain, _ in tree.chains())
+    for budget in (2, 40, 60):
+        (rows,) = pack(trees, budget)
+        assert max(row.used for row in rows) <= max(budget, longest)
+        assert all(row.used <= budget or len([run for run in row.runs if run.parent < 0]) == 1 for row in rows)
+    (rows,) = pack(trees, 60)
+    whole, chains = sum(tree.num_tokens for tree in trees), sum(chain.num_tokens for tree in trees for chain, _ in tree.chains())
+    assert whole <= sum(row.used for row in rows) < chains, "cut pieces still share what they can"
+
+
+@pytest.mark.parametrize("budget", [0, 25, 45, 10_000])
+def test_pieces_keep_every_context_and_score_each_token_once(budget: int) -> None:
+    for tree in make_trees(8, seed=4):
+        expected = scored_contexts([tree])
+        found: dict[int, tuple[tuple[int, ...], int]] = {}
+        for piece, index in tree.pieces(budget):
+            contexts = scored_contexts([piece])
+            assert len(contexts) == len(index) and not found.keys() & set(index)
+            found |= dict(zip(index, contexts, strict=True))
+            torch.testing.assert_close(piece.streams["weight"], tree.streams["weight"][index])
+        assert [found[i] for i in range(len(expected))] == expected
 
 
 def test_no_trees_give_one_empty_row_per_rank() -> None:

@@ -12,12 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.training.config import load_config, to_yaml
-from pact_nemo.training.plan import GIB, ModelShape, memory_by_part, model_shape
+from pact_nemo.training.plan import GIB, ModelShape, model_shape, run_plan
 from pact_nemo.training.recipes import RECIPES, Recipe, recipe
 
 REPO = Path(__file__).resolve().parents[1]
 FULL = REPO / "conf" / "pact_bfcl.yaml"
-HOST = ("reference weights (host)", "checkpoint copies (at a save)", "Python and libraries")
 # what the model cards say, in billions
 SAID = {"qwen3_0p6b": 0.6, "qwen3_1p7b": 1.7, "qwen3_4b": 4.0, "qwen3_8b": 8.2, "qwen3_14b": 14.8, "qwen3_32b": 32.8, "qwen3_30b_a3b": 30.5, "qwen2p5_72b": 72.7, "llama3p1_70b": 70.6}  # fmt: skip  # noqa: E501
 
@@ -56,10 +55,11 @@ def test_a_layout_divides_model_and_ranks_and_fits_its_gpus_by_the_plan(name: st
     assert found.server.max_model_len <= shape.positions
     data = found.world_size // (policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel)
     assert config.trainer.mini_batch_size % data == 0
-    trainer = sum(value for part, value in memory_by_part(config, shape, found.world_size).items() if part not in HOST)
+    plan = run_plan(config)
+    assert plan.fits and plan.hardware.memory == found.gpu_gib * 1e9 and plan.layout.world == found.world_size, plan.memory
     card = found.gpu_gib * 1e9 / GIB
     server = found.server.gpu_memory_utilization * card
-    assert trainer + server < 0.95 * card, (trainer, server, card)
+    assert plan.memory.server == pytest.approx(server * GIB)
     weights = 2 * shape.parameters / found.server.tensor_parallel_size / GIB
     token = 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim / found.server.tensor_parallel_size / GIB  # K and V, bf16
     assert weights + 2.0 + 4 * found.server.max_model_len * token < server  # at least four of the longest sequences at once

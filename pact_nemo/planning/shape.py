@@ -44,7 +44,7 @@ class ModelShape:
             positions=int(config["max_position_embeddings"]),
             qkv_bias=config.get("model_type") == "qwen2",
             qk_norm=str(config.get("model_type")).startswith("qwen3"),
-            experts=int(config.get("num_experts") or 0),
+            experts=int(config.get("num_experts") or config.get("num_local_experts") or 0),  # transformers 5 writes the second name
             experts_per_token=int(config.get("num_experts_per_tok") or 0),
             expert_intermediate=int(config.get("moe_intermediate_size") or 0),
         )

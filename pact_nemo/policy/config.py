@@ -30,7 +30,8 @@ class PolicyConfig:
         virtual_pipeline: model chunks per pipeline rank (interleaved 1F1B); None = one.
         precision: ``fp32``, ``bf16`` (fp32 gradients and main weights) or ``auto``: bf16 on CUDA, fp32 otherwise.
         recompute: activations recomputed in the backward pass: ``none``, ``full`` (every layer) or ``selective`` (attention only).
-        micro_batch_tokens: token budget of a packed micro-batch; a larger tree gets a micro-batch of its own.
+        micro_batch_tokens: token budget of a packed micro-batch; a larger tree is cut into pieces that repeat shared prefixes, and only a
+            single sequence may exceed it.
         logprob_chunk: positions per chunk of the vocabulary head; at most chunk x vocab/TP logits exist at a time.
         share_prefix: compute shared prefixes of a token tree once; False = separate root-to-leaf sequences.
         attention: ``tree_sdpa`` (torch kernels on any device), ``te`` (Transformer Engine, needs share_prefix=False) or ``auto`` = tree_sdpa.

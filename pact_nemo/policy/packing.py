@@ -171,8 +171,9 @@ def pack(
 ) -> list[list[PackedMicroBatch]]:
     """Pack trees into micro-batches for every data-parallel rank.
 
-    Trees are dealt to ranks by size (largest first to the least loaded rank), then packed first-fit-decreasing into rows of at most
-    ``token_budget`` tokens; a larger tree gets a row of its own. Ranks with fewer rows get empty ones: all ranks must run the same
+    A tree larger than ``token_budget`` is cut into pieces that repeat shared prefixes (:meth:`TokenTree.pieces`), so a row is never
+    larger than the budget or the longest root-to-leaf sequence: memory has a bound. Pieces are dealt to ranks by size (largest first
+    to the least loaded rank), then packed first-fit-decreasing into rows of at most ``token_budget`` tokens. Ranks with fewer rows get empty ones: all ranks must run the same
     number of collectives.
 
     Args:
@@ -196,10 +197,11 @@ def pack(
     offset = 0
     for tree in trees:
         flat = list(range(offset, offset + tree.num_scored))
-        if share_prefix:
+        if share_prefix and tree.num_tokens <= token_budget:
             pieces.append((tree, flat))
         else:
-            pieces += [(chain, [flat[i] for i in index]) for chain, index in tree.chains()]
+            parts = tree.pieces(token_budget) if share_prefix else tree.chains()
+            pieces += [(part, [flat[i] for i in index]) for part, index in parts]
         offset += tree.num_scored
     pieces = [piece for piece in pieces if piece[1]]  # where nothing is scored, nothing needs computing
     sizes = [piece.num_tokens for piece, _ in pieces]

@@ -52,39 +52,57 @@ class TokenTree:
     def num_scored(self) -> int:
         return sum(sum(s.scored) for s in self.segments)
 
-    def chains(self) -> list[tuple[TokenTree, list[int]]]:
-        """Separate root-to-leaf chains, each with the indices of its scored tokens among this tree's scored tokens.
+    def pieces(self, budget: int) -> list[tuple[TokenTree, list[int]]]:
+        """Subtrees of at most ``budget`` tokens where that is possible, each with the indices of its scored tokens among this tree's.
 
-        Every scored token is scored in exactly one chain: the first, in leaf order, that runs through its segment.
+        A piece has as many leaves, in order, as fit beside all of their ancestors, which later pieces repeat; a leaf that is too long with its
+        ancestors makes a piece of its own. Every scored token is scored in exactly one piece: the first that has its segment.
         """
         offsets, total = [], 0
         for segment in self.segments:
             offsets.append(total)
             total += sum(segment.scored)
         has_child = {s.parent for s in self.segments}
-        done: set[int] = set()
-        chains = []
+        groups: list[set[int]] = []
+        size = 0
         for leaf in range(len(self.segments)):
             if leaf in has_child:
                 continue
-            path, node = [], leaf
+            path, node = set(), leaf
             while node != -1:
-                path.append(node)
+                path.add(node)
                 node = self.segments[node].parent
-            path.reverse()
-            token_ids: list[int] = []
-            scored: list[bool] = []
+            more = sum(len(self.segments[node].token_ids) for node in path - (groups[-1] if groups else set()))
+            if groups and size + more <= budget:
+                groups[-1] |= path
+                size += more
+            else:
+                groups.append(path)
+                size = sum(len(self.segments[node].token_ids) for node in path)
+        done: set[int] = set()
+        found = []
+        for group in groups:
+            nodes = sorted(group)
+            number = {node: position for position, node in enumerate(nodes)} | {-1: -1}
+            segments: list[Segment] = []
             index: list[int] = []
-            for node in path:
+            for node in nodes:
                 segment = self.segments[node]
-                token_ids += segment.token_ids
-                scored += segment.scored if node not in done else [False] * len(segment.token_ids)
-                if node not in done:
-                    index += range(offsets[node], offsets[node] + sum(segment.scored))
-                    done.add(node)
-            streams = {name: stream[index] for name, stream in self.streams.items()}
-            chains.append((TokenTree([Segment(token_ids, -1, scored)], streams), index))
-        return chains
+                own = node not in done
+                segments.append(Segment(segment.token_ids, number[segment.parent], segment.scored if own else [False] * len(segment.scored)))
+                index += range(offsets[node], offsets[node] + sum(segment.scored)) if own else ()
+            done |= group
+            found.append((TokenTree(segments, {name: stream[index] for name, stream in self.streams.items()}), index))
+        return found
+
+    def chains(self) -> list[tuple[TokenTree, list[int]]]:
+        """Separate root-to-leaf chains, one segment each, with the indices of their scored tokens among this tree's scored tokens."""
+        found = []
+        for piece, index in self.pieces(0):
+            token_ids = [token for segment in piece.segments for token in segment.token_ids]
+            scored = [flag for segment in piece.segments for flag in segment.scored]
+            found.append((TokenTree([Segment(token_ids, -1, scored)], piece.streams), index))
+        return found
 
     def unshared(self) -> list[TokenTree]:
         """The same work as separate root-to-leaf chains (each scored token exactly once), for kernels without tree attention."""

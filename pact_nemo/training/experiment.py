@@ -89,6 +89,7 @@ class Experiment:
         self.version = 0
         self.saving: resume.BackgroundSave | None = None
         self.metrics: MetricsLog | None = None
+        self.plan: dict[str, Any] | None = None  # of rank 0, made at the start
         self.scores: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
 

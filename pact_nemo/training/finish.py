@@ -19,6 +19,7 @@ from pact_nemo.files import write_json_atomic
 from pact_nemo.training.distributed import on_rank_zero, rank
 from pact_nemo.training.experiment import Experiment
 from pact_nemo.training.metrics import read_metrics
+from pact_nemo.training.plan import compare_with
 from pact_nemo.training.report import write_report
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def summarise(experiment: Experiment) -> dict[str, Any]:
             "traces": len(experiment.dataset.traces),
             "dropped": experiment.dataset.dropped,
         },
+        "plan": experiment.plan,
         "versions": versions(),
     }
 
@@ -95,7 +97,11 @@ def finish(experiment: Experiment) -> None:
         experiment.seconds["export"] = time.perf_counter() - start
     if rank() != 0:
         return
-    write_json_atomic(space.summary, summarise(experiment))
+    summary = summarise(experiment)
+    write_json_atomic(space.summary, summary)
+    if experiment.plan is not None:
+        for line in compare_with(experiment.plan, experiment.seconds, experiment.step, summary["peak_memory_bytes"]):
+            experiment.progress.message(line)
     with experiment.progress.phase("report"):
         page = write_report(space.folder)
     experiment.progress.message(f"trained checkpoint (HF format): {space.hf}")

@@ -1,73 +1,26 @@
-"""``--dry-run``: what a run would do and roughly need, from the config and the model's ``config.json`` alone. Starts nothing, loads no weights."""
+"""The plan of a run, from its config and the model's ``config.json`` alone: ``--dry-run``, ``tools/plan.py``, and what the trainer compares
+itself with. Loads no weights; the formulas are in :mod:`pact_nemo.planning`."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG
 from pact_nemo.errors import ConfigError
+from pact_nemo.objective.methods import METHODS
+from pact_nemo.planning.hardware import Hardware, gpu, this_cpu
+from pact_nemo.planning.memory import GIB
+from pact_nemo.planning.plan import Plan, make_plan
+from pact_nemo.planning.shape import Layout, ModelShape
+from pact_nemo.planning.timing import ServerPlan
+from pact_nemo.planning.workload import Lengths, StepWork
 from pact_nemo.training.config import Config
 from pact_nemo.training.recipes import recipe
 
-GIB = 1024**3
-LIBRARIES_GIB = 0.5  # resident after all imports, before the model is built (measured on Linux with the CPU build of torch)
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes that memory depends on, named as in Hugging Face configs."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    tied: bool
-    positions: int
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    experts: int = 0
-    expert_intermediate: int = 0
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> ModelShape:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
-        return cls(
-            layers=int(config["num_hidden_layers"]),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            intermediate=int(config["intermediate_size"]),
-            vocab=int(config["vocab_size"]),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            positions=int(config["max_position_embeddings"]),
-            qkv_bias=config.get("model_type") == "qwen2",
-            qk_norm=str(config.get("model_type")).startswith("qwen3"),
-            experts=int(config.get("num_experts") or 0),
-            expert_intermediate=int(config.get("moe_intermediate_size") or 0),
-        )
-
-    @property
-    def expert_parameters(self) -> int:
-        """Of all experts of all layers (the router is not among them); 0 of a dense model."""
-        return self.layers * self.experts * 3 * self.hidden * self.expert_intermediate
-
-    @property
-    def parameters(self) -> int:
-        """Exactly what a Llama, Qwen2, Qwen3 or Qwen3-MoE decoder has, experts included."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        attention += self.head_dim * (self.heads + 2 * self.kv_heads) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
-        feed_forward = self.hidden * self.experts if self.experts else 3 * self.hidden * self.intermediate
-        layer = attention + feed_forward + 2 * self.hidden
-        return self.layers * layer + self.expert_parameters + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
 def model_shape(config: Config) -> ModelShape:
@@ -85,40 +38,132 @@ def model_shape(config: Config) -> ModelShape:
         raise ConfigError(f"{path}: not a readable Hugging Face decoder config ({type(error).__name__}: {error})") from error
 
 
-def memory_by_part(config: Config, shape: ModelShape, world_size: int) -> dict[str, float]:
-    """GiB per trainer process, by part.
+def expected_lengths(config: Config) -> Lengths:
+    """Where nobody has said better: prompts of 0.6 of their limit, responses of half of theirs (an eighth of a limit above 4,096 tokens), traces
+    as long as responses, and one response at its limit."""
+    limit = config.rollout.sampling.max_response_tokens
+    response = limit // 8 if limit > 4096 else limit // 2
+    prompt = config.tasks.max_prompt_tokens or max(config.rollout.server.max_model_len - limit, 1)
+    return Lengths(prompt=int(0.6 * prompt), response=response, trace=min(config.traces.max_tokens, response), longest=limit)
 
-    Weights, gradients and optimizer are exact counts; activations are the usual estimate of bytes per token and layer (all kept: about
-    34 hidden + attention score rows are never stored by SDPA; full recompute: the layer inputs plus one layer) and within tens of percent.
+
+def step_work(config: Config, lengths: Lengths) -> StepWork:
+    """What a step of this config computes (see ``training/loop.py``)."""
+    objective, trainer = config.objective, config.trainer
+    method = METHODS[objective.method]
+    several = trainer.mini_batch_size < trainer.batch_size
+    corrected = config.rollout.importance == "tis"
+    conditioned = 0.0 if method.teaching is None else 1.0 - objective.anchor_prob if method.gated else 1.0
+    return StepWork(
+        lengths=lengths,
+        prompts=trainer.batch_size,
+        group=objective.group_size,
+        updates=trainer.batch_size // trainer.mini_batch_size,
+        conditioned=conditioned,
+        trace_rl=objective.trace_rl and method.trace_rl,
+        score_old=several,
+        score_prompt_only=not several and corrected,
+        reference=objective.kl_coef > 0,
+        shared=config.policy.share_prefix,
+    )
+
+
+def server_plan(config: Config, hardware: Hardware, shape: ModelShape) -> ServerPlan:
+    """Of the rollout side: one server, or those of ``rollout.server.url``. On a CPU it takes its weights and the cache that it was given."""
+    server = config.rollout.server
+    count, width, share = len(server.url.split(",")) if server.url else 1, WIDTHS[server.dtype], server.gpu_memory_utilization
+    if not hardware.cuda:
+        share = (width * shape.parameters + (server.cpu_kv_cache_gib or 0) * GIB) / hardware.memory
+    return ServerPlan(count, server.tensor_parallel_size, server.max_num_seqs, share, width)
+
+
+def hardware_of(config: Config) -> Hardware:
+    """The recipe's GPUs; without a recipe, what is here."""
+    if config.model.recipe is not None:
+        return gpu("H100")
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return next((gpu(known) for known in ("H200", "H100", "B200", "A100") if known in name), gpu("H100"))
+    return this_cpu()
+
+
+def run_plan(config: Config, *, world: int | None = None, hardware: Hardware | None = None, lengths: Lengths | None = None) -> Plan:
+    """Plan a step of ``config``; what is not given is the recipe's, this machine's, or :func:`expected_lengths`.
+
+    Raises:
+        ConfigError: the model can't be laid out this way.
     """
+    shape, hardware = model_shape(config), hardware if hardware is not None else hardware_of(config)
+    return make_plan(
+        shape,
+        Layout.of(config.policy, world if world is not None else planned_world(config)),
+        config.policy,
+        hardware,
+        step_work(config, lengths if lengths is not None else expected_lengths(config)),
+        server_plan(config, hardware, shape),
+        shares_gpus=config.rollout.server.url is None,
+    )
+
+
+def planned_world(config: Config) -> int:
+    """Trainer ranks: those of this job, else the recipe's, else what the layout needs."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if config.model.recipe is not None:
+        return recipe(config.model.recipe).world_size
     policy = config.policy
-    split = policy.tensor_parallel * policy.pipeline_parallel
-    data = max(1, world_size // (split * policy.context_parallel))
-    # experts are split over PP x EP, the rest over TP x PP; each part's optimizer over its own data-parallel ranks
-    expert = shape.expert_parameters / (policy.pipeline_parallel * policy.expert_parallel)
-    dense = (shape.parameters - shape.expert_parameters) / split
-    shard = dense + expert
-    expert_data = max(1, world_size // (policy.pipeline_parallel * policy.expert_parallel))
-    fp32 = policy.precision == "fp32"
-    width = 4 if fp32 else 2
-    sharded = policy.distributed_optimizer
-    optimizer = (8 if fp32 else 12) * (dense / (data * policy.context_parallel if sharded else 1) + expert / (expert_data if sharded else 1))
-    layers = shape.layers / policy.pipeline_parallel
-    tokens = policy.micro_batch_tokens / policy.context_parallel
-    per_token = width * (10 * shape.hidden + 3 * shape.intermediate + (shape.heads + 2 * shape.kv_heads) * shape.head_dim) / policy.tensor_parallel
-    layer_input = width * shape.hidden / (policy.tensor_parallel if policy.sequence_parallel else 1)
-    kept = tokens * (per_token * layers if policy.recompute != "full" else per_token + layer_input * layers)
-    in_flight = min(policy.pipeline_parallel, 4)
-    return {
-        "weights": width * shard / GIB,
-        "gradients (fp32)": 4 * shard / GIB,
-        "optimizer": optimizer / GIB,
-        "reference weights (host)": (width * shard / GIB) if config.objective.kl_coef > 0 else 0.0,
-        "activations (estimate)": kept * in_flight / GIB,
-        "checkpoint copies (at a save)": (width + 4) * shard / GIB,
-        "Python and libraries": LIBRARIES_GIB,
-        "log-prob chunk": 3 * 4 * policy.logprob_chunk * shape.vocab / policy.tensor_parallel / GIB,
-    }
+    return policy.pipeline_parallel * max(policy.tensor_parallel * policy.context_parallel, policy.expert_parallel)
+
+
+def describe(plan: Plan) -> list[str]:
+    """Memory and time of a plan as lines of text."""
+    lengths, memory = plan.work.lengths, plan.memory
+    where = f"of pipeline stage {memory.stage}, the fullest" if plan.layout.pipeline > 1 else ""
+    lines = [f"memory per {'GPU' if plan.hardware.cuda else 'trainer process'} ({plan.hardware.name}) {where}".rstrip()]
+    lines += [f"  {name:<32}{value / GIB:8.2f} GiB" for name, value in memory.parts.items()]
+    lines.append(f"  {'sum':<32}{memory.trainer / GIB:8.2f} GiB, for a micro-batch of {memory.row_tokens:,.0f} tokens")
+    if memory.server:
+        lines.append(f"  {'rollout server beside it':<32}{memory.server / GIB:8.2f} GiB")
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    lines.append(f"  {verdict}: {memory.total / GIB:.1f} of {plan.usable / GIB:.1f} usable GiB")
+    lines.append("host memory per process")
+    lines += [f"  {name:<32}{value / GIB:8.2f} GiB" for name, value in memory.host.items() if value]
+    lines.append(
+        f"time of a step: mean prompt {lengths.prompt:,}, response {lengths.response:,} (longest {lengths.longest:,}), trace {lengths.trace:,} tokens"
+    )
+    lines += [f"  {name:<32}{value:8.1f} s{'   <- bottleneck' if name == plan.bottleneck else ''}" for name, value in plan.phases.items()]
+    lines.append(f"  {'step':<32}{plan.step:8.1f} s; a checkpoint takes {plan.checkpoint:.1f} s more")
+    return lines
+
+
+def brief(plan: Plan) -> str:
+    """A plan in one line."""
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in plan.phases.items())
+    return f"plan ({plan.hardware.name}): {plan.memory.trainer / GIB:.1f} GiB for the trainer; a step {plan.step:.0f} s: {seconds}"
+
+
+def compare_with(plan: dict[str, Any], seconds: dict[str, float], steps: int, peak_bytes: dict[str, int]) -> list[str]:
+    """Planned beside measured, a line each.
+
+    Args:
+        plan: :meth:`Plan.as_json` of the start.
+        seconds: measured, summed over the run, by phase of the loop: ``rollout``, ``score``, ``update``, ``refit``.
+        steps: of the run.
+        peak_bytes: measured, of ``trainer`` and ``server``.
+    """
+    planned = dict(plan["seconds"])
+    planned["score"] = sum(planned.pop(name, 0.0) for name in ("old-policy scoring", "reference scoring"))
+    lines = [
+        f"{name}: {seconds[name] / steps:.1f} s a step, planned {planned[name]:.1f} s"
+        for name in ("rollout", "score", "update", "refit")
+        if steps and seconds.get(name)
+    ]
+    if peak_bytes.get("trainer"):
+        total = plan["total_gib"] - plan["server_gib"] + sum(plan["memory_host_gib"].values()) * (plan["hardware"] == "this CPU")
+        lines.append(f"trainer memory: {peak_bytes['trainer'] / GIB:.1f} GiB, planned {total:.1f} GiB")
+    return lines
 
 
 def _tasks(config: Config) -> str:
@@ -134,8 +179,7 @@ def describe_plan(config: Config) -> str:
     shape = model_shape(config)
     policy, trainer = config.policy, config.trainer
     scale = recipe(config.model.recipe) if config.model.recipe is not None else None
-    world = int(os.environ.get("WORLD_SIZE", scale.world_size if scale is not None else 1))
-    parts = memory_by_part(config, shape, world)
+    world = planned_world(config)
     split = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel
     episodes = trainer.batch_size * config.objective.group_size
     name = config.model.path or (scale.model if scale is not None else "embedded SmolLM2-135M-Instruct")
@@ -154,15 +198,10 @@ def describe_plan(config: Config) -> str:
         "rollouts "
         f"= {trainer.steps * episodes:,} episodes, {trainer.steps * (trainer.batch_size // trainer.mini_batch_size)} optimizer updates",
         "  evaluation " + ", ".join(name for name, on in (("before", config.evaluation.before), ("after", config.evaluation.after)) if on),
-        "memory per trainer process",
     ]
-    lines += [f"  {name:<30}{value:8.2f} GiB" for name, value in parts.items()]
-    lines.append(f"  {'sum':<30}{sum(parts.values()):8.2f} GiB")
-    if scale is not None:
-        lines.append(f"  {'hardware':<30}{scale.nodes} node(s) x {scale.gpus_per_node} GPU(s) of {scale.gpu_gib} GB")
-    server = 2 if config.rollout.server.dtype in ("bfloat16", "float16", "auto") else 4
-    processes = config.rollout.server.tensor_parallel_size
-    lines.append(f"memory of the rollout server  {server * shape.parameters / GIB:.2f} GiB weights over {processes} process(es) + its KV cache")
     if world % split:
-        lines.append(f"note: {world} process(es) can't hold TP x PP x CP = {split}; start with torchrun --nproc-per-node={split} (or a multiple)")
+        return "\n".join([*lines, f"note: {world} process(es) can't hold TP x PP x CP = {split}; start a multiple of {split}"])
+    if scale is not None:
+        lines.append(f"  hardware   {scale.nodes} node(s) x {scale.gpus_per_node} GPU(s) of {scale.gpu_gib} GB")
+    lines += describe(run_plan(config, world=world))
     return "\n".join(lines)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
+
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.files import write_text_atomic
 from pact_nemo.policy.device import init_distributed
@@ -20,6 +22,7 @@ from pact_nemo.training.experiment import Experiment, model_path
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.interrupt import stop_request
 from pact_nemo.training.metrics import MetricsLog
+from pact_nemo.training.plan import brief, run_plan
 from pact_nemo.training.progress import RunProgress
 from pact_nemo.training.workspace import Workspace
 
@@ -57,6 +60,10 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
                 total_steps=config.warmup.steps + config.trainer.steps * (config.trainer.batch_size // config.trainer.mini_batch_size),
             )
             experiment = Experiment(config, space, chat, environment, dataset, policy, generator, progress, source, stop)
+            if rank() == 0:
+                plan = run_plan(config, world=dist.get_world_size())
+                experiment.plan = plan.as_json()
+                progress.message(brief(plan))
             restored = resume is not None and experiment.restore()
             if experiment.warmup_step >= config.warmup.steps:
                 experiment.freeze_reference()

@@ -1,0 +1,238 @@
+"""Bytes that a rank's forward and backward pass keep, tensor by tensor, and the peak over both.
+
+What autograd keeps depends on the kernels, so there are two catalogues:
+
+- ``torch``: layers without Transformer Engine, on the CPU. RMSNorm is composed of elementary operations (it keeps a float32 copy of its input, the
+  float32 normalised value and its output), SwiGLU is five tensors of the feed-forward width, attention is torch's flash kernel for the CPU (it
+  keeps q, k, v, the output and a log-sum per query, never the scores) with stored masks. Read off the tensors that autograd saves, and
+  held against measured allocator peaks to 5 % (``tests/test_planning_activations.py``).
+- ``te``: Transformer Engine on CUDA. Norms keep input and output in the compute dtype, SwiGLU is fused (its input and its output), masks are
+  never stored, linear inputs are kept in FP8 (1 byte) under ``policy.fp8``. From the kernels' sources, not measured here.
+
+The head never keeps logits; its chunk buffers are named in :func:`head_forward` and :func:`head_backward` as ``policy/heads.py`` allocates them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pact_nemo.planning.shape import Layout, ModelShape, padded_vocab
+from pact_nemo.planning.workload import Row
+
+FP32 = 4
+INDEX = 8  # int64
+KERNELS = ("torch", "te")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How numbers are kept.
+
+    Attributes:
+        width: bytes of a weight or activation.
+        linear_input: bytes of a number that only a matrix product's backward pass needs (1 under FP8).
+        kernels: one of ``KERNELS``.
+    """
+
+    width: int
+    linear_input: int
+    kernels: str
+
+    @classmethod
+    def of(cls, precision: str, *, fp8: bool = False, kernels: str = "torch") -> Numbers:
+        width = 4 if precision == "fp32" else 2
+        return cls(width, 1 if fp8 else width, kernels)
+
+    @property
+    def fused(self) -> bool:
+        return self.kernels == "te"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Numbers per token on one rank."""
+
+    hidden: int  # as cut by sequence parallelism
+    queries: int
+    keys: int
+    feed_forward: int
+    heads: int
+    kv_heads: int
+
+    @classmethod
+    def of(cls, shape: ModelShape, layout: Layout) -> Widths:
+        split = layout.tensor
+        return cls(
+            shape.hidden // layout.hidden_split,
+            shape.heads * shape.head_dim // split,
+            shape.kv_heads * shape.head_dim // split,
+            shape.intermediate // split,
+            shape.heads // split,
+            shape.kv_heads // split,
+        )
+
+
+def norm_kept(numbers: Numbers, width: int) -> float:
+    """Per token: RMSNorm of ``width`` numbers and the linear input that it makes."""
+    if numbers.fused:
+        return width * (numbers.width + numbers.linear_input) + FP32
+    return width * (2 * FP32 + numbers.width) + FP32
+
+
+def core_attention_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
+    """Per layer and row: what the attention kernel keeps beyond q, k and v; a selective recompute drops it."""
+    own = Widths.of(shape, layout)
+    tokens = row.tokens / layout.context
+    joined = 2 * own.keys * numbers.width * row.joined_keys / layout.context
+    return tokens * (own.queries * numbers.width + FP32 * own.heads) + joined
+
+
+def attention_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
+    """Per layer and row, the input norm included: q, k, v before and after rotation, the rotation's sines and cosines, the output."""
+    own, width = Widths.of(shape, layout), numbers.width
+    tokens = row.tokens / layout.context
+    each = norm_kept(numbers, own.hidden)
+    each += (own.queries + 2 * own.keys) * width  # the fused projection stays whole: v is a view of it
+    each += (own.queries + own.keys) * width  # q and k after rotation
+    each += 4 * shape.head_dim * width  # sine and cosine, once for q and once for k
+    each += own.queries * numbers.linear_input  # joined output, input of the output projection
+    if shape.qk_norm and numbers.fused:
+        each += (own.queries + own.keys) * width + FP32 * (own.heads + own.kv_heads)
+    elif shape.qk_norm:  # float32 input and normalised value; in fp32 the keys' input is a view of the projection
+        each += 2 * FP32 * (own.queries + own.keys) + FP32 * (own.heads + own.kv_heads)
+        each -= FP32 * own.keys if width == FP32 else 0
+    gathered = 2 * own.keys * width * row.tokens if layout.context > 1 else 0.0  # the whole row's keys and values
+    return tokens * each + gathered
+
+
+def feed_forward_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
+    """Per layer and row, the norm before it included."""
+    own, width = Widths.of(shape, layout), numbers.width
+    tokens = row.tokens / layout.context
+    if not shape.experts:
+        swiglu = 2 * width + numbers.linear_input if numbers.fused else 5 * width
+        return tokens * (norm_kept(numbers, own.hidden) + swiglu * own.feed_forward)
+    # each rank routes its own tokens and, evenly routed, computes as many
+    copies = shape.experts_per_token
+    swiglu = 2 * width + numbers.linear_input if numbers.fused else 6 * width  # unfused: the routing weight makes one more
+    router = copies * (2 * INDEX + FP32) + shape.experts * (1 + width)
+    routed = shape.hidden * numbers.linear_input + swiglu * shape.expert_intermediate + width
+    return tokens / layout.hidden_split * (norm_kept(numbers, shape.hidden) + router + copies * routed)
+
+
+def layer_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, recompute: str) -> float:
+    """Per layer and row, under a recompute policy: everything, everything but the attention kernel's own, or the input alone."""
+    if recompute == "full":
+        return row.tokens / layout.context * shape.hidden / layout.hidden_split * numbers.width
+    kept = attention_kept(shape, layout, numbers, row) + feed_forward_kept(shape, layout, numbers, row)
+    return kept + (core_attention_kept(shape, layout, numbers, row) if recompute == "none" else 0.0)
+
+
+def row_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
+    """Once per row: token ids, positions, rotary angles, index and stream vectors of the scored tokens, masks on the CPU."""
+    tokens, scored = row.tokens / layout.context, row.scored / layout.context
+    masks = 0.0 if numbers.fused else row.masks / layout.context * numbers.width
+    return tokens * (2 * INDEX + FP32 * shape.head_dim) + scored * 3 * INDEX + masks
+
+
+def feed_forward_working(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
+    """Largest extra in a layer's feed-forward: SwiGLU differentiated (three gradients of its width less the freed output, and the residual's),
+    or, of a mixture of experts, all experts' outputs joined going forward, beside what the layer still holds of its attention."""
+    own = Widths.of(shape, layout)
+    tokens = row.tokens / layout.context
+    if not shape.experts:
+        return tokens * numbers.width * (2 * own.feed_forward + own.hidden)
+    copies = shape.experts_per_token / layout.hidden_split
+    backward = 2 * shape.expert_intermediate * copies + shape.hidden * copies + own.hidden
+    held = own.hidden * (2 if numbers.fused or numbers.width == FP32 else 3)
+    return tokens * numbers.width * max(backward, 2 * shape.hidden * copies + held)
+
+
+def head_forward(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int) -> float:
+    """Extra of the vocabulary head going forward: one chunk of logits, and the one before it until it is overwritten."""
+    rows = padded_vocab(shape, layout) // layout.tensor
+    scored = row.scored / layout.context
+    length = min(chunk, scored)
+    if numbers.width == FP32:
+        return FP32 * length * rows
+    return length * rows * (numbers.width + FP32 * (2 if scored > chunk else 1))
+
+
+def head_backward(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int) -> float:
+    """Extra of the vocabulary head going backward: the gradient of its input, its float32 weight gradient, and chunks of logits."""
+    rows = padded_vocab(shape, layout) // layout.tensor
+    scored = row.scored / layout.context
+    length, weight = min(chunk, scored), rows * shape.hidden
+    hidden = scored * shape.hidden * numbers.width
+    if numbers.width == FP32:
+        return hidden + FP32 * weight + FP32 * length * rows
+    # raw logits, their float32 form, its gradient in the compute dtype; with a second chunk the old float32 form is still there
+    logits = length * rows
+    product = numbers.width + (0 if numbers.fused else FP32)  # a chunk's weight gradient; the CPU casts it before it is added
+    adding = (FP32 + product) * weight + (2 * numbers.width + FP32) * logits
+    next_chunk = FP32 * weight + (2 * numbers.width + 2 * FP32) * logits if scored > chunk else 0.0
+    return hidden + max(adding, next_chunk)
+
+
+def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
+    """Micro-batches whose activations of all its layers a rank of ``stage`` holds at once: 1F1B, or interleaved (in units of all its chunks)."""
+    if layout.pipeline == 1:
+        return 1.0
+    if layout.virtual == 1:
+        return float(min(layout.pipeline - stage, micro_batches))
+    warm_up = 2 * (layout.pipeline - stage - 1) + (layout.virtual - 1) * layout.pipeline + 1
+    return min(warm_up, micro_batches * layout.virtual) / layout.virtual
+
+
+@dataclass(frozen=True)
+class ActivationPeak:
+    """The peak of a forward and backward pass on a rank of one pipeline stage, in bytes.
+
+    Attributes:
+        kept: of all layers and micro-batches in flight at the peak, what autograd keeps.
+        working: of the layer that is being differentiated, beyond that (a recomputed layer's own tensors included).
+        head: vocabulary head and final norm at the peak; 0 where the peak is in a layer.
+    """
+
+    kept: float
+    working: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.kept + self.working + self.head
+
+
+def training_peak(
+    shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, *, stage: int, micro_batches: int, recompute: str, chunk: int
+) -> ActivationPeak:
+    """The larger of two moments: the last layer's backward pass, and (last stage) the head's."""
+    layers = shape.layers // layout.pipeline
+    flying = in_flight(layout, stage, micro_batches)
+    own = Widths.of(shape, layout)
+    tokens = row.tokens / layout.context
+    kept = flying * (layers * layer_kept(shape, layout, numbers, row, recompute) + row_kept(shape, layout, numbers, row))
+    in_layer = feed_forward_working(shape, layout, numbers, row)
+    if recompute == "full":
+        # the layer is there whole, and its own output; where a norm keeps its very input, that is the kept one
+        in_layer += layer_kept(shape, layout, numbers, row, "none")
+        in_layer += 0 if numbers.fused or numbers.width == FP32 else tokens * own.hidden * numbers.width
+    if stage < layout.pipeline - 1:
+        return ActivationPeak(kept, in_layer, 0.0)
+    final = tokens * (norm_kept(numbers, own.hidden) + (own.hidden if numbers.width < FP32 else 0) * numbers.width)
+    final += row.scored / layout.context * shape.hidden * numbers.width
+    head = final + max(head_forward(shape, layout, numbers, row, chunk), head_backward(shape, layout, numbers, row, chunk))
+    return ActivationPeak(kept, 0.0, head) if head > in_layer else ActivationPeak(kept, in_layer, 0.0)
+
+
+def scoring_peak(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, *, stage: int, chunk: int) -> float:
+    """Bytes of a forward pass without gradients: one layer's widest moment, or the head."""
+    own = Widths.of(shape, layout)
+    tokens = row.tokens / layout.context
+    wide = 3 * (shape.expert_intermediate * shape.experts_per_token / layout.hidden_split if shape.experts else own.feed_forward)
+    layer = tokens * numbers.width * (2 * own.hidden + max(wide, 2 * own.queries + 2 * own.keys + own.hidden))
+    head = 0.0
+    if stage == layout.pipeline - 1:
+        scored = row.scored / layout.context * shape.hidden * numbers.width
+        head = tokens * own.hidden * numbers.width + scored + head_forward(shape, layout, numbers, row, chunk)
+    return row_kept(shape, layout, numbers, row) + max(layer, head)

@@ -1,0 +1,166 @@
+"""A plan: memory of the fullest GPU by part, seconds of a step by phase, the bottleneck; and the search for the fastest layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from pact_nemo.errors import ConfigError
+from pact_nemo.planning.hardware import Hardware
+from pact_nemo.planning.memory import GIB, USABLE, MemoryPlan, memory_plan
+from pact_nemo.planning.shape import Layout, ModelShape
+from pact_nemo.planning.timing import ServerPlan, checkpoint_seconds, export_bytes, model_operations, phases, refit_seconds
+from pact_nemo.planning.workload import StepWork
+from pact_nemo.policy.config import PolicyConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`make_plan` found.
+
+    Attributes:
+        policy: with precision, FP8 recipe and recompute as they will run.
+        shares_gpus: the rollout server sits on trainer GPUs; its share of them counts against the fit.
+    """
+
+    shape: ModelShape
+    layout: Layout
+    policy: PolicyConfig
+    hardware: Hardware
+    work: StepWork
+    server: ServerPlan
+    memory: MemoryPlan
+    phases: dict[str, float]
+    refit: dict[str, float]
+    checkpoint: float
+    shares_gpus: bool
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU that may be used."""
+        return USABLE * self.hardware.memory
+
+    @property
+    def fits(self) -> bool:
+        host = 0.0 if self.hardware.cuda else sum(self.memory.host.values())
+        return self.memory.total + host <= self.usable
+
+    @property
+    def step(self) -> float:
+        return sum(self.phases.values())
+
+    @property
+    def bottleneck(self) -> str:
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def update_tflops(self) -> float:
+        """Model TFLOP/s of a GPU during the update."""
+        row = self.work.mean_tree * float(self.work.prompts)
+        return model_operations(self.shape, row) / self.phases["update"] / self.layout.world / 1e12
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "layout": dataclasses.asdict(self.layout),
+            "precision": "fp8" if self.policy.fp8 else self.policy.precision,
+            "recompute": self.policy.recompute,
+            "hardware": self.hardware.name,
+            "lengths": dataclasses.asdict(self.work.lengths),
+            "fits": self.fits,
+            "memory_gib": {name: value / GIB for name, value in self.memory.parts.items()},
+            "memory_host_gib": {name: value / GIB for name, value in self.memory.host.items()},
+            "server_gib": self.memory.server / GIB,
+            "total_gib": self.memory.total / GIB,
+            "usable_gib": self.usable / GIB,
+            "seconds": dict(self.phases),
+            "refit_seconds": dict(self.refit),
+            "export_gib": export_bytes(self.shape, self.server.width) / GIB,
+            "step_seconds": self.step,
+            "checkpoint_seconds": self.checkpoint,
+            "bottleneck": self.bottleneck,
+            "update_model_tflops_per_gpu": self.update_tflops,
+        }
+
+
+def make_plan(
+    shape: ModelShape, layout: Layout, policy: PolicyConfig, hardware: Hardware, work: StepWork, server: ServerPlan, *, shares_gpus: bool
+) -> Plan:
+    """Plan one step.
+
+    Raises:
+        ConfigError: the model can't be cut this way.
+    """
+    if found := layout.problems(shape):
+        raise ConfigError("; ".join(found))
+    policy = dataclasses.replace(
+        policy,
+        precision=policy.resolved_precision(cuda=hardware.cuda),
+        fp8=policy.fp8 if hardware.fp8 else None,
+    )
+    beside = server.share * hardware.memory if shares_gpus else 0.0
+    return Plan(
+        shape,
+        layout,
+        policy,
+        hardware,
+        work,
+        server,
+        memory_plan(shape, layout, policy, work, cuda=hardware.cuda, server=beside),
+        phases(shape, layout, policy, hardware, work, server),
+        refit_seconds(shape, layout, hardware, server),
+        checkpoint_seconds(shape, layout, policy, hardware),
+        shares_gpus,
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [value for value in range(1, number + 1) if number % value == 0]
+
+
+def search(
+    shape: ModelShape, world: int, policy: PolicyConfig, hardware: Hardware, work: StepWork, server: ServerPlan, *, shares_gpus: bool
+) -> list[Plan]:
+    """Every layout of ``world`` ranks that fits, fastest step first; of each layout the least recompute that fits.
+
+    TP stays within a node, CP is tried up to 8; every update must give each data-parallel rank at least one prompt. Interleaved stages
+    are tried with two and four chunks.
+
+    Raises:
+        ConfigError: nothing fits; the message says what comes closest.
+    """
+    found: list[Plan] = []
+    closest: Plan | None = None
+    for tensor in _divisors(min(world, hardware.gpus_per_node)):
+        for pipeline in _divisors(world):
+            for context in (1, 2, 4, 8):
+                for virtual in (1, 2, 4) if pipeline > 1 else (1,):
+                    for expert in _divisors(shape.experts) if shape.experts else [1]:
+                        layout = Layout(world, tensor, pipeline, context, expert, virtual, sequence_parallel=tensor > 1)
+                        if layout.problems(shape) or work.prompts / work.updates < layout.data:
+                            continue
+                        for recompute in ("none", "selective", "full"):
+                            settings = dataclasses.replace(
+                                policy,
+                                tensor_parallel=tensor,
+                                pipeline_parallel=pipeline,
+                                context_parallel=context,
+                                expert_parallel=expert,
+                                virtual_pipeline=virtual if virtual > 1 else None,
+                                sequence_parallel=tensor > 1,
+                                recompute=recompute,
+                            )
+                            plan = make_plan(shape, layout, settings, hardware, work, server, shares_gpus=shares_gpus)
+                            if closest is None or plan.memory.total < closest.memory.total:
+                                closest = plan
+                            if plan.fits:
+                                found.append(plan)
+                                break
+    if not found:
+        if closest is None:
+            raise ConfigError(f"no layout divides this model over {world} ranks with {work.prompts // work.updates} prompts an update")
+        raise ConfigError(
+            f"nothing fits {world} x {hardware.name}: {closest.layout.describe()} comes closest and needs {closest.memory.total / GIB:.1f} of "
+            f"{closest.usable / GIB:.1f} GiB; take more GPUs, a smaller policy.micro_batch_tokens, shorter lengths or less for the server"
+        )
+    return sorted(found, key=lambda plan: plan.step)
