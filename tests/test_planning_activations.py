@@ -86,6 +86,7 @@ def launched(cases: list[dict[str, Any]], ranks: int, folder: Path) -> list[list
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_peaks_and_state(tmp_path: Path) -> None:
     """TP 2 with sequence parallelism, PP 2 with two micro-batches in flight, DP 2 with sharded optimizer state.
 

@@ -47,7 +47,7 @@ class Hardware:
 
 
 # Peaks: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 (dense rates: half of the sparse ones). Node bandwidth: NVLink 3,
-# 4, 4 and 5, half of the bidirectional figure. Network: one NIC a GPU of 200 Gb/s (DGX A100) or 400 Gb/s (the others).
+# 4, 4 and 5, half of the bidirectional figure. Network: a NIC a GPU, 200 Gb/s (DGX A100) or 400 Gb/s (the others).
 # Disk: 10 GB/s a node to a parallel file system, an assumption; `--disk` says otherwise.
 # Fractions: ``reached_bf16`` is fitted to NeMo-RL's Llama-3.1-8B on 8 H100 (28 s of policy training), ``reached_fp8`` to Megatron-Bridge's Llama-3-70B
 # pre-training on 64 H100 (719 TFLOP/s), ``decode_overhead`` to the 58 s of generation of the same 8B run; ``memory_reached`` is an assumption.

@@ -173,8 +173,8 @@ def pack(
 
     A tree larger than ``token_budget`` is cut into pieces that repeat shared prefixes (:meth:`TokenTree.pieces`), so a row is never
     larger than the budget or the longest root-to-leaf sequence: memory has a bound. Pieces are dealt to ranks by size (largest first
-    to the least loaded rank), then packed first-fit-decreasing into rows of at most ``token_budget`` tokens. Ranks with fewer rows get empty ones: all ranks must run the same
-    number of collectives.
+    to the least loaded rank), then packed first-fit-decreasing into rows of at most ``token_budget`` tokens. Ranks with fewer rows get
+    empty ones: all ranks must run the same number of collectives.
 
     Args:
         trees: the same list on every rank.
