@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import blake3
+
 
 def _fsync_dir(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
@@ -65,13 +67,23 @@ def new_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
-                with open(path, "rb") as handle:
-                    os.fsync(handle.fileno())
+                flush_file(path)
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync_dir(target.parent)
+
+
+def digest_file(path: str | os.PathLike[str], algorithm: str) -> str:
+    """Hex digest of a file's bytes; ``blake3`` (several times as fast) or ``sha256``."""
+    return blake3.blake3().update_mmap(path).hexdigest() if algorithm == "blake3" else sha256_file(path)
+
+
+def flush_file(path: str | os.PathLike[str]) -> None:
+    """Wait until a written file's bytes are on the disk."""
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

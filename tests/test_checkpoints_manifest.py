@@ -1,5 +1,6 @@
 """Export folders: whole or refused, visible only when complete, pruned without losing what is protected."""
 
+import hashlib
 import json
 import os
 
@@ -7,6 +8,7 @@ import pytest
 
 from pact_nemo.checkpoints import manifest as m
 from pact_nemo.errors import CheckpointError
+from pact_nemo.files import sha256_file
 
 
 def make_export(root, version, content=b"weights"):
@@ -48,7 +50,7 @@ def test_missing_file_is_refused_by_name(tmp_path, name):
 def test_truncated_file_is_refused_before_hashing(tmp_path, monkeypatch):
     folder = make_export(tmp_path, 0)
     os.truncate(folder / "model.safetensors", 100)
-    monkeypatch.setattr(m, "sha256_file", lambda path: pytest.fail("hashed a file of the wrong size"))
+    monkeypatch.setattr(m, "digest_file", lambda path, algorithm: pytest.fail("hashed a file of the wrong size"))
     with pytest.raises(CheckpointError, match="has 100 bytes, the manifest says 7000"):
         m.verify_manifest(folder)
 
@@ -113,4 +115,18 @@ def test_prune_keeps_newest_and_protected(tmp_path):
 def test_manifest_is_plain_json(tmp_path):
     folder = make_export(tmp_path, 2)
     row = json.loads((folder / m.MANIFEST_NAME).read_text())
-    assert row["schema"] == 1 and row["files"]["config.json"]["size"] == 8
+    assert row["schema"] == 2 and len(row["files"]["config.json"]["blake3"]) == 64 and row["files"]["config.json"]["size"] == 8
+
+
+def test_manifests_of_the_older_schema_are_still_read_and_checked(tmp_path):
+    folder = make_export(tmp_path, 3)
+    files = [path for path in folder.iterdir() if path.name != m.MANIFEST_NAME]
+    rows = {path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in files if path.is_file()}
+    nested = {"sub/vocab.txt": {"size": (folder / "sub/vocab.txt").stat().st_size, "sha256": sha256_file(folder / "sub/vocab.txt")}}
+    (folder / m.MANIFEST_NAME).write_text(json.dumps({"schema": 1, "version": 3, "extra": {}, "files": {**rows, **nested}}))
+    assert m.verify_manifest(folder, expect_version=3).algorithm == "sha256"
+    flipped = bytearray((folder / "model.safetensors").read_bytes())
+    flipped[9] ^= 1
+    (folder / "model.safetensors").write_bytes(bytes(flipped))
+    with pytest.raises(CheckpointError, match="its sha256 digest differs"):
+        m.verify_manifest(folder)

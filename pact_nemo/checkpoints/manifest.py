@@ -1,7 +1,7 @@
 """Versioned HF export folders and the manifest that says a folder is whole.
 
 An export root holds ``v000000``, ``v000001``, …: one Hugging Face model folder a version. A folder is written under a temporary name and
-becomes visible in one rename, with ``manifest.json`` as the last file in it: size and SHA-256 of every other file. A reader verifies the
+becomes visible in one rename, with ``manifest.json`` as the last file in it: size and BLAKE3 digest of every other file. A reader verifies the
 manifest before it lets the weights near a server or a trainer, so a torn, truncated or bit-flipped export is refused with the file's name.
 """
 
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.errors import CheckpointError
-from pact_nemo.files import new_directory, sha256_file, write_json_atomic
+from pact_nemo.files import digest_file, new_directory, write_json_atomic
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2
+DIGESTS = {1: "sha256", 2: "blake3"}  # by schema; the older one is still read
 _VERSION_FOLDER = re.compile(r"v(\d{6,})")
 _HASHING_THREADS = 4  # hashlib releases the GIL; sharded exports hash in parallel
 _REMEDY = "delete the folder and export that version again (or point at an intact one)"
@@ -29,10 +30,15 @@ _REMEDY = "delete the folder and export that version again (or point at an intac
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of an export: size in bytes and hex SHA-256 of its content."""
+    """One file of an export: size in bytes and hex digest of its content."""
 
     size: int
-    sha256: str
+    digest: str
+
+    @classmethod
+    def of(cls, path: str | Path, algorithm: str = DIGESTS[MANIFEST_SCHEMA]) -> FileEntry:
+        """Of a file as it is."""
+        return cls(Path(path).stat().st_size, digest_file(path, algorithm))
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,13 @@ class Manifest:
         version: weight version, a non-negative integer that grows by one with each export (the optimizer step in training).
         files: path relative to the folder (forward slashes) -> entry; every file of the folder but the manifest.
         extra: free facts of the writer (step, dtype, source), JSON values.
+        algorithm: of the digests.
     """
 
     version: int
     files: dict[str, FileEntry]
     extra: dict[str, Any] = field(default_factory=dict)
+    algorithm: str = DIGESTS[MANIFEST_SCHEMA]
 
     @property
     def total_bytes(self) -> int:
@@ -77,8 +85,13 @@ def latest_version(root: str | Path) -> int | None:
     return found[-1] if found else None
 
 
-def write_manifest(folder: str | Path, version: int, extra: dict[str, Any] | None = None) -> Manifest:
-    """Hash every file of ``folder`` and write ``manifest.json``; to be called last, before the folder becomes visible.
+def write_manifest(
+    folder: str | Path, version: int, extra: dict[str, Any] | None = None, known: dict[str, FileEntry] | None = None
+) -> Manifest:
+    """Write ``manifest.json`` for every file of ``folder``; to be called last, before the folder becomes visible.
+
+    Args:
+        known: entries of files that their writers have described already; the others are hashed here.
 
     Raises:
         CheckpointError: the folder holds no weights.
@@ -87,11 +100,12 @@ def write_manifest(folder: str | Path, version: int, extra: dict[str, Any] | Non
     names = _data_files(base)
     if not any(name.endswith(".safetensors") for name in names):
         raise CheckpointError(f"{base} holds no *.safetensors file; write the weights before the manifest")
+    files = {name: entry for name, entry in (known or {}).items() if name in names}
+    rest = [name for name in names if name not in files]
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        digests = list(pool.map(lambda name: sha256_file(base / name), names))
-    files = {name: FileEntry((base / name).stat().st_size, digest) for name, digest in zip(names, digests, strict=True)}
-    manifest = Manifest(version, files, dict(extra or {}))
-    rows = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in files.items()}
+        files |= dict(zip(rest, pool.map(lambda name: FileEntry.of(base / name), rest), strict=True))
+    manifest = Manifest(version, {name: files[name] for name in names}, dict(extra or {}))
+    rows = {name: {"size": entry.size, manifest.algorithm: entry.digest} for name, entry in manifest.files.items()}
     write_json_atomic(base / MANIFEST_NAME, {"schema": MANIFEST_SCHEMA, "version": version, "extra": manifest.extra, "files": rows})
     return manifest
 
@@ -105,10 +119,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = Path(folder) / MANIFEST_NAME
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
-        if row["schema"] != MANIFEST_SCHEMA:
-            raise CheckpointError(f"{path}: schema {row['schema']!r}, this version reads {MANIFEST_SCHEMA}; export again")
-        files = {str(name): FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in row["files"].items()}
-        return Manifest(int(row["version"]), files, dict(row["extra"]))
+        if row["schema"] not in DIGESTS:
+            raise CheckpointError(f"{path}: schema {row['schema']!r}, this version reads {sorted(DIGESTS)}; export again")
+        algorithm = DIGESTS[row["schema"]]
+        files = {str(name): FileEntry(int(entry["size"]), str(entry[algorithm])) for name, entry in row["files"].items()}
+        return Manifest(int(row["version"]), files, dict(row["extra"]), algorithm)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the export is incomplete; {_REMEDY}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -118,7 +133,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 def verify_manifest(folder: str | Path, *, expect_version: int | None = None) -> Manifest:
     """Check every file of an export against its manifest.
 
-    Sizes are compared first (cheap: a torn copy is found without hashing), then SHA-256. A ``*.safetensors`` file that the manifest
+    Sizes are compared first (cheap: a torn copy is found without hashing), then digests. A ``*.safetensors`` file that the manifest
     doesn't list is refused as well, because weight loaders glob for them.
 
     Args:
@@ -147,10 +162,10 @@ def verify_manifest(folder: str | Path, *, expect_version: int | None = None) ->
         raise CheckpointError(f"{base / strays[0]} is not in the manifest, yet a weight loader would read it; remove it")
     names = list(manifest.files)
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        digests = pool.map(lambda name: sha256_file(base / name), names)
+        digests = pool.map(lambda name: digest_file(base / name, manifest.algorithm), names)
         for name, digest in zip(names, digests, strict=True):
-            if digest != manifest.files[name].sha256:
-                raise CheckpointError(f"{base / name} is corrupt: its SHA-256 differs from the manifest's; {_REMEDY}")
+            if digest != manifest.files[name].digest:
+                raise CheckpointError(f"{base / name} is corrupt: its {manifest.algorithm} digest differs from the manifest's; {_REMEDY}")
     return manifest
 
 

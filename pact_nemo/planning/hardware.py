@@ -48,9 +48,9 @@ class Hardware:
 
 # Peaks: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 (dense rates: half of the sparse ones). Node bandwidth: NVLink 3,
 # 4, 4 and 5, half of the bidirectional figure. Network: a NIC a GPU, 200 Gb/s (DGX A100) or 400 Gb/s (the others).
-# Disk: 10 GB/s a node to a parallel file system, an assumption; `--disk` says otherwise.
-# Fractions: ``reached_bf16`` is fitted to NeMo-RL's Llama-3.1-8B on 8 H100 (28 s of policy training), ``reached_fp8`` to Megatron-Bridge's Llama-3-70B
-# pre-training on 64 H100 (719 TFLOP/s), ``decode_overhead`` to the 58 s of generation of the same 8B run; ``memory_reached`` is an assumption.
+# Disk: 10 GB/s a node to a parallel file system, assumed; `--disk` says otherwise.
+# Fractions: ``reached_bf16`` is fitted to NeMo-RL's Llama-3.1-8B on 8 H100 (28 s of policy training), ``reached_fp8`` to Megatron-Bridge's
+# Llama-3-70B pre-training on 64 H100 (719 TFLOP/s), ``decode_overhead`` to the 58 s of generation of the same 8B run; ``memory_reached`` is assumed.
 # `tests/test_planning_timing.py` says what other public figures come out as.
 GPUS: dict[str, Hardware] = {
     gpu.name: gpu

@@ -1,21 +1,25 @@
-"""Writing a Hugging Face model folder from a stream of weights."""
+"""Writing a Hugging Face model folder from a stream of weights, by several ranks at once."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pact_nemo.errors import CheckpointError, ConfigError
-from pact_nemo.files import write_json_atomic
+from pact_nemo.files import flush_file, write_json_atomic
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 4 << 30
+WEIGHTS_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
 _ARTIFACTS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
@@ -46,68 +50,111 @@ def copy_artifacts(source: str | Path, folder: str | Path, dtype: str) -> None:
     write_json_atomic(Path(folder) / "config.json", config)
 
 
-def write_weights(
-    weights: Iterable[tuple[str, torch.Tensor]], folder: str | Path | None, dtype: str, *, shard_bytes: int = SHARD_BYTES
-) -> list[str]:
-    """Write ``model.safetensors``, or numbered shards with an index when larger than ``shard_bytes``.
+def export_order(name: str) -> list[tuple[int, int, str]]:
+    """Sort key of about the order in which the bridge produces tensors: those outside of layers first, then layer by layer."""
+    parts = [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return [(int(".layers." in name), 0, ""), *parts]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which file each tensor goes to, and which writer writes it. The same on every rank, known before the first tensor is there.
+
+    Attributes:
+        files: name of each shard -> its tensors, in order.
+        writer: name of each shard -> writer, 0 .. writers - 1.
+    """
+
+    files: dict[str, list[str]]
+    writer: dict[str, int]
+
+    @classmethod
+    def of(cls, sizes: dict[str, int], writers: int, shard_bytes: int) -> ShardPlan:
+        """Cut tensors, in order, into shards of about equal size: one a writer, or more where one would exceed ``shard_bytes``.
+
+        Args:
+            sizes: name -> bytes, in the order in which they are produced.
+        """
+        total = sum(sizes.values())
+        count = max(1, min(writers, len(sizes)))
+        count *= -(-total // (count * shard_bytes)) or 1
+        shards: list[list[str]] = [[]]
+        limit, used = total / count, 0
+        for name, size in sizes.items():
+            if shards[-1] and len(shards) < count and used + size / 2 > limit * len(shards):
+                shards.append([])
+            shards[-1].append(name)
+            used += size
+        if len(shards) == 1:
+            return cls({WEIGHTS_NAME: shards[0]}, {WEIGHTS_NAME: 0})
+        names = [f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" for index in range(len(shards))]
+        return cls(dict(zip(names, shards, strict=True)), {name: index % writers for index, name in enumerate(names)})
+
+    def write_index(self, folder: str | Path, total_bytes: int) -> None:
+        """The index that loaders look for beside several shards."""
+        if len(self.files) > 1:
+            weight_map = {name: file for file, names in self.files.items() for name in names}
+            write_json_atomic(Path(folder) / _INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
+def write_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: str | Path, dtype: str, plan: ShardPlan, writer: int) -> dict[str, Path]:
+    """Write this writer's shards while the tensors of the others go by. Each shard is written, flushed to disk and forgotten in a thread of its
+    own while the next tensors arrive: at most two shards are in memory.
 
     Args:
-        weights: names and tensors, consumed to the end on every rank (producing them is collective).
-        folder: existing folder; None = consume only (ranks that don't write).
+        weights: names and tensors, consumed to the end on every rank, also after a failure (producing them is collective).
+        folder: existing folder.
         dtype: one of ``DTYPES``.
-        shard_bytes: bytes per file.
+        plan: the same on all ranks.
+        writer: which of its writers this is; none of them = consume only.
 
     Returns:
-        names of the tensors, in order.
+        name -> path of the shards written.
 
     Raises:
         ConfigError: unknown dtype.
-        CheckpointError: a name came twice, or there were no weights.
+        CheckpointError: a name came twice, tensors are not those of the plan, or a file can't be written.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"export dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    names: list[str] = []
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    pending_bytes = total_bytes = 0
+    shard_of = {name: file for file, names in plan.files.items() for name in names}
+    missing = {file: set(names) for file, names in plan.files.items() if plan.writer[file] == writer}
+    pending: dict[str, dict[str, torch.Tensor]] = {file: {} for file in missing}
+    seen: set[str] = set()
+    written: dict[str, Path] = {}
+    problem: str | None = None
+    with ThreadPoolExecutor(1) as pool:
+        running: Future[None] | None = None
+        for name, tensor in weights:
+            if name in seen:
+                problem = problem or f"weight {name} was produced twice"
+            seen.add(name)
+            file = shard_of.get(name)
+            if problem or file is None or file not in missing:
+                continue
+            try:
+                # a copy even if the dtype fits: the tensor may be a view of a live parameter
+                pending[file][name] = tensor.detach().to(device="cpu", dtype=DTYPES[dtype], copy=True).contiguous()
+                missing[file].discard(name)
+                if not missing[file]:
+                    if running is not None:
+                        running.result()
+                    written[file] = Path(folder) / file
+                    running = pool.submit(_write_shard, pending.pop(file), written[file])
+            except (OSError, SafetensorError) as error:
+                problem = f"{Path(folder) / file} can't be written: {error}"
+        try:
+            if running is not None:
+                running.result()
+        except (OSError, SafetensorError) as error:
+            problem = problem or f"{folder} can't be written: {error}"
+    if not problem and seen != shard_of.keys():
+        problem = f"exported weights differ from those planned: {sorted(seen.symmetric_difference(shard_of))[:5]}"
+    if problem:
+        raise CheckpointError(problem)
+    return written
 
-    def flush() -> None:
-        nonlocal pending, pending_bytes
-        if pending and folder is not None:
-            save_file(pending, Path(folder) / f"shard-{len(shards):05d}.safetensors", metadata={"format": "pt"})
-            shards.append(list(pending))
-        pending, pending_bytes = {}, 0
 
-    for name, tensor in weights:
-        if name in names:
-            raise CheckpointError(f"weight {name} was produced twice")
-        names.append(name)
-        if folder is None:
-            continue
-        # a copy even if the dtype fits: the tensor may be a view of a live parameter
-        value = tensor.detach().to(device="cpu", dtype=DTYPES[dtype], copy=True).contiguous()
-        size = value.numel() * value.element_size()
-        if pending and pending_bytes + size > shard_bytes:
-            flush()
-        pending[name] = value
-        pending_bytes += size
-        total_bytes += size
-    flush()
-    if not names:
-        raise CheckpointError("there are no weights to write")
-    if folder is not None:
-        _name_shards(Path(folder), shards, total_bytes)
-    return names
-
-
-def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
-    """Give the shard files the names that loaders look for, now that their number is known."""
-    if len(shards) == 1:
-        (folder / "shard-00000.safetensors").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for index, names in enumerate(shards):
-        final = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{index:05d}.safetensors").rename(folder / final)
-        weight_map.update({name: final for name in names})
-    write_json_atomic(folder / _INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+def _write_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    flush_file(path)

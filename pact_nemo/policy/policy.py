@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pact_nemo.checkpoints.headers import tensor_shapes
 from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.fp8 import ALIGNMENT
-from pact_nemo.policy.hf_folder import copy_artifacts, write_weights
+from pact_nemo.policy.hf_folder import DTYPES, SHARD_BYTES, ShardPlan, copy_artifacts, export_order, write_weights
 from pact_nemo.policy.trees import TokenTree
 
 devices.prepare_megatron()
@@ -258,28 +259,48 @@ class MegatronPolicy:
     # ----------------------------------------------------------------- export
 
     @torch.no_grad()
-    def export_hf(self, folder: str | Path, *, dtype: str = "bfloat16") -> None:
+    def export_hf(self, folder: str | Path, *, dtype: str = "bfloat16", shard_bytes: int = SHARD_BYTES) -> list[Path]:
         """Write the current weights as a Hugging Face folder: safetensors, and everything else copied from ``hf_path``.
 
-        Collective; rank 0 writes. ``checkpoints.hf.export_version`` makes atomic, versioned folders of it.
+        Collective. Tensors are gathered one after the other; every rank writes its share of them, at most two shards of ``shard_bytes`` in
+        memory, so no rank ever holds the whole model. ``checkpoints.hf.export_version`` makes atomic, versioned folders of it.
 
         Args:
-            folder: existing or new folder (only read on rank 0).
+            folder: existing or new folder that all ranks see.
             dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
 
+        Returns:
+            the weight files that this rank has written, flushed to disk.
+
         Raises:
-            CheckpointError: the set of weights differs from that of ``hf_path``.
+            CheckpointError: the set of weights differs from that of ``hf_path``, or a rank can't write; on all ranks together.
             ConfigError: unknown dtype.
         """
-        writes = dist.get_rank() == 0
-        if writes:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            copy_artifacts(self.hf_path, folder, dtype)
-        names = write_weights(bridge.export_weights(self.bridge, self.chunks), folder if writes else None, dtype)
-        expected = set(self.bridge.hf_pretrained.state.source.get_all_keys())
-        if set(names) != expected:
-            raise CheckpointError(f"exported weights differ from those of {self.hf_path}: {sorted(expected.symmetric_difference(names))[:5]}")
+        if dtype not in DTYPES:
+            raise ConfigError(f"export dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+        width, shapes = DTYPES[dtype].itemsize, tensor_shapes(self.hf_path)
+        sizes = {name: width * math.prod(shapes[name]) for name in sorted(self.bridge.hf_pretrained.state.source.get_all_keys(), key=export_order)}
+        plan = ShardPlan.of(sizes, dist.get_world_size(), shard_bytes)
+        problem, written = None, []
+        try:
+            if dist.get_rank() == 0:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                copy_artifacts(self.hf_path, folder, dtype)
+                plan.write_index(folder, sum(sizes.values()))
+        except OSError as error:
+            problem = str(error)
         dist.barrier()
+        try:
+            weights = bridge.export_weights(self.bridge, self.chunks)
+            written = list(write_weights(weights, folder, dtype, plan, dist.get_rank()).values())
+        except CheckpointError as error:
+            problem = problem or str(error)
+        problems: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        for rank, found in enumerate(problems):
+            if found:
+                raise CheckpointError(f"rank {rank}: {found}")
+        return written
 
     # ------------------------------------------------------------- checkpoint
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pact_nemo.checkpoints.headers import tensor_shapes
 from pact_nemo.checkpoints.manifest import verify_manifest
 from pact_nemo.errors import CheckpointError, ServerError
 from pact_nemo.rollouts.client import RolloutClient
@@ -88,21 +89,6 @@ def check_same_tensors(export: Path, like: Path) -> None:
     for name in new.keys() & old.keys():
         if new[name] != old[name]:
             raise CheckpointError(f"{export}: {name} has shape {new[name]}, {like} has {old[name]}; export the same model")
-
-
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a folder's safetensors files, from their headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with open(path, "rb") as handle:
-                header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is no safetensors file ({error!r}); export it again") from error
-    if not shapes:
-        raise CheckpointError(f"{folder} holds no *.safetensors file")
-    return shapes
 
 
 def _is_tied(folder: Path) -> bool:

@@ -6,6 +6,7 @@ Every rank's answer to every action must agree; rank 0 writes them.
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from pact_nemo.checkpoints import resume
-from pact_nemo.errors import NumericsError
+from pact_nemo.checkpoints.hf import export_version
+from pact_nemo.errors import CheckpointError, NumericsError
+from pact_nemo.policy import hf_folder
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.workers.pact_kit import make_pact_trees, pact_terms
@@ -59,6 +62,24 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
         return None
     if verb == "export":
         return policy.export_hf(Path(argument), dtype="float32")
+    if verb == "export_version":
+        return str(export_version(policy, *argument, dtype="float32"))
+    if verb == "export_fails":  # one rank's disk is full
+        root, version, broken = argument
+        original = hf_folder.save_file
+
+        def full(*args: Any, **kwargs: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        if dist.get_rank() == broken:
+            hf_folder.save_file = full
+        try:
+            export_version(policy, root, version)
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            hf_folder.save_file = original
+        return None
     if verb == "save":
         return str(resume.save(policy, argument, {"note": policy.step}))
     if verb == "load":
