@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pact_nemo.checkpoints.hf import export_version
-from pact_nemo.checkpoints.manifest import verify_manifest
+from pact_nemo.checkpoints.manifest import FileEntry, verify_manifest
 from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.packing import pack
@@ -286,17 +286,23 @@ def test_large_exports_are_sharded_with_an_index(tmp_path: Path) -> None:
     weights = {f"w{i}": torch.full((10,), float(i)) for i in range(5)}
     plan = ShardPlan.of({name: 40 for name in weights}, 2, 80)
     plan.write_index(tmp_path, 200)
-    mine = [write_weights(weights.items(), tmp_path, "float32", plan, writer) for writer in range(2)]
+    shapes = {name: (10,) for name in weights}
+    backwards = dict(reversed(weights.items()))  # not the order of the plan
+    mine = [write_weights(backwards.items(), tmp_path, "float32", plan, shapes, writer)[0] for writer in range(2)]
+    assert all(entry == FileEntry.of(tmp_path / file) for part in mine for file, entry in part.items())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert files == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)] and [sorted(part) for part in mine] == [files[::2], files[1::2]]
     loaded = {name: tensor for file in files for name, tensor in load_file(tmp_path / file).items()}
     assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], weights[name]) for name in weights)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert {name: file for file in files for name in load_file(tmp_path / file)} == index["weight_map"]
+    with pytest.raises(CheckpointError, match=r"w4 has shape \(3,\), \(10,\) was expected"):
+        one = ShardPlan.of(dict.fromkeys(weights, 40), 1, 999)
+        write_weights([*weights.items()][:4] + [("w4", torch.ones(3))], tmp_path, "float32", one, shapes, 0)
     with pytest.raises(CheckpointError, match="twice"):
-        write_weights([("w0", torch.ones(1)), ("w0", torch.ones(1))], tmp_path, "float32", plan, 0)
+        write_weights([("w0", torch.ones(1)), ("w0", torch.ones(1))], tmp_path, "float32", plan, shapes, 0)
     with pytest.raises(CheckpointError, match="differ from those planned.*w1"):
-        write_weights([("w0", torch.ones(10))], tmp_path, "float32", plan, 0)
+        write_weights([("w0", torch.ones(10))], tmp_path, "float32", plan, shapes, 0)
 
 
 @pytest.mark.parametrize("writers", [1, 2, 3, 8, 64])

@@ -17,7 +17,7 @@ from pact_nemo.files import new_directory
 class Exportable(Protocol):
     """A policy that can write its weights; collective, every rank returns the files that it wrote."""
 
-    def export_hf(self, folder: str | Path, *, dtype: str = "bfloat16") -> list[Path]: ...
+    def export_hf(self, folder: str | Path, *, dtype: str = "bfloat16") -> dict[str, FileEntry]: ...
 
 
 def export_to(policy: Exportable, folder: str | Path, *, version: int, dtype: str = "bfloat16", extra: dict[str, Any] | None = None) -> Path:
@@ -30,7 +30,7 @@ def export_to(policy: Exportable, folder: str | Path, *, version: int, dtype: st
     """
     with ExitStack() as stack:
         temporary = _from_rank_0(lambda: str(stack.enter_context(new_directory(folder))))
-        own = {path.name: FileEntry.of(path) for path in policy.export_hf(temporary, dtype=dtype)}
+        own = policy.export_hf(temporary, dtype=dtype)
         everyone: list[Any] = [own]
         if dist.is_initialized():
             everyone = [None] * dist.get_world_size()

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from pact_nemo.errors import CheckpointError, ConfigError
-from pact_nemo.files import flush_file, write_json_atomic
+from pact_nemo.checkpoints.manifest import FileEntry
+from pact_nemo.checkpoints.stream import SafetensorsWriter, WriterThread
+from pact_nemo.errors import CheckpointError
+from pact_nemo.files import write_json_atomic
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 4 << 30
@@ -97,64 +96,47 @@ class ShardPlan:
             write_json_atomic(Path(folder) / _INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
-def write_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: str | Path, dtype: str, plan: ShardPlan, writer: int) -> dict[str, Path]:
-    """Write this writer's shards while the tensors of the others go by. Each shard is written, flushed to disk and forgotten in a thread of its
-    own while the next tensors arrive: at most two shards are in memory.
+def write_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], folder: str | Path, dtype: str, plan: ShardPlan, shapes: dict[str, tuple[int, ...]], writer: int
+) -> tuple[dict[str, FileEntry], list[str]]:
+    """Write this writer's shards while the tensors of the others go by; a few tensors are in memory at a time.
 
     Args:
         weights: names and tensors, consumed to the end on every rank, also after a failure (producing them is collective).
         folder: existing folder.
         dtype: one of ``DTYPES``.
         plan: the same on all ranks.
+        shapes: name -> shape of every tensor.
         writer: which of its writers this is; none of them = consume only.
 
     Returns:
-        name -> path of the shards written.
+        the files written, and all names in the order in which they came (the order of a plan that needs no second reading).
 
     Raises:
-        ConfigError: unknown dtype.
         CheckpointError: a name came twice, tensors are not those of the plan, or a file can't be written.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"export dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     shard_of = {name: file for file, names in plan.files.items() for name in names}
-    missing = {file: set(names) for file, names in plan.files.items() if plan.writer[file] == writer}
-    pending: dict[str, dict[str, torch.Tensor]] = {file: {} for file in missing}
-    seen: set[str] = set()
-    written: dict[str, Path] = {}
+    own: dict[str, SafetensorsWriter] = {}
+    seen: dict[str, None] = {}
     problem: str | None = None
-    with ThreadPoolExecutor(1) as pool:
-        running: Future[None] | None = None
-        for name, tensor in weights:
-            if name in seen:
-                problem = problem or f"weight {name} was produced twice"
-            seen.add(name)
-            file = shard_of.get(name)
-            if problem or file is None or file not in missing:
-                continue
-            try:
-                # a copy even if the dtype fits: the tensor may be a view of a live parameter
-                pending[file][name] = tensor.detach().to(device="cpu", dtype=DTYPES[dtype], copy=True).contiguous()
-                missing[file].discard(name)
-                if not missing[file]:
-                    if running is not None:
-                        running.result()
-                    written[file] = Path(folder) / file
-                    running = pool.submit(_write_shard, pending.pop(file), written[file])
-            except (OSError, SafetensorError) as error:
-                problem = f"{Path(folder) / file} can't be written: {error}"
+    thread = WriterThread()
+    for name, tensor in weights:
+        if name in seen:
+            problem = problem or f"weight {name} was produced twice"
+        seen[name] = None
+        file = shard_of.get(name)
+        if problem or file is None or plan.writer[file] != writer:
+            continue
         try:
-            if running is not None:
-                running.result()
-        except (OSError, SafetensorError) as error:
-            problem = problem or f"{folder} can't be written: {error}"
-    if not problem and seen != shard_of.keys():
-        problem = f"exported weights differ from those planned: {sorted(seen.symmetric_difference(shard_of))[:5]}"
+            if file not in own:
+                own[file] = SafetensorsWriter(Path(folder) / file, {each: shapes[each] for each in plan.files[file]}, DTYPES[dtype])
+            thread.put(own[file], name, tensor)
+        except OSError as error:
+            problem = f"{Path(folder) / file} can't be written: {error}"
+    thread.finish()
+    problem = problem or thread.problem
+    if not problem and seen.keys() != shard_of.keys():
+        problem = f"exported weights differ from those planned: {sorted(seen.keys() ^ shard_of.keys())[:5]}"
     if problem:
         raise CheckpointError(problem)
-    return written
-
-
-def _write_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    flush_file(path)
+    return thread.entries, list(seen)

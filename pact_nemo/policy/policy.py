@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pact_nemo.checkpoints.headers import tensor_shapes
+from pact_nemo.checkpoints.manifest import FileEntry
 from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
@@ -102,6 +103,7 @@ class MegatronPolicy:
             self._reference = [{name: param.detach().cpu().clone() for name, param in chunk.named_parameters()} for chunk in self.chunks]
         self.wrapped: list[Any] = []
         self.optimizer: Any = None
+        self._export_names: list[str] = []  # in the order in which an export produces them, once there was one
         if trainable:
             self.wrapped = optimizer.wrap_data_parallel(
                 self.chunks, distributed_optimizer=config.distributed_optimizer, overlap=config.overlap_grad_reduce
@@ -259,11 +261,11 @@ class MegatronPolicy:
     # ----------------------------------------------------------------- export
 
     @torch.no_grad()
-    def export_hf(self, folder: str | Path, *, dtype: str = "bfloat16", shard_bytes: int = SHARD_BYTES) -> list[Path]:
+    def export_hf(self, folder: str | Path, *, dtype: str = "bfloat16", shard_bytes: int = SHARD_BYTES) -> dict[str, FileEntry]:
         """Write the current weights as a Hugging Face folder: safetensors, and everything else copied from ``hf_path``.
 
-        Collective. Tensors are gathered one after the other; every rank writes its share of them, at most two shards of ``shard_bytes`` in
-        memory, so no rank ever holds the whole model. ``checkpoints.hf.export_version`` makes atomic, versioned folders of it.
+        Collective. Tensors are gathered one after the other and every rank writes its share of them as they come, so no rank ever holds more
+        than a few. ``checkpoints.hf.export_version`` makes atomic, versioned folders of it.
 
         Args:
             folder: existing or new folder that all ranks see.
@@ -279,9 +281,11 @@ class MegatronPolicy:
         if dtype not in DTYPES:
             raise ConfigError(f"export dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
         width, shapes = DTYPES[dtype].itemsize, tensor_shapes(self.hf_path)
-        sizes = {name: width * math.prod(shapes[name]) for name in sorted(self.bridge.hf_pretrained.state.source.get_all_keys(), key=export_order)}
+        names = self._export_names or sorted(self.bridge.hf_pretrained.state.source.get_all_keys(), key=export_order)
+        sizes = {name: width * math.prod(shapes[name]) for name in names}
         plan = ShardPlan.of(sizes, dist.get_world_size(), shard_bytes)
-        problem, written = None, []
+        problem: str | None = None
+        written: dict[str, FileEntry] = {}
         try:
             if dist.get_rank() == 0:
                 Path(folder).mkdir(parents=True, exist_ok=True)
@@ -292,7 +296,7 @@ class MegatronPolicy:
         dist.barrier()
         try:
             weights = bridge.export_weights(self.bridge, self.chunks)
-            written = list(write_weights(weights, folder, dtype, plan, dist.get_rank()).values())
+            written, self._export_names = write_weights(weights, folder, dtype, plan, shapes, dist.get_rank())
         except CheckpointError as error:
             problem = problem or str(error)
         problems: list[Any] = [None] * dist.get_world_size()

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from pact_nemo.checkpoints import resume
 from pact_nemo.checkpoints.hf import export_version
+from pact_nemo.checkpoints.stream import SafetensorsWriter
 from pact_nemo.errors import CheckpointError, NumericsError
-from pact_nemo.policy import hf_folder
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.workers.pact_kit import make_pact_trees, pact_terms
@@ -61,24 +61,25 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
                 del tree.streams["top"]
         return None
     if verb == "export":
-        return policy.export_hf(Path(argument), dtype="float32")
+        policy.export_hf(Path(argument), dtype="float32")
+        return None
     if verb == "export_version":
         return str(export_version(policy, *argument, dtype="float32"))
     if verb == "export_fails":  # one rank's disk is full
         root, version, broken = argument
-        original = hf_folder.save_file
+        original = SafetensorsWriter.write
 
-        def full(*args: Any, **kwargs: Any) -> None:
+        def full(self: Any, name: str, tensor: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         if dist.get_rank() == broken:
-            hf_folder.save_file = full
+            SafetensorsWriter.write = full  # type: ignore[method-assign]
         try:
             export_version(policy, root, version)
         except CheckpointError as error:
             return str(error)
         finally:
-            hf_folder.save_file = original
+            SafetensorsWriter.write = original  # type: ignore[method-assign]
         return None
     if verb == "save":
         return str(resume.save(policy, argument, {"note": policy.step}))
