@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pact_nemo.planning.activations import Numbers, in_flight, training_peak
-from pact_nemo.planning.memory import state_bytes
+from pact_nemo.planning.memory import communication_bytes, state_bytes
 from pact_nemo.planning.shape import Layout, ModelShape, rank_parameters
 from pact_nemo.planning.workload import Lengths, tree
 from pact_nemo.policy.config import PolicyConfig
@@ -27,16 +27,11 @@ def planned(found: dict[str, Any], case: dict[str, Any], *, world: int = 1, stag
     policy = PolicyConfig(**{"logprob_chunk": 128, **case["policy"]})
     prompt, response, trace, group = case["tree"]
     row = tree(Lengths(prompt, response, trace, policy_share=1.0, boundary=0), group, prompt_only=True, conditioned=bool(trace))
-    return training_peak(
-        ModelShape.from_hf(found["hf"]),
-        Layout.of(policy, world),
-        Numbers.of(policy.precision),
-        row,
-        stage=stage,
-        micro_batches=case.get("trees", 1),
-        recompute=policy.recompute,
-        chunk=policy.logprob_chunk,
-    ).total
+    shape, layout, numbers = ModelShape.from_hf(found["hf"]), Layout.of(policy, world), Numbers.of(policy.precision)
+    rows = case.get("trees", 1)
+    peak = training_peak(shape, layout, numbers, row, stage=stage, micro_batches=rows, recompute=policy.recompute, chunk=policy.logprob_chunk)
+    between = communication_bytes(shape, layout, numbers, row, cuda=False, flying=in_flight(layout, stage, rows)) if layout.pipeline > 1 else 0.0
+    return peak.total + between
 
 
 CASES = [
@@ -90,8 +85,8 @@ def launched(cases: list[dict[str, Any]], ranks: int, folder: Path) -> list[list
 def test_two_ranks_peaks_and_state(tmp_path: Path) -> None:
     """TP 2 with sequence parallelism, PP 2 with two micro-batches in flight, DP 2 with sharded optimizer state.
 
-    Gloo keeps copies of what it gathers and sends until its threads come to releasing them: a few percent of these peaks, which is why TP and PP
-    get 10 %, and a fifth of the small one of TP 2 with full recompute, which is not here.
+    Gloo keeps copies of what it gathers until its threads come to releasing them, another amount in every run: a few percent of these peaks, which
+    is why TP gets 10 %, and a fifth of the small one of TP 2 with full recompute, which is not here.
     """
     layouts: list[dict[str, Any]] = [
         {"tensor_parallel": 2, "sequence_parallel": True, "recompute": "none"},
@@ -114,7 +109,7 @@ def test_two_ranks_peaks_and_state(tmp_path: Path) -> None:
             mine = found[rank][index]
             error = planned(mine, case, world=2, stage=stage) / mine["peak"] - 1
             print(f"rank {rank} {case['policy']}: measured {mine['peak'] / 1e6:.2f} MB, planned {100 * error:+.2f} %")
-            assert abs(error) < (0.05 if layout.data > 1 else 0.1)
+            assert abs(error) < (0.1 if layout.tensor > 1 else 0.05)
             state = state_bytes(rank_parameters(shape, layout, stage), layout, policy)
             assert state.weights == mine["weights"]
             assert abs(state.optimizer / mine["optimizer"] - 1) < (0.001 if layout.data > 1 else 1e-12)  # shards begin at padded boundaries

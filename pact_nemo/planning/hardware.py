@@ -26,6 +26,7 @@ class Hardware:
         network_bandwidth: of one GPU to other nodes, one direction.
         disk_bandwidth: of one node to the file system that exports and checkpoints go to, shared by its GPUs.
         reached: fraction of the peak that matrix products of a decoder reach, by format.
+        reached_experts: of that, what a mixture of experts reaches: small products, routing, uneven loads, exchange in bursts.
         memory_reached: fraction of the memory bandwidth that decoding reaches.
         decode_overhead: seconds of a decoding step beyond reading weights and cache: kernel launches, scheduling, sampling.
     """
@@ -39,8 +40,9 @@ class Hardware:
     network_bandwidth: float
     disk_bandwidth: float
     gpus_per_node: int = 8
-    reached_bf16: float = 0.42
+    reached_bf16: float = 0.41
     reached_fp8: float = 0.445
+    reached_experts: float = 0.14
     memory_reached: float = 0.70
     decode_overhead: float = 0.006
     cuda: bool = True
@@ -49,7 +51,8 @@ class Hardware:
 # Peaks: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 (dense rates: half of the sparse ones). Node bandwidth: NVLink 3,
 # 4, 4 and 5, half of the bidirectional figure. Network: a NIC a GPU, 200 Gb/s (DGX A100) or 400 Gb/s (the others).
 # Disk: 10 GB/s a node to a parallel file system, assumed; `--disk` says otherwise.
-# Fractions: ``reached_bf16`` is fitted to NeMo-RL's Llama-3.1-8B on 8 H100 (28 s of policy training), ``reached_fp8`` to Megatron-Bridge's
+# Fractions: ``reached_bf16`` is fitted to NeMo-RL v0.3's Llama-3.1-8B on 8 H100 (28 s of policy training),
+# ``reached_experts`` to its Qwen3-30B-A3B on 64 H100 (50 s), ``reached_fp8`` to Megatron-Bridge's
 # Llama-3-70B pre-training on 64 H100 (719 TFLOP/s), ``decode_overhead`` to the 58 s of generation of the same 8B run; ``memory_reached`` is assumed.
 # `tests/test_planning_timing.py` says what other public figures come out as.
 GPUS: dict[str, Hardware] = {

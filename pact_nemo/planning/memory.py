@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pact_nemo.planning.activations import FP32, ActivationPeak, Numbers, scoring_peak, training_peak
+from pact_nemo.planning.activations import FP32, ActivationPeak, Numbers, in_flight, scoring_peak, training_peak
 from pact_nemo.planning.shape import Layout, ModelShape, RankParameters, rank_parameters, share
 from pact_nemo.planning.workload import Row, StepWork
 from pact_nemo.policy.config import PolicyConfig
@@ -52,12 +52,16 @@ def state_bytes(parameters: RankParameters, layout: Layout, policy: PolicyConfig
     )
 
 
-def communication_bytes(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, *, cuda: bool) -> float:
-    """Gathered rows of sequence parallelism, rows sent and received between pipeline stages, and NCCL's own buffers."""
+def communication_bytes(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, *, cuda: bool, flying: float) -> float:
+    """Gathered rows of sequence parallelism, rows and gradients between pipeline stages, and NCCL's own buffers.
+
+    A stage holds a row and a gradient that are under way, and on the CPU the outputs of the ``flying`` micro-batches too (on CUDA megatron
+    frees them once they are sent).
+    """
     tokens = row.tokens / layout.context
     gathered = tokens * shape.hidden * numbers.width if layout.sequence_parallel else 0.0
     boundary = tokens * shape.hidden / layout.hidden_split * numbers.width
-    sent = 2 * boundary if layout.pipeline > 1 else 0.0
+    sent = (2 + (0 if cuda else flying)) * boundary if layout.pipeline > 1 else 0.0
     groups = [layout.tensor, layout.pipeline, layout.context, layout.data, layout.expert]
     return gathered + sent + (NCCL_COMMUNICATOR * sum(size > 1 for size in groups) if cuda else 0.0)
 
@@ -97,13 +101,15 @@ def stage_memory(
     parameters = rank_parameters(shape, layout, stage)
     state = state_bytes(parameters, layout, policy)
     row = row if row is not None else work.micro_batch(policy.micro_batch_tokens)
+    rows = work.micro_batches(policy.micro_batch_tokens, layout.data)
+    between = communication_bytes(shape, layout, numbers, row, cuda=cuda, flying=in_flight(layout, stage, rows))
     peak: ActivationPeak = training_peak(
         shape,
         layout,
         numbers,
         row,
         stage=stage,
-        micro_batches=work.micro_batches(policy.micro_batch_tokens, layout.data),
+        micro_batches=rows,
         recompute=policy.recompute,
         chunk=policy.logprob_chunk,
     )
@@ -118,7 +124,7 @@ def stage_memory(
         "activations": peak.kept,
         "layer at work": peak.working,
         "log-prob head and chunk": peak.head,
-        "communication buffers": communication_bytes(shape, layout, numbers, row, cuda=cuda),
+        "communication buffers": between,
     }
     if state.fp8_copies:
         parts["FP8 copies of weights"] = float(state.fp8_copies)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pact_nemo.planning.hardware import Hardware
-from pact_nemo.planning.shape import Layout, ModelShape
+from pact_nemo.planning.shape import Layout, ModelShape, rank_parameters
 from pact_nemo.planning.workload import Row, StepWork
 from pact_nemo.policy.config import PolicyConfig
 
@@ -46,9 +46,10 @@ def model_operations(shape: ModelShape, row: Row) -> float:
     return 3.0 * sum(forward_operations(shape, row))
 
 
-def compute_rate(hardware: Hardware, *, fp8: bool) -> float:
-    """Reached operations per second of one GPU."""
-    return hardware.fp8 * hardware.reached_fp8 if fp8 and hardware.fp8 else hardware.bf16 * hardware.reached_bf16
+def compute_rate(shape: ModelShape, hardware: Hardware, *, fp8: bool) -> float:
+    """Reached operations per second of one GPU; FP8 is taken to help a mixture of experts as much as a dense model."""
+    dense = hardware.fp8 * hardware.reached_fp8 if fp8 and hardware.fp8 else hardware.bf16 * hardware.reached_bf16
+    return dense * (hardware.reached_experts if shape.experts else 1.0)
 
 
 def _exchange(shape: ModelShape, layout: Layout, hardware: Hardware, tokens: float, passes: float) -> float:
@@ -76,7 +77,7 @@ def pass_seconds(
     layers, head = forward_operations(shape, row)
     passes = 1.0 if not train else 4.0 if policy.recompute == "full" else 3.0
     operations = passes * layers + (4.0 if train else 1.0) * head
-    seconds = operations / (layout.world * compute_rate(hardware, fp8=fp8))
+    seconds = operations / (layout.world * compute_rate(shape, hardware, fp8=fp8))
     seconds += _exchange(shape, layout, hardware, row.tokens / (layout.data * layout.context), passes)
     return seconds * (1.0 + (layout.pipeline - 1) / (layout.virtual * max(rows, 1)))
 
@@ -86,12 +87,13 @@ def update_seconds(shape: ModelShape, layout: Layout, policy: PolicyConfig, hard
     row = work.mean_tree * (work.prompts / work.updates)
     rows = work.micro_batches(policy.micro_batch_tokens, layout.data)
     one = pass_seconds(shape, layout, policy, hardware, row, rows, train=True, fp8=policy.fp8 is not None)
-    parameters = shape.parameters / (layout.tensor * layout.pipeline)
+    held = max((rank_parameters(shape, layout, stage) for stage in range(layout.pipeline)), key=lambda found: found.total)
     replicas = layout.data * layout.context
     if replicas > 1:  # reduce-scatter in fp32, all-gather in the weights' dtype
         link = hardware.node_bandwidth if layout.world <= hardware.gpus_per_node else hardware.network_bandwidth
-        one += 6.0 * parameters * (replicas - 1) / replicas / link
-    one += 30.0 * parameters / (replicas if policy.distributed_optimizer else 1) / (hardware.memory_bandwidth * hardware.memory_reached)
+        one += 6.0 * (held.dense * (replicas - 1) / replicas + held.expert * (layout.expert_data - 1) / layout.expert_data) / link
+    own = held.dense / replicas + held.expert / layout.expert_data if policy.distributed_optimizer else float(held.total)
+    one += 30.0 * own / (hardware.memory_bandwidth * hardware.memory_reached)
     return one * work.updates
 
 
@@ -127,7 +129,7 @@ def rollout_seconds(shape: ModelShape, hardware: Hardware, server: ServerPlan, w
     free = max(hardware.memory * server.share - server.width * shape.parameters / server.gpus, 0.05 * hardware.memory)
     together = max(1.0, min(float(server.sequences), episodes, free / (cache * (lengths.prompt + lengths.response))))
     bandwidth = hardware.memory_bandwidth * hardware.memory_reached
-    rate = compute_rate(hardware, fp8=False)
+    rate = hardware.bf16 * hardware.reached_bf16  # decoding is bound by reading, of experts too
     token_operations = 2.0 * (shape.active_layer_parameters + shape.vocab * shape.hidden) / server.gpus
 
     def step(sequences: float) -> float:
