@@ -111,3 +111,5 @@ if __name__ == "__main__":
     dist.all_gather_object(everyone, results)
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(everyone))
+    dist.barrier()
+    dist.destroy_process_group()  # left to the interpreter's exit, gloo's threads now and then abort the process
