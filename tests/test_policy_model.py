@@ -279,20 +279,6 @@ def test_exports_are_versioned_whole_and_in_the_dtype_asked_for(models: Callable
         policy.export_hf(tmp_path / "x", dtype="int8")
 
 
-def test_large_exports_are_sharded_with_an_index(tmp_path: Path) -> None:
-    from pact_nemo.policy.hf_folder import write_weights
-
-    weights = {f"w{i}": torch.full((10,), float(i)) for i in range(5)}
-    write_weights(weights.items(), tmp_path, "float32", shard_bytes=80)
-    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert files == ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"]
-    loaded = {name: tensor for file in files for name, tensor in load_file(tmp_path / file).items()}
-    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], weights[name]) for name in weights)
-    assert (tmp_path / "model.safetensors.index.json").is_file()
-    with pytest.raises(CheckpointError, match="twice"):
-        write_weights([("a", torch.ones(1)), ("a", torch.ones(1))], None, "float32")
-
-
 def test_what_cannot_be_built_is_refused_with_a_reason(models: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         build(tmp_path)

@@ -1,8 +1,10 @@
 """Versioned HF export folders and the manifest that says a folder is whole.
 
 An export root holds ``v000000``, ``v000001``, …: one Hugging Face model folder a version. A folder is written under a temporary name and
-becomes visible in one rename, with ``manifest.json`` as the last file in it: size and SHA-256 of every other file. A reader verifies the
+becomes visible in one rename, with ``manifest.json`` as the last file in it: size and BLAKE3 digests of every other file. A reader verifies the
 manifest before it lets the weights near a server or a trainer, so a torn, truncated or bit-flipped export is refused with the file's name.
+
+Schema 2 digests a file in parts (:mod:`pact_nemo.digests`); schema 1, one SHA-256 a file, is still read.
 """
 
 from __future__ import annotations
@@ -11,28 +13,21 @@ import json
 import re
 import shutil
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pact_nemo.digests import FileEntry, check_files, file_entries
 from pact_nemo.errors import CheckpointError
-from pact_nemo.files import new_directory, sha256_file, write_json_atomic
+from pact_nemo.files import new_directory, write_text_atomic
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2
+_SHA256_SCHEMA = 1
 _VERSION_FOLDER = re.compile(r"v(\d{6,})")
-_HASHING_THREADS = 4  # hashlib releases the GIL; sharded exports hash in parallel
+_LEFTOVER = re.compile(r"\.v\d{6,}\.(\d+\.tmp|deleted)")
 _REMEDY = "delete the folder and export that version again (or point at an intact one)"
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One file of an export: size in bytes and hex SHA-256 of its content."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -77,22 +72,31 @@ def latest_version(root: str | Path) -> int | None:
     return found[-1] if found else None
 
 
-def write_manifest(folder: str | Path, version: int, extra: dict[str, Any] | None = None) -> Manifest:
-    """Hash every file of ``folder`` and write ``manifest.json``; to be called last, before the folder becomes visible.
+def write_manifest(
+    folder: str | Path, version: int, extra: dict[str, Any] | None = None, *, known: dict[str, FileEntry] | None = None
+) -> Manifest:
+    """Digest every file of ``folder`` and write ``manifest.json``; to be called last, before the folder becomes visible.
+
+    Args:
+        known: digests that the writers of these files know from memory; the others are read.
 
     Raises:
-        CheckpointError: the folder holds no weights.
+        CheckpointError: the folder holds no weights, or a known file is absent or has another size.
     """
-    base = Path(folder)
+    base, known = Path(folder), known or {}
     names = _data_files(base)
     if not any(name.endswith(".safetensors") for name in names):
         raise CheckpointError(f"{base} holds no *.safetensors file; write the weights before the manifest")
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        digests = list(pool.map(lambda name: sha256_file(base / name), names))
-    files = {name: FileEntry((base / name).stat().st_size, digest) for name, digest in zip(names, digests, strict=True)}
-    manifest = Manifest(version, files, dict(extra or {}))
-    rows = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in files.items()}
-    write_json_atomic(base / MANIFEST_NAME, {"schema": MANIFEST_SCHEMA, "version": version, "extra": manifest.extra, "files": rows})
+    for name, entry in known.items():
+        if name not in names or (base / name).stat().st_size != entry.size:
+            raise CheckpointError(f"{base / name} is not the file of {entry.size} bytes that was written there; export again")
+    rest = [name for name in names if name not in known]
+    files = known | dict(zip(rest, file_entries(base / name for name in rest), strict=True))
+    manifest = Manifest(version, {name: files[name] for name in names}, dict(extra or {}))
+    rows = {name: {"size": entry.size, "blake3": [list(part) for part in entry.parts]} for name, entry in manifest.files.items()}
+    # without indentation: a large model has thousands of parts
+    row = {"schema": MANIFEST_SCHEMA, "version": version, "extra": manifest.extra, "files": rows}
+    write_text_atomic(base / MANIFEST_NAME, json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     return manifest
 
 
@@ -105,9 +109,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = Path(folder) / MANIFEST_NAME
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
-        if row["schema"] != MANIFEST_SCHEMA:
-            raise CheckpointError(f"{path}: schema {row['schema']!r}, this version reads {MANIFEST_SCHEMA}; export again")
-        files = {str(name): FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in row["files"].items()}
+        if row["schema"] not in (MANIFEST_SCHEMA, _SHA256_SCHEMA):
+            raise CheckpointError(f"{path}: schema {row['schema']!r}, this version reads {_SHA256_SCHEMA} and {MANIFEST_SCHEMA}; export again")
+        files = {str(name): _file_entry(entry, row["schema"]) for name, entry in row["files"].items()}
         return Manifest(int(row["version"]), files, dict(row["extra"]))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the export is incomplete; {_REMEDY}") from None
@@ -115,10 +119,17 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise CheckpointError(f"{path} can't be read ({error!r}); {_REMEDY}") from error
 
 
+def _file_entry(row: dict[str, Any], schema: int) -> FileEntry:
+    size = int(row["size"])
+    if schema == _SHA256_SCHEMA:
+        return FileEntry(size, ((size, str(row["sha256"])),), "sha256")
+    return FileEntry(size, tuple((int(end), str(digest)) for end, digest in row["blake3"]))
+
+
 def verify_manifest(folder: str | Path, *, expect_version: int | None = None) -> Manifest:
     """Check every file of an export against its manifest.
 
-    Sizes are compared first (cheap: a torn copy is found without hashing), then SHA-256. A ``*.safetensors`` file that the manifest
+    Sizes are compared first (cheap: a torn copy is found without hashing), then digests, part by part on several threads. A ``*.safetensors`` file that the manifest
     doesn't list is refused as well, because weight loaders glob for them.
 
     Args:
@@ -145,12 +156,7 @@ def verify_manifest(folder: str | Path, *, expect_version: int | None = None) ->
     strays = [name for name in _data_files(base) if name.endswith(".safetensors") and name not in manifest.files]
     if strays:
         raise CheckpointError(f"{base / strays[0]} is not in the manifest, yet a weight loader would read it; remove it")
-    names = list(manifest.files)
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        digests = pool.map(lambda name: sha256_file(base / name), names)
-        for name, digest in zip(names, digests, strict=True):
-            if digest != manifest.files[name].sha256:
-                raise CheckpointError(f"{base / name} is corrupt: its SHA-256 differs from the manifest's; {_REMEDY}")
+    check_files(base, manifest.files, _REMEDY)
     return manifest
 
 
@@ -172,10 +178,14 @@ def new_export(root: str | Path, version: int, extra: dict[str, Any] | None = No
 def prune_exports(root: str | Path, keep: int, protect: Collection[int] = ()) -> list[int]:
     """Delete old export versions; the ``keep`` newest and the ``protect`` ones stay. Returns the versions deleted, ascending.
 
-    Each folder is renamed out of sight before it is deleted, so no reader finds a half-deleted version.
+    Each folder is renamed out of sight before it is deleted, so no reader finds a half-deleted version. What a killed process left half
+    written or half deleted goes too: to be called by the one process that exports there, between two exports.
     """
     if keep < 1:
         raise CheckpointError(f"keep={keep}: at least the newest export has to stay")
+    if Path(root).is_dir():
+        for path in [path for path in Path(root).iterdir() if _LEFTOVER.fullmatch(path.name)]:
+            shutil.rmtree(path, ignore_errors=True)
     doomed = [version for version in versions(root)[:-keep] if version not in protect]
     for version in doomed:
         folder = export_path(root, version)

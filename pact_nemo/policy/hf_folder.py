@@ -1,35 +1,39 @@
-"""Writing a Hugging Face model folder from a stream of weights."""
+"""Writing a Hugging Face model folder from a stream of weights that every rank sees; several ranks write."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo import collective
+from pact_nemo.digests import FileEntry
+from pact_nemo.errors import CheckpointError
 from pact_nemo.files import write_json_atomic
+from pact_nemo.policy import fp8
+from pact_nemo.policy.export_layout import Layout, LayoutSettings, check_dtype, plan_layout
+from pact_nemo.policy.export_writer import FolderWriter
+from pact_nemo.tensor_files import INDEX_NAME
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHARD_BYTES = 4 << 30
-_INDEX_NAME = "model.safetensors.index.json"
 _ARTIFACTS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
     "*.jinja", "*.model", "*.tiktoken", "*.py", "LICENSE*",
 )  # fmt: skip
 
 
-def copy_artifacts(source: str | Path, folder: str | Path, dtype: str) -> None:
+def copy_artifacts(source: str | Path, folder: str | Path, dtype: str, shapes: dict[str, tuple[int, ...]]) -> None:
     """Copy configuration, tokenizer, chat template, generation settings, custom code and licence.
 
     Args:
         source: Hugging Face folder.
         folder: existing folder to copy into.
-        dtype: written into ``config.json`` as the dtype of the weights.
+        dtype: of the export, written into ``config.json``; FP8 brings its ``quantization_config``.
+        shapes: of the weights.
 
     Raises:
         CheckpointError: ``source`` has no ``config.json``.
@@ -42,72 +46,102 @@ def copy_artifacts(source: str | Path, folder: str | Path, dtype: str) -> None:
             shutil.copyfile(path, Path(folder) / path.name)
     config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    config["dtype"] = dtype
+    config.pop("quantization_config", None)
+    config["dtype"] = "bfloat16" if dtype == fp8.FP8_BLOCK else dtype
+    if dtype == fp8.FP8_BLOCK:
+        config["quantization_config"] = fp8.quantization_config(shapes)
     write_json_atomic(Path(folder) / "config.json", config)
 
 
-def write_weights(
-    weights: Iterable[tuple[str, torch.Tensor]], folder: str | Path | None, dtype: str, *, shard_bytes: int = SHARD_BYTES
-) -> list[str]:
-    """Write ``model.safetensors``, or numbered shards with an index when larger than ``shard_bytes``.
+def write_folder(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    source: str | Path,
+    folder: str | Path,
+    dtype: str,
+    *,
+    shapes: dict[str, tuple[int, ...]],
+    settings: LayoutSettings | None = None,
+    previous: tuple[Path, dict[str, FileEntry]] | None = None,
+) -> dict[str, FileEntry]:
+    """Write a model folder: ``model.safetensors``, or numbered files with an index, and everything else from ``source``. Collective.
 
     Args:
-        weights: names and tensors, consumed to the end on every rank (producing them is collective).
-        folder: existing folder; None = consume only (ranks that don't write).
-        dtype: one of ``DTYPES``.
-        shard_bytes: bytes per file.
+        weights: names and whole tensors, the same on every rank, consumed to the end on every rank (producing them is collective). They must
+            not change until this returns.
+        source: Hugging Face folder with configuration, tokenizer and so on.
+        folder: made if absent, by rank 0. Ranks that don't see it (it is on rank 0's own disk) don't write.
+        dtype: one of ``export_layout.EXPORT_DTYPES``.
+        shapes: what ``weights`` will be, in ``source``'s order.
+        settings: sizes; None = the defaults.
+        previous: (folder, manifest entries) of an earlier export; files that come out equal become hard links to its files.
 
     Returns:
-        names of the tensors, in order.
+        digests of the weight files, known from memory, on every rank.
 
     Raises:
         ConfigError: unknown dtype.
-        CheckpointError: a name came twice, or there were no weights.
+        CheckpointError: on all ranks together: ``weights`` differ from ``shapes``, or a rank could not write.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"export dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    names: list[str] = []
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    pending_bytes = total_bytes = 0
+    check_dtype(dtype)
+    settings = settings if settings is not None else LayoutSettings()
+    target = Path(folder)
 
-    def flush() -> None:
-        nonlocal pending, pending_bytes
-        if pending and folder is not None:
-            save_file(pending, Path(folder) / f"shard-{len(shards):05d}.safetensors", metadata={"format": "pt"})
-            shards.append(list(pending))
-        pending, pending_bytes = {}, 0
+    def prepare() -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        copy_artifacts(source, target, dtype, shapes)
 
+    collective.from_rank_zero(prepare)
+    ranks = _writing_ranks(target)
+    layout = plan_layout(shapes, dtype, len(ranks), settings)
+    mine = [plan for plan in layout.files if ranks[plan.writer] == collective.rank()]
+    writer = FolderWriter(target, mine, dtype, previous=previous)
+    entries: dict[str, FileEntry] = {}
+    error: Exception | None = None
+    try:
+        error = _hand_over(weights, writer, shapes, source)
+    finally:  # its threads end, whatever happens
+        try:
+            entries = writer.close()
+            if collective.rank() == 0 and len(layout.files) > 1:
+                _write_index(target, layout)
+        except (CheckpointError, OSError) as caught:
+            error = error or caught
+    collective.raise_together(error)
+    return {name: entry for part in collective.gather(entries) for name, entry in part.items()}
+
+
+def _writing_ranks(folder: Path) -> list[int]:
+    """Ranks that see the folder, so ordered that the first few are spread over the nodes. Collective."""
+    with os.scandir(folder.parent if folder.parent.is_dir() else "/"):
+        pass  # opening a directory makes a network file system ask its server again
+    seen = collective.gather((folder.is_dir(), collective.host()))
+    turn: dict[str, int] = {}
+    order = []
+    for rank, (sees, host) in enumerate(seen):
+        if sees:
+            order.append((turn.get(host, 0), rank))
+            turn[host] = turn.get(host, 0) + 1
+    return [rank for _, rank in sorted(order)]
+
+
+def _hand_over(
+    weights: Iterable[tuple[str, torch.Tensor]], writer: FolderWriter, shapes: dict[str, tuple[int, ...]], source: str | Path
+) -> Exception | None:
+    """Give the writer what it wants of a stream, to the stream's end; what is wrong with the stream, the same on every rank."""
+    came: set[str] = set()
+    error: Exception | None = None
     for name, tensor in weights:
-        if name in names:
-            raise CheckpointError(f"weight {name} was produced twice")
-        names.append(name)
-        if folder is None:
-            continue
-        # a copy even if the dtype fits: the tensor may be a view of a live parameter
-        value = tensor.detach().to(device="cpu", dtype=DTYPES[dtype], copy=True).contiguous()
-        size = value.numel() * value.element_size()
-        if pending and pending_bytes + size > shard_bytes:
-            flush()
-        pending[name] = value
-        pending_bytes += size
-        total_bytes += size
-    flush()
-    if not names:
-        raise CheckpointError("there are no weights to write")
-    if folder is not None:
-        _name_shards(Path(folder), shards, total_bytes)
-    return names
+        if name in came:
+            error = error or CheckpointError(f"weight {name} was produced twice")
+        elif name in shapes and tuple(tensor.shape) != shapes[name]:
+            error = error or CheckpointError(f"exported weight {name} has shape {tuple(tensor.shape)}, {source} has {shapes[name]}")
+        elif writer.wants(name) and error is None:
+            writer.put(name, tensor)
+        came.add(name)
+    if came != shapes.keys():
+        error = error or CheckpointError(f"exported weights differ from those of {source}: {sorted(came ^ shapes.keys())[:5]}")
+    return error
 
 
-def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
-    """Give the shard files the names that loaders look for, now that their number is known."""
-    if len(shards) == 1:
-        (folder / "shard-00000.safetensors").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for index, names in enumerate(shards):
-        final = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{index:05d}.safetensors").rename(folder / final)
-        weight_map.update({name: final for name in names})
-    write_json_atomic(folder / _INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+def _write_index(folder: Path, layout: Layout) -> None:
+    write_json_atomic(folder / INDEX_NAME, layout.index)

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
+from pact_nemo.digests import FileEntry
+from pact_nemo.errors import ConfigError, NumericsError
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
-from pact_nemo.policy.hf_folder import copy_artifacts, write_weights
+from pact_nemo.policy.export_layout import LayoutSettings, check_dtype
+from pact_nemo.policy.hf_folder import write_folder
 from pact_nemo.policy.trees import TokenTree
+from pact_nemo.tensor_files import read_tensors
 
 devices.prepare_megatron()
 
@@ -90,6 +93,7 @@ class MegatronPolicy:
         model.configure_provider(self.provider, config, cuda=cuda)
         self.chunks = model.build_chunks(self.provider, self.bridge.hf_pretrained.config, config, cuda=cuda)
         bridge.load_weights(self.bridge, self.chunks)
+        self._shapes: dict[str, tuple[int, ...]] | None = None  # of the weights of hf_path
         self._reference: list[dict[str, torch.Tensor]] | None = None
         if keep_reference:
             self._reference = [{name: param.detach().cpu().clone() for name, param in chunk.named_parameters()} for chunk in self.chunks]
@@ -237,28 +241,38 @@ class MegatronPolicy:
     # ----------------------------------------------------------------- export
 
     @torch.no_grad()
-    def export_hf(self, folder: str | Path, *, dtype: str = "bfloat16") -> None:
+    def export_hf(
+        self, folder: str | Path, *, dtype: str = "bfloat16", previous: tuple[Path, dict[str, FileEntry]] | None = None
+    ) -> dict[str, FileEntry]:
         """Write the current weights as a Hugging Face folder: safetensors, and everything else copied from ``hf_path``.
 
-        Collective; rank 0 writes. ``checkpoints.hf.export_version`` makes atomic, versioned folders of it.
+        Collective; all ranks that see the folder write, ``policy.export_writers`` of them at most. No rank holds more than the weight being
+        gathered and those that wait for its writing threads. ``checkpoints.hf.export_version`` makes atomic, versioned folders of it.
 
         Args:
-            folder: existing or new folder (only read on rank 0).
-            dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
+            folder: existing or new folder.
+            dtype: of the weights: ``float32``, ``bfloat16``, ``float16`` or ``fp8_block``.
+            previous: (folder, manifest entries) of an earlier export, whose equal files are linked instead of written again.
+
+        Returns:
+            digests of the weight files.
 
         Raises:
-            CheckpointError: the set of weights differs from that of ``hf_path``.
+            CheckpointError: on all ranks: the set of weights differs from that of ``hf_path``, or a rank can't write.
             ConfigError: unknown dtype.
         """
-        writes = dist.get_rank() == 0
-        if writes:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            copy_artifacts(self.hf_path, folder, dtype)
-        names = write_weights(bridge.export_weights(self.bridge, self.chunks), folder if writes else None, dtype)
-        expected = set(self.bridge.hf_pretrained.state.source.get_all_keys())
-        if set(names) != expected:
-            raise CheckpointError(f"exported weights differ from those of {self.hf_path}: {sorted(expected.symmetric_difference(names))[:5]}")
-        dist.barrier()
+        check_dtype(dtype)
+        if self._shapes is None:
+            self._shapes = {name: entry.shape for name, entry in read_tensors(self.hf_path).items()}
+        return write_folder(
+            bridge.export_weights(self.bridge, self.chunks),
+            self.hf_path,
+            folder,
+            dtype,
+            shapes=self._shapes,
+            settings=LayoutSettings(writers=self.config.export_writers),
+            previous=previous,
+        )
 
     # ------------------------------------------------------------- checkpoint
 
