@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import blake3
-
 
 def _fsync_dir(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
@@ -73,11 +71,6 @@ def new_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync_dir(target.parent)
-
-
-def digest_file(path: str | os.PathLike[str], algorithm: str) -> str:
-    """Hex digest of a file's bytes; ``blake3`` (several times as fast) or ``sha256``."""
-    return blake3.blake3().update_mmap(path).hexdigest() if algorithm == "blake3" else sha256_file(path)
 
 
 def flush_file(path: str | os.PathLike[str]) -> None:

@@ -5,10 +5,11 @@ import json
 import os
 
 import pytest
+from blake3 import blake3
 
+from pact_nemo import digests
 from pact_nemo.checkpoints import manifest as m
 from pact_nemo.errors import CheckpointError
-from pact_nemo.files import sha256_file
 
 
 def make_export(root, version, content=b"weights"):
@@ -50,7 +51,7 @@ def test_missing_file_is_refused_by_name(tmp_path, name):
 def test_truncated_file_is_refused_before_hashing(tmp_path, monkeypatch):
     folder = make_export(tmp_path, 0)
     os.truncate(folder / "model.safetensors", 100)
-    monkeypatch.setattr(m, "digest_file", lambda path, algorithm: pytest.fail("hashed a file of the wrong size"))
+    monkeypatch.setattr(m, "check_files", lambda *_: pytest.fail("hashed a file of the wrong size"))
     with pytest.raises(CheckpointError, match="has 100 bytes, the manifest says 7000"):
         m.verify_manifest(folder)
 
@@ -115,18 +116,52 @@ def test_prune_keeps_newest_and_protected(tmp_path):
 def test_manifest_is_plain_json(tmp_path):
     folder = make_export(tmp_path, 2)
     row = json.loads((folder / m.MANIFEST_NAME).read_text())
-    assert row["schema"] == 2 and len(row["files"]["config.json"]["blake3"]) == 64 and row["files"]["config.json"]["size"] == 8
+    assert row["schema"] == 2 and row["files"]["config.json"] == {"size": 8, "blake3": [[8, blake3(b'{"a": 1}').hexdigest()]]}
 
 
-def test_manifests_of_the_older_schema_are_still_read_and_checked(tmp_path):
-    folder = make_export(tmp_path, 3)
-    files = [path for path in folder.iterdir() if path.name != m.MANIFEST_NAME]
-    rows = {path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in files if path.is_file()}
-    nested = {"sub/vocab.txt": {"size": (folder / "sub/vocab.txt").stat().st_size, "sha256": sha256_file(folder / "sub/vocab.txt")}}
-    (folder / m.MANIFEST_NAME).write_text(json.dumps({"schema": 1, "version": 3, "extra": {}, "files": {**rows, **nested}}))
-    assert m.verify_manifest(folder, expect_version=3).algorithm == "sha256"
-    flipped = bytearray((folder / "model.safetensors").read_bytes())
-    flipped[9] ^= 1
-    (folder / "model.safetensors").write_bytes(bytes(flipped))
-    with pytest.raises(CheckpointError, match="its sha256 digest differs"):
+def test_manifests_of_schema_1_are_still_read_and_checked(tmp_path):
+    folder = make_export(tmp_path, 2)
+    row = json.loads((folder / m.MANIFEST_NAME).read_text())
+    for name in row["files"]:
+        data = (folder / name).read_bytes()
+        row["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / m.MANIFEST_NAME).write_text(json.dumps({**row, "schema": 1}))
+    assert m.verify_manifest(folder, expect_version=2).total_bytes == 7000 + 8 + 1
+    (folder / "config.json").write_text('{"a": 2}')
+    with pytest.raises(CheckpointError, match=r"config\.json is corrupt: its SHA-256"):
         m.verify_manifest(folder)
+
+
+def test_every_part_of_a_large_file_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "PART_BYTES", 1000)
+    folder = make_export(tmp_path, 0)
+    assert len(m.read_manifest(folder).files["model.safetensors"].parts) == 7
+    for position in (0, 999, 1000, 6999):
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[position] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is corrupt: its BLAKE3"):
+            m.verify_manifest(folder)
+        data[position] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+    m.verify_manifest(folder)
+
+
+@pytest.mark.parametrize("parts", [[], [[8, "x"], [7, "y"]], [[4, "x"]], [[9, "x"]]])
+def test_parts_that_do_not_cover_the_file_are_refused(tmp_path, parts):
+    folder = make_export(tmp_path, 0)
+    row = json.loads((folder / m.MANIFEST_NAME).read_text())
+    row["files"]["config.json"]["blake3"] = parts
+    (folder / m.MANIFEST_NAME).write_text(json.dumps(row))
+    with pytest.raises(CheckpointError, match=r"manifest\.json can't be read"):
+        m.verify_manifest(folder)
+
+
+def test_pruning_removes_what_a_killed_process_left(tmp_path):
+    make_export(tmp_path, 1)
+    for name in (".v000002.123.tmp", ".v000000.deleted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".v_notes").mkdir()
+    m.prune_exports(tmp_path, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".v_notes", "v000001"]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pact_nemo.checkpoints.manifest import read_manifest, verify_manifest
+from pact_nemo.policy.fp8_block import dequantise
 from tests.workers.policy_kit import launch, make_model
 from tests.workers.policy_worker import run_jobs
 
@@ -46,7 +47,7 @@ def test_four_writers_write_what_one_writes(index: int, exports: tuple[Path, dic
     files = sorted(path.name for path in many.glob("*.safetensors"))
     assert files == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
     sizes = [(many / name).stat().st_size for name in files]
-    assert max(sizes) < 1.6 * min(sizes), sizes
+    assert max(sizes) < 1.9 * min(sizes), sizes  # a tiny model: one tensor is a good part of a file
     got = {name: tensor for file in files for name, tensor in load_file(many / file).items()}
     want = load_file(one / "model.safetensors")
     assert got.keys() == want.keys()
@@ -60,7 +61,7 @@ def test_four_writers_write_what_one_writes(index: int, exports: tuple[Path, dic
 def test_a_writer_that_fails_fails_all_and_leaves_nothing(index: int, exports: tuple[Path, dict[str, Any]]) -> None:
     """Every rank has the failed one's message (the worker compares them), and the next export of the same version works."""
     base, answers = exports
-    assert answers[str(index)][2].startswith("rank 2: ") and "No space left on device" in answers[str(index)][2]
+    assert "can't be written ([Errno 28] No space left on device); make room there" in answers[str(index)][2]
     root = base / f"{index}-4"
     assert sorted(path.name for path in root.iterdir()) == ["v000003", "v000004"]
     assert read_manifest(root / "v000004").version == 4
@@ -75,3 +76,36 @@ def test_a_sharded_export_loads_in_transformers(exports: tuple[Path, dict[str, A
     for path in folder.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             assert torch.equal(loaded[name], tensor), name
+
+
+def test_fp8_exports_are_half_the_bytes_and_dequantise_to_the_weights(tmp_path: Path) -> None:
+    """The public block-scaled format: linear layers of the decoder in FP8 with a scale for each 128 x 128 block, everything else in bf16."""
+    family = make_model(tmp_path / "hf", "qwen3_moe")
+    answers = run_jobs([{"name": "a", "hf_path": str(family), "actions": [["export_fp8", str(tmp_path / "out")]]}])
+    assert answers["a"] == [None]
+    before, after = load_file(family / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    quantised = {name for name in before if f"{name}_scale_inv" in after}
+    assert after.keys() == before.keys() | {f"{name}_scale_inv" for name in quantised}
+    assert quantised == {name for name in before if ".layers." in name and name.endswith("_proj.weight")}
+    for name, tensor in before.items():
+        if name in quantised:
+            assert after[name].dtype == torch.float8_e4m3fn and after[f"{name}_scale_inv"].dtype == torch.float32
+            error = (dequantise(after[name], after[f"{name}_scale_inv"]) - tensor).abs()
+            assert error.max() <= 2.0**-4 * tensor.abs().max()
+        else:
+            torch.testing.assert_close(after[name], tensor.to(torch.bfloat16), rtol=0, atol=0)
+    settings = config["quantization_config"]
+    assert (settings["quant_method"], settings["weight_block_size"]) == ("fp8", [128, 128])
+    assert {"lm_head", "model.embed_tokens", "model.layers.0.mlp.gate"} <= set(settings["modules_to_not_convert"])
+
+
+def test_files_that_did_not_change_are_linked_not_written(tmp_path: Path) -> None:
+    family = make_model(tmp_path / "hf", "llama")
+    root = str(tmp_path / "exports")
+    run_jobs([{"name": "a", "hf_path": str(family), "actions": [["export_version", [root, 1]], ["export_version", [root, 2]], ["update", None],
+                                                                 ["export_version", [root, 3]]]}])  # fmt: skip
+    first, second, third = (tmp_path / "exports" / f"v00000{version}" / "model.safetensors" for version in (1, 2, 3))
+    assert first.stat().st_ino == second.stat().st_ino != third.stat().st_ino
+    assert not torch.equal(load_file(first)["model.norm.weight"], load_file(third)["model.norm.weight"])
+    assert verify_manifest(second.parent, expect_version=2).version == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pact_nemo.checkpoints.hf import export_version
-from pact_nemo.checkpoints.manifest import FileEntry, verify_manifest
+from pact_nemo.checkpoints.manifest import verify_manifest
 from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.packing import pack
@@ -278,44 +277,6 @@ def test_exports_are_versioned_whole_and_in_the_dtype_asked_for(models: Callable
         export_version(policy, tmp_path, 7)
     with pytest.raises(ConfigError, match="int8"):
         policy.export_hf(tmp_path / "x", dtype="int8")
-
-
-def test_large_exports_are_sharded_with_an_index(tmp_path: Path) -> None:
-    from pact_nemo.policy.hf_folder import ShardPlan, write_weights
-
-    weights = {f"w{i}": torch.full((10,), float(i)) for i in range(5)}
-    plan = ShardPlan.of({name: 40 for name in weights}, 2, 80)
-    plan.write_index(tmp_path, 200)
-    shapes = {name: (10,) for name in weights}
-    backwards = dict(reversed(weights.items()))  # not the order of the plan
-    mine = [write_weights(backwards.items(), tmp_path, "float32", plan, shapes, writer)[0] for writer in range(2)]
-    assert all(entry == FileEntry.of(tmp_path / file) for part in mine for file, entry in part.items())
-    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert files == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)] and [sorted(part) for part in mine] == [files[::2], files[1::2]]
-    loaded = {name: tensor for file in files for name, tensor in load_file(tmp_path / file).items()}
-    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], weights[name]) for name in weights)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert {name: file for file in files for name in load_file(tmp_path / file)} == index["weight_map"]
-    with pytest.raises(CheckpointError, match=r"w4 has shape \(3,\), \(10,\) was expected"):
-        one = ShardPlan.of(dict.fromkeys(weights, 40), 1, 999)
-        write_weights([*weights.items()][:4] + [("w4", torch.ones(3))], tmp_path, "float32", one, shapes, 0)
-    with pytest.raises(CheckpointError, match="twice"):
-        write_weights([("w0", torch.ones(1)), ("w0", torch.ones(1))], tmp_path, "float32", plan, shapes, 0)
-    with pytest.raises(CheckpointError, match="differ from those planned.*w1"):
-        write_weights([("w0", torch.ones(10))], tmp_path, "float32", plan, shapes, 0)
-
-
-@pytest.mark.parametrize("writers", [1, 2, 3, 8, 64])
-def test_shards_are_even_and_every_writer_has_one(writers: int) -> None:
-    from pact_nemo.policy.hf_folder import ShardPlan, export_order
-
-    names = ["lm_head.weight", "model.norm.weight"] + [f"model.layers.{layer}.{part}" for layer in range(80) for part in "abcdefg"]
-    assert sorted(reversed(names), key=export_order) == names
-    sizes = {name: 1000 + 13 * (index % 7) for index, name in enumerate(names)}
-    plan = ShardPlan.of(sizes, writers, 100_000)
-    assert [name for part in plan.files.values() for name in part] == names
-    loads = [sum(sizes[name] for file, part in plan.files.items() if plan.writer[file] == writer for name in part) for writer in range(writers)]
-    assert max(loads) < 1.3 * min(loads) and max(sum(sizes[name] for name in part) for part in plan.files.values()) < 1.05 * 100_000
 
 
 def test_what_cannot_be_built_is_refused_with_a_reason(models: Callable[[str], Path], tmp_path: Path) -> None:

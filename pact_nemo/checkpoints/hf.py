@@ -2,74 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch.distributed as dist
-
-from pact_nemo.checkpoints.manifest import FileEntry, export_path, write_manifest
+from pact_nemo.checkpoints.manifest import export_path, read_manifest, versions, write_manifest
+from pact_nemo.collective import from_rank_zero
+from pact_nemo.digests import FileEntry
 from pact_nemo.errors import CheckpointError
 from pact_nemo.files import new_directory
 
+logger = logging.getLogger(__name__)
+
 
 class Exportable(Protocol):
-    """A policy that can write its weights; collective, every rank returns the files that it wrote."""
+    """A policy that can write its weights; collective. It returns the digests of what it wrote."""
 
-    def export_hf(self, folder: str | Path, *, dtype: str = "bfloat16") -> dict[str, FileEntry]: ...
+    def export_hf(
+        self, folder: str | Path, *, dtype: str = "bfloat16", previous: tuple[Path, dict[str, FileEntry]] | None = None
+    ) -> dict[str, FileEntry]: ...
 
 
-def export_to(policy: Exportable, folder: str | Path, *, version: int, dtype: str = "bfloat16", extra: dict[str, Any] | None = None) -> Path:
-    """Write the policy's weights as a new HF ``folder`` with a manifest; visible only when whole. Collective; every rank writes and digests its
-    share under a temporary name that rank 0 chooses, and rank 0 renames.
+def export_to(
+    policy: Exportable,
+    folder: str | Path,
+    *,
+    version: int,
+    dtype: str = "bfloat16",
+    extra: dict[str, Any] | None = None,
+    previous: str | Path | None = None,
+) -> Path:
+    """Write the policy's weights as a new HF ``folder`` with a manifest; visible only when whole. Collective: every rank that sees the
+    folder's disk writes its part, rank 0 the rest.
+
+    Args:
+        previous: export of an earlier version on the same disk, of the same dtype: weight files that come out equal are linked to its own.
 
     Raises:
-        CheckpointError: the export failed its checks or couldn't be written; on all ranks, and nothing is left.
-        FileExistsError: the folder exists already (on rank 0).
+        CheckpointError: on all ranks: the export failed its checks or a rank could not write. Nothing is left behind.
+        FileExistsError: the folder exists already (CheckpointError on ranks other than 0).
     """
+    target = Path(folder)
     with ExitStack() as stack:
-        temporary = _from_rank_0(lambda: str(stack.enter_context(new_directory(folder))))
-        own = policy.export_hf(temporary, dtype=dtype)
-        everyone: list[Any] = [own]
-        if dist.is_initialized():
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, own)
-        if _is_rank_0():
-            write_manifest(temporary, version, {"dtype": dtype, **(extra or {})}, {k: entry for part in everyone for k, entry in part.items()})
-    if dist.is_initialized():
-        dist.barrier()
-    return Path(folder)
+        temporary = Path(from_rank_zero(lambda: str(stack.enter_context(new_directory(target)))))
+        written = policy.export_hf(temporary, dtype=dtype, previous=_entries(previous))
 
+        def publish() -> None:
+            write_manifest(temporary, version, {"dtype": dtype, **(extra or {})}, known=written)
+            stack.close()
 
-def _is_rank_0() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _from_rank_0(make: Callable[[], str]) -> str:
-    """What ``make`` gives on rank 0, on every rank; its failure is every rank's.
-
-    Raises:
-        CheckpointError: it failed on rank 0 (which raises the error itself).
-    """
-    box: list[Any] = [None, None]
-    failure: BaseException | None = None
-    if _is_rank_0():
-        try:
-            box[0] = make()
-        except (OSError, CheckpointError) as error:
-            failure, box[1] = error, str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    if failure is not None:
-        raise failure
-    if box[1] is not None:
-        raise CheckpointError(box[1])
-    return str(box[0])
+        from_rank_zero(publish)
+    return target
 
 
 def export_version(policy: Exportable, root: str | Path, version: int, *, dtype: str = "bfloat16", extra: dict[str, Any] | None = None) -> Path:
-    """Write the policy's weights as ``<root>/v{version:06d}`` with a manifest; visible only when whole. Collective; rank 0 writes.
+    """Write the policy's weights as ``<root>/v{version:06d}`` with a manifest; visible only when whole. Collective.
 
     Args:
         policy: the policy.
@@ -82,9 +70,25 @@ def export_version(policy: Exportable, root: str | Path, version: int, *, dtype:
         the folder, on every rank.
 
     Raises:
-        CheckpointError: that version exists already, or the export failed its checks.
+        CheckpointError: that version exists already, or the export failed its checks; on all ranks.
     """
     folder = export_path(root, version)
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists already; a version is exported once")
-    return export_to(policy, folder, version=version, dtype=dtype, extra=extra)
+
+    def before() -> str | None:
+        if folder.exists():
+            raise CheckpointError(f"{folder} exists already; a version is exported once")
+        earlier = [number for number in versions(root) if number < version]
+        return str(export_path(root, earlier[-1])) if earlier else None
+
+    return export_to(policy, folder, version=version, dtype=dtype, extra=extra, previous=from_rank_zero(before))
+
+
+def _entries(folder: str | Path | None) -> tuple[Path, dict[str, FileEntry]] | None:
+    """What an earlier export holds; None where there is none or this rank can't tell."""
+    if folder is None:
+        return None
+    try:
+        return Path(folder), read_manifest(folder).files
+    except CheckpointError as error:
+        logger.info("nothing is linked: %s", error)
+        return None

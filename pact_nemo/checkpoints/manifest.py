@@ -1,8 +1,10 @@
 """Versioned HF export folders and the manifest that says a folder is whole.
 
 An export root holds ``v000000``, ``v000001``, …: one Hugging Face model folder a version. A folder is written under a temporary name and
-becomes visible in one rename, with ``manifest.json`` as the last file in it: size and BLAKE3 digest of every other file. A reader verifies the
+becomes visible in one rename, with ``manifest.json`` as the last file in it: size and BLAKE3 digests of every other file. A reader verifies the
 manifest before it lets the weights near a server or a trainer, so a torn, truncated or bit-flipped export is refused with the file's name.
+
+Schema 2 digests a file in parts (:mod:`pact_nemo.digests`); schema 1, one SHA-256 a file, is still read.
 """
 
 from __future__ import annotations
@@ -11,34 +13,21 @@ import json
 import re
 import shutil
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pact_nemo.digests import FileEntry, check_files, file_entries
 from pact_nemo.errors import CheckpointError
-from pact_nemo.files import digest_file, new_directory, write_json_atomic
+from pact_nemo.files import new_directory, write_text_atomic
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_SCHEMA = 2
-DIGESTS = {1: "sha256", 2: "blake3"}  # by schema; the older one is still read
+_SHA256_SCHEMA = 1
 _VERSION_FOLDER = re.compile(r"v(\d{6,})")
-_HASHING_THREADS = 4  # hashlib releases the GIL; sharded exports hash in parallel
+_LEFTOVER = re.compile(r"\.v\d{6,}\.(\d+\.tmp|deleted)")
 _REMEDY = "delete the folder and export that version again (or point at an intact one)"
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One file of an export: size in bytes and hex digest of its content."""
-
-    size: int
-    digest: str
-
-    @classmethod
-    def of(cls, path: str | Path, algorithm: str = DIGESTS[MANIFEST_SCHEMA]) -> FileEntry:
-        """Of a file as it is."""
-        return cls(Path(path).stat().st_size, digest_file(path, algorithm))
 
 
 @dataclass(frozen=True)
@@ -49,13 +38,11 @@ class Manifest:
         version: weight version, a non-negative integer that grows by one with each export (the optimizer step in training).
         files: path relative to the folder (forward slashes) -> entry; every file of the folder but the manifest.
         extra: free facts of the writer (step, dtype, source), JSON values.
-        algorithm: of the digests.
     """
 
     version: int
     files: dict[str, FileEntry]
     extra: dict[str, Any] = field(default_factory=dict)
-    algorithm: str = DIGESTS[MANIFEST_SCHEMA]
 
     @property
     def total_bytes(self) -> int:
@@ -86,27 +73,30 @@ def latest_version(root: str | Path) -> int | None:
 
 
 def write_manifest(
-    folder: str | Path, version: int, extra: dict[str, Any] | None = None, known: dict[str, FileEntry] | None = None
+    folder: str | Path, version: int, extra: dict[str, Any] | None = None, *, known: dict[str, FileEntry] | None = None
 ) -> Manifest:
-    """Write ``manifest.json`` for every file of ``folder``; to be called last, before the folder becomes visible.
+    """Digest every file of ``folder`` and write ``manifest.json``; to be called last, before the folder becomes visible.
 
     Args:
-        known: entries of files that their writers have described already; the others are hashed here.
+        known: digests that the writers of these files know from memory; the others are read.
 
     Raises:
-        CheckpointError: the folder holds no weights.
+        CheckpointError: the folder holds no weights, or a known file is absent or has another size.
     """
-    base = Path(folder)
+    base, known = Path(folder), known or {}
     names = _data_files(base)
     if not any(name.endswith(".safetensors") for name in names):
         raise CheckpointError(f"{base} holds no *.safetensors file; write the weights before the manifest")
-    files = {name: entry for name, entry in (known or {}).items() if name in names}
-    rest = [name for name in names if name not in files]
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        files |= dict(zip(rest, pool.map(lambda name: FileEntry.of(base / name), rest), strict=True))
+    for name, entry in known.items():
+        if name not in names or (base / name).stat().st_size != entry.size:
+            raise CheckpointError(f"{base / name} is not the file of {entry.size} bytes that was written there; export again")
+    rest = [name for name in names if name not in known]
+    files = known | dict(zip(rest, file_entries(base / name for name in rest), strict=True))
     manifest = Manifest(version, {name: files[name] for name in names}, dict(extra or {}))
-    rows = {name: {"size": entry.size, manifest.algorithm: entry.digest} for name, entry in manifest.files.items()}
-    write_json_atomic(base / MANIFEST_NAME, {"schema": MANIFEST_SCHEMA, "version": version, "extra": manifest.extra, "files": rows})
+    rows = {name: {"size": entry.size, "blake3": [list(part) for part in entry.parts]} for name, entry in manifest.files.items()}
+    # without indentation: a large model has thousands of parts
+    row = {"schema": MANIFEST_SCHEMA, "version": version, "extra": manifest.extra, "files": rows}
+    write_text_atomic(base / MANIFEST_NAME, json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     return manifest
 
 
@@ -119,22 +109,28 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = Path(folder) / MANIFEST_NAME
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
-        if row["schema"] not in DIGESTS:
-            raise CheckpointError(f"{path}: schema {row['schema']!r}, this version reads {sorted(DIGESTS)}; export again")
-        algorithm = DIGESTS[row["schema"]]
-        files = {str(name): FileEntry(int(entry["size"]), str(entry[algorithm])) for name, entry in row["files"].items()}
-        return Manifest(int(row["version"]), files, dict(row["extra"]), algorithm)
+        if row["schema"] not in (MANIFEST_SCHEMA, _SHA256_SCHEMA):
+            raise CheckpointError(f"{path}: schema {row['schema']!r}, this version reads {_SHA256_SCHEMA} and {MANIFEST_SCHEMA}; export again")
+        files = {str(name): _file_entry(entry, row["schema"]) for name, entry in row["files"].items()}
+        return Manifest(int(row["version"]), files, dict(row["extra"]))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the export is incomplete; {_REMEDY}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} can't be read ({error!r}); {_REMEDY}") from error
 
 
+def _file_entry(row: dict[str, Any], schema: int) -> FileEntry:
+    size = int(row["size"])
+    if schema == _SHA256_SCHEMA:
+        return FileEntry(size, ((size, str(row["sha256"])),), "sha256")
+    return FileEntry(size, tuple((int(end), str(digest)) for end, digest in row["blake3"]))
+
+
 def verify_manifest(folder: str | Path, *, expect_version: int | None = None) -> Manifest:
     """Check every file of an export against its manifest.
 
-    Sizes are compared first (cheap: a torn copy is found without hashing), then digests. A ``*.safetensors`` file that the manifest
-    doesn't list is refused as well, because weight loaders glob for them.
+    Sizes are compared first (cheap: a torn copy is found without hashing), then digests, part by part on several threads. A
+    ``*.safetensors`` file that the manifest doesn't list is refused as well, because weight loaders glob for them.
 
     Args:
         expect_version: refuse a folder whose manifest says another version.
@@ -160,12 +156,7 @@ def verify_manifest(folder: str | Path, *, expect_version: int | None = None) ->
     strays = [name for name in _data_files(base) if name.endswith(".safetensors") and name not in manifest.files]
     if strays:
         raise CheckpointError(f"{base / strays[0]} is not in the manifest, yet a weight loader would read it; remove it")
-    names = list(manifest.files)
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        digests = pool.map(lambda name: digest_file(base / name, manifest.algorithm), names)
-        for name, digest in zip(names, digests, strict=True):
-            if digest != manifest.files[name].digest:
-                raise CheckpointError(f"{base / name} is corrupt: its {manifest.algorithm} digest differs from the manifest's; {_REMEDY}")
+    check_files(base, manifest.files, _REMEDY)
     return manifest
 
 
@@ -187,10 +178,14 @@ def new_export(root: str | Path, version: int, extra: dict[str, Any] | None = No
 def prune_exports(root: str | Path, keep: int, protect: Collection[int] = ()) -> list[int]:
     """Delete old export versions; the ``keep`` newest and the ``protect`` ones stay. Returns the versions deleted, ascending.
 
-    Each folder is renamed out of sight before it is deleted, so no reader finds a half-deleted version.
+    Each folder is renamed out of sight before it is deleted, so no reader finds a half-deleted version. What a killed process left half
+    written or half deleted goes too: to be called by the one process that exports there, between two exports.
     """
     if keep < 1:
         raise CheckpointError(f"keep={keep}: at least the newest export has to stay")
+    if Path(root).is_dir():
+        for path in [path for path in Path(root).iterdir() if _LEFTOVER.fullmatch(path.name)]:
+            shutil.rmtree(path, ignore_errors=True)
     doomed = [version for version in versions(root)[:-keep] if version not in protect]
     for version in doomed:
         folder = export_path(root, version)

@@ -142,10 +142,11 @@ def _extend_expert_names() -> None:
 
 
 def export_weights(bridge: AutoBridge, chunks: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face names and full tensors, gathered over TP and PP; collective, every rank gets every tensor."""
+    """Hugging Face names and full tensors, gathered over TP and PP one at a time; collective, every rank gets every tensor, on its own device.
+    They may share memory with the parameters."""
     vocab_size = chunks[0].true_vocab_size
     vocab_names = {
         mapping.hf_param for mapping in bridge._model_bridge.mapping_registry().mappings if mapping.megatron_param in VOCAB_PARAMETERS
     } | {"lm_head.weight"}
-    for name, tensor in bridge.export_hf_weights(chunks, cpu=True, show_progress=False):
+    for name, tensor in bridge.export_hf_weights(chunks, cpu=False, show_progress=False):
         yield name, tensor[:vocab_size] if name in vocab_names else tensor

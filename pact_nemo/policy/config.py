@@ -43,6 +43,7 @@ class PolicyConfig:
             machine what FP8 does to log-probs, ratios and clipping. Slower, not faster.
         distributed_optimizer: shard optimizer state over the data-parallel ranks.
         overlap_grad_reduce: reduce gradients over the data-parallel ranks while the backward pass still runs.
+        export_writers: ranks that write an export, at most; None = all that see the folder.
         init_timeout_s: seconds a collective may wait before the run is declared hung.
     """
 
@@ -63,6 +64,7 @@ class PolicyConfig:
     fp8_emulate: bool = False
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
+    export_writers: int | None = None
     init_timeout_s: int = 1800
 
     def validate(self, *, cuda: bool, world_size: int = 1) -> None:
@@ -78,6 +80,8 @@ class PolicyConfig:
         for name in ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "micro_batch_tokens", "logprob_chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"policy.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.export_writers is not None and self.export_writers < 1:
+            raise ConfigError(f"policy.export_writers is {self.export_writers}; it must be at least 1, or null for all ranks")
         for name, known in (("precision", PRECISIONS), ("recompute", RECOMPUTE), ("attention", ATTENTION)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"policy.{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")

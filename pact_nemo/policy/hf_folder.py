@@ -1,38 +1,39 @@
-"""Writing a Hugging Face model folder from a stream of weights, by several ranks at once."""
+"""Writing a Hugging Face model folder from a stream of weights that every rank sees; several ranks write."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pact_nemo.checkpoints.manifest import FileEntry
-from pact_nemo.checkpoints.stream import SafetensorsWriter, WriterThread
+from pact_nemo import collective
+from pact_nemo.digests import FileEntry
 from pact_nemo.errors import CheckpointError
 from pact_nemo.files import write_json_atomic
+from pact_nemo.policy import fp8_block
+from pact_nemo.policy.export_layout import Layout, LayoutSettings, check_dtype, plan_layout
+from pact_nemo.policy.export_writer import FolderWriter
+from pact_nemo.tensor_files import INDEX_NAME
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHARD_BYTES = 4 << 30
-WEIGHTS_NAME = "model.safetensors"
-_INDEX_NAME = "model.safetensors.index.json"
 _ARTIFACTS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
     "*.jinja", "*.model", "*.tiktoken", "*.py", "LICENSE*",
 )  # fmt: skip
 
 
-def copy_artifacts(source: str | Path, folder: str | Path, dtype: str) -> None:
+def copy_artifacts(source: str | Path, folder: str | Path, dtype: str, shapes: dict[str, tuple[int, ...]]) -> None:
     """Copy configuration, tokenizer, chat template, generation settings, custom code and licence.
 
     Args:
         source: Hugging Face folder.
         folder: existing folder to copy into.
-        dtype: written into ``config.json`` as the dtype of the weights.
+        dtype: of the export, written into ``config.json``; FP8 brings its ``quantization_config``.
+        shapes: of the weights.
 
     Raises:
         CheckpointError: ``source`` has no ``config.json``.
@@ -45,98 +46,102 @@ def copy_artifacts(source: str | Path, folder: str | Path, dtype: str) -> None:
             shutil.copyfile(path, Path(folder) / path.name)
     config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    config["dtype"] = dtype
+    config.pop("quantization_config", None)
+    config["dtype"] = "bfloat16" if dtype == fp8_block.FP8_BLOCK else dtype
+    if dtype == fp8_block.FP8_BLOCK:
+        config["quantization_config"] = fp8_block.quantization_config(shapes)
     write_json_atomic(Path(folder) / "config.json", config)
 
 
-def export_order(name: str) -> list[tuple[int, int, str]]:
-    """Sort key of about the order in which the bridge produces tensors: those outside of layers first, then layer by layer."""
-    parts = [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-    return [(int(".layers." in name), 0, ""), *parts]
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """Which file each tensor goes to, and which writer writes it. The same on every rank, known before the first tensor is there.
-
-    Attributes:
-        files: name of each shard -> its tensors, in order.
-        writer: name of each shard -> writer, 0 .. writers - 1.
-    """
-
-    files: dict[str, list[str]]
-    writer: dict[str, int]
-
-    @classmethod
-    def of(cls, sizes: dict[str, int], writers: int, shard_bytes: int) -> ShardPlan:
-        """Cut tensors, in order, into shards of about equal size: one a writer, or more where one would exceed ``shard_bytes``.
-
-        Args:
-            sizes: name -> bytes, in the order in which they are produced.
-        """
-        total = sum(sizes.values())
-        count = max(1, min(writers, len(sizes)))
-        count *= -(-total // (count * shard_bytes)) or 1
-        shards: list[list[str]] = [[]]
-        limit, used = total / count, 0
-        for name, size in sizes.items():
-            if shards[-1] and len(shards) < count and used + size / 2 > limit * len(shards):
-                shards.append([])
-            shards[-1].append(name)
-            used += size
-        if len(shards) == 1:
-            return cls({WEIGHTS_NAME: shards[0]}, {WEIGHTS_NAME: 0})
-        names = [f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" for index in range(len(shards))]
-        return cls(dict(zip(names, shards, strict=True)), {name: index % writers for index, name in enumerate(names)})
-
-    def write_index(self, folder: str | Path, total_bytes: int) -> None:
-        """The index that loaders look for beside several shards."""
-        if len(self.files) > 1:
-            weight_map = {name: file for file, names in self.files.items() for name in names}
-            write_json_atomic(Path(folder) / _INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-
-
-def write_weights(
-    weights: Iterable[tuple[str, torch.Tensor]], folder: str | Path, dtype: str, plan: ShardPlan, shapes: dict[str, tuple[int, ...]], writer: int
-) -> tuple[dict[str, FileEntry], list[str]]:
-    """Write this writer's shards while the tensors of the others go by; a few tensors are in memory at a time.
+def write_folder(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    source: str | Path,
+    folder: str | Path,
+    dtype: str,
+    *,
+    shapes: dict[str, tuple[int, ...]],
+    settings: LayoutSettings | None = None,
+    previous: tuple[Path, dict[str, FileEntry]] | None = None,
+) -> dict[str, FileEntry]:
+    """Write a model folder: ``model.safetensors``, or numbered files with an index, and everything else from ``source``. Collective.
 
     Args:
-        weights: names and tensors, consumed to the end on every rank, also after a failure (producing them is collective).
-        folder: existing folder.
-        dtype: one of ``DTYPES``.
-        plan: the same on all ranks.
-        shapes: name -> shape of every tensor.
-        writer: which of its writers this is; none of them = consume only.
+        weights: names and whole tensors, the same on every rank, consumed to the end on every rank (producing them is collective). They must
+            not change until this returns.
+        source: Hugging Face folder with configuration, tokenizer and so on.
+        folder: made if absent, by rank 0. Ranks that don't see it (it is on rank 0's own disk) don't write.
+        dtype: one of ``export_layout.EXPORT_DTYPES``.
+        shapes: what ``weights`` will be, in ``source``'s order.
+        settings: sizes; None = the defaults.
+        previous: (folder, manifest entries) of an earlier export; files that come out equal become hard links to its files.
 
     Returns:
-        the files written, and all names in the order in which they came (the order of a plan that needs no second reading).
+        digests of the weight files, known from memory, on every rank.
 
     Raises:
-        CheckpointError: a name came twice, tensors are not those of the plan, or a file can't be written.
+        ConfigError: unknown dtype.
+        CheckpointError: on all ranks together: ``weights`` differ from ``shapes``, or a rank could not write.
     """
-    shard_of = {name: file for file, names in plan.files.items() for name in names}
-    own: dict[str, SafetensorsWriter] = {}
-    seen: dict[str, None] = {}
-    problem: str | None = None
-    thread = WriterThread()
-    for name, tensor in weights:
-        if name in seen:
-            problem = problem or f"weight {name} was produced twice"
-        seen[name] = None
-        file = shard_of.get(name)
-        if problem or file is None or plan.writer[file] != writer:
-            continue
+    check_dtype(dtype)
+    settings = settings if settings is not None else LayoutSettings()
+    target = Path(folder)
+
+    def prepare() -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        copy_artifacts(source, target, dtype, shapes)
+
+    collective.from_rank_zero(prepare)
+    ranks = _writing_ranks(target)
+    layout = plan_layout(shapes, dtype, len(ranks), settings)
+    mine = [plan for plan in layout.files if ranks[plan.writer] == collective.rank()]
+    writer = FolderWriter(target, mine, dtype, previous=previous)
+    entries: dict[str, FileEntry] = {}
+    error: Exception | None = None
+    try:
+        error = _hand_over(weights, writer, shapes, source)
+    finally:  # its threads end, whatever happens
         try:
-            if file not in own:
-                own[file] = SafetensorsWriter(Path(folder) / file, {each: shapes[each] for each in plan.files[file]}, DTYPES[dtype])
-            thread.put(own[file], name, tensor)
-        except OSError as error:
-            problem = f"{Path(folder) / file} can't be written: {error}"
-    thread.finish()
-    problem = problem or thread.problem
-    if not problem and seen.keys() != shard_of.keys():
-        problem = f"exported weights differ from those planned: {sorted(seen.keys() ^ shard_of.keys())[:5]}"
-    if problem:
-        raise CheckpointError(problem)
-    return thread.entries, list(seen)
+            entries = writer.close()
+            if collective.rank() == 0 and len(layout.files) > 1:
+                _write_index(target, layout)
+        except (CheckpointError, OSError) as caught:
+            error = error or caught
+    collective.raise_together(error)
+    return {name: entry for part in collective.gather(entries) for name, entry in part.items()}
+
+
+def _writing_ranks(folder: Path) -> list[int]:
+    """Ranks that see the folder, so ordered that the first few are spread over the nodes. Collective."""
+    with os.scandir(folder.parent if folder.parent.is_dir() else "/"):
+        pass  # opening a directory makes a network file system ask its server again
+    seen = collective.gather((folder.is_dir(), collective.host()))
+    turn: dict[str, int] = {}
+    order = []
+    for rank, (sees, host) in enumerate(seen):
+        if sees:
+            order.append((turn.get(host, 0), rank))
+            turn[host] = turn.get(host, 0) + 1
+    return [rank for _, rank in sorted(order)]
+
+
+def _hand_over(
+    weights: Iterable[tuple[str, torch.Tensor]], writer: FolderWriter, shapes: dict[str, tuple[int, ...]], source: str | Path
+) -> Exception | None:
+    """Give the writer what it wants of a stream, to the stream's end; what is wrong with the stream, the same on every rank."""
+    came: set[str] = set()
+    error: Exception | None = None
+    for name, tensor in weights:
+        if name in came:
+            error = error or CheckpointError(f"weight {name} was produced twice")
+        elif name in shapes and tuple(tensor.shape) != shapes[name]:
+            error = error or CheckpointError(f"exported weight {name} has shape {tuple(tensor.shape)}, {source} has {shapes[name]}")
+        elif writer.wants(name) and error is None:
+            writer.put(name, tensor)
+        came.add(name)
+    if came != shapes.keys():
+        error = error or CheckpointError(f"exported weights differ from those of {source}: {sorted(came ^ shapes.keys())[:5]}")
+    return error
+
+
+def _write_index(folder: Path, layout: Layout) -> None:
+    write_json_atomic(folder / INDEX_NAME, layout.index)

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pact_nemo.checkpoints.headers import tensor_shapes
-from pact_nemo.checkpoints.manifest import FileEntry
-from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
+from pact_nemo.digests import FileEntry
+from pact_nemo.errors import ConfigError, NumericsError
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.export_layout import LayoutSettings, check_dtype
 from pact_nemo.policy.fp8 import ALIGNMENT
-from pact_nemo.policy.hf_folder import DTYPES, SHARD_BYTES, ShardPlan, copy_artifacts, export_order, write_weights
+from pact_nemo.policy.hf_folder import write_folder
 from pact_nemo.policy.trees import TokenTree
+from pact_nemo.tensor_files import read_tensors
 
 devices.prepare_megatron()
 
@@ -98,12 +99,12 @@ class MegatronPolicy:
         model.configure_provider(self.provider, config, cuda=cuda, fp8=self.fp8)
         self.chunks = model.build_chunks(self.provider, self.bridge.hf_pretrained.config, config, cuda=cuda)
         bridge.load_weights(self.bridge, self.chunks)
+        self._shapes: dict[str, tuple[int, ...]] | None = None  # of the weights of hf_path
         self._reference: list[dict[str, torch.Tensor]] | None = None
         if keep_reference:
             self._reference = [{name: param.detach().cpu().clone() for name, param in chunk.named_parameters()} for chunk in self.chunks]
         self.wrapped: list[Any] = []
         self.optimizer: Any = None
-        self._export_names: list[str] = []  # in the order in which an export produces them, once there was one
         if trainable:
             self.wrapped = optimizer.wrap_data_parallel(
                 self.chunks, distributed_optimizer=config.distributed_optimizer, overlap=config.overlap_grad_reduce
@@ -261,50 +262,38 @@ class MegatronPolicy:
     # ----------------------------------------------------------------- export
 
     @torch.no_grad()
-    def export_hf(self, folder: str | Path, *, dtype: str = "bfloat16", shard_bytes: int = SHARD_BYTES) -> dict[str, FileEntry]:
+    def export_hf(
+        self, folder: str | Path, *, dtype: str = "bfloat16", previous: tuple[Path, dict[str, FileEntry]] | None = None
+    ) -> dict[str, FileEntry]:
         """Write the current weights as a Hugging Face folder: safetensors, and everything else copied from ``hf_path``.
 
-        Collective. Tensors are gathered one after the other and every rank writes its share of them as they come, so no rank ever holds more
-        than a few. ``checkpoints.hf.export_version`` makes atomic, versioned folders of it.
+        Collective; all ranks that see the folder write, ``policy.export_writers`` of them at most. No rank holds more than the weight being
+        gathered and those that wait for its writing threads. ``checkpoints.hf.export_version`` makes atomic, versioned folders of it.
 
         Args:
-            folder: existing or new folder that all ranks see.
-            dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
+            folder: existing or new folder.
+            dtype: of the weights: ``float32``, ``bfloat16``, ``float16`` or ``fp8_block``.
+            previous: (folder, manifest entries) of an earlier export, whose equal files are linked instead of written again.
 
         Returns:
-            the weight files that this rank has written, flushed to disk.
+            digests of the weight files.
 
         Raises:
-            CheckpointError: the set of weights differs from that of ``hf_path``, or a rank can't write; on all ranks together.
+            CheckpointError: on all ranks: the set of weights differs from that of ``hf_path``, or a rank can't write.
             ConfigError: unknown dtype.
         """
-        if dtype not in DTYPES:
-            raise ConfigError(f"export dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-        width, shapes = DTYPES[dtype].itemsize, tensor_shapes(self.hf_path)
-        names = self._export_names or sorted(self.bridge.hf_pretrained.state.source.get_all_keys(), key=export_order)
-        sizes = {name: width * math.prod(shapes[name]) for name in names}
-        plan = ShardPlan.of(sizes, dist.get_world_size(), shard_bytes)
-        problem: str | None = None
-        written: dict[str, FileEntry] = {}
-        try:
-            if dist.get_rank() == 0:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                copy_artifacts(self.hf_path, folder, dtype)
-                plan.write_index(folder, sum(sizes.values()))
-        except OSError as error:
-            problem = str(error)
-        dist.barrier()
-        try:
-            weights = bridge.export_weights(self.bridge, self.chunks)
-            written, self._export_names = write_weights(weights, folder, dtype, plan, shapes, dist.get_rank())
-        except CheckpointError as error:
-            problem = problem or str(error)
-        problems: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        for rank, found in enumerate(problems):
-            if found:
-                raise CheckpointError(f"rank {rank}: {found}")
-        return written
+        check_dtype(dtype)
+        if self._shapes is None:
+            self._shapes = {name: entry.shape for name, entry in read_tensors(self.hf_path).items()}
+        return write_folder(
+            bridge.export_weights(self.bridge, self.chunks),
+            self.hf_path,
+            folder,
+            dtype,
+            shapes=self._shapes,
+            settings=LayoutSettings(writers=self.config.export_writers),
+            previous=previous,
+        )
 
     # ------------------------------------------------------------- checkpoint
 

@@ -12,10 +12,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pact_nemo.checkpoints.headers import tensor_shapes
 from pact_nemo.checkpoints.manifest import verify_manifest
 from pact_nemo.errors import CheckpointError, ServerError
 from pact_nemo.rollouts.client import RolloutClient
+from pact_nemo.tensor_files import read_tensors
 
 _LM_HEAD = "lm_head.weight"
 
@@ -78,7 +78,7 @@ def check_same_tensors(export: Path, like: Path) -> None:
     """Raises CheckpointError when two HF folders differ in tensor names or shapes (an output matrix tied to the embeddings may be
     absent).
     """
-    new, old = tensor_shapes(export), tensor_shapes(like)
+    new, old = ({name: entry.shape for name, entry in read_tensors(folder).items()} for folder in (export, like))
     optional = {_LM_HEAD} if _is_tied(export) else set()
     missing = sorted(old.keys() - new.keys() - optional)
     extra = sorted(new.keys() - old.keys() - optional)

@@ -114,7 +114,11 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     importance: str = "tis"  #: correction of sampler-trainer mismatch: "tis" (truncated importance sampling) or "off"
     importance_cap: float = 2.0
-    export_dtype: str = "bfloat16"  #: of the weights that the server reloads: bfloat16 | float16 | float32
+    #: of the weights that the server reloads: bfloat16 | float16 | float32 | fp8_block (128 x 128 blocks, half the bytes; for servers on GPUs)
+    export_dtype: str = "bfloat16"
+    #: folder of refit exports, for this run's own subfolder in it (local NVMe where trainer and server share a node, else a file system that both
+    #: see); None = in the run folder
+    exports_dir: str | None = None
     keep_exports: int = 2  #: newest refit exports kept on disk
 
 
@@ -320,7 +324,7 @@ def validate(config: Config) -> None:
     _one_of("tasks.window", tasks.window, ("full", "turn"))
     _one_of("traces.style", config.traces.style, ("full", "compact"))
     _one_of("traces.calls_per_turn", config.traces.calls_per_turn, ("one", "all"))
-    _one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32"))
+    _one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32", "fp8_block"))
     _require(set(config.traces.components) <= {"reasoning", "calls", "observations"}, f"traces.components={config.traces.components}: "
              "only reasoning, calls and observations exist")
     _require(set(config.traces.augment) <= set(KINDS), f"traces.augment={config.traces.augment}: only {', '.join(KINDS)} exist")

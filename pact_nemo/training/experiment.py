@@ -62,6 +62,7 @@ class Experiment:
         step: finished RL steps; also the index of the next one.
         warmup_step: finished warm-up steps.
         version: weight version being served; raised by one at every refit.
+        served_from: export that the server was started from (its tensors are what refits are compared with); -1 = the model as it came.
     """
 
     def __init__(
@@ -84,9 +85,12 @@ class Experiment:
         self.schedule = trace_schedule(config)
         self.quality = TraceQuality(config.traces.quality_smoothing) if config.traces.quality else None
         self.boundary_ids = chat.boundary_ids()
+        place = config.rollout.exports_dir
+        self.exports = workspace.exports if place is None else Path(place) / workspace.folder.name  # run folders have names of their own
         self.step = 0
         self.warmup_step = 0
         self.version = 0
+        self.served_from = -1
         self.saving: resume.BackgroundSave | None = None
         self.metrics: MetricsLog | None = None
         self.plan: dict[str, Any] | None = None  # of rank 0, made at the start
@@ -103,7 +107,7 @@ class Experiment:
 
     def export(self, version: int) -> Path:
         """Write the current weights as ``exports/v<version>``: complete and checksummed before the folder has its name."""
-        folder = export_path(self.workspace.exports, version)
+        folder = export_path(self.exports, version)
 
 
         def there() -> bool:
@@ -114,7 +118,7 @@ class Experiment:
             return True
 
         if not on_rank_zero(there):
-            export_version(self.policy, self.workspace.exports, version, dtype=self.config.rollout.export_dtype)
+            export_version(self.policy, self.exports, version, dtype=self.config.rollout.export_dtype)
         return folder
 
     def refit(self) -> None:
@@ -126,7 +130,7 @@ class Experiment:
 
         def reload() -> None:
             self.generator.refit(folder, self.version)
-            prune_exports(self.workspace.exports, keep=self.config.rollout.keep_exports, protect={self.version})
+            prune_exports(self.exports, keep=self.config.rollout.keep_exports, protect={self.version, self.served_from})
 
         on_rank_zero(reload)
 
@@ -247,7 +251,7 @@ class Experiment:
     def _forget_exports_after(self, version: int) -> None:
         """Remove what an attempt wrote after the checkpoint that the run goes on from: the same version numbers will be other weights."""
         reference = [self.reference_path] if version < 0 and self.config.warmup.steps > 0 else []
-        for folder in (*self.workspace.exports.glob("v*"), self.workspace.hf, *reference):
+        for folder in (*self.exports.glob("v*"), self.workspace.hf, *reference):
             if not folder.exists():
                 continue
             try:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.files import write_text_atomic
 from pact_nemo.policy.device import init_distributed
+from pact_nemo.policy.fp8_block import FP8_BLOCK
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.traces.schema import write_traces
 from pact_nemo.training import workspace as workspaces
@@ -51,7 +52,9 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
             generator = Generator(config, chat, environment, progress, space.server_log)
             stack.callback(generator.close)
             generator.check = stop.raise_if_set
-            on_rank_zero(lambda: generator.launch(source))  # loads in the background while the policy is built
+            quantised = config.rollout.export_dtype == FP8_BLOCK and config.trainer.replay is None
+            if not quantised:
+                on_rank_zero(lambda: generator.launch(source))  # loads in the background while the policy is built
             policy = MegatronPolicy(
                 config.policy,
                 config.optimizer,
@@ -60,6 +63,9 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
                 total_steps=config.warmup.steps + config.trainer.steps * (config.trainer.batch_size // config.trainer.mini_batch_size),
             )
             experiment = Experiment(config, space, chat, environment, dataset, policy, generator, progress, source, stop)
+            if quantised:  # a server that will be given FP8 weights has to start from such weights
+                experiment.served_from, first = 0, experiment.export(0)
+                on_rank_zero(lambda: generator.launch(first))
             if rank() == 0:
                 plan = run_plan(config, world=dist.get_world_size())
                 experiment.plan = plan.as_json()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import torch.distributed as dist
 
 from pact_nemo.checkpoints import resume
 from pact_nemo.checkpoints.hf import export_version
-from pact_nemo.checkpoints.stream import SafetensorsWriter
 from pact_nemo.errors import CheckpointError, NumericsError
+from pact_nemo.policy import export_writer
+from pact_nemo.policy import policy as policy_module
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.export_layout import LayoutSettings
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.workers.pact_kit import make_pact_trees, pact_terms
 from tests.workers.policy_kit import loss_fn, make_trees
@@ -65,21 +68,24 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
         return None
     if verb == "export_version":
         return str(export_version(policy, *argument, dtype="float32"))
+    if verb == "export_fp8":
+        policy.export_hf(Path(argument), dtype="fp8_block")
+        return None
     if verb == "export_fails":  # one rank's disk is full
         root, version, broken = argument
-        original = SafetensorsWriter.write
+        original = export_writer._write
 
-        def full(self: Any, name: str, tensor: Any) -> None:
+        def full(fd: int, data: memoryview, position: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         if dist.get_rank() == broken:
-            SafetensorsWriter.write = full  # type: ignore[method-assign]
+            export_writer._write = full
         try:
             export_version(policy, root, version)
         except CheckpointError as error:
-            return str(error)
+            return str(error).removeprefix(f"rank {broken}: ")  # the others say whose failure it was
         finally:
-            SafetensorsWriter.write = original  # type: ignore[method-assign]
+            export_writer._write = original
         return None
     if verb == "save":
         return str(resume.save(policy, argument, {"note": policy.step}))
@@ -114,6 +120,7 @@ def run_jobs(jobs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    policy_module.LayoutSettings = partial(LayoutSettings, min_writer_bytes=1)  # type: ignore[misc,assignment]  # models here are tiny
     spec = json.loads(Path(sys.argv[1]).read_text())
     results = run_jobs(spec["jobs"])
     if dist.get_rank() == 0:
