@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import time
@@ -86,7 +87,8 @@ class Experiment:
         self.quality = TraceQuality(config.traces.quality_smoothing) if config.traces.quality else None
         self.boundary_ids = chat.boundary_ids()
         place = config.rollout.exports_dir
-        self.exports = workspace.exports if place is None else Path(place) / workspace.folder.name  # run folders have names of their own
+        own = f"{workspace.folder.name}-{hashlib.blake2b(str(workspace.folder.resolve()).encode(), digest_size=4).hexdigest()}"
+        self.exports = workspace.exports if place is None else Path(place) / own  # two runs of one name elsewhere never meet
         self.step = 0
         self.warmup_step = 0
         self.version = 0
