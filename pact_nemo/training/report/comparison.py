@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from pact_nemo.training.config import Config
 from pact_nemo.training.report.charts import Chart, Series, Tick, make_chart, ticks_between
 from pact_nemo.training.report.curves import WINDOW
 from pact_nemo.training.report.data import Run
@@ -148,10 +149,12 @@ def flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """(setting, value per run) of the settings in which runs differ, names, seeds and method apart."""
+    """(setting, value per run) of the settings in which runs differ, names, seeds and method apart. A run that was made before a setting existed
+    had what is now its default."""
     found = [flat(run.config) for run in runs]
+    defaults = flat(asdict(Config()))
     keys = sorted({key for settings in found for key in settings if not key.startswith(_OWN)})
-    table = [(key, [settings.get(key, "–") for settings in found]) for key in keys]
+    table = [(key, [settings.get(key, defaults.get(key, "–")) for settings in found]) for key in keys]
     return [(key, values) for key, values in table if len(set(values)) > 1]
 
 
