@@ -129,8 +129,8 @@ def _file_entry(row: dict[str, Any], schema: int) -> FileEntry:
 def verify_manifest(folder: str | Path, *, expect_version: int | None = None) -> Manifest:
     """Check every file of an export against its manifest.
 
-    Sizes are compared first (cheap: a torn copy is found without hashing), then digests, part by part on several threads. A ``*.safetensors`` file that the manifest
-    doesn't list is refused as well, because weight loaders glob for them.
+    Sizes are compared first (cheap: a torn copy is found without hashing), then digests, part by part on several threads. A
+    ``*.safetensors`` file that the manifest doesn't list is refused as well, because weight loaders glob for them.
 
     Args:
         expect_version: refuse a folder whose manifest says another version.

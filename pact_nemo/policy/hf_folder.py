@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,24 @@ def write_folder(
             error = error or caught
     collective.raise_together(error)
     return {name: entry for part in collective.gather(entries) for name, entry in part.items()}
+
+
+def write_folder_alone(
+    weights: Iterable[tuple[str, torch.Tensor]], source: str | Path, folder: Path, dtype: str, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, FileEntry]:
+    """:func:`write_folder` in this process only, into an existing folder."""
+    copy_artifacts(source, folder, dtype, shapes)
+    layout = plan_layout(shapes, dtype, 1, LayoutSettings())
+    writer = FolderWriter(folder, layout.files, dtype)
+    try:
+        error = _hand_over(weights, writer, shapes, source)
+    finally:
+        entries = writer.close()
+    if error is not None:
+        raise error
+    if len(layout.files) > 1:
+        _write_index(folder, layout)
+    return entries
 
 
 def _writing_ranks(folder: Path) -> list[int]:

@@ -14,11 +14,13 @@ from pact_nemo.checkpoints import resume
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, read_manifest, verify_manifest
+from pact_nemo.checkpoints.quantised import materialise_fp8
 from pact_nemo.environments.base import Environment
 from pact_nemo.errors import CheckpointError, Interrupted
 from pact_nemo.objective.adaptive import AdaptiveSchedule, Progress, between
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.objective.trace_quality import TraceQuality
+from pact_nemo.policy.fp8 import FP8_BLOCK
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.training.config import Config
 from pact_nemo.training.data import Dataset
@@ -37,6 +39,13 @@ def model_path(config: Config) -> Path:
     if config.model.path is not None:
         return Path(config.model.path)
     return on_rank_zero(lambda: materialise_embedded_model(Path(config.run.cache_dir)))
+
+
+def served_path(config: Config, source: Path) -> Path:
+    """The HF folder that rollout servers start from: ``source``, or its FP8 copy in the cache where refits are FP8. On one rank only."""
+    if config.rollout.export_dtype != FP8_BLOCK or config.trainer.replay is not None:
+        return source
+    return materialise_fp8(source, Path(config.run.cache_dir))
 
 
 def trace_schedule(config: Config) -> TraceSchedule:
@@ -103,7 +112,6 @@ class Experiment:
         """Write the current weights as ``exports/v<version>``: complete and checksummed before the folder has its name."""
         folder = export_path(self.workspace.exports, version)
 
-
         def there() -> bool:
             """A whole export of this version; :meth:`restore` removed those that an earlier attempt wrote after its last checkpoint."""
             if not folder.exists():
@@ -115,18 +123,26 @@ class Experiment:
             export_version(self.policy, self.workspace.exports, version, dtype=self.config.rollout.export_dtype)
         return folder
 
-    def refit(self) -> None:
-        """Export, then make the server load it. A replayed run has no server and only counts the version."""
+    def refit(self) -> dict[str, float]:
+        """Export, then make the server load it. A replayed run has no server and only counts the version.
+
+        Returns:
+            seconds by part, of the slowest server: ``refit/export``, ``verify``, ``pause``, ``reload``, ``finish``; and ``refit/bytes``.
+        """
         self.version += 1
         if self.config.trainer.replay is not None:
-            return
+            return {}
+        start = time.perf_counter()
         folder = self.export(self.version)
+        export_s = time.perf_counter() - start
 
-        def reload() -> None:
-            self.generator.refit(folder, self.version)
+        def reload() -> dict[str, float]:
+            reports = self.generator.refit(folder, self.version)
             prune_exports(self.workspace.exports, keep=self.config.rollout.keep_exports, protect={self.version})
+            parts = {f"refit/{part}": max(getattr(report, f"{part}_s") for report in reports) for part in ("verify", "pause", "reload", "finish")}
+            return {"refit/export": export_s, **parts, "refit/bytes": float(reports[0].bytes)}
 
-        on_rank_zero(reload)
+        return on_rank_zero(reload)
 
     def serve_current(self) -> None:
         """After a resume: make the server load the restored weights before it answers anything (a replayed run has none)."""

@@ -95,6 +95,8 @@ def finish(experiment: Experiment) -> None:
         experiment.seconds["export"] = time.perf_counter() - start
     if rank() != 0:
         return
+    if experiment.config.rollout.exports_dir is not None:  # another disk: nobody would look for leftovers there; a resumed run exports anew
+        shutil.rmtree(space.exports, ignore_errors=True)
     write_json_atomic(space.summary, summarise(experiment))
     with experiment.progress.phase("report"):
         page = write_report(space.folder)

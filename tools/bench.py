@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+"""Measured figures of single parts. Each subcommand runs its rounds interleaved with what it is compared to and ends with medians and a ratio.
+
+    python tools/bench.py refit                                   # embedded model, one process, real vLLM server
+    torchrun --standalone --nproc-per-node 2 tools/bench.py refit --tensor-parallel 2
+    python tools/bench.py refit --synthetic 2.0 --no-server --json   # a random Llama of about 2 GB in bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from pact_nemo.errors import PactError  # noqa: E402
+from tools.benches import refit  # noqa: E402
+
+BENCHES = {"refit": refit}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, bench in BENCHES.items():
+        command = commands.add_parser(name, description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.add_argument("--json", action="store_true", help="print one object instead of a table")
+        bench.add_arguments(command)
+    options = parser.parse_args()
+    try:
+        return BENCHES[options.command].run(options)
+    except PactError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
