@@ -124,6 +124,7 @@ def _copy(folder: Path, target: Path) -> dict[str, float]:
     """Copy the weight files to the same disk, each one made durable as an export's files are."""
     files = sorted(folder.glob("*.safetensors"))
     target.mkdir()
+    os.sync()
     start = time.perf_counter()
     for path in files:
         shutil.copyfile(path, target / path.name)
@@ -131,7 +132,8 @@ def _copy(folder: Path, target: Path) -> dict[str, float]:
             os.fsync(handle.fileno())
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in files)
-    shutil.rmtree(target)
+    shutil.rmtree(target)  # so that the export finds free pages in memory, as the copy did; then nothing of it is left to do for the disk
+    os.sync()
     return {"copy_s": seconds, "bytes": float(size), "files": float(len(files))}
 
 
@@ -165,15 +167,15 @@ def _serving(options: argparse.Namespace, source: Path, scratch: Path) -> Iterat
 
 def _source(options: argparse.Namespace, scratch: Path) -> Path:
     if options.synthetic is not None:
-        return _synthetic_llama(scratch / "model", options.synthetic)
-    return options.model if options.model is not None else materialise_embedded_model(options.folder)
+        return _synthetic_llama(scratch / "model", options.synthetic, tokenizer=materialise_embedded_model(CACHE))
+    return options.model if options.model is not None else materialise_embedded_model(CACHE)
 
 
-def _synthetic_llama(folder: Path, gigabytes: float) -> Path:
-    """An untrained Llama, untied, of about this size in bfloat16: hidden 2048, as many layers as fit."""
+def _synthetic_llama(folder: Path, gigabytes: float, tokenizer: Path) -> Path:
+    """An untrained Llama, untied, of about this size in bfloat16: hidden 2048, as many layers as fit; the server wants some tokenizer."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    hidden, ffn, vocabulary = 2048, 5632, 32000
+    hidden, ffn, vocabulary = 2048, 5632, 49152
     per_layer = 2 * (hidden * (2 * hidden + 2 * 512) + 3 * hidden * ffn)
     layers = max(2, round((gigabytes * 1e9 - 4 * hidden * vocabulary) / per_layer / 2) * 2)
     config = LlamaConfig(
@@ -181,6 +183,8 @@ def _synthetic_llama(folder: Path, gigabytes: float) -> Path:
         num_key_value_heads=8, max_position_embeddings=2048, tie_word_embeddings=False, dtype="bfloat16",
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    for path in tokenizer.glob("tokenizer*"):
+        shutil.copy(path, folder)
     return folder
 
 
