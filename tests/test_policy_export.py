@@ -1,111 +1,326 @@
-"""Exports by several ranks at once: the tensors of one process, every rank writing its share, and all or nothing when one of them can't."""
+"""The parts of an export: layout, a rank's writer, FP8, and where exports are kept."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import threading
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from pact_nemo.checkpoints.manifest import read_manifest, verify_manifest
-from pact_nemo.policy.fp8_block import dequantise
-from tests.workers.policy_kit import launch, make_model
-from tests.workers.policy_worker import run_jobs
-
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tied, TP 2 x PP 2": ("llama", {"tensor_parallel": 2, "pipeline_parallel": 2}),
-    "biases, PP 2 x DP 2": ("qwen2", {"pipeline_parallel": 2}),
-    "experts, EP 2 x DP 2": ("qwen3_moe", {"expert_parallel": 2}),
-}
-
-
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    base = tmp_path_factory.mktemp("exports")
-    for family in ("llama", "qwen2", "qwen3_moe"):
-        make_model(base / family, family)
-
-    def jobs(ranks: int) -> list[dict[str, Any]]:
-        found = []
-        for index, (family, config) in enumerate(CASES.values()):
-            root = str(base / f"{index}-{ranks}")
-            actions = [["update", None], ["export_version", [root, 3]]]
-            actions += [["export_fails", [root, 4, 2]], ["export_version", [root, 4]]] if ranks > 1 else []
-            found.append({"name": str(index), "hf_path": str(base / family), "config": config if ranks > 1 else {}, "actions": actions})
-        return found
-
-    return base, launch(4, jobs(4), base) | {f"one-{name}": answer for name, answer in run_jobs(jobs(1)).items()}
+from pact_nemo.checkpoints.manifest import new_export, read_manifest, verify_manifest
+from pact_nemo.checkpoints.quantised import materialise_fp8
+from pact_nemo.digests import FileEntry, file_entry
+from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.policy import export_writer, fp8
+from pact_nemo.policy.export_layout import LayoutSettings, plan_layout
+from pact_nemo.policy.export_writer import FolderWriter
+from pact_nemo.policy.hf_folder import write_folder
+from pact_nemo.rollouts.refit import check_same_tensors
+from pact_nemo.tensor_files import read_tensors
+from pact_nemo.training.config import load_config
+from pact_nemo.training.workspace import Workspace
+from tests.workers.policy_kit import make_model
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=list(CASES))
-def test_four_writers_write_what_one_writes(index: int, exports: tuple[Path, dict[str, Any]]) -> None:
-    base, _ = exports
-    many, one = base / f"{index}-4" / "v000003", base / f"{index}-1" / "v000003"
-    files = sorted(path.name for path in many.glob("*.safetensors"))
-    assert files == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
-    sizes = [(many / name).stat().st_size for name in files]
-    assert max(sizes) < 1.9 * min(sizes), sizes  # a tiny model: one tensor is a good part of a file
-    got = {name: tensor for file in files for name, tensor in load_file(many / file).items()}
-    want = load_file(one / "model.safetensors")
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():  # trained under another layout: equal to rounding
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6, msg=name)
-    assert verify_manifest(many, expect_version=3).files.keys() >= set(files)
-    assert json.loads((many / "model.safetensors.index.json").read_text())["weight_map"].keys() == got.keys()
+def weights_of(count: int, size: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"model.layers.{i}.mlp.down_proj.weight": torch.randn(size, size, generator=generator) for i in range(count)}
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=list(CASES))
-def test_a_writer_that_fails_fails_all_and_leaves_nothing(index: int, exports: tuple[Path, dict[str, Any]]) -> None:
-    """Every rank has the failed one's message (the worker compares them), and the next export of the same version works."""
-    base, answers = exports
-    assert "can't be written ([Errno 28] No space left on device); make room there" in answers[str(index)][2]
-    root = base / f"{index}-4"
-    assert sorted(path.name for path in root.iterdir()) == ["v000003", "v000004"]
-    assert read_manifest(root / "v000004").version == 4
+def shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
-def test_a_sharded_export_loads_in_transformers(exports: tuple[Path, dict[str, Any]]) -> None:
+# ------------------------------------------------------------------------------------------------------------------- layout
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 9), st.integers(50, 2000), st.sampled_from(["bfloat16", "fp8_block"]))
+def test_every_tensor_has_one_place_and_writers_are_balanced(rows: list[int], ranks: int, file_bytes: int, dtype: str) -> None:
+    shapes = {f"model.layers.{i}.{kind}.weight": (n, 3) for i, n in enumerate(rows) for kind in ("mlp.down_proj", "norm")}
+    layout = plan_layout(shapes, dtype, ranks, LayoutSettings(file_bytes=file_bytes, min_writer_bytes=1))
+    assert sorted(name for plan in layout.files for name in plan.weights) == sorted(shapes)
+    loads: dict[int, int] = {}
+    for plan in layout.files:
+        stored = sorted((plan.starts[t.name], t) for tensors in plan.weights.values() for t in tensors)
+        position = len(plan.header)
+        for start, tensor in stored:
+            assert start == position and start % tensor.dtype.itemsize == 0
+            position += tensor.size
+        assert position == plan.size and (plan.size - len(plan.header) <= file_bytes or len(plan.weights) == 1)
+        loads[plan.writer] = loads.get(plan.writer, 0) + plan.size - len(plan.header)
+    largest = max(sum(t.size for t in tensors) for plan in layout.files for tensors in plan.weights.values())
+    assert sum(loads.values()) == layout.tensor_bytes and max(loads.values()) - min(loads.values()) <= largest or len(loads) < ranks
+    assert layout == plan_layout(shapes, dtype, ranks, LayoutSettings(file_bytes=file_bytes, min_writer_bytes=1))
+
+
+def test_parts_of_a_fused_matrix_stay_with_one_writer_and_small_models_in_one_file() -> None:
+    names = [f"model.layers.{i}.{part}_proj.weight" for i in range(8) for part in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")]
+    layout = plan_layout(dict.fromkeys(names, (64, 64)), "bfloat16", 4, LayoutSettings(min_writer_bytes=1))
+    for i in range(8):
+        assert len({layout.weights[name].writer for name in names if f".{i}.self_attn" in name}) == 1
+        assert len({layout.weights[name].writer for name in names if f".{i}.mlp" in name}) == 1
+    assert len({plan.writer for plan in layout.files}) == 4
+    assert [plan.name for plan in plan_layout(dict.fromkeys(names, (64, 64)), "bfloat16", 4, LayoutSettings()).files] == ["model.safetensors"]
+
+
+# ------------------------------------------------------------------------------------------------------------------- writer
+
+
+def write(
+    folder: Path, weights: dict[str, torch.Tensor], *, file_bytes: int = 1 << 30, previous: Path | None = None, dtype: str = "bfloat16"
+) -> FolderWriter:
+    """Export with a manifest of the digests from memory."""
+    layout = plan_layout(shapes_of(weights), dtype, 1, LayoutSettings(file_bytes=file_bytes))
+    folder.mkdir()
+    known = (previous, {plan.name: file_entry_of(previous, plan.name) for plan in layout.files}) if previous is not None else None
+    writer = FolderWriter(folder, layout.files, dtype, previous=known)
+    for name, tensor in weights.items():
+        writer.put(name, tensor)
+    entries = writer.close()
+    for name, entry in entries.items():
+        assert entry.size == (folder / name).stat().st_size
+        (folder / f"{name}.entry").write_text(json.dumps(entry.parts))
+    return writer
+
+
+def file_entry_of(folder: Path, name: str) -> FileEntry:
+    parts = json.loads((folder / f"{name}.entry").read_text())
+    return FileEntry(parts[-1][0], tuple((end, digest) for end, digest in parts))
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def test_files_hold_what_safetensors_would_write_whatever_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(export_writer._CHUNK_BYTES, "cpu", 1000)
+    monkeypatch.setattr(export_writer, "PART_BYTES", 3000)
+    monkeypatch.setattr(export_writer, "_FLUSH_BYTES", 2000)
+    weights = {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "view": torch.randn(9, 70).t(), "odd": torch.randn(7, 11, 13)}
+    weights |= weights_of(3, 50)
+    write(tmp_path / "a", weights, file_bytes=6000)
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) == 4
+    got = loaded(tmp_path / "a")
+    assert got.keys() == weights.keys() and all(torch.equal(got[name], value.bfloat16()) for name, value in weights.items())
+    for path in (tmp_path / "a").glob("*.safetensors"):
+        entry = file_entry_of(tmp_path / "a", path.name)
+        export_writer.check_files(tmp_path / "a", {path.name: entry}, "")
+        assert max(b - a for a, b, _ in export_writer._parts(entry)[1:]) <= 3000
+
+
+def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that stands still, a stream that makes each weight when asked: never more alive than the queue and one waiting to get in."""
+    alive, peak, size = 0, 0, 256 * 256 * 4
+    lock = threading.Lock()
+    moves = threading.Event()
+    threading.Timer(0.5, moves.set).start()
+
+    def died() -> None:
+        nonlocal alive
+        with lock:
+            alive -= 1
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal alive, peak
+        for i in range(40):
+            tensor = torch.full((256, 256), float(i))
+            weakref.finalize(tensor, died)
+            with lock:
+                alive += 1
+                peak = max(peak, alive)
+            yield f"w{i}", tensor
+            del tensor
+
+    original = export_writer._write
+    monkeypatch.setattr(export_writer, "_write", lambda *args: (moves.wait(), original(*args)))
+    layout = plan_layout({f"w{i}": (256, 256) for i in range(40)}, "float32", 1, LayoutSettings())
+    writer = FolderWriter(tmp_path, layout.files, "float32", queue_bytes=4 * size)
+    for name, tensor in stream():
+        writer.put(name, tensor)
+        del tensor
+    writer.close()
+    assert peak == 4 + 1, "what the threads hold counts as waiting"
+    assert all(torch.equal(value, torch.full((256, 256), float(name[1:]))) for name, value in loaded(tmp_path).items())
+
+
+def test_unchanged_files_become_links_and_partly_changed_ones_are_whole(tmp_path: Path) -> None:
+    weights = weights_of(6, 64)
+    write(tmp_path / "v1", weights, file_bytes=2 * 64 * 64 * 2)
+    changed = dict(weights)
+    changed["model.layers.3.mlp.down_proj.weight"] = changed["model.layers.3.mlp.down_proj.weight"] + 1  # the second weight of the second file
+    writer = write(tmp_path / "v2", changed, file_bytes=2 * 64 * 64 * 2, previous=tmp_path / "v1")
+    files = sorted(path.name for path in (tmp_path / "v2").glob("*.safetensors"))
+    assert [(tmp_path / "v1" / name).samefile(tmp_path / "v2" / name) for name in files] == [True, False, True]
+    assert writer.linked == sum((tmp_path / "v2" / files[i]).stat().st_size for i in (0, 2))
+    assert all(torch.equal(value, changed[name].bfloat16()) for name, value in loaded(tmp_path / "v2").items())
+    for name in files:
+        export_writer.check_files(tmp_path / "v2", {name: file_entry_of(tmp_path / "v2", name)}, "")
+    other = write(tmp_path / "v3", changed, file_bytes=2 * 64 * 64 * 2, dtype="float32")
+    assert other.linked == 0
+
+
+def test_a_corrupt_previous_version_is_not_linked(tmp_path: Path) -> None:
+    weights = weights_of(2, 64)
+    write(tmp_path / "v1", weights)
+    data = bytearray((tmp_path / "v1" / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "v1" / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match="delete .*v1 and export again"):
+        write(tmp_path / "v2", weights, previous=tmp_path / "v1")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_in_the_middle_is_named_and_nothing_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(export_writer, "QUEUE_BYTES", 1)
+    writes: list[int] = []
+    original = os.pwrite
+
+    def pwrite(fd: int, data: memoryview, position: int) -> int:
+        writes.append(position)
+        if len(writes) > 4:
+            raise OSError(code, os.strerror(code))
+        return original(fd, data, position)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors can't be written .*rollout\.exports_dir"):
+        write(tmp_path / "v1", weights_of(30, 64))
+
+
+def test_weights_that_differ_from_the_source_are_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama")
+    weights = load_file(model / "model.safetensors")
+    shapes = {name: entry.shape for name, entry in read_tensors(model).items()}
+    last = list(weights)[-1]
+
+    def export(stream: list[tuple[str, torch.Tensor]]) -> None:
+        write_folder(stream, model, tmp_path / "out", "float32", shapes=shapes)
+
+    rows = list(weights.items())
+    for stream, message in (
+        (rows[:-1], f"differ.*{last}"),
+        ([*rows, ("more.weight", torch.ones(1))], r"differ.*more\.weight"),
+        ([*rows, rows[0]], "twice"),
+        ([*rows[:-1], (last, torch.ones(3))], r"has shape \(3,\)"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            export(stream)
+    with pytest.raises(ConfigError, match="int8"):
+        write_folder(rows, model, tmp_path / "out", "int8", shapes=shapes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- FP8
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (256, 384), (200, 130), (1, 1), (127, 257)])
+def test_fp8_values_are_within_the_types_rounding_and_scales_are_exact(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, shape[1])
+    values, scale = fp8.quantise(weight)
+    assert values.dtype == torch.float8_e4m3fn and values.shape == weight.shape and tuple(scale.shape) == fp8.scale_shape(shape)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            block = weight[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
+            assert scale[i, j] == block.abs().max() / 448
+    spread = scale.repeat_interleave(128, 0)[: shape[0]].repeat_interleave(128, 1)[:, : shape[1]]
+    error = (fp8.dequantise(values, scale) - weight).abs()
+    # three bits of mantissa: half a step is 2^-4 of the value; below 2^-6 (subnormal) it is 2^-10 of the scale
+    assert (error <= torch.maximum(weight.abs() * 2**-4, spread * 2**-10) * (1 + 1e-5)).all()
+
+
+def test_fp8_blocks_of_zeros_stay_zero() -> None:
+    values, scale = fp8.quantise(torch.zeros(130, 130))
+    assert (scale == 1).all() and (fp8.dequantise(values, scale) == 0).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_an_fp8_folder_holds_the_public_format(family: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    source = make_model(tmp_path / "model", family)
+    folder = materialise_fp8(source, tmp_path / "cache")
+    assert materialise_fp8(source, tmp_path / "cache") == folder and verify_manifest(folder).extra["dtype"] == "fp8_block"
+    weights, stored = load_file(source / "model.safetensors"), loaded(folder)
+    converted = {name.removesuffix("_scale_inv") for name in stored if name.endswith("_scale_inv")}
+    assert converted == {name for name in weights if "_proj.weight" in name} and converted
+    for name, weight in weights.items():
+        if name in converted:
+            values, scale = fp8.quantise(weight)
+            assert torch.equal(stored[name].view(torch.uint8), values.view(torch.uint8)) and torch.equal(stored[name + "_scale_inv"], scale)
+        else:
+            assert torch.equal(stored[name], weight.bfloat16())
+    settings = AutoConfig.from_pretrained(folder).quantization_config
+    assert settings["quant_method"] == "fp8" and settings["weight_block_size"] == [128, 128] and settings["activation_scheme"] == "dynamic"
+    kept = set(settings["modules_to_not_convert"])
+    assert {"lm_head", "model.embed_tokens", "model.norm"} <= kept and not {name.removesuffix(".weight") for name in converted} & kept
+    assert family != "qwen3_moe" or "model.layers.0.mlp.gate" in kept, "a router is not converted"
+
+    # a server that was started from FP8 takes FP8 only, and the other way round
+    plain = materialise_copy(source, tmp_path / "plain")
+    check_same_tensors(folder, folder)
+    for export, like in ((folder, plain), (plain, folder)):
+        with pytest.raises(CheckpointError, match="_scale_inv"):
+            check_same_tensors(export, like)
+
+
+def materialise_copy(source: Path, root: Path) -> Path:
+    with new_export(root, 0) as folder:
+        save_file(load_file(source / "model.safetensors"), folder / "model.safetensors")
+    return root / "v000000"
+
+
+def test_transformers_computes_with_an_fp8_folder_what_the_dequantised_weights_give(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    base, _ = exports
-    folder = base / "1-4" / "v000003"
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    for path in folder.glob("*.safetensors"):
-        for name, tensor in load_file(path).items():
-            assert torch.equal(loaded[name], tensor), name
+    source = make_model(tmp_path / "model", "llama")
+    folder = materialise_fp8(source, tmp_path / "cache")
+    stored = loaded(folder)
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, param in expected.named_parameters():
+            value = stored[name]
+            param.copy_(fp8.dequantise(value, stored[name + "_scale_inv"]) if name + "_scale_inv" in stored else value)
+    from transformers import FineGrainedFP8Config
+
+    got = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)).eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(got(ids).logits, expected(ids).logits, rtol=0.05, atol=0.05)
 
 
-def test_fp8_exports_are_half_the_bytes_and_dequantise_to_the_weights(tmp_path: Path) -> None:
-    """The public block-scaled format: linear layers of the decoder in FP8 with a scale for each 128 x 128 block, everything else in bf16."""
-    family = make_model(tmp_path / "hf", "qwen3_moe")
-    answers = run_jobs([{"name": "a", "hf_path": str(family), "actions": [["export_fp8", str(tmp_path / "out")]]}])
-    assert answers["a"] == [None]
-    before, after = load_file(family / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    quantised = {name for name in before if f"{name}_scale_inv" in after}
-    assert after.keys() == before.keys() | {f"{name}_scale_inv" for name in quantised}
-    assert quantised == {name for name in before if ".layers." in name and name.endswith("_proj.weight")}
-    for name, tensor in before.items():
-        if name in quantised:
-            assert after[name].dtype == torch.float8_e4m3fn and after[f"{name}_scale_inv"].dtype == torch.float32
-            error = (dequantise(after[name], after[f"{name}_scale_inv"]) - tensor).abs()
-            assert error.max() <= 2.0**-4 * tensor.abs().max()
-        else:
-            torch.testing.assert_close(after[name], tensor.to(torch.bfloat16), rtol=0, atol=0)
-    settings = config["quantization_config"]
-    assert (settings["quant_method"], settings["weight_block_size"]) == ("fp8", [128, 128])
-    assert {"lm_head", "model.embed_tokens", "model.layers.0.mlp.gate"} <= set(settings["modules_to_not_convert"])
+# ---------------------------------------------------------------------------------------------------------------- placement
 
 
-def test_files_that_did_not_change_are_linked_not_written(tmp_path: Path) -> None:
-    family = make_model(tmp_path / "hf", "llama")
-    root = str(tmp_path / "exports")
-    run_jobs([{"name": "a", "hf_path": str(family), "actions": [["export_version", [root, 1]], ["export_version", [root, 2]], ["update", None],
-                                                                 ["export_version", [root, 3]]]}])  # fmt: skip
-    first, second, third = (tmp_path / "exports" / f"v00000{version}" / "model.safetensors" for version in (1, 2, 3))
-    assert first.stat().st_ino == second.stat().st_ino != third.stat().st_ino
-    assert not torch.equal(load_file(first)["model.norm.weight"], load_file(third)["model.norm.weight"])
-    assert verify_manifest(second.parent, expect_version=2).version == 2
+def test_exports_go_to_the_disk_that_was_asked_for(tmp_path: Path) -> None:
+    spaces = [Workspace(tmp_path / root / "run-1") for root in ("a", "b")]
+    for space in spaces:
+        assert space.exports == space.folder / "exports"
+        space.place_exports(str(tmp_path / "nvme"))
+        space.check_exports()
+    assert len({space.exports for space in spaces}) == 2 and all(space.exports.parent == tmp_path / "nvme" for space in spaces)
+    spaces[0].place_exports(None)
+    (tmp_path / "file").write_text("")
+    spaces[0].place_exports(str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"rollout\.exports_dir: .*can't be written"):
+        spaces[0].check_exports()
+    with pytest.raises(ConfigError, match="absolute"):
+        load_config(None, ["rollout.exports_dir=nvme/exports"])
+    assert load_config(None, ["rollout.exports_dir=/nvme", "rollout.export_dtype=fp8_block"]).rollout.exports_dir == "/nvme"
+    with pytest.raises(ConfigError, match="export_writers"):
+        load_config(None, ["policy.export_writers=0"]).policy.validate(cuda=False)
+
+
+def test_the_manifest_takes_digests_from_memory_and_refuses_a_file_that_changed_since(tmp_path: Path) -> None:
+    entry = None
+    with new_export(tmp_path, 1) as folder:
+        save_file({"a": torch.ones(10)}, folder / "model.safetensors")
+        entry = file_entry(folder / "model.safetensors")
+    assert read_manifest(tmp_path / "v000001").files["model.safetensors"] == entry

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.bridge import AutoBridge
-from megatron.bridge.models.conversion import model_bridge
+from megatron.bridge.models.conversion import model_bridge, param_mapping
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.param_mapping import AutoMapping, ColumnParallelMapping, MegatronParamMapping
 from megatron.core import parallel_state
@@ -50,6 +50,7 @@ def load_bridge(hf_path: str | Path) -> AutoBridge:
         raise ConfigError(f"{hf_path}: {error}") from error
     _extend_mappings(type(bridge._model_bridge))
     _extend_expert_names()
+    _speed_up_export()
     return bridge
 
 
@@ -139,6 +140,34 @@ def _extend_expert_names() -> None:
     model_bridge._megatron_local_name_to_global = local_name_to_global
     MegatronParamMapping.gather_from_ep_ranks = gather_from_ep_ranks
     model_bridge._extended_by_pact = True
+
+
+def _speed_up_export() -> None:
+    """Split q, k and v by strides and clean the configuration once a model.
+
+    The bridge gathers their rows by index, which torch does element by element on the CPU, and copies the configuration anew for each layer: together
+    most of an export's time.
+    """
+    if getattr(param_mapping, "_extended_by_pact", False):
+        return
+    original_split, original_clean = param_mapping.split_qkv_weights, param_mapping.remove_non_pickleables
+    cleaned: list[tuple[Any, int, Any]] = []  # the latest configuration, the depth, its cleaned copy
+
+    def split_qkv_weights(provider: Any, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if qkv.ndim != 2 or getattr(provider, "attention_output_gate", False):
+            return original_split(provider, qkv)
+        groups, hidden = provider.num_query_groups, qkv.shape[1]
+        each = provider.num_attention_heads // groups
+        heads = qkv.view(groups, each + 2, -1, hidden)  # of a group: its query heads, then a key and a value head
+        return tuple(part.reshape(-1, hidden) for part in (heads[:, :each], heads[:, each], heads[:, each + 1]))  # type: ignore[return-value]
+
+    def remove_non_pickleables(config: Any, max_depth: int = 3, **kwargs: Any) -> Any:
+        if not cleaned or cleaned[0][0] is not config or cleaned[0][1] != max_depth:
+            cleaned[:] = [(config, max_depth, original_clean(config, max_depth=max_depth, **kwargs))]
+        return cleaned[0][2]
+
+    param_mapping.split_qkv_weights, param_mapping.remove_non_pickleables = split_qkv_weights, remove_non_pickleables
+    param_mapping._extended_by_pact = True
 
 
 def export_weights(bridge: AutoBridge, chunks: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:

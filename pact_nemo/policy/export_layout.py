@@ -2,12 +2,14 @@
 
 Names and shapes are those of the source folder, so nothing has to be gathered to agree on it. Every weight goes to the writer that has least so far,
 largest weights first: writers are balanced by bytes, and weights of one kind (which arrive layer by layer) are dealt out in turn, so
-that all writers are busy throughout. A writer's weights keep the source's order and are cut into files.
+that all writers are busy throughout. Weights that the server fuses into one matrix (q, k, v; gate, up) stay together, because it holds the parts of
+a matrix back until it has all of them. A writer's weights keep the source's order and are cut into files.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,6 +21,7 @@ from pact_nemo.tensor_files import make_header
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPORT_DTYPES = (*DTYPES, fp8_block.FP8_BLOCK)
+_FUSED = re.compile(r"(\.self_attn\.)[qkv]_proj(?=\.)|(?<=\.)(?:gate|up)_proj(?=\.)")  # both become one name for the parts of one matrix
 _FORMAT_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 
 
@@ -137,11 +140,15 @@ def plan_layout(shapes: dict[str, tuple[int, ...]], dtype: str, ranks: int, sett
 def _deal(sizes: dict[str, int], writers: int) -> list[list[str]]:
     """Names by writer, in the source's order: largest first to the writer with the fewest bytes so far."""
     order = {name: index for index, name in enumerate(sizes)}
+    fused: dict[str, list[str]] = {}
+    for name in sizes:
+        fused.setdefault(_FUSED.sub(r"\1*", name), []).append(name)
+    weight = {key: sum(sizes[name] for name in names) for key, names in fused.items()}
     loads, hands = [0] * writers, [[] for _ in range(writers)]  # type: tuple[list[int], list[list[str]]]
-    for name in sorted(sizes, key=lambda name: (-sizes[name], order[name])):
+    for key in sorted(fused, key=lambda key: (-weight[key], order[fused[key][0]])):
         writer = loads.index(min(loads))
-        loads[writer] += sizes[name]
-        hands[writer].append(name)
+        loads[writer] += weight[key]
+        hands[writer] += fused[key]
     return [sorted(hand, key=order.__getitem__) for hand in hands]
 
 

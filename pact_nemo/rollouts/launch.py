@@ -94,6 +94,11 @@ def engine_environment(config: RolloutServerConfig, endpoint: ServerEndpoint) ->
         "VLLM_CPU_KVCACHE_SPACE": str(config.cpu_kv_cache_gib),
         # Threads sleep soon after a parallel region: the trainer needs the cores whenever no rollout runs.
         "OMP_WAIT_POLICY": "PASSIVE",
+        # A reload allocates and frees each layer's weights: glibc keeps that memory instead of returning it to the kernel, which would hand
+        # out zeroed pages anew. 32 MiB is the largest threshold that glibc accepts.
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        "MALLOC_TOP_PAD_": str(64 << 20),
         "KMP_BLOCKTIME": "1",
     }
     if single_process(config):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,28 +39,40 @@ class RefitReport:
 
 
 def refit(client: RolloutClient, export_dir: str | Path, version: int, *, like: str | Path | None = None) -> RefitReport:
-    """Make the client's server load ``export_dir`` and expect ``version`` from then on.
+    """:func:`refit_all` for one server."""
+    return refit_all([client], export_dir, version, like=like)[0]
+
+
+def refit_all(clients: Sequence[RolloutClient], export_dir: str | Path, version: int, *, like: str | Path | None = None) -> list[RefitReport]:
+    """Make the clients' servers load ``export_dir``, all at the same time, and expect ``version`` from then on. The export is verified once.
 
     Args:
-        client: its server is updated, and its ``weight_version`` on success.
-        export_dir: a folder with a manifest (:mod:`pact_nemo.checkpoints.manifest`), readable by the server.
+        clients: their servers are updated, and each one's ``weight_version`` when its own has succeeded.
+        export_dir: a folder with a manifest (:mod:`pact_nemo.checkpoints.manifest`), readable by the servers.
         version: must be the manifest's.
-        like: folder that the server was started from; the export must hold the same tensors. (vLLM keeps the old value of a tensor that
+        like: folder that the servers were started from; the export must hold the same tensors. (vLLM keeps the old value of a tensor that
             is missing.)
 
     Raises:
-        CheckpointError: the export is torn, of another version, or holds other tensors. The server was not touched.
-        ServerError: requests are in flight, or the server refused, is late or gone. What it serves then has no version.
+        CheckpointError: the export is torn, of another version, or holds other tensors. No server was touched.
+        ServerError: requests are in flight, or a server refused, is late or gone. What it serves then has no version.
     """
     folder = Path(export_dir).resolve()
-    marks = [time.perf_counter()]
+    start = time.perf_counter()
     manifest = verify_manifest(folder, expect_version=version)
     if like is not None:
         check_same_tensors(folder, Path(like))
-    if client.in_flight:
-        raise ServerError(f"{client.in_flight} generation requests are in flight; refit between batches")
+    in_flight = sum(client.in_flight for client in clients)
+    if in_flight:
+        raise ServerError(f"{in_flight} generation requests are in flight; refit between batches")
+    verify_s = time.perf_counter() - start
+    with ThreadPoolExecutor(len(clients)) as threads:
+        return list(threads.map(lambda client: _load(client, folder, version, manifest.total_bytes, verify_s), clients))
+
+
+def _load(client: RolloutClient, folder: Path, version: int, size: int, verify_s: float) -> RefitReport:
     admin = client.admin
-    marks.append(time.perf_counter())
+    marks = [time.perf_counter()]
     admin.pause()
     marks.append(time.perf_counter())
     admin.set_weight_version(f"loading-{version}")
@@ -71,7 +85,7 @@ def refit(client: RolloutClient, export_dir: str | Path, version: int, *, like: 
     client.weight_version = version
     marks.append(time.perf_counter())
     parts = [after - before for before, after in zip(marks, marks[1:], strict=False)]
-    return RefitReport(version, manifest.total_bytes, *parts)
+    return RefitReport(version, size, verify_s, *parts)
 
 
 def check_same_tensors(export: Path, like: Path) -> None:

@@ -30,7 +30,13 @@ class RefitExtension:
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        self.reload_weights(weights_path=folder)  # type: ignore[attr-defined]
+        threads = torch.get_num_threads()
+        try:
+            # many small copies: on the CPU, threads that wait for each other after each of them cost more than they bring
+            torch.set_num_threads(1)
+            self.reload_weights(weights_path=folder)  # type: ignore[attr-defined]
+        finally:
+            torch.set_num_threads(threads)
         for name, layer in self.model_runner.get_model().named_modules():
             if isinstance(layer, ParallelLMHead):
                 layer.quant_method.process_weights_after_loading(layer)

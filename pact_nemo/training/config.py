@@ -114,11 +114,8 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     importance: str = "tis"  #: correction of sampler-trainer mismatch: "tis" (truncated importance sampling) or "off"
     importance_cap: float = 2.0
-    #: of the weights that the server reloads: bfloat16 | float16 | float32 | fp8_block (128 x 128 blocks, half the bytes; for servers on GPUs)
-    export_dtype: str = "bfloat16"
-    #: folder of refit exports, for this run's own subfolder in it (local NVMe where trainer and server share a node, else a file system that both
-    #: see); None = in the run folder
-    exports_dir: str | None = None
+    export_dtype: str = "bfloat16"  #: of the weights that the server reloads: bfloat16 | float16 | float32 | fp8_block (docs/refit.md)
+    exports_dir: str | None = None  #: disk for refit exports, an absolute path that servers see too (local NVMe, shared); None = the run folder
     keep_exports: int = 2  #: newest refit exports kept on disk
 
 
@@ -325,6 +322,10 @@ def validate(config: Config) -> None:
     _one_of("traces.style", config.traces.style, ("full", "compact"))
     _one_of("traces.calls_per_turn", config.traces.calls_per_turn, ("one", "all"))
     _one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32", "fp8_block"))
+    _require(
+        config.rollout.exports_dir is None or Path(config.rollout.exports_dir).is_absolute(),
+        f"rollout.exports_dir={config.rollout.exports_dir}: must be an absolute path, the same for every rank and server",
+    )
     _require(set(config.traces.components) <= {"reasoning", "calls", "observations"}, f"traces.components={config.traces.components}: "
              "only reasoning, calls and observations exist")
     _require(set(config.traces.augment) <= set(KINDS), f"traces.augment={config.traces.augment}: only {', '.join(KINDS)} exist")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import time
@@ -15,11 +14,13 @@ from pact_nemo.checkpoints import resume
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, read_manifest, verify_manifest
+from pact_nemo.checkpoints.quantised import materialise_fp8
 from pact_nemo.environments.base import Environment
 from pact_nemo.errors import CheckpointError, Interrupted
 from pact_nemo.objective.adaptive import AdaptiveSchedule, Progress, between
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.objective.trace_quality import TraceQuality
+from pact_nemo.policy.fp8_block import FP8_BLOCK
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.training.config import Config
 from pact_nemo.training.data import Dataset
@@ -38,6 +39,13 @@ def model_path(config: Config) -> Path:
     if config.model.path is not None:
         return Path(config.model.path)
     return on_rank_zero(lambda: materialise_embedded_model(Path(config.run.cache_dir)))
+
+
+def served_path(config: Config, source: Path) -> Path:
+    """The HF folder that rollout servers start from: ``source``, or its FP8 copy in the cache where refits are FP8. On one rank only."""
+    if config.rollout.export_dtype != FP8_BLOCK or config.trainer.replay is not None:
+        return source
+    return materialise_fp8(source, Path(config.run.cache_dir))
 
 
 def trace_schedule(config: Config) -> TraceSchedule:
@@ -63,7 +71,6 @@ class Experiment:
         step: finished RL steps; also the index of the next one.
         warmup_step: finished warm-up steps.
         version: weight version being served; raised by one at every refit.
-        served_from: export that the server was started from (its tensors are what refits are compared with); -1 = the model as it came.
     """
 
     def __init__(
@@ -86,13 +93,9 @@ class Experiment:
         self.schedule = trace_schedule(config)
         self.quality = TraceQuality(config.traces.quality_smoothing) if config.traces.quality else None
         self.boundary_ids = chat.boundary_ids()
-        place = config.rollout.exports_dir
-        own = f"{workspace.folder.name}-{hashlib.blake2b(str(workspace.folder.resolve()).encode(), digest_size=4).hexdigest()}"
-        self.exports = workspace.exports if place is None else Path(place) / own  # two runs of one name elsewhere never meet
         self.step = 0
         self.warmup_step = 0
         self.version = 0
-        self.served_from = -1
         self.saving: resume.BackgroundSave | None = None
         self.metrics: MetricsLog | None = None
         self.plan: dict[str, Any] | None = None  # of rank 0, made at the start
@@ -109,8 +112,7 @@ class Experiment:
 
     def export(self, version: int) -> Path:
         """Write the current weights as ``exports/v<version>``: complete and checksummed before the folder has its name."""
-        folder = export_path(self.exports, version)
-
+        folder = export_path(self.workspace.exports, version)
 
         def there() -> bool:
             """A whole export of this version; :meth:`restore` removed those that an earlier attempt wrote after its last checkpoint."""
@@ -120,21 +122,29 @@ class Experiment:
             return True
 
         if not on_rank_zero(there):
-            export_version(self.policy, self.exports, version, dtype=self.config.rollout.export_dtype)
+            export_version(self.policy, self.workspace.exports, version, dtype=self.config.rollout.export_dtype)
         return folder
 
-    def refit(self) -> None:
-        """Export, then make the server load it. A replayed run has no server and only counts the version."""
+    def refit(self) -> dict[str, float]:
+        """Export, then make the server load it. A replayed run has no server and only counts the version.
+
+        Returns:
+            seconds by part, of the slowest server: ``refit/export``, ``verify``, ``pause``, ``reload``, ``finish``; and ``refit/bytes``.
+        """
         self.version += 1
         if self.config.trainer.replay is not None:
-            return
+            return {}
+        start = time.perf_counter()
         folder = self.export(self.version)
+        export_s = time.perf_counter() - start
 
-        def reload() -> None:
-            self.generator.refit(folder, self.version)
-            prune_exports(self.exports, keep=self.config.rollout.keep_exports, protect={self.version, self.served_from})
+        def reload() -> dict[str, float]:
+            reports = self.generator.refit(folder, self.version)
+            prune_exports(self.workspace.exports, keep=self.config.rollout.keep_exports, protect={self.version})
+            parts = {f"refit/{part}": max(getattr(report, f"{part}_s") for report in reports) for part in ("verify", "pause", "reload", "finish")}
+            return {"refit/export": export_s, **parts, "refit/bytes": float(reports[0].bytes)}
 
-        on_rank_zero(reload)
+        return on_rank_zero(reload)
 
     def serve_current(self) -> None:
         """After a resume: make the server load the restored weights before it answers anything (a replayed run has none)."""
@@ -253,7 +263,7 @@ class Experiment:
     def _forget_exports_after(self, version: int) -> None:
         """Remove what an attempt wrote after the checkpoint that the run goes on from: the same version numbers will be other weights."""
         reference = [self.reference_path] if version < 0 and self.config.warmup.steps > 0 else []
-        for folder in (*self.exports.glob("v*"), self.workspace.hf, *reference):
+        for folder in (*self.workspace.exports.glob("v*"), self.workspace.hf, *reference):
             if not folder.exists():
                 continue
             try:

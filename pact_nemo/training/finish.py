@@ -97,6 +97,8 @@ def finish(experiment: Experiment) -> None:
         experiment.seconds["export"] = time.perf_counter() - start
     if rank() != 0:
         return
+    if experiment.config.rollout.exports_dir is not None:  # another disk: nobody would look for leftovers there; a resumed run exports anew
+        shutil.rmtree(space.exports, ignore_errors=True)
     summary = summarise(experiment)
     write_json_atomic(space.summary, summary)
     if experiment.plan is not None:

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from pact_nemo.rollouts.batch import run_batch
 from pact_nemo.rollouts.client import RolloutClient
 from pact_nemo.rollouts.config import EpisodeLimits, Sampling
 from pact_nemo.rollouts.episode import SeedPath
-from pact_nemo.rollouts.refit import refit
+from pact_nemo.rollouts.refit import RefitReport, refit_all
 from pact_nemo.rollouts.server import RolloutServer
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.training.config import Config
@@ -135,12 +134,11 @@ class Generator:
         rollouts = self._play(f"evaluation {name}", tasks, settings.samples, Sampling(settings.temperature), f"eval/{name}", version)
         return rollouts, time.perf_counter() - started
 
-    def refit(self, folder: Path, version: int) -> None:
-        """Make every server load an export, all at the same time; see :func:`pact_nemo.rollouts.refit.refit`."""
+    def refit(self, folder: Path, version: int) -> list[RefitReport]:
+        """Make every server load an export, all at the same time; see :func:`pact_nemo.rollouts.refit.refit_all`."""
         if not self._clients:
             raise ServerError("the rollout server was not started on this rank")
-        with ThreadPoolExecutor(len(self._clients)) as threads:
-            list(threads.map(lambda client: refit(client, folder, version, like=self._source), self._clients))
+        return refit_all(self._clients, folder, version, like=self._source)
 
     def peak_memory_bytes(self) -> int:
         return sum(server.peak_memory_bytes() for server in self._servers)

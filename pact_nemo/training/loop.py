@@ -79,7 +79,7 @@ def train(experiment: Experiment) -> None:
             record["trace/weight"] = sum(group.trace_weight for group in groups) / len(groups)
         experiment.step += 1
         with watch("refit"):
-            experiment.refit()
+            record |= experiment.refit()
         record.update(watch.times)
         record["time/total"] = watch.total()
         experiment.log_step("rl", record)  # before the checkpoint: a step that a checkpoint holds is in metrics.jsonl, whenever the run is cut

@@ -12,14 +12,13 @@ import torch.distributed as dist
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.files import write_text_atomic
 from pact_nemo.policy.device import init_distributed
-from pact_nemo.policy.fp8_block import FP8_BLOCK
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.traces.schema import write_traces
 from pact_nemo.training import workspace as workspaces
 from pact_nemo.training.config import Config, to_yaml
 from pact_nemo.training.data import build_dataset, build_environment, check_server_length
 from pact_nemo.training.distributed import on_rank_zero, rank
-from pact_nemo.training.experiment import Experiment, model_path
+from pact_nemo.training.experiment import Experiment, model_path, served_path
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.interrupt import stop_request
 from pact_nemo.training.metrics import MetricsLog
@@ -38,10 +37,12 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
         opened: list[Workspace] = []  # rank 0's holds the folder's lock
         folder = on_rank_zero(lambda: _open_folder(config, resume, opened))
         space = opened[0] if opened else Workspace(Path(folder))
+        space.place_exports(config.rollout.exports_dir)
         progress = stack.enter_context(RunProgress(total_steps=config.trainer.steps, enabled=rank() == 0))
         progress.message(f"run folder {folder}")
         with progress.phase("set-up"):
             check_server_length(config)
+            on_rank_zero(space.check_exports)
             source = model_path(config)
             chat = ChatFormat.from_pretrained(source, config.model.tool_format)
             environment = build_environment(config)
@@ -52,9 +53,7 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
             generator = Generator(config, chat, environment, progress, space.server_log)
             stack.callback(generator.close)
             generator.check = stop.raise_if_set
-            quantised = config.rollout.export_dtype == FP8_BLOCK and config.trainer.replay is None
-            if not quantised:
-                on_rank_zero(lambda: generator.launch(source))  # loads in the background while the policy is built
+            on_rank_zero(lambda: generator.launch(served_path(config, source)))  # loads in the background while the policy is built
             policy = MegatronPolicy(
                 config.policy,
                 config.optimizer,
@@ -63,9 +62,6 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
                 total_steps=config.warmup.steps + config.trainer.steps * (config.trainer.batch_size // config.trainer.mini_batch_size),
             )
             experiment = Experiment(config, space, chat, environment, dataset, policy, generator, progress, source, stop)
-            if quantised:  # a server that will be given FP8 weights has to start from such weights
-                experiment.served_from, first = 0, experiment.export(0)
-                on_rank_zero(lambda: generator.launch(first))
             if rank() == 0:
                 plan = run_plan(config, world=dist.get_world_size())
                 experiment.plan = plan.as_json()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import IO
+
+from blake3 import blake3
 
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.files import write_text_atomic
@@ -28,6 +31,21 @@ class Workspace:
         self.hf = folder / "hf"
         self.server_log = folder / "server.log"
         self._lock: IO[str] | None = None
+
+    def place_exports(self, root: str | None) -> None:
+        """Keep refit exports below ``root`` instead of in the run folder, in a folder that no other run has."""
+        if root is not None:
+            place = self.folder.resolve()
+            self.exports = Path(root) / f"{place.name}-{blake3(str(place).encode()).hexdigest()[:8]}"
+
+    def check_exports(self) -> None:
+        """Raises ConfigError when exports can't be written where they are to go."""
+        try:
+            self.exports.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.exports):
+                pass
+        except OSError as error:
+            raise ConfigError(f"rollout.exports_dir: {self.exports} can't be written ({error}); give a folder on a disk of this node") from error
 
     def lock(self) -> None:
         """Raises CheckpointError when another process has the folder open."""

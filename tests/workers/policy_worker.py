@@ -6,19 +6,21 @@ Every rank's answer to every action must agree; rank 0 writes them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from pact_nemo.checkpoints import resume
 from pact_nemo.checkpoints.hf import export_version
-from pact_nemo.errors import CheckpointError, NumericsError
+from pact_nemo.errors import NumericsError, PactError
 from pact_nemo.policy import export_writer
 from pact_nemo.policy import policy as policy_module
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
@@ -64,34 +66,27 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
                 del tree.streams["top"]
         return None
     if verb == "export":
-        policy.export_hf(Path(argument), dtype="float32")
-        return None
+        return policy.export_hf(Path(argument), dtype="float32")
     if verb == "export_version":
-        return str(export_version(policy, *argument, dtype="float32"))
-    if verb == "export_fp8":
-        policy.export_hf(Path(argument), dtype="fp8_block")
-        return None
-    if verb == "export_fails":  # one rank's disk is full
-        root, version, broken = argument
-        original = export_writer._write
-
-        def full(fd: int, data: memoryview, position: int) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        if dist.get_rank() == broken:
-            export_writer._write = full
-        try:
-            export_version(policy, root, version)
-        except CheckpointError as error:
-            return str(error).removeprefix(f"rank {broken}: ")  # the others say whose failure it was
-        finally:
-            export_writer._write = original
-        return None
+        return export(policy, **argument)
     if verb == "save":
         return str(resume.save(policy, argument, {"note": policy.step}))
     if verb == "load":
         return resume.load(policy, argument)
     raise ValueError(verb)
+
+
+def export(policy: MegatronPolicy, root: str, version: int, *, dtype: str = "float32", file_bytes: int = 40_000, full_rank: int | None = None) -> Any:
+    """Versioned export in small files, by as many ranks as there are; ``full_rank``'s disk is full. What became visible, or the error."""
+    sizes = partial(LayoutSettings, min_writer_bytes=1, file_bytes=file_bytes)
+    full = mock.patch.object(export_writer, "_write", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with mock.patch.object(policy_module, "LayoutSettings", sizes), full if full_rank == dist.get_rank() else contextlib.nullcontext():
+        try:
+            folder = export_version(policy, root, version, dtype=dtype)
+        except PactError as error:
+            dist.barrier()  # rank 0 removes the temporary folder once it has heard of the error
+            return [type(error).__name__, "No space left on device" in str(error), sorted(path.name for path in Path(root).iterdir())]
+    return [folder.name, len(list(folder.glob("*.safetensors")))]
 
 
 def run_jobs(jobs: list[dict[str, Any]]) -> dict[str, Any]:
