@@ -20,7 +20,7 @@ from pact_nemo.checkpoints.manifest import new_export, read_manifest, verify_man
 from pact_nemo.checkpoints.quantised import materialise_fp8
 from pact_nemo.digests import FileEntry, file_entry
 from pact_nemo.errors import CheckpointError, ConfigError
-from pact_nemo.policy import export_writer, fp8
+from pact_nemo.policy import export_writer
 from pact_nemo.policy.export_layout import LayoutSettings, plan_layout
 from pact_nemo.policy.export_writer import FolderWriter
 from pact_nemo.policy.hf_folder import write_folder
@@ -224,21 +224,21 @@ def test_weights_that_differ_from_the_source_are_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384), (200, 130), (1, 1), (127, 257)])
 def test_fp8_values_are_within_the_types_rounding_and_scales_are_exact(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, shape[1])
-    values, scale = fp8.quantise(weight)
-    assert values.dtype == torch.float8_e4m3fn and values.shape == weight.shape and tuple(scale.shape) == fp8.scale_shape(shape)
+    values, scale = fp8_block.quantise(weight)
+    assert values.dtype == torch.float8_e4m3fn and values.shape == weight.shape and tuple(scale.shape) == fp8_block.scale_shape(shape)
     for i in range(scale.shape[0]):
         for j in range(scale.shape[1]):
             block = weight[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
             assert scale[i, j] == block.abs().max() / 448
     spread = scale.repeat_interleave(128, 0)[: shape[0]].repeat_interleave(128, 1)[:, : shape[1]]
-    error = (fp8.dequantise(values, scale) - weight).abs()
+    error = (fp8_block.dequantise(values, scale) - weight).abs()
     # three bits of mantissa: half a step is 2^-4 of the value; below 2^-6 (subnormal) it is 2^-10 of the scale
     assert (error <= torch.maximum(weight.abs() * 2**-4, spread * 2**-10) * (1 + 1e-5)).all()
 
 
 def test_fp8_blocks_of_zeros_stay_zero() -> None:
-    values, scale = fp8.quantise(torch.zeros(130, 130))
-    assert (scale == 1).all() and (fp8.dequantise(values, scale) == 0).all()
+    values, scale = fp8_block.quantise(torch.zeros(130, 130))
+    assert (scale == 1).all() and (fp8_block.dequantise(values, scale) == 0).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
@@ -253,7 +253,7 @@ def test_an_fp8_folder_holds_the_public_format(family: str, tmp_path: Path) -> N
     assert converted == {name for name in weights if "_proj.weight" in name} and converted
     for name, weight in weights.items():
         if name in converted:
-            values, scale = fp8.quantise(weight)
+            values, scale = fp8_block.quantise(weight)
             assert torch.equal(stored[name].view(torch.uint8), values.view(torch.uint8)) and torch.equal(stored[name + "_scale_inv"], scale)
         else:
             assert torch.equal(stored[name], weight.bfloat16())
@@ -287,7 +287,7 @@ def test_transformers_computes_with_an_fp8_folder_what_the_dequantised_weights_g
     with torch.no_grad():
         for name, param in expected.named_parameters():
             value = stored[name]
-            param.copy_(fp8.dequantise(value, stored[name + "_scale_inv"]) if name + "_scale_inv" in stored else value)
+            param.copy_(fp8_block.dequantise(value, stored[name + "_scale_inv"]) if name + "_scale_inv" in stored else value)
     from transformers import FineGrainedFP8Config
 
     got = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)).eval()
