@@ -20,7 +20,7 @@ from pact_nemo.checkpoints.manifest import new_export, read_manifest, verify_man
 from pact_nemo.checkpoints.quantised import materialise_fp8
 from pact_nemo.digests import FileEntry, file_entry
 from pact_nemo.errors import CheckpointError, ConfigError
-from pact_nemo.policy import export_writer
+from pact_nemo.policy import export_writer, fp8_block
 from pact_nemo.policy.export_layout import LayoutSettings, plan_layout
 from pact_nemo.policy.export_writer import FolderWriter
 from pact_nemo.policy.hf_folder import write_folder
