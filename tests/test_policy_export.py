@@ -181,7 +181,6 @@ def test_a_corrupt_previous_version_is_not_linked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_disk_that_fails_in_the_middle_is_named_and_nothing_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    monkeypatch.setattr(export_writer, "QUEUE_BYTES", 1)
     writes: list[int] = []
     original = os.pwrite
 

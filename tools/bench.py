@@ -2,7 +2,7 @@
 """Measured figures of single parts. Each subcommand runs its rounds interleaved with what it is compared to and ends with medians and a ratio.
 
     python tools/bench.py refit                                   # embedded model, one process, real vLLM server
-    torchrun --standalone --nproc-per-node 2 tools/bench.py refit --tensor-parallel 2
+    torchrun --standalone --nproc-per-node 2 tools/bench.py refit --pipeline-parallel 2
     python tools/bench.py refit --synthetic 2.0 --no-server --json   # a random Llama of about 2 GB in bfloat16
 """
 
