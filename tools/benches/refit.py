@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from pact_nemo.rollouts.client import GenerationRequest, RolloutClient
 from pact_nemo.rollouts.config import RolloutServerConfig
 from pact_nemo.rollouts.refit import refit
 from pact_nemo.rollouts.server import RolloutServer
+from tools.benches.kit import random_llama, scratch
 
 GOAL = 0.8
 CACHE = Path(".cache/pact_nemo")
@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     init_distributed(600)
     rows: list[dict[str, float]] = []
-    with _scratch(options.folder) as scratch:
-        source = from_rank_zero(lambda: _source(options, scratch))
+    with scratch(options.folder, "refit") as folder:
+        source = from_rank_zero(lambda: _source(options, folder))
         policy = MegatronPolicy(
             PolicyConfig(
                 tensor_parallel=options.tensor_parallel,
@@ -71,11 +71,11 @@ def run(options: argparse.Namespace) -> int:
             total_steps=1,
             trainable=False,
         )
-        exports = scratch / "exports"
+        exports = folder / "exports"
         export_version(policy, exports, 0, dtype=options.dtype)
-        with _serving(options, source, scratch) as client:
+        with _serving(options, source, folder) as client:
             for version in range(1, options.rounds + 2):
-                row = _round(policy, client, exports, version, options.dtype, scratch / "copy", source)
+                row = _round(policy, client, exports, version, options.dtype, folder / "copy", source)
                 if version > 1:  # the first one warms up
                     rows.append(row)
     if rank() == 0:
@@ -138,54 +138,32 @@ def _copy(folder: Path, target: Path) -> dict[str, float]:
 
 
 @contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """A temporary folder that every rank knows, removed at the end."""
-
-    def make() -> str:
-        folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkdtemp(prefix="bench-refit-", dir=folder)
-
-    path = Path(from_rank_zero(make)).resolve()
-    try:
-        yield path
-    finally:
-        if rank() == 0:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _serving(options: argparse.Namespace, source: Path, scratch: Path) -> Iterator[RolloutClient | None]:
+def _serving(options: argparse.Namespace, source: Path, folder: Path) -> Iterator[RolloutClient | None]:
     """A client of a real server of version 0; None without one, and on ranks other than 0."""
     if options.no_server or rank() != 0:
         yield None
         return
     dtype = options.dtype if options.dtype in ("float32", "float16") else "bfloat16"
     config = RolloutServerConfig(dtype=dtype, max_model_len=512, max_num_seqs=4, max_num_batched_tokens=512)
-    with RolloutServer(config, source, log_file=scratch / "server.log") as server:
+    with RolloutServer(config, source, log_file=folder / "server.log") as server:
         yield RolloutClient(server.endpoint, weight_version=0, request_timeout_s=120.0, connect_retries=1, admin_timeout_s=600.0)
 
 
-def _source(options: argparse.Namespace, scratch: Path) -> Path:
+def _source(options: argparse.Namespace, folder: Path) -> Path:
     if options.synthetic is not None:
-        return _synthetic_llama(scratch / "model", options.synthetic, tokenizer=materialise_embedded_model(CACHE))
+        return _synthetic_llama(folder / "model", options.synthetic, tokenizer=materialise_embedded_model(CACHE))
     return options.model if options.model is not None else materialise_embedded_model(CACHE)
 
 
 def _synthetic_llama(folder: Path, gigabytes: float, tokenizer: Path) -> Path:
     """An untrained Llama, untied, of about this size in bfloat16: hidden 2048, as many layers as fit; the server wants some tokenizer."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     hidden, ffn, vocabulary = 2048, 5632, 49152
     per_layer = 2 * (hidden * (2 * hidden + 2 * 512) + 3 * hidden * ffn)
     layers = max(2, round((gigabytes * 1e9 - 4 * hidden * vocabulary) / per_layer / 2) * 2)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=2048, tie_word_embeddings=False, dtype="bfloat16",
+    return random_llama(
+        folder, hidden=hidden, ffn=ffn, layers=layers, heads=32, kv_heads=8, vocabulary=vocabulary, dtype="bfloat16", positions=2048,
+        tokenizer=tokenizer,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    for path in tokenizer.glob("tokenizer*"):
-        shutil.copy(path, folder)
-    return folder
 
 
 def report(rows: list[dict[str, float]], options: argparse.Namespace) -> None:
