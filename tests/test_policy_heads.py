@@ -34,6 +34,30 @@ def test_values_and_gradients_equal_log_softmax_of_the_true_vocabulary(chunk: in
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_written_in_place_are_the_same(dtype: torch.dtype) -> None:
+    h, w, target = (t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t for t in inputs())
+    upstream = torch.linspace(-2, 3, 11, dtype=torch.float64)
+    plain = (vocab_parallel_logprobs(h, w, target, vocab_size=17, chunk=4) * upstream).sum()
+    want_h, want_w = torch.autograd.grad(plain, (h, w))
+    main_grad = torch.ones(w.shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    gathered = h.index_select(0, torch.arange(11))
+    ours = vocab_parallel_logprobs(gathered, w, target, vocab_size=17, chunk=4, overwrite_hidden=True, main_grad=main_grad, placeholder=True)
+    (ours * upstream).sum().backward()
+    torch.testing.assert_close(h.grad, want_h, rtol=0, atol=0)
+    torch.testing.assert_close((main_grad - 1).to(dtype), want_w, rtol=2e-2, atol=1e-12 if dtype == torch.float64 else 2e-2)
+    assert w.grad is not None and w.grad.shape == w.shape  # something for hooks; its values mean nothing
+
+
+def test_hidden_states_that_somebody_else_needs_are_not_overwritten_silently() -> None:
+    h, w, target = inputs()
+    shared = h * 1.0
+    squares = (shared * shared).sum()  # saves ``shared`` for its own backward
+    ours = vocab_parallel_logprobs(shared, w, target, vocab_size=17, chunk=4, overwrite_hidden=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (ours.sum() + 0 * squares).backward()
+
+
 def test_gradcheck() -> None:
     h, w, target = inputs(rows=5, hidden=3, vocab=7, padded=8)
     assert torch.autograd.gradcheck(lambda a, b: vocab_parallel_logprobs(a, b, target, vocab_size=7, chunk=2), (h, w))

@@ -149,29 +149,20 @@ def feed_forward_working(shape: ModelShape, layout: Layout, numbers: Numbers, ro
 
 
 def head_forward(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int) -> float:
-    """Extra of the vocabulary head going forward: one chunk of logits, and the one before it until it is overwritten."""
+    """Extra of the vocabulary head going forward: one chunk of logits, and in float32 once more where that is another dtype."""
     rows = padded_vocab(shape, layout) // layout.tensor
-    scored = row.scored / layout.context
-    length = min(chunk, scored)
-    if numbers.width == FP32:
-        return FP32 * length * rows
-    return length * rows * (numbers.width + FP32 * (2 if scored > chunk else 1))
+    length = min(chunk, row.scored / layout.context)
+    return length * rows * (numbers.width if numbers.width == FP32 else numbers.width + FP32)
 
 
 def head_backward(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int) -> float:
-    """Extra of the vocabulary head going backward: the gradient of its input, its float32 weight gradient, and chunks of logits."""
-    rows = padded_vocab(shape, layout) // layout.tensor
-    scored = row.scored / layout.context
-    length, weight = min(chunk, scored), rows * shape.hidden
-    hidden = scored * shape.hidden * numbers.width
-    if numbers.width == FP32:
-        return hidden + FP32 * weight + FP32 * length * rows
-    # raw logits, their float32 form, its gradient in the compute dtype; with a second chunk the old float32 form is still there
-    logits = length * rows
-    product = numbers.width + (0 if numbers.fused else FP32)  # a chunk's weight gradient; the CPU casts it before it is added
-    adding = (FP32 + product) * weight + (2 * numbers.width + FP32) * logits
-    next_chunk = FP32 * weight + (2 * numbers.width + 2 * FP32) * logits if scored > chunk else 0.0
-    return hidden + max(adding, next_chunk)
+    """Extra of the vocabulary head going backward: a chunk of logits again. The gradient of its input takes the input's place, that of its weight
+    is added to megatron's buffer; only a tied head on a later stage keeps one of its own (``policy/model.py``)."""
+    weight = padded_vocab(shape, layout) // layout.tensor * shape.hidden
+    own = FP32 * weight if shape.tied and layout.pipeline > 1 else 0.0
+    product = 0 if numbers.width == FP32 else numbers.width + (0 if numbers.fused else FP32)  # a chunk's; the CPU casts it before it is added
+    adding = own + product * weight + head_forward(shape, layout, numbers, row, chunk)
+    return max(adding, 0.0 if shape.tied else float(numbers.width * weight))  # untied: what megatron's hook waits for
 
 
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:

@@ -99,15 +99,15 @@ def update_seconds(shape: ModelShape, layout: Layout, policy: PolicyConfig, hard
 
 def scoring_seconds(shape: ModelShape, layout: Layout, policy: PolicyConfig, hardware: Hardware, work: StepWork) -> dict[str, float]:
     """Forward passes without gradients: the old policy, in the update's precision and packing, and the reference in bf16."""
-    found = {}
+    found: dict[str, float] = {}
     rows = work.micro_batches(policy.micro_batch_tokens, layout.data)
     fp8 = policy.fp8 is not None
     alone = work.anchored_tree * float(work.prompts)
-    if work.score_old:
-        everything = work.mean_tree * float(work.prompts)
-        found["old-policy scoring"] = pass_seconds(shape, layout, policy, hardware, everything, rows * work.updates, train=False, fp8=fp8)
-    elif work.score_prompt_only:
-        found["old-policy scoring"] = pass_seconds(shape, layout, policy, hardware, alone, rows * work.updates, train=False, fp8=fp8)
+    for row, share in ((work.mean_tree * float(work.prompts), work.score_old), (alone, work.score_prompt_only)):
+        if share:
+            passes = max(1, round(rows * work.updates * share))
+            seconds = pass_seconds(shape, layout, policy, hardware, row * share, passes, train=False, fp8=fp8)
+            found["old-policy scoring"] = found.get("old-policy scoring", 0.0) + seconds
     if work.reference:
         found["reference scoring"] = pass_seconds(shape, layout, policy, hardware, alone, rows * work.updates, train=False, fp8=False)
     return found

@@ -110,8 +110,8 @@ class StepWork:
         updates: optimizer updates.
         conditioned: share of the prompts that are trained under their trace, 1 - q.
         trace_rl: trace-conditioned surrogate on.
-        score_old: pi_old is scored before the first update, in every context of the tree (several updates per batch).
-        score_prompt_only: only pi_old(tau | x) is scored (one update, sampler correction on).
+        score_old: share of the prompts that pi_old is scored for in every context of the tree (those of all updates but the first, on-policy one).
+        score_prompt_only: share that only pi_old(tau | x) is scored for (the first update, with the sampler correction on).
         reference: a forward under the reference weights, prompt-only (KL on).
     """
 
@@ -121,8 +121,8 @@ class StepWork:
     updates: int = 1
     conditioned: float = 0.6
     trace_rl: bool = True
-    score_old: bool = False
-    score_prompt_only: bool = False
+    score_old: float = 0.0
+    score_prompt_only: float = 0.0
     reference: bool = False
     shared: bool = True
 

@@ -85,7 +85,21 @@ class PactGPTModel(GPTModel):
             temperature=batch.temperature,
             group=group,
             entropy_S=batch.entropy,
+            overwrite_hidden=True,  # a gathered copy that nothing else keeps
+            **self._weight_gradient(weight),
         )
+
+    def _weight_gradient(self, weight: torch.Tensor) -> dict[str, Any]:
+        """Where the output matrix's gradient goes: straight into megatron's float32 buffer, if it can, without a copy of V x H elements.
+
+        A tied matrix on a stage without the embedding (pipeline) takes autograd's way: megatron adds whatever autograd brings for it."""
+        main_grad = getattr(weight, "main_grad", None)
+        tied = self.share_embeddings_and_output_weights
+        if main_grad is None or (tied and not self.pre_process):
+            return {}
+        if not tied:
+            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # or megatron's hook would add the placeholder
+        return {"main_grad": main_grad, "placeholder": not tied}  # tied: the embedding's gradient, which comes later, calls the hook
 
 
 def layer_spec(provider: Any, *, transformer_engine: bool, attention: str) -> ModuleSpec:

@@ -152,7 +152,8 @@ def form_group(
     return PromptGroup(task, rollouts, rewards, own, gate, trace, float(result.combined[-1][0]) if joins else 0.0, trace_weight)
 
 
-def _trace_rl(objective: ObjectiveConfig) -> bool:
+def trace_rl(objective: ObjectiveConfig) -> bool:
+    """Whether un-anchored prompts' ratios are evaluated under c_h."""
     return objective.trace_rl and METHODS[objective.method].trace_rl
 
 
@@ -160,8 +161,17 @@ def _usable(rollout: Rollout) -> bool:
     return rollout.status != "failed" and any(rollout.loss_mask)
 
 
-def grow_tree(group: PromptGroup, boundary_ids: list[int], objective: ObjectiveConfig, *, contexts: Sequence[str]) -> PromptTree:
-    """Lay a group out as one tree: x, its rollouts under x, and, unless the prompt is anchored, h*, the boundary and the rollouts under c_h."""
+def has_advantage(group: PromptGroup, k: int) -> bool:
+    """Whether rollout k can move the policy: some turn's advantage isn't 0."""
+    return _usable(group.rollouts[k]) and bool(np.any(group.advantages[k] != 0))
+
+
+def grow_tree(
+    group: PromptGroup, boundary_ids: list[int], objective: ObjectiveConfig, *, contexts: Sequence[str], skip_zero_advantage: bool = False
+) -> PromptTree:
+    """Lay a group out as one tree: x, its rollouts under x, and, unless the prompt is anchored, h*, the boundary and the rollouts under c_h.
+
+    ``skip_zero_advantage``: under c_h, where nothing but the surrogate reads them, only rollouts with an advantage."""
     prompt_ids = group.rollouts[0].prompt_ids
     segments = [Segment(list(prompt_ids), -1, [False] * len(prompt_ids))]
     spans: dict[tuple[str, int], tuple[int, int]] = {}
@@ -175,29 +185,31 @@ def grow_tree(group: PromptGroup, boundary_ids: list[int], objective: ObjectiveC
         scored = span[1]
         return len(segments) - 1, span
 
-    def add_rollouts(parent: int, context: str) -> None:
-        for k, rollout in enumerate(group.rollouts):
-            if _usable(rollout):
-                _, spans[(context, k)] = add(list(rollout.token_ids), parent, [bool(m) for m in rollout.loss_mask])
+    def add_rollouts(parent: int, context: str, chosen: list[int]) -> None:
+        for k in chosen:
+            rollout = group.rollouts[k]
+            _, spans[(context, k)] = add(list(rollout.token_ids), parent, [bool(m) for m in rollout.loss_mask])
 
+    everyone = [k for k, rollout in enumerate(group.rollouts) if _usable(rollout)]
     if PROMPT_ONLY in contexts:
-        add_rollouts(0, PROMPT_ONLY)
+        add_rollouts(0, PROMPT_ONLY, everyone)
     if not group.anchored and TRACE_CONDITIONED in contexts:
         assert group.trace is not None
         component = np.asarray(group.trace.component)
         mask = (component == CALL) | (component == REASONING)
         sft_index = np.flatnonzero(mask)
         trace_node, spans[(TRACE, 0)] = add(list(group.trace.token_ids), 0, mask.tolist())
-        if _trace_rl(objective):
+        conditioned = [k for k in everyone if not skip_zero_advantage or has_advantage(group, k)] if trace_rl(objective) else []
+        if conditioned:
             boundary, _ = add(list(boundary_ids), trace_node, [False] * len(boundary_ids))
-            add_rollouts(boundary, TRACE_CONDITIONED)
+            add_rollouts(boundary, TRACE_CONDITIONED, conditioned)
     return PromptTree(group, TokenTree(segments), spans, sft_index)
 
 
 def contexts_needed(group: PromptGroup, objective: ObjectiveConfig, *, diagnostics: bool) -> list[str]:
     """Which contexts the update forward of this prompt has to run: no context is computed that no term and no diagnostic reads."""
     contexts = []
-    if group.anchored or not _trace_rl(objective) or objective.kl_coef > 0 or diagnostics:
+    if group.anchored or not trace_rl(objective) or objective.kl_coef > 0 or diagnostics:
         contexts.append(PROMPT_ONLY)
     if not group.anchored:
         contexts.append(TRACE_CONDITIONED)
@@ -284,7 +296,7 @@ def fill_streams(
                 continue
             rollout = group.rollouts[k]
             streams["advantages"][here] = _token_advantages(rollout, group.advantages[k])
-            carries_surrogate = (context == PROMPT_ONLY) == (group.anchored or not _trace_rl(objective))
+            carries_surrogate = (context == PROMPT_ONLY) == (group.anchored or not trace_rl(objective))
             if carries_surrogate:
                 share = sum(usable[i]) / (1 + sum(usable[i])) if method.teaching == "shaped" and not group.anchored else 1.0
                 streams["w_rl_x" if context == PROMPT_ONLY else "w_rl_h"][here] = rl_coef * share * rl[i][k]

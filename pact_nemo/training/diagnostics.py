@@ -9,7 +9,7 @@ import torch
 
 from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
 from pact_nemo.policy.policy import UpdateResult
-from pact_nemo.training.batch import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptGroup, PromptTree, sampler_logprobs
+from pact_nemo.training.batch import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptGroup, PromptTree, sampler_logprobs, trace_rl
 
 if TYPE_CHECKING:
     from pact_nemo.training.experiment import Experiment
@@ -89,15 +89,19 @@ def step_record(
     experiment: Experiment,
     groups: list[PromptGroup],
     prompts: list[PromptTree],
-    old: list[torch.Tensor] | None,
+    old: list[torch.Tensor],
     results: list[UpdateResult],
 ) -> dict[str, Any]:
-    """One line of ``metrics.jsonl``."""
+    """One line of ``metrics.jsonl``; ``old`` are the prompts' log-probs under pi_old."""
     record = rollout_record(groups)
     current = [values for result in results for values in result.logprobs]
     record.update(latent(prompts, current))
-    record.update(mismatch(prompts, old if old is not None else current))
+    record.update(mismatch(prompts, old))
     record.update(loss_record(results))
+    under_trace = [p for p in prompts if (TRACE, 0) in p.spans and trace_rl(experiment.config.objective)]
+    record["rollout/not_conditioned"] = sum(
+        (PROMPT_ONLY, k) in p.spans and (TRACE_CONDITIONED, k) not in p.spans for p in under_trace for k in range(len(p.group.rollouts))
+    )
     record["anneal/call_weight"] = experiment.schedule.call_weight(experiment.step)
     record["anneal/prefix_level"] = experiment.schedule.level(experiment.step)
     return record

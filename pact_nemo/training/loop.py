@@ -134,19 +134,31 @@ def replayed(path: Path, expected: list[str]) -> list[Rollout]:
 
 
 def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch) -> dict[str, Any]:
-    """Score pi_old and the reference, fill the weight streams with global denominators, update once per mini-batch."""
-    config, policy = experiment.config, experiment.policy
-    objective = config.objective
-    several_updates = config.trainer.mini_batch_size < config.trainer.batch_size
-    correct_sampler = config.rollout.importance == "tis"
-    size = config.trainer.mini_batch_size
-    grown = [grow_tree(group, experiment.boundary_ids, objective, contexts=contexts_needed(group, objective, diagnostics=True)) for group in groups]
-    # a prompt whose rollouts all failed still teaches its trace and counts in |B|; one that scores no token at all is not computed
-    parts = [[p for p in grown[start : start + size] if p.tree.num_scored] for start in range(0, len(grown), size)]
-    counts = [len(grown[start : start + size]) for start in range(0, len(grown), size)]
-    prompts = [prompt for part in parts for prompt in part]
+    """Score pi_old and the reference, fill the weight streams with global denominators, update once per mini-batch.
 
-    def under_prompt(score: Callable[[list[TokenTree]], list[torch.Tensor]]) -> list[torch.Tensor]:
+    The first update is on-policy: its loss takes its own detached log-probs as pi_old, which they are by definition, so nothing is scored for it
+    but what the sampler correction needs, pi_old(tau | x).
+    """
+    config, policy = experiment.config, experiment.policy
+    objective, size = config.objective, config.trainer.mini_batch_size
+    correct_sampler = config.rollout.importance == "tis"
+    skip = config.trainer.skip_zero_advantage and not isinstance(experiment.schedule, AdaptiveSchedule)  # that one goes by every prompt's gap
+    grown = [
+        grow_tree(
+            group,
+            experiment.boundary_ids,
+            objective,
+            contexts=contexts_needed(group, objective, diagnostics=True),
+            skip_zero_advantage=skip,
+        )
+        for group in groups
+    ]
+    # a prompt whose rollouts all failed still teaches its trace and counts in |B|; one that scores no token at all is not computed
+    cut = [grown[start : start + size] for start in range(0, len(grown), size)]
+    parts = [(members, len(part)) for part in cut if (members := [p for p in part if p.tree.num_scored])]
+    prompts = [prompt for members, _ in parts for prompt in members]
+
+    def under_prompt(prompts: list[PromptTree], score: Callable[[list[TokenTree]], list[torch.Tensor]]) -> list[torch.Tensor]:
         """What ``score`` says of the rollouts under x alone, laid out as the full trees (0 elsewhere)."""
         alone = {
             i: grow_tree(p.group, experiment.boundary_ids, objective, contexts=(PROMPT_ONLY,))
@@ -157,42 +169,37 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
         return [spread(alone[i], p, values[i]) if i in alone else torch.zeros(p.tree.num_scored) for i, p in enumerate(prompts)]
 
     with watch("score"):
-        old: list[torch.Tensor] | None = None
-        if several_updates:
-            # mini-batch by mini-batch: packed as in the update, so that the ratios of the first one are exactly 1 in any precision
-            old = [scored for part in parts if part for scored in policy.logprobs([p.tree for p in part])]
-        elif correct_sampler:
-            # One on-policy update: the loss takes its own detached log-probs as pi_old (identical by definition); the sampler
-            # correction still needs pi_old(tau | x), and only that.
-            old = under_prompt(policy.logprobs)
-        reference = None
-        if objective.kl_coef > 0:
-            reference = under_prompt(policy.reference_logprobs)
+        # mini-batch by mini-batch: packed as in the update, and in its precision
+        on_policy = 0 if config.trainer.score_first_update else 1  # updates whose own log-probs are pi_old's
+        old: list[list[torch.Tensor] | None] = [None] * on_policy
+        old += [policy.logprobs([p.tree for p in members]) for members, _ in parts[on_policy:]]
+        if correct_sampler and on_policy and parts:
+            old[0] = under_prompt(parts[0][0], policy.logprobs)
+        reference = under_prompt(prompts, policy.reference_logprobs) if objective.kl_coef > 0 else None
 
     loss_fn = partial(pact_loss, clip_low=objective.clip_low, clip_high=objective.clip_high, shaping=objective.shaping)
     results: list[UpdateResult] = []
     with watch("update"):
         start = 0
-        for members, num_prompts in zip(parts, counts, strict=True):
+        for number, (members, num_prompts) in enumerate(parts):
             part = slice(start, start + len(members))
             start += len(members)
-            if not members:
-                continue
             fill_streams(
                 members,
                 objective,
                 experiment.schedule,
                 experiment.step,
-                old=old[part] if old is not None else None,
+                old=old[number],
                 reference=reference[part] if reference is not None else None,
                 importance_cap=config.rollout.importance_cap if correct_sampler else None,
                 num_prompts=num_prompts,
             )
-            if not several_updates:
+            if number < on_policy:
                 for prompt in members:
                     prompt.tree.streams.pop("old_logprobs", None)
             results.append(policy.update([p.tree for p in members], loss_fn))
-    return diagnostics.step_record(experiment, groups, prompts, old, results)
+    before = [values for scored in [*(r.logprobs for r in results[:on_policy]), *old[on_policy:]] for values in scored or ()]
+    return diagnostics.step_record(experiment, groups, prompts, before, results)
 
 
 def observe_traces(quality: TraceQuality, groups: list[PromptGroup], results: dict[str, tuple[float, int]]) -> None:

@@ -51,18 +51,18 @@ def step_work(config: Config, lengths: Lengths) -> StepWork:
     """What a step of this config computes (see ``training/loop.py``)."""
     objective, trainer = config.objective, config.trainer
     method = METHODS[objective.method]
-    several = trainer.mini_batch_size < trainer.batch_size
+    updates = trainer.batch_size // trainer.mini_batch_size
     corrected = config.rollout.importance == "tis"
     conditioned = 0.0 if method.teaching is None else 1.0 - objective.anchor_prob if method.gated else 1.0
     return StepWork(
         lengths=lengths,
         prompts=trainer.batch_size,
         group=objective.group_size,
-        updates=trainer.batch_size // trainer.mini_batch_size,
+        updates=updates,
         conditioned=conditioned,
         trace_rl=objective.trace_rl and method.trace_rl,
-        score_old=several,
-        score_prompt_only=not several and corrected,
+        score_old=1.0 if trainer.score_first_update else 1.0 - 1.0 / updates,
+        score_prompt_only=1.0 / updates if corrected and not trainer.score_first_update else 0.0,
         reference=objective.kl_coef > 0,
         shared=config.policy.share_prefix,
     )

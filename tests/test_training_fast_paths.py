@@ -1,0 +1,86 @@
+"""Every shortcut of a step against the same step without it: loss, gradients, log-probs before and after, with all four terms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pact_nemo.planning.workload import Lengths
+from pact_nemo.policy.config import OptimizerConfig
+from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.training.batch import PromptGroup, grow_tree, has_advantage
+from pact_nemo.training.config import Config, ObjectiveConfig, TrainerConfig
+from pact_nemo.training.loop import Stopwatch, optimise
+from tests.workers.policy_kit import VOCAB, make_model
+from tools.benches.kit import stand_in, synthetic_groups
+
+PLAIN = {"share_prefix": False, "score_first_update": True, "skip_zero_advantage": False}
+
+
+def settings(mini_batch: int, **objective: Any) -> Config:
+    config = Config()
+    config.objective = ObjectiveConfig(group_size=3, kl_coef=0.05, sft_coef=0.5, anchor_prob=0.4, **objective)
+    config.trainer = TrainerConfig(steps=4, batch_size=4, mini_batch_size=mini_batch)
+    config.policy = replace(config.policy, precision="fp32", micro_batch_tokens=128, logprob_chunk=16)
+    return config
+
+
+def batch(config: Config) -> list[PromptGroup]:
+    groups = synthetic_groups(config, Lengths(12, 18, 9), config.trainer.batch_size, vocabulary=VOCAB, seed=3, spread=0.8)
+    for k in range(3):  # one prompt whose rollouts all failed, one rollout at the mean
+        groups[1].advantages[k][:] = 0.0
+    groups[2].advantages[0][:] = 0.0
+    return groups
+
+
+def one_step(model: Path, config: Config, *, share_prefix: bool = True, **trainer: bool) -> dict[str, Any]:
+    config = replace(config, policy=replace(config.policy, share_prefix=share_prefix), trainer=replace(config.trainer, **trainer))  # type: ignore[arg-type]
+    policy = MegatronPolicy(config.policy, OptimizerConfig(lr=1e-3, eps=1e-5), model, seed=1, total_steps=4, keep_reference=True)
+    with torch.no_grad():
+        for parameter in policy.chunks[0].parameters():
+            parameter.mul_(1.02)  # away from the reference, so that the KL term is not 0
+    experiment = stand_in(config, policy)
+    record = optimise(experiment, batch(config), Stopwatch(experiment.progress))
+    gradient = torch.cat([parameter.main_grad.flatten() for parameter in policy.chunks[0].parameters()])
+    weights = torch.cat([parameter.detach().flatten() for parameter in policy.chunks[0].parameters()])
+    return {"record": record, "gradient": gradient.clone(), "weights": weights}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One with an output matrix of its own, one whose output matrix is the embedding."""
+    return {family: make_model(tmp_path_factory.mktemp(family), family) for family in ("llama", "qwen3")}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("mini_batch", [4, 2])
+def test_fast_and_plain_steps_agree(family: str, mini_batch: int, models: dict[str, Path]) -> None:
+    config = settings(mini_batch)
+    assert config.rollout.importance == "tis"
+    plain = one_step(models[family], config, **PLAIN)
+    assert all(plain["record"][f"loss/{term}"] for term in ("rl_x", "rl_h", "sft_reasoning", "sft_call", "kl"))
+    for name in [*PLAIN, "all"]:
+        fast = one_step(models[family], config, **{key: value != (name in (key, "all")) for key, value in PLAIN.items()})
+        for key in ("loss/total", "policy/grad_norm", "loss/rl_h", "loss/rl_x", "loss/kl", "mismatch/mean_abs", "latent/trace_call"):
+            assert fast["record"][key] == pytest.approx(plain["record"][key], rel=1e-5, abs=1e-6), (name, key)
+        torch.testing.assert_close(fast["gradient"], plain["gradient"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(fast["weights"], plain["weights"], rtol=0, atol=1e-5)
+
+
+def test_only_rollouts_with_an_advantage_are_computed_under_the_trace(models: dict[str, Path]) -> None:
+    config = settings(4)
+    config.objective.anchor_prob = 0.0
+    groups = batch(config)
+    found = [grow_tree(g, [5, 5], config.objective, contexts=("x", "h"), skip_zero_advantage=True) for g in groups]
+    conditioned = [sorted(k for context, k in p.spans if context == "h") for p in found]
+    assert conditioned == [[k for k in range(3) if has_advantage(g, k)] for g in groups]
+    assert conditioned[1] == [] and 0 not in conditioned[2] and len(conditioned[0]) == 3
+    assert all(("sft", 0) in p.spans and len([1 for context, _ in p.spans if context == "x"]) == 3 for p in found)  # SFT and KL go on
+    assert found[1].tree.num_tokens < grow_tree(groups[1], [5, 5], config.objective, contexts=("x", "h")).tree.num_tokens
+    record = one_step(models["llama"], config)["record"]
+    assert record["rollout/not_conditioned"] == 12 - sum(len(c) for c in conditioned)
+    assert record["groups/zero_advantage"] == 1
