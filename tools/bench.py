@@ -3,6 +3,7 @@
 
     python tools/bench.py step --run runs/latest --naive           # a PACT step against a GRPO step on the same rollouts
     python tools/bench.py logprobs                                 # vocabulary head: memory at 32k tokens, time
+    python tools/bench.py phases --run runs/latest                 # a step's wall time by phase
     python tools/bench.py refit                                   # embedded model, one process, real vLLM server
     torchrun --standalone --nproc-per-node 2 tools/bench.py refit --pipeline-parallel 2
     python tools/bench.py refit --synthetic 2.0 --no-server --json   # a random Llama of about 2 GB in bfloat16
@@ -18,9 +19,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from pact_nemo.errors import PactError  # noqa: E402
-from tools.benches import logprobs, refit, step  # noqa: E402
+from tools.benches import logprobs, phases, refit, step  # noqa: E402
 
-BENCHES = {"step": step, "logprobs": logprobs, "refit": refit}
+BENCHES = {"step": step, "logprobs": logprobs, "phases": phases, "refit": refit}
 
 
 def main() -> int:
