@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
+from pact_nemo.collective import world_size
 from pact_nemo.errors import ConfigError, NumericsError
 from pact_nemo.policy.device import use_cuda
 from pact_nemo.policy.packing import pack
@@ -210,11 +212,15 @@ class Peer:
             output: for whatever a trainer wants to write.
 
         Raises:
-            ConfigError: TRL is not there, or a reference is wanted that it has no name for.
+            ConfigError: TRL is not there, or there is more than one process.
         """
         if not (folder / "trl").is_dir():
             raise ConfigError(f"{folder} holds no TRL; install it there, as in: {INSTALL}")
+        if world_size() > 1:
+            raise ConfigError("the comparison with TRL is of one process; start it without torchrun")
         sys.path.insert(0, str(folder.resolve()))
+        transformers_logging.set_verbosity_error()  # torch.distributed is initialised, for the other side
+        transformers_logging.disable_progress_bar()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the vLLM that it would generate with
             import trl
