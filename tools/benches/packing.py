@@ -5,7 +5,8 @@ data-parallel sizes and row multiples as TP, CP and FP8 ask for. ``real`` is the
 of ranks with less count as padding), ``imbalance`` the tokens of the fullest rank over the mean of the ranks, both over all steps.
 
 The second part trains: updates of a policy on synthetic prompts whose responses vary in length by ``--spread``, and on the same prompts with
-responses of one length, all else equal. ``ratio`` is the tokens per second of the first over those of the second.
+responses of their mean length, all else equal. ``ratio`` is the tokens per second of the first over those of the second, of all tokens that go
+through the model; ``distinct_ratio`` leaves out prefixes that are computed again because a tree was too large for a row.
 """
 
 from __future__ import annotations
@@ -64,10 +65,12 @@ def run(options: argparse.Namespace) -> int:
         model = _model(options, config, folder)
         vocabulary = int(json.loads((model / "config.json").read_text())["vocab_size"])
         prompt, response, trace = options.lengths
-        batches = {
-            name: synthetic_groups(config, Lengths(prompt, response, trace), options.prompts, vocabulary=vocabulary, spread=spread)
-            for name, spread in (("equal", 0.0), ("ragged", options.spread))
-        }
+
+        def batch(mean: int, spread: float) -> list[PromptGroup]:
+            return synthetic_groups(config, Lengths(prompt, mean, trace), options.prompts, vocabulary=vocabulary, spread=spread)
+
+        batches = {"ragged": batch(response, options.spread)}
+        batches["equal"] = batch(round(statistics.mean(len(r.token_ids) for group in batches["ragged"] for r in group.rollouts)), 0.0)
         trees = [trees_of(groups, config) for groups in _recorded(options)] if options.run else [trees_of(batches["ragged"], config)]
         layouts = [layout(trees, config, ranks, multiple) for ranks in options.data_parallel for multiple in options.multiples]
         policy = MegatronPolicy(config.policy, replace(config.optimizer, lr=0.0), model, seed=0, total_steps=1)
@@ -77,8 +80,10 @@ def run(options: argparse.Namespace) -> int:
             times = timed_step(experiment, batches[name])
             return times["tokens"] / times["update"]
 
+        shape = {name: layout([trees_of(groups, config)], config, 1, 1) for name, groups in batches.items()}
         speeds = interleaved(options.rounds, {name: lambda name=name: speed(name) for name in batches})  # type: ignore[misc]
     ratio, spread = median_ratio(speeds["ragged"], speeds["equal"])
+    distinct = {name: 1 - row["repeated"] for name, row in shape.items()}
     result: dict[str, Any] = {
         "packed": f"{len(trees)} steps of {options.run.resolve().name}" if options.run else "one synthetic step",
         "real_token_share": min(row["real"] for row in layouts),
@@ -87,6 +92,8 @@ def run(options: argparse.Namespace) -> int:
         "repeated_share": layouts[0]["repeated"],
         "imbalance": {str(ranks): max(row["imbalance"] for row in layouts if row["ranks"] == ranks) for ranks in options.data_parallel},
         **{f"{name}_tokens_per_s": statistics.median(found) for name, found in speeds.items()},
+        **{f"{name}_rows": row["rows"] for name, row in shape.items()},
+        "distinct_ratio": ratio * distinct["ragged"] / distinct["equal"],
         "spread": spread,
         "ratio": ratio,
         "goal": f">= {GOAL}",
