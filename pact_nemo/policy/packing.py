@@ -173,7 +173,8 @@ def pack(
 
     A tree larger than ``token_budget`` is cut into pieces that repeat shared prefixes (:meth:`TokenTree.pieces`), so a row is never
     larger than the budget or the longest root-to-leaf sequence: memory has a bound. Pieces are dealt to ranks by size (largest first
-    to the least loaded rank), then packed first-fit-decreasing into rows of at most ``token_budget`` tokens. Ranks with fewer rows get
+    to the least loaded rank: at most 4/3 of the best possible largest load, Graham 1969), then packed first-fit-decreasing into rows of at
+    most ``token_budget`` tokens (at most 11/9 of the fewest rows + 6/9, Dosa 2007). Ranks with fewer rows get
     empty ones: all ranks must run the same number of collectives.
 
     Args:
