@@ -97,7 +97,7 @@ def test_every_required_curve_is_there_with_a_title_and_a_description(page: Page
         "KL of the update",
         "KL to the reference",
         "Sampler mismatch",
-        "Prompts without a signal",
+        "Without a signal",
         "Generation speed",
         "Time per phase",
     }

@@ -164,9 +164,11 @@ def rl_curves(run: Run) -> list[Chart]:
             bounds=(0.0, None),
         ),
         chart(
-            "Prompts without a signal",
-            "counts per step: all rollouts alike, or no verified trace",
-            _plain(records, ("groups/zero_advantage", "no advantage"), ("gate/no_trace", "no trace")),
+            "Without a signal",
+            "counts per step: prompts whose rollouts are all alike or without a verified trace; rollouts that skip the pass under the trace",
+            _plain(
+                records, ("groups/zero_advantage", "no advantage"), ("gate/no_trace", "no trace"), ("rollout/not_conditioned", "rollouts skipped")
+            ),
             bounds=(0.0, None),
         ),
         chart(
