@@ -71,6 +71,19 @@ def test_fast_and_plain_steps_agree(family: str, mini_batch: int, models: dict[s
         torch.testing.assert_close(fast["weights"], plain["weights"], rtol=0, atol=1e-5)
 
 
+def test_without_a_kl_term_the_prompt_only_pass_of_conditioned_prompts_can_be_left_out(models: dict[str, Path]) -> None:
+    config = settings(4)
+    config.objective.kl_coef, config.rollout.importance = 0.0, "off"
+    both, one = (one_step(models["llama"], config, both_contexts=flag) for flag in (True, False))
+    assert one["record"]["tokens/trained"] < both["record"]["tokens/trained"]
+    assert one["record"]["latent/gap_success"] is None and both["record"]["latent/gap_success"] is not None
+    for key in ("loss/total", "policy/grad_norm", "loss/rl_h", "loss/rl_x"):
+        assert one["record"][key] == pytest.approx(both["record"][key], rel=1e-5, abs=1e-6), key
+    torch.testing.assert_close(one["gradient"], both["gradient"], rtol=0, atol=1e-5)
+    config.rollout.importance = "tis"  # which needs pi_old(tau | x)
+    assert one_step(models["llama"], config, both_contexts=False)["record"]["tokens/trained"] == both["record"]["tokens/trained"]
+
+
 def test_only_rollouts_with_an_advantage_are_computed_under_the_trace(models: dict[str, Path]) -> None:
     config = settings(4)
     config.objective.anchor_prob = 0.0

@@ -113,6 +113,7 @@ class StepWork:
         score_old: share of the prompts that pi_old is scored for in every context of the tree (those of all updates but the first, on-policy one).
         score_prompt_only: share that only pi_old(tau | x) is scored for (the first update, with the sampler correction on).
         reference: a forward under the reference weights, prompt-only (KL on).
+        both_contexts: conditioned prompts' rollouts are computed under x, too (KL, sampler correction or diagnostics).
     """
 
     lengths: Lengths
@@ -125,6 +126,7 @@ class StepWork:
     score_prompt_only: float = 0.0
     reference: bool = False
     shared: bool = True
+    both_contexts: bool = True
 
     @property
     def episodes(self) -> int:
@@ -136,8 +138,8 @@ class StepWork:
 
     @property
     def full_tree(self) -> Row:
-        """Of a prompt that is not anchored; the prompt-only half is in it too, for the KL term and the diagnostics."""
-        return tree(self.lengths, self.group, prompt_only=True, conditioned=True, trace_rl=self.trace_rl, shared=self.shared)
+        """Of a prompt that is not anchored; the prompt-only half is in it too, for the KL term and the diagnostics, unless it is left out."""
+        return tree(self.lengths, self.group, prompt_only=self.both_contexts or not self.trace_rl, conditioned=True, trace_rl=self.trace_rl, shared=self.shared)
 
     @property
     def mean_tree(self) -> Row:

@@ -188,6 +188,7 @@ class TrainerConfig:
     checkpoint_every: int = 5  #: steps; the last step is always saved; 0 = only the last
     keep_checkpoints: int = 2
     async_checkpoint: bool = False  #: write checkpoints beside the next steps (a child process a rank); the last one is waited for
+    both_contexts: bool = True  #: kl_coef=0: run conditioned rollouts under x, too, for privilege gap and mismatch only (needed by tis, adaptive)
     score_first_update: bool = False  #: score pi_old for a step's first update, too, instead of taking its own log-probs, which are the same
     skip_zero_advantage: bool = True  #: no pass under c_h for rollouts whose advantages are all 0 (surrogate: 0); not with adaptive annealing
     dump_rollouts: bool = True

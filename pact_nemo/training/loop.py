@@ -142,14 +142,15 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
     config, policy = experiment.config, experiment.policy
     objective, size = config.objective, config.trainer.mini_batch_size
     correct_sampler = config.rollout.importance == "tis"
-    skip = config.trainer.skip_zero_advantage and not isinstance(experiment.schedule, AdaptiveSchedule)  # that one goes by every prompt's gap
+    adaptive = isinstance(experiment.schedule, AdaptiveSchedule)  # goes by every prompt's privilege gap
+    both = config.trainer.both_contexts or correct_sampler or adaptive
     grown = [
         grow_tree(
             group,
             experiment.boundary_ids,
             objective,
-            contexts=contexts_needed(group, objective, diagnostics=True),
-            skip_zero_advantage=skip,
+            contexts=contexts_needed(group, objective, diagnostics=both),
+            skip_zero_advantage=config.trainer.skip_zero_advantage and not adaptive,
         )
         for group in groups
     ]

@@ -60,7 +60,7 @@ def recorded_groups(
             for step in steps:
                 experiment.step = step
                 found.append(collect(experiment))
-        kl = load_config(run / "config.yaml").objective.kl_coef
+        kl = load_config(run / "config.yaml", words).objective.kl_coef
     return replace(config, objective=replace(config.objective, kl_coef=kl)), found
 
 
