@@ -139,7 +139,8 @@ class StepWork:
     @property
     def full_tree(self) -> Row:
         """Of a prompt that is not anchored; the prompt-only half is in it too, for the KL term and the diagnostics, unless it is left out."""
-        return tree(self.lengths, self.group, prompt_only=self.both_contexts or not self.trace_rl, conditioned=True, trace_rl=self.trace_rl, shared=self.shared)
+        prompt_only = self.both_contexts or not self.trace_rl
+        return tree(self.lengths, self.group, prompt_only=prompt_only, conditioned=True, trace_rl=self.trace_rl, shared=self.shared)
 
     @property
     def mean_tree(self) -> Row:
