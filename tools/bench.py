@@ -17,9 +17,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from pact_nemo.errors import PactError  # noqa: E402
-from tools.benches import growth, refit, step  # noqa: E402
+from tools.benches import growth, refit, rollouts, step  # noqa: E402
 
-BENCHES = {"step": step, "refit": refit, "growth": growth}
+BENCHES = {"step": step, "refit": refit, "growth": growth, "rollouts": rollouts}
 
 
 def main() -> int:
