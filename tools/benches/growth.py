@@ -118,18 +118,20 @@ def sweep(options: Namespace) -> dict[str, Any]:
     base = _settings(options.base)
     hardware = {str(threads): dataclasses.asdict(_rates(threads)) for threads in sorted({1, cores})}
     axes: dict[str, Any] = {}
+    found = {"cores": cores, "hardware": hardware, "axes": axes}
     with tempfile.TemporaryDirectory(prefix="bench-growth-") as folder:
         for name in options.axes:
             axis = AXES[name]
             values = axis.values[: options.points]
             points = [Point(**{"threads": cores, **axis.base, **base, axis.field: value, "rounds": options.rounds}) for value in values]
-            axes[name] = {"label": axis.label, "points": []}
             for value, point in zip(values, points, strict=True):
                 measured = _apart(point, Path(folder), options.timeout)
-                axes[name]["points"].append({"value": value, **measured})
+                axes.setdefault(name, {"label": axis.label, "points": []})["points"].append({"value": value, **measured})
                 seconds = ", ".join(f"{method} {measured[method]['seconds']:.2f} s" for method in METHODS)
                 print(f"{name} {value}: {seconds}", file=sys.stderr, flush=True)
-    return {"cores": cores, "hardware": hardware, "axes": axes}
+                if options.out is not None:  # what there is, for --from, should a later point fail
+                    options.out.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def _settings(words: Sequence[str]) -> dict[str, int]:
