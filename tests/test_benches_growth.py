@@ -62,7 +62,7 @@ def test_a_saved_result_is_summarised_and_drawn_for_light_and_dark() -> None:
     space = "{http://www.w3.org/2000/svg}"
     assert len(tree.findall(f".//{space}polyline")) == 2 * 2 * 2  # axes x rows x methods
     assert len(tree.findall(f".//{space}circle")) == 2 * 2 * 2 * 3 + 2  # points of each, and the legend
-    assert "prefers-color-scheme: dark" in picture and "time 2.00 → 2.00" in picture
+    assert "prefers-color-scheme: dark" in picture and "2.00 → 2.00 x GRPO · slope 1.00" in picture
     again = growth_svg(summarise(json.loads(json.dumps(data))))  # what --from does to a file of --out
     assert again == picture
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import jinja2
 
-PANEL, TALL = 250, 180  #: of one panel, in user units, margins included
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 24
-HEAD = 92  #: above the first row
+PANEL, TALL = 264, 190  #: of one panel, in user units, margins included
+LEFT, RIGHT, TOP, BOTTOM = 40, 14, 20, 24
+HEAD = 84  #: above the first row
 MIB = 1 << 20
 
 
@@ -50,7 +50,7 @@ def ticks(low: float, high: float) -> list[float]:
 def growth_svg(data: dict[str, Any]) -> str:
     """The picture of what ``growth.summarise`` returned, as text."""
     columns = []
-    for name, axis in data["axes"].items():
+    for axis in data["axes"].values():
         values = [entry["value"] for entry in axis["points"]]
         positive = [value for value in values if value > 0] or [1]
         left = LEFT + (26 if min(values) <= 0 else 0)
@@ -58,11 +58,8 @@ def growth_svg(data: dict[str, Any]) -> str:
         columns.append(
             {
                 "title": axis["label"],
-                "note": f"PACT / GRPO: time {_range(axis, 'ratio')}, memory {_range(axis, 'memory_ratio')}",
-                "slopes": f"PACT grows as x^p, p at the end: {_slope(axis, 'pact seconds')} time, {_slope(axis, 'pact bytes')} memory",
                 "ticks": [(x(value), short(value)) for value in values],
-                "rows": [_panel(axis, x, "seconds", 1.0), _panel(axis, x, "bytes", MIB)],
-                "name": name,
+                "rows": [_panel(axis, x, "seconds", "time, s", 1.0, "ratio"), _panel(axis, x, "bytes", "memory, MiB", MIB, "memory_ratio")],
             }
         )
     environment = jinja2.Environment(
@@ -70,7 +67,7 @@ def growth_svg(data: dict[str, Any]) -> str:
     )
     return environment.get_template("growth.svg").render(
         columns=columns, panel=PANEL, tall=TALL, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM, head=HEAD,
-        width=24 + PANEL * len(columns), height=HEAD + 2 * TALL + 8,
+        width=max(600, 24 + PANEL * len(columns)), height=HEAD + 2 * TALL + 8,
     )  # fmt: skip
 
 
@@ -84,7 +81,7 @@ def _slope(axis: dict[str, Any], name: str) -> str:
     return "–" if end is None else f"{end:.2f}"
 
 
-def _panel(axis: dict[str, Any], x: Scale, name: str, unit: float) -> dict[str, Any]:
+def _panel(axis: dict[str, Any], x: Scale, name: str, title: str, unit: float, ratio: str) -> dict[str, Any]:
     """One panel's marks: of both methods dots (measured) and a line (planned), in pixels."""
     points = axis["points"]
     keys = (name, f"planned_{name}")
@@ -96,4 +93,8 @@ def _panel(axis: dict[str, Any], x: Scale, name: str, unit: float) -> dict[str, 
         dots = [(x(entry["value"]), y(entry[method][name] / unit), f"{entry[method][name] / unit:.3g}") for entry in points]
         line = [(x(entry["value"]), y(entry[method][keys[1]] / unit)) for entry in points]
         methods.append({"method": method, "dots": dots, "line": " ".join(f"{a:.1f},{b:.1f}" for a, b in line)})
-    return {"ticks": [(y(value), f"{value:g}") for value in ticks(low, high)], "methods": methods, "unit": "s" if name == "seconds" else "MiB"}
+    return {
+        "title": f"{title} · {_range(axis, ratio)} x GRPO · slope {_slope(axis, f'pact {name}')}",
+        "ticks": [(y(value), f"{value:g}") for value in ticks(low, high)],
+        "methods": methods,
+    }
