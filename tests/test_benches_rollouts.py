@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tools.benches.rollouts import Record, analyse, choose, gauge
+from tools.benches.rollouts import choose
+from tools.benches.rollouts_watch import Record, analyse, gauge
 
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
@@ -35,6 +36,7 @@ def test_shares_of_a_known_phase() -> None:
     assert found["phase s"] == 10.0
     assert found["busy"] == pytest.approx(15 / 16)  # from 1, when both slots are taken, to 9, when nine of ten have ended
     assert found["busy from 0"] == pytest.approx(16 / 18)
+    assert found["before drain"] == pytest.approx(15 / 16)  # with 9 ended one episode is left for two slots
     assert found["asked"] == pytest.approx(15 / 16)
     assert found["environment s"] == pytest.approx(2.0) and found["tokens s"] == 0.0
     assert found["not hidden"] == pytest.approx(0.1)
