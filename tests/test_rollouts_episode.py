@@ -335,6 +335,24 @@ def test_a_batch_is_broken_off_when_the_check_says_so_and_leaves_no_session_open
     assert len(sessions) == 2 and all(session.closed for session in sessions)
 
 
+def test_tools_that_wait_hold_up_no_other_episode(chat):
+    open_episodes = 40  # above what asyncio's own pool would run at once on any machine
+    together = threading.Barrier(open_episodes)
+
+    class Environment(ScriptedEnvironment):
+        def start(self, task):
+            together.wait(timeout=30)  # passes only once all of them are here
+            return super().start(task)
+
+    class Cut(ScriptedPolicy):
+        async def generate(self, request):
+            raise ServerError("no policy needed")
+
+    settings = dict(environment=Environment(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SEEDS, concurrency=open_episodes)
+    rollouts = asyncio.run(run_batch([make_task()], open_episodes, clients=[Cut(chat, [])], **settings))
+    assert {rollout.error for rollout in rollouts} == {"ServerError: no policy needed"}
+
+
 def test_tasks_go_to_the_servers_in_turn_and_stay_there(chat):
     asked = {0: set(), 1: set()}
 

@@ -61,6 +61,11 @@ def test_extra_arguments_come_last_and_win():
     assert arguments(replace(CPU, extra_args=["--max-num-seqs=2"]))[-1] == "--max-num-seqs=2"
 
 
+def test_statistics_are_off_unless_asked_for():
+    assert "--disable-log-stats" in arguments(CPU)
+    assert "--disable-log-stats" not in arguments(replace(CPU, log_stats=True))
+
+
 def test_cuda_without_a_gpu_is_refused(monkeypatch):
     import torch
 

@@ -23,15 +23,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from pact_nemo.errors import PactError  # noqa: E402
-from tools.benches import logprobs, packing, phases, refit, step, trl_peer  # noqa: E402
+from tools.benches import growth, logprobs, packing, phases, refit, rollouts, step, trl_peer  # noqa: E402
 
 BENCHES = {
     "step": step,
     "trl": trl_peer,
     "logprobs": logprobs,
     "packing": packing,
+    "rollouts": rollouts,
     "refit": refit,
     "phases": phases,
+    "growth": growth,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
 from pact_nemo.environments.base import Environment, Task
@@ -39,9 +40,14 @@ async def run_batch(
     prefix cache. Each request has its own seed (:class:`SeedPath`), so which episodes ran side by side does not decide what is drawn (up to
     the last bits of the server's arithmetic, which depend on the batch).
 
+    Each open episode has a thread for its environment, so that tools which wait hold up no other episode.
+
     ``check`` is called a few times a second; what it raises ends the batch and is passed on.
     """
     gate = asyncio.Semaphore(concurrency)
+    # asyncio's own pool has a few threads more than there are cores, and never above 32; asyncio.run closes this one as it would close that
+    threads = ThreadPoolExecutor(concurrency, thread_name_prefix="environment")
+    asyncio.get_running_loop().set_default_executor(threads)
     total, done, tokens = len(tasks) * samples, 0, 0
 
     async def one(task: Task, sample: int, client: RolloutClient) -> Rollout:

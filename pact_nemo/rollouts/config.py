@@ -35,6 +35,7 @@ class RolloutServerConfig:
     stop_timeout_s: float = 10.0  #: from SIGTERM to SIGKILL
     request_timeout_s: float = 600.0  #: deadline of one generation request, queueing included
     refit_timeout_s: float = 600.0  #: deadline of each call of a weight update
+    log_stats: bool = False  #: vLLM's statistics: /metrics (sequences running and waiting, …) and a line in its log now and then
     connect_retries: int = 3  #: extra tries after a connection error, with growing pauses; a request that was answered is never repeated
     extra_args: list[str] = field(default_factory=list)  #: further words of vLLM's own command line
 

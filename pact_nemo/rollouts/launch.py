@@ -56,9 +56,10 @@ def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: Se
         "--enable-scale-out",  # /inference/v1/generate: token ids in, token ids out, stamped with the weight version
         "--logprobs-mode=processed_logprobs",  # of the distribution that was sampled from: after temperature and top-p
         "--generation-config=vllm",  # a model's generation_config.json must not change the sampling distribution behind our back
-        "--disable-log-stats",
         "--disable-uvicorn-access-log",
     ]
+    if not config.log_stats:
+        arguments.append("--disable-log-stats")
     if config.enforce_eager or (config.enforce_eager is None and not cuda):
         arguments.append("--enforce-eager")
     batched = config.max_num_batched_tokens
