@@ -1,6 +1,6 @@
 """Where a step's wall time goes, and the share that is neither generation nor matrix products.
 
-Generation, refit and the trainer's phases are the medians over the steps of a finished run (``time/*`` of its ``metrics.jsonl``; the first step,
+Generation, refit and the trainer's phases are the means over the steps of a finished run (``time/*`` of its ``metrics.jsonl``; the first step,
 which warms everything up, is left out). What of scoring and update is matrix products and attention is measured by torch's profiler on one
 of the run's steps, done again on its dumped rollouts: the self time of those operators over the wall time of the same pass.
 """
@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     recorded = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in recorded if row.get("stage") == "rl" and "time/rollout" in row][1:]
-    phases = {name: statistics.median(row[f"time/{name}"] for row in steps) for name in ("rollout", "score", "update", "refit")}
-    total = statistics.median(row["time/total"] for row in steps)
+    phases = {name: statistics.fmean(row[f"time/{name}"] for row in steps) for name in ("rollout", "score", "update", "refit")}
+    total = statistics.fmean(row["time/total"] for row in steps)
     share, wall, others = matmul_share(options.run, options.step, options.top)
     trainer = phases["score"] + phases["update"]
     neither = 1.0 - (phases["rollout"] + share * trainer) / total
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         "ratio": neither,
         "goal": f"<= {GOAL}",
     }
-    report(options, f"{options.run.resolve().name}: medians of {len(steps)} steps", rows, result)
+    report(options, f"{options.run.resolve().name}: means of {len(steps)} steps", rows, result)
     return 0
 
 
