@@ -73,12 +73,12 @@ def run(options: Namespace) -> int:
         finally:
             server.close()
             environment.close()
-    best = choose(rows)
+    best, own = choose(rows), load_config(options.config).rollout
     result = {
         "limit": config.rollout.server.max_num_seqs,
         "episodes": len(tasks) * k,
         "concurrency that keeps it busy, over the limit": best["concurrency"] / options.limit,
-        "configured concurrency, over the limit": config.rollout.sampling.concurrency / options.limit,
+        "concurrency of the config, over its limit": own.sampling.concurrency / own.server.max_num_seqs,
         "ratio": best["busy"],
         "goal": f">= {GOAL}",
     }
