@@ -100,7 +100,7 @@ def stage_memory(
     numbers = Numbers.of(policy.precision, fp8=policy.fp8 is not None, kernels="te" if cuda else "torch")
     parameters = rank_parameters(shape, layout, stage)
     state = state_bytes(parameters, layout, policy)
-    row = row if row is not None else work.micro_batch(policy.micro_batch_tokens)
+    row = row if row is not None else work.micro_batch(policy.micro_batch_tokens, layout.data)
     rows = work.micro_batches(policy.micro_batch_tokens, layout.data)
     between = communication_bytes(shape, layout, numbers, row, cuda=cuda, flying=in_flight(layout, stage, rows))
     peak: ActivationPeak = training_peak(

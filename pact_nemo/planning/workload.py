@@ -152,10 +152,12 @@ class StepWork:
         response = max(self.lengths.response, self.lengths.longest)
         return self.lengths.prompt + response + (self.lengths.trace + self.lengths.boundary if self.conditioned > 0 and self.lengths.trace else 0)
 
-    def micro_batch(self, budget: int) -> Row:
-        """The largest row: whole trees, or pieces of one, up to the token budget; or one sequence that is longer than it."""
+    def micro_batch(self, budget: int, data: int = 1) -> Row:
+        """The largest row on one of ``data`` ranks: whole trees, or pieces of one, up to the token budget or all that there is of an update; or
+        one sequence that is longer than the budget."""
         largest = self.full_tree if self.conditioned > 0 else self.anchored_tree
-        return largest * (max(float(budget), self.longest) / largest.tokens)
+        there = max(largest.tokens, self.mean_tree.tokens * self.prompts / self.updates / data)
+        return largest * (max(min(float(budget), there), self.longest) / largest.tokens)
 
     def micro_batches(self, budget: int, data: int) -> int:
         """Rows of one update on each of ``data`` data-parallel ranks, at least one."""

@@ -2,8 +2,9 @@
 
 Shapes: S scored positions, H hidden size, V' = this tensor-parallel rank's rows of the (padded) vocabulary.
 Peak memory beyond inputs and outputs is one chunk of logits, ``chunk x V'`` in float32 (and once more in the compute dtype where that is
-lower), forward and backward, whatever S is; the backward pass recomputes the logits chunk by chunk instead of keeping them. The gradients
-need no memory of their own where the caller says so: ``overwrite_hidden`` and ``main_grad``.
+lower), forward and backward, whatever S is; the backward pass recomputes the logits chunk by chunk instead of keeping them, but for the last
+chunk, whose place nothing else needs in between: up to ``chunk`` positions cost no second product. The gradients need no memory of their own
+where the caller says so: ``overwrite_hidden`` and ``main_grad``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         placeholder: bool,
     ) -> torch.Tensor:
         num = hidden_SH.shape[0]
+        ctx.last = None
         accumulate = _accumulate_dtype(hidden_SH.dtype)
         logprob_S = torch.empty(num, dtype=accumulate, device=hidden_SH.device)
         logsumexp_S = torch.empty_like(logprob_S)
@@ -61,7 +63,9 @@ class _VocabParallelLogprob(torch.autograd.Function):
             logsumexp = reduced[0].log() + maximum
             logsumexp_S[rows] = logsumexp
             logprob_S[rows] = reduced[1] - logsumexp
-            if entropy_S is not None:
+            if entropy_S is None:
+                ctx.last = (buffers, (maximum - logsumexp).exp_())
+            else:
                 entropy_S[rows] = (reduced[0].log() - reduced[2] / reduced[0]).to(entropy_S.dtype)
         ctx.save_for_backward(hidden_SH, weight_VH, target_S, logsumexp_S)
         ctx.settings = (first_row, valid_rows, temperature, chunk)
@@ -78,7 +82,9 @@ class _VocabParallelLogprob(torch.autograd.Function):
             grad_hidden = hidden_SH if overwrite_hidden else torch.empty_like(hidden_SH)
         if ctx.needs_input_grad[1]:
             grad_weight = main_grad if main_grad is not None else torch.zeros_like(weight_VH, dtype=_accumulate_dtype(weight_VH.dtype))
-        _add_gradients(grad_hidden, grad_weight, hidden_SH, weight_VH, target_S, logsumexp_S, grad_outputs[0], *ctx.settings)
+        last, ctx.last = ctx.last, None  # good for one backward pass, which overwrites it
+        _add_gradients(grad_hidden, grad_weight, hidden_SH, weight_VH, target_S, logsumexp_S, grad_outputs[0], last, *ctx.settings)
+        del last
         if grad_weight is not None and main_grad is None:
             grad_weight = grad_weight.to(weight_VH.dtype)
         elif grad_weight is not None:
@@ -94,18 +100,26 @@ def _add_gradients(
     target_S: torch.Tensor,
     logsumexp_S: torch.Tensor,
     grad_S: torch.Tensor,
+    last: tuple[_ChunkBuffers, torch.Tensor] | None,
     first_row: int,
     valid_rows: int,
     temperature: float,
     chunk: int,
 ) -> None:
-    """Write the gradient of the hidden states and add that of the weight, logits chunk by chunk. ``grad_hidden`` may be ``hidden_SH`` itself."""
-    buffers = _ChunkBuffers(hidden_SH, weight_VH, chunk)
-    for begin in range(0, hidden_SH.shape[0], chunk):
+    """Write the gradient of the hidden states and add that of the weight, logits chunk by chunk from the end. ``grad_hidden`` may be ``hidden_SH``
+    itself; ``last`` is what the forward pass left: the buffers with exp(logit - maximum) of the last chunk, and what makes it a softmax, [n]."""
+    buffers = last[0] if last is not None else _ChunkBuffers(hidden_SH, weight_VH, chunk)
+    for begin in reversed(range(0, hidden_SH.shape[0], chunk)):
         rows = slice(begin, min(begin + chunk, hidden_SH.shape[0]))
-        logits, hit, local = buffers.logits(hidden_SH[rows], weight_VH, target_S[rows], first_row, valid_rows, temperature)
-        logits -= logsumexp_S[rows, None]
-        grad_logits = logits.exp_()
+        if last is not None:
+            grad_logits = buffers.exact[: rows.stop - begin]
+            grad_logits *= last[1][:, None]
+            hit, local = _own_targets(target_S[rows], first_row, weight_VH.shape[0])
+            last = None
+        else:
+            logits, hit, local = buffers.logits(hidden_SH[rows], weight_VH, target_S[rows], first_row, valid_rows, temperature)
+            logits -= logsumexp_S[rows, None]
+            grad_logits = logits.exp_()
         scale = grad_S[rows, None].to(grad_logits.dtype) / temperature
         grad_logits *= -scale
         grad_logits.scatter_add_(1, local[:, None], scale * hit[:, None])
@@ -126,13 +140,13 @@ class _ChunkBuffers:
         shape = (min(hidden.shape[0], chunk), weight.shape[0])
         self._raw = torch.empty(shape, dtype=weight.dtype, device=hidden.device)
         exact = _accumulate_dtype(weight.dtype)
-        self._exact = self._raw if exact == weight.dtype else torch.empty(shape, dtype=exact, device=hidden.device)
+        self.exact = self._raw if exact == weight.dtype else torch.empty(shape, dtype=exact, device=hidden.device)
 
     def logits(
         self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, first_row: int, valid_rows: int, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits [n, V'] in at least float32 with the vocabulary's padding rows at -inf; which targets are this rank's; their local rows."""
-        raw, logits = self._raw[: hidden.shape[0]], self._exact[: hidden.shape[0]]
+        raw, logits = self._raw[: hidden.shape[0]], self.exact[: hidden.shape[0]]
         torch.mm(hidden, weight.t(), out=raw)
         if logits.dtype != raw.dtype:
             logits.copy_(raw)
@@ -140,13 +154,17 @@ class _ChunkBuffers:
             logits /= temperature
         if valid_rows < weight.shape[0]:
             logits[:, max(valid_rows, 0) :] = float("-inf")
-        hit = (target >= first_row) & (target < first_row + weight.shape[0])
-        local = torch.where(hit, target - first_row, torch.zeros_like(target))
-        return logits, hit, local
+        return logits, *_own_targets(target, first_row, weight.shape[0])
 
     def lowered(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the float32 buffer in the compute dtype."""
         return values if values.dtype == self._raw.dtype else self._raw[: values.shape[0]].copy_(values)
+
+
+def _own_targets(target: torch.Tensor, first_row: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n] which targets are this rank's rows, and their local numbers (0 elsewhere)."""
+    hit = (target >= first_row) & (target < first_row + rows)
+    return hit, torch.where(hit, target - first_row, torch.zeros_like(target))
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
