@@ -1,7 +1,7 @@
 """Where a step's wall time goes, and the share that is neither generation nor matrix products.
 
-Generation, refit and the trainer's phases are the means over the steps of a finished run (``time/*`` of its ``metrics.jsonl``; the first step,
-which warms everything up, is left out). What of scoring and update is matrix products and attention is measured by torch's profiler on one
+Generation, refit and the trainer's phases are the means over the steps of a finished run (``time/*`` of its ``metrics.jsonl``; the first step
+warms everything up and is left out). What of scoring and update is matrix products and attention is measured by torch's profiler on one
 of the run's steps, done again on its dumped rollouts: the self time of those operators over the wall time of the same pass.
 """
 
@@ -28,13 +28,14 @@ OPTIMIZER = ("aten::_foreach", "aten::_fused_adam", "Optimizer.step", "aten::ler
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="finished run with metrics.jsonl, rollouts/ and hf/")
+    parser.add_argument("--skip", type=int, default=1, help="first steps that are left out of the means")
     parser.add_argument("--step", type=int, default=1, help="which dumped step is done again under the profiler")
     parser.add_argument("--top", type=int, default=8, help="how many other operators to name")
 
 
 def run(options: argparse.Namespace) -> int:
     recorded = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in recorded if row.get("stage") == "rl" and "time/rollout" in row][1:]
+    steps = [row for row in recorded if row.get("stage") == "rl" and "time/rollout" in row][options.skip :]
     phases = {name: statistics.fmean(row[f"time/{name}"] for row in steps) for name in ("rollout", "score", "update", "refit")}
     total = statistics.fmean(row["time/total"] for row in steps)
     share, wall, others = matmul_share(options.run, options.step, options.top)
