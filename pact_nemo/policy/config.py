@@ -56,7 +56,7 @@ class PolicyConfig:
     precision: str = "auto"
     recompute: str = "none"
     micro_batch_tokens: int = 1024
-    logprob_chunk: int = 256
+    logprob_chunk: int = 1024
     share_prefix: bool = True
     attention: str = "auto"
     fp8: str | None = None
