@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.checkpoints.resume import steps as resume_steps
 from pact_nemo.checkpoints.resume import verify
 from pact_nemo.errors import ConfigError
 from pact_nemo.training.config import load_config
@@ -242,6 +243,28 @@ def test_a_run_with_its_own_server(stage: dict[str, Any]) -> None:
         for turn in dataset.traces[task.id].turns:
             for segment in turn.segments:
                 assert segment.text.strip() not in flat
+
+
+def test_generation_ahead_is_one_version_behind_and_survives_a_cut(stage: dict[str, Any]) -> None:
+    """``trainer.overlap``: the first step samples from the weights it trains, later ones from those before; a checkpoint holds what was sampled."""
+    words = ["trainer.replay=null", "trainer.overlap=true", "trainer.steps=3", "objective.schedule.horizon=3", "warmup.steps=0"]
+    words += ["rollout.sampling.max_turn_tokens=24", "rollout.server.max_model_len=512", "evaluation.before=false", "evaluation.after=false"]
+    words += ["trainer.keep_checkpoints=2"]
+    run = recipe(stage, "ahead", *words)
+    rows = [row for row in records(run) if row["stage"] == "rl"]
+    assert [row["rollout/lag"] for row in rows] == [0, 1, 1]
+    dumped = [[json.loads(line) for line in (run / "rollouts" / f"step_{i:06d}.jsonl").read_text().splitlines()] for i in range(3)]
+    assert [{row["weight_version"] for row in step} for step in dumped] == [{0}, {0}, {1}]
+    whole, trained = weights(run), rows[-1]
+
+    newest = max(resume_steps(run / "checkpoints"))
+    shutil.rmtree(run / "checkpoints" / f"step_{newest:06d}")  # as if the run had died in its last step
+    shutil.rmtree(run / "hf")
+    again = recipe(stage, "ahead", *words, resume=run)
+    last = [row for row in records(again) if row["stage"] == "rl"][-1]
+    assert {k: v for k, v in last.items() if not k.startswith("refit/")} == {k: v for k, v in trained.items() if not k.startswith("refit/")}
+    after = weights(again)
+    assert all(torch.equal(after[name], value) for name, value in whole.items())
 
 
 @pytest.mark.slow

@@ -59,11 +59,13 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
             row = json.loads(line)
         except ValueError as error:
             raise DataError(f"not a JSON object ({error}); the file is torn, dump it again", file=file, line=number) from error
-        rollouts.append(_parse(row, file, number))
+        rollouts.append(parse_rollout(row, file, number))
     return rollouts
 
 
-def _parse(row: Any, file: str, line: int) -> Rollout:
+def parse_rollout(row: Any, file: str, line: int) -> Rollout:
+    """One row as a rollout. Raises DataError with ``file``, ``line`` and the field that is wrong."""
+
     def fail(message: str, name: str | None = None) -> DataError:
         return DataError(message, file=file, line=line, field=name)
 

@@ -190,6 +190,7 @@ class TrainerConfig:
     async_checkpoint: bool = False  #: write checkpoints beside the next steps (a child process a rank); the last one is waited for
     both_contexts: bool = True  #: kl_coef=0: run conditioned rollouts under x, too, for privilege gap and mismatch only (needed by tis, adaptive)
     score_first_update: bool = False  #: score pi_old for a step's first update, too, instead of taking its own log-probs, which are the same
+    overlap: bool = False  #: one-step-off: sample the next step's rollouts, from the weights of before, while this step's update runs; needs tis
     skip_zero_advantage: bool = True  #: no pass under c_h for rollouts whose advantages are all 0 (surrogate: 0); not with adaptive annealing
     dump_rollouts: bool = True
     replay: str | None = None  #: run folder whose dumped rollouts are trained on instead of sampling (no server is started)
@@ -357,6 +358,10 @@ def validate(config: Config) -> None:
     if tasks.window == "full":
         reduced = [k for k in ("max_calls", "max_user_chars") if getattr(tasks, k) is not None]
         _require(not reduced and not tasks.grounded_only, f"tasks.{', tasks.'.join(reduced or ['grounded_only'])} only apply to tasks.window=turn")
+    _require(
+        not trainer.overlap or config.rollout.importance == "tis",
+        "trainer.overlap=true trains on rollouts of older weights: it needs rollout.importance=tis, which corrects for that",
+    )
     if config.rollout.importance == "tis":
         _require(config.rollout.importance_cap >= 1.0, f"rollout.importance_cap={config.rollout.importance_cap}: must be >= 1")
         _require(

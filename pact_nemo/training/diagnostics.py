@@ -60,14 +60,14 @@ def mismatch(prompts: list[PromptTree], scored: list[torch.Tensor]) -> dict[str,
     }
 
 
-def rollout_record(groups: list[PromptGroup], seconds: float | None = None) -> dict[str, Any]:
+def rollout_record(groups: list[PromptGroup]) -> dict[str, Any]:
     """Reward (sum over turns, mean over rollouts), success share, counts. Failed rollouts are counted and left out of the means."""
     rollouts = [r for g in groups for r in g.rollouts]
     rewards = [float(reward.sum()) for g in groups for r, reward in zip(g.rollouts, g.rewards, strict=True) if r.status != "failed"]
     valid = [r for r in rollouts if r.status != "failed"]
     policy_tokens = sum(sum(r.loss_mask) for r in rollouts)
     flat = [g for g in groups if has_policy_tokens(g) and all(np.all(a == 0) for a in g.advantages)]
-    record: dict[str, Any] = {
+    return {
         "reward/mean": _mean(rewards),
         "reward/success": _mean([float(r.outcome is not None and r.outcome.success) for r in valid]),
         "gate/anchored": _mean([float(g.anchored) for g in groups]),
@@ -80,9 +80,6 @@ def rollout_record(groups: list[PromptGroup], seconds: float | None = None) -> d
         "rollout/malformed_calls": sum(len(t.call_errors) for r in valid for t in r.turns),
         "tokens/policy": policy_tokens,
     }
-    if seconds:
-        record["rollout/tokens_per_second"] = policy_tokens / seconds
-    return record
 
 
 def step_record(
@@ -94,6 +91,8 @@ def step_record(
 ) -> dict[str, Any]:
     """One line of ``metrics.jsonl``; ``old`` are the prompts' log-probs under pi_old."""
     record = rollout_record(groups)
+    if experiment.config.trainer.replay is None:
+        record["rollout/lag"] = max(experiment.version - rollout.weight_version for group in groups for rollout in group.rollouts)
     current = [values for result in results for values in result.logprobs]
     record.update(latent(prompts, current))
     record.update(mismatch(prompts, old))

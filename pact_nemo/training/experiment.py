@@ -22,6 +22,7 @@ from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.objective.trace_quality import TraceQuality
 from pact_nemo.policy.fp8_block import FP8_BLOCK
 from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.training.ahead import Ahead
 from pact_nemo.training.config import Config
 from pact_nemo.training.data import Dataset
 from pact_nemo.training.distributed import on_rank_zero, rank
@@ -71,6 +72,8 @@ class Experiment:
         step: finished RL steps; also the index of the next one.
         warmup_step: finished warm-up steps.
         version: weight version being served; raised by one at every refit.
+        ahead: the next step's rollouts, where ``trainer.overlap`` has them sampled beside the update.
+        rollout_seconds: what generating the step's rollouts took; None where they were not generated now (a replay, a resumed batch).
     """
 
     def __init__(
@@ -96,6 +99,8 @@ class Experiment:
         self.step = 0
         self.warmup_step = 0
         self.version = 0
+        self.ahead = Ahead()
+        self.rollout_seconds: float | None = None
         self.saving: resume.BackgroundSave | None = None
         self.metrics: MetricsLog | None = None
         self.plan: dict[str, Any] | None = None  # of rank 0, made at the start
@@ -185,6 +190,7 @@ class Experiment:
             "horizon": self.schedule.horizon,
             "progress": asdict(self.schedule.progress) if isinstance(self.schedule, AdaptiveSchedule) else None,
             "trace_quality": asdict(self.quality) if self.quality is not None else None,
+            "ahead": self.ahead.state(),
         }
 
     def checkpoint_if_due(self) -> None:
@@ -241,6 +247,8 @@ class Experiment:
             self.schedule = replace(self.schedule, horizon=state["horizon"])
         if self.quality is not None and state.get("trace_quality") is not None:
             self.quality = TraceQuality(**state["trace_quality"])
+        if rank() == 0:
+            self.ahead.load_state(state.get("ahead"), str(folder))
         return True
 
     def leave_if_asked(self) -> None:
@@ -290,8 +298,8 @@ class Experiment:
     def log_step(self, stage: str, record: dict[str, Any]) -> None:
         """Append to metrics.jsonl and TensorBoard and show one line."""
         step = self.step if stage == "rl" else self.warmup_step
-        if "rollout/tokens_per_second" not in record and record.get("time/rollout"):
-            record["rollout/tokens_per_second"] = record.get("tokens/policy", 0) / record["time/rollout"]
+        if stage == "rl" and self.rollout_seconds:
+            record["rollout/tokens_per_second"] = record["tokens/policy"] / self.rollout_seconds
         if rank() == 0:
             assert self.metrics is not None
             self.metrics.append({"step": step, "stage": stage, **record})

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pact_nemo.environments.base import Task
 from pact_nemo.errors import ConfigError, Interrupted
 from pact_nemo.objective.adaptive import AdaptiveSchedule
 from pact_nemo.objective.loss import pact_loss
@@ -21,6 +22,7 @@ from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.store import read_rollouts
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.training import diagnostics
+from pact_nemo.training.ahead import Batch
 from pact_nemo.training.batch import (
     PROMPT_ONLY,
     PromptGroup,
@@ -31,7 +33,7 @@ from pact_nemo.training.batch import (
     grow_tree,
 )
 from pact_nemo.training.data import prompts_of_step
-from pact_nemo.training.distributed import on_rank_zero
+from pact_nemo.training.distributed import on_rank_zero, rank
 from pact_nemo.training.experiment import Experiment
 from pact_nemo.training.progress import RunProgress
 from pact_nemo.training.records import dump_step
@@ -70,6 +72,8 @@ def train(experiment: Experiment) -> None:
                 groups = collect(experiment)
             except Interrupted:  # nothing of this step has touched the weights: what is finished is the step before
                 experiment.leave()
+        if config.trainer.overlap and experiment.step + 1 < config.trainer.steps:
+            start_ahead(experiment)
         record = optimise(experiment, groups, watch)
         if isinstance(experiment.schedule, AdaptiveSchedule):
             experiment.schedule.progress.observe(record["reward/success"], mean_gap(record))
@@ -78,6 +82,8 @@ def train(experiment: Experiment) -> None:
             observe_traces(experiment.quality, groups, experiment.dataset.trace_results)
             record["trace/weight"] = sum(group.trace_weight for group in groups) / len(groups)
         experiment.step += 1
+        with watch("rollout"):  # what is left of the next step's; servers change weights between batches, never within one
+            on_rank_zero(experiment.ahead.finish)
         with watch("refit"):
             record |= experiment.refit()
         record.update(watch.times)
@@ -86,19 +92,39 @@ def train(experiment: Experiment) -> None:
         experiment.checkpoint_if_due()
 
 
+def tasks_of(experiment: Experiment, step: int) -> list[Task]:
+    """The prompts of a step: a function of step and seed."""
+    config = experiment.config
+    return prompts_of_step(experiment.dataset.train, step, config.trainer.batch_size, config.run.seed)
+
+
+def start_ahead(experiment: Experiment) -> None:
+    """Have rank 0 sample the next step's rollouts from the weights being served, beside the update that comes now."""
+    if rank() == 0 and experiment.config.trainer.replay is None:
+        step, version, k = experiment.step + 1, experiment.version, experiment.config.objective.group_size
+        tasks = tasks_of(experiment, step)
+        experiment.ahead.start(step, lambda: experiment.generator.rollouts(tasks, k, step=step, version=version))
+
+
 def collect(experiment: Experiment) -> list[PromptGroup]:
     """K prompt-only rollouts per prompt, then rewards, advantages and the gate. Traces join here, after generation has ended."""
     config = experiment.config
-    tasks = prompts_of_step(experiment.dataset.train, experiment.step, config.trainer.batch_size, config.run.seed)
+    tasks = tasks_of(experiment, experiment.step)
     k = config.objective.group_size
     objective = replace(config.objective, anchor_prob=experiment.anchor_prob)
 
-    def sample() -> list[Rollout]:
+    def sample() -> Batch:
         if config.trainer.replay is not None:
-            return replayed(experiment.replay_file(experiment.step), [task.id for task in tasks for _ in range(k)])
-        return experiment.generator.rollouts(tasks, k, step=experiment.step, version=experiment.version)
+            rollouts = replayed(experiment.replay_file(experiment.step), [task.id for task in tasks for _ in range(k)])
+            return Batch(experiment.step, rollouts, None)
+        if (ready := experiment.ahead.take(experiment.step)) is not None:
+            return ready
+        started = time.perf_counter()
+        rollouts = experiment.generator.rollouts(tasks, k, step=experiment.step, version=experiment.version)
+        return Batch(experiment.step, rollouts, time.perf_counter() - started)
 
-    rollouts = on_rank_zero(sample)
+    batch = on_rank_zero(sample)
+    rollouts, experiment.rollout_seconds = batch.rollouts, batch.seconds
     groups = [
         form_group(
             task,
