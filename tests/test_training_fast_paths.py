@@ -18,7 +18,7 @@ from pact_nemo.training.loop import Stopwatch, optimise
 from tests.workers.policy_kit import VOCAB, make_model
 from tools.benches.kit import stand_in, synthetic_groups
 
-PLAIN = {"share_prefix": False, "score_first_update": True, "skip_zero_advantage": False}
+PLAIN = {"share_prefix": False, "fused_elementwise": False, "score_first_update": True, "skip_zero_advantage": False}
 
 
 def settings(mini_batch: int, **objective: Any) -> Config:
@@ -37,8 +37,9 @@ def batch(config: Config) -> list[PromptGroup]:
     return groups
 
 
-def one_step(model: Path, config: Config, *, share_prefix: bool = True, **trainer: bool) -> dict[str, Any]:
-    config = replace(config, policy=replace(config.policy, share_prefix=share_prefix), trainer=replace(config.trainer, **trainer))  # type: ignore[arg-type]
+def one_step(model: Path, config: Config, *, share_prefix: bool = True, fused_elementwise: bool = True, **trainer: bool) -> dict[str, Any]:
+    policy_config = replace(config.policy, share_prefix=share_prefix, fused_elementwise=fused_elementwise)
+    config = replace(config, policy=policy_config, trainer=replace(config.trainer, **trainer))  # type: ignore[arg-type]
     policy = MegatronPolicy(config.policy, OptimizerConfig(lr=1e-3, eps=1e-5), model, seed=1, total_steps=4, keep_reference=True)
     with torch.no_grad():
         for parameter in policy.chunks[0].parameters():

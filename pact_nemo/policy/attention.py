@@ -22,6 +22,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch.nn.attention.bias import causal_lower_right
 
+from pact_nemo.policy.fused import rotate
 from pact_nemo.policy.packing import Run
 
 
@@ -75,6 +76,7 @@ class TreeBatch(PackedSeqParams):
         target_ids: [S_local] int64 scored tokens.
         temperature: divisor of the logits.
         entropy: [S_local] float32 that receives entropies in nats, or None.
+        rotation: cosines and sines [T_local, 1, 1, d / 2] of the rotary embedding; None = queries and keys come rotated.
     """
 
     position_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -84,6 +86,7 @@ class TreeBatch(PackedSeqParams):
     target_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     temperature: float = 1.0
     entropy: torch.Tensor | None = None
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def lower_right_mask(queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
@@ -156,6 +159,8 @@ class TreeCoreAttention(torch.nn.Module):
         """query [T_local, 1, n, d]; key, value [T_local, 1, g, d] -> [T_local, 1, n * d]."""
         assert packed_seq_params is not None and packed_seq_params.plan is not None, "TreeCoreAttention needs a TreeBatch"
         plan = packed_seq_params.plan
+        if packed_seq_params.rotation is not None:
+            query, key = rotate(query, *packed_seq_params.rotation), rotate(key, *packed_seq_params.rotation)
         if self.context_parallel > 1:
             key, value = self._gather(key, value, packed_seq_params)
         gqa = query.shape[2] != key.shape[2]

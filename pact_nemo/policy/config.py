@@ -33,6 +33,9 @@ class PolicyConfig:
         micro_batch_tokens: token budget of a packed micro-batch; a larger tree is cut into pieces that repeat shared prefixes, and only a
             single sequence may exceed it.
         logprob_chunk: positions per chunk of the vocabulary head; at most chunk x vocab/TP logits exist at a time.
+        fused_elementwise: norms, SwiGLU, rotation and embedding gradients as single functions where Transformer Engine isn't there to fuse
+            them; False = composed of torch's operators, as megatron does it.
+        keep_freed_memory: on the CPU, keep freed memory in the process for the next tensors (``device.keep_freed_memory``).
         share_prefix: compute shared prefixes of a token tree once; False = separate root-to-leaf sequences.
         attention: ``tree_sdpa`` (torch kernels on any device), ``te`` (Transformer Engine, needs share_prefix=False) or ``auto`` = tree_sdpa.
         fp8: Transformer Engine FP8 recipe of the update and of the scoring that its ratios are taken against (the reference pass, the
@@ -57,6 +60,8 @@ class PolicyConfig:
     recompute: str = "none"
     micro_batch_tokens: int = 1024
     logprob_chunk: int = 1024
+    fused_elementwise: bool = True
+    keep_freed_memory: bool = True
     share_prefix: bool = True
     attention: str = "auto"
     fp8: str | None = None

@@ -23,15 +23,17 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pact_nemo.errors import ConfigError
+from pact_nemo.policy import fused
 from pact_nemo.policy.attention import TreeBatch, TreeCoreAttention
 from pact_nemo.policy.config import PolicyConfig
 from pact_nemo.policy.device import local_device
 from pact_nemo.policy.fp8 import HISTORY, emulate, number_format
+from pact_nemo.policy.fused import SwiGLU
 from pact_nemo.policy.heads import vocab_parallel_logprobs
 
 
-class RMSNorm(torch.nn.Module):
-    """RMSNorm for specs without Transformer Engine; unlike megatron's wrapper of torch's, it works under sequence parallelism."""
+class PlainRMSNorm(torch.nn.Module):
+    """Torch's RMSNorm for specs without Transformer Engine; unlike megatron's wrapper of it, it works under sequence parallelism."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
@@ -44,18 +46,41 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
+class RMSNorm(PlainRMSNorm):
+    """The same in one autograd function."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return fused.rms_norm(x, self.weight, self.eps)
+
+
 class PactGPTModel(GPTModel):
     """One pipeline stage of the policy. Call with ``packed_seq_params=TreeBatch``; the last stage returns [S_local] float32 log-probs."""
 
     logprob_chunk: int
     true_vocab_size: int
+    rotates_itself: bool  #: core attention turns queries and keys, by angles that are computed once a micro-batch
 
     def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, decoder_input: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         """Embeddings on the first stage; rotary angles [T_local, 1, 1, d] of this micro-batch's positions on every stage."""
         batch: TreeBatch = kwargs["packed_seq_params"]
         if decoder_input is None and self.pre_process:
-            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        return decoder_input, self._rotary(batch.position_ids), None, None, None, None
+            decoder_input = self._embed(input_ids, position_ids)
+        if not self.rotates_itself:
+            return decoder_input, self._rotary(batch.position_ids), None, None, None, None
+        angles = torch.outer(batch.position_ids.to(torch.float32), self.rotary_pos_emb.inv_freq)[:, None, None, :]
+        batch.rotation = (angles.cos().to(self.config.params_dtype), angles.sin().to(self.config.params_dtype))
+        return decoder_input, None, None, None, None, None
+
+    def _embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        weight = self.embedding.word_embeddings.weight
+        main_grad = getattr(weight, "main_grad", None)
+        if not (self.rotates_itself and torch.is_grad_enabled() and main_grad is not None and self.pg_collection.tp.size() == 1):
+            return self.embedding(input_ids=input_ids, position_ids=position_ids)  # type: ignore[no-any-return]
+        with torch.no_grad():
+            rows = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        weight.grad_added_to_main_grad = True
+        weight.zero_out_wgrad = False  # set for tied weights: megatron's hook would add the placeholder, too
+        return fused.embedded(rows, weight, input_ids, main_grad)
 
     def _rotary(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Angles [T, 1, 1, d] in float32, rotate-half layout."""
@@ -102,21 +127,35 @@ class PactGPTModel(GPTModel):
         return {"main_grad": main_grad, "placeholder": not tied}  # tied: the embedding's gradient, which comes later, calls the hook
 
 
-def layer_spec(provider: Any, *, transformer_engine: bool, attention: str) -> ModuleSpec:
-    """Layer spec with our core attention: Transformer Engine modules if asked for, local ones with our RMSNorm otherwise."""
+def layer_spec(provider: Any, *, transformer_engine: bool, attention: str, fused_elementwise: bool) -> ModuleSpec:
+    """Layer spec with our core attention: Transformer Engine modules if asked for, local ones with our RMSNorm and activation otherwise."""
     moe = dict(num_experts=provider.num_moe_experts, moe_grouped_gemm=provider.moe_grouped_gemm, qk_layernorm=provider.qk_layernorm)
     if transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(**moe)
     else:
         spec = get_gpt_layer_local_spec(**{**moe, "moe_grouped_gemm": False}, normalization=provider.normalization)
-        spec.submodules.input_layernorm = RMSNorm
-        spec.submodules.pre_mlp_layernorm = RMSNorm
+        norm = RMSNorm if fused_elementwise else PlainRMSNorm
+        spec.submodules.input_layernorm = norm
+        spec.submodules.pre_mlp_layernorm = norm
         if provider.qk_layernorm:
-            spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
-            spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+            spec.submodules.self_attention.submodules.q_layernorm = norm
+            spec.submodules.self_attention.submodules.k_layernorm = norm
+        if provider.use_te_activation_func:
+            _set_activation(spec.submodules.mlp)
     if attention != "te":
         spec.submodules.self_attention.submodules.core_attention = TreeCoreAttention
     return spec
+
+
+def _set_activation(spec: ModuleSpec) -> None:
+    """Put our SwiGLU where MLPs look for an activation module: the dense one's, or that of routed and shared experts."""
+    submodules = spec.submodules
+    if hasattr(submodules, "activation_func"):
+        submodules.activation_func = SwiGLU
+    for name in ("experts", "shared_experts"):
+        inner = getattr(submodules, name, None)
+        if isinstance(inner, ModuleSpec):
+            _set_activation(inner)
 
 
 def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool, fp8: str | None = None) -> None:
@@ -182,6 +221,8 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool, fp8: 
         moe_token_dispatcher_type="alltoall",
         moe_permute_fusion=False,
     )
+    if config.fused_elementwise and not cuda and provider.gated_linear_unit and provider.activation_func is F.silu:
+        settings["use_te_activation_func"] = True  # megatron's name for "the activation is a module": ours (layer_spec)
     if fp8 is not None:
         settings.update(
             fp8=number_format(fp8),
@@ -235,7 +276,9 @@ def build_chunks(provider: Any, hf_config: Any, config: PolicyConfig, *, cuda: b
     provider._pg_collection = groups
     virtual = config.virtual_pipeline
     transformer_engine = cuda and importlib.util.find_spec("transformer_engine") is not None
-    spec = layer_spec(provider, transformer_engine=transformer_engine, attention=config.attention)
+    spec = layer_spec(
+        provider, transformer_engine=transformer_engine, attention=config.attention, fused_elementwise=config.fused_elementwise
+    )
     final_norm = spec.submodules.input_layernorm if not transformer_engine else None
     padded = provider.vocab_size + -provider.vocab_size % config.tensor_parallel
     chunks = []
@@ -268,6 +311,7 @@ def build_chunks(provider: Any, hf_config: Any, config: PolicyConfig, *, cuda: b
         )
         model.logprob_chunk = config.logprob_chunk
         model.true_vocab_size = provider.vocab_size
+        model.rotates_itself = config.fused_elementwise and config.attention != "te"
         model.rotary_pos_emb.inv_freq = rotary_frequencies(hf_config).to(local_device())
         model.to(local_device())
         _mark_tensor_parallel(model)

@@ -50,7 +50,17 @@ def wrap_data_parallel(chunks: list[Any], *, distributed_optimizer: bool, overla
     for chunk in wrapped:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             _count_padding_between_buckets(buffer)
+        if not overlap:
+            for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+                _skip_collectives_of_one(group)
     return wrapped
+
+
+def _skip_collectives_of_one(group: Any) -> None:
+    """Where a buffer belongs to one rank alone there is nothing to sum or gather; gloo would copy all gradients twice and all weights once."""
+    ranks = group.intra_distributed_optimizer_instance_group if group.ddp_config.use_distributed_optimizer else group.data_parallel_group
+    if ranks.size() == 1 and all(bucket.gradient_scaling_factor == 1.0 for bucket in group.buckets):
+        group.start_grad_sync = group.start_param_sync = lambda *args, **kwargs: None
 
 
 def _count_padding_between_buckets(buffer: Any) -> None:

@@ -81,6 +81,8 @@ class MegatronPolicy:
         """
         devices.init_distributed(config.init_timeout_s)
         cuda = devices.use_cuda()
+        if config.keep_freed_memory and not cuda:
+            devices.keep_freed_memory()
         config.validate(cuda=cuda, world_size=dist.get_world_size())
         optimizer_config.validate()
         self.config, self.optimizer_config = config, optimizer_config

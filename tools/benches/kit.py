@@ -108,7 +108,9 @@ def synthetic_trace(token_ids: list[int]) -> TraceTokens:
 
 def stand_in(config: Config, policy: MegatronPolicy) -> Experiment:
     """What :func:`pact_nemo.training.loop.optimise` reads of an experiment, without a run folder, server or dataset."""
-    found = SimpleNamespace(config=config, policy=policy, boundary_ids=[5] * BOUNDARY, schedule=trace_schedule(config), step=0, progress=_Quiet())
+    found = SimpleNamespace(
+        config=config, policy=policy, boundary_ids=[5] * BOUNDARY, schedule=trace_schedule(config), step=0, version=0, progress=_Quiet()
+    )
     return cast(Experiment, found)
 
 
