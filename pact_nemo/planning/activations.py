@@ -2,12 +2,12 @@
 
 What autograd keeps depends on the kernels, so there are two catalogues:
 
-- ``torch``: layers without Transformer Engine, on the CPU. RMSNorm is composed of elementary operations (it keeps a float32 copy of its input, the
-  float32 normalised value and its output), SwiGLU is five tensors of the feed-forward width, attention is torch's flash kernel for the CPU (it
-  keeps q, k, v, the output and a log-sum per query, never the scores) with stored masks. Read off the tensors that autograd saves, and
+- ``torch``: layers without Transformer Engine, on the CPU. Norms keep their input and output, SwiGLU its input and output, the rotation nothing
+  (``policy/fused.py``; with ``policy.fused_elementwise=false`` they keep more, which isn't planned), attention is torch's flash kernel for the
+  CPU (it keeps q, k, v, the output and a log-sum per query, never the scores) with stored masks. Read off the tensors that autograd saves, and
   held against measured allocator peaks to 5 % (``tests/test_planning_activations.py``).
-- ``te``: Transformer Engine on CUDA. Norms keep input and output in the compute dtype, SwiGLU is fused (its input and its output), masks are
-  never stored, linear inputs are kept in FP8 (1 byte) under ``policy.fp8``. From the kernels' sources, not measured here.
+- ``te``: Transformer Engine on CUDA. The same of norms and SwiGLU; masks are never stored, linear inputs are kept in FP8 (1 byte) under
+  ``policy.fp8``. From the kernels' sources, not measured here.
 
 The head never keeps logits; its chunk buffers are named in :func:`head_forward` and :func:`head_backward` as ``policy/heads.py`` allocates them.
 """
@@ -74,9 +74,13 @@ class Widths:
 
 def norm_kept(numbers: Numbers, width: int) -> float:
     """Per token: RMSNorm of ``width`` numbers and the linear input that it makes."""
-    if numbers.fused:
-        return width * (numbers.width + numbers.linear_input) + FP32
-    return width * (2 * FP32 + numbers.width) + FP32
+    return width * (numbers.width + numbers.linear_input) + FP32
+
+
+def norm_working(numbers: Numbers, width: int) -> float:
+    """Per token, while RMSNorm of ``width`` numbers is differentiated: its gradient, and on the CPU its float32 parts (``policy/fused.py``)."""
+    parts = 0 if numbers.fused else 2 if numbers.width == FP32 else 3
+    return width * (numbers.width + parts * FP32)
 
 
 def core_attention_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
@@ -88,19 +92,15 @@ def core_attention_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row
 
 
 def attention_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
-    """Per layer and row, the input norm included: q, k, v before and after rotation, the rotation's sines and cosines, the output."""
+    """Per layer and row, the input norm included: q, k, v before and after rotation, the output."""
     own, width = Widths.of(shape, layout), numbers.width
     tokens = row.tokens / layout.context
     each = norm_kept(numbers, own.hidden)
     each += (own.queries + 2 * own.keys) * width  # the fused projection stays whole: v is a view of it
     each += (own.queries + own.keys) * width  # q and k after rotation
-    each += 4 * shape.head_dim * width  # sine and cosine, once for q and once for k
     each += own.queries * numbers.linear_input  # joined output, input of the output projection
-    if shape.qk_norm and numbers.fused:
+    if shape.qk_norm:
         each += (own.queries + own.keys) * width + FP32 * (own.heads + own.kv_heads)
-    elif shape.qk_norm:  # float32 input and normalised value; in fp32 the keys' input is a view of the projection
-        each += 2 * FP32 * (own.queries + own.keys) + FP32 * (own.heads + own.kv_heads)
-        each -= FP32 * own.keys if width == FP32 else 0
     gathered = 2 * own.keys * width * row.tokens if layout.context > 1 else 0.0  # the whole row's keys and values
     return tokens * each + gathered
 
@@ -110,11 +110,10 @@ def feed_forward_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: 
     own, width = Widths.of(shape, layout), numbers.width
     tokens = row.tokens / layout.context
     if not shape.experts:
-        swiglu = 2 * width + numbers.linear_input if numbers.fused else 5 * width
-        return tokens * (norm_kept(numbers, own.hidden) + swiglu * own.feed_forward)
+        return tokens * (norm_kept(numbers, own.hidden) + (2 * width + numbers.linear_input) * own.feed_forward)
     # each rank routes its own tokens and, evenly routed, computes as many
     copies = shape.experts_per_token
-    swiglu = 2 * width + numbers.linear_input if numbers.fused else 6 * width  # unfused: the routing weight makes one more
+    swiglu = 2 * width + numbers.linear_input + (0 if numbers.fused else width)  # unfused: the routing weight makes one more
     router = copies * (2 * INDEX + FP32) + shape.experts * (1 + width)
     routed = shape.hidden * numbers.linear_input + swiglu * shape.expert_intermediate + width
     return tokens / layout.hidden_split * (norm_kept(numbers, shape.hidden) + router + copies * routed)
@@ -129,10 +128,10 @@ def layer_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, re
 
 
 def row_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
-    """Once per row: token ids, positions, rotary angles, index and stream vectors of the scored tokens, masks on the CPU."""
+    """Once per row: token ids, positions, the rotation's cosines and sines, index and stream vectors of the scored tokens, masks on the CPU."""
     tokens, scored = row.tokens / layout.context, row.scored / layout.context
     masks = 0.0 if numbers.fused else row.masks / layout.context * numbers.width
-    return tokens * (2 * INDEX + FP32 * shape.head_dim) + scored * 3 * INDEX + masks
+    return tokens * (2 * INDEX + numbers.width * shape.head_dim) + scored * 3 * INDEX + masks
 
 
 def feed_forward_working(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
@@ -205,14 +204,13 @@ def training_peak(
     kept = flying * (layers * layer_kept(shape, layout, numbers, row, recompute) + row_kept(shape, layout, numbers, row))
     in_layer = feed_forward_working(shape, layout, numbers, row)
     if recompute == "full":
-        # the layer is there whole, and its own output; where a norm keeps its very input, that is the kept one
-        in_layer += layer_kept(shape, layout, numbers, row, "none")
-        in_layer += 0 if numbers.fused or numbers.width == FP32 else tokens * own.hidden * numbers.width
+        in_layer += layer_kept(shape, layout, numbers, row, "none")  # the layer is there whole; its norm's input is the kept one
     if stage < layout.pipeline - 1:
         return ActivationPeak(kept, in_layer, 0.0)
-    final = tokens * (norm_kept(numbers, own.hidden) + (own.hidden if numbers.width < FP32 else 0) * numbers.width)
-    final += row.scored / layout.context * shape.hidden * numbers.width
-    head = final + max(head_forward(shape, layout, numbers, row, chunk), head_backward(shape, layout, numbers, row, chunk))
+    final = tokens * norm_kept(numbers, own.hidden)
+    scored = row.scored / layout.context * shape.hidden * numbers.width
+    head = scored + max(head_forward(shape, layout, numbers, row, chunk), head_backward(shape, layout, numbers, row, chunk))
+    head = final + max(head, tokens * norm_working(numbers, own.hidden))
     return ActivationPeak(kept, 0.0, head) if head > in_layer else ActivationPeak(kept, in_layer, 0.0)
 
 

@@ -25,14 +25,16 @@ class _RMSNorm(torch.autograd.Function):
         exact = _exact(x)
         inverse = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (exact * inverse).mul_(weight).to(x.dtype)
+        normalised = exact.mul_(inverse) if exact is not x else exact * inverse
+        return normalised.mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        grad = _exact(grad_outputs[0])
-        normalised = _exact(x) * inverse
+        grad, exact = _exact(grad_outputs[0]), _exact(x)
+        normalised = exact.mul_(inverse) if exact is not x else exact * inverse
+        del exact
         product = grad * normalised
         grad_weight = product.reshape(-1, product.shape[-1]).sum(0).to(weight.dtype)
         # d/dx of x_i w_i r(x): r (w g - x r mean(w g x r))
@@ -61,8 +63,10 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = both.chunk(2, dim=-1)
         out = torch.empty_like(both)
         grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        torch.ops.aten.silu.out(gate, out=grad_up)
+        grad_up *= grad
+        torch.mul(grad, up, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         return out
 
 
