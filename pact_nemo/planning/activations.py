@@ -143,8 +143,7 @@ def feed_forward_working(shape: ModelShape, layout: Layout, numbers: Numbers, ro
         return tokens * numbers.width * (2 * own.feed_forward + own.hidden)
     copies = shape.experts_per_token / layout.hidden_split
     backward = 2 * shape.expert_intermediate * copies + shape.hidden * copies + own.hidden
-    held = own.hidden * (2 if numbers.fused or numbers.width == FP32 else 3)
-    return tokens * numbers.width * max(backward, 2 * shape.hidden * copies + held)
+    return tokens * numbers.width * max(backward, 2 * shape.hidden * copies + 2 * own.hidden)
 
 
 def head_forward(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int) -> float:
