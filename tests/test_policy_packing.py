@@ -96,6 +96,17 @@ def test_rows_respect_the_budget_and_ranks_get_equally_many() -> None:
     assert sum(loads) == sum(sizes)
 
 
+def test_fewer_trees_than_ranks_are_cut_until_the_ranks_are_even() -> None:
+    trees = make_trees(3, seed=5)
+    total, largest = sum(tree.num_tokens for tree in trees), max(tree.num_tokens for tree in trees)
+    packed = pack(trees, 10_000, data_parallel=8)
+    loads = [sum(batch.used for batch in rows) for rows in packed]
+    assert max(loads) < 0.75 * largest and sum(loads) > total  # at the price of repeated prefixes
+    flat = torch.cat([batch.flat_index for rows in packed for batch in rows])
+    assert sorted(flat.tolist()) == list(range(sum(tree.num_scored for tree in trees)))
+    assert sum(batch.used for rows in pack(trees, 10_000, data_parallel=1) for batch in rows) == total
+
+
 def test_a_tree_over_the_budget_is_cut_and_only_a_single_sequence_may_exceed_it() -> None:
     trees = make_trees(8, seed=1)
     longest = max(chain.num_tokens for tree in trees for chain, _ in tree.chains())

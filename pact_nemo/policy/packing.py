@@ -160,6 +160,42 @@ def check_trees(trees: list[TokenTree]) -> None:
                 raise DataError(f"stream has shape {tuple(stream.shape)}, the tree scores {tree.num_scored} tokens", field=f"{where}.{name}")
 
 
+_Piece = tuple[TokenTree, list[int]]  # and the flat index of each of its scored tokens
+_PIECE_SHARES = (0.3, 0.4, 0.5, 0.7, 1.0, 1.3)  # sizes of pieces that are tried, over a rank's share of all tokens
+
+
+def _cut(trees: list[TokenTree], limit: int, *, share_prefix: bool) -> list[_Piece]:
+    """All trees in pieces of at most ``limit`` tokens where that is possible; pieces that score nothing need no computing."""
+    pieces: list[_Piece] = []
+    offset = 0
+    for tree in trees:
+        flat = list(range(offset, offset + tree.num_scored))
+        if share_prefix and tree.num_tokens <= limit:
+            pieces.append((tree, flat))
+        else:
+            parts = tree.pieces(limit) if share_prefix else tree.chains()
+            pieces += [(part, [flat[i] for i in index]) for part, index in parts]
+        offset += tree.num_scored
+    return [piece for piece in pieces if piece[1]]
+
+
+def _deal(pieces: list[_Piece], ranks: int) -> list[int]:
+    """The rank of each piece: largest first, to the rank with the fewest tokens so far."""
+    loads, found = [0] * ranks, [0] * len(pieces)
+    for index in sorted(range(len(pieces)), key=lambda i: (-pieces[i][0].num_tokens, i)):
+        found[index] = loads.index(min(loads))
+        loads[found[index]] += pieces[index][0].num_tokens
+    return found
+
+
+def _fullest(pieces: list[_Piece], ranks: list[int]) -> int:
+    """Tokens of the rank that has most."""
+    loads = [0] * (max(ranks, default=0) + 1)
+    for (piece, _), rank in zip(pieces, ranks, strict=True):
+        loads[rank] += piece.num_tokens
+    return max(loads)
+
+
 def pack(
     trees: list[TokenTree],
     token_budget: int,
@@ -172,10 +208,11 @@ def pack(
     """Pack trees into micro-batches for every data-parallel rank.
 
     A tree larger than ``token_budget`` is cut into pieces that repeat shared prefixes (:meth:`TokenTree.pieces`), so a row is never
-    larger than the budget or the longest root-to-leaf sequence: memory has a bound. Pieces are dealt to ranks by size (largest first
-    to the least loaded rank: at most 4/3 of the best possible largest load, Graham 1969), then packed first-fit-decreasing into rows of at
-    most ``token_budget`` tokens (at most 11/9 of the fewest rows + 6/9, Dosa 2007). Ranks with fewer rows get
-    empty ones: all ranks must run the same number of collectives.
+    larger than the budget or the longest root-to-leaf sequence: memory has a bound. Over several ranks smaller pieces are tried, too, and the
+    cut whose fullest rank has the fewest tokens is taken. Pieces are dealt to ranks by size (largest first to the least loaded rank: at most
+    4/3 of the best possible largest load of these pieces, Graham 1969), then packed first-fit-decreasing into rows of at most
+    ``token_budget`` tokens (at most 11/9 of the fewest rows + 6/9, Dosa 2007). Ranks with fewer rows get empty ones: all ranks must run the
+    same number of collectives.
 
     Args:
         trees: the same list on every rank.
@@ -194,30 +231,21 @@ def pack(
     check_trees(trees)
     names = sorted(trees[0].streams) if trees else []
     dtypes = {name: trees[0].streams[name].dtype for name in names}
-    pieces: list[tuple[TokenTree, list[int]]] = []
-    offset = 0
-    for tree in trees:
-        flat = list(range(offset, offset + tree.num_scored))
-        if share_prefix and tree.num_tokens <= token_budget:
-            pieces.append((tree, flat))
-        else:
-            parts = tree.pieces(token_budget) if share_prefix else tree.chains()
-            pieces += [(part, [flat[i] for i in index]) for part, index in parts]
-        offset += tree.num_scored
-    pieces = [piece for piece in pieces if piece[1]]  # where nothing is scored, nothing needs computing
+    limits = {token_budget}
+    if share_prefix and data_parallel > 1:  # smaller pieces even the ranks out, and repeat more prefixes
+        share = sum(tree.num_tokens for tree in trees) / data_parallel
+        limits |= {max(1, min(token_budget, round(share * part))) for part in _PIECE_SHARES}
+    cuts = [_cut(trees, limit, share_prefix=share_prefix) for limit in sorted(limits, reverse=True)]
+    pieces, ranks = min(((cut, _deal(cut, data_parallel)) for cut in cuts), key=lambda found: _fullest(*found))
     sizes = [piece.num_tokens for piece, _ in pieces]
-    order = sorted(range(len(pieces)), key=lambda i: (-sizes[i], i))
-    loads = [0] * data_parallel
     bins: list[list[list[int]]] = [[] for _ in range(data_parallel)]
-    for index in order:
-        rank = loads.index(min(loads))
-        loads[rank] += sizes[index]
-        for row in bins[rank]:
+    for index in sorted(range(len(pieces)), key=lambda i: (-sizes[i], i)):
+        for row in bins[ranks[index]]:
             if sum(sizes[i] for i in row) + sizes[index] <= token_budget:
                 row.append(index)
                 break
         else:
-            bins[rank].append([index])
+            bins[ranks[index]].append([index])
     rows = max(1, max(len(bin_) for bin_ in bins))
     rows += -rows % group_of
     packed = []
