@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pact_nemo.checkpoints.failures import told
 from pact_nemo.digests import FileEntry, check_files, file_entries
 from pact_nemo.errors import CheckpointError
 from pact_nemo.files import new_directory, write_text_atomic
@@ -190,9 +191,10 @@ def prune_exports(root: str | Path, keep: int, protect: Collection[int] = ()) ->
     for version in doomed:
         folder = export_path(root, version)
         hidden = folder.with_name(f".{folder.name}.deleted")
-        shutil.rmtree(hidden, ignore_errors=True)
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
+        with told(folder, "can't be deleted", "newer exports are whole"):
+            shutil.rmtree(hidden, ignore_errors=True)
+            folder.rename(hidden)
+            shutil.rmtree(hidden)
     return doomed
 
 
