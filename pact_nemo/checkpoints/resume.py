@@ -10,11 +10,16 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +40,7 @@ POINTER_NAME = "latest"
 SCHEMA = 1
 HASH_TOTAL = 8 << 30  # of a larger checkpoint, files above HASH_LIMIT are checked by size only: a resume must not read terabytes twice
 HASH_LIMIT = 16 << 20
+_WATCH_SECONDS = 0.2
 _STANDS = "the previous checkpoint stands"
 _FOLDER = re.compile(r"step_(\d{6,})")
 
@@ -69,13 +75,7 @@ def save(policy: Resumable, root: str | Path, state: dict[str, Any]) -> Path:
         CheckpointError: a checkpoint of this step exists already, or the disk refused (full, read-only, no permission, I/O): the message names
             the folder and the remedy, nothing of it is left behind, and older checkpoints stand.
     """
-    final = _free_path(policy, root)
-    with told(final, "can't be written", _STANDS), ExitStack() as stack:
-        folder = Path(from_rank_zero(lambda: str(stack.enter_context(new_directory(final)))))
-        _write(policy, folder, state)
-        from_rank_zero(lambda: _publish(folder, final, stack))
-    logger.info("saved %s", final)
-    return final
+    return BackgroundSave(policy, root, state).finish()
 
 
 def _free_path(policy: Resumable, root: str | Path) -> Path:
@@ -85,12 +85,8 @@ def _free_path(policy: Resumable, root: str | Path) -> Path:
     return final
 
 
-def _write(policy: Resumable, folder: Path, state: dict[str, Any], *, background: bool = False) -> Any:
-    """Fill a folder, but for the manifest.
-
-    Returns:
-        megatron's request to write the weights, if in the background.
-    """
+def _write(policy: Resumable, folder: Path, state: dict[str, Any]) -> Any:
+    """Fill a folder, but for the manifest and the weights. Returns megatron's request to write these."""
     from megatron.core import dist_checkpointing
 
     states: list[Any] = [None] * dist.get_world_size()
@@ -102,10 +98,30 @@ def _write(policy: Resumable, folder: Path, state: dict[str, Any], *, background
         write_json_atomic(folder / "state.json", {"step": policy.step, "ranks": dist.get_world_size(), "caller": state})
 
     from_rank_zero(prepare)
-    options: dict[str, Any] = {"async_sharded_save": True} if background else {}
-    if background and "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+    options: dict[str, Any] = {"async_sharded_save": True}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         options["async_strategy"] = "mcore"  # megatron-core 0.19 would take NVIDIA's resiliency extension, which is for GPUs
-    return dist_checkpointing.save(policy.state_dict(), str(folder / "weights"), **options)
+    request = dist_checkpointing.save(policy.state_dict(), str(folder / "weights"), **options)
+    return request._replace(async_fn=partial(_watched, request.async_fn)) if request.async_fn is not None else request
+
+
+def _watched(write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs in the process that megatron forks for a save, which forks one writer a file and waits for all of them: for ever, if one was killed."""
+    writers: list[Any] = []
+    start = ForkProcess.start
+
+    def noted(process: Any) -> None:
+        start(process)
+        writers.append(process)
+
+    def watch() -> None:
+        while not any((writer.exitcode or 0) < 0 for writer in writers):
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)  # the trainer finds no results, and tells
+
+    ForkProcess.start = noted  # type: ignore[assignment,method-assign] # of this process only
+    threading.Thread(target=watch, name="checkpoint-writers", daemon=True).start()
+    return write(*args, **kwargs)
 
 
 def _publish(folder: Path, final: Path, stack: ExitStack) -> None:
@@ -136,7 +152,7 @@ class BackgroundSave:
         self._queue = AsyncCallsQueue()
         with self._closed_on_error():
             self._folder = Path(from_rank_zero(lambda: str(self._stack.enter_context(new_directory(self.final)))))
-            self._queue.schedule_async_request(_write(policy, self._folder, state, background=True))
+            self._queue.schedule_async_request(_write(policy, self._folder, state))
 
     def finished(self) -> bool:
         """Whether the writers of all ranks have ended, well or not: :meth:`finish` then takes no time."""
@@ -149,7 +165,7 @@ class BackgroundSave:
         """Wait for the writers, then make the folder visible and point ``latest`` at it.
 
         Raises:
-            CheckpointError: a writer failed (disk full, no permission); on all ranks, and nothing is left behind.
+            CheckpointError: a writer failed or was killed (disk full, no permission, no memory); on all ranks, and nothing is left behind.
         """
         with self._closed_on_error():
             self._queue.maybe_finalize_async_calls(blocking=True)

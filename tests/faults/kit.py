@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-HANGS_S = 60
+HANGS_S = 30
 COUNT, KILL, TORN, FAIL_FROM, FAIL_ONCE, KILL_SELF = range(6)  # cutter.c's modes
 
 

@@ -16,14 +16,11 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from pact_nemo.checkpoints import manifest, resume
-from pact_nemo.errors import CheckpointError
-from pact_nemo.files import remove_unfinished
 from pact_nemo.policy.device import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.faults import tally
@@ -31,7 +28,7 @@ from tests.faults.kit import COUNT, FAIL_FROM, FAIL_ONCE, KILL, KILL_SELF, TORN,
 from tests.workers.policy_kit import make_model
 
 KINDS = ("save", "background", "export")
-REMEDY = re.compile(r"can't be (written|deleted) .*(make room|writable again|check that disk|free or repair|delete the folder|lower rollout)", re.DOTALL)
+REMEDY = re.compile(r"can't be (written|deleted) .*(make room|writable again|check that disk|free or repair)", re.DOTALL)
 
 
 @dataclass
@@ -242,12 +239,12 @@ def test_the_cutter_counts_what_the_kernel_sees(stage: Stage, tmp_path: Path) ->
         said = stage.saver.hear()
         tracer.wait(30)
         assert said["error"] is None, said
-        seen = [line for line in log.read_text().splitlines() if touches(line, str(root)) and "<unfinished" not in line or resumed(line, str(root))]
+        seen = [line for line in log.read_text().splitlines() if touches(line, str(root))]
         assert len(seen) == said["count"] == stage.calls[kind], "\n".join(seen)
 
 
 def touches(line: str, root: str) -> bool:
-    """Whether a line of strace's is a call that changes something under the folder."""
+    """Whether a line of strace's is (the begin of) a call that changes something under the folder."""
     call = re.match(r"\d+ +(\w+)\((.*)", line)
     if call is None:
         return False
@@ -257,7 +254,3 @@ def touches(line: str, root: str) -> bool:
     if name in ("write", "pwrite64", "writev", "pwritev", "pwritev2", "fsync", "fdatasync", "ftruncate", "fallocate", "fchmod", "sendfile"):
         rest = rest.split(",")[0]
     return root + "/" in rest or f"{root}>" in rest or f'{root}"' in rest
-
-
-def resumed(line: str, root: str) -> bool:
-    return False
