@@ -9,7 +9,7 @@ from pathlib import Path
 from pact_nemo.errors import CheckpointError
 from pact_nemo.files import disk_remedy
 
-_STREAM_WRITER = "PytorchStreamWriter"  # torch.save's writer: it tells a full disk as a RuntimeError without a cause
+_STREAM_WRITER = ("PytorchStreamWriter", "inline_container")  # torch.save's writer: it tells a full disk as a RuntimeError without a cause
 
 
 @contextmanager
@@ -48,6 +48,6 @@ def _of_the_disk(error: BaseException) -> BaseException | None:
         if isinstance(one, CheckpointException):
             behind += [failure[0] for failure in one.failures.values()]
         seen += [other for other in behind if other is not None and other not in seen]
-    if any(isinstance(one, CheckpointException) or _STREAM_WRITER in str(one) for one in seen):
+    if any(isinstance(one, CheckpointException) or any(name in str(one) for name in _STREAM_WRITER) for one in seen):
         return error
     return None

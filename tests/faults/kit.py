@@ -54,6 +54,8 @@ class Saver:
     def hear(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], HANGS_S)
+        if not ready:
+            self._process.kill()  # its next answer would be to this question
         assert ready, f"no answer within {HANGS_S} s: a save hangs\n{self._path.read_text()[-3000:]}"
         line = self._process.stdout.readline()
         assert line, self._path.read_text()[-3000:]

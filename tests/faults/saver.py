@@ -119,13 +119,13 @@ def main() -> None:
         if job.get("stop"):
             os.waitpid(pid, os.WUNTRACED)
             print(json.dumps({"stopped": pid}), flush=True)
-        with os.fdopen(read, "rb") as pipe:
-            said = pipe.read()
         _, status = os.waitpid(pid, 0)
         try:
-            os.killpg(pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)  # before the pipe is read: who is left of the group has its other end open, too
         except ProcessLookupError:
             pass
+        with os.fdopen(read, "rb") as pipe:
+            said = pipe.read()
         answer = {"killed": os.WIFSIGNALED(status), "count": cutter.cutter_count() if cutter is not None else 0}
         print(json.dumps(answer | (json.loads(said) if said else {})), flush=True)
 
