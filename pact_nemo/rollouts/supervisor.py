@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,7 @@ class SupervisedServer:
         # of its own: episodes that are being ended need a thread for their environments, and may have one in all
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-server")
         self._up = self._down = asyncio.Event()
+        self._hurry, self._answered = False, 0.0  # a heartbeat is wanted now; when the last one that was answered had been asked for
 
     # -- synchronous part: start, refit, restart ----------------------------------------------------------------------------------
 
@@ -202,17 +204,21 @@ class SupervisedServer:
                 if not down.is_set():
                     self._give_up(Event.STALE, str(error))
             except TransientServerError as error:
-                gone = self.server.exit_reason()
-                if down.is_set():
-                    pass  # being restarted already
-                elif gone is not None:
-                    self._give_up(Event.EXITED, gone)
-                else:
+                # a front end goes on answering for a while after its engine has died: only an engine that lives is at the request's charge
+                if await self._lives(down):
                     spent += 1
                     if spent > self.server.config.reissue_limit:
                         raise
                     log.warning("sent again: %s", error)
             self.reissued += 1
+
+    async def _lives(self, down: asyncio.Event) -> bool:
+        """Whether the engine answers a heartbeat that it is asked for from now on; False once the server is given up."""
+        failed = time.monotonic()
+        while not down.is_set() and self._answered < failed:
+            self._hurry = True
+            await asyncio.sleep(_POLL_SECONDS)
+        return not down.is_set()
 
     def _give_up(self, event: Event, reason: str) -> None:
         """Requests that are under way end now; the watch restarts the server."""
@@ -256,7 +262,7 @@ class SupervisedServer:
         # between two batches nobody asked: it is heard from now on
         self._happened(Event.BEAT)
         ping: asyncio.Task[int | None] | None = None
-        asked = -config.heartbeat_s
+        asked = -math.inf
         try:
             while True:
                 if self.health.state is State.DEAD:
@@ -265,8 +271,8 @@ class SupervisedServer:
                 if gone is not None:
                     return gone
                 now = time.monotonic()
-                if ping is None and now - asked >= config.heartbeat_s:
-                    asked = now
+                if ping is None and (self._hurry or now - asked >= config.heartbeat_s):
+                    asked, self._hurry = now, False
                     ping = asyncio.create_task(self.client.heartbeat(config.heartbeat_timeout_s))
                 if ping is not None and ping.done():
                     try:
@@ -278,6 +284,7 @@ class SupervisedServer:
                         if version != (self._loaded[1] if self._loaded is not None else None):
                             return f"{self.server.endpoint.url} holds weight version {version}, not {self.weight_version}"
                         self._happened(Event.BEAT)
+                        self._answered = asked
                     ping = None
                 elif ping is not None and now - asked >= config.heartbeat_s:
                     self._happened(Event.MISS)

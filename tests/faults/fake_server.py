@@ -26,7 +26,7 @@ class Engine:
         self.faults = faults
         self.label, self.version, self.cache = "default", None, ""
         self.weights = self._read(model)
-        self.stuck = threading.Event()
+        self.stuck, self.dead = threading.Event(), threading.Event()
         if (faults / "no-start").exists():
             sys.exit(3)
 
@@ -92,6 +92,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply({"success": True})
         elif path == "/collective_rpc":
             if body["method"] == "pact_heartbeat":
+                if engine.dead.is_set():
+                    return self.reply({"error": "EngineDeadError"}, status=500)
                 if engine.stuck.is_set():
                     time.sleep(3600)
                 return self.reply({"results": [{"version": engine.version}]})
@@ -117,6 +119,11 @@ class Handler(BaseHTTPRequestHandler):
         if what == "stuck":  # the front end lives, its engine doesn't
             engine.stuck.set()
             time.sleep(3600)
+        if what == "engine dead":  # the front end notices at once, and leaves a little later
+            engine.dead.set()
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if engine.dead.is_set():
+            return self.reply({"error": "EngineDeadError"}, status=500)
         if what == "lost":  # this request only
             time.sleep(3600)
         if what == "late":

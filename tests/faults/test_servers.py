@@ -39,7 +39,7 @@ CONFIG: dict[str, Any] = dict(
 )  # fmt: skip
 LIMITS = EpisodeLimits(max_turns_per_user_turn=3, max_turns=6, max_turn_tokens=12, max_response_tokens=200, max_model_len=1024)
 EPISODES, TURNS = 6, 3
-RESTARTS = ("exit", "stop", "stuck", "wrong version", "two versions", "old weights")
+RESTARTS = ("exit", "stop", "stuck", "engine dead", "wrong version", "two versions", "old weights")
 REPEATS = ("lost", "late", "nan", "other tokens", "no tokens", "too many", "aborted", "500", "503", "garbage", "empty", "half", "drop")
 
 
@@ -194,7 +194,7 @@ def disturbed(bench: Bench, undisturbed: dict[int, list[Any]], what: str, at: in
     return served
 
 
-@pytest.mark.parametrize("what", ["exit", "stuck", "old weights", "garbage"])
+@pytest.mark.parametrize("what", ["exit", "engine dead", "stuck", "old weights", "garbage"])
 def test_a_fault_in_the_middle_of_a_batch_changes_nothing(bench: Bench, undisturbed: dict[int, list[Any]], what: str) -> None:
     disturbed(bench, undisturbed, what, 7)
 
