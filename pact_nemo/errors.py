@@ -42,6 +42,10 @@ class ServerError(PactError):
     """The rollout server is dead, unreachable, late, or serves another weight version than asked for."""
 
 
+class ServerLost(PactError):
+    """The rollout server is given up after its last restart: no ServerError, because it ends the run and not just one episode."""
+
+
 class CheckpointError(PactError):
     """A checkpoint or export is torn, incomplete, or belongs to another configuration."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(handle.fileno())
         os.replace(temporary, target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong first is what has to be told
+            temporary.unlink(missing_ok=True)
         raise
     _fsync_dir(target.parent)
 
@@ -64,8 +67,11 @@ def new_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         for path in temporary.rglob("*"):
-            if path.is_file():
+            if path.is_dir():
+                _fsync_dir(path)  # a file's name is in its folder, which has to reach the disk as well
+            elif path.is_file():
                 flush_file(path)
+        _fsync_dir(temporary)
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -77,6 +83,31 @@ def flush_file(path: str | os.PathLike[str]) -> None:
     """Wait until a written file's bytes are on the disk."""
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
+
+
+_UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> list[Path]:
+    """Delete what writers of this module that were killed left directly in ``folder``; to be called while nobody writes there. Returns it."""
+    base = Path(folder)
+    found = [path for path in base.iterdir() if _UNFINISHED.fullmatch(path.name)] if base.is_dir() else []
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+    return found
+
+
+def disk_remedy(error: OSError) -> str:
+    """What to do about a disk that refused."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room on that disk"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make the folder writable again (owner, mode, read-only mount)"
+    return "check that disk"
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -263,7 +263,7 @@ def test_refit_equals_a_fresh_server_and_old_weights_are_noticed(server, chat, e
 def test_a_failed_reload_leaves_no_valid_version(server, chat, exports, model_dir, monkeypatch):
     client = client_of(server, weight_version=1)
 
-    def broken(folder):
+    def broken(*args, **kwargs):
         raise ServerError("reload failed half way")
 
     monkeypatch.setattr(client.admin, "load_weights", broken)

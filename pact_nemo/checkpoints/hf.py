@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+from pact_nemo.checkpoints.failures import told
 from pact_nemo.checkpoints.manifest import export_path, read_manifest, versions, write_manifest
 from pact_nemo.collective import from_rank_zero
 from pact_nemo.digests import FileEntry
@@ -40,11 +41,12 @@ def export_to(
         previous: export of an earlier version on the same disk, of the same dtype: weight files that come out equal are linked to its own.
 
     Raises:
-        CheckpointError: on all ranks: the export failed its checks or a rank could not write. Nothing is left behind.
+        CheckpointError: on all ranks: the export failed its checks or a rank could not write (the message names file and remedy). Nothing is
+            left behind.
         FileExistsError: the folder exists already (CheckpointError on ranks other than 0).
     """
     target = Path(folder)
-    with ExitStack() as stack:
+    with told(target, "can't be written", "nothing of it became visible"), ExitStack() as stack:
         temporary = Path(from_rank_zero(lambda: str(stack.enter_context(new_directory(target)))))
         written = policy.export_hf(temporary, dtype=dtype, previous=_entries(previous))
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pact_nemo.checkpoints.failures import told
 from pact_nemo.digests import FileEntry, check_files, file_entries
 from pact_nemo.errors import CheckpointError
 from pact_nemo.files import new_directory, write_text_atomic
@@ -126,7 +127,7 @@ def _file_entry(row: dict[str, Any], schema: int) -> FileEntry:
     return FileEntry(size, tuple((int(end), str(digest)) for end, digest in row["blake3"]))
 
 
-def verify_manifest(folder: str | Path, *, expect_version: int | None = None) -> Manifest:
+def verify_manifest(folder: str | Path, *, expect_version: int | None = None, digests: bool = True) -> Manifest:
     """Check every file of an export against its manifest.
 
     Sizes are compared first (cheap: a torn copy is found without hashing), then digests, part by part on several threads. A
@@ -134,6 +135,7 @@ def verify_manifest(folder: str | Path, *, expect_version: int | None = None) ->
 
     Args:
         expect_version: refuse a folder whose manifest says another version.
+        digests: False: sizes only, where the digests were checked a moment ago.
 
     Raises:
         CheckpointError: names the file concerned and the remedy.
@@ -156,7 +158,8 @@ def verify_manifest(folder: str | Path, *, expect_version: int | None = None) ->
     strays = [name for name in _data_files(base) if name.endswith(".safetensors") and name not in manifest.files]
     if strays:
         raise CheckpointError(f"{base / strays[0]} is not in the manifest, yet a weight loader would read it; remove it")
-    check_files(base, manifest.files, _REMEDY)
+    if digests:
+        check_files(base, manifest.files, _REMEDY)
     return manifest
 
 
@@ -190,9 +193,10 @@ def prune_exports(root: str | Path, keep: int, protect: Collection[int] = ()) ->
     for version in doomed:
         folder = export_path(root, version)
         hidden = folder.with_name(f".{folder.name}.deleted")
-        shutil.rmtree(hidden, ignore_errors=True)
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
+        with told(folder, "can't be deleted", "newer exports are whole"):
+            shutil.rmtree(hidden, ignore_errors=True)
+            folder.rename(hidden)
+            shutil.rmtree(hidden)
     return doomed
 
 

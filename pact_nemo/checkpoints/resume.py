@@ -10,11 +10,16 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +27,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pact_nemo.checkpoints.failures import told
+from pact_nemo.collective import from_rank_zero
 from pact_nemo.errors import CheckpointError
 from pact_nemo.files import new_directory, sha256_file, write_json_atomic, write_text_atomic
+from pact_nemo.files import remove_unfinished as remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +40,8 @@ POINTER_NAME = "latest"
 SCHEMA = 1
 HASH_TOTAL = 8 << 30  # of a larger checkpoint, files above HASH_LIMIT are checked by size only: a resume must not read terabytes twice
 HASH_LIMIT = 16 << 20
+_WATCH_SECONDS = 0.2
+_STANDS = "the previous checkpoint stands"
 _FOLDER = re.compile(r"step_(\d{6,})")
 
 
@@ -62,46 +72,63 @@ def save(policy: Resumable, root: str | Path, state: dict[str, Any]) -> Path:
         the folder, on every rank.
 
     Raises:
-        CheckpointError: a checkpoint of this step exists already.
+        CheckpointError: a checkpoint of this step exists already, or the disk refused (full, read-only, no permission, I/O): the message names
+            the folder and the remedy, nothing of it is left behind, and older checkpoints stand.
     """
+    return BackgroundSave(policy, root, state).finish()
+
+
+def _free_path(policy: Resumable, root: str | Path) -> Path:
     final = checkpoint_path(root, policy.step)
-    if _from_rank_0(final.exists() if dist.get_rank() == 0 else None):
+    if from_rank_zero(final.exists):
         raise CheckpointError(f"{final} exists already; a checkpoint is written once: remove it or save to another root")
-    if dist.get_rank() == 0:
-        with new_directory(final) as folder:
-            _write(policy, folder, state)
-        write_text_atomic(Path(root) / POINTER_NAME, final.name + "\n")
-    else:
-        _write(policy, None, state)
-    dist.barrier()
-    logger.info("saved %s", final)
     return final
 
 
-def _write(policy: Resumable, folder: Path | None, state: dict[str, Any], *, background: bool = False) -> Any:
-    """Fill a folder that only rank 0 knows yet, but for the manifest, which rank 0 writes if not in the ``background``.
-
-    Returns:
-        megatron's request to write the weights, if in the background.
-    """
+def _write(policy: Resumable, folder: Path, state: dict[str, Any]) -> Any:
+    """Fill a folder, but for the manifest and the weights. Returns megatron's request to write these."""
     from megatron.core import dist_checkpointing
 
-    target = Path(_from_rank_0(str(folder)))
-    if folder is not None:
-        (target / "weights").mkdir()
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, _rng_state())
-    if folder is not None:
-        torch.save(states, target / "rng.pt")
-        write_json_atomic(target / "state.json", {"step": policy.step, "ranks": dist.get_world_size(), "caller": state})
-    dist.barrier()
-    options: dict[str, Any] = {"async_sharded_save": True} if background else {}
-    if background and "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+
+    def prepare() -> None:
+        (folder / "weights").mkdir()
+        torch.save(states, folder / "rng.pt")
+        write_json_atomic(folder / "state.json", {"step": policy.step, "ranks": dist.get_world_size(), "caller": state})
+
+    from_rank_zero(prepare)
+    options: dict[str, Any] = {"async_sharded_save": True}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         options["async_strategy"] = "mcore"  # megatron-core 0.19 would take NVIDIA's resiliency extension, which is for GPUs
-    request = dist_checkpointing.save(policy.state_dict(), str(target / "weights"), **options)
-    if folder is not None and not background:
-        _write_manifest(target)
-    return request
+    request = dist_checkpointing.save(policy.state_dict(), str(folder / "weights"), **options)
+    return request._replace(async_fn=partial(_watched, request.async_fn)) if request.async_fn is not None else request
+
+
+def _watched(write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs in the process that megatron forks for a save, which forks one writer a file and waits for all of them: for ever, if one was killed."""
+    writers: list[Any] = []
+    start = ForkProcess.start
+
+    def noted(process: Any) -> None:
+        start(process)
+        writers.append(process)
+
+    def watch() -> None:
+        while not any((writer.exitcode or 0) < 0 for writer in writers):
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)  # the trainer finds no results, and tells
+
+    ForkProcess.start = noted  # type: ignore[assignment,method-assign] # of this process only
+    threading.Thread(target=watch, name="checkpoint-writers", daemon=True).start()
+    return write(*args, **kwargs)
+
+
+def _publish(folder: Path, final: Path, stack: ExitStack) -> None:
+    """Make a folder that is complete but for its manifest visible, then point ``latest`` at it. On rank 0."""
+    _write_manifest(folder)
+    stack.close()
+    write_text_atomic(final.parent / POINTER_NAME, final.name + "\n")
 
 
 class BackgroundSave:
@@ -120,19 +147,17 @@ class BackgroundSave:
         """
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-        self.final = checkpoint_path(root, policy.step)
-        if _from_rank_0(self.final.exists() if dist.get_rank() == 0 else None):
-            raise CheckpointError(f"{self.final} exists already; a checkpoint is written once: remove it or save to another root")
+        self.final = _free_path(policy, root)
         self._stack = ExitStack()
-        self._folder = self._stack.enter_context(new_directory(self.final)) if dist.get_rank() == 0 else None
         self._queue = AsyncCallsQueue()
-        with self._stack_closed_on_error():
-            self._queue.schedule_async_request(_write(policy, self._folder, state, background=True))
+        with self._closed_on_error():
+            self._folder = Path(from_rank_zero(lambda: str(self._stack.enter_context(new_directory(self.final)))))
+            self._queue.schedule_async_request(_write(policy, self._folder, state))
 
     def finished(self) -> bool:
         """Whether the writers of all ranks have ended, well or not: :meth:`finish` then takes no time."""
         if self._queue.get_num_unfinalized_calls():
-            with self._stack_closed_on_error():
+            with self._closed_on_error():
                 self._queue.maybe_finalize_async_calls(blocking=False)
         return not self._queue.get_num_unfinalized_calls()
 
@@ -140,39 +165,24 @@ class BackgroundSave:
         """Wait for the writers, then make the folder visible and point ``latest`` at it.
 
         Raises:
-            CheckpointError: a writer failed (disk full, no permission); on all ranks, and nothing is left behind.
+            CheckpointError: a writer failed or was killed (disk full, no permission, no memory); on all ranks, and nothing is left behind.
         """
-        with self._stack_closed_on_error():
+        with self._closed_on_error():
             self._queue.maybe_finalize_async_calls(blocking=True)
-        problem = None
-        if self._folder is not None:
-            try:
-                _write_manifest(self._folder)
-                self._stack.close()
-                write_text_atomic(self.final.parent / POINTER_NAME, self.final.name + "\n")
-            except OSError as error:
-                problem = str(error)
-        problem = _from_rank_0(problem)
-        if problem:
-            raise CheckpointError(f"{self.final} can't be written: {problem}; free or repair the disk: the previous checkpoint stands")
+            from_rank_zero(lambda: _publish(self._folder, self.final, self._stack))
         logger.info("saved %s", self.final)
         return self.final
 
     @contextmanager
-    def _stack_closed_on_error(self) -> Iterator[None]:
-        from torch.distributed.checkpoint.api import CheckpointException
-
-        try:
-            yield
-        except BaseException as error:
-            self._queue.async_calls.clear()
-            with suppress(type(error)):  # the folder's own exit removes it, then raises what it was given
-                self._stack.__exit__(type(error), error, error.__traceback__)
-            if not isinstance(error, (CheckpointException, OSError)):
+    def _closed_on_error(self) -> Iterator[None]:
+        with told(self.final, "can't be written", _STANDS):
+            try:
+                yield
+            except BaseException as error:
+                self._queue.async_calls.clear()
+                with suppress(type(error)):  # the folder's own exit removes it, then raises what it was given
+                    self._stack.__exit__(type(error), error, error.__traceback__)
                 raise
-            reason = str(error).strip().splitlines()[-1:]
-            message = f"{self.final} can't be written: {reason}; free or repair the disk: the previous checkpoint stands"
-            raise CheckpointError(message) from error
 
 
 def load(policy: Resumable, folder: str | Path) -> dict[str, Any]:
@@ -278,25 +288,32 @@ def latest_complete(root: str | Path) -> Path | None:
 
 def remove_unfinished(root: str | Path) -> None:
     """Delete what saves that were cut off left under temporary names (call on rank 0 while nothing is being saved)."""
-    for folder in Path(root).glob(".step_*"):
+    remove_leftovers(root)
+    for folder in Path(root).glob(".step_*.deleted"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune(root: str | Path, keep: int) -> list[int]:
     """Delete all but the ``keep`` newest checkpoints (call on rank 0). Returns the steps deleted, ascending.
 
+    Nothing is deleted unless the newest one passes :func:`verify`: until then an older one is what a resume would go on from.
+
     Raises:
-        CheckpointError: ``keep`` < 1.
+        CheckpointError: ``keep`` < 1; the newest checkpoint is not whole; or an old one can't be deleted.
     """
     if keep < 1:
         raise CheckpointError(f"keep={keep}: at least the newest checkpoint has to stay")
-    doomed = steps(root)[:-keep]
+    found = steps(root)
+    doomed = found[:-keep]
+    if doomed:
+        verify(checkpoint_path(root, found[-1]))
     for step in doomed:
         folder = checkpoint_path(root, step)
         hidden = folder.with_name(f".{folder.name}.deleted")
-        shutil.rmtree(hidden, ignore_errors=True)
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
+        with told(folder, "can't be deleted", "newer checkpoints are whole"):
+            shutil.rmtree(hidden, ignore_errors=True)
+            folder.rename(hidden)
+            shutil.rmtree(hidden)
     return doomed
 
 

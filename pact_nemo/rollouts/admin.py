@@ -12,6 +12,21 @@ from pact_nemo.errors import ServerError
 from pact_nemo.rollouts.endpoint import ServerEndpoint
 
 _HEALTH_TIMEOUT_S = 5.0
+RPC_PATH = "/collective_rpc"
+HEARTBEAT_METHOD = "pact_heartbeat"  #: of :class:`pact_nemo.rollouts.worker.RefitExtension`
+
+
+def common_version(answer: dict[str, Any]) -> int | None:
+    """The version that all workers hold, from the answer to a heartbeat; None for the weights that they were started with.
+
+    Raises:
+        ValueError, KeyError, TypeError: not such an answer, or the workers hold different ones.
+    """
+    versions = {row["version"] for row in answer["results"]}
+    if len(versions) != 1:
+        raise ValueError(f"the workers hold weight versions {versions}")
+    version = versions.pop()
+    return int(version) if version is not None else None
 
 
 class ServerAdmin:
@@ -80,10 +95,25 @@ class ServerAdmin:
         """Take requests again."""
         self._call("POST", "/resume")
 
-    def load_weights(self, folder: Path) -> None:
-        """Make every worker load the weights of an HF folder in place (:class:`pact_nemo.rollouts.worker.RefitExtension`)."""
-        self._call("POST", "/collective_rpc", body={"method": "pact_load_weights", "args": [str(folder)]})
+    def load_weights(self, folder: Path, version: int | None, *, verify: bool = False) -> None:
+        """Make every worker load the weights of an HF folder in place (:class:`pact_nemo.rollouts.worker.RefitExtension`).
+
+        Args:
+            folder: as the server sees it.
+            version: what the folder's manifest has to say; None: a model as it came, without a manifest.
+            verify: check the digests there, too: the server may see another disk, or an older state of it, than who verified it here.
+        """
+        self._call("POST", RPC_PATH, body={"method": "pact_load_weights", "args": [str(folder), version, verify]})
+
+    def loaded_version(self) -> int | None:
+        """The version that the workers loaded last; None for the weights that they were started with."""
+        answer = self._call("POST", RPC_PATH, body={"method": HEARTBEAT_METHOD})
+        try:
+            return common_version(answer)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(f"{self.endpoint.url} gave no heartbeat ({error!r}); start it with this version of the package") from error
 
     def reset_prefix_cache(self) -> None:
-        """Forget KV blocks: they were computed with the old weights."""
-        self._call("POST", "/reset_prefix_cache")
+        """Forget KV blocks: they were computed with the old weights. Raises ServerError when the engine says that it couldn't."""
+        if self._call("POST", "/reset_prefix_cache").get("success") is not True:
+            raise ServerError(f"{self.endpoint.url} could not reset its prefix cache: it would answer from the old weights' keys and values")

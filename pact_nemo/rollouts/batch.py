@@ -6,15 +6,24 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from typing import Any, Protocol
 
 from pact_nemo.environments.base import Environment, Task
-from pact_nemo.errors import Interrupted
-from pact_nemo.rollouts.client import RolloutClient
+from pact_nemo.errors import Interrupted, ServerLost
 from pact_nemo.rollouts.config import EpisodeLimits, Sampling
-from pact_nemo.rollouts.episode import Chat, SeedPath, run_episode
+from pact_nemo.rollouts.episode import Chat, Generates, SeedPath, run_episode
 from pact_nemo.rollouts.types import Rollout
 
 CHECK_SECONDS = 0.25
+
+
+class Served(Generates, Protocol):
+    """A client or a supervised server: opened around each batch."""
+
+    async def __aenter__(self) -> Any: ...
+    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None: ...
+
+
 #: Called after each episode with (episodes done, episodes in all, policy-written tokens so far).
 BatchProgress = Callable[[int, int, int], None]
 
@@ -25,7 +34,7 @@ async def run_batch(
     *,
     environment: Environment,
     chat: Chat,
-    clients: Sequence[RolloutClient],
+    clients: Sequence[Served],
     limits: EpisodeLimits,
     sampling: Sampling,
     seeds: SeedPath,
@@ -50,7 +59,7 @@ async def run_batch(
     asyncio.get_running_loop().set_default_executor(threads)
     total, done, tokens = len(tasks) * samples, 0, 0
 
-    async def one(task: Task, sample: int, client: RolloutClient) -> Rollout:
+    async def one(task: Task, sample: int, client: Served) -> Rollout:
         nonlocal done, tokens
         async with gate:
             rollout = await run_episode(task, sample, environment, chat, client, limits, sampling, seeds)
@@ -77,6 +86,6 @@ async def run_batch(
                 if running:
                     await asyncio.wait(running)
                 watching.cancel()
-    except* Interrupted as interrupted:
-        raise interrupted.exceptions[0] from None
+    except* (Interrupted, ServerLost) as ended:
+        raise ended.exceptions[0] from None
     return [task.result() for task in running]

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from pact_nemo.errors import ServerError
-from pact_nemo.rollouts.admin import ServerAdmin
+from pact_nemo.rollouts.admin import HEARTBEAT_METHOD, RPC_PATH, ServerAdmin, common_version
 from pact_nemo.rollouts.endpoint import ServerEndpoint
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 GENERATE_PATH = "/inference/v1/generate"
 _BACKOFF_S = 0.25
 _RETRIED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+
+
+class TransientServerError(ServerError):
+    """No usable answer came: none at all, none in time, or not a completion. The same request may be sent again."""
 
 
 class StaleWeights(ServerError):
@@ -140,16 +144,34 @@ class RolloutClient:
             async with asyncio.timeout(self._timeout_s):
                 response = await self._post(self._http, body)
         except TimeoutError as error:
-            raise ServerError(
+            raise TransientServerError(
                 f"{self.endpoint.url} did not answer within {self._timeout_s:g} s (rollout.server.request_timeout_s)"
             ) from error
         finally:
             self.in_flight -= 1
         if response.status_code != 200:
-            raise ServerError(
+            kind = TransientServerError if response.status_code >= 500 else ServerError
+            raise kind(
                 f"{self.endpoint.url} answered HTTP {response.status_code}: {response.text[:500]}{_hint(response.status_code)}"
             )
         return self._completion(response, request)
+
+    async def heartbeat(self, timeout_s: float) -> int | None:
+        """Weight version that the engine's workers loaded last; None for the weights that they were started with.
+
+        The question goes through the engine's own loop: a front end that answers for an engine that hangs says nothing.
+
+        Raises:
+            ServerError: no answer in time, or none that can be read.
+        """
+        if self._http is None:
+            raise ServerError("the client is closed: use `async with client:` around heartbeat()")
+        try:
+            response = await self._http.post(RPC_PATH, json={"method": HEARTBEAT_METHOD}, timeout=timeout_s)
+            response.raise_for_status()
+            return common_version(response.json())
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise TransientServerError(f"{self.endpoint.url} gave no heartbeat ({error!r})") from error
 
     def _body(self, request: GenerationRequest) -> dict[str, Any]:
         # Every setting that changes the distribution is said, so that no default of the server or the model can.
@@ -175,13 +197,13 @@ class RolloutClient:
                 return await http.post(GENERATE_PATH, json=body)
             except _RETRIED as error:
                 if attempt == self._retries:
-                    raise ServerError(
+                    raise TransientServerError(
                         f"{self.endpoint.url} can't be reached ({error!r}, {attempt + 1} tries); is the rollout server alive?"
                     ) from error
                 log.debug("generation request failed (%r), try %d of %d", error, attempt + 1, self._retries + 1)
                 await asyncio.sleep(_BACKOFF_S * 2**attempt)
             except httpx.HTTPError as error:
-                raise ServerError(f"{self.endpoint.url}: {error!r}") from error
+                raise TransientServerError(f"{self.endpoint.url}: {error!r}") from error
         raise AssertionError("unreachable")
 
     def _completion(self, response: httpx.Response, request: GenerationRequest) -> Completion:
@@ -195,13 +217,13 @@ class RolloutClient:
             finish_reason = str(choice["finish_reason"])
             stamps = [str(span["version"]) for span in choice["weight_versions"] or []]
         except (json.JSONDecodeError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise ServerError(f"{self.endpoint.url} answered no completion ({error!r}): {response.text[:200]!r}") from error
+            raise TransientServerError(f"{self.endpoint.url} answered no completion ({error!r}): {response.text[:200]!r}") from error
         if finish_reason not in ("stop", "length"):
-            raise ServerError(f"{self.endpoint.url} ended a request with {finish_reason!r}; only 'stop' and 'length' are usable")
+            raise TransientServerError(f"{self.endpoint.url} ended a request with {finish_reason!r}; only 'stop' and 'length' are usable")
         if not token_ids or len(token_ids) > request.max_tokens:
-            raise ServerError(f"{self.endpoint.url} returned {len(token_ids)} tokens, between 1 and {request.max_tokens} were asked for")
+            raise TransientServerError(f"{self.endpoint.url} returned {len(token_ids)} tokens, between 1 and {request.max_tokens} were asked for")
         if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
-            raise ServerError(f"{self.endpoint.url} returned a log-probability that is none: {max(logprobs)!r} .. {min(logprobs)!r}")
+            raise TransientServerError(f"{self.endpoint.url} returned a log-probability that is none: {max(logprobs)!r} .. {min(logprobs)!r}")
         if set(stamps) != {str(self.weight_version)}:
             raise StaleWeights(
                 f"{self.endpoint.url} sampled with weight version {'/'.join(stamps) or 'unknown'}, expected {self.weight_version}"

@@ -35,6 +35,10 @@ class RolloutServerConfig:
     stop_timeout_s: float = 10.0  #: from SIGTERM to SIGKILL
     request_timeout_s: float = 600.0  #: deadline of one generation request, queueing included
     refit_timeout_s: float = 600.0  #: deadline of each call of a weight update
+    heartbeat_s: float = 5.0  #: while generating, the server's engine is asked for a sign of life this often
+    heartbeat_timeout_s: float = 60.0  #: without an answer for this long it counts as hung and is restarted; longer than its longest step
+    max_restarts: int = 3  #: of a server that died or hung, in the whole run; then the run stops
+    reissue_limit: int = 2  #: times that a request is sent again when a server that lives gave no usable answer, or none in time
     log_stats: bool = False  #: vLLM's statistics: /metrics (sequences running and waiting, …) and a line in its log now and then
     connect_retries: int = 3  #: extra tries after a connection error, with growing pauses; a request that was answered is never repeated
     extra_args: list[str] = field(default_factory=list)  #: further words of vLLM's own command line
@@ -45,8 +49,9 @@ class RolloutServerConfig:
             raise ConfigError(f"rollout.server.device is {self.device!r}; one of {', '.join(DEVICES)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"rollout.server.dtype is {self.dtype!r}; one of {', '.join(DTYPES)}")
-        if self.connect_retries < 0:
-            raise ConfigError(f"rollout.server.connect_retries is {self.connect_retries}; 0 or more")
+        for name in ("connect_retries", "max_restarts", "reissue_limit"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"rollout.server.{name} is {getattr(self, name)}; 0 or more")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "cpu_kv_cache_gib", "cpu_threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"rollout.server.{name} must be at least 1, not {getattr(self, name)}")
@@ -54,9 +59,11 @@ class RolloutServerConfig:
             raise ConfigError(f"rollout.server.cpu_block_size is {self.cpu_block_size}; a multiple of 32 is needed")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"rollout.server.gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share in (0, 1]")
-        for name in ("start_timeout_s", "stop_timeout_s", "request_timeout_s", "refit_timeout_s"):
+        for name in ("start_timeout_s", "stop_timeout_s", "request_timeout_s", "refit_timeout_s", "heartbeat_s", "heartbeat_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"rollout.server.{name} must be positive")
+        if self.heartbeat_timeout_s < self.heartbeat_s:
+            raise ConfigError("rollout.server.heartbeat_timeout_s is shorter than heartbeat_s")
 
 
 @dataclass(frozen=True)

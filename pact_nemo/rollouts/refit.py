@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pact_nemo.checkpoints.manifest import verify_manifest
+from pact_nemo.checkpoints.manifest import read_manifest, verify_manifest
 from pact_nemo.errors import CheckpointError, ServerError
 from pact_nemo.rollouts.client import RolloutClient
 from pact_nemo.tensor_files import read_tensors
@@ -38,12 +38,16 @@ class RefitReport:
         return self.verify_s + self.pause_s + self.reload_s + self.finish_s
 
 
-def refit(client: RolloutClient, export_dir: str | Path, version: int, *, like: str | Path | None = None) -> RefitReport:
+def refit(
+    client: RolloutClient, export_dir: str | Path, version: int, *, like: str | Path | None = None, elsewhere: bool = False
+) -> RefitReport:
     """:func:`refit_all` for one server."""
-    return refit_all([client], export_dir, version, like=like)[0]
+    return refit_all([client], export_dir, version, like=like, elsewhere=elsewhere)[0]
 
 
-def refit_all(clients: Sequence[RolloutClient], export_dir: str | Path, version: int, *, like: str | Path | None = None) -> list[RefitReport]:
+def refit_all(
+    clients: Sequence[RolloutClient], export_dir: str | Path, version: int, *, like: str | Path | None = None, elsewhere: bool = False
+) -> list[RefitReport]:
     """Make the clients' servers load ``export_dir``, all at the same time, and expect ``version`` from then on. The export is verified once.
 
     Args:
@@ -52,40 +56,56 @@ def refit_all(clients: Sequence[RolloutClient], export_dir: str | Path, version:
         version: must be the manifest's.
         like: folder that the servers were started from; the export must hold the same tensors. (vLLM keeps the old value of a tensor that
             is missing.)
+        elsewhere: the servers may be on other machines: they check the digests of what they see themselves.
 
     Raises:
-        CheckpointError: the export is torn, of another version, or holds other tensors. No server was touched.
+        CheckpointError: the export is torn, of another or an older version than served, or holds other tensors. No server was touched.
         ServerError: requests are in flight, or a server refused, is late or gone. What it serves then has no version.
     """
-    folder = Path(export_dir).resolve()
     start = time.perf_counter()
-    manifest = verify_manifest(folder, expect_version=version)
+    check_export(clients, export_dir, version, like=like)
+    verify_s = time.perf_counter() - start
+    with ThreadPoolExecutor(len(clients)) as threads:
+        return list(threads.map(lambda client: load(client, export_dir, version, elsewhere=elsewhere, verify_s=verify_s), clients))
+
+
+def check_export(clients: Sequence[RolloutClient], export_dir: str | Path, version: int, *, like: str | Path | None = None) -> None:
+    """Everything that can be known to be wrong before a server is touched; see :func:`refit_all`."""
+    folder = Path(export_dir).resolve()
+    verify_manifest(folder, expect_version=version)
     if like is not None:
         check_same_tensors(folder, Path(like))
+    for client in clients:
+        if version < client.weight_version:
+            raise CheckpointError(f"{folder} is version {version}, {client.endpoint.url} is at {client.weight_version}: versions only grow")
     in_flight = sum(client.in_flight for client in clients)
     if in_flight:
         raise ServerError(f"{in_flight} generation requests are in flight; refit between batches")
-    verify_s = time.perf_counter() - start
-    with ThreadPoolExecutor(len(clients)) as threads:
-        return list(threads.map(lambda client: _load(client, folder, version, manifest.total_bytes, verify_s), clients))
 
 
-def _load(client: RolloutClient, folder: Path, version: int, size: int, verify_s: float) -> RefitReport:
-    admin = client.admin
+def load(client: RolloutClient, export_dir: str | Path, version: int, *, elsewhere: bool = False, verify_s: float = 0.0) -> RefitReport:
+    """Make one server load an export that :func:`check_export` let pass.
+
+    Raises:
+        ServerError: the server refused, is late or gone.
+    """
+    folder, admin = Path(export_dir).resolve(), client.admin
     marks = [time.perf_counter()]
     admin.pause()
     marks.append(time.perf_counter())
     admin.set_weight_version(f"loading-{version}")
-    admin.load_weights(folder)
+    admin.load_weights(folder, version, verify=elsewhere)
     marks.append(time.perf_counter())
     admin.reset_prefix_cache()
     admin.set_weight_version(version)
     admin.resume()
     admin.check_weight_version(version)
+    if admin.loaded_version() != version:
+        raise ServerError(f"{client.endpoint.url}: its workers hold another weight version than {version}, which they were just given")
     client.weight_version = version
     marks.append(time.perf_counter())
     parts = [after - before for before, after in zip(marks, marks[1:], strict=False)]
-    return RefitReport(version, size, verify_s, *parts)
+    return RefitReport(version, read_manifest(folder).total_bytes, verify_s, *parts)
 
 
 def check_same_tensors(export: Path, like: Path) -> None:

@@ -58,6 +58,8 @@ class RolloutServer:
         ServerError: the process died (with the last lines of its log), or was not healthy before ``start_timeout_s``.
     """
 
+    program: tuple[str, ...] = (sys.executable, "-m", "pact_nemo.rollouts.serve_process")
+
     def __init__(self, config: RolloutServerConfig, model_path: str | Path, *, log_file: str | Path, version: int = 0):
         config.validate()
         self.config = config
@@ -107,9 +109,7 @@ class RolloutServer:
         local = self.config.host if self.config.host not in ("0.0.0.0", "::") else "127.0.0.1"
         self._endpoint = ServerEndpoint(f"http://{local}:{port}", key)
         command = [
-            sys.executable,
-            "-m",
-            "pact_nemo.rollouts.serve_process",
+            *self.program,
             *engine_arguments(self.config, self.model_path, self._endpoint, port),
         ]
         environment = engine_environment(self.config, self._endpoint)
@@ -159,6 +159,12 @@ class RolloutServer:
                 on_progress(time.monotonic() - self._launched_at, self._last_line())
             time.sleep(0.2)
         admin = self.admin()
+        if self.config.url is not None and admin.loaded_version() is not None:  # another run, or an earlier part of this one, was here
+            admin.pause()
+            admin.set_weight_version("loading")
+            admin.load_weights(self.model_path.resolve(), None)
+            admin.reset_prefix_cache()
+            admin.resume()
         admin.set_weight_version(self.version)
         admin.check_weight_version(self.version)
         self.start_seconds = time.monotonic() - self._launched_at
@@ -171,10 +177,29 @@ class RolloutServer:
         """Process (and process group) id of a server that we started."""
         return self._process.pid if self._process is not None else None
 
+    def exit_reason(self) -> str | None:
+        """How the process that we started ended; None while it runs, and for an attached server."""
+        if self._process is None or self._process.poll() is None:
+            return None
+        return f"the rollout server died (exit code {self._process.returncode})"
+
     def check_alive(self) -> None:
         """Raises ServerError with the end of the log when the process has died."""
-        if self._process is not None and self._process.poll() is not None:
-            raise ServerError(f"the rollout server died (exit code {self._process.returncode}); end of {self.log_file}:\n{self.log_tail()}")
+        reason = self.exit_reason()
+        if reason is not None:
+            raise ServerError(f"{reason}; end of {self.log_file}:\n{self.log_tail()}")
+
+    def restart(self) -> None:
+        """Kill what is left of the process group, hung or stopped processes included, and launch it anew: another port, the weights of
+        ``model_path``. An attached server is its owner's to restart; :meth:`wait_ready` then waits for it.
+        """
+        with self._lock:
+            if self._process is not None:
+                self.peak_memory_bytes()
+                self._kill_group()
+                self._process = None
+            self._endpoint = None
+        self.launch()
 
     def log_tail(self, lines: int = _TAIL_LINES) -> str:
         """Last lines of the server's log."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pact_nemo.checkpoints.manifest import verify_manifest
+
 #: Least allowed difference between a head's output and its weights' product, relative to the latter's largest entry: another kernel sums
 #: in another order. In 16-bit types their own precision is allowed.
 _HEAD_TOLERANCE = 1e-4
@@ -17,7 +19,13 @@ class RefitExtension:
 
     model_runner: Any
 
-    def pact_load_weights(self, folder: str) -> None:
+    pact_version: int | None = None  # loaded last
+
+    def pact_heartbeat(self) -> dict[str, int | None]:
+        """A sign of life of engine and worker, with the weight version that was loaded last; None: the weights it was started with."""
+        return {"version": self.pact_version}
+
+    def pact_load_weights(self, folder: str, version: int | None, verify: bool) -> None:
         """Load an HF folder in place (see :meth:`pact_nemo.rollouts.admin.ServerAdmin.load_weights`).
 
         vLLM's reload alone is not enough: on the CPU an output head holds its own packed copy of the weights, which is renewed when
@@ -25,11 +33,18 @@ class RefitExtension:
         head*. A head that is tied to the embeddings loads nothing, so it would go on with the copy of the model that the server was
         started with.
 
+        A folder whose manifest says another version, or whose files are not of the manifest's sizes (with ``verify``: digests), is refused
+        before anything is loaded: this process may see another state of the disk than the trainer.
+
         Raises:
+            CheckpointError: the folder is not what it should be.
             RuntimeError: an output head still does not compute with its weights.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+        if version is not None:
+            verify_manifest(folder, expect_version=version, digests=verify)
+        self.pact_version = -1  # neither the old ones nor the new ones, should this fail half way
         threads = torch.get_num_threads()
         try:
             # many small copies: on the CPU, threads that wait for each other after each of them cost more than they bring
@@ -41,6 +56,7 @@ class RefitExtension:
             if isinstance(layer, ParallelLMHead):
                 layer.quant_method.process_weights_after_loading(layer)
                 _check_head(name, layer)
+        self.pact_version = version
 
 
 @torch.no_grad()

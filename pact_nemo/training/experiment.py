@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from pact_nemo.checkpoints.manifest import export_path, prune_exports, read_mani
 from pact_nemo.checkpoints.quantised import materialise_fp8
 from pact_nemo.environments.base import Environment
 from pact_nemo.errors import CheckpointError, Interrupted
+from pact_nemo.files import remove_unfinished
 from pact_nemo.objective.adaptive import AdaptiveSchedule, Progress, between
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.objective.trace_quality import TraceQuality
@@ -123,7 +125,7 @@ class Experiment:
             """A whole export of this version; :meth:`restore` removed those that an earlier attempt wrote after its last checkpoint."""
             if not folder.exists():
                 return False
-            verify_manifest(folder)
+            verify_manifest(folder, expect_version=version)
             return True
 
         if not on_rank_zero(there):
@@ -134,7 +136,8 @@ class Experiment:
         """Export, then make the server load it. A replayed run has no server and only counts the version.
 
         Returns:
-            seconds by part, of the slowest server: ``refit/export``, ``verify``, ``pause``, ``reload``, ``finish``; and ``refit/bytes``.
+            seconds by part, of the slowest server: ``refit/export``, ``verify``, ``pause``, ``reload``, ``finish``; ``refit/bytes``; and
+            what became of servers since the last refit: ``server/restarts``, ``rollout/reissued``.
         """
         self.version += 1
         if self.config.trainer.replay is not None:
@@ -145,9 +148,9 @@ class Experiment:
 
         def reload() -> dict[str, float]:
             reports = self.generator.refit(folder, self.version)
-            prune_exports(self.workspace.exports, keep=self.config.rollout.keep_exports, protect={self.version})
+            self._tidy(lambda: prune_exports(self.workspace.exports, keep=self.config.rollout.keep_exports, protect={self.version}))
             parts = {f"refit/{part}": max(getattr(report, f"{part}_s") for report in reports) for part in ("verify", "pause", "reload", "finish")}
-            return {"refit/export": export_s, **parts, "refit/bytes": float(reports[0].bytes)}
+            return {"refit/export": export_s, **parts, "refit/bytes": float(reports[0].bytes), **self.generator.counts()}
 
         return on_rank_zero(reload)
 
@@ -222,7 +225,14 @@ class Experiment:
         self._prune_checkpoints()
 
     def _prune_checkpoints(self) -> None:
-        on_rank_zero(lambda: resume.prune(self.workspace.checkpoints, self.config.trainer.keep_checkpoints))
+        on_rank_zero(lambda: self._tidy(lambda: resume.prune(self.workspace.checkpoints, self.config.trainer.keep_checkpoints)))
+
+    def _tidy(self, delete: Callable[[], object]) -> None:
+        """Delete what is old. That it can't be done, or must not (the newest is not whole), is said and ends no run: the old ones stay."""
+        try:
+            delete()
+        except CheckpointError as error:
+            self.progress.message(f"nothing old was deleted: {error}")
 
     def restore(self) -> bool:
         """Continue from the newest complete checkpoint; torn newer ones are removed with a warning. False when there is none: the run starts
@@ -285,6 +295,9 @@ class Experiment:
     def _newest_checkpoint(self) -> Path | None:
         root = self.workspace.checkpoints
         resume.remove_unfinished(root)
+        for place in (self.workspace.folder, self.reference_path.parent):  # exports that were cut off: the final one, the reference
+            if place.is_relative_to(self.workspace.folder):
+                remove_unfinished(place)
         folder = resume.latest_complete(root)
         for step in resume.steps(root):
             torn = resume.checkpoint_path(root, step)

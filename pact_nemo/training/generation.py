@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ServerError
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.client import RolloutClient
 from pact_nemo.rollouts.config import EpisodeLimits, Sampling
 from pact_nemo.rollouts.episode import SeedPath
-from pact_nemo.rollouts.refit import RefitReport, refit_all
+from pact_nemo.rollouts.health import State
+from pact_nemo.rollouts.refit import RefitReport, check_export, load
 from pact_nemo.rollouts.server import RolloutServer
+from pact_nemo.rollouts.supervisor import SupervisedServer
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.training.config import Config
 from pact_nemo.training.progress import RunProgress
@@ -37,8 +39,9 @@ class Generator:
         self._config, self._chat, self._environment, self._progress = config, chat, environment, progress
         self._log_file = log_file
         self._source: Path | None = None
-        self._servers: list[RolloutServer] = []
-        self._clients: list[RolloutClient] = []
+        self._servers: list[SupervisedServer] = []
+        self._ready = False
+        self._told = (0, 0)  # restarts and requests sent again that were counted already
         self.on_request: Callable[[dict[str, Any]], None] | None = None
         self.check: Callable[[], None] | None = None
 
@@ -48,39 +51,32 @@ class Generator:
             self._source = source
             settings = self._config.rollout.server
             each = [replace(settings, url=url.strip()) for url in settings.url.split(",")] if settings.url is not None else [settings]
-            self._servers = [RolloutServer(one, source, log_file=self._log_file, version=0) for one in each]
-            for server in self._servers:
+            servers = [RolloutServer(one, source, log_file=self._log_file, version=0) for one in each]
+            note = self._progress.message
+            self._servers = [SupervisedServer(one, note=note, on_request=self._requested, like=source) for one in servers]
+            for server in servers:
                 server.launch()
 
     def wait_ready(self) -> None:
         """Block until the server answers. Raises ServerError with the end of its log when it doesn't."""
-        settings = self._config.rollout.server
         for server in self._servers:
             server.wait_ready()
-            client = RolloutClient(
-                server.endpoint,
-                weight_version=0,
-                request_timeout_s=settings.request_timeout_s,
-                connect_retries=settings.connect_retries,
-                admin_timeout_s=settings.refit_timeout_s,
-                on_request=self._requested,
-            )
-            self._clients.append(client)
+        self._ready = bool(self._servers)
         if self._servers:
             count = f"{len(self._servers)} rollout servers" if len(self._servers) > 1 else "rollout server"
-            self._progress.message(f"{count} ready after {max(server.start_seconds or 0.0 for server in self._servers):.0f} s")
+            self._progress.message(f"{count} ready after {max(each.server.start_seconds or 0.0 for each in self._servers):.0f} s")
 
     def _requested(self, body: dict[str, Any]) -> None:
         if self.on_request is not None:
             self.on_request(body)
 
     def _play(self, name: str, tasks: list[Task], samples: int, sampling: Sampling, step: int | str, version: int) -> list[Rollout]:
-        if not self._clients:
+        if not self._ready:
             raise ServerError("the rollout server was not started on this rank")
-        for client in self._clients:
-            if client.weight_version != version:
+        for each in self._servers:
+            if each.weight_version != version:
                 raise ServerError(
-                    f"{client.endpoint.url} holds weight version {client.weight_version}, the policy is at {version}; refit first"
+                    f"{each.server.endpoint.url} holds weight version {each.weight_version}, the policy is at {version}; refit first"
                 )
         settings = self._config.rollout.sampling
         limits = EpisodeLimits(
@@ -102,7 +98,7 @@ class Generator:
                     samples,
                     environment=self._environment,
                     chat=self._chat,
-                    clients=self._clients,
+                    clients=self._servers,
                     limits=limits,
                     sampling=sampling,
                     seeds=SeedPath(self._config.run.seed, step),
@@ -118,8 +114,8 @@ class Generator:
         """Nothing can be learnt or scored from a batch in which no episode was played: stop and say why."""
         if all(rollout.status == "failed" for rollout in rollouts):
             cause, count = Counter(str(rollout.error) for rollout in rollouts).most_common(1)[0]
-            for server in self._servers:
-                server.check_alive()
+            for each in self._servers:
+                each.server.check_alive()
             raise ServerError(f"{name}: all {len(rollouts)} episodes failed; most often ({count} times): {cause}")
 
     def rollouts(self, tasks: list[Task], k: int, *, step: int, version: int) -> list[Rollout]:
@@ -135,14 +131,49 @@ class Generator:
         return rollouts, time.perf_counter() - started
 
     def refit(self, folder: Path, version: int) -> list[RefitReport]:
-        """Make every server load an export, all at the same time; see :func:`pact_nemo.rollouts.refit.refit_all`."""
-        if not self._clients:
+        """Make every server load an export, all at the same time; see :func:`pact_nemo.rollouts.refit.refit_all`. One that dies, hangs or
+        fails meanwhile is restarted and given the export.
+
+        Raises:
+            CheckpointError: the export is not whole or not what is due; no server was touched.
+            ServerLost: a server is given up.
+        """
+        if not self._ready:
             raise ServerError("the rollout server was not started on this rank")
-        return refit_all(self._clients, folder, version, like=self._source)
+        elsewhere = self._config.rollout.server.url is not None
+        clients = [each.client for each in self._servers]
+        started = time.perf_counter()
+        check_export(clients, folder, version, like=self._source)
+        verify_s = time.perf_counter() - started
+        for each in self._servers:
+            each.refitting(folder, version)
+        reports: list[RefitReport] = []
+        with ThreadPoolExecutor(len(clients)) as threads:
+            loads = [threads.submit(load, client, folder, version, elsewhere=elsewhere, verify_s=verify_s) for client in clients]
+        for each, one in zip(self._servers, loads, strict=True):
+            try:
+                reports.append(one.result())
+                each.refitted()
+            except ServerError as error:
+                report = each.recover(str(error))
+                assert report is not None
+                reports.append(report)
+            else:
+                if each.health.state is State.DEAD:  # it was given up while the last batch ended
+                    each.recover(each.health.reason)
+        return reports
+
+    def counts(self) -> dict[str, float]:
+        """Since the last call: ``server/restarts`` and ``rollout/reissued`` (requests sent again); nothing without a server."""
+        if not self._ready:
+            return {}
+        now = sum(each.health.restarts for each in self._servers), sum(each.reissued for each in self._servers)
+        before, self._told = self._told, now
+        return {"server/restarts": now[0] - before[0], "rollout/reissued": now[1] - before[1]}
 
     def peak_memory_bytes(self) -> int:
-        return sum(server.peak_memory_bytes() for server in self._servers)
+        return sum(each.server.peak_memory_bytes() for each in self._servers)
 
     def close(self) -> None:
-        for server in self._servers:
-            server.close()
+        for each in self._servers:
+            each.server.close()

@@ -162,6 +162,9 @@ class RunProgress:
             value = record.get(key)
             if value is not None and math.isfinite(value):
                 parts.append(f"{label} {form.format(value)}")
+        for key, label in (("server/restarts", "server restarts"), ("rollout/reissued", "requests sent again")):
+            if record.get(key):
+                parts.append(f"{label} {record[key]:.0f}")
         if record["stage"] == "rl":
             self._step_seconds.append(float(record["time/total"]))
             self._steps_done = int(record["step"])

@@ -175,8 +175,9 @@ def rl_curves(run: Run) -> list[Chart]:
             "Rollout health",
             "counts per step",
             _plain(
-                records, ("rollout/truncated", "truncated"), ("rollout/failed", "failed"), ("rollout/malformed_calls", "malformed calls")
-            ),
+                records, ("rollout/truncated", "truncated"), ("rollout/failed", "failed"), ("rollout/malformed_calls", "malformed calls"),
+                ("server/restarts", "server restarts"), ("rollout/reissued", "requests sent again"),
+            ),  # fmt: skip
             bounds=(0.0, None),
         ),
         chart("Turns", "assistant turns per rollout", _plain(records, ("rollout/mean_turns", "turns")), bounds=(0.0, None)),

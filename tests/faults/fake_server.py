@@ -1,0 +1,194 @@
+"""A rollout server without a model: vLLM's paths over real HTTP in a real process, and every fault that a server can have.
+
+Started in the place of vLLM (``RolloutServer.program``) with vLLM's arguments behind the folder of ``faults.json``. What it samples is a function
+of the weights that are loaded, of the prompt and of the seed, so that a completion of other weights, or of a prefix cache of theirs, is seen.
+``faults.json`` is a list of {"at": number of the generation request, counted over all processes; "do": what}; each fault happens once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+class Engine:
+    def __init__(self, model: Path, faults: Path):
+        self.faults = faults
+        self.label, self.version, self.cache = "default", None, ""
+        self.weights = self._read(model)
+        self.stuck, self.dead = threading.Event(), threading.Event()
+        if (faults / "no-start").exists():
+            sys.exit(3)
+
+    def _read(self, folder: Path) -> str:
+        return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+    def fault(self, kind: str) -> str | None:
+        """What is to happen at this request; counts it. Of all processes together."""
+        with open(self.faults / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            count = self.faults / f"{kind}.count"
+            number = int(count.read_text()) + 1 if count.exists() else 1
+            count.write_text(str(number))
+            plan = json.loads((self.faults / "faults.json").read_text())
+            return next((row["do"] for row in plan if row["at"] == number and row.get("of", "generate") == kind), None)
+
+    def load(self, folder: str | None, version: int | None) -> None:
+        what = self.fault("load")
+        if what == "exit":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if what == "fail":
+            self.version = -1
+            raise RuntimeError("load failed half way")
+        assert folder is not None
+        if version is not None:
+            assert json.loads((Path(folder) / "manifest.json").read_text())["version"] == version
+        if what != "keep":  # "keep": says it loaded them, and did not
+            self.weights, self.version = self._read(Path(folder)), version
+
+    def sample(self, body: dict[str, Any]) -> dict[str, Any]:
+        if not self.cache:
+            self.cache = self.weights  # the prefix cache is of the weights that filled it
+        settings = body["sampling_params"]
+        draw = random.Random(f"{self.weights}{self.cache}{body['token_ids']}{settings['seed']}")
+        ids = [draw.randrange(2, 50) for _ in range(draw.randint(1, settings["max_tokens"] - 1))] + [settings["stop_token_ids"][0]]
+        content = [{"token_id": token, "logprob": -draw.random()} for token in ids]
+        spans = [{"version": self.label, "start": 0, "end": len(ids)}]
+        return {"choices": [{"token_ids": ids, "logprobs": {"content": content}, "finish_reason": "stop", "weight_versions": spans}]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    engine: Engine
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            return self.reply({})
+        return self.reply({"weight_version": self.engine.label})
+
+    def do_POST(self) -> None:
+        engine, path = self.engine, self.path.split("?")[0]
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        if self.headers["Authorization"] != f"Bearer {os.environ['VLLM_API_KEY']}":
+            return self.reply({}, status=401)
+        if path == "/update_weight_version":
+            engine.label = body["new_version"]
+        elif path == "/reset_prefix_cache":
+            if engine.fault("reset") == "fail":
+                return self.reply({"success": False})
+            engine.cache = ""
+            return self.reply({"success": True})
+        elif path == "/collective_rpc":
+            if body["method"] == "pact_heartbeat":
+                if engine.dead.is_set():
+                    return self.reply({"error": "EngineDeadError"}, status=500)
+                if engine.stuck.is_set():
+                    time.sleep(3600)
+                return self.reply({"results": [{"version": engine.version}]})
+            try:
+                engine.load(*body["args"][:2])
+            except RuntimeError as error:
+                return self.reply({"error": str(error)}, status=500)
+            return self.reply({"results": [None]})
+        elif path.startswith("/inference"):
+            return self.generate(body)
+        return self.reply({})
+
+    def generate(self, body: dict[str, Any]) -> None:
+        engine = self.engine
+        what = engine.fault("generate")
+        time.sleep(0.005)
+        if engine.stuck.is_set():
+            time.sleep(3600)
+        if what == "exit":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "stop":  # the whole process hangs
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if what == "stuck":  # the front end lives, its engine doesn't
+            engine.stuck.set()
+            time.sleep(3600)
+        if what == "engine dead":  # the front end notices at once, and leaves a little later
+            engine.dead.set()
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if engine.dead.is_set():
+            return self.reply({"error": "EngineDeadError"}, status=500)
+        if what == "lost":  # this request only
+            time.sleep(3600)
+        if what == "late":
+            time.sleep(1.0)
+        if what == "old weights":  # somebody else restarted it
+            engine.label, engine.version, engine.weights, engine.cache = "default", None, "old", ""
+        if what == "other weights":  # and gave it the right label
+            engine.version, engine.weights, engine.cache = None, "old", ""
+        answer = engine.sample(body)
+        choice = answer["choices"][0]
+        if what == "wrong version":
+            choice["weight_versions"][0]["version"] = "4711"
+        if what == "two versions":
+            choice["weight_versions"].append({"version": "4711", "start": 1, "end": 2})
+        if what == "nan":
+            choice["logprobs"]["content"][0]["logprob"] = float("nan")
+        if what == "other tokens":
+            choice["token_ids"][0] += 1
+        if what == "no tokens":
+            choice["token_ids"], choice["logprobs"]["content"] = [], []
+        if what == "too many":
+            choice["token_ids"] *= 100
+            choice["logprobs"]["content"] *= 100
+        if what == "aborted":
+            choice["finish_reason"] = "abort"
+        if what == "500":
+            return self.reply({"error": "oops"}, status=500)
+        if what == "503":
+            return self.reply({"error": "busy"}, status=503)
+        if what == "garbage":
+            return self.reply(b"\x00\xff<html>")
+        if what == "empty":
+            return self.reply(b"")
+        if what == "half":
+            data = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            return None
+        if what == "drop":
+            self.close_connection = True
+            return None
+        return self.reply(answer)
+
+    def reply(self, value: Any, *, status: int = 200) -> None:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def main() -> None:
+    options = dict(word[2:].partition("=")[::2] for word in sys.argv[2:] if word.startswith("--"))
+    Handler.engine = Engine(Path(options["model"]), Path(sys.argv[1]))
+    server = ThreadingHTTPServer(("127.0.0.1", int(options["port"])), Handler)
+    server.daemon_threads = True
+    server.serve_forever(poll_interval=0.05)
+
+
+if __name__ == "__main__":
+    main()
