@@ -17,8 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pact_nemo.errors import ConfigError
 from pact_nemo.objective.methods import METHODS
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.quarantine import POLICIES
 from pact_nemo.rollouts.config import RolloutServerConfig
 from pact_nemo.traces.augment import KINDS
+from pact_nemo.traces.spans import OVERLONG
 from pact_nemo.training.recipes import Recipe
 
 
@@ -31,6 +33,7 @@ class RunConfig:
     root: str = "runs"  #: run folders are made below it; ``<root>/latest`` points to the newest
     seed: int = 1234  #: every random choice derives from it: split, prompt order, gate, sampling, initialisation
     cache_dir: str = ".cache/pact_nemo"  #: converted models; safe to delete
+    bad_rows: str = "quarantine"  #: a task or trace row that can't be used: "quarantine": kept in quarantine.jsonl, counted; "strict": stops the run
 
 
 @dataclass
@@ -59,7 +62,8 @@ class TasksConfig:
     max_user_chars: int | None = None  #: window=turn: keep turns whose request is at most this long
     max_observation_chars: int | None = None  #: longer observations are cut for the policy (the checker sees them whole)
     max_tools: int | None = None  #: offer the needed tools plus seeded distractors, this many in all; None = all of the involved classes
-    max_prompt_tokens: int = 7000  #: longer prompts are dropped and counted
+    max_prompt_tokens: int = 7000  #: what becomes of longer prompts says ``overlong``
+    overlong: str = "drop"  #: prompts beyond ``max_prompt_tokens``: "drop": the task is left out, counted; "stop": the run ends
     held_out: int = 50  #: scenario groups kept for evaluation only, chosen by ``split_seed``; none of their tasks is ever trained on
     split_seed: int = 7  #: apart from ``run.seed`` on purpose, so that runs with different seeds share one held-out set
     max_train: int | None = None  #: use at most this many training tasks
@@ -86,7 +90,8 @@ class TracesConfig:
     calls_per_turn: str = "one"  #: "one": each call in an assistant turn of its own, as its observation comes; "all": a user turn's calls together
     teach_end_of_turn: bool = False  #: supervise the end-of-turn token after a call as part of the call span
     components: list[str] = field(default_factory=lambda: ["reasoning", "calls", "observations"])  #: what of a trace is used (paper, table 3)
-    max_tokens: int = 4096  #: a longer trace is cut at a turn boundary from its end, counted
+    max_tokens: int = 4096  #: what becomes of a longer trace says ``overlong``
+    overlong: str = "turn"  #: a trace beyond its room, counted: "turn": cut after a whole turn; "segment": after a whole reasoning segment; "drop"
     augment: list[str] = field(default_factory=list)  #: verified variants of each trace: "argument_order", "call_order" (beyond the paper)
     variants: int = 3  #: at most this many of them a task; a step takes one of a task's traces by (seed, step, task)
     quality: bool = False  #: replay every trace first, and let one that rollouts keep beating lose weight (beyond the paper)
@@ -322,6 +327,9 @@ def validate(config: Config) -> None:
         f"tasks.benchmark={tasks.benchmark} needs tasks.path=FILE, the benchmark's published rows",
     )
     _one_of("tasks.window", tasks.window, ("full", "turn"))
+    _one_of("tasks.overlong", tasks.overlong, ("drop", "stop"))
+    _one_of("run.bad_rows", config.run.bad_rows, POLICIES)
+    _one_of("traces.overlong", config.traces.overlong, OVERLONG)
     _one_of("traces.style", config.traces.style, ("full", "compact"))
     _one_of("traces.calls_per_turn", config.traces.calls_per_turn, ("one", "all"))
     _one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32", "fp8_block"))

@@ -70,7 +70,7 @@ def train(experiment: Experiment) -> None:
                 groups = collect(experiment)
             except Interrupted:  # nothing of this step has touched the weights: what is finished is the step before
                 experiment.leave()
-        record = optimise(experiment, groups, watch)
+        record = optimise(experiment, groups, watch) | diagnostics.data_record(experiment.dataset.dropped, groups)
         if isinstance(experiment.schedule, AdaptiveSchedule):
             experiment.schedule.progress.observe(record["reward/success"], mean_gap(record))
             record["anneal/progress"] = experiment.schedule.progress.value
