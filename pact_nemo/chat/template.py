@@ -205,9 +205,16 @@ class ChatFormat:
     # --- assistant text ------------------------------------------------------------------------------------------------------------
 
     def encode_assistant(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of an assistant message, end-of-turn left out, and each token's half-open character range in ``text``."""
-        with self._lock:
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        """Token ids of an assistant message, end-of-turn left out, and each token's half-open character range in ``text``.
+
+        Raises:
+            DataError: the text holds half a surrogate pair.
+        """
+        try:
+            with self._lock:
+                encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        except (TypeError, UnicodeError) as error:  # what the tokenizer says of half a surrogate pair
+            raise DataError(f"a text can't be made into tokens: {error}; take out what isn't Unicode") from error
         return list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -222,21 +222,28 @@ def verify(folder: str | Path) -> None:
     base = Path(folder)
     remedy = "resume from an older checkpoint (checkpoints.resume.latest_complete finds it)"
     try:
-        row = json.loads((base / MANIFEST_NAME).read_text(encoding="utf-8"))
+        row = strict_json.loads((base / MANIFEST_NAME).read_bytes().decode("utf-8"))
         if row["schema"] != SCHEMA:
-            raise CheckpointError(f"{base / MANIFEST_NAME}: schema {row['schema']!r}, this version reads {SCHEMA}")
-        files: dict[str, dict[str, Any]] = row["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{base / MANIFEST_NAME}: schema {row['schema']!r}, this version reads {SCHEMA}; {remedy}")
+        files = {name: (int(entry["size"]), entry["sha256"]) for name, entry in row["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{base / MANIFEST_NAME} is missing or unreadable ({error}): the checkpoint is incomplete; {remedy}") from error
-    for name, entry in files.items():
+    for name, (expected, digest) in files.items():
+        if not stays_inside(base, name):
+            raise CheckpointError(f"{base / MANIFEST_NAME} names {name!r}, which is not in that folder; {remedy}")
         path = base / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; {remedy}")
         size = path.stat().st_size
-        if size != entry["size"]:
-            raise CheckpointError(f"{path} has {size} bytes, the manifest says {entry['size']}; {remedy}")
-        if entry["sha256"] is not None and sha256_file(path) != entry["sha256"]:
+        if size != expected:
+            raise CheckpointError(f"{path} has {size} bytes, the manifest says {expected}; {remedy}")
+        if digest is not None and sha256_file(path) != digest:
             raise CheckpointError(f"{path} is corrupt: its SHA-256 differs from the manifest's; {remedy}")
+    strays = sorted({path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()} - {*files, MANIFEST_NAME})
+    if strays:
+        raise CheckpointError(f"{base / strays[0]} is not in the manifest: nothing unchecked is read; remove it, or {remedy}")
+    for name in files:
+        refuse_foreign_pickle(base / name)
 
 
 def steps(root: str | Path) -> list[int]:

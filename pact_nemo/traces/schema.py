@@ -100,7 +100,7 @@ class _Reader:
             raise self._fail("missing", path)
         value = row[key]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self._fail(f"expected {kind.__name__}, found {type(value).__name__}", path)
+            raise self._fail(f"expected {getattr(kind, '__name__', 'list')}, found {type(value).__name__}", path)
         return value
 
     def _known(self, row: Mapping[str, Any], allowed: set[str], where: str) -> None:

@@ -6,8 +6,11 @@ Order of precedence, weakest first: these defaults, the files a YAML names under
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -241,11 +244,48 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if isinstance(loaded, ListConfig):
         raise ConfigError(f"{path}: expected a mapping at the top level, found a list")
-    parents = loaded.pop("defaults", [])
+    try:
+        parents = loaded.pop("defaults", [])
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: 'defaults' can't be read: {str(error).splitlines()[0]}; give a list of file names") from error
+    if not isinstance(parents, ListConfig | list) or not all(isinstance(name, str) and name.isprintable() for name in _plain(parents, str(path))):
+        raise ConfigError(f"{path}: 'defaults' must be a list of file names")
     merged = OmegaConf.create({})
     for parent in parents:
         merged = OmegaConf.merge(merged, _read_yaml((path.parent / str(parent)).resolve(), (*seen, path)))  # type: ignore[assignment]
-    return OmegaConf.merge(merged, loaded)  # type: ignore[return-value]
+    try:
+        return OmegaConf.merge(merged, loaded)  # type: ignore[return-value]
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: it doesn't fit the files it names under 'defaults': {str(error).splitlines()[0]}; repair one of them") from error
+
+
+def _plain(source: Any, name: str) -> Any:
+    """Lists and dicts, interpolations unresolved."""
+    if not isinstance(source, DictConfig | ListConfig):
+        return source
+    try:
+        return OmegaConf.to_container(source, resolve=False)
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{name}: can't be read: {str(error).splitlines()[0]}; give plain settings") from error
+
+
+def _refuse_resolvers(name: str, source: Any) -> None:
+    """Raises ConfigError for ``${oc.env:HF_TOKEN}`` and its kind: what they bring in would be written into the run's config.yaml and report."""
+    todo = [_plain(source, name)]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict | list):
+            todo += [*value, *value.values()] if isinstance(value, dict) else value
+        elif isinstance(value, str) and _RESOLVER.search(value):
+            raise ConfigError(f"{name}: {value!r}: settings don't read the environment; give the value itself")
+
+
+_RESOLVER = re.compile(r"\$\{[^}]*:")
+
+
+@lru_cache(maxsize=1)
+def _schema() -> Any:
+    return OmegaConf.structured(Config)  # merging copies it
 
 
 def load_config(
@@ -256,7 +296,7 @@ def load_config(
     Raises:
         ConfigError: unknown key, wrong type, or settings that contradict each other; the message names the key and the source.
     """
-    merged: Any = OmegaConf.structured(Config)
+    merged: Any = _schema()
     sources: list[tuple[str, Any]] = []
     for file in [] if path is None else [path] if isinstance(path, str | Path) else path:
         if isinstance(file, Recipe):
@@ -267,16 +307,25 @@ def load_config(
         key, separator, _ = word.partition("=")
         if not separator or key.startswith("-"):
             raise ConfigError(f"command line: {word!r} is not a key=value override, e.g. trainer.steps=50")
-        sources.append((f"command line '{word}'", OmegaConf.from_dotlist([word])))
+        try:
+            sources.append((f"command line '{word}'", OmegaConf.from_dotlist([word])))
+        except Exception as error:  # yaml and OmegaConf raise unrelated families; all mean "not a setting"
+            raise ConfigError(f"command line {word!r}: the value can't be read: {error}; give it as YAML, e.g. trainer.steps=50") from error
     for name, source in sources:
         try:
+            _refuse_resolvers(name, source)
             merged = OmegaConf.merge(merged, source)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
             key = getattr(error, "full_key", None) or ""
-            first_line = str(error).splitlines()[0]
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"{name}: {first_line} (key '{key}'); the schema is pact_nemo/training/config.py") from error
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
+    try:
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:  # an interpolation that leads nowhere, or in a circle
+        names = ", ".join(name for name, _ in sources)
+        raise ConfigError(f"{names}: {str(error).splitlines()[0]} (key '{getattr(error, 'full_key', None) or ''}'); give the value itself") from error
+    if not isinstance(config, Config):
+        raise ConfigError(f"{', '.join(name for name, _ in sources)}: no configuration, but a {type(config).__name__}; give settings by section")
     if config.rollout.importance == "False":  # YAML 1.1 reads a bare `off` as a boolean
         config.rollout.importance = "off"
     validate(config)
@@ -302,8 +351,25 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     _require(value in allowed, f"{key}={value!r}: must be one of {', '.join(allowed)}")
 
 
+def _require_writable(value: Any, key: str = "") -> None:
+    """Numbers are finite and texts can be written: into config.yaml, a folder's name or a command line."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _require_writable(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            _require_writable(item, key)
+    elif isinstance(value, float):
+        _require(math.isfinite(value), f"{key}={value}: must be a finite number")
+    elif isinstance(value, int):
+        _require(abs(value) < 2**63, f"{key}: must fit into 64 bits")
+    elif isinstance(value, str):
+        _require(not re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", value), f"{key}={value!r}: must be a text without control characters")
+
+
 def validate(config: Config) -> None:
     """Checks that types can't express. Raises ConfigError with the key and the remedy."""
+    _require_writable(to_dict(config))
     objective, trainer, tasks = config.objective, config.trainer, config.tasks
     _one_of("objective.method", objective.method, tuple(METHODS))
     _one_of("objective.outcome", objective.outcome, ("checker", "answer_f1"))
