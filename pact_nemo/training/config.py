@@ -370,6 +370,7 @@ def _require_writable(value: Any, key: str = "") -> None:
 def validate(config: Config) -> None:
     """Checks that types can't express. Raises ConfigError with the key and the remedy."""
     _require_writable(to_dict(config))
+    config.rollout.server.refuse_secrets()
     objective, trainer, tasks = config.objective, config.trainer, config.tasks
     _one_of("objective.method", objective.method, tuple(METHODS))
     _one_of("objective.outcome", objective.outcome, ("checker", "answer_f1"))
