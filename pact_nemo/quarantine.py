@@ -66,7 +66,9 @@ class Quarantine:
         if self.strict:
             raise error
         if len(self.rows) < _SAID:
-            log.warning("a row is left out: %s", error)
+            log.warning("a row is left out: %s", str(error))
+        # what it was raised from holds the frames of the reader, and with them the file; a hundred thousand bad rows must not
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         self.rows.append(BadRow(error, raw))
 
     def guard(self, parse: Callable[[], T], raw: Any) -> T | None:

@@ -358,6 +358,7 @@ def _require_writable(value: Any, key: str = "") -> None:
             _require_writable(item, f"{key}.{name}".lstrip("."))
     elif isinstance(value, list):
         for item in value:
+            _require(isinstance(item, str | int | float), f"{key}: {item!r:.40} in a list of plain values; take it out")  # OmegaConf lets it pass
             _require_writable(item, key)
     elif isinstance(value, float):
         _require(math.isfinite(value), f"{key}={value}: must be a finite number")
