@@ -315,6 +315,7 @@ def test_a_killed_trainer_takes_its_server_along(model_dir, tmp_path):
 
 def test_a_server_that_dies_while_starting_says_why(tmp_path):
     (tmp_path / "config.json").write_text("{}")
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
     config = RolloutServerConfig(device="cpu", extra_args=["--no-such-option"])
     with (
         pytest.raises(ServerError, match="(?s)died while starting.*no-such-option"),

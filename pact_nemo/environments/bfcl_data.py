@@ -235,7 +235,7 @@ def load_category(category: str, quarantine: Quarantine | None = None) -> tuple[
     if category not in CATEGORIES:
         raise ConfigError(f"unknown BFCL category {category!r}; known: {', '.join(CATEGORIES)}")
     entries, bad = _load(data_dir(), category)
-    quarantine = quarantine or Quarantine()
+    quarantine = quarantine if quarantine is not None else Quarantine()
     for row in bad:
         quarantine.add(row.error, row.raw)
     return entries

@@ -22,7 +22,7 @@ def read_rows(path: str | Path, quarantine: Quarantine | None = None) -> list[Ro
     Raises:
         DataError: no such file, unknown ending, a file that can't be parted into rows, or a refused row (file and row named).
     """
-    file, quarantine = Path(path), quarantine or Quarantine()
+    file, quarantine = Path(path), quarantine if quarantine is not None else Quarantine()
     if not file.is_file():
         raise DataError("file does not exist; set tasks.path to the published data", file=str(file))
     if file.suffix == ".jsonl":

@@ -179,7 +179,7 @@ def read_traces(path: str | os.PathLike[str], quarantine: Quarantine | None = No
     Raises:
         DataError: the file is missing, or a refused row is torn, is not a trace, or is there already; names file, line and field.
     """
-    file, quarantine = os.fspath(path), quarantine or Quarantine()
+    file, quarantine = os.fspath(path), quarantine if quarantine is not None else Quarantine()
     if not Path(file).is_file():
         raise DataError("no such trace file; make it first (tools/make_traces.py)", file=file)
     traces: list[Trace] = []

@@ -4,6 +4,7 @@ corpus. Everything follows from the seed.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import sys
@@ -112,11 +113,11 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = _places(value)
         if not places:
-            return rng.choice(VALUES)
+            return copy.deepcopy(rng.choice(VALUES))
         container, key = rng.choice(places)
         kind = rng.randrange(7)
         if kind <= 2:
-            container[key] = rng.choice(VALUES)
+            container[key] = copy.deepcopy(rng.choice(VALUES))
         elif kind == 3:
             del container[key]
         elif kind == 4:
@@ -124,7 +125,7 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
             container[key] = json.loads(json.dumps(other[its])) if its in range(len(other)) or isinstance(other, dict) and its in other else None
         elif kind == 5:
             if isinstance(container, list):
-                container.insert(key, container[key])
+                container.insert(key, copy.deepcopy(container[key]))
             else:
                 container[rng.choice(("", "name", "x", f"{key}2", "\x00", "unknown"))] = container.pop(key)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,14 @@ from tests.faults.targets import scratch, targets
 TARGETS = targets()
 SHORT = 120  # inputs each in the normal suite
 HANG_S = 10.0
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Thousands of bad rows are logged; pytest would keep every record."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture
