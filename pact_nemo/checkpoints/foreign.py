@@ -53,6 +53,7 @@ def names_in(pickled: bytes) -> set[str]:
     names: set[str] = set()
     strings: list[str | None] = []  # what the last operations pushed: a text, or None for anything else
     memo: dict[int, str | None] = {}
+    argument: Any
     for operation, argument, _ in pickletools.genops(pickled):
         kind = operation.name
         if kind in ("GLOBAL", "INST"):

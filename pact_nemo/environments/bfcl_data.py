@@ -246,7 +246,7 @@ def _load(folder: Path, category: str) -> tuple[tuple[Entry, ...], tuple[BadRow,
     """Entries and bad rows of a category; read once, whoever asks and with whatever policy."""
     file_name = f"BFCL_v4_{category}.json"
     path, found = folder / file_name, Quarantine("quarantine")
-    answers = {str(row.get("id")): row.get("ground_truth") for _, row in _read_rows(folder / "possible_answer" / file_name, found)}
+    answers: dict[str, Any] = {str(row.get("id")): row.get("ground_truth") for _, row in _read_rows(folder / "possible_answer" / file_name, found)}
     entries: dict[str, Entry] = {}
 
     def entry(record: dict[str, Any], line: int) -> Entry:

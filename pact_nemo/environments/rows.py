@@ -39,7 +39,7 @@ def read_rows(path: str | Path, quarantine: Quarantine | None = None) -> list[Ro
     else:
         raise DataError(f"can't read {file.suffix or 'a file without ending'}; .parquet, .jsonl and .json can be read", file=str(file))
     if not isinstance(values, list):
-        raise DataError("expected a list of rows at the top level", file=str(file))
+        raise DataError("expected a list of rows at the top level; fetch the file again", file=str(file))
     rows = (quarantine.guard(lambda: _row(value, file, number), value) for number, value in enumerate(values, start=1))  # noqa: B023 - called at once
     return [row for row in rows if row is not None]
 
