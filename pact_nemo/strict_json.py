@@ -11,6 +11,8 @@ from typing import Any
 
 MAX_DEPTH = 64  #: levels of lists and objects; everything that walks a row recursively stays far from Python's own limit
 
+_MAX_BITS = 1000  # of a whole number: what is longer can't be made a float
+
 
 def _refuse_constant(token: str) -> Any:
     raise ValueError(f"{token} is not JSON")
@@ -40,6 +42,9 @@ def check(value: Any) -> None:
         elif isinstance(item, float):
             if not math.isfinite(item):
                 raise ValueError("a number is not finite")
+        elif isinstance(item, int):
+            if item.bit_length() > _MAX_BITS:
+                raise ValueError("a whole number is longer than any float")
         elif isinstance(item, list | tuple | dict):
             if depth > MAX_DEPTH:
                 raise ValueError(f"nested deeper than {MAX_DEPTH} levels")

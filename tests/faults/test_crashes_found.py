@@ -77,7 +77,13 @@ def test_trace_rows(path: str, new: Any, tmp_path: Path) -> None:
         read_traces(tmp_path / "t.jsonl")
 
 
-BAD_ROWS = [b"\xff", b"[" * 5000, b'{"step": 1, "stage": "rl", "x": [1]}', b'{"step": 1, "stage": "rl", "x": 1' + b"0" * 400 + b"}"]
+BAD_ROWS = [
+    b"\xff",
+    b"[" * 5000,
+    b'{"sampler_logprobs": [1' + b"0" * 400 + b"]}",
+    b'{"step": 1, "stage": "rl", "x": [1]}',
+    b'{"step": 1, "stage": "rl", "x": 1' + b"0" * 400 + b"}",
+]
 
 
 @pytest.mark.parametrize("row", BAD_ROWS, ids=range(len(BAD_ROWS)))
