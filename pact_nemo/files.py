@@ -79,6 +79,16 @@ def new_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
     _fsync_dir(target.parent)
 
 
+def stays_inside(folder: str | os.PathLike[str], name: str) -> bool:
+    """Whether a file's name from a manifest or the like, symbolic links followed, leads to a place below ``folder``."""
+    base = Path(folder).resolve()
+    try:
+        fits = len(os.fsencode(name)) < 4096 and all(len(os.fsencode(part)) < 256 for part in Path(name).parts)  # longer ones are no file's name
+        return bool(name) and fits and base in (base / name).resolve().parents
+    except (OSError, ValueError, RuntimeError):  # a name with a NUL byte, a circle of links
+        return False
+
+
 def flush_file(path: str | os.PathLike[str]) -> None:
     """Wait until a written file's bytes are on the disk."""
     with open(path, "rb") as handle:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pact_nemo import strict_json
 from pact_nemo.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
+_LONGEST_HEADER = 100 << 20  # bytes; the format's own limit
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # formats of weights that are read by running what they say
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,25 @@ def read_tensors(folder: str | Path) -> dict[str, TensorEntry]:
     found: dict[str, TensorEntry] = {}
     for path in _weight_files(base):
         try:
+            size = path.stat().st_size
             with open(path, "rb") as handle:
                 length = int.from_bytes(handle.read(8), "little")
-                header: dict[str, Any] = json.loads(handle.read(length))
+                if length > min(size - 8, _LONGEST_HEADER):  # before anything of that length is asked for
+                    raise ValueError(f"its header would have {length} bytes, the file has {size}")
+                header: dict[str, Any] = strict_json.loads(handle.read(length).decode("utf-8"))
             rows = sorted(((e["data_offsets"], name, e) for name, e in header.items() if name != "__metadata__"), key=lambda row: row[:2])
             for (start, end), name, entry in rows:
+                if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= size - 8 - length):
+                    raise ValueError(f"the bytes of {name} lie outside the file")
+                if not all(isinstance(length, int) and length >= 0 for length in entry["shape"]):
+                    raise ValueError(f"the shape of {name} is none")
                 found[name] = TensorEntry(str(entry["dtype"]), tuple(entry["shape"]), path.name, 8 + length + start, 8 + length + end)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
             raise CheckpointError(f"{path} is no safetensors file ({error!r}); export it again") from error
     if not found:
-        raise CheckpointError(f"{base} holds no *.safetensors file; weights are read in that format only")
+        others = sorted(path.name for pattern in _PICKLED for path in base.glob(pattern))
+        seen = f" but {', '.join(others[:3])}: such files can run code when they are read; convert them" if others else ""
+        raise CheckpointError(f"{base} holds no *.safetensors file{seen}; weights are read in that format only, give a folder of them")
     return found
 
 
@@ -52,7 +64,11 @@ def _weight_files(base: Path) -> list[Path]:
     index = base / INDEX_NAME
     if index.is_file():
         try:
-            return [base / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+            names = sorted(set(strict_json.loads(index.read_bytes().decode("utf-8"))["weight_map"].values()))
+            for name in names:
+                if Path(name).name != name or not name.endswith(".safetensors"):
+                    raise ValueError(f"{name!r} is no safetensors file of this folder")
+            return [base / name for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} can't be read ({error!r}); export that folder again") from error
     if (base / _SINGLE_NAME).is_file():

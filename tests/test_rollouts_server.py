@@ -1,6 +1,7 @@
 """The real server with the real small model: exact log-probs, refit, stale weights, and that nothing of it outlives its trainer."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -26,8 +27,10 @@ from pact_nemo.rollouts.client import GenerationRequest, RolloutClient, StaleWei
 from pact_nemo.rollouts.config import EpisodeLimits, RolloutServerConfig, Sampling
 from pact_nemo.rollouts.endpoint import ServerEndpoint
 from pact_nemo.rollouts.episode import SeedPath
+from pact_nemo.rollouts.guard import OPEN_PATHS
 from pact_nemo.rollouts.refit import refit
 from pact_nemo.rollouts.server import RolloutServer, group_members
+from tests.faults.sockets import foreign, listening
 
 pytest.importorskip("vllm")
 ROOT = Path(__file__).parents[1]
@@ -127,9 +130,21 @@ def test_every_path_but_health_asks_for_the_key(server):
     assert httpx.get(url + "/v1/models", headers=server.endpoint.headers).json()["data"][0]["id"] == "policy"
     with pytest.raises(ServerError, match="401"):
         sample(client_of(server, endpoint=ServerEndpoint(url, "wrong")), REQUEST)
-    for pid in group_members(server.pid):
-        assert server.endpoint.api_key not in Path(f"/proc/{pid}/cmdline").read_text()
+    described = httpx.get(url + "/openapi.json", headers=server.endpoint.headers).json()["paths"]
+    routes = [(method, path.replace("{", "").replace("}", "")) for path, methods in described.items() for method in methods]
+    assert len(routes) > 20 and {"/collective_rpc", "/pause", "/reset_prefix_cache", "/inference/v1/generate"} <= described.keys()
+    asked = [(method, path) for method, path in routes if path not in OPEN_PATHS]
+    asked += [(method, path) for path in ("/docs", "/openapi.json", "/metrics", "/server_info", "/sleep", "/health/") for method in ("GET", "POST")]
+    asked += [(method, path) for _, path in routes[:5] for method in ("HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE") if path not in OPEN_PATHS]
+    answers = {(method, path): httpx.request(method, url + path).status_code for method, path in asked}
+    assert {key: status for key, status in answers.items() if status != 401} == {}
+    print(f"{len(answers)} requests without the key on {len(routes)} routes: all 401")
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            assert server.endpoint.api_key.encode() not in (process / "cmdline").read_bytes()
     assert server.endpoint.api_key not in server.log_file.read_text()
+    members = group_members(server.pid)
+    assert listening(members) and foreign(members) == {}  # everything of it, the engine's own sockets included, is on the loopback
 
 
 REQUEST = GenerationRequest((1, 2, 3), 2, 1.0, 1.0, (2,), 1)
@@ -300,6 +315,7 @@ def test_a_killed_trainer_takes_its_server_along(model_dir, tmp_path):
 
 def test_a_server_that_dies_while_starting_says_why(tmp_path):
     (tmp_path / "config.json").write_text("{}")
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
     config = RolloutServerConfig(device="cpu", extra_args=["--no-such-option"])
     with (
         pytest.raises(ServerError, match="(?s)died while starting.*no-such-option"),

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from pact_nemo.chat.tool_formats import ToolFormat, Tools, tool_format
-from pact_nemo.errors import ConfigError
+from pact_nemo.errors import ConfigError, DataError
 
 Message = Mapping[str, Any]
 
@@ -73,7 +74,10 @@ class ChatFormat:
         self._lock = threading.Lock()  # fast tokenizers may refuse concurrent use ("Already borrowed")
         self._native_tools = tool_format.native and "tools" in str(tokenizer.chat_template)
         self._special = re.compile("|".join(re.escape(token) for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True)))
-        end_ids = self._tokenize(self._after_assistant([], generation=False))
+        try:
+            end_ids = self._tokenize(self._after_assistant([], generation=False))
+        except DataError as error:
+            raise ConfigError(f"the model's chat template can't be used: {error}") from error
         if not end_ids or end_ids[0] not in tokenizer.all_special_ids:
             raise ConfigError("the chat template doesn't end an assistant message with a special token")
         self.end_of_turn_id: int = end_ids[0]
@@ -107,6 +111,9 @@ class ChatFormat:
         message.
 
         Special tokens inside message contents are broken up first, assistant messages included.
+
+        Raises:
+            DataError: the template refuses the conversation, or fails on it.
         """
         conversation = [self._neutral(message) for message in messages]
         native: list[dict[str, Any]] | None = None
@@ -118,9 +125,13 @@ class ChatFormat:
                 conversation[0]["content"] = f"{conversation[0]['content']}\n\n{text}"
             else:
                 conversation.insert(0, {"role": "system", "content": text})
-        return str(
-            self.tokenizer.apply_chat_template(conversation, tools=native, tokenize=False, add_generation_prompt=generation, **self._kwargs)
-        )
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(conversation, tools=native, tokenize=False, add_generation_prompt=generation, **self._kwargs)
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            # a template is a program of its own that sees whatever the conversation holds
+            raise DataError(f"the chat template can't render this conversation: {error!r}; change the conversation or the template") from error
 
     def _after_assistant(self, messages: Sequence[Message], generation: bool) -> str:
         """Template text between the last character of an assistant message and the end (``generation``: the next assistant message)."""
@@ -194,9 +205,16 @@ class ChatFormat:
     # --- assistant text ------------------------------------------------------------------------------------------------------------
 
     def encode_assistant(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of an assistant message, end-of-turn left out, and each token's half-open character range in ``text``."""
-        with self._lock:
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        """Token ids of an assistant message, end-of-turn left out, and each token's half-open character range in ``text``.
+
+        Raises:
+            DataError: the text holds half a surrogate pair.
+        """
+        try:
+            with self._lock:
+                encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        except (TypeError, UnicodeError) as error:  # what the tokenizer says of half a surrogate pair
+            raise DataError(f"a text can't be made into tokens: {error}; take out what isn't Unicode") from error
         return list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
 
     def decode(self, ids: Sequence[int]) -> str:

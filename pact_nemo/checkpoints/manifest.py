@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pact_nemo import strict_json
 from pact_nemo.checkpoints.failures import told
 from pact_nemo.digests import FileEntry, check_files, file_entries
 from pact_nemo.errors import CheckpointError
-from pact_nemo.files import new_directory, write_text_atomic
+from pact_nemo.files import new_directory, stays_inside, write_text_atomic
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_SCHEMA = 2
@@ -109,14 +110,14 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST_NAME
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
+        row = strict_json.loads(path.read_bytes().decode("utf-8"))
         if row["schema"] not in (MANIFEST_SCHEMA, _SHA256_SCHEMA):
             raise CheckpointError(f"{path}: schema {row['schema']!r}, this version reads {_SHA256_SCHEMA} and {MANIFEST_SCHEMA}; export again")
         files = {str(name): _file_entry(entry, row["schema"]) for name, entry in row["files"].items()}
         return Manifest(int(row["version"]), files, dict(row["extra"]))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the export is incomplete; {_REMEDY}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} can't be read ({error!r}); {_REMEDY}") from error
 
 
@@ -149,6 +150,8 @@ def verify_manifest(folder: str | Path, *, expect_version: int | None = None, di
             f"{base / MANIFEST_NAME} says version {manifest.version}, expected {expect_version}; give the folder of that version"
         )
     for name, entry in manifest.files.items():
+        if not stays_inside(base, name):
+            raise CheckpointError(f"{base / MANIFEST_NAME} names {name!r}, which is not in that folder; {_REMEDY}")
         path = base / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; {_REMEDY}")

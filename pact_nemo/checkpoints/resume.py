@@ -1,6 +1,6 @@
 """Checkpoints to resume from: weights, optimizer, random-number state and the training loop's own state, under any parallel layout.
 
-``<root>/step_000012/`` holds ``weights/`` (megatron's torch_dist format), ``rng.pt``, ``state.json`` and, written last, ``manifest.json`` with the
+``<root>/step_000012/`` holds ``weights/`` (megatron's torch_dist format), ``rng.json``, ``state.json`` and, written last, ``manifest.json`` with the
 size and (but for large files of large checkpoints) SHA-256 of every file. The folder appears in one rename; then ``<root>/latest`` is pointed at it.
 A folder that fails its manifest is refused. Falling back to an older one is the caller's explicit choice: :func:`latest_complete`.
 """
@@ -27,16 +27,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pact_nemo import strict_json
 from pact_nemo.checkpoints.failures import told
+from pact_nemo.checkpoints.foreign import METADATA, check_weights
 from pact_nemo.collective import from_rank_zero
 from pact_nemo.errors import CheckpointError
-from pact_nemo.files import new_directory, sha256_file, write_json_atomic, write_text_atomic
+from pact_nemo.files import new_directory, sha256_file, stays_inside, write_json_atomic, write_text_atomic
 from pact_nemo.files import remove_unfinished as remove_leftovers
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 POINTER_NAME = "latest"
+RNG_NAME = "rng.json"
 SCHEMA = 1
 HASH_TOTAL = 8 << 30  # of a larger checkpoint, files above HASH_LIMIT are checked by size only: a resume must not read terabytes twice
 HASH_LIMIT = 16 << 20
@@ -94,7 +97,7 @@ def _write(policy: Resumable, folder: Path, state: dict[str, Any]) -> Any:
 
     def prepare() -> None:
         (folder / "weights").mkdir()
-        torch.save(states, folder / "rng.pt")
+        write_json_atomic(folder / RNG_NAME, states)
         write_json_atomic(folder / "state.json", {"step": policy.step, "ranks": dist.get_world_size(), "caller": state})
 
     from_rank_zero(prepare)
@@ -217,7 +220,7 @@ def load(policy: Resumable, folder: str | Path) -> dict[str, Any]:
     except (CheckpointException, CheckpointingException, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1:]
         raise CheckpointError(f"{path} doesn't fit this model {reason}; resume with the model and optimizer it was saved from") from error
-    states = torch.load(path / "rng.pt", weights_only=False)
+    states = _read_rng_states(path)
     _set_rng_state(states[dist.get_rank() if len(states) == dist.get_world_size() else 0])
     caller: dict[str, Any] = facts["caller"]
     return caller
@@ -232,21 +235,28 @@ def verify(folder: str | Path) -> None:
     base = Path(folder)
     remedy = "resume from an older checkpoint (checkpoints.resume.latest_complete finds it)"
     try:
-        row = json.loads((base / MANIFEST_NAME).read_text(encoding="utf-8"))
+        row = strict_json.loads((base / MANIFEST_NAME).read_bytes().decode("utf-8"))
         if row["schema"] != SCHEMA:
-            raise CheckpointError(f"{base / MANIFEST_NAME}: schema {row['schema']!r}, this version reads {SCHEMA}")
-        files: dict[str, dict[str, Any]] = row["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{base / MANIFEST_NAME}: schema {row['schema']!r}, this version reads {SCHEMA}; {remedy}")
+        files = {name: (int(entry["size"]), entry["sha256"]) for name, entry in row["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{base / MANIFEST_NAME} is missing or unreadable ({error}): the checkpoint is incomplete; {remedy}") from error
-    for name, entry in files.items():
+    for name, (expected, digest) in files.items():
+        if not stays_inside(base, name):
+            raise CheckpointError(f"{base / MANIFEST_NAME} names {name!r}, which is not in that folder; {remedy}")
         path = base / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; {remedy}")
         size = path.stat().st_size
-        if size != entry["size"]:
-            raise CheckpointError(f"{path} has {size} bytes, the manifest says {entry['size']}; {remedy}")
-        if entry["sha256"] is not None and sha256_file(path) != entry["sha256"]:
+        if size != expected:
+            raise CheckpointError(f"{path} has {size} bytes, the manifest says {expected}; {remedy}")
+        if digest is not None and sha256_file(path) != digest:
             raise CheckpointError(f"{path} is corrupt: its SHA-256 differs from the manifest's; {remedy}")
+    strays = sorted({path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()} - {*files, MANIFEST_NAME})
+    if strays:
+        raise CheckpointError(f"{base / strays[0]} is not in the manifest: nothing unchecked is read; remove it, or {remedy}")
+    if (base / "weights" / METADATA).is_file():
+        check_weights(base / "weights")
 
 
 def steps(root: str | Path) -> list[int]:
@@ -267,9 +277,10 @@ def latest(root: str | Path) -> Path | None:
         if steps(root):
             raise CheckpointError(f"{pointer} is missing although there are checkpoints; name one, or use the latest complete one")
         return None
-    folder = Path(root) / pointer.read_text(encoding="utf-8").strip()
-    if not _FOLDER.fullmatch(folder.name) or not folder.is_dir():
-        raise CheckpointError(f"{pointer} names {folder.name!r}, which is not there; name a checkpoint, or use the latest complete one")
+    name = pointer.read_bytes().decode("utf-8", "replace").strip()
+    folder = Path(root) / name
+    if not _FOLDER.fullmatch(name) or not folder.is_dir():
+        raise CheckpointError(f"{pointer} names {name[:60]!r}, which is not there; name a checkpoint, or use the latest complete one")
     return folder
 
 
@@ -333,13 +344,41 @@ def _from_rank_0(value: Any) -> Any:
 
 
 def _rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.random.get_rng_state(), "cuda": cuda}
+    """This rank's random-number generators as JSON values, exact: whole numbers, bytes in hexadecimal, a float that reads back as it was."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [str(kind), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "torch": _hex(torch.random.get_rng_state()),
+        "cuda": _hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+    }
+
+
+def _hex(state: torch.Tensor) -> str:
+    return bytes(state.numpy()).hex()
+
+
+def _from_hex(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def _read_rng_states(folder: Path) -> list[dict[str, Any]]:
+    path = folder / RNG_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: an earlier version of this program made that checkpoint; resume with that version, or start anew")
+    try:
+        states: list[dict[str, Any]] = strict_json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}); resume from an older checkpoint") from error
+    return states
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.random.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.random.set_rng_state(_from_hex(state["torch"]))
     if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state(_from_hex(state["cuda"]))

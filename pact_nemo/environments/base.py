@@ -17,6 +17,23 @@ class ToolCall:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
+def check_schema(tool: Any) -> None:
+    """Raises ValueError where a tool schema isn't ``{"name": text, "description": text, "parameters": {"properties": {name: {…}}, …}}``:
+    everything that shows tools to a model or fills their arguments relies on it.
+    """
+    if not isinstance(tool, dict) or not isinstance(tool.get("parameters"), dict):
+        raise ValueError("a tool has to be an object with parameters")
+    if not isinstance(tool.get("name"), str) or not tool["name"] or not isinstance(tool.get("description", ""), str):
+        raise ValueError("a tool's name and description have to be texts")
+    properties, required = tool["parameters"].get("properties", {}), tool["parameters"].get("required", [])
+    if not isinstance(properties, dict) or not all(isinstance(name, str) and isinstance(value, dict) for name, value in properties.items()):
+        raise ValueError("parameters.properties has to be an object of objects")
+    if not isinstance(required, list | tuple) or not all(isinstance(name, str) for name in required):
+        raise ValueError("parameters.required has to be a list of names")
+    if not all(isinstance(value.get("enum") or [], list | tuple) for value in properties.values()):
+        raise ValueError("an enum in parameters.properties has to be a list")
+
+
 @dataclass(frozen=True)
 class Task:
     """One prompt of a benchmark.

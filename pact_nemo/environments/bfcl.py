@@ -21,7 +21,8 @@ from pact_nemo.environments.bfcl_backend import Backend, protect_strings, too_he
 from pact_nemo.environments.bfcl_data import CATEGORIES, Entry, load_category
 from pact_nemo.environments.calls import call_text
 from pact_nemo.environments.grounding import is_grounded
-from pact_nemo.errors import ConfigError, EnvironmentFailure, ToolCallError
+from pact_nemo.errors import ConfigError, DataError, EnvironmentFailure, ToolCallError
+from pact_nemo.quarantine import Quarantine
 
 Window = Literal["full", "turn"]
 FORCE_TERMINATED = "multi_turn:force_terminated"
@@ -57,6 +58,7 @@ class BFCLEnvironment:
             unused.
         judge_unfinished: give the checker episodes that stopped before the last user turn was closed. BFCL fails them outright.
         seed: of the tools' choice and order.
+        quarantine: takes bad rows; as it comes, the first one is refused.
 
     Raises:
         ConfigError: an unknown category or window, or a limit below 1.
@@ -72,6 +74,7 @@ class BFCLEnvironment:
     irrelevance_check: bool = False
     judge_unfinished: bool = False
     seed: int = 0
+    quarantine: Quarantine = field(default_factory=Quarantine, repr=False, compare=False)
     _tasks: list[Task] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -90,9 +93,9 @@ class BFCLEnvironment:
     def tasks(self) -> list[Task]:
         """All tasks that pass the filters, in BFCL's order; made once."""
         if not self._tasks:
-            entries = [entry for category in self.categories for entry in load_category(category)]
-            make = self._turn_tasks if self.window == "turn" else lambda entry: [self._full_task(entry)]
-            self._tasks[:] = [task for entry in entries for task in make(entry)]
+            entries = [entry for category in self.categories for entry in load_category(category, self.quarantine)]
+            found = (self.quarantine.guard(lambda: self._tasks_of(entry), entry.record) for entry in entries)  # noqa: B023 - called at once
+            self._tasks[:] = [task for tasks in found for task in tasks or ()]
         return list(self._tasks)
 
     def close(self) -> None:
@@ -114,6 +117,12 @@ class BFCLEnvironment:
         chosen = needed + rng.sample(others, min(len(others), max(0, self.max_tools - len(needed))))
         rng.shuffle(chosen)
         return tuple(chosen)
+
+    def _tasks_of(self, entry: Entry) -> list[Task]:
+        try:
+            return self._turn_tasks(entry) if self.window == "turn" else [self._full_task(entry)]
+        except EnvironmentFailure as error:  # making a task of one turn plays the turns before it
+            raise DataError(f"{error}; reinstall bfcl-eval", file=f"BFCL_v4_{entry.category}.json", field="initial_config") from error
 
     def _full_task(self, entry: Entry) -> Task:
         turns = range(len(entry.ground_truth))

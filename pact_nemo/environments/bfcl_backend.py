@@ -84,7 +84,7 @@ class Backend:
                 )
             except Exception as error:
                 raise EnvironmentFailure(f"{record['id']}: BFCL failed while executing: {error!r}") from error
-        return [str(result) for result in results]
+        return [str(result).encode("utf-8", "replace").decode("utf-8") for result in results]
 
     def judge(self, steps: Sequence[Sequence[Sequence[str]]], turns: int, irrelevance: bool) -> Outcome:
         """The official verdict on the first ``turns`` user turns; everything is executed anew in instances of its own.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pact_nemo.environments.base import ToolCall
+from pact_nemo import strict_json
+from pact_nemo.environments.base import ToolCall, check_schema
 from pact_nemo.environments.calls import parse_call
 from pact_nemo.errors import ConfigError, DataError, MissingDependency, ToolCallError
+from pact_nemo.quarantine import BadRow, Quarantine
 
 CATEGORIES = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 
@@ -37,25 +39,39 @@ def data_dir() -> Path:
     return Path(package.__file__).parent / "data"
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+_REMEDY = "reinstall bfcl-eval"
+
+
+def _read_rows(path: Path, quarantine: Quarantine) -> list[tuple[int, dict[str, Any]]]:
+    """(line, object) of a JSONL file."""
     if not path.is_file():
         raise DataError("file is missing; this bfcl-eval version is not supported", file=str(path))
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):  # U+2028 is no line end in JSON
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # U+2028 is no line end in JSON
         if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise DataError(f"not a JSON line: {error}", file=str(path), line=number) from error
+            row = quarantine.guard(lambda: _object(line, path, number), line.decode("utf-8", "backslashreplace"))  # noqa: B023 - called at once
+            if row is not None:
+                rows.append((number, row))
     return rows
+
+
+def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = strict_json.loads(line.decode("utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise DataError(f"not a JSON line: {error}; {_REMEDY}", file=str(path), line=number) from error
+    if not isinstance(row, dict):
+        raise DataError(f"expected an object, found {type(row).__name__}; {_REMEDY}", file=str(path), line=number)
+    return row
 
 
 def json_schema(schema: dict[str, Any]) -> dict[str, Any]:
     """A parameter schema with BFCL's Python type names (``dict``, ``float`` …) turned into JSON schema types, at every depth."""
     result = copy.deepcopy(schema)
-    kind = _JSON_TYPES.get(result.get("type", "string"), result.get("type", "string"))
-    if kind not in _SCHEMA_TYPES:
-        raise DataError(f"unknown type {kind!r} in a function document")
+    kind = result.get("type", "string")
+    if not isinstance(kind, str) or _JSON_TYPES.get(kind, kind) not in _SCHEMA_TYPES:
+        raise DataError(f"unknown type {kind!r} in a function document; {_REMEDY}")
+    kind = _JSON_TYPES.get(kind, kind)
     if result.get("type") == "float":
         result["format"] = "float"
     result["type"] = kind
@@ -73,11 +89,18 @@ def function_documents() -> dict[str, tuple[dict[str, Any], ...]]:
 
     result = {}
     for class_name, file_name in MULTI_TURN_FUNC_DOC_FILE_MAPPING.items():
-        rows = _read_rows(data_dir() / "multi_turn_func_doc" / file_name)
-        result[class_name] = tuple(
-            {"name": row["name"], "description": row["description"], "parameters": json_schema(row["parameters"])} for row in rows
-        )
+        path = data_dir() / "multi_turn_func_doc" / file_name
+        result[class_name] = tuple(_document(row, path, line) for line, row in _read_rows(path, Quarantine()))
     return result
+
+
+def _document(row: dict[str, Any], path: Path, line: int) -> dict[str, Any]:
+    try:
+        tool = {"name": row["name"], "description": row["description"], "parameters": json_schema(row["parameters"])}
+        check_schema(tool)
+    except (DataError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"not a function document: {error!r}; {_REMEDY}", file=str(path), line=line) from error
+    return tool
 
 
 @lru_cache(maxsize=32)
@@ -123,9 +146,52 @@ class Entry:
         return self.category == "multi_turn_long_context"
 
 
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _check_record(record: dict[str, Any], ground_truth: Any, path: str, line: int) -> None:
+    """Raises DataError where a record is not what the code below and BFCL's own checker take for granted."""
+
+    def need(holds: bool, message: str, field: str) -> None:
+        if not holds:
+            raise DataError(f"{message}; {_REMEDY}", file=path, line=line, field=field)
+
+    identifier, question, classes = record.get("id"), record.get("question"), record.get("involved_classes")
+    need(isinstance(identifier, str) and re.fullmatch(r"\w+_\w+", identifier) is not None, "expected an id such as multi_turn_base_0", "id")
+    need(isinstance(question, list) and len(question) > 0, "expected a list of user turns", "question")
+    assert isinstance(question, list)
+    for index, turn in enumerate(question):
+        need(isinstance(turn, list) and all(map(_is_message, turn)), "expected messages with role and content", f"question[{index}]")
+    known = function_documents()
+    need(
+        isinstance(classes, list) and all(isinstance(name, str) and name in known for name in classes),
+        f"expected names out of {', '.join(known)}",
+        "involved_classes",
+    )
+    config = record.get("initial_config")
+    need(isinstance(config, dict) and all(isinstance(value, dict) for value in config.values()), "expected an object of objects", "initial_config")
+    missed = record.get("missed_function", {})
+    need(
+        isinstance(missed, dict)
+        and all(re.fullmatch(r"[0-9]{1,4}", turn) is not None and _is_texts(names) for turn, names in missed.items()),
+        "expected lists of tool names by turn number",
+        "missed_function",
+    )
+    need(
+        isinstance(ground_truth, list) and all(map(_is_texts, ground_truth)),
+        "expected a list of call texts per turn",
+        "ground_truth",
+    )
+    need(len(question) == len(ground_truth), "question and ground truth differ in their number of turns", "ground_truth")
+
+
 def _entry(record: dict[str, Any], ground_truth: list[list[str]], category: str, path: str, line: int) -> Entry:
-    if len(record["question"]) != len(ground_truth):
-        raise DataError("question and ground truth differ in their number of turns", file=path, line=line, field="ground_truth")
+    _check_record(record, ground_truth, path, line)
     tools = [tool for name in record["involved_classes"] for tool in function_documents()[name]]
     revealed: dict[int, tuple[dict[str, Any], ...]] = {}
     for turn, names in record.get("missed_function", {}).items():
@@ -135,7 +201,13 @@ def _entry(record: dict[str, Any], ground_truth: list[list[str]], category: str,
     try:
         calls = tuple(tuple(parse_call(text, parameters) for text in turn) for turn in ground_truth)
     except ToolCallError as error:
-        raise DataError(str(error), file=path, line=line, field="ground_truth") from error
+        raise DataError(f"{error}; {_REMEDY}", file=path, line=line, field="ground_truth") from error
+    for turn in calls:
+        for call in turn:
+            # BFCL evaluates these texts: a name that is no method would be looked up among Python's own, ``open(file=..., mode='w')`` for one
+            if call.name not in parameters:
+                problem = f"{call.name} is no method of {', '.join(record['involved_classes'])}; {_REMEDY}"
+                raise DataError(problem, file=path, line=line, field="ground_truth")
     return Entry(
         id=record["id"],
         category=category,
@@ -148,23 +220,45 @@ def _entry(record: dict[str, Any], ground_truth: list[list[str]], category: str,
     )
 
 
-@lru_cache(maxsize=len(CATEGORIES))
-def load_category(category: str) -> tuple[Entry, ...]:
+def load_category(category: str, quarantine: Quarantine | None = None) -> tuple[Entry, ...]:
     """All entries of a multi-turn category.
+
+    Args:
+        category: one of :data:`CATEGORIES`.
+        quarantine: takes rows that are not as expected; None: the first one is refused.
 
     Raises:
         ConfigError: no such category.
-        DataError: names file, line and field of a row that is not as expected.
+        DataError: names file, line and field of a refused row.
         MissingDependency: ``bfcl-eval`` is not installed.
     """
     if category not in CATEGORIES:
         raise ConfigError(f"unknown BFCL category {category!r}; known: {', '.join(CATEGORIES)}")
+    entries, bad = _load(data_dir(), category)
+    quarantine = quarantine if quarantine is not None else Quarantine()
+    for row in bad:
+        quarantine.add(row.error, row.raw)
+    return entries
+
+
+@lru_cache(maxsize=len(CATEGORIES))
+def _load(folder: Path, category: str) -> tuple[tuple[Entry, ...], tuple[BadRow, ...]]:
+    """Entries and bad rows of a category; read once, whoever asks and with whatever policy."""
     file_name = f"BFCL_v4_{category}.json"
-    answers = {row["id"]: row["ground_truth"] for row in _read_rows(data_dir() / "possible_answer" / file_name)}
-    path = data_dir() / file_name
-    entries = []
-    for line, record in enumerate(_read_rows(path), start=1):
-        if record["id"] not in answers:
-            raise DataError(f"{record['id']} has no ground truth", file=str(path), line=line, field="id")
-        entries.append(_entry(record, answers[record["id"]], category, str(path), line))
-    return tuple(entries)
+    path, found = folder / file_name, Quarantine("quarantine")
+    answers: dict[str, Any] = {str(row.get("id")): row.get("ground_truth") for _, row in _read_rows(folder / "possible_answer" / file_name, found)}
+    entries: dict[str, Entry] = {}
+
+    def entry(record: dict[str, Any], line: int) -> Entry:
+        name = record.get("id")
+        if not isinstance(name, str) or name not in answers:
+            raise DataError(f"{name!r} has no ground truth; {_REMEDY}", file=str(path), line=line, field="id")
+        if name in entries:
+            raise DataError(f"another row has the id {name!r} already; {_REMEDY}", file=str(path), line=line, field="id")
+        return _entry(record, answers[name], category, str(path), line)
+
+    for line, record in _read_rows(path, found):
+        made = found.guard(lambda: entry(record, line), record)  # noqa: B023 - called at once
+        if made is not None:
+            entries[made.id] = made
+    return tuple(entries.values()), tuple(found.rows)

@@ -23,7 +23,11 @@ def _check_name(name: object, what: str) -> None:
 def _check_value(value: Any, depth: int = 0) -> None:
     if depth > _MAX_DEPTH:
         raise ToolCallError(f"an argument is nested deeper than {_MAX_DEPTH} levels")
-    if value is None or type(value) in (str, bool, int):
+    if value is None or type(value) in (bool, int):
+        return
+    if type(value) is str:
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ToolCallError("an argument holds half a surrogate pair, which is no text")
         return
     if type(value) is float:
         if not math.isfinite(value):
@@ -35,6 +39,7 @@ def _check_value(value: Any, depth: int = 0) -> None:
         for key, item in value.items():
             if type(key) is not str:
                 raise ToolCallError("a dictionary key in an argument is not a string")
+            _check_value(key, depth)
             _check_value(item, depth + 1)
     else:
         raise ToolCallError(f"an argument of type {type(value).__name__} is not a JSON value")

@@ -14,6 +14,7 @@ from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.environments.python_tools import Executed, PythonTools, contains_answer, tool_schema
 from pact_nemo.environments.rows import Row, read_rows
 from pact_nemo.errors import ConfigError, EnvironmentFailure
+from pact_nemo.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
 
 
@@ -46,23 +47,26 @@ class FTRLEnvironment:
         path: ``.parquet``, ``.jsonl`` or ``.json`` with messages, tools, codes, unsolved_set, solve_rate, data_source, split, answer.
         sandbox: where the tools run.
         max_observation_chars: longer observations are cut for the policy; scoring sees them whole. None: no limit.
+        quarantine: takes bad rows; as it comes, the first one is refused.
     """
 
     path: str | Path
     sandbox: Sandbox
     max_observation_chars: int | None = None
+    quarantine: Quarantine = field(default_factory=Quarantine, repr=False, compare=False)
     _tasks: list[Task] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def tasks(self) -> list[Task]:
         """All tasks in file order.
 
         Raises:
-            DataError: names file, row and field.
+            DataError: the file is unusable, or a row is and the quarantine is strict; names file, row and field.
         """
         if not self._tasks:
             name = Path(self.path).stem
-            rows = read_rows(self.path)
-            self._tasks[:] = [self._task(Row(row, self.path, number), f"{name}_{number - 1}") for number, row in enumerate(rows, start=1)]
+            rows = read_rows(self.path, self.quarantine)
+            found = (self.quarantine.guard(lambda: self._task(row, f"{name}_{row.number - 1}"), row.values) for row in rows)  # noqa: B023 - called at once
+            self._tasks[:] = [task for task in found if task is not None]
         return list(self._tasks)
 
     def _task(self, row: Row, name: str) -> Task:
@@ -71,6 +75,8 @@ class FTRLEnvironment:
             if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ("system", "user"):
                 raise row.complain("a prompt message needs a role (system or user) and text", f"messages[{index}]")
         tools, codes, unsolved = row.json("tools", list), row.json("codes", dict), row.json("unsolved_set", dict)
+        if not messages:
+            raise row.complain("a prompt needs at least one message", "messages")
         schemas = []
         for index, tool in enumerate(tools):
             try:
@@ -81,10 +87,12 @@ class FTRLEnvironment:
                 raise row.complain(f"no source for the tool {schemas[-1]['name']!r}", "codes")
         answers: dict[str, list[str]] = {}
         for tool_name, values in unsolved.items():
-            if not isinstance(values, list):
+            if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
                 raise row.complain("expected a list of answers", f"unsolved_set.{tool_name}")
             answers[tool_name] = [str(value) for value in values]
         final = row.values.get("answer")
+        if final is not None:
+            final = row.text("answer")
         return Task(
             id=name,
             group=name,
@@ -92,7 +100,7 @@ class FTRLEnvironment:
             user_turns=(tuple({"role": message["role"], "content": message["content"]} for message in messages),),
             tools=tuple(schemas),
             reference_calls=((),),
-            reference_answer=None if final is None else str(final),
+            reference_answer=final,
             data={"codes": {schema["name"]: codes[schema["name"]] for schema in schemas}, "unsolved": answers, "split": row.values.get("split")},
         )
 

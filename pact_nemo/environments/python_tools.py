@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pact_nemo.environments.base import ToolCall
+from pact_nemo.environments.base import ToolCall, check_schema
 from pact_nemo.sandbox import CallResult, Sandbox
 
 
@@ -23,13 +23,16 @@ def contains_answer(text: str, answer: str) -> bool:
 
 
 def tool_schema(function: Mapping[str, Any]) -> dict[str, Any]:
-    """A published function description as ``{"name", "description", "parameters"}``; the OpenAI wrapper ``{"type", "function"}`` is taken off."""
+    """A published function description as ``{"name", "description", "parameters"}``; the OpenAI wrapper ``{"type", "function"}`` is taken off.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: it is none.
+    """
     inner = function.get("function", function)
-    return {
-        "name": str(inner["name"]),
-        "description": str(inner.get("description", "")),
-        "parameters": dict(inner.get("parameters") or {"type": "object", "properties": {}}),
-    }
+    parameters = dict(inner.get("parameters") or {"type": "object", "properties": {}})
+    schema = {"name": inner["name"], "description": str(inner.get("description", "")), "parameters": parameters}
+    check_schema(schema)
+    return schema
 
 
 @dataclass(frozen=True)

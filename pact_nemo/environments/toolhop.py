@@ -14,6 +14,7 @@ from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.environments.python_tools import PythonTools, contains_answer, tool_schema
 from pact_nemo.environments.rows import Row, read_rows
 from pact_nemo.errors import ConfigError, EnvironmentFailure
+from pact_nemo.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
 
 Scenario = Literal["direct", "mandatory", "free"]
@@ -35,7 +36,7 @@ def defined_functions(source: str) -> list[str]:
     """Names of the functions that a source defines at its top level; empty if it is not Python."""
     try:
         return [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
 
 
@@ -48,12 +49,14 @@ class ToolHopEnvironment:
         sandbox: where the functions run.
         scenario: ``direct``, ``mandatory`` or ``free``.
         max_observation_chars: longer observations are cut for the policy. None: no limit.
+        quarantine: takes bad rows; as it comes, the first one is refused.
     """
 
     path: str | Path
     sandbox: Sandbox
     scenario: Scenario = "mandatory"
     max_observation_chars: int | None = None
+    quarantine: Quarantine = field(default_factory=Quarantine, repr=False, compare=False)
     _tasks: list[Task] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -64,28 +67,34 @@ class ToolHopEnvironment:
         """All tasks in file order.
 
         Raises:
-            DataError: names file, row and field.
+            DataError: the file is unusable, or a row is and the quarantine is strict; names file, row and field.
         """
         if not self._tasks:
-            rows = read_rows(self.path)
-            self._tasks[:] = [self._task(Row(row, self.path, number), number) for number, row in enumerate(rows, start=1)]
+            seen: dict[str, int] = {}
+            found = (self.quarantine.guard(lambda: self._task(row, seen), row.values) for row in read_rows(self.path, self.quarantine))  # noqa: B023
+            self._tasks[:] = [task for task in found if task is not None]
         return list(self._tasks)
 
-    def _task(self, row: Row, number: int) -> Task:
+    def _task(self, row: Row, seen: dict[str, int]) -> Task:
         question, answer = row.text("question"), row.text("answer")
         tools, functions, sub_task = row.json("tools", dict), row.json("functions", list), row.json("sub_task", dict)
         sources: dict[str, str] = {}
-        for source in functions:
-            for name in defined_functions(str(source)):
-                sources.setdefault(name, str(source))
+        for index, source in enumerate(functions):
+            if not isinstance(source, str):
+                raise row.complain(f"expected Python source, found {type(source).__name__}", f"functions[{index}]")
+            for name in defined_functions(source):
+                sources.setdefault(name, source)
         schemas = []
         for key, tool in tools.items():
             try:
                 schemas.append(tool_schema(tool))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise row.complain(f"not a function description: {error!r}", f"tools.{key}") from error
-        identifier = row.text("id", str(number - 1))
+        identifier = row.text("id", str(row.number - 1))
         name = identifier if identifier.startswith("toolhop") else f"toolhop_{identifier}"
+        if name in seen:
+            raise row.complain(f"row {seen[name]} has the id {name!r} already", "id")
+        seen[name] = row.number
         return Task(
             id=name,
             group=name,

@@ -382,15 +382,23 @@ class _StandIn(types.ModuleType):
         return sys.modules.get(f"{self.__name__}.{name}") or type(name, (torch.nn.Module,), {})
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _stay_on_loopback() -> None:
+    """Ranks of one machine talk over its loopback interface: gloo and nccl would take the one that the host's name leads to. A setting of the
+    user's own stands.
+    """
+    names = {name for _, name in socket.if_nameindex()}
+    loopback = next((name for name in ("lo", "lo0") if name in names), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
 
 
 def init_distributed(timeout_s: float) -> None:
     """Start torch.distributed: nccl with CUDA, gloo otherwise. Under ``torchrun`` its environment is used; a plain process becomes a job of
-    one rank on a free port of the loopback interface. Does nothing if a process group exists already.
+    one rank that no other process can reach. Does nothing if a process group exists already.
+
+    The ranks of one machine use its loopback interface. Several machines have to reach each other, and anyone on their network reaches them: keep
+    that network to the cluster. (``torchrun``'s own meeting point listens on every interface; torch has no setting for it.)
 
     Args:
         timeout_s: seconds a collective may wait.
@@ -401,8 +409,12 @@ def init_distributed(timeout_s: float) -> None:
     backend = "nccl" if use_cuda() else "gloo"
     if use_cuda():
         torch.cuda.set_device(local_device())
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    world = os.environ.get("WORLD_SIZE")
+    if "RANK" in os.environ and world is not None:
+        if os.environ.get("LOCAL_WORLD_SIZE") == world:  # torchrun on one machine
+            _stay_on_loopback()
         dist.init_process_group(backend, timeout=timeout)
         return
-    store = dist.TCPStore("127.0.0.1", _free_port(), 1, is_master=True, timeout=timeout)
-    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    _stay_on_loopback()
+    # a TCPStore would listen on every interface, whatever address it is given
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

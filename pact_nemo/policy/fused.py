@@ -79,6 +79,10 @@ class SwiGLU(torch.nn.Module):
     def forward(self, both: torch.Tensor) -> torch.Tensor:
         return _SwiGLU.apply(both)  # type: ignore[no-any-return]
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing: megatron's MLPs ask each of their modules for its part of a checkpoint."""
+        return {}
+
 
 class _Rotate(torch.autograd.Function):
     @staticmethod

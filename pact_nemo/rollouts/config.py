@@ -59,11 +59,27 @@ class RolloutServerConfig:
             raise ConfigError(f"rollout.server.cpu_block_size is {self.cpu_block_size}; a multiple of 32 is needed")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"rollout.server.gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share in (0, 1]")
+        self.refuse_secrets()
         for name in ("start_timeout_s", "stop_timeout_s", "request_timeout_s", "refit_timeout_s", "heartbeat_s", "heartbeat_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"rollout.server.{name} must be positive")
         if self.heartbeat_timeout_s < self.heartbeat_s:
             raise ConfigError("rollout.server.heartbeat_timeout_s is shorter than heartbeat_s")
+
+    def refuse_secrets(self) -> None:
+        """Raises ConfigError for a key in a setting: settings are written into configuration, report and command line. It isn't repeated."""
+        for address in (self.url or "").split(","):
+            if "@" in address or "?" in address:
+                raise ConfigError(
+                    "rollout.server.url holds a name, password or query: it is written into configuration and report. Give http://host:port, and the "
+                    f"key in the variable {self.api_key_env}"
+                )
+        secret = next((word for word in self.extra_args if word.lstrip("-").replace("_", "-").startswith(("api-key", "hf-token"))), None)
+        if secret is not None:
+            raise ConfigError(
+                f"rollout.server.extra_args holds {secret.partition('=')[0]}: every process of the machine can read a command line. Put the key into "
+                f"the variable {self.api_key_env}"
+            )
 
 
 @dataclass(frozen=True)

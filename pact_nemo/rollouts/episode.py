@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
-from pact_nemo.errors import EnvironmentFailure, PactError, ServerError, ToolCallError
+from pact_nemo.errors import DataError, EnvironmentFailure, PactError, ServerError, ToolCallError
 from pact_nemo.rollouts.client import Completion, GenerationRequest
 from pact_nemo.rollouts.config import EpisodeLimits, Sampling
 from pact_nemo.rollouts.types import Rollout, Turn
@@ -104,7 +104,7 @@ async def run_episode(
         except _Truncated as limit:
             rollout.status, rollout.error = "truncated", str(limit)
         rollout.outcome = await _in_thread(task, _verdict, session)
-    except (EnvironmentFailure, ServerError) as error:
+    except (EnvironmentFailure, ServerError, DataError) as error:  # DataError: the chat template refuses what the environment said
         rollout.status, rollout.outcome = "failed", None
         rollout.error = f"{type(error).__name__}: {error}"
         log.debug("%s, sample %d failed: %s", task.id, sample, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,10 @@ _TRAINER_ONLY = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "PYTHONDONTWRITEBYTECODE",
 )  # fmt: skip
+
+
+#: Variables that hold somebody's key: a server that loads a local folder needs none but its own.
+SECRET = re.compile(r"(?:.*_)?(?:API_?KEY|TOKEN|SECRET|PASSWORD|ACCESS_KEY)(?:_ID)?", re.IGNORECASE)
 
 
 def on_cuda(config: RolloutServerConfig) -> bool:
@@ -57,6 +62,7 @@ def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: Se
         "--logprobs-mode=processed_logprobs",  # of the distribution that was sampled from: after temperature and top-p
         "--generation-config=vllm",  # a model's generation_config.json must not change the sampling distribution behind our back
         "--disable-uvicorn-access-log",
+        "--load-format=safetensors",  # never a pickled *.bin
     ]
     if not config.log_stats:
         arguments.append("--disable-log-stats")
@@ -76,7 +82,7 @@ def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: Se
 
 def engine_environment(config: RolloutServerConfig, endpoint: ServerEndpoint) -> dict[str, str]:
     """Environment of the server process: ours, without the trainer's rank and thread settings, plus vLLM's."""
-    environment = {name: value for name, value in os.environ.items() if name not in _TRAINER_ONLY}
+    environment = {name: value for name, value in os.environ.items() if name not in _TRAINER_ONLY and not SECRET.fullmatch(name)}
     environment |= {
         PARENT_ENV: str(os.getpid()),
         "VLLM_API_KEY": endpoint.api_key,

@@ -23,11 +23,12 @@ from types import TracebackType
 from typing import IO
 
 import pact_nemo
-from pact_nemo.errors import ConfigError, ServerError
+from pact_nemo.errors import CheckpointError, ConfigError, ServerError
 from pact_nemo.rollouts.admin import ServerAdmin
 from pact_nemo.rollouts.config import RolloutServerConfig
 from pact_nemo.rollouts.endpoint import ServerEndpoint
 from pact_nemo.rollouts.launch import engine_arguments, engine_environment
+from pact_nemo.tensor_files import read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,10 @@ class RolloutServer:
             return
         if not (self.model_path / "config.json").is_file():
             raise ConfigError(f"{self.model_path} is no Hugging Face model folder (no config.json)")
+        try:
+            read_tensors(self.model_path)  # vLLM would take a pickled *.bin where there are no safetensors
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
         self._spawn()
 
     def _spawn(self) -> None:
@@ -204,7 +209,8 @@ class RolloutServer:
     def log_tail(self, lines: int = _TAIL_LINES) -> str:
         """Last lines of the server's log."""
         with contextlib.suppress(OSError), open(self.log_file, "rb") as handle:
-            return _tail(handle, lines)
+            text = _tail(handle, lines)
+            return text.replace(self._endpoint.api_key, "(key)") if self._endpoint is not None else text  # it ends up in errors and logs
         return "(no log)"
 
     def _last_line(self) -> str:

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pact_nemo import strict_json
 from pact_nemo.environments.base import Outcome, ToolCall
 from pact_nemo.errors import DataError
 from pact_nemo.files import write_text_atomic
@@ -49,16 +50,16 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
     """
     file = str(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"rollouts can't be read: {error}", file=file) from error
+        raise DataError(f"rollouts can't be read: {error}; dump them again", file=file) from error
     rollouts = []
     lines = text.removesuffix("\n").split("\n") if text else []  # not splitlines(): U+2028 and its kin are no line ends in JSON
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = strict_json.loads(line)
         except ValueError as error:
-            raise DataError(f"not a JSON object ({error}); the file is torn, dump it again", file=file, line=number) from error
+            raise DataError(f"not a JSON object ({error}); the file is torn: dump it again or take the row out", file=file, line=number) from error
         rollouts.append(parse_rollout(row, file, number))
     return rollouts
 
@@ -67,7 +68,7 @@ def parse_rollout(row: Any, file: str, line: int) -> Rollout:
     """One row as a rollout. Raises DataError with ``file``, ``line`` and the field that is wrong."""
 
     def fail(message: str, name: str | None = None) -> DataError:
-        return DataError(message, file=file, line=line, field=name)
+        return DataError(f"{message}; dump the step again or take the row out", file=file, line=line, field=name)
 
     def typed(container: dict[str, Any], schema: dict[str, tuple[type, ...]], prefix: str = "") -> None:
         for key, kinds in schema.items():

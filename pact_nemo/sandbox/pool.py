@@ -189,7 +189,8 @@ class Sandbox:
             self._idle.put(worker)
             raise
         self._idle.put(worker)
-        return CallResult(answer["text"], answer["kind"], float(answer["seconds"]))
+        text = answer["text"].encode("utf-8", "replace").decode("utf-8")  # a tool may return half a surrogate pair, which is no text
+        return CallResult(text, answer["kind"], float(answer["seconds"]))
 
     def close(self) -> None:
         """Stop all workers; safe to call twice."""

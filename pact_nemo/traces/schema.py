@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_nemo.environments.base import ToolCall
+from pact_nemo import strict_json
+from pact_nemo.environments.base import ToolCall, check_schema
 from pact_nemo.errors import DataError
 from pact_nemo.files import write_text_atomic
+from pact_nemo.quarantine import Quarantine
 from pact_nemo.traces.segments import LEVEL_OF_TYPE
 
 TRACE_VERSION = 1
@@ -88,7 +90,7 @@ class _Reader:
         self._file, self._line = file, line
 
     def _fail(self, message: str, field: str) -> DataError:
-        return DataError(message, file=self._file, line=self._line, field=field)
+        return DataError(f"{message}; make that trace anew or take the line out", file=self._file, line=self._line, field=field)
 
     def _get(self, row: Any, key: str, kind: type, where: str) -> Any:
         path = f"{where}.{key}" if where else key
@@ -98,18 +100,18 @@ class _Reader:
             raise self._fail("missing", path)
         value = row[key]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self._fail(f"expected {kind.__name__}, found {type(value).__name__}", path)
+            raise self._fail(f"expected {getattr(kind, '__name__', 'list')}, found {type(value).__name__}", path)
         return value
 
     def _known(self, row: Mapping[str, Any], allowed: set[str], where: str) -> None:
-        unknown = sorted(set(row) - allowed)
+        unknown = sorted(str(key) for key in set(row) - allowed)
         if unknown:
             raise self._fail(f"unknown keys {unknown}; known: {sorted(allowed)}", where or "(row)")
 
     def trace(self, row: Any) -> Trace:
         version = self._get(row, "version", int, "")
         if version != TRACE_VERSION:
-            raise self._fail(f"schema version {version} is not {TRACE_VERSION}; make the traces anew", "version")
+            raise self._fail(f"schema version {version} is not {TRACE_VERSION}", "version")
         self._known(row, {"version", "task_id", "source", "turns", "verified"}, "")
         turns = self._get(row, "turns", list | tuple, "")  # type: ignore[arg-type]
         if not turns:
@@ -142,15 +144,22 @@ class _Reader:
         for index, message in enumerate(after):
             self._get(message, "role", str, f"{where}.user_messages_after[{index}]")
             self._get(message, "content", str, f"{where}.user_messages_after[{index}]")
+            self._known(message, {"role", "content"}, f"{where}.user_messages_after[{index}]")
         if not calls and (last or not after):
             raise self._fail("a turn without calls must be followed by a user turn: a trace holds no final answer", f"{where}.calls")
+        new_tools = self._get(row, "new_tools_after", list | tuple, where)  # type: ignore[arg-type]
+        for index, tool in enumerate(new_tools):
+            try:
+                check_schema(tool)
+            except ValueError as error:
+                raise self._fail(str(error), f"{where}.new_tools_after[{index}]") from error
         return TraceTurn(
             segments=tuple(segments),
             calls=tuple(calls),
             observations=tuple(observations),
             user_turn=self._get(row, "user_turn", int, where),
             user_messages_after=tuple(after),
-            new_tools_after=tuple(self._get(row, "new_tools_after", list | tuple, where)),  # type: ignore[arg-type]
+            new_tools_after=tuple(new_tools),
         )
 
 
@@ -160,28 +169,42 @@ def write_traces(path: str | os.PathLike[str], traces: Iterable[Trace]) -> None:
     write_text_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
-def read_traces(path: str | os.PathLike[str]) -> list[Trace]:
+def read_traces(path: str | os.PathLike[str], quarantine: Quarantine | None = None) -> list[Trace]:
     """Read what :func:`write_traces` wrote. A task's first trace is its main one, further ones are alternatives.
 
+    Args:
+        path: the file.
+        quarantine: takes bad rows; None: the first one is refused.
+
     Raises:
-        DataError: the file is missing or torn, a row is not a trace, or two rows are the same; names file, line and field.
+        DataError: the file is missing, or a refused row is torn, is not a trace, or is there already; names file, line and field.
     """
-    file = os.fspath(path)
+    file, quarantine = os.fspath(path), quarantine if quarantine is not None else Quarantine()
     if not Path(file).is_file():
-        raise DataError("no such trace file; make it first", file=file)
+        raise DataError("no such trace file; make it first (tools/make_traces.py)", file=file)
     traces: list[Trace] = []
     seen: dict[str, int] = {}
-    for line, text in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"not a JSON line: {error}", file=file, line=line) from error
-        trace = Trace.from_dict(row, file=file, line=line)
-        written = json.dumps(trace.to_dict())
-        if written in seen:
-            raise DataError(f"{trace.task_id} has this very trace already, on line {seen[written]}", file=file, line=line, field="task_id")
-        seen[written] = line
-        traces.append(trace)
+    for line, text in enumerate(Path(file).read_bytes().split(b"\n"), start=1):  # as bytes: one line that isn't UTF-8 is one bad row
+        if text.strip():
+            trace = quarantine.guard(lambda: _read(text, file, line, seen), text.decode("utf-8", "backslashreplace"))  # noqa: B023 - called at once
+            if trace is not None:
+                traces.append(trace)
     return traces
+
+
+def _read(text: bytes, file: str, line: int, seen: dict[str, int]) -> Trace:
+    remedy = "make that trace anew or take the line out"
+    try:
+        row = strict_json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: {error}; {remedy}", file=file, line=line) from error
+    except ValueError as error:
+        raise DataError(f"not a JSON line: {error}; {remedy}", file=file, line=line) from error
+    trace = Trace.from_dict(row, file=file, line=line)
+    written = json.dumps(trace.to_dict())
+    if written in seen:
+        raise DataError(
+            f"{trace.task_id} has this very trace already, on line {seen[written]}; {remedy}", file=file, line=line, field="task_id"
+        )
+    seen[written] = line
+    return trace

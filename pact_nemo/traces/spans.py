@@ -23,6 +23,7 @@ from pact_nemo.traces.schema import Trace, TraceTurn
 from pact_nemo.traces.segments import NO_LEVEL, TOP_LEVEL, prefix_levels
 
 COMPONENTS = frozenset({"reasoning", "calls", "observations"})
+OVERLONG = ("turn", "segment", "drop")  #: what may become of a trace that is longer than its room (:func:`fit_trace`)
 
 
 class Component(IntEnum):
@@ -50,6 +51,7 @@ class TraceTokens:
         reasoning_rank: [H] index of a reasoning token within its turn's reasoning; −1 for all other tokens.
         turn_ends: one per turn: h* cut at ``[:turn_ends[t]]`` holds turns 0…t and can be followed by ``boundary_ids``.
         turns_dropped: how many turns :func:`truncate_at_turn` has cut off.
+        cut: whether anything was cut off its end.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -59,6 +61,7 @@ class TraceTokens:
     reasoning_rank: list[int] = field(default_factory=list)
     turn_ends: list[int] = field(default_factory=list)
     turns_dropped: int = 0
+    cut: bool = False
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -155,7 +158,37 @@ def truncate_at_turn(tokens: TraceTokens, max_tokens: int) -> TraceTokens:
     keep = sum(end <= max_tokens for end in tokens.turn_ends)
     length = tokens.turn_ends[keep - 1] if keep else 0
     per_token = {
-        item.name: getattr(tokens, item.name)[:length] for item in fields(tokens) if item.name not in ("turn_ends", "turns_dropped")
+        item.name: getattr(tokens, item.name)[:length] for item in fields(tokens) if item.name not in ("turn_ends", "turns_dropped", "cut")
     }
     dropped = tokens.turns_dropped + len(tokens.turn_ends) - keep
-    return replace(tokens, **per_token, turn_ends=tokens.turn_ends[:keep], turns_dropped=dropped)
+    return replace(tokens, **per_token, turn_ends=tokens.turn_ends[:keep], turns_dropped=dropped, cut=True)
+
+
+def fit_trace(
+    trace: Trace,
+    chat: ChatFormat,
+    max_tokens: int,
+    overlong: str,
+    components: Collection[str] = COMPONENTS,
+    end_of_turn: Component = Component.OTHER,
+) -> TraceTokens:
+    """:func:`encode_trace` within ``max_tokens`` tokens; what doesn't fit goes by ``overlong``, from the trace's end. Empty where nothing fits.
+
+    ``turn`` keeps whole turns. ``segment`` also keeps, of the first turn that doesn't fit, its leading reasoning segments that do, as an assistant
+    message without a call. ``drop`` keeps nothing of a trace that is too long.
+    """
+    whole = encode_trace(trace, chat, components, end_of_turn)
+    if len(whole) <= max_tokens:
+        return whole
+    if overlong == "drop":
+        return truncate_at_turn(whole, 0)
+    kept = truncate_at_turn(whole, max_tokens)
+    if overlong == "turn" or "reasoning" not in components:
+        return kept
+    turns, torn = trace.turns[: len(kept.turn_ends)], trace.turns[len(kept.turn_ends)]
+    for count in range(len(torn.segments), 0, -1):
+        head = TraceTurn(torn.segments[:count], (), (), torn.user_turn)
+        shorter = encode_trace(replace(trace, turns=(*turns, head)), chat, components, end_of_turn)
+        if len(shorter) <= max_tokens:
+            return replace(shorter, turns_dropped=len(trace.turns) - len(turns) - 1, cut=True)
+    return kept

@@ -6,8 +6,11 @@ Order of precedence, weakest first: these defaults, the files a YAML names under
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pact_nemo.errors import ConfigError
 from pact_nemo.objective.methods import METHODS
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.quarantine import POLICIES
 from pact_nemo.rollouts.config import RolloutServerConfig
 from pact_nemo.traces.augment import KINDS
+from pact_nemo.traces.spans import OVERLONG
 from pact_nemo.training.recipes import Recipe
 
 
@@ -31,6 +36,7 @@ class RunConfig:
     root: str = "runs"  #: run folders are made below it; ``<root>/latest`` points to the newest
     seed: int = 1234  #: every random choice derives from it: split, prompt order, gate, sampling, initialisation
     cache_dir: str = ".cache/pact_nemo"  #: converted models; safe to delete
+    bad_rows: str = "quarantine"  #: a task or trace row that can't be used: "quarantine": kept in quarantine.jsonl, counted; "strict": stops the run
 
 
 @dataclass
@@ -59,7 +65,8 @@ class TasksConfig:
     max_user_chars: int | None = None  #: window=turn: keep turns whose request is at most this long
     max_observation_chars: int | None = None  #: longer observations are cut for the policy (the checker sees them whole)
     max_tools: int | None = None  #: offer the needed tools plus seeded distractors, this many in all; None = all of the involved classes
-    max_prompt_tokens: int = 7000  #: longer prompts are dropped and counted
+    max_prompt_tokens: int = 7000  #: what becomes of longer prompts says ``overlong``
+    overlong: str = "drop"  #: prompts beyond ``max_prompt_tokens``: "drop": the task is left out, counted; "stop": the run ends
     held_out: int = 50  #: scenario groups kept for evaluation only, chosen by ``split_seed``; none of their tasks is ever trained on
     split_seed: int = 7  #: apart from ``run.seed`` on purpose, so that runs with different seeds share one held-out set
     max_train: int | None = None  #: use at most this many training tasks
@@ -86,7 +93,8 @@ class TracesConfig:
     calls_per_turn: str = "one"  #: "one": each call in an assistant turn of its own, as its observation comes; "all": a user turn's calls together
     teach_end_of_turn: bool = False  #: supervise the end-of-turn token after a call as part of the call span
     components: list[str] = field(default_factory=lambda: ["reasoning", "calls", "observations"])  #: what of a trace is used (paper, table 3)
-    max_tokens: int = 4096  #: a longer trace is cut at a turn boundary from its end, counted
+    max_tokens: int = 4096  #: what becomes of a longer trace says ``overlong``
+    overlong: str = "turn"  #: a trace beyond its room, counted: "turn": cut after a whole turn; "segment": after a whole reasoning segment; "drop"
     augment: list[str] = field(default_factory=list)  #: verified variants of each trace: "argument_order", "call_order" (beyond the paper)
     variants: int = 3  #: at most this many of them a task; a step takes one of a task's traces by (seed, step, task)
     quality: bool = False  #: replay every trace first, and let one that rollouts keep beating lose weight (beyond the paper)
@@ -237,11 +245,48 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if isinstance(loaded, ListConfig):
         raise ConfigError(f"{path}: expected a mapping at the top level, found a list")
-    parents = loaded.pop("defaults", [])
+    try:
+        parents = loaded.pop("defaults", [])
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: 'defaults' can't be read: {str(error).splitlines()[0]}; give a list of file names") from error
+    if not isinstance(parents, ListConfig | list) or not all(isinstance(name, str) and name.isprintable() for name in _plain(parents, str(path))):
+        raise ConfigError(f"{path}: 'defaults' must be a list of file names")
     merged = OmegaConf.create({})
     for parent in parents:
         merged = OmegaConf.merge(merged, _read_yaml((path.parent / str(parent)).resolve(), (*seen, path)))  # type: ignore[assignment]
-    return OmegaConf.merge(merged, loaded)  # type: ignore[return-value]
+    try:
+        return OmegaConf.merge(merged, loaded)  # type: ignore[return-value]
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: it doesn't fit the files it names under 'defaults': {str(error).splitlines()[0]}; repair one of them") from error
+
+
+def _plain(source: Any, name: str) -> Any:
+    """Lists and dicts, interpolations unresolved."""
+    if not isinstance(source, DictConfig | ListConfig):
+        return source
+    try:
+        return OmegaConf.to_container(source, resolve=False)
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{name}: can't be read: {str(error).splitlines()[0]}; give plain settings") from error
+
+
+def _refuse_resolvers(name: str, source: Any) -> None:
+    """Raises ConfigError for ``${oc.env:HF_TOKEN}`` and its kind: what they bring in would be written into the run's config.yaml and report."""
+    todo = [_plain(source, name)]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict | list):
+            todo += [*value, *value.values()] if isinstance(value, dict) else value
+        elif isinstance(value, str) and _RESOLVER.search(value):
+            raise ConfigError(f"{name}: {value!r}: settings don't read the environment; give the value itself")
+
+
+_RESOLVER = re.compile(r"\$\{[^}]*:")
+
+
+@lru_cache(maxsize=1)
+def _schema() -> Any:
+    return OmegaConf.structured(Config)  # merging copies it
 
 
 def load_config(
@@ -252,7 +297,7 @@ def load_config(
     Raises:
         ConfigError: unknown key, wrong type, or settings that contradict each other; the message names the key and the source.
     """
-    merged: Any = OmegaConf.structured(Config)
+    merged: Any = _schema()
     sources: list[tuple[str, Any]] = []
     for file in [] if path is None else [path] if isinstance(path, str | Path) else path:
         if isinstance(file, Recipe):
@@ -263,16 +308,25 @@ def load_config(
         key, separator, _ = word.partition("=")
         if not separator or key.startswith("-"):
             raise ConfigError(f"command line: {word!r} is not a key=value override, e.g. trainer.steps=50")
-        sources.append((f"command line '{word}'", OmegaConf.from_dotlist([word])))
+        try:
+            sources.append((f"command line '{word}'", OmegaConf.from_dotlist([word])))
+        except Exception as error:  # yaml and OmegaConf raise unrelated families; all mean "not a setting"
+            raise ConfigError(f"command line {word!r}: the value can't be read: {error}; give it as YAML, e.g. trainer.steps=50") from error
     for name, source in sources:
         try:
+            _refuse_resolvers(name, source)
             merged = OmegaConf.merge(merged, source)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
             key = getattr(error, "full_key", None) or ""
-            first_line = str(error).splitlines()[0]
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"{name}: {first_line} (key '{key}'); the schema is pact_nemo/training/config.py") from error
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
+    try:
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:  # an interpolation that leads nowhere, or in a circle
+        names = ", ".join(name for name, _ in sources)
+        raise ConfigError(f"{names}: {str(error).splitlines()[0]} (key '{getattr(error, 'full_key', None) or ''}'); give the value itself") from error
+    if not isinstance(config, Config):
+        raise ConfigError(f"{', '.join(name for name, _ in sources)}: no configuration, but a {type(config).__name__}; give settings by section")
     if config.rollout.importance == "False":  # YAML 1.1 reads a bare `off` as a boolean
         config.rollout.importance = "off"
     validate(config)
@@ -298,8 +352,27 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     _require(value in allowed, f"{key}={value!r}: must be one of {', '.join(allowed)}")
 
 
+def _require_writable(value: Any, key: str = "") -> None:
+    """Numbers are finite and texts can be written: into config.yaml, a folder's name or a command line."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _require_writable(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            _require(isinstance(item, str | int | float), f"{key}: {item!r:.40} in a list of plain values; take it out")  # OmegaConf lets it pass
+            _require_writable(item, key)
+    elif isinstance(value, float):
+        _require(math.isfinite(value), f"{key}={value}: must be a finite number")
+    elif isinstance(value, int):
+        _require(abs(value) < 2**63, f"{key}: must fit into 64 bits")
+    elif isinstance(value, str):
+        _require(not re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", value), f"{key}={value!r}: must be a text without control characters")
+
+
 def validate(config: Config) -> None:
     """Checks that types can't express. Raises ConfigError with the key and the remedy."""
+    _require_writable(to_dict(config))
+    config.rollout.server.refuse_secrets()
     objective, trainer, tasks = config.objective, config.trainer, config.tasks
     _one_of("objective.method", objective.method, tuple(METHODS))
     _one_of("objective.outcome", objective.outcome, ("checker", "answer_f1"))
@@ -323,6 +396,9 @@ def validate(config: Config) -> None:
         f"tasks.benchmark={tasks.benchmark} needs tasks.path=FILE, the benchmark's published rows",
     )
     _one_of("tasks.window", tasks.window, ("full", "turn"))
+    _one_of("tasks.overlong", tasks.overlong, ("drop", "stop"))
+    _one_of("run.bad_rows", config.run.bad_rows, POLICIES)
+    _one_of("traces.overlong", config.traces.overlong, OVERLONG)
     _one_of("traces.style", config.traces.style, ("full", "compact"))
     _one_of("traces.calls_per_turn", config.traces.calls_per_turn, ("one", "all"))
     _one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32", "fp8_block"))

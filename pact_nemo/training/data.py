@@ -16,8 +16,9 @@ from pact_nemo.environments.bfcl import BFCLEnvironment
 from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.environments.splits import split
 from pact_nemo.environments.toolhop import Scenario, ToolHopEnvironment
-from pact_nemo.errors import ConfigError, DataError
+from pact_nemo.errors import ConfigError, DataError, ToolCallError
 from pact_nemo.objective.gate import uniform
+from pact_nemo.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces.annotate import Style
 from pact_nemo.traces.augment import Kind, replay, variants
@@ -25,7 +26,7 @@ from pact_nemo.traces.bfcl import make_trace
 from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.recorded import recorded_trace
 from pact_nemo.traces.schema import Trace, read_traces
-from pact_nemo.traces.spans import CALL, OTHER, TraceTokens, encode_trace, truncate_at_turn
+from pact_nemo.traces.spans import CALL, OTHER, TraceTokens, fit_trace
 from pact_nemo.training.config import Config
 from pact_nemo.training.distributed import on_rank_zero
 from pact_nemo.training.plan import model_shape
@@ -63,9 +64,13 @@ class Dataset:
         return choices[int(uniform("trace", seed, step, task_id) * len(choices))]
 
 
-def build_environment(config: Config) -> Environment:
-    """The benchmark that ``tasks.benchmark`` names; its sandbox, where it has one, starts when it is first needed."""
+def build_environment(config: Config, quarantine: Quarantine | None = None) -> Environment:
+    """The benchmark that ``tasks.benchmark`` names; its sandbox, where it has one, starts when it is first needed.
+
+    ``quarantine`` takes the bad rows of its files; None: one of its own, with the policy of ``run.bad_rows``.
+    """
     tasks = config.tasks
+    quarantine = quarantine if quarantine is not None else Quarantine(config.run.bad_rows)
     if tasks.benchmark == "bfcl":
         return BFCLEnvironment(
             categories=list(tasks.categories),
@@ -76,30 +81,51 @@ def build_environment(config: Config) -> Environment:
             max_user_chars=tasks.max_user_chars,
             max_observation_chars=tasks.max_observation_chars,
             seed=tasks.split_seed,
+            quarantine=quarantine,
         )
     assert tasks.path is not None
     limits = Limits(seconds=config.sandbox.seconds, memory_mb=config.sandbox.memory_mb, processes=config.sandbox.processes)
     sandbox = Sandbox(config.sandbox.workers, limits, unconfined=config.sandbox.unconfined)
     if tasks.benchmark == "ftrl":
-        return FTRLEnvironment(tasks.path, sandbox, tasks.max_observation_chars)
-    return ToolHopEnvironment(tasks.path, sandbox, cast(Scenario, tasks.scenario), tasks.max_observation_chars)
+        return FTRLEnvironment(tasks.path, sandbox, tasks.max_observation_chars, quarantine)
+    return ToolHopEnvironment(tasks.path, sandbox, cast(Scenario, tasks.scenario), tasks.max_observation_chars, quarantine)
 
 
-def build_dataset(config: Config, environment: Environment, chat: ChatFormat, note: Callable[[str], None] = log.info) -> Dataset:
+def build_dataset(
+    config: Config, environment: Environment, chat: ChatFormat, note: Callable[[str], None] = log.info, quarantine: Quarantine | None = None
+) -> Dataset:
     """Load tasks, split them by scenario group, and make or read the training traces.
 
-    A trace is cut at a turn boundary where it is longer than ``traces.max_tokens``, or where prompt, trace and the longest response together
-    exceed the positions that the model was trained with (its RoPE would silently extrapolate).
+    A trace is too long beyond ``traces.max_tokens``, or where prompt, trace and the longest response together exceed the positions that the model
+    was trained with (its RoPE would silently extrapolate); ``traces.overlong`` says what becomes of it, ``tasks.overlong`` of a prompt that is.
+
+    Args:
+        quarantine: the one that the environment was built with; takes bad trace rows, and tasks that the chat template can't render. None: a new one.
 
     Raises:
         ConfigError: no task is left on one side of the split.
-        DataError: a task or trace file row is malformed (file, line and field named).
+        DataError: a task or trace file row is malformed (file, line and field named) and ``run.bad_rows`` is strict, or a prompt is too long and
+            ``tasks.overlong`` is stop.
     """
-    dropped = {"prompt_too_long": 0, "trace_missing": 0, "trace_cut": 0, "trace_unreadable": 0}
+    dropped = {"prompt_too_long": 0, "trace_missing": 0, "trace_cut": 0, "trace_too_long": 0, "trace_rejected": 0, "trace_unreadable": 0}
+    quarantine = quarantine if quarantine is not None else Quarantine(config.run.bad_rows)
 
     def short_enough(tasks: list[Task]) -> list[Task]:
-        fitting = [task for task in tasks if len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools))) <= config.tasks.max_prompt_tokens]
-        dropped["prompt_too_long"] += len(tasks) - len(fitting)
+        fitting = []
+        for task in tasks:
+            length = quarantine.guard(lambda: _prompt_length(chat, task), [list(turn) for turn in task.user_turns])  # noqa: B023 - called at once
+            if length is None:
+                continue
+            if length <= config.tasks.max_prompt_tokens:
+                fitting.append(task)
+            elif config.tasks.overlong == "stop":
+                raise DataError(
+                    f"the prompt of {task.id} has {length} tokens: raise tasks.max_prompt_tokens={config.tasks.max_prompt_tokens}, or leave such "
+                    "tasks out with tasks.overlong=drop",
+                    file=config.tasks.path,
+                )
+            else:
+                dropped["prompt_too_long"] += 1
         return fitting
 
     if config.tasks.eval_path is not None and isinstance(environment, FTRLEnvironment | ToolHopEnvironment):
@@ -116,7 +142,7 @@ def build_dataset(config: Config, environment: Environment, chat: ChatFormat, no
             raise ConfigError(f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out")
 
     if config.traces.path is not None:
-        sources = _read_traces(config.traces.path, train)
+        sources, dropped["trace_rejected"] = _read_traces(config.traces.path, train, quarantine)
     else:
         sources = on_rank_zero(lambda: _make_traces(config, environment, train))
     dropped["trace_missing"] = len(train) - len(sources)
@@ -134,14 +160,13 @@ def build_dataset(config: Config, environment: Environment, chat: ChatFormat, no
 
     rooms = {task.id: _room(config, chat, task) for task in train}
 
-    def tokens_of(trace: Trace) -> tuple[TraceTokens, bool] | None:
+    def tokens_of(trace: Trace) -> TraceTokens | None:
+        label = CALL if config.traces.teach_end_of_turn else OTHER
         try:
-            encoded = encode_trace(trace, chat, frozenset(config.traces.components), end_of_turn=CALL if config.traces.teach_end_of_turn else OTHER)
-        except DataError as error:
+            return fit_trace(trace, chat, rooms[trace.task_id], config.traces.overlong, frozenset(config.traces.components), label)
+        except (DataError, ToolCallError) as error:
             log.warning("trace of %s left out: %s", trace.task_id, error)
             return None
-        shortened = truncate_at_turn(encoded, rooms[trace.task_id])
-        return shortened, len(shortened) < len(encoded)
 
     trace_tokens: dict[str, TraceTokens] = {}
     alternatives: dict[str, list[TraceTokens]] = {}
@@ -151,13 +176,15 @@ def build_dataset(config: Config, environment: Environment, chat: ChatFormat, no
         if encoded[0] is None:
             del traces[task_id]
             continue
-        main, cut = encoded[0]
-        dropped["trace_cut"] += cut
+        main = encoded[0]
+        dropped["trace_cut"] += main.cut
+        dropped["trace_too_long"] += not len(main)
         if len(main):
             trace_tokens[task_id] = main
-            further = [tokens[0] for tokens in encoded[1:] if tokens is not None and not tokens[1]]
+            further = [tokens for tokens in encoded[1:] if tokens is not None and not tokens.cut]
             if further:
                 alternatives[task_id] = further
+    dropped["rows_quarantined"] = len(quarantine)
     extra = sum(map(len, alternatives.values()))
     more = f" and {extra} alternatives" if extra else ""
     note(f"{len(train)} training tasks with {len(traces)} verified traces{more}, {len(held_out)} held-out tasks; left out: {dropped}")
@@ -173,9 +200,16 @@ def limited(config: Config, train: list[Task], held_out: list[Task]) -> tuple[li
     return train[: config.tasks.max_train], held_out[: config.tasks.max_eval]
 
 
+def _prompt_length(chat: ChatFormat, task: Task) -> int:
+    try:
+        return len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools)))
+    except DataError as error:
+        raise DataError(f"task {task.id}: {error}") from error
+
+
 def _room(config: Config, chat: ChatFormat, task: Task) -> int:
     """Tokens that a trace of this task may have."""
-    prompt = len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools)))
+    prompt = _prompt_length(chat, task)
     sequence = min(prompt + config.rollout.sampling.max_response_tokens, config.rollout.server.max_model_len)
     return max(min(config.traces.max_tokens, model_shape(config).positions - sequence), 0)
 
@@ -194,13 +228,20 @@ def check_server_length(config: Config) -> None:
         )
 
 
-def _read_traces(path: str, train: list[Task]) -> dict[str, list[Trace]]:
+def _read_traces(path: str, train: list[Task], quarantine: Quarantine) -> tuple[dict[str, list[Trace]], int]:
+    """Traces of the training tasks, and how many of theirs must not be used (:func:`~pact_nemo.traces.filters.why_not`)."""
     tasks = {task.id: task for task in train}
     found: dict[str, list[Trace]] = {}
-    for trace in read_traces(Path(path)):
-        if trace.task_id in tasks and why_not(trace, tasks[trace.task_id]) is None:
-            found.setdefault(trace.task_id, []).append(trace)
-    return found
+    rejected = 0
+    for trace in read_traces(Path(path), quarantine):
+        if trace.task_id in tasks:
+            reason = why_not(trace, tasks[trace.task_id])
+            if reason is None:
+                found.setdefault(trace.task_id, []).append(trace)
+            else:
+                log.warning("a trace of %s is not used: %s", trace.task_id, reason)
+                rejected += 1
+    return found, rejected
 
 
 def _in_threads(config: Config, work: Callable[[Task], T], tasks: list[Task]) -> list[T]:

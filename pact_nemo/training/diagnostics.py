@@ -82,6 +82,16 @@ def rollout_record(groups: list[PromptGroup]) -> dict[str, Any]:
     }
 
 
+def data_record(dropped: dict[str, int], groups: list[PromptGroup]) -> dict[str, int]:
+    """What of its data the run does without (counts of the whole run, fixed from its start), and how many of the step's traces are cut."""
+    return {
+        "data/rows_quarantined": dropped.get("rows_quarantined", 0),
+        "data/prompts_too_long": dropped.get("prompt_too_long", 0),
+        "data/traces_too_long": dropped.get("trace_too_long", 0),
+        "data/traces_cut": sum(group.trace is not None and group.trace.cut for group in groups),
+    }
+
+
 def step_record(
     experiment: Experiment,
     groups: list[PromptGroup],

@@ -74,7 +74,7 @@ def train(experiment: Experiment) -> None:
                 experiment.leave()
         if config.trainer.overlap and experiment.step + 1 < config.trainer.steps:
             start_ahead(experiment)
-        record = optimise(experiment, groups, watch)
+        record = optimise(experiment, groups, watch) | diagnostics.data_record(experiment.dataset.dropped, groups)
         if isinstance(experiment.schedule, AdaptiveSchedule):
             experiment.schedule.progress.observe(record["reward/success"], mean_gap(record))
             record["anneal/progress"] = experiment.schedule.progress.value

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pact_nemo import strict_json
 from pact_nemo.errors import DataError, NumericsError
 from pact_nemo.files import write_text_atomic
 
@@ -20,7 +21,7 @@ STAGES = ("warmup", "rl")
 def _row(text: str, path: Path, number: int) -> dict[str, Any]:
     remedy = "remove the line to go on"
     try:
-        row = json.loads(text)
+        row = strict_json.loads(text)
     except ValueError as error:
         raise DataError(f"not JSON: {error}; {remedy}", file=str(path), line=number) from error
     if not isinstance(row, dict):
@@ -31,7 +32,15 @@ def _row(text: str, path: Path, number: int) -> dict[str, Any]:
         )
     if not isinstance(row.get("step"), int) or isinstance(row["step"], bool):
         raise DataError(f"expected a step number, found {row.get('step')!r}; {remedy}", file=str(path), line=number, field="step")
+    odd = next((key for key, value in row.items() if key != "stage" and not _is_reading(value)), None)
+    if odd is not None:
+        raise DataError(f"expected a number or null, found {row[odd]!r:.60}; {remedy}", file=str(path), line=number, field=odd)
     return row
+
+
+def _is_reading(value: Any) -> bool:
+    """A number or null; no count is beyond 10^15, and no other whole number comes from a run."""
+    return value is None or isinstance(value, float) or isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**15
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

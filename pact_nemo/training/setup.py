@@ -13,6 +13,7 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.files import write_text_atomic
 from pact_nemo.policy.device import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.quarantine import Quarantine
 from pact_nemo.traces.schema import write_traces
 from pact_nemo.training import workspace as workspaces
 from pact_nemo.training.config import Config, to_yaml
@@ -45,9 +46,14 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
             on_rank_zero(space.check_exports)
             source = model_path(config)
             chat = ChatFormat.from_pretrained(source, config.model.tool_format)
-            environment = build_environment(config)
+            quarantine = Quarantine(config.run.bad_rows)
+            environment = build_environment(config, quarantine)
             stack.callback(environment.close)
-            dataset = build_dataset(config, environment, chat, note=progress.message)
+            try:
+                dataset = build_dataset(config, environment, chat, note=progress.message, quarantine=quarantine)
+            finally:  # also where too little is left to train on: the file says why
+                if rank() == 0 and (bad := quarantine.write(space.folder)) is not None:
+                    progress.message(f"{len(quarantine)} bad rows were left out ({quarantine.by_file()}), kept with their errors in {bad}")
             if rank() == 0:
                 write_traces(space.traces, list(dataset.traces.values()))
             generator = Generator(config, chat, environment, progress, space.server_log)

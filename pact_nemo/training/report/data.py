@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from pact_nemo import strict_json
 from pact_nemo.errors import DataError
 from pact_nemo.traces.schema import Trace, read_traces
 from pact_nemo.training.metrics import read_metrics
+from pact_nemo.training.report import shapes
 from pact_nemo.training.report.stats import mean, passed
 
 Row = dict[str, Any]
+_REMEDY = "repair the file or remove it"
 
 
 @dataclass(frozen=True)
@@ -100,23 +102,35 @@ def count_scores(rows: list[Row]) -> Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Objects of a JSONL file.
+    """Episodes of a JSONL file.
 
     Raises:
-        DataError: a line is not an object; names file and line.
+        DataError: a line is not an episode; names file, line and field.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"not JSON: {error}", file=str(path), line=number) from error
-        if not isinstance(row, dict):
-            raise DataError("expected an object", file=str(path), line=number)
-        rows.append(row)
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            rows.append(_value(line, path, shapes.EPISODE, number))
     return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"can't be read: {error}; {_REMEDY}", file=str(path)) from error
+
+
+def _value(text: str, path: Path, shape: Any, line: int | None = None) -> Row:
+    try:
+        value = strict_json.loads(text)
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}; {_REMEDY}", file=str(path), line=line) from error
+    wrong = shapes.problem(value, shape)
+    if wrong is not None:
+        raise DataError(f"{wrong[0]}; {_REMEDY}", file=str(path), line=line, field=wrong[1] or None)
+    assert isinstance(value, dict)
+    return value
 
 
 def rollout_files(folder: Path) -> list[Path]:
@@ -137,21 +151,16 @@ def load_run(folder: str | Path, *, episodes: bool = True) -> Run:
     config_file, summary_file = path / "config.yaml", path / "summary.json"
     if not config_file.is_file():
         raise DataError("not a run folder: it has no config.yaml; give one such as runs/latest", file=str(path))
-    text = config_file.read_text(encoding="utf-8")
+    text = _text(config_file)
     try:
         config = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # yaml and OmegaConf raise unrelated families; all mean "not a configuration"
-        raise DataError(f"not valid YAML: {error}", file=str(config_file)) from error
+        raise DataError(f"not valid YAML: {error}; {_REMEDY}", file=str(config_file)) from error
     if not isinstance(config, dict):
-        raise DataError("expected a mapping", file=str(config_file))
+        raise DataError(f"expected a mapping; {_REMEDY}", file=str(config_file))
     summary: Row = {}
     if summary_file.is_file():
-        try:
-            summary = json.loads(summary_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"not JSON: {error}", file=str(summary_file)) from error
-        if not isinstance(summary, dict):
-            raise DataError("expected an object", file=str(summary_file))
+        summary = _value(_text(summary_file), summary_file, shapes.SUMMARY)
     records = read_metrics(path)
     by_stage = {stage: [record for record in records if record["stage"] == stage] for stage in ("warmup", "rl")}
     run = Run(path, summary, {str(key): value for key, value in config.items()}, text, by_stage["warmup"], by_stage["rl"])

@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,25 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Tokens sampled", amount(tokens["policy"]) if tokens.get("policy") else None),
         ("Tokens trained", amount(tokens["trained"]) if tokens.get("trained") else None),
         ("Training tasks", amount(tasks["train"]) if tasks.get("train") else None),
+        ("Left out", left_out(tasks.get("dropped") or {}) or None),
         ("Held-out tasks", amount(tasks["held_out"]) if tasks.get("held_out") else None),
         ("Peak memory", ", ".join(f"{name} {size(value)}" for name, value in memory.items() if value) or None),
         ("Checkpoint", str(summary["hf_export"]) if summary.get("hf_export") else None),
     ]
     return [(name, value) for name, value in found if value is not None]
+
+
+_LEFT_OUT = {
+    "rows_quarantined": "bad rows (quarantine.jsonl)",
+    "prompt_too_long": "overlong prompts",
+    "trace_too_long": "overlong traces",
+    "trace_cut": "traces cut to their room",
+}
+
+
+def left_out(dropped: dict[str, Any]) -> str:
+    """What of its data a run does without, in words."""
+    return ", ".join(f"{amount(dropped[key])} {words}" for key, words in _LEFT_OUT.items() if dropped.get(key))
 
 
 def time_shares(run: Run) -> list[tuple[str, float, float]]:
@@ -104,6 +119,7 @@ def time_shares(run: Run) -> list[tuple[str, float, float]]:
     return sorted(((name, value, value / whole) for name, value in phases.items()), key=lambda item: -item[1]) if whole else []
 
 
+@lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
