@@ -2,6 +2,7 @@
 
 Started in the place of vLLM (``RolloutServer.program``) with vLLM's arguments behind the folder of ``faults.json``. What it samples is a function
 of the weights that are loaded, of the prompt and of the seed, so that a completion of other weights, or of a prefix cache of theirs, is seen.
+``answers.json`` beside it maps prompts (token ids joined by spaces) to token ids that are sampled half of the time. It leaves when its parent does.
 ``faults.json`` is a list of {"at": number of the generation request, counted over all processes; "do": what}; each fault happens once.
 """
 
@@ -27,6 +28,8 @@ class Engine:
         self.label, self.version, self.cache = "default", None, ""
         self.weights = self._read(model)
         self.stuck, self.dead = threading.Event(), threading.Event()
+        answers = faults / "answers.json"
+        self.answers: dict[str, list[int]] = json.loads(answers.read_text()) if answers.exists() else {}
         if (faults / "no-start").exists():
             sys.exit(3)
 
@@ -63,7 +66,11 @@ class Engine:
             self.cache = self.weights  # the prefix cache is of the weights that filled it
         settings = body["sampling_params"]
         draw = random.Random(f"{self.weights}{self.cache}{body['token_ids']}{settings['seed']}")
-        ids = [draw.randrange(2, 50) for _ in range(draw.randint(1, settings["max_tokens"] - 1))] + [settings["stop_token_ids"][0]]
+        known = self.answers.get(" ".join(map(str, body["token_ids"])))
+        if known is not None and draw.random() < 0.5:
+            ids = known[: settings["max_tokens"]]
+        else:
+            ids = [draw.randrange(2, 50) for _ in range(draw.randint(1, settings["max_tokens"] - 1))] + [settings["stop_token_ids"][0]]
         content = [{"token_id": token, "logprob": -draw.random()} for token in ids]
         spans = [{"version": self.label, "start": 0, "end": len(ids)}]
         return {"choices": [{"token_ids": ids, "logprobs": {"content": content}, "finish_reason": "stop", "weight_versions": spans}]}
@@ -182,7 +189,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def leave_with(parent: int) -> None:
+    """As the real server's process does (``rollouts/serve_process.py``)."""
+    while os.getppid() == parent:
+        time.sleep(0.1)
+    os._exit(0)
+
+
 def main() -> None:
+    threading.Thread(target=leave_with, args=(int(os.environ["PACT_ROLLOUT_PARENT"]),), daemon=True).start()
     options = dict(word[2:].partition("=")[::2] for word in sys.argv[2:] if word.startswith("--"))
     Handler.engine = Engine(Path(options["model"]), Path(sys.argv[1]))
     server = ThreadingHTTPServer(("127.0.0.1", int(options["port"])), Handler)
