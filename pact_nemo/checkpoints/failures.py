@@ -9,7 +9,7 @@ from pathlib import Path
 from pact_nemo.errors import CheckpointError
 from pact_nemo.files import disk_remedy
 
-_STREAM_WRITER = ("PytorchStreamWriter", "inline_container")  # torch.save's writer: it tells a full disk as a RuntimeError without a cause
+_STREAM_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # torch.save tells a full disk as a RuntimeError without a cause
 
 
 @contextmanager
