@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import multiprocessing
 import os
 import random
 import re
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from multiprocessing.context import ForkProcess
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +36,7 @@ from pact_nemo.collective import from_rank_zero
 from pact_nemo.errors import CheckpointError
 from pact_nemo.files import new_directory, sha256_file, stays_inside, write_json_atomic, write_text_atomic
 from pact_nemo.files import remove_unfinished as remove_leftovers
+from pact_nemo.orphans import leave_with
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +104,23 @@ def _write(policy: Resumable, folder: Path, state: dict[str, Any]) -> Any:
         write_json_atomic(folder / "state.json", {"step": policy.step, "ranks": dist.get_world_size(), "caller": state})
 
     from_rank_zero(prepare)
+    _start_results_queue()
     options: dict[str, Any] = {"async_sharded_save": True}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         options["async_strategy"] = "mcore"  # megatron-core 0.19 would take NVIDIA's resiliency extension, which is for GPUs
     request = dist_checkpointing.save(policy.state_dict(), str(folder / "weights"), **options)
     return request._replace(async_fn=partial(_watched, request.async_fn)) if request.async_fn is not None else request
+
+
+def _start_results_queue() -> None:
+    """Start the process through which writers hand over their results, as megatron does, but so that it leaves with this one: megatron's stays
+    for ever, with everything it imported, when the trainer is killed."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(leave_with, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
 
 
 def _watched(write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

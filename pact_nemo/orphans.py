@@ -1,0 +1,21 @@
+"""Helper processes leave when the process that started them is gone, however that died."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+_POLL_SECONDS = 0.5
+
+
+def leave_with(parent: int) -> None:
+    """End this process once ``parent`` is no longer its parent; watched by a daemon thread. (``PR_SET_PDEATHSIG`` would fire when the *thread*
+    that started the process ends, which is no reason to leave.)"""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_SECONDS)
+        os._exit(0)
+
+    threading.Thread(target=watch, name="leave-with-parent", daemon=True).start()
