@@ -3,6 +3,11 @@
 Every message names the file, row and key concerned (where there is one) and the remedy. The core never sees a half-parsed row.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 
 class PactError(Exception):
     """Base of every error that the project raises on purpose."""
@@ -51,7 +56,21 @@ class CheckpointError(PactError):
 
 
 class NumericsError(PactError):
-    """NaN or Inf in a loss, gradient, log-probability or reward; raised before the optimizer step."""
+    """NaN or Inf in a loss, gradient, log-probability or reward; raised before the optimizer step.
+
+    Args:
+        message: what is not finite, and where.
+        names: the loss, metrics or norms concerned.
+        logprobs: where an update was refused: each tree's log-probs [S] of its forward pass, as tensors.
+    """
+
+    def __init__(self, message: str, *, names: Sequence[str] = (), logprobs: list[Any] | None = None):
+        super().__init__(message)
+        self.names, self.logprobs = list(names), logprobs
+
+
+class TooManyFailures(PactError):
+    """More episodes than the configuration allows failed for reasons that aren't the policy's; what was finished is checkpointed."""
 
 
 class Interrupted(PactError):

@@ -248,7 +248,8 @@ class MegatronPolicy:
         grad_norm = optimizer.gradient_norm(self.optimizer)
         broken = [name for name, value in {"loss": loss, "grad_norm": grad_norm, **metrics}.items() if not math.isfinite(value)]
         if broken:
-            raise NumericsError(f"step {self.step + 1}: not finite: {', '.join(broken)}; the weights were not changed")
+            message = f"update {self.step + 1}: not finite: {', '.join(broken)}; the weights were not changed"
+            raise NumericsError(message, names=broken, logprobs=self._per_tree(trees, collected.logprobs))
         if lr is None:
             lr = optimizer.learning_rate(self.optimizer_config, self.step + 1, self.total_steps)
         optimizer.apply_step(

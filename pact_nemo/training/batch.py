@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pact_nemo.environments.base import Task
+from pact_nemo.errors import NumericsError
 from pact_nemo.objective.advantages import group_advantages
 from pact_nemo.objective.baseline_rewards import ftrl_rewards, solved_by_equality, toolrl_reward
 from pact_nemo.objective.baselines import chord_mu
@@ -137,6 +138,9 @@ def form_group(
     """Rewards (eq. 24-28), advantages (eq. 29-32) and the gate (eq. 13) of one prompt."""
     method = METHODS[objective.method]
     rewards = [turn_rewards_of(task, rollout, objective) for rollout in rollouts]
+    for rollout, reward in zip(rollouts, rewards, strict=True):
+        if not np.all(np.isfinite(reward)):
+            raise NumericsError(f"the rewards of {task.id}, rollout {rollout.sample}, are not finite: {reward.tolist()}", names=["reward"])
     trace = trace if method.teaching is not None else None
     joins = trace is not None and method.teaching == "shaped"  # the expert's solution is one more sample: verified, so its outcome is 1
     result = group_advantages(

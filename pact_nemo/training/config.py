@@ -216,6 +216,17 @@ class EvaluationConfig:
 
 
 @dataclass
+class AlarmsConfig:
+    """Limits of a step's numbers. Above the first four the run says so and goes on (null: never); above the last it ends."""
+
+    mismatch: float | None = 0.1  #: mean |trainer - sampler| log-prob, nats a token
+    kl: float | None = 0.5  #: estimated KL to the reference, nats a token
+    clip_fraction: float | None = 0.5  #: share of a surrogate's tokens that are clipped
+    privilege_gap: float | None = 5.0  #: mean |log-prob under the trace - under x|, nats a token
+    failed_share: float = 0.5  #: share of a step's rollouts that failed through no fault of the policy; above it: checkpoint and stop
+
+
+@dataclass
 class Config:
     """Everything a run can be told."""
 
@@ -231,6 +242,7 @@ class Config:
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
@@ -429,6 +441,7 @@ def validate(config: Config) -> None:
         f"trainer.mini_batch_size={trainer.mini_batch_size} must divide trainer.batch_size={trainer.batch_size}",
     )
     _require(trainer.keep_checkpoints >= 1, f"trainer.keep_checkpoints={trainer.keep_checkpoints}: must be >= 1")
+    _require(0.0 <= config.alarms.failed_share <= 1.0, f"alarms.failed_share={config.alarms.failed_share}: a share in [0, 1]")
     _require(config.rollout.keep_exports >= 1, f"rollout.keep_exports={config.rollout.keep_exports}: must be >= 1")
     _require(tasks.held_out >= 1, f"tasks.held_out={tasks.held_out}: at least one scenario group must be held out")
     if tasks.window == "full":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pact_nemo.environments.base import Task
-from pact_nemo.errors import ConfigError, Interrupted
+from pact_nemo.errors import ConfigError, Interrupted, NumericsError
 from pact_nemo.objective.adaptive import AdaptiveSchedule
 from pact_nemo.objective.loss import pact_loss
 from pact_nemo.objective.trace_quality import TraceQuality, beats
@@ -21,7 +21,7 @@ from pact_nemo.policy.policy import UpdateResult
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.store import read_rollouts
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.training import diagnostics
+from pact_nemo.training import alarms, diagnostics, numerics
 from pact_nemo.training.ahead import Batch
 from pact_nemo.training.batch import (
     PROMPT_ONLY,
@@ -72,6 +72,9 @@ def train(experiment: Experiment) -> None:
                 groups = collect(experiment)
             except Interrupted:  # nothing of this step has touched the weights: what is finished is the step before
                 experiment.leave()
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        if (problem := alarms.too_many(rollouts, config.alarms)) is not None:
+            experiment.give_up(problem)
         if config.trainer.overlap and experiment.step + 1 < config.trainer.steps:
             start_ahead(experiment)
         record = optimise(experiment, groups, watch) | diagnostics.data_record(experiment.dataset.dropped, groups)
@@ -86,6 +89,9 @@ def train(experiment: Experiment) -> None:
             on_rank_zero(experiment.ahead.finish)
         with watch("refit"):
             record |= experiment.refit()
+        record |= {f"failed/{kind}": count for kind, count in alarms.failures(rollouts).items()}
+        for warning in filter(None, [alarms.told(rollouts), *alarms.spikes(record, config.alarms)]):
+            experiment.progress.message(f"warning: step {experiment.step}: {warning}")
         record.update(watch.times)
         record["time/total"] = watch.total()
         experiment.log_step("rl", record)  # before the checkpoint: a step that a checkpoint holds is in metrics.jsonl, whenever the run is cut
@@ -224,9 +230,20 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
             if number < on_policy:
                 for prompt in members:
                     prompt.tree.streams.pop("old_logprobs", None)
-            results.append(policy.update([p.tree for p in members], loss_fn))
+            try:
+                results.append(policy.update([p.tree for p in members], loss_fn))
+            except NumericsError as error:
+                raise refused(experiment, error, members, number) from error
     before = [values for scored in [*(r.logprobs for r in results[:on_policy]), *old[on_policy:]] for values in scored or ()]
     return diagnostics.step_record(experiment, groups, prompts, before, results)
+
+
+def refused(experiment: Experiment, error: NumericsError, members: list[PromptTree], number: int) -> NumericsError:
+    """Name the samples behind a refused update and dump its mini-batch."""
+    found = numerics.suspects(members, error.logprobs)
+    path = experiment.workspace.numerics / f"step_{experiment.step:06d}_update_{number}.json"
+    on_rank_zero(lambda: numerics.dump(path, error, members, found))
+    return NumericsError(f"step {experiment.step + 1}: {error}; {numerics.described(found)}. The mini-batch is in {path}", names=error.names)
 
 
 def observe_traces(quality: TraceQuality, groups: list[PromptGroup], results: dict[str, tuple[float, int]]) -> None:

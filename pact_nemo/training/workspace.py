@@ -29,6 +29,7 @@ class Workspace:
         self.checkpoints = folder / "checkpoints"
         self.exports = folder / "exports"
         self.hf = folder / "hf"
+        self.numerics = folder / "numerics"
         self.server_log = folder / "server.log"
         self._lock: IO[str] | None = None
 
