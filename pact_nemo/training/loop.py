@@ -217,21 +217,23 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
         for number, (members, num_prompts) in enumerate(parts):
             part = slice(start, start + len(members))
             start += len(members)
-            fill_streams(
-                members,
-                objective,
-                experiment.schedule,
-                experiment.step,
-                old=old[number],
-                reference=reference[part] if reference is not None else None,
-                importance_cap=config.rollout.importance_cap if correct_sampler else None,
-                num_prompts=num_prompts,
-            )
-            if number < on_policy:
-                for prompt in members:
-                    prompt.tree.streams.pop("old_logprobs", None)
             try:
+                fill_streams(
+                    members,
+                    objective,
+                    experiment.schedule,
+                    experiment.step,
+                    old=old[number],
+                    reference=reference[part] if reference is not None else None,
+                    importance_cap=config.rollout.importance_cap if correct_sampler else None,
+                    num_prompts=num_prompts,
+                )
+                if number < on_policy:
+                    for prompt in members:
+                        prompt.tree.streams.pop("old_logprobs", None)
                 results.append(policy.update([p.tree for p in members], loss_fn))
+            except FloatingPointError as error:  # the same on every rank: what was scored is
+                raise refused(experiment, NumericsError(str(error), names=["importance"], logprobs=old[number]), members, number) from error
             except NumericsError as error:
                 raise refused(experiment, error, members, number) from error
     before = [values for scored in [*(r.logprobs for r in results[:on_policy]), *old[on_policy:]] for values in scored or ()]
