@@ -1,5 +1,5 @@
 # make run    set up, then train PACT on BFCL with the preset for this machine; ends with a report
-# make test   set up, then the whole test suite
+# make test   set up, then the whole test suite (make test-slow: its slow tests; make test-faults: thousands of injected faults and a table of them)
 # PYTHON=python3.12 make run   picks another interpreter (3.11 or newer)
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu make run   takes torch from PyTorch's own (smaller) CPU index
 SHELL := /bin/bash
@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 ARGS ?=
 STAMP := $(VENV)/.installed-$(shell cat requirements.txt tools/install.sh 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: run test test-slow lint install doctor clean
+.PHONY: run test test-slow test-faults lint install doctor clean
 
 run: install
 	$(BIN)/python recipes/pact_bfcl.py $(ARGS)
@@ -20,6 +20,13 @@ test: install lint
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+FAULTS := $(CURDIR)/.cache/faults.jsonl
+
+test-faults: install
+	mkdir -p $(dir $(FAULTS)) && rm -f $(FAULTS) && touch $(FAULTS)
+	status=0; PACT_FAULTS_TALLY=$(FAULTS) $(BIN)/python -m pytest -m faults $(ARGS) || status=$$?; \
+	$(BIN)/python -m tests.faults.tally $(FAULTS) || status=1; exit $$status
 
 lint: install
 	$(BIN)/ruff check .

@@ -21,3 +21,24 @@ def record(name: str, injected: int, survived: int, lost: int) -> None:
     if path:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"name": name, "injected": injected, "survived": survived, "lost": lost}) + "\n")
+
+
+def table(path: str) -> int:
+    """Print what a run of the fault tests counted; the number of lost ones."""
+    from rich.console import Console
+    from rich.table import Table
+
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    shown = Table("fault", "injected", "survived", "lost", title="Injected faults")
+    total = {key: sum(row[key] for row in rows) for key in ("injected", "survived", "lost")}
+    for row in [*sorted(rows, key=lambda row: str(row["name"])), {"name": "all", **total}]:
+        shown.add_row(row["name"], *(f"{row[key]:,}" for key in ("injected", "survived", "lost")))
+    Console(width=None).print(shown)
+    return int(total["lost"])
+
+
+if __name__ == "__main__":
+    import sys
+
+    raise SystemExit(1 if table(sys.argv[1]) else 0)
