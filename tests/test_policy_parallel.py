@@ -119,4 +119,4 @@ def test_untouched_weights_come_back_bit_for_bit(family: str, layout: str, resul
 def test_non_finite_numbers_are_refused_on_all_ranks_together(family: str, layout: str, results: dict[str, Any]) -> None:
     """Only one micro-batch on one rank sees them; the worker checks that every rank gives the same answer and goes on."""
     message = made(results, family, layout)[1]
-    assert message == "step 1: not finite: loss, bad; the weights were not changed"
+    assert message == "update 1: not finite: loss, bad; the weights were not changed"
