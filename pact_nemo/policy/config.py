@@ -47,7 +47,7 @@ class PolicyConfig:
         distributed_optimizer: shard optimizer state over the data-parallel ranks.
         overlap_grad_reduce: reduce gradients over the data-parallel ranks while the backward pass still runs.
         export_writers: ranks that write an export, at most; None = all that see the folder.
-        init_timeout_s: seconds a collective may wait before the run is declared hung.
+        init_timeout_s: seconds in which at least one rank has to get on (a phase, an episode, a micro-batch); then the run is declared hung.
     """
 
     tensor_parallel: int = 1

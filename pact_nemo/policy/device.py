@@ -30,6 +30,7 @@ import torch.distributed as dist
 from packaging.version import Version as PkgVersion
 
 from pact_nemo.errors import MissingDependency
+from pact_nemo.hangs import HangWatch
 
 logger = logging.getLogger(__name__)
 
@@ -401,7 +402,8 @@ def init_distributed(timeout_s: float) -> None:
     that network to the cluster. (``torchrun``'s own meeting point listens on every interface; torch has no setting for it.)
 
     Args:
-        timeout_s: seconds a collective may wait.
+        timeout_s: when no rank gets on for so many seconds, every rank says which one is missing and ends (:mod:`pact_nemo.hangs`); also how long
+            ranks wait for the meeting point.
     """
     if dist.is_initialized():
         return
@@ -413,7 +415,12 @@ def init_distributed(timeout_s: float) -> None:
     if "RANK" in os.environ and world is not None:
         if os.environ.get("LOCAL_WORLD_SIZE") == world:  # torchrun on one machine
             _stay_on_loopback()
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        own = store.clone() if hasattr(store, "clone") else store  # a connection of its own: the main thread's may be waiting
+        HangWatch(dist.PrefixStore("pact_nemo/hangs", own), rank, size, timeout_s).start()
+        # ranks may wait for one that generates for hours; who waits for nobody is found by the watch
+        patient = timeout + datetime.timedelta(days=1)
+        dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=patient)
         return
     _stay_on_loopback()
     # a TCPStore would listen on every interface, whatever address it is given

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from pact_nemo.hangs import beat
 from pact_nemo.policy.attention import TreeBatch, plan_attention
 from pact_nemo.policy.config import PolicyConfig
 from pact_nemo.policy.packing import PackedMicroBatch, pack, zigzag_positions
@@ -134,6 +135,7 @@ def local_batches(
 
 
 def _forward_step(collected: Collected, loss_fn: LossFn | None, data_iterator: Iterator[LocalMicroBatch], model: Any) -> tuple[Any, Any]:
+    beat()
     batch = next(data_iterator)
     output = model(batch.tokens, batch.tree.position_ids[None], None, packed_seq_params=batch.tree)
     return output, partial(_loss, collected, loss_fn, batch)

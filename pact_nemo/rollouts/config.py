@@ -40,6 +40,7 @@ class RolloutServerConfig:
     max_restarts: int = 3  #: of a server that died or hung, in the whole run; then the run stops
     reissue_limit: int = 2  #: times that a request is sent again when a server that lives gave no usable answer, or none in time
     log_stats: bool = False  #: vLLM's statistics: /metrics (sequences running and waiting, …) and a line in its log now and then
+    log_mb: int = 64  #: when server.log is larger, it becomes server.log.1 (the one before is deleted) and starts anew
     connect_retries: int = 3  #: extra tries after a connection error, with growing pauses; a request that was answered is never repeated
     extra_args: list[str] = field(default_factory=list)  #: further words of vLLM's own command line
 
@@ -52,7 +53,7 @@ class RolloutServerConfig:
         for name in ("connect_retries", "max_restarts", "reissue_limit"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"rollout.server.{name} is {getattr(self, name)}; 0 or more")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "cpu_kv_cache_gib", "cpu_threads"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "cpu_kv_cache_gib", "cpu_threads", "log_mb"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"rollout.server.{name} must be at least 1, not {getattr(self, name)}")
         if self.cpu_block_size < 32 or self.cpu_block_size % 32:

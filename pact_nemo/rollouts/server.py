@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -212,6 +213,15 @@ class RolloutServer:
             text = _tail(handle, lines)
             return text.replace(self._endpoint.api_key, "(key)") if self._endpoint is not None else text  # it ends up in errors and logs
         return "(no log)"
+
+    def rotate_log(self) -> None:
+        """Move a log that has outgrown ``log_mb`` to ``<name>.1``. The server appends to the file that it has open, so it is copied and emptied:
+        a line written in between is lost.
+        """
+        with contextlib.suppress(OSError):  # a full disk is met where it matters
+            if self.log_file.stat().st_size > self.config.log_mb * 2**20:
+                shutil.copyfile(self.log_file, self.log_file.with_name(self.log_file.name + ".1"))
+                os.truncate(self.log_file, 0)
 
     def _last_line(self) -> str:
         return self.log_tail(1).strip()[-200:]

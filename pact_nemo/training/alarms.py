@@ -59,4 +59,4 @@ def too_many(rollouts: Sequence[Rollout], limits: AlarmsConfig) -> str | None:
     failed = sum(rollout.status == "failed" for rollout in rollouts)
     if failed <= limits.failed_share * len(rollouts):
         return None
-    return f"{told(rollouts)}. More than alarms.failed_share={limits.failed_share:g}: repair the cause and go on with --resume"
+    return f"{told(rollouts)}. More than alarms.failed_share={limits.failed_share:g}: repair the cause"

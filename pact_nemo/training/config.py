@@ -200,7 +200,8 @@ class TrainerConfig:
     score_first_update: bool = False  #: score pi_old for a step's first update, too, instead of taking its own log-probs, which are the same
     overlap: bool = False  #: one-step-off: sample the next step's rollouts, from the weights of before, while this step's update runs; needs tis
     skip_zero_advantage: bool = True  #: no pass under c_h for rollouts whose advantages are all 0 (surrogate: 0); not with adaptive annealing
-    dump_rollouts: bool = True
+    dump_rollouts: bool = True  #: every rollout of a step in rollouts/ of the run folder: what report and replay read
+    keep_rollouts: int = 1000  #: newest steps whose rollouts stay there; 0 = all
     replay: str | None = None  #: run folder whose dumped rollouts are trained on instead of sampling (no server is started)
 
 
@@ -441,6 +442,7 @@ def validate(config: Config) -> None:
         f"trainer.mini_batch_size={trainer.mini_batch_size} must divide trainer.batch_size={trainer.batch_size}",
     )
     _require(trainer.keep_checkpoints >= 1, f"trainer.keep_checkpoints={trainer.keep_checkpoints}: must be >= 1")
+    _require(trainer.keep_rollouts >= 0, f"trainer.keep_rollouts={trainer.keep_rollouts}: steps to keep, or 0 for all")
     _require(0.0 <= config.alarms.failed_share <= 1.0, f"alarms.failed_share={config.alarms.failed_share}: a share in [0, 1]")
     _require(config.rollout.keep_exports >= 1, f"rollout.keep_exports={config.rollout.keep_exports}: must be >= 1")
     _require(tasks.held_out >= 1, f"tasks.held_out={tasks.held_out}: at least one scenario group must be held out")

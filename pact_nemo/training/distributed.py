@@ -7,7 +7,8 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from pact_nemo.errors import Interrupted, PactError
+from pact_nemo import errors
+from pact_nemo.errors import PactError
 
 T = TypeVar("T")
 
@@ -30,11 +31,14 @@ def on_rank_zero(action: Callable[[], T]) -> T:
         try:
             message[0] = action()
         except Exception as error:  # re-raised below, on rank 0 as it was and elsewhere by its text
-            failure, message[1] = error, (isinstance(error, Interrupted), f"{type(error).__name__}: {error}")
+            failure, message[1] = error, (type(error).__name__, str(error))
     dist.broadcast_object_list(message, src=0)
     if failure is not None:
         raise failure
     if message[1] is not None:
-        interrupted, text = message[1]
-        raise Interrupted(text) if interrupted else PactError(f"rank 0 stopped with {text}")
+        name, text = message[1]
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, PactError):  # the same type everywhere: who catches it on rank 0 catches it on all
+            raise kind(f"rank 0: {text}")
+        raise PactError(f"rank 0 stopped with {name}: {text}")
     return cast(T, message[0])

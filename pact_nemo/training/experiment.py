@@ -17,7 +17,7 @@ from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, read_manifest, verify_manifest
 from pact_nemo.checkpoints.quantised import materialise_fp8
 from pact_nemo.environments.base import Environment
-from pact_nemo.errors import CheckpointError, Interrupted, TooManyFailures
+from pact_nemo.errors import CheckpointError, Interrupted, PactError
 from pact_nemo.files import remove_unfinished
 from pact_nemo.objective.adaptive import AdaptiveSchedule, Progress, between
 from pact_nemo.objective.schedules import TraceSchedule
@@ -278,12 +278,13 @@ class Experiment:
         self.finish_saving(wait=True)
         raise Interrupted(f"{self.stop.name}: stopped after {done}, which is checkpointed; go on with --resume {self.workspace.folder}")
 
-    def give_up(self, problem: str) -> NoReturn:
-        """Checkpoint what is finished and raise TooManyFailures. Collective."""
+    def give_up(self, problem: PactError) -> NoReturn:
+        """Checkpoint what is finished and raise the problem, of the same type, with how to go on. Collective."""
         if self.policy.step > 0:
             self.checkpoint()
         self.finish_saving(wait=True)
-        raise TooManyFailures(f"step {self.step + 1}: {problem} {self.workspace.folder}")
+        remedy = f"What was finished before is checkpointed: go on with --resume {self.workspace.folder}"
+        raise type(problem)(f"step {self.step + 1}: {problem}\n{remedy}") from problem
 
     def _forget_exports_after(self, version: int) -> None:
         """Remove what an attempt wrote after the checkpoint that the run goes on from: the same version numbers will be other weights."""

@@ -8,6 +8,7 @@ import platform
 import resource
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def added(records: list[dict[str, Any]], prefix: str) -> dict[str, int]:
+    """Sums over all steps of the counters whose names start so, by what follows the slash."""
+    found: Counter[str] = Counter()
+    for record in records:
+        found.update({key.partition("/")[2]: int(value) for key, value in record.items() if key.startswith(prefix) and value})
+    return dict(found)
+
+
 def summarise(experiment: Experiment) -> dict[str, Any]:
     """The content of ``summary.json``; every count is over the whole run, resumed parts included."""
     config = experiment.config
@@ -65,6 +74,8 @@ def summarise(experiment: Experiment) -> dict[str, Any]:
             "traces": len(experiment.dataset.traces),
             "dropped": experiment.dataset.dropped,
         },
+        "failed_rollouts": added(records, "failed/"),
+        "server": added(records, "server/") | added(records, "rollout/reissued"),
         "plan": experiment.plan,
         "versions": versions(),
     }

@@ -151,6 +151,7 @@ class Generator:
         with ThreadPoolExecutor(len(clients)) as threads:
             loads = [threads.submit(load, client, folder, version, elsewhere=elsewhere, verify_s=verify_s) for client in clients]
         for each, one in zip(self._servers, loads, strict=True):
+            each.server.rotate_log()
             try:
                 reports.append(one.result())
                 each.refitted()

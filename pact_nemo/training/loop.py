@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pact_nemo.environments.base import Task
-from pact_nemo.errors import ConfigError, Interrupted, NumericsError
+from pact_nemo.errors import ConfigError, Interrupted, NumericsError, ServerLost, TooManyFailures
 from pact_nemo.objective.adaptive import AdaptiveSchedule
 from pact_nemo.objective.loss import pact_loss
 from pact_nemo.objective.trace_quality import TraceQuality, beats
@@ -72,9 +72,11 @@ def train(experiment: Experiment) -> None:
                 groups = collect(experiment)
             except Interrupted:  # nothing of this step has touched the weights: what is finished is the step before
                 experiment.leave()
+            except ServerLost as error:
+                experiment.give_up(error)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         if (problem := alarms.too_many(rollouts, config.alarms)) is not None:
-            experiment.give_up(problem)
+            experiment.give_up(TooManyFailures(problem))
         if config.trainer.overlap and experiment.step + 1 < config.trainer.steps:
             start_ahead(experiment)
         record = optimise(experiment, groups, watch) | diagnostics.data_record(experiment.dataset.dropped, groups)
@@ -85,16 +87,22 @@ def train(experiment: Experiment) -> None:
             observe_traces(experiment.quality, groups, experiment.dataset.trace_results)
             record["trace/weight"] = sum(group.trace_weight for group in groups) / len(groups)
         experiment.step += 1
-        with watch("rollout"):  # what is left of the next step's; servers change weights between batches, never within one
-            on_rank_zero(experiment.ahead.finish)
-        with watch("refit"):
-            record |= experiment.refit()
+        lost: ServerLost | None = None
+        try:
+            with watch("rollout"):  # what is left of the next step's; servers change weights between batches, never within one
+                on_rank_zero(experiment.ahead.finish)
+            with watch("refit"):
+                record |= experiment.refit()
+        except ServerLost as error:  # the step's update is done: it is logged and checkpointed first
+            lost = error
         record |= {f"failed/{kind}": count for kind, count in alarms.failures(rollouts).items()}
         for warning in filter(None, [alarms.told(rollouts), *alarms.spikes(record, config.alarms)]):
             experiment.progress.message(f"warning: step {experiment.step}: {warning}")
         record.update(watch.times)
         record["time/total"] = watch.total()
         experiment.log_step("rl", record)  # before the checkpoint: a step that a checkpoint holds is in metrics.jsonl, whenever the run is cut
+        if lost is not None:
+            experiment.give_up(lost)
         experiment.checkpoint_if_due()
 
 
@@ -144,7 +152,7 @@ def collect(experiment: Experiment) -> list[PromptGroup]:
         for i, task in enumerate(tasks)
     ]
     if config.trainer.dump_rollouts:
-        on_rank_zero(lambda: dump_step(experiment.workspace.step_rollouts(experiment.step), groups))
+        on_rank_zero(lambda: dump_step(experiment.workspace.step_rollouts(experiment.step), groups, keep=config.trainer.keep_rollouts))
     return groups
 
 

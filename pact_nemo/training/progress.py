@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from pact_nemo.hangs import beat
+
 PLAIN_INTERVAL_S = 5.0  #: without a terminal a phase says something at most this often
 RECENT_STEPS = 5  #: the remaining time is learnt from this many last steps
 EVALUATION = "evaluation"  #: phases whose name starts so tell how long the evaluation after training will take
@@ -57,6 +59,7 @@ class Phase:
             self._update(done, note)
 
     def _update(self, done: int, note: str) -> None:
+        beat()
         self.done = done
         now = self._owner.now()
         left = ""
@@ -119,6 +122,7 @@ class RunProgress:
 
         A ``brief`` one (a part of a step) is announced without a terminal only when nothing was said for ``PLAIN_INTERVAL_S``.
         """
+        beat(name)
         task = None
         if self._bars is not None:
             task = self._bars.add_task(name, total=total, count=f"0/{total}" if total else "", note=self.remaining())
@@ -130,6 +134,7 @@ class RunProgress:
         try:
             yield phase
         finally:
+            beat()
             if name.startswith(EVALUATION):
                 self._tail_seconds = self.now() - started
             if self._bars is not None and task is not None:

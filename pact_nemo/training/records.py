@@ -26,8 +26,11 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def dump_step(path: Path, groups: list[PromptGroup]) -> None:
-    """Every rollout of a training step with its rewards, advantages and gate; ``trainer.replay`` reads it back."""
+def dump_step(path: Path, groups: list[PromptGroup], *, keep: int = 0) -> None:
+    """Every rollout of a training step with its rewards, advantages and gate; ``trainer.replay`` reads it back.
+
+    Of the step files beside it the newest ``keep`` stay (0: all).
+    """
     rows = []
     for group in groups:
         view = task_view(group.task)
@@ -36,6 +39,8 @@ def dump_step(path: Path, groups: list[PromptGroup]) -> None:
                 rollout.to_dict() | {"rewards": rewards.tolist(), "advantages": advantages.tolist(), "anchored": group.anchored, "task": view}
             )
     _write(path, rows)
+    for old in sorted(path.parent.glob("step_*.jsonl"))[:-keep] if keep else []:
+        old.unlink(missing_ok=True)
 
 
 def dump_evaluation(path: Path, tasks: list[Task], rollouts: list[Rollout], rewards: list[list[float]]) -> None:

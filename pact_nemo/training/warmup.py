@@ -15,7 +15,7 @@ import torch
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.environments.base import Task
-from pact_nemo.errors import ConfigError
+from pact_nemo.errors import ConfigError, ServerLost
 from pact_nemo.objective.loss import pact_loss
 from pact_nemo.objective.weights import sft_weights
 from pact_nemo.policy.trees import Segment, TokenTree
@@ -78,7 +78,10 @@ def warm_up(experiment: Experiment, evaluate: Callable[[Experiment, str], object
             phase.advance()
     for part, run in (("refit", experiment.refit), ("KL reference", experiment.freeze_reference), ("checkpoint", experiment.checkpoint)):
         with experiment.progress.phase(part, brief=True):
-            run()
+            try:
+                run()
+            except ServerLost as error:
+                experiment.give_up(error)
 
 
 def sft_step(experiment: Experiment, batch: list[Task]) -> dict[str, Any]:

@@ -130,6 +130,6 @@ def test_a_run_gives_up_with_a_checkpoint() -> None:
         policy=SimpleNamespace(step=3), step=2, workspace=SimpleNamespace(folder=Path("runs/x")),
         checkpoint=lambda: calls.append("checkpoint"), finish_saving=lambda wait: calls.append("finish"),
     )  # fmt: skip
-    with pytest.raises(TooManyFailures, match="step 3: the cause runs/x"):
-        Experiment.give_up(stand, "the cause")  # type: ignore[arg-type]
+    with pytest.raises(TooManyFailures, match="step 3: the cause\nWhat was finished before is checkpointed: go on with --resume runs/x"):
+        Experiment.give_up(stand, TooManyFailures("the cause"))  # type: ignore[arg-type]
     assert calls == ["checkpoint", "finish"]

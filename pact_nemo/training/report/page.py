@@ -92,6 +92,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Training tasks", amount(tasks["train"]) if tasks.get("train") else None),
         ("Left out", left_out(tasks.get("dropped") or {}) or None),
         ("Held-out tasks", amount(tasks["held_out"]) if tasks.get("held_out") else None),
+        ("Failed rollouts", counted(summary.get("failed_rollouts"))),
+        ("Rollout server", counted(summary.get("server"))),
         ("Peak memory", ", ".join(f"{name} {size(value)}" for name, value in memory.items() if value) or None),
         ("Checkpoint", str(summary["hf_export"]) if summary.get("hf_export") else None),
     ]
@@ -104,6 +106,11 @@ _LEFT_OUT = {
     "trace_too_long": "overlong traces",
     "trace_cut": "traces cut to their room",
 }
+
+
+def counted(counts: dict[str, int] | None) -> str | None:
+    """``name 3, other 1``, the commonest first; None where nothing was counted."""
+    return ", ".join(f"{name} {amount(n)}" for name, n in sorted((counts or {}).items(), key=lambda item: -item[1])) or None
 
 
 def left_out(dropped: dict[str, Any]) -> str:

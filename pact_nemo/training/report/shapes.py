@@ -54,6 +54,8 @@ SUMMARY = {
     "peak_memory_bytes": Optional(Values(Optional(Number))),
     "tokens": Optional(Values(Optional(Number))),
     "tasks": Optional({"train": Optional(int), "held_out": Optional(int), "dropped": Optional(Values(int))}),
+    "failed_rollouts": Optional(Values(int)),
+    "server": Optional(Values(int)),
     "versions": Optional(Values(str)),
 }
 
