@@ -245,6 +245,7 @@ def test_a_run_with_its_own_server(stage: dict[str, Any]) -> None:
                 assert segment.text.strip() not in flat
 
 
+@pytest.mark.slow
 def test_generation_ahead_is_one_version_behind_and_survives_a_cut(stage: dict[str, Any]) -> None:
     """``trainer.overlap``: the first step samples from the weights it trains, later ones from those before; a checkpoint holds what was sampled."""
     words = ["trainer.replay=null", "trainer.overlap=true", "trainer.steps=3", "objective.schedule.horizon=3", "warmup.steps=0"]

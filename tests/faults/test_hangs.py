@@ -73,8 +73,8 @@ def ranks(what: str, folder: Path, world: int) -> list[tuple[int, str]]:
     [
         ("stopped", "rank 1 gives no sign of life (stopped, swapped out, or its machine is gone); it was last seen at update"),
         ("stuck", "rank 1 is not waiting for the others but at update, "),
-        ("never comes", "rank 1 never came"),
-        ("elsewhere", "all ranks wait for each other, at different places: rank 0: update"),
+        pytest.param("never comes", "rank 1 never came", marks=pytest.mark.slow),
+        pytest.param("elsewhere", "all ranks wait for each other, at different places: rank 0: update", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_hangs_is_named_by_all_others(what: str, said: str, tmp_path: Path) -> None:
@@ -87,5 +87,6 @@ def test_a_rank_that_hangs_is_named_by_all_others(what: str, said: str, tmp_path
     assert time.monotonic() - started < 80
 
 
+@pytest.mark.slow
 def test_a_rank_that_gets_on_is_waited_for(tmp_path: Path) -> None:
     assert all(code == 0 and "done" in output for code, output in ranks("busy", tmp_path, 2))

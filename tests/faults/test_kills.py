@@ -5,6 +5,7 @@ Of the trainer, and of its rollout server; and SIGTERM, after which a run leaves
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -162,3 +163,24 @@ def test_a_server_killed_at_random_moments_changes_nothing(stage: dict[str, Any]
         runs += 1
     print(f"{done.total()} kills of the server in {runs} runs: {dict(done)}")
     tally.record("kill -9 of the server", injected=done.total(), survived=done.total(), lost=0)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_server_that_is_given_up_ends_the_run_with_a_checkpoint(stage: dict[str, Any], undisturbed: dict[str, Any]) -> None:
+    """In the midst of a batch (``generate``), and at a refit (``load``), whose step is done."""
+    server: Path = stage["folder"] / "server"
+    for kind, after in (("generate", 30), ("load", 3)):
+        counter = server / f"{kind}.count"
+        now = int(counter.read_text()) if counter.exists() else 0
+        (server / "faults.json").write_text(json.dumps([{"at": now + after + i, "do": "exit", "of": kind} for i in range(60)]))
+        root = stage["folder"] / f"given-up-{kind}"
+        code, _ = stage["runner"].play([*stage["words"], f"run.root={root}", "rollout.server.max_restarts=1"], None)
+        said = stage["runner"].said()
+        assert code == 1 and "given up after 1 restarts (rollout.server.max_restarts)" in said and f"--resume {(root / 'latest').resolve()}" in said
+        (server / "faults.json").write_text("[]")
+        before = len((root / "latest" / "metrics.jsonl").read_text().splitlines())
+        code, _ = stage["runner"].play([], (root / "latest").resolve())
+        assert code == 0, stage["runner"].said()
+        assert finished((root / "latest").resolve()) == undisturbed["left"] and before >= 2
+        nobody_left(stage["folder"])
