@@ -16,7 +16,6 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
 from pact_nemo.chat.tool_formats import ToolFormat, Tools, tool_format
 from pact_nemo.errors import ConfigError, DataError
@@ -91,6 +90,8 @@ class ChatFormat:
         cls, model_dir: str | os.PathLike[str], tool_format_name: str, template_kwargs: Mapping[str, Any] | None = None
     ) -> ChatFormat:
         """Load the tokenizer of a local Hugging Face folder. Raises ConfigError for an unknown tool format or an unfit tokenizer."""
+        from transformers import AutoTokenizer  # takes seconds: not for --help and --dry-run
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(os.fspath(model_dir), local_files_only=True)
         except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -119,8 +120,21 @@ def _start_results_queue() -> None:
 
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(leave_with, (os.getpid(),))
+        with _bare_children():
+            manager.start(leave_with, (os.getpid(),))
         filesystem_async._results_queue = manager.Queue()
+
+
+@contextmanager
+def _bare_children() -> Iterator[None]:
+    """Spawned processes don't import the main module, for which they would need seconds and some hundred MB, and only then look whether we live."""
+    main = sys.modules["__main__"]
+    hidden: dict[str, Any] = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    vars(main).update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
 
 
 def _watched(write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
