@@ -42,7 +42,8 @@ class Engine:
             fcntl.flock(lock, fcntl.LOCK_EX)
             count = self.faults / f"{kind}.count"
             number = int(count.read_text()) + 1 if count.exists() else 1
-            count.write_text(str(number))
+            (self.faults / f"{kind}.new").write_text(str(number))
+            os.replace(self.faults / f"{kind}.new", count)  # whole, when this process is killed meanwhile
             plan = json.loads((self.faults / "faults.json").read_text())
             return next((row["do"] for row in plan if row["at"] == number and row.get("of", "generate") == kind), None)
 
