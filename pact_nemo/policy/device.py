@@ -394,6 +394,12 @@ def _stay_on_loopback() -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
 
 
+def patience(timeout_s: float) -> datetime.timedelta:
+    """How long collectives wait: ranks may wait for one that generates for hours, and when nobody gets on for ``timeout_s``, the hang watch ends
+    the job before they do, and says why."""
+    return datetime.timedelta(days=1, seconds=timeout_s)
+
+
 def init_distributed(timeout_s: float) -> None:
     """Start torch.distributed: nccl with CUDA, gloo otherwise. Under ``torchrun`` its environment is used; a plain process becomes a job of
     one rank that no other process can reach. Does nothing if a process group exists already.
@@ -418,9 +424,7 @@ def init_distributed(timeout_s: float) -> None:
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
         own = store.clone() if hasattr(store, "clone") else store  # a connection of its own: the main thread's may be waiting
         HangWatch(dist.PrefixStore("pact_nemo/hangs", own), rank, size, timeout_s).start()
-        # ranks may wait for one that generates for hours; who waits for nobody is found by the watch
-        patient = timeout + datetime.timedelta(days=1)
-        dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=patient)
+        dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=patience(timeout_s))
         return
     _stay_on_loopback()
     # a TCPStore would listen on every interface, whatever address it is given

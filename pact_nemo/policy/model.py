@@ -26,7 +26,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.policy import fused
 from pact_nemo.policy.attention import TreeBatch, TreeCoreAttention
 from pact_nemo.policy.config import PolicyConfig
-from pact_nemo.policy.device import local_device
+from pact_nemo.policy.device import local_device, patience
 from pact_nemo.policy.fp8 import HISTORY, emulate, number_format
 from pact_nemo.policy.fused import SwiGLU
 from pact_nemo.policy.heads import vocab_parallel_logprobs
@@ -360,6 +360,7 @@ def initialize_model_parallel(config: PolicyConfig, *, seed: int) -> None:
             context_parallel_size=config.context_parallel,
             expert_model_parallel_size=config.expert_parallel,
             expert_tensor_parallel_size=1,
+            distributed_timeout_minutes=int(patience(config.init_timeout_s).total_seconds() // 60),
         )
         _layout = layout
     if config.virtual_pipeline is not None:

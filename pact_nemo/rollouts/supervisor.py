@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from pact_nemo.errors import ServerError, ServerLost
+from pact_nemo.hangs import beat
 from pact_nemo.rollouts.client import Completion, GenerationRequest, RolloutClient, StaleWeights, TransientServerError
 from pact_nemo.rollouts.health import Event, Health, HealthLimits, State
 from pact_nemo.rollouts.refit import RefitReport, refit
@@ -94,6 +95,7 @@ class SupervisedServer:
             self._happened(Event.LOADED, version=server.version)
 
     def _progress(self, seconds: float, line: str) -> None:
+        beat()  # a start has a deadline of its own
         if self._leaving:
             raise ServerError("the run is being stopped")
 
