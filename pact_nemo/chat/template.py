@@ -130,8 +130,8 @@ class ChatFormat:
             return str(
                 self.tokenizer.apply_chat_template(conversation, tools=native, tokenize=False, add_generation_prompt=generation, **self._kwargs)
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            # a template is a program of its own that sees whatever the conversation holds
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError, MemoryError) as error:
+            # a template is a program of its own that sees whatever the conversation holds; Python may refuse what jinja makes of it
             raise DataError(f"the chat template can't render this conversation: {error!r}; change the conversation or the template") from error
 
     def _after_assistant(self, messages: Sequence[Message], generation: bool) -> str:

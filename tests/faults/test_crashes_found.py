@@ -150,7 +150,8 @@ def test_overrides(word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ '\ud800' }}", "{{ 1/0 }}", "{{ messages[9].x.y }}", "{% for m in messages %}", "{{ raise_exception('no') }}"]
+    "template",
+    ["{{ '\ud800' }}", "{{ 1/0 }}", "{{ messages[9].x.y }}", "{% for m in messages %}", "{{ raise_exception('no') }}", "{{ " + "-" * 400 + "1 }}"],
 )
 def test_chat_templates(template: str) -> None:
     base = tokenizer("smollm")
