@@ -7,11 +7,14 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_SALT = secrets.randbelow(10**10)
 
 
 def _fsync_dir(path: Path) -> None:
@@ -22,11 +25,16 @@ def _fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def temporary_beside(target: Path) -> Path:
+    """A name beside ``target`` that no other process writes to: on a shared disk, another machine's or container's has the same process id."""
+    return target.with_name(f".{target.name}.{os.getpid()}{_SALT:010d}.tmp")
+
+
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` to a temporary name beside ``path``, flush it to disk, then rename it over ``path``."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(target)
     try:
         with open(temporary, "wb") as handle:
             handle.write(data)
@@ -61,7 +69,7 @@ def new_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists():
         raise FileExistsError(f"{target} exists already; versioned folders are written once")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

@@ -23,6 +23,9 @@ from pact_nemo.errors import ConfigError, DataError
 Message = Mapping[str, Any]
 
 BOUNDARY_TEXT = "The reference attempt ends here. Now solve the task yourself from the start."
+_TEMPLATE_FAILS = (
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError, MemoryError
+)  # fmt: skip
 _USER = {"role": "user", "content": "U"}
 _MARK = "\u2042MARK\u2042"
 _ASSISTANT = {"role": "assistant", "content": _MARK}
@@ -130,7 +133,7 @@ class ChatFormat:
             return str(
                 self.tokenizer.apply_chat_template(conversation, tools=native, tokenize=False, add_generation_prompt=generation, **self._kwargs)
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError, MemoryError) as error:
+        except _TEMPLATE_FAILS as error:
             # a template is a program of its own that sees whatever the conversation holds; Python may refuse what jinja makes of it
             raise DataError(f"the chat template can't render this conversation: {error!r}; change the conversation or the template") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 import tempfile
 from pathlib import Path
 from typing import IO
@@ -12,7 +13,7 @@ from typing import IO
 from blake3 import blake3
 
 from pact_nemo.errors import CheckpointError, ConfigError
-from pact_nemo.files import write_text_atomic
+from pact_nemo.files import temporary_beside, write_text_atomic
 from pact_nemo.training.config import Config, to_yaml
 
 
@@ -31,13 +32,18 @@ class Workspace:
         self.hf = folder / "hf"
         self.numerics = folder / "numerics"
         self.server_log = folder / "server.log"
+        self.mark = folder / ".mark"  # random: two machines with a shared disk for exports may have run folders of the same path
         self._lock: IO[str] | None = None
 
     def place_exports(self, root: str | None) -> None:
         """Keep refit exports below ``root`` instead of in the run folder, in a folder that no other run has."""
         if root is not None:
             place = self.folder.resolve()
-            self.exports = Path(root) / f"{place.name}-{blake3(str(place).encode()).hexdigest()[:8]}"
+            try:
+                mark = self.mark.read_text().strip()
+            except OSError:  # a run of before there were marks
+                mark = blake3(str(place).encode()).hexdigest()[:8]
+            self.exports = Path(root) / f"{place.name}-{mark}"
 
     def check_exports(self) -> None:
         """Raises ConfigError when exports can't be written where they are to go."""
@@ -67,7 +73,7 @@ class Workspace:
 
 
 def _point_latest(root: Path, target: Path) -> None:
-    link, temporary = root / "latest", root / f".latest.{os.getpid()}"
+    link, temporary = root / "latest", temporary_beside(root / "latest")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     os.replace(temporary, link)
@@ -91,6 +97,7 @@ def create(config: Config) -> Workspace:
             number += 1
     workspace = Workspace(folder)
     workspace.lock()
+    write_text_atomic(workspace.mark, secrets.token_hex(4) + "\n")
     write_text_atomic(workspace.config, to_yaml(config))
     _point_latest(root, folder)
     return workspace

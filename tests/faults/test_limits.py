@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import pytest
 
 from pact_nemo import errors
+from pact_nemo.files import remove_unfinished, write_text_atomic
 from pact_nemo.rollouts.config import RolloutServerConfig
 from pact_nemo.rollouts.server import RolloutServer
 from pact_nemo.training import distributed, finish, records
 from pact_nemo.training.report.page import facts
+from pact_nemo.training.workspace import Workspace
 
 
 def test_counters_of_all_steps_are_added_by_name() -> None:
@@ -77,3 +81,28 @@ def test_another_error_of_rank_zero_is_ours_by_its_text(name: str, monkeypatch: 
     monkeypatch.setattr(distributed.dist, "broadcast_object_list", lambda message, src: message.__setitem__(1, (name, "x")))
     with pytest.raises(errors.PactError, match=f"rank 0 stopped with {name}: x"):
         distributed.on_rank_zero(lambda: None)
+
+
+def test_runs_of_the_same_path_on_two_machines_share_no_exports_folder(tmp_path: Path) -> None:
+    """The mark is the run's own; it stays when the run is resumed, wherever."""
+    places = []
+    for machine in ("a", "b"):
+        folder = tmp_path / machine / "runs" / "x-seed1-1"
+        folder.mkdir(parents=True)
+        space = Workspace(folder)
+        write_text_atomic(space.mark, f"mark-of-{machine}\n")
+        for _ in range(2):
+            again = Workspace(folder)
+            again.place_exports("/shared")
+            places.append(again.exports)
+    assert places[0] == places[1] == Path("/shared/x-seed1-1-mark-of-a") and places[2] == places[3] != places[0]
+
+
+def test_temporary_names_of_two_containers_differ(tmp_path: Path) -> None:
+    """Their processes have the same ids."""
+    code = "import os; os.getpid = lambda: 7\nfrom pathlib import Path; from pact_nemo.files import temporary_beside as t; print(t(Path('a/b')))"
+    names = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert len(names) == 2 and all(name.startswith("a/.b.7") for name in names)
+    unfinished = tmp_path / Path(names.pop().strip()).name
+    unfinished.mkdir()
+    assert remove_unfinished(tmp_path) == [unfinished] and not unfinished.exists()
