@@ -182,6 +182,7 @@ class Findings:
         crashes: (input, what it raised) of everything else, one per kind and place.
         reached: lines or arcs of the watched modules.
         slowest: seconds of the slowest input.
+        slow: that input.
     """
 
     inputs: int = 0
@@ -191,6 +192,7 @@ class Findings:
     crashed: int = 0
     reached: int = 0
     slowest: float = 0.0
+    slow: bytes = b""
 
     def say(self) -> str:
         """For a failing test: every kind of crash with an input that brings it about."""
@@ -246,7 +248,9 @@ def fuzz(
         except (Exception, RecursionError) as error:
             found.crashed += 1
             found.crashes.setdefault(_where(error), (data, error))
-        found.slowest = max(found.slowest, time.perf_counter() - started)
+        took = time.perf_counter() - started
+        if took > found.slowest:
+            found.slowest, found.slow = took, data
         if watch and coverage.news and len(data) < 50_000:
             kept.append(data)
     found.reached = len(coverage.seen)

@@ -55,12 +55,14 @@ class Target:
         modules: whose lines guide the search.
         refusals: errors that may refuse an input.
         long: inputs of the long run.
+        hang_s: an input that takes longer counts as one that hangs.
     """
 
     make: Callable[[Path], tuple[Callable[[bytes], None], list[bytes]]]
     modules: Sequence[ModuleType]
     refusals: tuple[type[Exception], ...]
     long: int = 10_000
+    hang_s: float = 10.0
 
 
 class Unnamed(AssertionError):
@@ -520,7 +522,8 @@ def targets() -> dict[str, Target]:
         "rollouts": Target(_make_rollouts, (store, strict_json), refused),
         **{f"calls-{name}": _tool_format(name) for name in TOOL_FORMATS},
         "conversations": Target(_make_conversations, (chat_template, schema), ()),
-        "chat-templates": Target(_make_templates, (chat_template,), (ConfigError, DataError)),
+        # jinja folds `- - - … x` in time cubic in the signs (300: 5 s), up to Python's recursion limit
+        "chat-templates": Target(_make_templates, (chat_template,), (ConfigError, DataError), hang_s=60.0),
         "config": Target(_make_config, (config_module,), (ConfigError,)),
         "overrides": Target(_make_overrides, (config_module,), (ConfigError,)),
         "export-manifest": Target(_make_export_manifest, (manifest,), (CheckpointError,)),
