@@ -88,10 +88,10 @@ echo "$(date -Is) job $JOB attempt $ATTEMPT ended with $code"
 why=
 if [ "$code" = 75 ]; then
     why="stopped by a signal with a checkpoint"
-elif [ "$code" -ge 128 ]; then  # a rank was killed: its node died, or it ran out of memory
+elif [ "$code" -ge 128 ] || [ "$code" = 76 ]; then  # a rank was killed (its node died, or it ran out of memory), or it hung
     if [ "$(newest || true)" = "$before" ]; then echo "$ATTEMPT" >> "$LOGS/attempts-without-progress"; fi
     lost="$( (cat "$LOGS/attempts-without-progress" 2>/dev/null || true) | wc -l)"
-    if [ "$lost" -lt 3 ]; then why="a rank was killed ($lost attempts without a new checkpoint so far)"; fi
+    if [ "$lost" -lt 3 ]; then why="a rank was killed or hung ($lost attempts without a new checkpoint so far)"; fi
 fi
 if [ -n "$why" ] && [ "$ATTEMPT" -lt "${MAX_REQUEUES:-20}" ]; then
     echo "requeued: $why"

@@ -34,6 +34,25 @@ def test_a_dry_run_prints_the_resources_and_the_command_and_starts_nothing(name:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("code", "requeues"), [(75, 5), (76, 2), (137, 2), (1, 0), (2, 0), (0, 0)])
+def test_what_a_job_makes_of_the_ranks_exit_code(code: int, requeues: int, tmp_path: Path) -> None:
+    """``srun`` ends at once with ``code`` and no checkpoint; how many of five attempts put the job back into the queue."""
+    asked = tmp_path / "asked"
+    scontrol = f'if [ "$1" = requeue ]; then echo "$2" >> {asked}; else echo NodeAddr=127.0.0.1; fi'
+    for name, body in {"srun": f"exit {code}", "scontrol": scontrol}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node0", "SLURM_JOB_NUM_NODES": "1", "RUN_ROOT": str(tmp_path / "runs")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | job | {"PACT_REPOSITORY": str(REPO)}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    for attempt in range(5):
+        command = ["bash", str(REPO / "slurm" / "pact_bfcl.sh")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment | {"SLURM_RESTART_COUNT": str(attempt)})
+        requeued = asked.read_text().splitlines() if asked.exists() else []
+        assert requeued == ["7"] * min(attempt + 1, requeues), done.stdout + done.stderr
+        assert done.returncode == (0 if attempt < requeues else code)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if LACKS:
