@@ -18,7 +18,7 @@ from pact_nemo.rollouts.chat_endpoint import chat_endpoint
 from pact_nemo.traces.annotate import Context, annotate_turn, purpose
 from pact_nemo.traces.bfcl import ground_truth_trace, make_trace, make_traces
 from pact_nemo.traces.schema import Trace
-from pact_nemo.traces.segments import LEVEL_OF_TYPE
+from pact_nemo.traces.segments import SEGMENT_TYPES, preview_start
 from pact_nemo.traces.teacher import teacher_trace
 
 SEARCH = {
@@ -55,7 +55,7 @@ def test_every_task_has_a_verified_trace_of_its_reference_calls(window: str, sty
             assert [call for turn in trace.turns if turn.user_turn == user_turn for call in turn.calls] == list(calls)
         assert all(len(turn.calls) == 1 for turn in trace.turns if turn.calls)
         assert all(turn.calls or turn.user_messages_after for turn in trace.turns) and trace.turns[-1].calls
-        assert all(segment.type in LEVEL_OF_TYPE for turn in trace.turns for segment in turn.segments)
+        assert all(segment.type in SEGMENT_TYPES for turn in trace.turns for segment in turn.segments)
 
 
 def test_observations_are_what_the_environment_answers() -> None:
@@ -96,14 +96,26 @@ def test_an_unverified_trace_is_not_made_and_counted(monkeypatch: pytest.MonkeyP
     assert make_traces(env, [silent])[1] == {"no_calls": 1}
 
 
-def test_compact_style_never_previews_a_call_and_is_short() -> None:
-    for trace in traces("turn", "compact"):
+@pytest.mark.parametrize("style", ["compact", "full"])
+def test_no_style_writes_the_call_down_and_compact_is_short(style: str) -> None:
+    for trace in traces("turn", style):
         for turn in trace.turns:
             assert all(segment.type != "explicit_call_preview" for segment in turn.segments)
-            assert f"{turn.calls[0].name}(" not in turn.reasoning
-            assert len(turn.reasoning) < 260, turn.reasoning
+            assert preview_start(turn.reasoning, [call.name for call in turn.calls]) < 0
+            assert min(turn.segment_levels) == 1
+            assert style == "full" or len(turn.reasoning) < 260, turn.reasoning
+
+
+def test_a_message_of_the_assistant_closes_each_user_turn_that_another_follows() -> None:
+    for task, trace in zip(environment("full").tasks(), traces("full", "compact"), strict=True):
+        assert trace.turns[-1].closing_message == "", task.id
+        for turn in trace.turns:
+            assert bool(turn.closing_message) == bool(turn.calls and turn.user_messages_after)
+
+
+def test_the_full_style_has_segments_of_every_kind() -> None:
     kinds = {segment.type for trace in traces("turn", "full") for turn in trace.turns for segment in turn.segments}
-    assert kinds >= {"task_restate", "tool_scan", "tool_selection", "required_arg_grounding", "decision_summary", "explicit_call_preview"}
+    assert kinds >= {"task_restate", "tool_scan", "tool_selection", "required_arg_grounding", "decision_summary"}
 
 
 def test_grounding_names_the_source_of_each_argument() -> None:

@@ -15,7 +15,7 @@ from pact_nemo.errors import DataError
 from pact_nemo.traces.builder import TraceBuilder
 from pact_nemo.traces.filters import reject_reason
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn, read_traces, write_traces
-from pact_nemo.traces.segments import LEVEL_OF_TYPE, prefix_levels, segment_type, split_reasoning
+from pact_nemo.traces.segments import PREVIEW, SEGMENT_TYPES, prefix_levels, segment_type, split_reasoning
 
 TOOLS = [{"name": "ls", "description": "List.", "parameters": {"type": "object", "properties": {}, "required": []}}]
 
@@ -138,18 +138,24 @@ def test_filters_name_the_reason(trace: Trace, reason: str | None) -> None:
     assert reject_reason(trace, TOOLS) == reason
 
 
-def test_levels_are_cumulative_prefixes_and_previews_are_in_none() -> None:
-    assert prefix_levels(["task_restate", "tool_selection", "required_arg_grounding", "optional_arg_analysis", "decision_summary"]) == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]
-    assert prefix_levels(["decision_summary", "tool_selection"]) == [4, 4]
-    assert prefix_levels(["tool_selection", "explicit_call_preview", "required_arg_grounding"]) == [1, -1, 2]
-    assert sorted(set(LEVEL_OF_TYPE.values())) == [-1, 0, 1, 2, 3, 4]
-    assert [kind for kind, level in LEVEL_OF_TYPE.items() if level == -1] == ["explicit_call_preview"]
+@pytest.mark.parametrize(
+    ("count", "levels"), [(0, []), (1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [1, 2, 3, 4]), (5, [1, 1, 2, 3, 4]), (8, [1, 1, 2, 2, 3, 3, 4, 4])]
+)
+def test_levels_go_by_position_and_l0_holds_no_reasoning(count: int, levels: list[int]) -> None:
+    for kind in SEGMENT_TYPES[:-1]:
+        assert prefix_levels([kind] * count) == levels
+
+
+def test_nothing_after_the_first_preview_is_in_a_level() -> None:
+    kinds = ["tool_selection", "other", PREVIEW, "required_arg_grounding", PREVIEW, "decision_summary"]
+    assert prefix_levels(kinds) == [1, 3, -1, -1, -1, -1]
+    assert prefix_levels([PREVIEW, "other"]) == [-1, -1]
+
+
+def test_a_segment_that_writes_the_call_down_is_a_preview_whatever_its_type() -> None:
+    segments = tuple(ReasoningSegment("other", text) for text in ("Look.", " So ls(a=True).", " Go."))
+    assert TraceTurn(segments, (ToolCall("ls", {"a": True}),), ("[]",)).segment_levels == [1, -1, -1]
+    assert TraceTurn(segments, (ToolCall("cd", {"folder": "a"}),), ("[]",)).segment_levels == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +172,12 @@ def test_levels_are_cumulative_prefixes_and_previews_are_in_none() -> None:
         ("ls is what I need.", "tool_selection"),
         ("So let us go.", "decision_summary"),
         ("Hmm.", "other"),
+        ("ls (the lister) fits.", "tool_selection"),
+        ("I try ls().", "explicit_call_preview"),
+        ("I try LS( 'a' ).", "explicit_call_preview"),
+        ("xls(1) is no tool of ours.", "other"),
+        ("The arguments: { 'arguments': {}}", "explicit_call_preview"),
+        ("<function=ls>", "explicit_call_preview"),
     ],
 )
 def test_free_reasoning_is_typed_by_rules(text: str, kind: str) -> None:
@@ -178,3 +190,10 @@ def test_split_reasoning_loses_no_character() -> None:
     assert "".join(piece for _, piece in pieces) == text
     assert [kind for kind, _ in pieces] == ["task_restate", "tool_selection", "explicit_call_preview"]
     assert split_reasoning("  ", ["ls"]) == []
+
+
+def test_a_paragraph_is_parted_before_the_sentence_that_writes_the_call_down() -> None:
+    text = "The user wants x. It is in a. Now I run ls(a=1). Done."
+    pieces = split_reasoning(text, ["ls"])
+    assert pieces == [("task_restate", "The user wants x. It is in a."), ("explicit_call_preview", " Now I run ls(a=1). Done.")]
+    assert split_reasoning("Run ls(a=1) now.", ["ls"]) == [("explicit_call_preview", "Run ls(a=1) now.")]

@@ -16,7 +16,7 @@ from pact_nemo.environments.bfcl import BFCLEnvironment
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.traces.bfcl import make_traces
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn
-from pact_nemo.traces.segments import NO_LEVEL, TOP_LEVEL, prefix_levels
+from pact_nemo.traces.segments import NO_LEVEL
 from pact_nemo.traces.spans import CALL, OBSERVATION, OTHER, REASONING, TraceTokens, encode_trace, truncate_at_turn
 
 SHORT = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param")
@@ -43,6 +43,8 @@ def _messages(task: Task, trace: Trace, chat: ChatFormat) -> list[dict[str, str]
         messages.append({"role": "assistant", "content": "\n".join(parts)})
         if turn.observations:
             messages += chat.tool_format.render_observation(turn.observations)
+        if turn.calls and turn.user_messages_after:
+            messages.append({"role": "assistant", "content": turn.closing or "Done."})
         after = [dict(message) for message in turn.user_messages_after]
         if turn.new_tools_after:
             after[0]["content"] = chat.tool_format.render_new_tools(turn.new_tools_after) + "\n" + after[0]["content"]
@@ -60,9 +62,12 @@ def _check(task: Task, trace: Trace, chat: ChatFormat) -> TraceTokens:
     lists = (tokens.component, tokens.segment_level, tokens.turn, tokens.reasoning_rank)
     assert all(len(values) == len(tokens.token_ids) for values in lists)
     for index, turn in enumerate(trace.turns):
-        assert _text(chat, tokens, index, CALL) == (chat.tool_format.render_calls(turn.calls) if turn.calls else "")
-        separator = "\n" if turn.reasoning and turn.calls else ""
-        assert _text(chat, tokens, index, REASONING) == turn.reasoning + separator
+        taught = _text(chat, tokens, index, REASONING) + _text(chat, tokens, index, CALL)
+        calls = chat.tool_format.render_calls(turn.calls) if turn.calls else ""
+        assert taught == turn.reasoning + ("\n" if turn.reasoning and calls else "") + calls
+        # the switch to the call is CALL, with the reasoning's last characters where one token holds both
+        assert not calls or _text(chat, tokens, index, CALL).endswith(f"\n{calls}" if turn.reasoning else calls)
+        assert turn.reasoning.startswith(_text(chat, tokens, index, REASONING))
         ranks = [r for r, t in zip(tokens.reasoning_rank, tokens.turn, strict=True) if t == index and r >= 0]
         assert ranks == list(range(len(ranks)))
     for component, level, rank in zip(tokens.component, tokens.segment_level, tokens.reasoning_rank, strict=True):
@@ -134,9 +139,19 @@ def test_levels_select_growing_prefixes_without_the_preview(kind: str) -> None:
             clean_up_tokenization_spaces=False,
         )
 
-    assert [text(level) for level in range(5)] == ["List it.", *["List it. Use ls."] * 3, "List it. Use ls. Go.\n"]
-    levels = prefix_levels([segment.type for segment in trace.turns[0].segments])
-    assert levels == [0, 1, NO_LEVEL, TOP_LEVEL]
+    assert [text(level) for level in range(5)] == ["", "List it.", "List it.", *["List it. Use ls."] * 2]
+    assert trace.turns[0].segment_levels == [1, 3, NO_LEVEL, NO_LEVEL]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_switch_to_the_call_is_part_of_the_call_unless_it_is_left_unsupervised(kind: str) -> None:
+    chat = chat_format(kind)
+    taught, literal = (encode_trace(_segmented(), chat, switch=switch) for switch in (CALL, OTHER))
+    assert taught.token_ids == literal.token_ids
+    different = [index for index, pair in enumerate(zip(taught.component, literal.component, strict=True)) if pair[0] != pair[1]]
+    assert [(taught.component[index], literal.component[index]) for index in different] == [(CALL, OTHER)] * 3
+    for index in different:
+        assert chat.tokenizer.decode([taught.token_ids[index]]).endswith("\n") and taught.component[index + 1] == CALL
 
 
 @pytest.mark.parametrize("kind", ["smollm/pythonic", "qwen2_5/hermes", "llama3/llama3_json"])
@@ -167,7 +182,7 @@ def test_bad_components_are_refused() -> None:
 
 def test_a_token_across_reasoning_and_call_is_refused() -> None:
     merging = tokenizer("smollm")
-    merging.add_tokens(["\n["])
+    merging.add_tokens([".\n["])
     chat = ChatFormat(merging, TOOL_FORMATS["pythonic"])
     with pytest.raises(DataError, match="both reasoning and call"):
         encode_trace(_segmented(), chat)
@@ -211,4 +226,4 @@ def test_a_token_across_two_segments_belongs_to_the_later_one() -> None:
     chat = ChatFormat(merging, TOOL_FORMATS["pythonic"])
     tokens = encode_trace(_segmented(), chat)
     position = tokens.token_ids.index(merging.convert_tokens_to_ids(". Use"))
-    assert tokens.segment_level[position - 1 : position + 1] == [0, 1]
+    assert tokens.segment_level[position - 1 : position + 1] == [1, 3]

@@ -12,7 +12,7 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG, materialise_embedded_model
 from pact_nemo.errors import ConfigError
 from pact_nemo.traces.filters import why_not
-from pact_nemo.traces.schema import ReasoningSegment
+from pact_nemo.traces.schema import ReasoningSegment, write_traces
 from pact_nemo.training.config import Config, load_config
 from pact_nemo.training.data import Dataset, build_dataset, build_environment, check_server_length, prompts_of_step
 
@@ -72,3 +72,26 @@ def test_traces_that_name_the_answer_are_left_out_of_a_run_too(data: tuple[Confi
     tasks = {task.id: task for task in dataset.train}
     assert why_not(trace, replace(tasks[trace.task_id], reference_answer="Xanadu")) is None
     assert why_not(leaking, replace(tasks[trace.task_id], reference_answer="Xanadu")) == "answer_leaked"
+
+
+def test_a_trace_file_that_gives_no_task_a_trace_is_refused(data: tuple[Config, Dataset, ChatFormat], tmp_path: Path) -> None:
+    config, dataset, chat = data
+    stranger = replace(next(iter(dataset.traces.values())), task_id="another_task")
+    unverified = replace(next(iter(dataset.traces.values())), verified=False)
+    write_traces(tmp_path / "t.jsonl", [stranger, unverified])
+    given = replace(config, traces=replace(config.traces, path=str(tmp_path / "t.jsonl")))
+    with pytest.raises(ConfigError, match=r"gives none of the 12 training tasks a trace.*'trace_rejected_unverified': 1.*task_id") as caught:
+        build_dataset(given, build_environment(given), chat)
+    assert "make_traces" in str(caught.value)
+
+
+def test_the_share_of_tasks_without_a_trace_is_told_and_limited(data: tuple[Config, Dataset, ChatFormat], tmp_path: Path) -> None:
+    config, dataset, chat = data
+    write_traces(tmp_path / "t.jsonl", [dataset.traces[task_id] for task_id in dataset.trace_tokens][:9])
+    told: list[str] = []
+    given = replace(config, traces=replace(config.traces, path=str(tmp_path / "t.jsonl"), max_missing=0.25))
+    fewer = build_dataset(given, build_environment(given), chat, note=told.append)
+    assert fewer.without_trace == 3 and fewer.without_reference_calls == 0 and "3 of 12 training tasks (25%) have no trace" in told
+    limited = replace(given, traces=replace(given.traces, max_missing=0.2))
+    with pytest.raises(ConfigError, match=r"3 of 12 training tasks \(25%\) have no trace, more than traces.max_missing=0.2"):
+        build_dataset(limited, build_environment(limited), chat)

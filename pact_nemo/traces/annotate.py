@@ -1,7 +1,7 @@
 """Deterministic annotator: typed reasoning for ground-truth calls, saying which tool, and where each argument comes from.
 
 Two styles: ``compact`` (one or two short sentences a turn, for small models) and ``full`` (also restates the task, scans and rejects tools,
-looks at optional arguments, sums up and previews the call).
+looks at optional arguments and sums up). Neither writes the literal call down: it would be taught as reasoning.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 from pact_nemo.chat.tool_formats import first_sentence
 from pact_nemo.environments.base import ToolCall
-from pact_nemo.environments.calls import call_text
 from pact_nemo.environments.grounding import is_grounded
 from pact_nemo.errors import ConfigError
-from pact_nemo.traces.schema import ReasoningSegment
+from pact_nemo.traces.schema import CLOSING, ReasoningSegment
 
 Style = Literal["compact", "full"]
 _COMPACT_VALUE_CHARS, _COMPACT_PURPOSE_WORDS = 16, 6
@@ -139,7 +138,6 @@ def annotate_turn(calls: Sequence[ToolCall], context: Context, style: Style) -> 
         pieces += _call_pieces(call, schemas[call.name], context, style)
     if style == "full":
         pieces.append(("decision_summary", "All required arguments are known, so I make the call now."))
-        pieces.append(("explicit_call_preview", f"The call is {', '.join(call_text(call) for call in calls)}."))
     return tuple(ReasoningSegment(kind, text if index == 0 else f" {text}") for index, (kind, text) in enumerate(pieces))
 
 
@@ -173,6 +171,11 @@ def _call_pieces(call: ToolCall, tool: Mapping[str, Any], context: Context, styl
     if left and style == "full":
         pieces.append(("optional_arg_analysis", f"{_names(left)} can stay at the default."))
     return pieces
+
+
+def annotate_closing(style: Style) -> str:
+    """What closes a user turn whose calls are made, before the user speaks again."""
+    return CLOSING if style == "compact" else "I have done what you asked for."
 
 
 def annotate_abstention(style: Style, tools_follow: bool) -> tuple[ReasoningSegment, ...]:

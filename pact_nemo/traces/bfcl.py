@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from pact_nemo.environments.base import Environment, Task
-from pact_nemo.traces.annotate import Context, Style, annotate_abstention, annotate_turn
+from pact_nemo.traces.annotate import Context, Style, annotate_abstention, annotate_closing, annotate_turn
 from pact_nemo.traces.builder import TraceBuilder
 from pact_nemo.traces.filters import reject_reason
 from pact_nemo.traces.schema import Trace
@@ -57,7 +57,7 @@ def ground_truth_trace(environment: Environment, task: Task, style: Style, calls
             tools += revealed
             if not steps:  # an assistant message is due before the user speaks again
                 builder.assistant(annotate_abstention(style, bool(revealed)), [], [], user_turn)
-            builder.user(messages, revealed)
+            builder.user(messages, revealed, annotate_closing(style) if steps else "")
         outcome = session.outcome()
     finally:
         session.close()

@@ -26,13 +26,14 @@ class TraceBuilder:
         """Add one assistant turn."""
         self._turns.append(TraceTurn(tuple(segments), tuple(calls), tuple(observations), user_turn))
 
-    def user(self, messages: Sequence[dict[str, str]], new_tools: Sequence[dict[str, Any]]) -> None:
-        """The user speaks again after the last assistant turn."""
+    def user(self, messages: Sequence[dict[str, str]], new_tools: Sequence[dict[str, Any]], closing: str = "") -> None:
+        """The user speaks again after the last assistant turn, which ``closing`` has closed."""
         last = self._turns[-1]
         self._turns[-1] = replace(
             last,
             user_messages_after=(*last.user_messages_after, *messages),
             new_tools_after=(*last.new_tools_after, *new_tools),
+            closing=closing,
         )
 
     def build(self, task_id: str, source: str, verified: bool) -> Trace | None:
@@ -42,5 +43,5 @@ class TraceBuilder:
             turns.pop()
         if not turns:
             return None
-        turns[-1] = replace(turns[-1], user_messages_after=(), new_tools_after=())
+        turns[-1] = replace(turns[-1], user_messages_after=(), new_tools_after=(), closing="")
         return Trace(task_id=task_id, source=source, turns=tuple(turns), verified=verified)

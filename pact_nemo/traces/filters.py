@@ -83,7 +83,7 @@ def reject_reason(trace: Trace, tools: Iterable[Mapping[str, Any]]) -> str | Non
                 return "role_text_in_observation"
             if _CALL_TAG.search(observation):
                 return "tool_call_tag_in_observation"
-        written = turn.reasoning + "\n".join(repr(call.arguments) for call in turn.calls)
+        written = turn.reasoning + turn.closing + "\n".join(repr(call.arguments) for call in turn.calls)
         if re.search(r"<\|\w+\|>", written) or _CALL_TAG.search(written):
             return "control_text_in_turn"
     return None

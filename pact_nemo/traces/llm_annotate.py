@@ -9,7 +9,7 @@ from typing import Any
 
 from pact_nemo.errors import ServerError
 from pact_nemo.rollouts.chat_endpoint import Complete
-from pact_nemo.traces.segments import LEVEL_OF_TYPE, split_reasoning
+from pact_nemo.traces.segments import SEGMENT_TYPES, split_reasoning
 
 _INSTRUCTION = """Each numbered paragraph below is a piece of an agent's reasoning before a tool call. Give each one the type that fits best:
 {types}
@@ -31,7 +31,7 @@ _MEANINGS = {
     "explicit_call_preview": "writes the call down",
     "other": "anything else",
 }
-assert _MEANINGS.keys() == LEVEL_OF_TYPE.keys()
+assert set(_MEANINGS) == set(SEGMENT_TYPES)
 
 
 def read_types(text: str, count: int) -> list[str] | None:
@@ -42,7 +42,7 @@ def read_types(text: str, count: int) -> list[str] | None:
     except (ValueError, RecursionError):
         return None
     types = answer.get("types") if isinstance(answer, dict) else None
-    if not isinstance(types, list) or len(types) != count or not all(isinstance(kind, str) and kind in LEVEL_OF_TYPE for kind in types):
+    if not isinstance(types, list) or len(types) != count or not all(isinstance(kind, str) and kind in SEGMENT_TYPES for kind in types):
         return None
     return types
 

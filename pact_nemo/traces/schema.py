@@ -14,9 +14,10 @@ from pact_nemo.environments.base import ToolCall, check_schema
 from pact_nemo.errors import DataError
 from pact_nemo.files import write_text_atomic
 from pact_nemo.quarantine import Quarantine
-from pact_nemo.traces.segments import LEVEL_OF_TYPE
+from pact_nemo.traces.segments import PREVIEW, SEGMENT_TYPES, prefix_levels, preview_start
 
 TRACE_VERSION = 1
+CLOSING = "Done."  #: what closes a user turn of a trace that tells no closing message
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class TraceTurn:
         user_turn: index of the user turn that this turn belongs to.
         user_messages_after: chat messages of the user turns that begin after this turn.
         new_tools_after: schemas revealed with them.
+        closing: the assistant message that closes the user turn before ``user_messages_after``, as one does at inference. It is context,
+            never taught. Empty where no user turn follows.
     """
 
     segments: tuple[ReasoningSegment, ...]
@@ -46,11 +49,25 @@ class TraceTurn:
     user_turn: int = 0
     user_messages_after: tuple[dict[str, str], ...] = ()
     new_tools_after: tuple[dict[str, Any], ...] = ()
+    closing: str = ""
 
     @property
     def reasoning(self) -> str:
         """The reasoning text u*_t."""
         return "".join(segment.text for segment in self.segments)
+
+    @property
+    def closing_message(self) -> str:
+        """What the assistant says after the observations before the user speaks again; empty where no message stands there. A turn without
+        calls is that message itself."""
+        return (self.closing or CLOSING) if self.calls and self.user_messages_after else ""
+
+    @property
+    def segment_levels(self) -> list[int]:
+        """Lowest prefix level that contains each segment; -1 = none. A segment that writes one of the turn's calls down counts as a
+        preview, whatever type it was given."""
+        names = [call.name for call in self.calls]
+        return prefix_levels([PREVIEW if preview_start(segment.text, names) >= 0 else segment.type for segment in self.segments])
 
 
 @dataclass(frozen=True)
@@ -129,8 +146,8 @@ class _Reader:
         for index, item in enumerate(self._get(row, "segments", list | tuple, where)):  # type: ignore[arg-type]
             path = f"{where}.segments[{index}]"
             kind = self._get(item, "type", str, path)
-            if kind not in LEVEL_OF_TYPE:
-                raise self._fail(f"unknown segment type {kind!r}; known: {sorted(LEVEL_OF_TYPE)}", f"{path}.type")
+            if kind not in SEGMENT_TYPES:
+                raise self._fail(f"unknown segment type {kind!r}; known: {sorted(SEGMENT_TYPES)}", f"{path}.type")
             segments.append(ReasoningSegment(kind, self._get(item, "text", str, path)))
         calls = []
         for index, item in enumerate(self._get(row, "calls", list | tuple, where)):  # type: ignore[arg-type]
@@ -139,7 +156,7 @@ class _Reader:
         observations = self._get(row, "observations", list | tuple, where)  # type: ignore[arg-type]
         if len(observations) != len(calls) or not all(isinstance(text, str) for text in observations):
             raise self._fail(f"expected {len(calls)} texts, one per call", f"{where}.observations")
-        self._known(row, {"segments", "calls", "observations", "user_turn", "user_messages_after", "new_tools_after"}, where)
+        self._known(row, {"segments", "calls", "observations", "user_turn", "user_messages_after", "new_tools_after", "closing"}, where)
         after = self._get(row, "user_messages_after", list | tuple, where)  # type: ignore[arg-type]
         for index, message in enumerate(after):
             self._get(message, "role", str, f"{where}.user_messages_after[{index}]")
@@ -160,6 +177,7 @@ class _Reader:
             user_turn=self._get(row, "user_turn", int, where),
             user_messages_after=tuple(after),
             new_tools_after=tuple(new_tools),
+            closing=self._get(row, "closing", str, where) if "closing" in row else "",
         )
 
 

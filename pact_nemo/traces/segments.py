@@ -1,47 +1,39 @@
-"""Types of reasoning segments and the cumulative prefix levels L0 ⊂ … ⊂ L4 (appendix C; which type enters at which level is this
-project's choice).
-"""
+"""Types of reasoning segments, and the cumulative prefix levels L0 ⊂ … ⊂ L4 (appendix C), which go by position."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-NUM_LEVELS = 5
 NO_LEVEL = -1
-TOP_LEVEL = NUM_LEVELS - 1
+TOP_LEVEL = 4
+PREVIEW = "explicit_call_preview"
 
-#: Lowest level that contains a segment type. L0 holds what only reads the situation, L1 adds the choice of the tool, L2 where the required
-#: arguments come from, L3 the optional ones, L4 everything else. A preview of the literal call is in none: the call itself is supervised
-#: apart.
-LEVEL_OF_TYPE: dict[str, int] = {
-    "task_restate": 0,
-    "tool_scan": 0,
-    "failure_reflection": 0,
-    "tool_selection": 1,
-    "irrelevant_tool_rejection": 1,
-    "fallback_plan": 1,
-    "required_arg_grounding": 2,
-    "optional_arg_analysis": 3,
-    "decision_summary": 4,
-    "final_answer_grounding": 4,
-    "other": 4,
-    "explicit_call_preview": NO_LEVEL,
-}
+#: What a segment of reasoning does. Types are for readers, filters and annotators; only a preview of the literal call decides a level.
+SEGMENT_TYPES = (
+    "task_restate",
+    "tool_scan",
+    "failure_reflection",
+    "tool_selection",
+    "irrelevant_tool_rejection",
+    "fallback_plan",
+    "required_arg_grounding",
+    "optional_arg_analysis",
+    "decision_summary",
+    "final_answer_grounding",
+    "other",
+    PREVIEW,
+)
 
 
 def prefix_levels(types: Sequence[str]) -> list[int]:
-    """Level of each segment of one turn, in order: at least its type's level and never below an earlier segment's.
+    """Lowest prefix level that contains each segment of one turn, in the order of the text; ``NO_LEVEL`` = in none.
 
-    So each level is a prefix of the turn's reasoning, with ``explicit_call_preview`` (``NO_LEVEL``) cut out of every one.
+    L0 holds no reasoning. L1 … L4 are ever longer prefixes of the text: L1 the first chunk, L4 all of it that is safe, i.e. what stands
+    before the first preview of the literal call. Of n safe segments the i-th (from 0) enters at level 1 + floor(4 i / n).
     """
-    levels, reached = [], 0
-    for kind in types:
-        level = LEVEL_OF_TYPE[kind]
-        if level != NO_LEVEL:
-            reached = level = max(level, reached)
-        levels.append(level)
-    return levels
+    safe = types.index(PREVIEW) if PREVIEW in types else len(types)
+    return [1 + TOP_LEVEL * index // safe for index in range(safe)] + [NO_LEVEL] * (len(types) - safe)
 
 
 _RULES: tuple[tuple[str, str], ...] = (
@@ -60,28 +52,51 @@ _RULES: tuple[tuple[str, str], ...] = (
 )
 
 
-def segment_type(paragraph: str, tool_names: Iterable[str]) -> str:
-    """Type of a paragraph of free reasoning by deterministic rules; ``other`` (in L4 only) where none applies.
+_ARGUMENT = r"""(?:\)|\w+\s*=|['"\[{\d-]|True\b|False\b|None\b)"""  # what follows the bracket of a call that is written out
 
-    Text that looks like a literal call of a tool is ``explicit_call_preview`` before any other rule: it must reach no level.
-    """
+
+def preview_start(text: str, tool_names: Iterable[str]) -> int:
+    """Where ``text`` first writes a call of one of the tools down, in any notation; -1 if it doesn't."""
     names = "|".join(re.escape(name) for name in sorted(tool_names, key=len, reverse=True))
+    forms = [r"<tool_call\b", r"<function\s*=", r"<\|python_tag\|>", r"""\{\s*["'](?:name|function|arguments|parameters)["']\s*:"""]
+    if names:
+        forms.append(rf"(?<!\w)(?:{names})\s?\(\s*{_ARGUMENT}")
+    found = re.search("|".join(forms), text, flags=re.IGNORECASE)
+    return found.start() if found else -1
+
+
+def segment_type(paragraph: str, tool_names: Iterable[str]) -> str:
+    """Type of a paragraph of free reasoning by deterministic rules; ``other`` where none applies.
+
+    Text that writes a call of a tool down is ``explicit_call_preview`` before any other rule: it must reach no level.
+    """
+    known = list(tool_names)
+    if preview_start(paragraph, known) >= 0:
+        return PREVIEW
     text = paragraph.strip().casefold()
-    if (names and re.search(rf"\b(?:{names.casefold()})\s*\(", text)) or re.search(r'\{\s*"name"\s*:', text) or "<tool_call" in text:
-        return "explicit_call_preview"
     for kind, pattern in _RULES:
         if re.search(pattern, text):
             return kind
-    if names and re.search(rf"\b(?:{names.casefold()})\b", text):
+    names = "|".join(re.escape(name.casefold()) for name in sorted(known, key=len, reverse=True))
+    if names and re.search(rf"(?<!\w)(?:{names})(?!\w)", text):
         return "tool_selection"
     return "other"
 
 
 def split_reasoning(text: str, tool_names: Iterable[str]) -> list[tuple[str, str]]:
-    """(type, text) of each paragraph of free reasoning; the texts concatenate to ``text`` without its outer white space."""
+    """(type, text) of each piece of free reasoning; the texts concatenate to ``text`` without its outer white space.
+
+    A piece is a paragraph. A paragraph that comes to write a call down is parted before the sentence in which it does, so that what is safe
+    of it can be taught.
+    """
     names = list(tool_names)
     pieces = re.split(r"(\n\s*\n)", text.strip())
-    result = [(segment_type(pieces[0], names), pieces[0])] if pieces[0] else []
-    for gap, paragraph in zip(pieces[1::2], pieces[2::2], strict=True):
-        result.append((segment_type(paragraph, names), gap + paragraph))
+    result: list[tuple[str, str]] = []
+    for gap, paragraph in zip(["", *pieces[1::2]], pieces[0::2], strict=True):
+        start = preview_start(paragraph, names)
+        sentences = [match.end() for match in re.finditer(r"[.!?:;](?=\s)|\n", paragraph[: max(start, 0)])]
+        parts = [paragraph[: sentences[-1]], paragraph[sentences[-1] :]] if sentences else [paragraph]
+        for index, part in enumerate(parts):
+            if part:
+                result.append((segment_type(part, names), gap + part if index == 0 else part))
     return result

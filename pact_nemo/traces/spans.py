@@ -3,9 +3,10 @@
 Rules:
 - h* is assistant text + end-of-turn + rendered observations (and user messages), turn after turn, with generation prompts between turns.
   It ends right after the closing delimiter of its last message: ``x + h* + boundary_ids`` is what the chat template renders.
-- Assistant text is tokenised whole, as a policy would write it. The newline between reasoning and calls belongs to the reasoning, at the
-  top level.
-- A token that covers characters of two segments belongs to the later one. A token that covers reasoning and call characters is an error.
+- Assistant text is tokenised whole, as a policy would write it. What stands between reasoning and call is the switch to the call. It is CALL:
+  a policy that isn't taught it reasons until it is cut. (``switch=OTHER`` is the paper's literal rule, an unsupervised delimiter.)
+- A token that covers characters of two parts belongs to the later one. A token that covers reasoning and call characters is an error.
+- Between two user turns stands the message that closes the first one. It is context: OTHER.
 - End-of-turn tokens, delimiters, role markers and user messages are OTHER.
 """
 
@@ -20,7 +21,7 @@ from pact_nemo.chat.template import ChatFormat, Continuation
 from pact_nemo.chat.tool_formats import SEPARATOR
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.traces.schema import Trace, TraceTurn
-from pact_nemo.traces.segments import NO_LEVEL, TOP_LEVEL, prefix_levels
+from pact_nemo.traces.segments import NO_LEVEL
 
 COMPONENTS = frozenset({"reasoning", "calls", "observations"})
 OVERLONG = ("turn", "segment", "drop")  #: what may become of a trace that is longer than its room (:func:`fit_trace`)
@@ -45,7 +46,8 @@ class TraceTokens:
     Attributes:
         token_ids: [H] everything after x.
         component: [H] a :class:`Component` each.
-        segment_level: [H] 0…4, the lowest prefix level that contains this reasoning token; −1 for all other tokens and for call previews.
+        segment_level: [H] 1…4, the lowest prefix level that contains this reasoning token; −1 for all other tokens, and for reasoning from
+            the first preview of the call on.
         turn: [H] index of the trace turn; delimiters, observations and user messages after a turn count to it, as does the generation
             prompt before it.
         reasoning_rank: [H] index of a reasoning token within its turn's reasoning; −1 for all other tokens.
@@ -75,7 +77,11 @@ class TraceTokens:
 
 
 def encode_trace(
-    trace: Trace, chat: ChatFormat, components: Collection[str] = COMPONENTS, end_of_turn: Component = Component.OTHER
+    trace: Trace,
+    chat: ChatFormat,
+    components: Collection[str] = COMPONENTS,
+    end_of_turn: Component = Component.OTHER,
+    switch: Component = Component.CALL,
 ) -> TraceTokens:
     """h* of ``trace`` under a chat format.
 
@@ -84,6 +90,7 @@ def encode_trace(
         chat: template and tool format; the ones that x is made with.
         components: which of ``reasoning``, ``calls``, ``observations`` to keep in the text (paper table 3 drops one at a time).
         end_of_turn: label of the end-of-turn token after a call: OTHER, or CALL to supervise it as the end of the call span.
+        switch: label of what stands between reasoning and call: CALL, or OTHER to leave it unsupervised.
 
     Raises:
         ConfigError: unknown component names, or no component at all.
@@ -98,7 +105,7 @@ def encode_trace(
         if index:
             for token in opening:
                 result._append(token, index)
-        _append_assistant(result, turn, index, chat, kept, trace.task_id)
+        _append_assistant(result, turn, index, chat, kept, switch, trace.task_id)
         label = end_of_turn if turn.calls and "calls" in kept else Component.OTHER
         result._append(chat.end_of_turn_id, index, label)
         observations = list(turn.observations) if "observations" in kept else []
@@ -109,29 +116,30 @@ def encode_trace(
 
 
 def _interlude(chat: ChatFormat, messages: list[dict[str, str]], turn: TraceTurn) -> Continuation:
+    closing = [{"role": "assistant", "content": turn.closing_message}] if turn.closing_message else []
     after = [dict(message) for message in turn.user_messages_after]
     if turn.new_tools_after and after:
         after[0]["content"] = f"{chat.tool_format.render_new_tools(turn.new_tools_after)}\n{after[0]['content']}"
-    return chat.continuation([*messages, *after], generation=False)
+    return chat.continuation([*messages, *closing, *after], generation=False)
 
 
-def _append_assistant(result: TraceTokens, turn: TraceTurn, index: int, chat: ChatFormat, kept: frozenset[str], task_id: str) -> None:
+def _append_assistant(
+    result: TraceTokens, turn: TraceTurn, index: int, chat: ChatFormat, kept: frozenset[str], switch: Component, task_id: str
+) -> None:
     reasoning = turn.reasoning if "reasoning" in kept else ""
     calls = chat.tool_format.render_calls(turn.calls) if turn.calls and "calls" in kept else ""
     head = reasoning + (SEPARATOR if reasoning and calls else "")
-    levels: list[int] = []  # one per character of head
-    if reasoning:
-        for segment, level in zip(turn.segments, prefix_levels([segment.type for segment in turn.segments]), strict=True):
-            levels += [level] * len(segment.text)
-        levels += [TOP_LEVEL] * (len(head) - len(levels))
+    levels = [level for segment, level in zip(turn.segments, turn.segment_levels, strict=True) for _ in segment.text]  # one per character
     ids, offsets = chat.encode_assistant(head + calls)
     rank = 0
     for token, (start, end) in zip(ids, offsets, strict=True):
-        if start >= len(head):
-            result._append(token, index, Component.CALL)
-        elif end <= len(head):
+        if end <= len(reasoning):
             result._append(token, index, Component.REASONING, levels[end - 1], rank)
             rank += 1
+        elif end <= len(head):
+            result._append(token, index, switch)
+        elif start >= len(reasoning):
+            result._append(token, index, Component.CALL)
         else:
             raise DataError(f"a token of turn {index} covers both reasoning and call text in the trace of {task_id}; no exact mask exists")
 
@@ -171,13 +179,14 @@ def fit_trace(
     overlong: str,
     components: Collection[str] = COMPONENTS,
     end_of_turn: Component = Component.OTHER,
+    switch: Component = Component.CALL,
 ) -> TraceTokens:
     """:func:`encode_trace` within ``max_tokens`` tokens; what doesn't fit goes by ``overlong``, from the trace's end. Empty where nothing fits.
 
     ``turn`` keeps whole turns. ``segment`` also keeps, of the first turn that doesn't fit, its leading reasoning segments that do, as an assistant
     message without a call. ``drop`` keeps nothing of a trace that is too long.
     """
-    whole = encode_trace(trace, chat, components, end_of_turn)
+    whole = encode_trace(trace, chat, components, end_of_turn, switch)
     if len(whole) <= max_tokens:
         return whole
     if overlong == "drop":
@@ -188,7 +197,7 @@ def fit_trace(
     turns, torn = trace.turns[: len(kept.turn_ends)], trace.turns[len(kept.turn_ends)]
     for count in range(len(torn.segments), 0, -1):
         head = TraceTurn(torn.segments[:count], (), (), torn.user_turn)
-        shorter = encode_trace(replace(trace, turns=(*turns, head)), chat, components, end_of_turn)
+        shorter = encode_trace(replace(trace, turns=(*turns, head)), chat, components, end_of_turn, switch)
         if len(shorter) <= max_tokens:
             return replace(shorter, turns_dropped=len(trace.turns) - len(turns) - 1, cut=True)
     return kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pact_nemo.chat.thoughts import split_thought
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import EnvironmentFailure, ServerError
 from pact_nemo.rollouts.chat_endpoint import Complete
@@ -34,6 +35,7 @@ class _Recorder:
         self.builder = TraceBuilder()
         self._segment = segment
         self._tools = [tool["name"] for tool in task.tools]
+        self._closing = ""  # the latest message without calls
 
     def assistant(self, answer: Mapping[str, Any], turn: Turn) -> None:
         if turn.call_errors:
@@ -42,11 +44,12 @@ class _Recorder:
             reasoning = str(answer.get("reasoning_content") or answer.get("content") or "")
             pieces = [ReasoningSegment(*piece) for piece in self._segment(reasoning, self._tools)]
             self.builder.assistant(pieces, turn.calls, turn.observations, turn.user_turn)
+        self._closing = "" if turn.calls else split_thought(turn.text)[1]
 
     def user(self, messages: Sequence[dict[str, str]], revealed: Sequence[dict[str, Any]], user_turn: int) -> None:
         if not self.builder.acted_in(user_turn - 1):
             self.builder.assistant([ReasoningSegment("other", "No call is needed here.")], [], [], user_turn - 1)
-        self.builder.user(messages, revealed)
+        self.builder.user(messages, revealed, self._closing)
         self._tools += [tool["name"] for tool in revealed]
 
 

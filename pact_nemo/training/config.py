@@ -92,6 +92,9 @@ class TracesConfig:
     style: str = "full"  #: annotator's wording: "full" or "compact"
     calls_per_turn: str = "one"  #: "one": each call in an assistant turn of its own, as its observation comes; "all": a user turn's calls together
     teach_end_of_turn: bool = False  #: supervise the end-of-turn token after a call as part of the call span
+    teach_switch: bool = True  #: supervise what stands between reasoning and call, as part of the call span; False: the paper's literal rule
+    max_missing: float | None = None  #: largest share of training tasks that may have no trace; null = any share but all of ``path``'s
+    max_unreferenced: float | None = None  #: largest share of training tasks that may have no reference calls; null = any share
     components: list[str] = field(default_factory=lambda: ["reasoning", "calls", "observations"])  #: what of a trace is used (paper, table 3)
     max_tokens: int = 4096  #: what becomes of a longer trace says ``overlong``
     overlong: str = "turn"  #: a trace beyond its room, counted: "turn": cut after a whole turn; "segment": after a whole reasoning segment; "drop"
@@ -422,6 +425,9 @@ def validate(config: Config) -> None:
     _require(set(config.traces.components) <= {"reasoning", "calls", "observations"}, f"traces.components={config.traces.components}: "
              "only reasoning, calls and observations exist")
     _require(set(config.traces.augment) <= set(KINDS), f"traces.augment={config.traces.augment}: only {', '.join(KINDS)} exist")
+    for key in ("max_missing", "max_unreferenced"):
+        share = getattr(config.traces, key)
+        _require(share is None or 0.0 <= share <= 1.0, f"traces.{key}={share}: a share in [0, 1], or null for no limit")
     _require(config.traces.variants >= 1, f"traces.variants={config.traces.variants}: must be >= 1")
     _require(0.0 <= config.traces.quality_smoothing < 1.0, f"traces.quality_smoothing={config.traces.quality_smoothing}: must be in [0, 1)")
     _require(0.0 <= objective.anchor_prob <= 1.0, f"objective.anchor_prob={objective.anchor_prob}: a probability in [0, 1]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,16 @@ class Dataset:
     dropped: dict[str, int]
     alternatives: dict[str, list[TraceTokens]] = field(default_factory=dict)
     trace_results: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    @property
+    def without_trace(self) -> int:
+        """Training tasks without a trace that fits: they are trained on under the prompt alone."""
+        return sum(task.id not in self.trace_tokens for task in self.train)
+
+    @property
+    def without_reference_calls(self) -> int:
+        """Training tasks without reference calls: their calls earn no reward (eq. 24)."""
+        return sum(not any(task.reference_calls) for task in self.train)
 
     def trace_for(self, task_id: str, seed: int | str, step: int) -> TraceTokens | None:
         """The trace that a task uses in a step: one of its traces, drawn by its arguments alone; None where there is none."""
@@ -142,7 +153,9 @@ def build_dataset(
             raise ConfigError(f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out")
 
     if config.traces.path is not None:
-        sources, dropped["trace_rejected"] = _read_traces(config.traces.path, train, quarantine)
+        sources, rejected = _read_traces(config.traces.path, train, quarantine)
+        dropped["trace_rejected"] = rejected.total()
+        dropped |= {f"trace_rejected_{reason}": count for reason, count in sorted(rejected.items())}
     else:
         sources = on_rank_zero(lambda: _make_traces(config, environment, train))
     dropped["trace_missing"] = len(train) - len(sources)
@@ -162,8 +175,9 @@ def build_dataset(
 
     def tokens_of(trace: Trace) -> TraceTokens | None:
         label = CALL if config.traces.teach_end_of_turn else OTHER
+        switch = CALL if config.traces.teach_switch else OTHER
         try:
-            return fit_trace(trace, chat, rooms[trace.task_id], config.traces.overlong, frozenset(config.traces.components), label)
+            return fit_trace(trace, chat, rooms[trace.task_id], config.traces.overlong, frozenset(config.traces.components), label, switch)
         except (DataError, ToolCallError) as error:
             log.warning("trace of %s left out: %s", trace.task_id, error)
             return None
@@ -188,7 +202,36 @@ def build_dataset(
     extra = sum(map(len, alternatives.values()))
     more = f" and {extra} alternatives" if extra else ""
     note(f"{len(train)} training tasks with {len(traces)} verified traces{more}, {len(held_out)} held-out tasks; left out: {dropped}")
-    return Dataset(train, held_out, traces, trace_tokens, dropped, alternatives, results)
+    dataset = Dataset(train, held_out, traces, trace_tokens, dropped, alternatives, results)
+    _check_shares(config, dataset, note)
+    return dataset
+
+
+def _check_shares(config: Config, dataset: Dataset, note: Callable[[str], None]) -> None:
+    """Say which share of the training tasks lacks a trace or reference calls.
+
+    Raises:
+        ConfigError: a share is above its limit, or ``traces.path`` gave no trace at all.
+    """
+    total = len(dataset.train)
+    if config.traces.path is not None and not dataset.trace_tokens:
+        raise ConfigError(
+            f"traces.path={config.traces.path} gives none of the {total} training tasks a trace; left out: {dataset.dropped}. A trace's task_id "
+            f"has to be a training task's, e.g. {dataset.train[0].id!r}. Give a file made for these tasks (tools/make_traces.py), or leave "
+            "traces.path out"
+        )
+    for count, what, key in (
+        (dataset.without_trace, "trace", "max_missing"),
+        (dataset.without_reference_calls, "reference calls", "max_unreferenced"),
+    ):
+        share, limit = count / total, getattr(config.traces, key)
+        if limit is not None and share > limit:
+            raise ConfigError(
+                f"{count} of {total} training tasks ({share:.0%}) have no {what}, more than traces.{key}={limit} allows; "
+                f"left out: {dataset.dropped}. Make more traces (tools/make_traces.py), or raise traces.{key}"
+            )
+        if count:
+            note(f"{count} of {total} training tasks ({share:.0%}) have no {what}")
 
 
 def limited(config: Config, train: list[Task], held_out: list[Task]) -> tuple[list[Task], list[Task]]:
@@ -228,11 +271,11 @@ def check_server_length(config: Config) -> None:
         )
 
 
-def _read_traces(path: str, train: list[Task], quarantine: Quarantine) -> tuple[dict[str, list[Trace]], int]:
-    """Traces of the training tasks, and how many of theirs must not be used (:func:`~pact_nemo.traces.filters.why_not`)."""
+def _read_traces(path: str, train: list[Task], quarantine: Quarantine) -> tuple[dict[str, list[Trace]], Counter[str]]:
+    """Traces of the training tasks, and how many of theirs must not be used, by reason (:func:`~pact_nemo.traces.filters.why_not`)."""
     tasks = {task.id: task for task in train}
     found: dict[str, list[Trace]] = {}
-    rejected = 0
+    rejected: Counter[str] = Counter()
     for trace in read_traces(Path(path), quarantine):
         if trace.task_id in tasks:
             reason = why_not(trace, tasks[trace.task_id])
@@ -240,7 +283,7 @@ def _read_traces(path: str, train: list[Task], quarantine: Quarantine) -> tuple[
                 found.setdefault(trace.task_id, []).append(trace)
             else:
                 log.warning("a trace of %s is not used: %s", trace.task_id, reason)
-                rejected += 1
+                rejected[reason] += 1
     return found, rejected
 
 

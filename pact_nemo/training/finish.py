@@ -72,6 +72,8 @@ def summarise(experiment: Experiment) -> dict[str, Any]:
             "train": len(experiment.dataset.train),
             "held_out": len(experiment.dataset.held_out),
             "traces": len(experiment.dataset.traces),
+            "without_trace": experiment.dataset.without_trace,
+            "without_reference_calls": experiment.dataset.without_reference_calls,
             "dropped": experiment.dataset.dropped,
         },
         "failed_rollouts": added(records, "failed/"),

@@ -12,7 +12,7 @@ from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.calls import call_text
 from pact_nemo.errors import DataError, ToolCallError
 from pact_nemo.traces.schema import Trace
-from pact_nemo.traces.segments import LEVEL_OF_TYPE, NO_LEVEL
+from pact_nemo.traces.segments import NO_LEVEL
 from pact_nemo.training.report.charts import reading
 from pact_nemo.training.report.data import Row, Run, read_rows, rollout_files
 from pact_nemo.training.report.stats import passed
@@ -150,13 +150,13 @@ def view_trace(trace: Trace) -> TraceView:
     pending: list[tuple[str, str]] = []
     for index, turn in enumerate(trace.turns):
         parts = []
-        for segment in turn.segments:
-            level = LEVEL_OF_TYPE[segment.type]
+        for segment, level in zip(turn.segments, turn.segment_levels, strict=True):
             label = segment.type.replace("_", " ") + ("" if level == NO_LEVEL else f" · L{level}")
             parts.append(Part("none" if level == NO_LEVEL else f"L{level}", shorten(segment.text.strip()), label))
         parts += [Part("call", shorten(written(call.name, call.arguments))) for call in turn.calls]
         turns.append(TurnView(index + 1, pending, parts, [], [shorten(text) for text in turn.observations], "", "", False))
-        pending = [(message["role"], shorten(message["content"])) for message in turn.user_messages_after]
+        pending = [("assistant", shorten(turn.closing_message))] if turn.closing_message else []
+        pending += [(message["role"], shorten(message["content"])) for message in turn.user_messages_after]
     return TraceView(trace.source, trace.verified, turns)
 
 

@@ -14,7 +14,6 @@ import jinja2
 from markupsafe import Markup
 
 from pact_nemo.files import write_text_atomic
-from pact_nemo.traces.segments import LEVEL_OF_TYPE
 from pact_nemo.training.progress import duration
 from pact_nemo.training.report.charts import HEIGHT, LEFT, RIGHT, TOP, WIDTH, reading
 from pact_nemo.training.report.comparison import compare, total_seconds
@@ -90,6 +89,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Tokens sampled", amount(tokens["policy"]) if tokens.get("policy") else None),
         ("Tokens trained", amount(tokens["trained"]) if tokens.get("trained") else None),
         ("Training tasks", amount(tasks["train"]) if tasks.get("train") else None),
+        ("Without a trace", part_of(tasks.get("without_trace"), tasks.get("train"))),
+        ("Without reference calls", part_of(tasks.get("without_reference_calls"), tasks.get("train"))),
         ("Left out", left_out(tasks.get("dropped") or {}) or None),
         ("Held-out tasks", amount(tasks["held_out"]) if tasks.get("held_out") else None),
         ("Failed rollouts", counted(summary.get("failed_rollouts"))),
@@ -111,6 +112,11 @@ _LEFT_OUT = {
 def counted(counts: dict[str, int] | None) -> str | None:
     """``name 3, other 1``, the commonest first; None where nothing was counted."""
     return ", ".join(f"{name} {amount(n)}" for name, n in sorted((counts or {}).items(), key=lambda item: -item[1])) or None
+
+
+def part_of(count: int | None, total: int | None) -> str | None:
+    """``12 of 130 (9 %)``; None where there is none."""
+    return f"{amount(count)} of {amount(total)} ({count / total:.0%})" if count and total else None
 
 
 def left_out(dropped: dict[str, Any]) -> str:
@@ -165,7 +171,6 @@ def render(run: Run, others: Sequence[Run] = ()) -> str:
         held_out=held_out_cards(run, EPISODES if wanted is None else int(wanted)),
         training=training_cards(run),
         stages=stages,
-        levels=LEVEL_OF_TYPE,
         versions=run.summary.get("versions") or {},
         box={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP},
         style=Markup(style),  # noqa: S704 - both are files of this package
