@@ -260,7 +260,7 @@ def test_trace_segments_carry_type_and_level() -> None:
     parts = view_trace(trace(0)).turns[0].parts
     assert [(p.kind, p.label) for p in parts] == [
         ("L1", "tool selection · L1"),
-        ("L2", "required arg grounding · L2"),
+        ("L3", "required arg grounding · L3"),
         ("none", "explicit call preview"),
         ("call", ""),
     ]
