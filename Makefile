@@ -1,16 +1,17 @@
 # make run    set up, then train PACT on BFCL with the preset for this machine; ends with a report
 # make test   set up, then the whole test suite (make test-slow: its slow tests; make test-faults: thousands of injected faults and a table of them)
-# PYTHON=python3.12 make run   picks another interpreter (3.11 or newer)
+# make test-policy   only what differs between the Python versions: policy, checkpoints and whole runs
+# PYTHON=python3.12 make run   picks another interpreter (3.11 or 3.12); VENV=.venv312 beside it keeps the environments of both
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu make run   takes torch from PyTorch's own (smaller) CPU index
 SHELL := /bin/bash
-PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 TORCH_INDEX ?=
 ARGS ?=
 STAMP := $(VENV)/.installed-$(shell cat requirements.txt tools/install.sh 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: run test test-slow test-faults lint install doctor clean
+.PHONY: run test test-slow test-faults test-policy lint install check-python doctor clean
 
 run: install
 	$(BIN)/python recipes/pact_bfcl.py $(ARGS)
@@ -20,6 +21,9 @@ test: install lint
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-policy: install
+	$(BIN)/python -m pytest -m "not slow" tests/test_policy_*.py tests/test_checkpoints_*.py tests/test_training_runs.py $(ARGS)
 
 FAULTS := $(CURDIR)/.cache/faults.jsonl
 
@@ -36,6 +40,13 @@ doctor: install
 	$(BIN)/python tools/doctor.py
 
 install: $(STAMP)
+
+# an environment that is there already is not of another version than the one that is asked for
+ifneq ($(origin PYTHON),file)
+$(STAMP): | check-python
+check-python:
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash tools/install.sh check
+endif
 
 $(STAMP): requirements.txt tools/install.sh
 	PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH_INDEX="$(TORCH_INDEX)" bash tools/install.sh

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,3 +177,15 @@ def test_a_plain_process_is_a_job_of_one_rank() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["1", "gloo", "cpu"], done.stderr
+
+
+def test_importing_megatron_says_nothing() -> None:
+    program = "import logging; logging.basicConfig(); from pact_nemo.policy.device import prepare_megatron; prepare_megatron()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_megatrons_loggers_obey_the_process() -> None:
+    loggers = [found for name, found in logging.root.manager.loggerDict.items() if name.startswith("megatron.") and isinstance(found, logging.Logger)]
+    assert loggers and not [logger.name for logger in loggers if logger.handlers]
+    assert logging.root.manager.disable == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,7 +70,7 @@ def submit(cluster: Cluster, stage: dict[str, Any], root: Path, *words: str) -> 
         "SETTINGS": f"--config {stage['preset']}",
         "RANKS_PER_NODE": "1",
         "RUN_ROOT": str(root),
-        "PYTHON": str(REPO / ".venv" / "bin" / "python"),
+        "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
         "PACT_REPOSITORY": str(REPO),
     }

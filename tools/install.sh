@@ -3,13 +3,28 @@
 # Why two steps: requirements.txt is a complete lock installed without dependency resolution, because several packages declare needs that a
 # CPU machine neither has nor uses (Megatron-Bridge: TransformerEngine and mamba; vLLM: audio and vision; bfcl-eval: vendor SDKs). torch comes
 # first, with its own dependencies, so that a CUDA build brings its CUDA libraries.
+# `install.sh check` only says whether the environment that is there is of the interpreter that is asked for.
 set -euo pipefail
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-.venv}"
-"$PYTHON" - <<'PY' || { echo "Python 3.11 or newer is needed; choose one with PYTHON=python3.12 make ..." >&2; exit 1; }
-import sys
-sys.exit(sys.version_info < (3, 11))
-PY
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+version="$(version_of "$PYTHON")" || { echo "$PYTHON does not run; choose an interpreter with PYTHON=python3.12 make ..." >&2; exit 1; }
+case "$version" in
+  3.11 | 3.12) ;;
+  2.* | 3.? | 3.10)
+    echo "Python $version is too old: Python 3.11 or 3.12 is needed; choose one with PYTHON=python3.12 make ..." >&2
+    exit 1
+    ;;
+  *)
+    echo "Python $version is too new: Megatron-Bridge ends at Python 3.12; choose Python 3.11 or 3.12 with PYTHON=python3.12 make ..." >&2
+    exit 1
+    ;;
+esac
+if [ -x "$VENV/bin/python" ] && there="$(version_of "$VENV/bin/python")" && [ "$there" != "$version" ]; then
+  echo "$VENV holds Python $there, and PYTHON=$PYTHON is $version; give it a place of its own: VENV=.venv${version/./} make ..." >&2
+  exit 1
+fi
+[ "${1:-}" != check ] || exit 0
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 PIP=("$VENV/bin/python" -m pip --disable-pip-version-check)
 echo "[1/3] pip and build tools"

@@ -46,6 +46,12 @@ _STAND_INS = {
     "transformer_engine.pytorch.ops": "transformer_engine",
     "megatron.core.inference.contexts.attention_context.triton.tensor_ops": "triton",
 }  # module -> the absent package that it is or needs
+#: What newer versions say of calls that older ones need: logger -> words that its line has.
+_REMARKS = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
+    "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
+}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # mallopt(3)
 _installed = False
 _prepared = False
@@ -132,8 +138,8 @@ def prepare_megatron() -> None:
         if found is None:
             raise MissingDependency(f"the policy needs {package}; install the packages of requirements.txt")
     on_cpu = install_cpu_redirection()
-    with warnings.catch_warnings(), _uncompiled() if on_cpu else contextlib.nullcontext():
-        # these warnings say that Apex and Transformer Engine are absent
+    with warnings.catch_warnings(), _without_remarks(), _uncompiled() if on_cpu else contextlib.nullcontext():
+        # these warnings say that Apex, Transformer Engine and CUDA are absent
         warnings.simplefilter("ignore")
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer
@@ -144,6 +150,7 @@ def prepare_megatron() -> None:
         _patch_megatron()
         with _stand_ins():
             import megatron.bridge  # noqa: F401
+    _leave_out_known_remarks()
     _prepared = True
 
 
@@ -249,6 +256,37 @@ def _redirect_tensor_methods() -> None:
     torch.Tensor.to = to  # type: ignore[method-assign,assignment]
     torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Imports without log lines about packages that are absent on purpose, tracebacks of failed optional imports included; ``--verbose`` has them.
+
+    Afterwards megatron's loggers obey the process's own settings: Megatron-Bridge gives one of them a handler and a level of its own.
+    """
+    disabled = logging.root.manager.disable
+    if not logging.getLogger().isEnabledFor(logging.INFO):
+        logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        for name, found in list(logging.root.manager.loggerDict.items()):
+            if name.startswith("megatron.") and isinstance(found, logging.Logger) and found.handlers:
+                found.handlers.clear()
+                found.setLevel(logging.NOTSET)
+
+
+def _leave_out_known_remarks() -> None:
+    """Log lines and warnings about megatron's own future, which nobody who runs this can do anything about."""
+
+    def leave_out(name: str, words: str) -> None:
+        logging.getLogger(name).addFilter(lambda record: words not in record.getMessage())
+
+    for name, words in _REMARKS.items():
+        leave_out(name, words)
+    # from a module of megatron's that is imported later, as needed
+    warnings.filterwarnings("ignore", message=".*is experimental and still under active development", category=UserWarning)
 
 
 @contextlib.contextmanager

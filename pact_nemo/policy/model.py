@@ -6,6 +6,7 @@ last stage returns log-probabilities of the scored tokens instead of logits. Imp
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from typing import Any
@@ -138,23 +139,36 @@ def layer_spec(provider: Any, *, transformer_engine: bool, attention: str, fused
         spec.submodules.input_layernorm = norm
         spec.submodules.pre_mlp_layernorm = norm
         if provider.qk_layernorm:
-            spec.submodules.self_attention.submodules.q_layernorm = norm
-            spec.submodules.self_attention.submodules.k_layernorm = norm
+            _submodules(spec.submodules.self_attention).q_layernorm = norm
+            _submodules(spec.submodules.self_attention).k_layernorm = norm
         if provider.use_te_activation_func:
             _set_activation(spec.submodules.mlp)
     if attention != "te":
-        spec.submodules.self_attention.submodules.core_attention = TreeCoreAttention
+        _submodules(spec.submodules.self_attention).core_attention = TreeCoreAttention
     return spec
 
 
-def _set_activation(spec: ModuleSpec) -> None:
+def _submodules(builder: Any) -> Any:
+    """The submodules that a layer's part is built with: megatron-core says them in a ModuleSpec (0.16) or in a ``functools.partial`` (0.19).
+
+    Raises:
+        ConfigError: neither, so this version of megatron-core says them in a way that isn't known here.
+    """
+    found = builder.keywords.get("submodules") if isinstance(builder, functools.partial) else getattr(builder, "submodules", None)
+    if found is None:
+        raise ConfigError(f"this megatron-core describes a layer's parts by {type(builder).__name__}; use the versions of requirements.txt")
+    return found
+
+
+def _set_activation(builder: Any) -> None:
     """Put our SwiGLU where MLPs look for an activation module: the dense one's, or that of routed and shared experts."""
-    submodules = spec.submodules
+    submodules = _submodules(builder)
     if hasattr(submodules, "activation_func"):
         submodules.activation_func = SwiGLU
+        return
     for name in ("experts", "shared_experts"):
         inner = getattr(submodules, name, None)
-        if isinstance(inner, ModuleSpec):
+        if inner is not None:
             _set_activation(inner)
 
 
