@@ -212,17 +212,17 @@ def test_weights_that_change_within_an_episode_fail_it(chat):
 
 
 @pytest.mark.parametrize(
-    "limits, texts, cut, turns, reason",
+    "limits, texts, cut, turns, reason, limit",
     [
-        (replace(LIMITS, max_turns_per_user_turn=2), ["[ls()]"] * 3, (), 2, "2 assistant turns in one user turn"),
-        (replace(LIMITS, max_turns=3, max_turns_per_user_turn=9), ["[ls()]"] * 4, (), 3, "more than 3 assistant turns"),
-        (replace(LIMITS, max_turn_tokens=4), ["A rather long sentence about nothing."], (), 1, "assistant turn 1 was cut after 4 tokens"),
-        (LIMITS, ["[ls()]", "[ls("], (1,), 2, "assistant turn 2 was cut"),
+        (replace(LIMITS, max_turns_per_user_turn=2), ["[ls()]"] * 3, (), 2, "2 assistant turns in one user turn", "turns"),
+        (replace(LIMITS, max_turns=3, max_turns_per_user_turn=9), ["[ls()]"] * 4, (), 3, "more than 3 assistant turns", "turns"),
+        (replace(LIMITS, max_turn_tokens=4), ["A rather long sentence about nothing."], (), 1, "turn 1 was cut after 4 tokens", "turn_tokens"),
+        (LIMITS, ["[ls()]", "[ls("], (1,), 2, "assistant turn 2 was cut", "turn_tokens"),
     ],
 )
-def test_limits_truncate(chat, limits, texts, cut, turns, reason):
+def test_limits_truncate(chat, limits, texts, cut, turns, reason, limit):
     rollout = play(chat, ScriptedPolicy(chat, texts, cut), limits=limits)
-    assert rollout.status == "truncated" and reason in rollout.error
+    assert rollout.status == "truncated" and reason in rollout.error and rollout.limit == limit
     assert len(rollout.turns) == turns
     assert rollout.outcome is not None  # the checker's verdict is taken of what was done
 
@@ -237,7 +237,7 @@ def test_a_cut_message_is_not_acted_on(chat):
 def test_token_limits_hold_exactly(chat, room):
     texts = ["[ls()]", "[ls(a=True)]", "[ls()]", "Done."]
     response = play(chat, ScriptedPolicy(chat, texts), limits=replace(LIMITS, max_response_tokens=room))
-    assert len(response.token_ids) <= room and response.status == "truncated"
+    assert len(response.token_ids) <= room and response.status == "truncated" and response.limit in ("turn_tokens", "response_tokens")
     prompt = len(response.prompt_ids)
     whole = play(chat, ScriptedPolicy(chat, texts), limits=replace(LIMITS, max_model_len=prompt + room))
     assert len(whole.prompt_ids) + len(whole.token_ids) <= prompt + room

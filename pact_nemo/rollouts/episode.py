@@ -18,7 +18,7 @@ from pact_nemo.environments.base import Environment, Outcome, Session, Task, Too
 from pact_nemo.errors import DataError, EnvironmentFailure, PactError, ServerError, ToolCallError
 from pact_nemo.rollouts.client import Completion, GenerationRequest
 from pact_nemo.rollouts.config import EpisodeLimits, Sampling
-from pact_nemo.rollouts.types import Rollout, Turn
+from pact_nemo.rollouts.types import Limit, Rollout, Turn
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,10 @@ class SeedPath:
 class _Truncated(Exception):
     """A limit ended the episode."""
 
+    def __init__(self, limit: Limit, message: str):
+        super().__init__(message)
+        self.limit = limit
+
 
 async def run_episode(
     task: Task,
@@ -102,7 +106,7 @@ async def run_episode(
         try:
             await episode.play()
         except _Truncated as limit:
-            rollout.status, rollout.error = "truncated", str(limit)
+            rollout.status, rollout.error, rollout.limit = "truncated", str(limit), limit.limit
         rollout.outcome = await _in_thread(task, _verdict, session)
     except (EnvironmentFailure, ServerError, DataError) as error:  # DataError: the chat template refuses what the environment said
         rollout.status, rollout.outcome = "failed", None
@@ -160,12 +164,12 @@ class _Episode:
         """Sample one assistant message. Returns the turn and whether it ended with an end-of-turn token."""
         rollout, limits = self.rollout, self.limits
         if self.turns_here >= limits.max_turns_per_user_turn:
-            raise _Truncated(f"more than {limits.max_turns_per_user_turn} assistant turns in one user turn")
+            raise _Truncated("turns", f"more than {limits.max_turns_per_user_turn} assistant turns in one user turn")
         if len(rollout.turns) >= limits.max_turns:
-            raise _Truncated(f"more than {limits.max_turns} assistant turns")
+            raise _Truncated("turns", f"more than {limits.max_turns} assistant turns")
         room = self.room()
         if room < 1:
-            raise _Truncated(self.room_error())
+            raise _Truncated("response_tokens", self.room_error())
         request = GenerationRequest(
             prompt_ids=(*rollout.prompt_ids, *rollout.token_ids),
             max_tokens=min(limits.max_turn_tokens, room),
@@ -188,7 +192,7 @@ class _Episode:
         ended = completion.token_ids[-1] in self.chat.eos_ids
         if not ended:
             # An unfinished message is not acted on: half a call is not what the policy meant to send.
-            raise _Truncated(f"assistant turn {len(rollout.turns)} was cut after {len(completion.token_ids)} tokens")
+            raise _Truncated("turn_tokens", f"assistant turn {len(rollout.turns)} was cut after {len(completion.token_ids)} tokens")
         parsed: ParsedTurn = self.chat.tool_format.parse(text, self.tools)
         turn.calls, turn.call_errors = list(parsed.calls), list(parsed.errors)
         return turn, ended
@@ -211,7 +215,7 @@ class _Episode:
         """
         ids = self.chat.continuation_ids(messages, after_eos, new_tools)
         if len(ids) >= self.room():
-            raise _Truncated(self.room_error())
+            raise _Truncated("response_tokens", self.room_error())
         self.rollout.token_ids += ids
         self.rollout.loss_mask += [0] * len(ids)
         self.rollout.sampler_logprobs += [0.0] * len(ids)

@@ -13,7 +13,7 @@ from pact_nemo import strict_json
 from pact_nemo.environments.base import Outcome, ToolCall
 from pact_nemo.errors import DataError
 from pact_nemo.files import write_text_atomic
-from pact_nemo.rollouts.types import Rollout, Turn
+from pact_nemo.rollouts.types import LIMITS, Rollout, Turn
 
 _STATUSES = ("ok", "truncated", "failed")
 _SCALARS: dict[str, tuple[type, ...]] = {
@@ -109,7 +109,9 @@ def parse_rollout(row: Any, file: str, line: int) -> Rollout:
         if solved is not None and not (isinstance(solved, list) and all(isinstance(value, bool) for value in solved)):
             raise fail("a list of true and false, or null, is needed", "outcome.solved")
         outcome = Outcome(bool(verdict["success"]), float(verdict["score"]), verdict["reason"], metrics, None if solved is None else tuple(solved))
-    own = {item.name: row[item.name] for item in fields(Rollout)}
+    if row.get("limit") not in (None, *LIMITS):
+        raise fail(f"{row['limit']!r} is no limit; one of {', '.join(LIMITS)}, or null", "limit")
+    own = {item.name: row[item.name] for item in fields(Rollout) if item.name in row}
     return Rollout(**(own | {"turns": turns, "outcome": outcome}))
 
 

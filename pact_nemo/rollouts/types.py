@@ -8,6 +8,10 @@ from typing import Any, Literal
 from pact_nemo.environments.base import Outcome, ToolCall
 
 Status = Literal["ok", "truncated", "failed"]
+#: What truncated an episode: the token limit of one assistant message; the number of assistant messages, so that the policy never closed its
+#: turn; or the room for the whole response.
+Limit = Literal["turn_tokens", "turns", "response_tokens"]
+LIMITS: tuple[Limit, ...] = ("turn_tokens", "turns", "response_tokens")
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Rollout:
         weight_version: version of the policy weights that every token was sampled from.
         status: ``ok``; ``truncated`` (a limit ended it); ``failed`` (not the policy's fault: masked from the loss and counted).
         error: why it was truncated or failed.
+        limit: which limit truncated it; None where none did, or where a dump doesn't tell.
         seconds: wall time of the episode.
     """
 
@@ -68,6 +73,7 @@ class Rollout:
     status: Status = "ok"
     error: str | None = None
     seconds: float = 0.0
+    limit: Limit | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, the inverse of :meth:`from_dict`."""

@@ -9,6 +9,7 @@ import torch
 
 from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
 from pact_nemo.policy.policy import UpdateResult
+from pact_nemo.rollouts.types import LIMITS
 from pact_nemo.training.batch import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptGroup, PromptTree, sampler_logprobs, trace_rl
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def rollout_record(groups: list[PromptGroup]) -> dict[str, Any]:
         "rollout/count": len(rollouts),
         "rollout/mean_turns": _mean([len(r.turns) for r in valid]),
         "rollout/truncated": sum(r.status == "truncated" for r in rollouts),
+        **{f"rollout/truncated_{limit}": sum(r.limit == limit for r in rollouts) for limit in LIMITS},
         "rollout/failed": sum(r.status == "failed" for r in rollouts),
         "rollout/malformed_calls": sum(len(t.call_errors) for r in valid for t in r.turns),
         "tokens/policy": policy_tokens,

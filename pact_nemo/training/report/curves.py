@@ -175,7 +175,8 @@ def rl_curves(run: Run) -> list[Chart]:
             "Rollout health",
             "counts per step",
             _plain(
-                records, ("rollout/truncated", "truncated"), ("rollout/failed", "failed"), ("rollout/malformed_calls", "malformed calls"),
+                records, ("rollout/truncated_turn_tokens", "cut in a turn"), ("rollout/truncated_turns", "turn never closed"),
+                ("rollout/truncated_response_tokens", "no room left"), ("rollout/failed", "failed"), ("rollout/malformed_calls", "malformed calls"),
                 ("server/restarts", "server restarts"), ("rollout/reissued", "requests sent again"),
             ),  # fmt: skip
             bounds=(0.0, None),
