@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pact_nemo.objective.advantages import group_advantages, normalise, returns_to_go
-from pact_nemo.objective.rewards import assign, call_similarity, match_calls, token_f1, turn_rewards, values_equal
+from pact_nemo.objective.rewards import assign, call_similarity, match_calls, turn_rewards, values_equal
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,6 @@ def test_turn_rewards_by_hand() -> None:
     )  # fmt: skip
     assert rewards.tolist() == [1.0, (-0.5 + 1.0) / 2, -0.5, 2.0]
     assert turn_rewards([], [], [f], [0], is_tool_turn=[], malformed=[], outcome=0.0).tolist() == []
-
-
-def test_token_f1() -> None:
-    assert token_f1("The answer is 42.", "answer: 42") == pytest.approx(2 * (2 / 3) * 1 / (2 / 3 + 1))
-    assert token_f1("", "") == 1.0 and token_f1("x", "") == 0.0 and token_f1("x", "y") == 0.0
 
 
 def test_advantages_by_hand() -> None:

@@ -2,6 +2,9 @@
 
 A call solves a sub-question if its observation contains one of the answers still open for that tool; one call solves at most one. With n
 sub-questions, p calls and q solved: Solve-R = q/n, Solve-P = q/p (1 if p = 0), Solve-F1 their harmonic mean.
+
+Training rows also carry ``ground_truth``, the reference calls of the matching reward, and a prompt that asks for the final answer inside
+``<answer></answer>`` only; the published test rows have neither.
 """
 
 from __future__ import annotations
@@ -10,12 +13,76 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pact_nemo.environments.answers import contains_answer
 from pact_nemo.environments.base import Outcome, Task, ToolCall
-from pact_nemo.environments.python_tools import Executed, PythonTools, contains_answer, tool_schema
+from pact_nemo.environments.python_tools import Executed, PythonTools, tool_schema
 from pact_nemo.environments.rows import Row, read_rows
 from pact_nemo.errors import ConfigError, EnvironmentFailure
 from pact_nemo.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
+
+
+#: the rule as the published training prompts have it, before the question
+ANSWER_RULE = (
+    "Only output the final answer (in words, numbers or phrase) inside the <answer></answer> tag, without any explanations or extra information."
+)
+_QUESTION = "\nQuestion: "
+#: assistant turns that the public evaluation allows (MatchTIR's ``max_turns``), the answer among them
+OFFICIAL_TURNS = 10
+
+
+def with_answer_rule(content: str) -> str:
+    """A prompt's text with :data:`ANSWER_RULE` where the published training prompts have it: before the question; else at the end."""
+    before, question, after = content.partition(_QUESTION)
+    return f"{before.rstrip()} {ANSWER_RULE}{question}{after}" if question else f"{content.rstrip()}\n{ANSWER_RULE}"
+
+
+def reference_calls(row: Row, tools: dict[str, dict[str, Any]], field: str = "ground_truth") -> tuple[ToolCall, ...]:
+    """The reference calls of a row, in order; none where the row has no such field, or null, or an empty list.
+
+    Read are a JSON string and plain values; a list of ``{"name", "parameters"}``, one such object, or an object of two lists of the same
+    length (what a sequence of objects becomes in some parquet writers). ``arguments`` stands for ``parameters`` too, and either may be a
+    JSON string.
+
+    Args:
+        tools: the row's tools by name.
+
+    Raises:
+        DataError: another shape, or a tool that the row doesn't offer; names file, row and field.
+    """
+    value = row.values.get(field)
+    if value is None:
+        return ()
+    value = row.json(field, object)
+    if isinstance(value, dict):
+        lists = [value.get("name"), value.get("parameters", value.get("arguments"))]
+        if all(isinstance(each, list) for each in lists):
+            if len(lists[0]) != len(lists[1]):
+                raise row.complain(f"{len(lists[0])} names and {len(lists[1])} parameters", field)
+            value = [{"name": name, "parameters": parameters} for name, parameters in zip(*lists, strict=True)]
+        else:
+            value = [value]
+    if not isinstance(value, list):
+        raise row.complain(f"expected a list of calls, found {type(value).__name__}", field)
+    return tuple(_reference_call(row, tools, call, f"{field}[{index}]") for index, call in enumerate(value))
+
+
+def _reference_call(row: Row, tools: dict[str, dict[str, Any]], call: Any, field: str) -> ToolCall:
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise row.complain("expected an object with the name of a tool and its parameters", field)
+    keys = [key for key in ("parameters", "arguments") if call.get(key) is not None]
+    unknown = sorted(key for key, value in call.items() if key not in ("name", "parameters", "arguments") and value is not None)
+    if len(keys) > 1 or unknown:
+        raise row.complain(f"expected name and parameters, found {', '.join(sorted(call))}", field)
+    if call["name"] not in tools:
+        raise row.complain(f"the row offers no tool {call['name']!r}", f"{field}.name")
+    if not keys:
+        return ToolCall(call["name"], {})
+    label = f"{field}.{keys[0]}"
+    arguments = Row({label: call[keys[0]]}, row.file, row.number).json(label, dict)
+    known = tools[call["name"]]["parameters"].get("properties", {})
+    # a parquet struct has the keys of every row; those that are another tool's are null here
+    return ToolCall(call["name"], {key: value for key, value in arguments.items() if value is not None or key in known})
 
 
 def solve_metrics(solved: int, calls: int, questions: int) -> dict[str, float]:
@@ -44,15 +111,19 @@ class FTRLEnvironment:
     """The tasks of one FTRL file.
 
     Attributes:
-        path: ``.parquet``, ``.jsonl`` or ``.json`` with messages, tools, codes, unsolved_set, solve_rate, data_source, split, answer.
+        path: ``.parquet``, ``.jsonl`` or ``.json`` with messages, tools, codes, unsolved_set, solve_rate, data_source, split, answer and, in
+            training rows, ground_truth.
         sandbox: where the tools run.
         max_observation_chars: longer observations are cut for the policy; scoring sees them whole. None: no limit.
+        answer_rule: ask for the final answer inside ``<answer></answer>`` in prompts that don't (:func:`with_answer_rule`); False: prompts stay
+            as they are written.
         quarantine: takes bad rows; as it comes, the first one is refused.
     """
 
     path: str | Path
     sandbox: Sandbox
     max_observation_chars: int | None = None
+    answer_rule: bool = True
     quarantine: Quarantine = field(default_factory=Quarantine, repr=False, compare=False)
     _tasks: list[Task] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -93,13 +164,17 @@ class FTRLEnvironment:
         final = row.values.get("answer")
         if final is not None:
             final = row.text("answer")
+        prompt = [{"role": message["role"], "content": message["content"]} for message in messages]
+        if self.answer_rule and not any("<answer>" in message["content"] for message in prompt):
+            asking = next((message for message in reversed(prompt) if message["role"] == "user"), prompt[-1])
+            asking["content"] = with_answer_rule(asking["content"])
         return Task(
             id=name,
             group=name,
             category=row.text("data_source", "ftrl").rsplit("/", 1)[-1],
-            user_turns=(tuple({"role": message["role"], "content": message["content"]} for message in messages),),
+            user_turns=(tuple(prompt),),
             tools=tuple(schemas),
-            reference_calls=((),),
+            reference_calls=(reference_calls(row, {schema["name"]: schema for schema in schemas}),),
             reference_answer=final,
             data={"codes": {schema["name"]: codes[schema["name"]] for schema in schemas}, "unsolved": answers, "split": row.values.get("split")},
         )

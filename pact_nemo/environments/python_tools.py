@@ -1,4 +1,4 @@
-"""What FTRL and ToolHop share: tools given as Python source, run in the sandbox; answers found by containment."""
+"""What FTRL and ToolHop share: tools given as Python source, run in the sandbox."""
 
 from __future__ import annotations
 
@@ -9,17 +9,6 @@ from typing import Any
 
 from pact_nemo.environments.base import ToolCall, check_schema
 from pact_nemo.sandbox import CallResult, Sandbox
-
-
-def plain(text: str) -> str:
-    """Lower case, without commas and outer blanks: how both benchmarks compare."""
-    return text.lower().replace(",", "").strip()
-
-
-def contains_answer(text: str, answer: str) -> bool:
-    """The published rule: every ``", "``-separated part of the answer occurs in the text, both in :func:`plain` form."""
-    found = plain(text)
-    return all(plain(part) in found for part in answer.split(", "))
 
 
 def tool_schema(function: Mapping[str, Any]) -> dict[str, Any]:

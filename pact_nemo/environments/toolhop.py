@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pact_nemo.environments.answers import contains_answer, visible
 from pact_nemo.environments.base import Outcome, Task, ToolCall
-from pact_nemo.environments.python_tools import PythonTools, contains_answer, tool_schema
+from pact_nemo.environments.python_tools import PythonTools, tool_schema
 from pact_nemo.environments.rows import Row, read_rows
 from pact_nemo.errors import ConfigError, EnvironmentFailure
 from pact_nemo.quarantine import Quarantine
@@ -20,16 +21,28 @@ from pact_nemo.sandbox import Sandbox
 Scenario = Literal["direct", "mandatory", "free"]
 SCENARIOS: tuple[Scenario, ...] = ("direct", "mandatory", "free")
 
-_FORMAT = (
-    "Dates are written YYYY-MM-DD, names as first name and last name, numbers in digits without leading zeros and with nothing else. "
-    "Answer as briefly as you can, as <answer>the answer</answer>.\nQuestion: "
+_WITH_TOOLS = "You will be asked a question with some tools, and should provide a short final answer.\n"
+_FINAL_ANSWER = (
+    "If the final answer is a date, format is as follows: YYYY-MM-DD (ISO standard)\n"
+    "If the final nswer is a name, format it as follows: Firstname Lastname\n"  # so it is written
+    "If the final answer contains any number, format it as a number, not a word, and only output that number. Do not include leading 0s.\n\n"
+    "Please provide the final answer in the following format: <answer>final answer here</answer>\n"
+    "Answer as short as possible.\nQuestion: "
 )
+#: the user message before the question, to the letter as the benchmark's evaluation script has it (ByteDance, Apache-2.0)
 INSTRUCTIONS: dict[Scenario, str] = {
-    "direct": "Answer the question. " + _FORMAT,
-    "mandatory": "Answer the question with the tools given. Call a tool at every step instead of using what you know; the final answer, too, has to "
-    "come from a tool. " + _FORMAT,
-    "free": "Answer the question; tools are given to help you. " + _FORMAT,
-}  #: in our words, with the benchmark's rules for how an answer is written
+    "direct": "You will be asked a question, and should provide a short answer.\n"
+    "If the answer is a date, format is as follows: YYYY-MM-DD (ISO standard)\n"
+    "If the answer is a name, format it as follows: Firstname Lastname\n"
+    "If the answer contains any number, format it as a number, not a word, and only output that number. Do not include leading 0s.\n\n"
+    "Please provide the answer in the following format: <answer>your answer here</answer>\n"
+    "Answer as short as possible.\nQuestion: ",
+    "mandatory": _WITH_TOOLS + "Please note that you must call the tool at every step, you must not use your own knowledge. "
+    "Your final answer must also be returned from the tool.\n" + _FINAL_ANSWER,
+    "free": _WITH_TOOLS + _FINAL_ANSWER,
+}
+#: assistant turns that the benchmark's evaluation script allows (its ``max_turns``), the answer among them
+OFFICIAL_TURNS = 9
 
 
 def defined_functions(source: str) -> list[str]:
@@ -140,16 +153,19 @@ class ToolHopSession:
         return [text if self._limit is None or len(text) <= self._limit else f"{text[: self._limit]} [cut]" for text in texts]
 
     def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
-        """There is one user turn; ``message`` is the answer."""
-        self._message = message
+        """There is one user turn; ``message``, without its thought, is the answer."""
+        self._message = visible(message)
         return None
 
     def outcome(self) -> Outcome:
-        """Answer correctness: the final message contains the reference answer, or it says something and the last observation contains it."""
+        """Answer correctness: the final message contains the reference answer, or it says something and the last observation contains it.
+
+        A thought is no part of the message: what it weighs up is no answer.
+        """
         answer = self.task.reference_answer or ""
         executed = list(self._tools.executed)
         correct, reason = False, "no final message"
-        if self._message is not None and self._message.strip():
+        if self._message:
             correct = contains_answer(self._message, answer) or (bool(executed) and contains_answer(executed[-1].text, answer))
             reason = "ok" if correct else "wrong answer"
         metrics = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol
@@ -141,7 +139,7 @@ def turn_rewards(
         turn_groups, reference_groups: labels of turns and reference calls; see :func:`match_calls`.
         is_tool_turn: whether the turn asked for a tool at all.
         malformed: number of malformed calls of each turn.
-        outcome: the checker's verdict in [0, 1], or :func:`token_f1` where a benchmark has a reference answer and no checker.
+        outcome: the checker's verdict in [0, 1], or the F1 of the answer where ``objective.outcome`` says so.
         method, penalty: see :func:`match_calls`; the matching is over the calls of the whole rollout.
 
     Raises:
@@ -161,27 +159,3 @@ def turn_rewards(
     if len(rewards):
         rewards[-1] += outcome_weight * outcome
     return rewards
-
-
-def normalise_answer(text: str) -> list[str]:
-    """Lower-cased words without punctuation and English articles (the SQuAD convention)."""
-    lowered = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\b(a|an|the)\b", " ", lowered).split()
-
-
-def final_answer(message: str) -> str:
-    """What a closing message answers: the last ``<answer>...</answer>`` in it, else all of it."""
-    tagged = re.findall(r"<answer>(.*?)</answer>", message, flags=re.DOTALL | re.IGNORECASE)
-    return str(tagged[-1]) if tagged else message
-
-
-def token_f1(answer: str, reference: str) -> float:
-    """F1 in [0, 1] of the words of two answers as multisets (:func:`normalise_answer`); 1 if both are empty, 0 if one is."""
-    left, right = normalise_answer(answer), normalise_answer(reference)
-    if not left or not right:
-        return float(left == right)
-    common = sum((Counter(left) & Counter(right)).values())
-    if common == 0:
-        return 0.0
-    precision, recall = common / len(left), common / len(right)
-    return 2 * precision * recall / (precision + recall)

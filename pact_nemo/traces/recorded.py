@@ -1,7 +1,8 @@
 """Traces without a teacher, for benchmarks that record the answer of every sub-question: find the call that brings each answer in.
 
 Nothing is invented: candidate arguments are literals of the tool's own source (its usage examples first), and a call is taken only if its
-observation contains the recorded answer. Tasks for which that fails get no trace. ``Trace.source`` is ``recorded``.
+observation contains the recorded answer. Tasks for which that fails get no trace. ``Trace.source`` is ``recorded``, or ``ground_truth`` where
+a row's own reference calls do it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pact_nemo.chat.tool_formats import first_type
+from pact_nemo.environments.answers import contains_answer, plain
 from pact_nemo.environments.base import Environment, Task, ToolCall
 from pact_nemo.environments.calls import check_call, literal
-from pact_nemo.environments.python_tools import contains_answer, plain
 from pact_nemo.errors import ToolCallError
 from pact_nemo.traces.annotate import Context, Style, annotate_turn
+from pact_nemo.traces.bfcl import ground_truth_trace
 from pact_nemo.traces.builder import TraceBuilder
 from pact_nemo.traces.schema import Trace
 
@@ -117,12 +119,18 @@ def _goals(task: Task) -> list[tuple[str, str, str]]:
 def recorded_trace(environment: Environment, task: Task, style: Style, tries: int = TRIES) -> Trace | None:
     """One verified trace, a call per assistant turn, or None where some recorded answer can't be brought in.
 
+    A task's own reference calls are executed first; a search is made only where it has none, or where they don't bring every answer in.
+
     Args:
         environment: where the calls run; a second session of it tries candidates, so that the trace holds the successful calls only.
         task: an FTRL or ToolHop task.
         style: of the annotator.
         tries: calls tried per sub-question.
     """
+    if any(task.reference_calls):
+        trace = ground_truth_trace(environment, task, style, "one")
+        if trace is not None and trace.verified:
+            return trace
     sources: Mapping[str, str] = task.data.get("functions") or task.data.get("codes") or {}
     tools = {tool["name"]: tool for tool in task.tools}
     calls: list[ToolCall] = []

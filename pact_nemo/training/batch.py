@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from pact_nemo.environments.answers import answer_f1, plain, visible
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import NumericsError
 from pact_nemo.objective.advantages import group_advantages
@@ -19,7 +20,7 @@ from pact_nemo.objective.baseline_rewards import ftrl_rewards, solved_by_equalit
 from pact_nemo.objective.baselines import chord_mu
 from pact_nemo.objective.gate import anchored
 from pact_nemo.objective.methods import METHODS
-from pact_nemo.objective.rewards import final_answer, token_f1, turn_rewards
+from pact_nemo.objective.rewards import turn_rewards
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.objective.surrogate import truncated_importance
 from pact_nemo.objective.weights import rl_weights, sft_weights
@@ -68,11 +69,15 @@ class PromptTree:
 
 
 def outcome_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) -> float:
-    """The outcome reward in [0, 1] (eq. 28): the checker's score, or the F1 of the final message's answer (0 without one)."""
+    """The outcome reward in [0, 1] (eq. 28): the checker's score, or the F1 of the final message's tagged answer (0 without one).
+
+    A held-out task without a reference answer keeps the checker's score; a training task always has one where the F1 is asked for
+    (:func:`pact_nemo.training.data.build_dataset`).
+    """
     if objective.outcome == "answer_f1" and task.reference_answer is not None:
         last = rollout.turns[-1] if rollout.turns else None
         said = last is not None and not last.is_tool_turn and rollout.status == "ok"
-        return token_f1(final_answer(last.text), task.reference_answer) if said and last is not None else 0.0
+        return answer_f1(last.text, task.reference_answer) if said and last is not None else 0.0
     return rollout.outcome.score if rollout.outcome is not None else 0.0
 
 
@@ -113,8 +118,8 @@ def turn_rewards_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) ->
     else:
         flags = iter(solved_by_equality(calls, call_groups, reference, reference_groups))
         questions = dict(Counter(reference_groups))
-    answer = (task.reference_answer or "").lower().replace(",", "").strip()
-    texts = [turn.text.lower().replace(",", "").strip() for turn in turns]
+    answer = plain(task.reference_answer or "")
+    texts = [plain(visible(turn.text)) for turn in turns]
     return ftrl_rewards(
         [[next(flags) for _ in turn.calls] for turn in turns],
         malformed=malformed,

@@ -56,6 +56,7 @@ class TasksConfig:
     path: str | None = None  #: ftrl: parquet, jsonl or json of the training set; toolhop: json or jsonl
     eval_path: str | None = None  #: ftrl, toolhop: a file of held-out tasks; None = ``held_out`` tasks of ``path``
     scenario: str = "mandatory"  #: toolhop: "direct", "mandatory" or "free"
+    answer_rule: str = "add"  #: ftrl, prompts that don't ask for <answer></answer>: "add" the published rule, or leave them "as_written"
     categories: list[str] = field(
         default_factory=lambda: ["multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context"]
     )
@@ -410,6 +411,11 @@ def validate(config: Config) -> None:
     _require(
         tasks.benchmark == "bfcl" or tasks.path is not None,
         f"tasks.benchmark={tasks.benchmark} needs tasks.path=FILE, the benchmark's published rows",
+    )
+    _one_of("tasks.answer_rule", tasks.answer_rule, ("add", "as_written"))
+    _require(
+        objective.outcome == "checker" or tasks.benchmark != "bfcl",
+        f"objective.outcome={objective.outcome}: BFCL has no reference answers to compare with; set objective.outcome=checker",
     )
     _one_of("tasks.window", tasks.window, ("full", "turn"))
     _one_of("tasks.overlong", tasks.overlong, ("drop", "stop"))

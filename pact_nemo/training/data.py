@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.environments.answers import answer_words
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.environments.bfcl import BFCLEnvironment
 from pact_nemo.environments.ftrl import FTRLEnvironment
@@ -98,7 +99,7 @@ def build_environment(config: Config, quarantine: Quarantine | None = None) -> E
     limits = Limits(seconds=config.sandbox.seconds, memory_mb=config.sandbox.memory_mb, processes=config.sandbox.processes)
     sandbox = Sandbox(config.sandbox.workers, limits, unconfined=config.sandbox.unconfined)
     if tasks.benchmark == "ftrl":
-        return FTRLEnvironment(tasks.path, sandbox, tasks.max_observation_chars, quarantine)
+        return FTRLEnvironment(tasks.path, sandbox, tasks.max_observation_chars, tasks.answer_rule == "add", quarantine)
     return ToolHopEnvironment(tasks.path, sandbox, cast(Scenario, tasks.scenario), tasks.max_observation_chars, quarantine)
 
 
@@ -124,7 +125,7 @@ def build_dataset(
     def short_enough(tasks: list[Task]) -> list[Task]:
         fitting = []
         for task in tasks:
-            length = quarantine.guard(lambda: _prompt_length(chat, task), [list(turn) for turn in task.user_turns])  # noqa: B023 - called at once
+            length = quarantine.guard(lambda: _prompt_length(chat, task), _rows_of(task))  # noqa: B023 - called at once
             if length is None:
                 continue
             if length <= config.tasks.max_prompt_tokens:
@@ -147,6 +148,8 @@ def build_dataset(
         dropped["held_out_too"] = len(everything) - len(train)
     else:
         train, held_out = split(short_enough(environment.tasks()), held_out=config.tasks.held_out, seed=config.tasks.split_seed)
+    if config.objective.outcome == "answer_f1":
+        train = [task for task in train if quarantine.guard(lambda: _answerable(config, task), _rows_of(task)) is not None]  # noqa: B023
     train, held_out = limited(config, train, held_out)
     for name, side in (("training", train), ("held-out", held_out)):
         if not side:
@@ -248,6 +251,25 @@ def _prompt_length(chat: ChatFormat, task: Task) -> int:
         return len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools)))
     except DataError as error:
         raise DataError(f"task {task.id}: {error}") from error
+
+
+def _rows_of(task: Task) -> list[list[dict[str, str]]]:
+    """What the quarantine keeps of a task."""
+    return [list(turn) for turn in task.user_turns]
+
+
+def _answerable(config: Config, task: Task) -> Task:
+    """A training task of ``objective.outcome=answer_f1``.
+
+    Raises:
+        DataError: it has no reference answer, or its prompt asks for no ``<answer>``, so that every rollout would get 0.
+    """
+    remedy = "objective.outcome=answer_f1 would pay every rollout 0; set objective.outcome=checker, or"
+    if task.reference_answer is None or not answer_words(task.reference_answer):
+        raise DataError(f"task {task.id} has no reference answer: {remedy} give the row one", file=config.tasks.path, field="answer")
+    if not any("<answer>" in message["content"] for turn in task.user_turns for message in turn):
+        raise DataError(f"the prompt of {task.id} asks for no <answer></answer>: {remedy} tasks.answer_rule=add", file=config.tasks.path)
+    return task
 
 
 def _room(config: Config, chat: ChatFormat, task: Task) -> int:

@@ -1,0 +1,54 @@
+"""How answers are found in a message, written alike and compared: the one place that knows it.
+
+What is compared is what a model says to its user. A thought (``<think>…</think>``) is none of it and is taken off here once more, whoever
+passes the message.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+
+from pact_nemo.chat.thoughts import split_thought
+
+TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
+
+
+def visible(message: str) -> str:
+    """An assistant message without its thought and outer white space."""
+    return split_thought(message)[1]
+
+
+def plain(text: str) -> str:
+    """Lower case, without commas and outer blanks: how FTRL and ToolHop compare (their published ``answer_verify``)."""
+    return text.lower().replace(",", "").strip()
+
+
+def contains_answer(text: str, answer: str) -> bool:
+    """The published ``answer_verify``: every ``", "``-separated part of the answer occurs in the text, both in :func:`plain` form."""
+    found = plain(text)
+    return all(plain(part) in found for part in answer.split(", "))
+
+
+def tagged_answer(message: str) -> str | None:
+    """What stands in the first ``<answer>…</answer>`` of a message, outside its thought; None without one."""
+    found = TAG.search(visible(message))
+    return found.group(1) if found is not None else None
+
+
+def answer_words(text: str) -> set[str]:
+    """The different words of an answer: lower case, every ASCII punctuation mark a blank (MatchTIR's ``preprocess_text``)."""
+    return set(text.lower().translate(_PUNCTUATION).split())
+
+
+def answer_f1(message: str, reference: str) -> float:
+    """F1 in [0, 1] of a message's tagged answer against the reference answer, as MatchTIR's public code computes it (arXiv 2601.10712).
+
+    Precision is over the different words of the answer, recall over those of the reference (:func:`answer_words`). It is 0 without the tag,
+    and 0 where either has no word.
+    """
+    said = tagged_answer(message)
+    left, right = answer_words(said or ""), answer_words(reference)
+    common = len(left & right)
+    return 2.0 * common / (len(left) + len(right)) if common else 0.0
