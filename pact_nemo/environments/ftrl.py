@@ -21,7 +21,6 @@ from pact_nemo.errors import ConfigError, EnvironmentFailure
 from pact_nemo.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
 
-
 #: the rule as the published training prompts have it, before the question
 ANSWER_RULE = (
     "Only output the final answer (in words, numbers or phrase) inside the <answer></answer> tag, without any explanations or extra information."
@@ -55,11 +54,11 @@ def reference_calls(row: Row, tools: dict[str, dict[str, Any]], field: str = "gr
         return ()
     value = row.json(field, object)
     if isinstance(value, dict):
-        lists = [value.get("name"), value.get("parameters", value.get("arguments"))]
-        if all(isinstance(each, list) for each in lists):
-            if len(lists[0]) != len(lists[1]):
-                raise row.complain(f"{len(lists[0])} names and {len(lists[1])} parameters", field)
-            value = [{"name": name, "parameters": parameters} for name, parameters in zip(*lists, strict=True)]
+        names, parameters = value.get("name"), value.get("parameters", value.get("arguments"))
+        if isinstance(names, list) and isinstance(parameters, list):
+            if len(names) != len(parameters):
+                raise row.complain(f"{len(names)} names and {len(parameters)} parameters", field)
+            value = [{"name": name, "parameters": given} for name, given in zip(names, parameters, strict=True)]
         else:
             value = [value]
     if not isinstance(value, list):
