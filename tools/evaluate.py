@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ from pact_nemo.errors import ConfigError, PactError, ServerError  # noqa: E402
 from pact_nemo.files import write_json_atomic, write_text_atomic  # noqa: E402
 from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
 from pact_nemo.rollouts.chat_episode import play_by_chat  # noqa: E402
-from pact_nemo.rollouts.config import EpisodeLimits  # noqa: E402
 from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
 from pact_nemo.rollouts.types import Rollout  # noqa: E402
 from pact_nemo.training.config import Config, load_config, to_dict  # noqa: E402
 from pact_nemo.training.data import build_environment, limited  # noqa: E402
 from pact_nemo.training.evaluation import episode_rewards, summarise  # noqa: E402
 from pact_nemo.training.generation import Generator  # noqa: E402
+from pact_nemo.training.limits import evaluation_limits  # noqa: E402
 from pact_nemo.training.progress import RunProgress  # noqa: E402
 from pact_nemo.training.records import dump_evaluation  # noqa: E402
 
@@ -53,7 +54,7 @@ def player(config: Config, options: argparse.Namespace, environment: Environment
     if options.model.startswith(("http://", "https://")):
         key = os.environ.get("OPENAI_API_KEY", "none")
         complete = chat_endpoint(options.model, options.name, key, config.rollout.server.request_timeout_s, config.evaluation.temperature)
-        limits = EpisodeLimits(sampling.max_turns_per_user_turn, sampling.max_turns, sampling.max_turn_tokens, sampling.max_response_tokens, 1 << 30)
+        limits = evaluation_limits(config)
 
         def by_chat(tasks: list[Task]) -> list[Rollout]:
             with ThreadPoolExecutor(sampling.concurrency) as threads:
@@ -104,6 +105,7 @@ def identity(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         "tasks": {key: value for key, value in settings["tasks"].items() if key not in ("max_train", "max_eval")},
         "sampling": settings["rollout"]["sampling"],
         "evaluation": settings["evaluation"],
+        "limits": asdict(evaluation_limits(config)),
     }
 
 

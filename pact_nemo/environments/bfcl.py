@@ -28,6 +28,16 @@ Window = Literal["full", "turn"]
 FORCE_TERMINATED = "multi_turn:force_terminated"
 
 
+def official_turns() -> int:
+    """Assistant turns after one user turn under bfcl-eval's ``MAXIMUM_STEP_LIMIT``: that many with calls, and one without that ends the turn.
+
+    Its harness runs one step with calls more before it stops, and fails the entry then; so does the verdict here on what a limit cut.
+    """
+    from bfcl_eval.constants.default_prompts import MAXIMUM_STEP_LIMIT
+
+    return int(MAXIMUM_STEP_LIMIT) + 1
+
+
 def _new_functions_message() -> dict[str, str]:
     from bfcl_eval.constants.default_prompts import DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC
 

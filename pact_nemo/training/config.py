@@ -215,6 +215,7 @@ class EvaluationConfig:
 
     before: bool = True
     after: bool = True
+    max_turns_per_user_turn: int | None = None  #: assistant turns that may follow one user turn; None = as in the benchmark's own evaluation
     temperature: float = 0.0
     samples: int = 1  #: episodes per task; with more than one the score is their mean
     episodes_in_report: int = 12
@@ -457,6 +458,8 @@ def validate(config: Config) -> None:
     _require(trainer.keep_rollouts >= 0, f"trainer.keep_rollouts={trainer.keep_rollouts}: steps to keep, or 0 for all")
     _require(0.0 <= config.alarms.failed_share <= 1.0, f"alarms.failed_share={config.alarms.failed_share}: a share in [0, 1]")
     _require(config.rollout.keep_exports >= 1, f"rollout.keep_exports={config.rollout.keep_exports}: must be >= 1")
+    turns = config.evaluation.max_turns_per_user_turn
+    _require(turns is None or turns >= 1, f"evaluation.max_turns_per_user_turn={turns}: must be >= 1, or null for the benchmark's own limit")
     _require(tasks.held_out >= 1, f"tasks.held_out={tasks.held_out}: at least one scenario group must be held out")
     if tasks.window == "full":
         reduced = [k for k in ("max_calls", "max_user_chars") if getattr(tasks, k) is not None]

@@ -23,6 +23,7 @@ from pact_nemo.rollouts.server import RolloutServer
 from pact_nemo.rollouts.supervisor import SupervisedServer
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.training.config import Config
+from pact_nemo.training.limits import evaluation_limits, training_limits
 from pact_nemo.training.progress import RunProgress
 
 
@@ -70,7 +71,9 @@ class Generator:
         if self.on_request is not None:
             self.on_request(body)
 
-    def _play(self, name: str, tasks: list[Task], samples: int, sampling: Sampling, step: int | str, version: int) -> list[Rollout]:
+    def _play(
+        self, name: str, tasks: list[Task], samples: int, limits: EpisodeLimits, sampling: Sampling, step: int | str, version: int
+    ) -> list[Rollout]:
         if not self._ready:
             raise ServerError("the rollout server was not started on this rank")
         for each in self._servers:
@@ -78,14 +81,6 @@ class Generator:
                 raise ServerError(
                     f"{each.server.endpoint.url} holds weight version {each.weight_version}, the policy is at {version}; refit first"
                 )
-        settings = self._config.rollout.sampling
-        limits = EpisodeLimits(
-            max_turns_per_user_turn=settings.max_turns_per_user_turn,
-            max_turns=settings.max_turns,
-            max_turn_tokens=settings.max_turn_tokens,
-            max_response_tokens=settings.max_response_tokens,
-            max_model_len=self._config.rollout.server.max_model_len,
-        )
         with self._progress.phase(name, total=len(tasks) * samples) as phase:
             started = time.perf_counter()
 
@@ -102,7 +97,7 @@ class Generator:
                     limits=limits,
                     sampling=sampling,
                     seeds=SeedPath(self._config.run.seed, step),
-                    concurrency=settings.concurrency,
+                    concurrency=self._config.rollout.sampling.concurrency,
                     on_progress=show,
                     check=self.check,
                 )
@@ -121,13 +116,13 @@ class Generator:
     def rollouts(self, tasks: list[Task], k: int, *, step: int, version: int) -> list[Rollout]:
         """K training rollouts per task, ordered by (task, sample)."""
         sampling = Sampling(self._config.rollout.sampling.temperature, self._config.rollout.sampling.top_p)
-        return self._play(f"step {step + 1} rollouts", tasks, k, sampling, step, version)
+        return self._play(f"step {step + 1} rollouts", tasks, k, training_limits(self._config), sampling, step, version)
 
     def evaluation(self, tasks: list[Task], *, name: str, version: int) -> tuple[list[Rollout], float]:
         """Held-out episodes and the seconds they took."""
         started = time.perf_counter()
-        settings = self._config.evaluation
-        rollouts = self._play(f"evaluation {name}", tasks, settings.samples, Sampling(settings.temperature), f"eval/{name}", version)
+        settings, limits = self._config.evaluation, evaluation_limits(self._config)
+        rollouts = self._play(f"evaluation {name}", tasks, settings.samples, limits, Sampling(settings.temperature), f"eval/{name}", version)
         return rollouts, time.perf_counter() - started
 
     def refit(self, folder: Path, version: int) -> list[RefitReport]:

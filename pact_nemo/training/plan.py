@@ -18,6 +18,7 @@ from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.planning.timing import ServerPlan
 from pact_nemo.planning.workload import Lengths, StepWork
 from pact_nemo.training.config import Config
+from pact_nemo.training.limits import evaluation_limits
 from pact_nemo.training.recipes import recipe
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
@@ -198,7 +199,9 @@ def describe_plan(config: Config) -> str:
         f"  training   method {config.objective.method}: {trainer.steps} steps x {trainer.batch_size} prompts x {config.objective.group_size} "
         "rollouts "
         f"= {trainer.steps * episodes:,} episodes, {trainer.steps * (trainer.batch_size // trainer.mini_batch_size)} optimizer updates",
-        "  evaluation " + ", ".join(name for name, on in (("before", config.evaluation.before), ("after", config.evaluation.after)) if on),
+        "  evaluation " + ", ".join(name for name, on in (("before", config.evaluation.before), ("after", config.evaluation.after)) if on)
+        + f"; at most {evaluation_limits(config).max_turns_per_user_turn} assistant turns after a user turn"
+        + (" (the benchmark's own limit)" if config.evaluation.max_turns_per_user_turn is None else ""),
     ]
     if world % split:
         return "\n".join([*lines, f"note: {world} process(es) can't hold TP x PP x CP = {split}; start a multiple of {split}"])

@@ -10,12 +10,13 @@ from typing import Any
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.environments.base import Task
 from pact_nemo.rollouts.client import Completion, GenerationRequest
-from pact_nemo.rollouts.config import EpisodeLimits, Sampling
+from pact_nemo.rollouts.config import Sampling
 from pact_nemo.rollouts.episode import SeedPath, run_episode
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.training.batch import form_group
 from pact_nemo.training.config import Config
 from pact_nemo.training.data import build_dataset, build_environment, prompts_of_step
+from pact_nemo.training.limits import training_limits
 from pact_nemo.training.records import dump_step
 from pact_nemo.training.workspace import Workspace
 
@@ -55,14 +56,7 @@ def write_replay(config: Config, model: Path, folder: Path, steps: int) -> None:
     chat = ChatFormat.from_pretrained(model, config.model.tool_format)
     environment = build_environment(config)
     dataset = build_dataset(config, environment, chat)
-    sampling = config.rollout.sampling
-    limits = EpisodeLimits(
-        sampling.max_turns_per_user_turn,
-        sampling.max_turns,
-        sampling.max_turn_tokens,
-        sampling.max_response_tokens,
-        config.rollout.server.max_model_len,
-    )
+    limits = training_limits(config)
 
     def play(task: Task, k: int, step: int) -> Rollout:
         client: Any = ScriptedPolicy(chat, scripts(task, chat, random.Random(f"{task.id}{k}{step}")))

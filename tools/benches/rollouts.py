@@ -30,12 +30,13 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.config import EpisodeLimits, Sampling
+from pact_nemo.rollouts.config import Sampling
 from pact_nemo.rollouts.episode import SeedPath
 from pact_nemo.rollouts.server import RolloutServer
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.training.config import Config, load_config
 from pact_nemo.training.data import build_dataset, build_environment, prompts_of_step
+from pact_nemo.training.limits import training_limits
 from tools.benches.kit import report
 from tools.benches.rollouts_watch import Record, TimedChat, TimedClient, TimedEnvironment, analyse, sampling_server
 
@@ -90,18 +91,12 @@ def play(
     config: Config, server: RolloutServer, environment: Environment, chat: ChatFormat, tasks: list[Task], concurrency: int, tool_seconds: float
 ) -> dict[str, float]:
     """One rollout phase, watched."""
-    settings, server_settings = config.rollout.sampling, config.rollout.server
+    server_settings = config.rollout.server
     client = TimedClient(
         server.endpoint, weight_version=0, request_timeout_s=server_settings.request_timeout_s, connect_retries=0,
         admin_timeout_s=server_settings.refit_timeout_s,
     )  # fmt: skip
-    limits = EpisodeLimits(
-        max_turns_per_user_turn=settings.max_turns_per_user_turn,
-        max_turns=settings.max_turns,
-        max_turn_tokens=settings.max_turn_tokens,
-        max_response_tokens=settings.max_response_tokens,
-        max_model_len=server_settings.max_model_len,
-    )
+    limits = training_limits(config)
     record = Record()
     client.record = record
 
@@ -117,7 +112,7 @@ def play(
                 chat=TimedChat(chat, record),
                 clients=[client],
                 limits=limits,
-                sampling=Sampling(settings.temperature, settings.top_p),
+                sampling=Sampling(config.rollout.sampling.temperature, config.rollout.sampling.top_p),
                 seeds=SeedPath(config.run.seed, 0),
                 concurrency=concurrency,
                 on_progress=ended,
