@@ -25,6 +25,7 @@ from pact_nemo.rollouts.config import RolloutServerConfig
 from pact_nemo.traces.augment import KINDS
 from pact_nemo.traces.spans import OVERLONG
 from pact_nemo.training.recipes import Recipe
+from pact_nemo.training.settings_text import load_word, load_yaml
 
 
 @dataclass
@@ -258,9 +259,11 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; the shipped ones are under conf/")
     try:
-        loaded = OmegaConf.load(path)
+        loaded = load_yaml(path, Config)
+    except ConfigError:
+        raise
     except Exception as error:  # yaml and OmegaConf raise unrelated families; all mean "not a config file"
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raise ConfigError(f"{path}: not valid YAML: {error}; put a text with such characters into quotes") from error
     if isinstance(loaded, ListConfig):
         raise ConfigError(f"{path}: expected a mapping at the top level, found a list")
     try:
@@ -327,7 +330,9 @@ def load_config(
         if not separator or key.startswith("-"):
             raise ConfigError(f"command line: {word!r} is not a key=value override, e.g. trainer.steps=50")
         try:
-            sources.append((f"command line '{word}'", OmegaConf.from_dotlist([word])))
+            sources.append((f"command line '{word}'", load_word(word, Config)))
+        except ConfigError:
+            raise
         except Exception as error:  # yaml and OmegaConf raise unrelated families; all mean "not a setting"
             raise ConfigError(f"command line {word!r}: the value can't be read: {error}; give it as YAML, e.g. trainer.steps=50") from error
     for name, source in sources:
@@ -345,8 +350,6 @@ def load_config(
         raise ConfigError(f"{names}: {str(error).splitlines()[0]} (key '{getattr(error, 'full_key', None) or ''}'); give the value itself") from error
     if not isinstance(config, Config):
         raise ConfigError(f"{', '.join(name for name, _ in sources)}: no configuration, but a {type(config).__name__}; give settings by section")
-    if config.rollout.importance == "False":  # YAML 1.1 reads a bare `off` as a boolean
-        config.rollout.importance = "off"
     validate(config)
     return config
 
@@ -390,6 +393,9 @@ def _require_writable(value: Any, key: str = "") -> None:
 def validate(config: Config) -> None:
     """Checks that types can't express. Raises ConfigError with the key and the remedy."""
     _require_writable(to_dict(config))
+    for key, name in (("run.name", config.run.name), ("run.label", config.run.label)):
+        _require(name is None or (name.strip() == name != "" and "/" not in name and name not in (".", "..")), f"{key}={name!r}: must be a name that "
+                 "a folder can have, without a slash or spaces around it")
     config.rollout.server.refuse_secrets()
     objective, trainer, tasks = config.objective, config.trainer, config.tasks
     _one_of("objective.method", objective.method, tuple(METHODS))
