@@ -1,7 +1,8 @@
 """Chat template to token ids: prompts, what comes between two assistant messages, and assistant text itself.
 
 Every piece is cut out of the model's own chat template, rendered on a dummy conversation. So ``prompt + sampled ids + continuation + …``
-is what the template would render for the whole conversation, while sampled ids are never re-tokenised.
+is what the template would render for the whole conversation, while sampled ids are never re-tokenised. That this holds is checked when a
+:class:`ChatFormat` is made (:mod:`pact_nemo.chat.checks`); a template or tokenizer of which it doesn't hold is refused by name.
 """
 
 from __future__ import annotations
@@ -9,27 +10,25 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
-from pact_nemo.chat.tool_formats import ToolFormat, Tools, tool_format
+from pact_nemo.chat.encoding import TextEncoder
+from pact_nemo.chat.probing import TOOL, USER, Earlier, earlier_thoughts, find_thoughts, generation_text, openai_tool, shows_tools
+from pact_nemo.chat.rendering import ChatTemplate, Message
+from pact_nemo.chat.thoughts import CLOSING, OPENING, ThoughtStyle
+from pact_nemo.chat.tool_formats import SEPARATOR, ToolFormat, Tools, tool_format
 from pact_nemo.errors import ConfigError, DataError
 
-Message = Mapping[str, Any]
-
 BOUNDARY_TEXT = "The reference attempt ends here. Now solve the task yourself from the start."
-_TEMPLATE_FAILS = (
-    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError, MemoryError
-)  # fmt: skip
-_USER = {"role": "user", "content": "U"}
-_MARK = "\u2042MARK\u2042"
+_MARK, _OBSERVED = "\u2042MARK\u2042", "OBSERVED-MARK"
 _ASSISTANT = {"role": "assistant", "content": _MARK}
+#: end the turn where they are special tokens of the tokenizer
 _END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "</s>")
+_TAG = re.compile(r"</?[A-Za-z_][\w.:-]*>|<[|\uff5c][^<>\s]*[|\uff5c]>|\[/?[A-Z_]+\]")
 
 
 @dataclass(frozen=True)
@@ -47,46 +46,99 @@ class Continuation:
     offsets: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True)
+class AssistantParts:
+    """An assistant message as the policy writes it behind the generation prompt; the four texts concatenate to it.
+
+    Attributes:
+        opening: the marker that opens the thought; empty without thoughts, and where the generation prompt holds it.
+        reasoning: u.
+        switch: what leads from the reasoning to the call: the marker that closes the thought, else one line break.
+        calls: the call text a, or a final answer.
+    """
+
+    opening: str
+    reasoning: str
+    switch: str
+    calls: str
+
+    @property
+    def text(self) -> str:
+        return self.opening + self.reasoning + self.switch + self.calls
+
+
 class ChatFormat:
     """The text and token conventions of one model folder with one tool format.
 
     Attributes:
         tokenizer: the Hugging Face fast tokenizer.
         tool_format: how tools, calls and observations are written.
+        source: where the chat template stands, for messages.
         end_of_turn_id: the token that the chat template puts after an assistant message.
         eos_ids: token ids that stop generation; the first one is ``end_of_turn_id``.
+        thought: how the policy writes thoughts; None for a template that knows none, and where the generation prompt closes an empty thought.
+        earlier_thoughts: what the template does with the thought of an assistant message before the last one: ``kept``; ``until_user``: kept
+            until a user speaks again; ``dropped`` as soon as anything follows. The empty thought of a generation prompt counts as one.
+        generation_thought: the end of the generation prompt that belongs to a thought: its opening marker, or a whole empty thought; else empty.
+        shows_tools: whether tools are passed to the template; else the tool format's own text goes into the system message.
+        hidden_text: what the template writes in the place of a thought that it has dropped (between the role header and the visible text).
 
     Args:
         tokenizer: fast tokenizer with a chat template.
         tool_format: instance from :data:`pact_nemo.chat.tool_formats.TOOL_FORMATS`.
         template_kwargs: constants handed to the chat template, e.g. ``{"enable_thinking": False}`` or ``{"date_string": "1 Jan 2026"}``.
+        end_ids: further ids that stop generation, e.g. those of ``generation_config.json``.
 
     Raises:
-        ConfigError: no chat template, no fast tokenizer, or the template doesn't end an assistant message with a special token.
+        ConfigError: no chat template, no fast tokenizer, or a template that drops, alters or repeats what the project has to show, that the
+            conversation can't be cut from exactly, or that has no use for one of ``template_kwargs``. The message names template and remedy.
     """
 
-    def __init__(self, tokenizer: Any, tool_format: ToolFormat, template_kwargs: Mapping[str, Any] | None = None):
+    thought: ThoughtStyle | None
+    earlier_thoughts: Earlier
+    hidden_text: str
+
+    def __init__(
+        self, tokenizer: Any, tool_format: ToolFormat, template_kwargs: Mapping[str, Any] | None = None, end_ids: Sequence[int] = ()
+    ):
+        from pact_nemo.chat.checks import check_conversation
+
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError("the tokenizer has no chat template; add chat_template.jinja to the model folder")
         if not tokenizer.is_fast:
             raise ConfigError("a fast tokenizer is needed: character offsets come from it")
         self.tokenizer = tokenizer
         self.tool_format = tool_format
-        self._kwargs = dict(template_kwargs or {})
-        self._lock = threading.Lock()  # fast tokenizers may refuse concurrent use ("Already borrowed")
-        self._native_tools = tool_format.native and "tools" in str(tokenizer.chat_template)
-        self._special = re.compile("|".join(re.escape(token) for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True)))
+        self._template = ChatTemplate(tokenizer, template_kwargs or {}, tool_use=tool_format.native)
+        self.source = self._template.source
+        special, control = _control_tokens(tokenizer)
+        self._special = _any_of(special)
+        self._forgeable = self._special
+        self.thought, self.generation_thought = None, ""
         try:
-            end_ids = self._tokenize(self._after_assistant([], generation=False))
+            self.shows_tools = tool_format.native and shows_tools(self._template.render, tool_format.render_calls)
+            self._generation = generation_text(self._plain, self.source)
+            self.thought, self.generation_thought = find_thoughts(self._plain, self.source, self._generation)
+            self.earlier_thoughts, self.hidden_text = earlier_thoughts(
+                self._plain, self.source, self._generation, self.generation_thought, self.thought, self._observed()
+            )
+            self._encoder = TextEncoder(tokenizer, self._plain([USER], True))
+            after = self._after_assistant(self._observed(), generation=True)
+            end_ids = [*self._encoder.whole(after)[0][:1], *end_ids]
         except DataError as error:
             raise ConfigError(f"the model's chat template can't be used: {error}") from error
-        if not end_ids or end_ids[0] not in tokenizer.all_special_ids:
-            raise ConfigError("the chat template doesn't end an assistant message with a special token")
+        ids_of_special = {id for token, id in tokenizer.get_vocab().items() if token in special}
+        if end_ids[0] not in ids_of_special:
+            raise ConfigError(f"{self.source} doesn't end an assistant message with a special token; take a template that does")
+        # an observation can't end itself, open a thought or write a call: neither as a token nor as the text that the template writes around it
+        thoughts = {OPENING, CLOSING} if self.thought is not None or self.generation_thought else set()
+        self._forgeable = _any_of({*control, *thoughts, *_TAG.findall(after)})
         self.end_of_turn_id: int = end_ids[0]
         vocabulary = tokenizer.get_vocab()
-        extra = [tokenizer.eos_token_id, *(vocabulary.get(token) for token in _END_TOKENS)]
-        self.eos_ids: list[int] = list(dict.fromkeys([self.end_of_turn_id, *(i for i in extra if i is not None)]))
+        extra = [tokenizer.eos_token_id, *(vocabulary.get(token) for token in _END_TOKENS if token in special)]
+        self.eos_ids: list[int] = list(dict.fromkeys([*end_ids[:1], *(i for i in extra if i is not None), *end_ids[1:]]))
         self._continuation = lru_cache(maxsize=4096)(self._continuation_uncached)
+        check_conversation(self)
 
     @classmethod
     def from_pretrained(
@@ -95,23 +147,43 @@ class ChatFormat:
         """Load the tokenizer of a local Hugging Face folder. Raises ConfigError for an unknown tool format or an unfit tokenizer."""
         from transformers import AutoTokenizer  # takes seconds: not for --help and --dry-run
 
+        form = tool_format(tool_format_name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(os.fspath(model_dir), local_files_only=True)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{os.fspath(model_dir)}: no tokenizer could be loaded: {error}") from error
-        return cls(tokenizer, tool_format(tool_format_name), template_kwargs)
+        return cls(tokenizer, form, template_kwargs, _generation_end_ids(Path(model_dir), len(tokenizer)))
+
+    @property
+    def opens_thought(self) -> bool:
+        """Whether the generation prompt leaves a thought open: what the policy writes begins inside it."""
+        return self.thought is not None and self.thought.opened
 
     # --- rendering -----------------------------------------------------------------------------------------------------------------
 
     def _neutral(self, message: Message) -> dict[str, Any]:
-        """The message with special tokens in its content broken up (``<|im_end|>`` → ``< |im_end|>``): content can't forge a role or end
-        a turn.
+        """The message with control text in its content broken up (``<|im_end|>`` → ``< |im_end|>``): content can't forge a role or end a turn. Of a
+        tool's content, which strangers write, every marker is broken up; of other messages, special tokens.
         """
         content = str(message["content"])
-        return {**message, "content": self._special.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", content)}
+        pattern = self._forgeable if message["role"] == "tool" else self._special
+        kept = (OPENING, CLOSING) if message["role"] == "assistant" else ()
+        return {**message, "content": _broken_up(pattern, content, kept)}
+
+    def _neutral_tool(self, value: Any) -> Any:
+        """A tool's schema with the special tokens in its texts broken up."""
+        if isinstance(value, str):
+            return _broken_up(self._special, value)
+        if isinstance(value, Mapping):
+            return {key: self._neutral_tool(item) for key, item in value.items()}
+        return [self._neutral_tool(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def _laid_out(self, message: dict[str, Any]) -> dict[str, Any]:
+        """An assistant message's thought where the template looks for it."""
+        return {**message, **self.thought.message(message["content"])} if self.thought is not None and message["role"] == "assistant" else message
 
     def render(self, messages: Sequence[Message], tools: Tools = (), generation: bool = True) -> str:
-        """Text of a conversation. Tools go to the template where the format prefers that and the template can; else into the system
+        """Text of a conversation. Tools go to the template where the format prefers that and the template shows them; else into the system
         message.
 
         Special tokens inside message contents are broken up first, assistant messages included.
@@ -119,39 +191,36 @@ class ChatFormat:
         Raises:
             DataError: the template refuses the conversation, or fails on it.
         """
-        conversation = [self._neutral(message) for message in messages]
-        native: list[dict[str, Any]] | None = None
-        if tools and self._native_tools:
-            native = [{"type": "function", "function": dict(tool)} for tool in tools]
-        elif tools:
+        conversation = [self._laid_out(self._neutral(message)) for message in messages]
+        tools = [self._neutral_tool(tool) for tool in tools]
+        if tools and not self.shows_tools:
             text = self.tool_format.render_tools(tools)
             if conversation and conversation[0]["role"] == "system":
                 conversation[0]["content"] = f"{conversation[0]['content']}\n\n{text}"
             else:
                 conversation.insert(0, {"role": "system", "content": text})
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(conversation, tools=native, tokenize=False, add_generation_prompt=generation, **self._kwargs)
-            )
-        except _TEMPLATE_FAILS as error:
-            # a template is a program of its own that sees whatever the conversation holds; Python may refuse what jinja makes of it
-            raise DataError(f"the chat template can't render this conversation: {error!r}; change the conversation or the template") from error
+        native = [openai_tool(tool) for tool in tools] if tools and self.shows_tools else None
+        return self._template.render(conversation, native, generation)
+
+    def _plain(self, messages: Sequence[Message], generation: bool) -> str:
+        """A conversation that pieces are cut from: with a tool where the template itself shows tools, for it may write other delimiters then."""
+        return self._template.render(messages, [openai_tool(TOOL)] if self.shows_tools else None, generation)
+
+    def _observed(self) -> list[dict[str, str]]:
+        return self.tool_format.render_observation([_OBSERVED])
 
     def _after_assistant(self, messages: Sequence[Message], generation: bool) -> str:
         """Template text between the last character of an assistant message and the end (``generation``: the next assistant message)."""
-        text = self.render([_USER, _ASSISTANT, *messages], generation=generation)
+        text = self._plain([USER, _ASSISTANT, *(self._neutral(message) for message in messages)], generation)
         if text.count(_MARK) != 1:
-            raise ConfigError("the chat template alters or repeats assistant content; it can't be cut at a message boundary")
+            raise ConfigError(f"{self.source} alters or repeats assistant content; it can't be cut at a message boundary")
         return text.partition(_MARK)[2]
-
-    def _tokenize(self, text: str) -> list[int]:
-        return self.encode_assistant(text)[0]
 
     # --- pieces of a conversation --------------------------------------------------------------------------------------------------
 
     def prompt_ids(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """x: token ids of ``messages`` with the tool schemas, ending with the generation prompt."""
-        return self._tokenize(self.render(messages, tools))
+        return self.encode_whole(self.render(messages, tools))
 
     def continuation_ids(self, messages: Sequence[Message], after_eos: bool, new_tools: Tools = ()) -> list[int]:
         """Tokens between the end of a sampled assistant message and the start of the next one.
@@ -171,21 +240,29 @@ class ChatFormat:
         """Tokens from the end of h* to the start of the rollout: a user turn that closes the trace, and the generation prompt.
 
         Raises:
-            ConfigError: the template renders earlier turns differently once a user turn follows.
+            ConfigError: the template renders an earlier tool result differently once a user turn follows.
         """
-        observation = self.tool_format.render_observation(["O"])
-        head = self.render([_USER, _ASSISTANT, *observation], generation=False)
-        whole = self.render([_USER, _ASSISTANT, *observation, {"role": "user", "content": text}], generation=True)
-        if not whole.startswith(head):
-            raise ConfigError("the chat template rewrites earlier turns when a user turn follows; literal concatenation is impossible")
-        return self._tokenize(whole[len(head) :])
+        conversation = [USER, _ASSISTANT, *self._observed()]
+        try:
+            head = self._plain(conversation, generation=False)
+            whole = self._plain([*conversation, {"role": "user", "content": text}], generation=True)
+        except DataError as error:
+            raise ConfigError(f"a user turn that follows a tool result, as the end of a trace has it: {error}") from error
+        end = head.rpartition(_OBSERVED)[2]
+        tail = whole.rpartition(_OBSERVED)[2]
+        if not tail.startswith(end):
+            raise ConfigError(f"{self.source} rewrites tool results when a user turn follows; literal concatenation is impossible")
+        return self._encoder.after(whole.removesuffix(tail) + end, tail.removeprefix(end))[0]
 
     def generation_ids(self) -> list[int]:
         """Tokens that open an assistant message, e.g. ``<|im_start|>assistant\\n``."""
-        whole, head = self.render([_USER], generation=True), self.render([_USER], generation=False)
-        if not whole.startswith(head):
-            raise ConfigError("the chat template's generation prompt is not a suffix")
-        return self._tokenize(whole[len(head) :])
+        return self._encoder.after(self._plain([USER], False), self._generation)[0]
+
+    def visible_generation_ids(self) -> list[int]:
+        """:meth:`generation_ids` without what belongs to the thought: the start of an earlier message whose thought the template drops; there
+        ``hidden_text`` and the visible text follow.
+        """
+        return self._encoder.after(self._plain([USER], False), self._generation.removesuffix(self.generation_thought))[0]
 
     def continuation(self, messages: Sequence[Message], new_tools: Tools = (), generation: bool = True) -> Continuation:
         """Everything from an assistant message's end-of-turn token on, as text, ids and offsets; cached."""
@@ -193,7 +270,8 @@ class ChatFormat:
         if new_tools:
             if not conversation:
                 raise ConfigError("tools can only be revealed together with a message")
-            conversation[0]["content"] = f"{self.tool_format.render_new_tools(new_tools)}\n{conversation[0]['content']}"
+            revealed = self.tool_format.render_new_tools([self._neutral_tool(tool) for tool in new_tools])
+            conversation[0]["content"] = f"{revealed}\n{conversation[0]['content']}"
         return self._continuation(json.dumps(conversation, ensure_ascii=False), generation)
 
     def _cut(self, messages: Sequence[Message], after_eos: bool, new_tools: Tools, generation: bool) -> list[int]:
@@ -201,12 +279,25 @@ class ChatFormat:
 
     def _continuation_uncached(self, messages_json: str, generation: bool) -> Continuation:
         text = self._after_assistant(json.loads(messages_json), generation)
-        ids, offsets = self.encode_assistant(text)
+        ids, offsets = self._encoder.whole(text)
         if ids[0] != self.end_of_turn_id:
-            raise ConfigError("the chat template ends assistant messages differently depending on what follows")
+            raise ConfigError(f"{self.source} ends assistant messages differently depending on what follows")
         return Continuation(text, tuple(ids), tuple(offsets))
 
     # --- assistant text ------------------------------------------------------------------------------------------------------------
+
+    def assistant_parts(self, reasoning: str, calls: str) -> AssistantParts:
+        """An assistant message with this reasoning and call text (or answer) in the form that the policy samples behind the generation prompt.
+
+        A thinking model writes the reasoning as its thought, and an empty thought where there is none. Others put a line break between the two.
+        """
+        if self.thought is None:
+            return AssistantParts("", reasoning, SEPARATOR if reasoning and calls else "", calls)
+        return AssistantParts(self.thought.written, reasoning, self.thought.closing, calls)
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Token ids of a rendered conversation from its start."""
+        return self._encoder.whole(text)[0]
 
     def encode_assistant(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of an assistant message, end-of-turn left out, and each token's half-open character range in ``text``.
@@ -214,17 +305,48 @@ class ChatFormat:
         Raises:
             DataError: the text holds half a surrogate pair.
         """
-        try:
-            with self._lock:
-                encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        except (TypeError, UnicodeError) as error:  # what the tokenizer says of half a surrogate pair
-            raise DataError(f"a text can't be made into tokens: {error}; take out what isn't Unicode") from error
-        return list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+        return self._encoder.assistant(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens other than a trailing end-of-turn included (a model may write ``<tool_call>`` as one)."""
         kept = list(ids)
         while kept and kept[-1] in self.eos_ids:
             kept.pop()
-        with self._lock:
-            return str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self._encoder.decode(kept)
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the texts, longest first; nothing where there are none."""
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token) or r"(?!)")
+
+
+def _broken_up(pattern: re.Pattern[str], text: str, kept: Sequence[str] = ()) -> str:
+    return pattern.sub(lambda match: match.group() if match.group() in kept else f"{match.group()[0]} {match.group()[1:]}", text)
+
+
+def _control_tokens(tokenizer: Any) -> tuple[set[str], set[str]]:
+    """(special tokens, all tokens that steer a conversation): added tokens with ``special=True``, and those that look like markers
+    (``<tool_call>``, ``[INST]``).
+    """
+    added = list(tokenizer.added_tokens_decoder.values())
+    special = {str(token.content) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    return special, special | {str(token.content) for token in added if _TAG.fullmatch(str(token.content))}
+
+
+def _generation_end_ids(folder: Path, size: int) -> list[int]:
+    """``eos_token_id`` of ``generation_config.json``: what stops the published model.
+
+    Raises:
+        ConfigError: the file can't be read, or names ids that the tokenizer hasn't.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return []
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError, OSError) as error:
+        raise ConfigError(f"{path}: not a JSON object: {error}; take the file of the published model") from error
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < size for item in ids):
+        raise ConfigError(f"{path}: eos_token_id={value}: not ids of the tokenizer, which has {size}; repair it")
+    return list(ids)

@@ -5,6 +5,8 @@ The one place that knows the markers. A thought is never executed, never an answ
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 OPENING, CLOSING = "<think>", "</think>"
 
 
@@ -26,3 +28,37 @@ def split_thought(text: str, opened: bool = False) -> tuple[str, str]:
         return "", text.strip()
     thought, _, visible = body.partition(CLOSING)
     return thought.strip(), visible.strip()
+
+
+@dataclass(frozen=True)
+class ThoughtStyle:
+    """How a model writes its thoughts, as its chat template shows it.
+
+    Attributes:
+        opening: text before a thought, e.g. ``<think>\\n``.
+        closing: text between a thought and what is visible, e.g. ``\\n</think>\\n\\n``: the switch to the call.
+        opened: the generation prompt ends with ``opening``, so the policy begins inside the thought.
+        field: the key of a chat message under which the template takes the thought apart from the content; None: it is part of the content.
+    """
+
+    opening: str
+    closing: str
+    opened: bool
+    field: str | None
+
+    @property
+    def written(self) -> str:
+        """The part of ``opening`` that the policy writes itself."""
+        return "" if self.opened else self.opening
+
+    def message(self, content: str) -> dict[str, str]:
+        """The keys of a chat message for what the policy wrote: ``content``, and ``field`` where the template has one."""
+        whole = self.opening + content if self.opened and not content.startswith(self.opening) else content
+        if self.field is None:
+            return {"content": whole}
+        if whole.startswith(self.opening) and self.closing in whole:
+            thought, _, visible = whole[len(self.opening) :].partition(self.closing)
+        else:  # a thought that isn't laid out as the template does it, or none
+            thought, visible = split_thought(whole)
+            visible = visible if thought or CLOSING in whole else content
+        return {"content": visible, self.field: thought} if CLOSING in whole else {"content": visible}

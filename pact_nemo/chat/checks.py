@@ -1,0 +1,131 @@
+"""The check of a chat format when it is made: a whole conversation, rendered by the template at once, against the pieces that runs use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pact_nemo.chat.probing import HARD, TOOL, Message, check_marks, first_difference, observation_forms
+from pact_nemo.environments.base import ToolCall
+from pact_nemo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from pact_nemo.chat.template import ChatFormat
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An assistant message and what follows it; ``mark`` stands in ``visible``."""
+
+    mark: str
+    thought: str
+    visible: str
+    after: list[dict[str, str]]
+
+    @property
+    def user_follows(self) -> bool:
+        return any(message["role"] == "user" for message in self.after)
+
+
+def check_conversation(chat: ChatFormat) -> None:
+    """System text, tools, thoughts, calls, several observations in a turn and a second user turn: everything is in the rendering, once and as it is,
+    and the pieces concatenate to it, as text and as tokens.
+
+    Raises:
+        ConfigError: they don't; names the template and what it drops, alters or repeats.
+    """
+    system = {"role": "system", "content": f"MARK-SYSTEM {HARD}"}
+    users = [{"role": "user", "content": f"MARK-USER-{index} {HARD}"} for index in range(3)]
+    turns = _turns(chat, users)
+    try:
+        with_system = _renders(chat, [system, users[0]])
+        start = [*([system] if with_system else []), users[0]]
+        for count in range(1, len(turns) + 1):
+            _check_prefix(chat, start, turns[:count])
+        chat.boundary_ids()
+    except DataError as error:
+        raise ConfigError(f"the model's chat template can't be used: {error}") from error
+
+
+def _renders(chat: ChatFormat, messages: list[dict[str, str]]) -> bool:
+    """Whether the template takes a system message. Only where tools are passed to it can the project do without."""
+    try:
+        chat.render(messages, [TOOL])
+        return True
+    except DataError:
+        chat.render(messages[1:], [TOOL])  # fails where the tools need the system message
+        return False
+
+
+def _turns(chat: ChatFormat, users: list[dict[str, str]]) -> list[_Turn]:
+    """Two tool turns, an answer, the second user turn, a tool turn, an answer, the third user turn."""
+    observe = chat.tool_format.render_observation
+    numbered = iter(range(100))
+
+    def call_turn(observations: int) -> _Turn:
+        i = next(numbered)
+        calls = [ToolCall("mark_tool", {"mark_argument": f"MARK-CALL-{i}-{k} {HARD}"}) for k in range(observations)]
+        text = chat.tool_format.render_calls(calls)
+        after = observe([f"MARK-RESULT-{i}-{k} {HARD}" for k in range(observations)])
+        if chat.thought is None:
+            return _Turn(f"MARK-TEXT-{i}", "", chat.assistant_parts(f"MARK-TEXT-{i} {HARD}", text).text, after)
+        return _Turn(f"MARK-CALL-{i}-0", f"MARK-THOUGHT-{i} {HARD}", text, after)
+
+    def answer(after: list[dict[str, str]]) -> _Turn:
+        i = next(numbered)
+        return _Turn(f"MARK-ANSWER-{i}", "" if chat.thought is None else f"MARK-THOUGHT-{i} {HARD}", f"MARK-ANSWER-{i} {HARD}", after)
+
+    return [call_turn(2), call_turn(1), answer([users[1]]), call_turn(2), answer([users[2]])]
+
+
+def _check_prefix(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Turn]) -> None:
+    messages: list[Message] = list(start)
+    for turn in turns:
+        messages += [{"role": "assistant", "content": _written(chat, turn)}, *turn.after]
+    whole = chat.render(messages, [TOOL])
+    if chat.render(messages, [TOOL]) != whole:
+        raise ConfigError(f"{chat.source} writes another text each time; take out what is random in it")
+    check_marks(chat.source, whole, _marks(chat, start, turns))
+    later_user = [any(after.user_follows for after in turns[index:]) for index in range(len(turns))]
+    dropped = [chat.earlier_thoughts == "dropped" or (chat.earlier_thoughts == "until_user" and later) for later in later_user]
+    text, ids = _pieces(chat, start, turns, dropped)
+    if text != whole:
+        raise ConfigError(
+            f"{chat.source} writes a whole conversation otherwise than its pieces: {first_difference(text, whole)}; "
+            "training needs exactly what the model sees; take a template that only appends"
+        )
+    if ids != chat.encode_whole(whole):
+        raise ConfigError(f"the tokenizer makes other tokens of a whole conversation of {chat.source} than of its pieces; use another tokenizer")
+
+
+def _written(chat: ChatFormat, turn: _Turn) -> str:
+    return turn.visible if chat.thought is None else chat.assistant_parts(turn.thought, turn.visible).text
+
+
+def _pieces(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Turn], dropped: list[bool]) -> tuple[str, list[int]]:
+    """The conversation put together as runs and traces do it; turns whose thought is ``dropped`` without it."""
+    tail = chat.generation_thought
+    text = chat.render(start, [TOOL])
+    ids = chat.encode_whole(text.removesuffix(tail) if dropped[0] else text)
+    for index, turn in enumerate(turns):
+        if dropped[index]:
+            text, written = text.removesuffix(tail), chat.hidden_text + turn.visible
+        else:
+            written = _written(chat, turn)
+        continuation = chat.continuation(turn.after)
+        text += written + continuation.text
+        ids += chat.encode_assistant(written)[0] + chat.interlude_ids(turn.after, after_eos=False)
+        ids += chat.visible_generation_ids() if index + 1 < len(turns) and dropped[index + 1] else chat.generation_ids()
+    return text, ids
+
+
+def _marks(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Turn]) -> list[tuple[str, str, list[str]]]:
+    """What has to be in the rendering: (what, its word, accepted forms) each."""
+    names = {"system": "the system message", "user": "what a user says", "tool": "the results of tools (role 'tool')"}
+    found: list[tuple[str, str, list[str]]] = []
+    if not chat.shows_tools:
+        found.append(("the tools (in the system message)", TOOL["name"], [chat.tool_format.render_tools([TOOL])]))
+    for message in [*start, *(message for turn in turns for message in turn.after)]:
+        forms = observation_forms(message["content"]) if message["role"] == "tool" else [message["content"]]
+        found.append((names[message["role"]], message["content"].split(" ", 1)[0], forms))
+    return found + [("what the assistant writes (text and calls)", turn.mark, [turn.visible]) for turn in turns]
