@@ -75,6 +75,7 @@ async def run_batch(
                 check()
             await asyncio.sleep(CHECK_SECONDS)
 
+    ended: BaseException | None = None
     try:
         async with AsyncExitStack() as opened:
             for client in clients:
@@ -86,6 +87,8 @@ async def run_batch(
                 if running:
                     await asyncio.wait(running)
                 watching.cancel()
-    except* (Interrupted, ServerLost) as ended:
-        raise ended.exceptions[0] from None
+    except* (Interrupted, ServerLost) as raised:
+        ended = raised.exceptions[0]
+    if ended is not None:  # raised out here: Python 3.11.2 wraps what an except* clause raises into a group again
+        raise ended from None
     return [task.result() for task in running]
