@@ -471,7 +471,7 @@ def _make_tensor_files(folder: Path) -> tuple[Callable[[bytes], None], list[byte
             raise
 
     header = tensor_files.make_header([("a.weight", "F32", (2, 3), 24), ("b", "BF16", (4,), 8)])
-    return target, [b"w" + header + bytes(32), b"i" + json.dumps({"weight_map": {"a.weight": "model.safetensors"}}).encode()]
+    return target, [b"w" + header + bytes(32), b"i" + json.dumps({"weight_map": dict.fromkeys(("a.weight", "b"), "model.safetensors")}).encode()]
 
 
 # -- run folders ---------------------------------------------------------------------------------------------------------------------------
