@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pact_nemo.checkpoints.manifest import new_export, read_manifest, verify_manifest
-from pact_nemo.checkpoints.quantised import materialise_fp8
+from pact_nemo.checkpoints.quantised import materialise
 from pact_nemo.digests import FileEntry, file_entry
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.policy import export_writer, fp8_block
@@ -245,8 +245,8 @@ def test_an_fp8_folder_holds_the_public_format(family: str, tmp_path: Path) -> N
     from transformers import AutoConfig
 
     source = make_model(tmp_path / "model", family)
-    folder = materialise_fp8(source, tmp_path / "cache")
-    assert materialise_fp8(source, tmp_path / "cache") == folder and verify_manifest(folder).extra["dtype"] == "fp8_block"
+    folder = materialise(source, tmp_path / "cache", "fp8_block")
+    assert materialise(source, tmp_path / "cache", "fp8_block") == folder and verify_manifest(folder).extra["dtype"] == "fp8_block"
     weights, stored = load_file(source / "model.safetensors"), loaded(folder)
     converted = {name.removesuffix("_scale_inv") for name in stored if name.endswith("_scale_inv")}
     assert converted == {name for name in weights if "_proj.weight" in name} and converted
@@ -280,7 +280,7 @@ def test_transformers_computes_with_an_fp8_folder_what_the_dequantised_weights_g
     from transformers import AutoModelForCausalLM
 
     source = make_model(tmp_path / "model", "llama")
-    folder = materialise_fp8(source, tmp_path / "cache")
+    folder = materialise(source, tmp_path / "cache", "fp8_block")
     stored = loaded(folder)
     expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -1,5 +1,8 @@
 """Weights between Hugging Face folders and the policy's model chunks, through Megatron-Bridge and what it lacks (0.3).
 
+The bridge reads weights from a folder that was checked (:mod:`pact_nemo.policy.model_folder`), and afterwards every parameter of every rank is known
+to have been filled: the bridge itself passes over what it can't find, and leaves uninitialised memory.
+
 It lacks, and gets here: norm names of layer specs without Transformer Engine in the Qwen mappings; vocabularies that don't divide by the
 tensor-parallel size; tied embeddings under virtual pipeline stages; expert parallelism over experts that are separate modules (it loads
 every rank's experts from the first rank's, silently). Import after ``device.prepare_megatron()``.
@@ -12,7 +15,7 @@ import copy
 import io
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,9 @@ from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRe
 from megatron.bridge.models.conversion.param_mapping import AutoMapping, ColumnParallelMapping, MegatronParamMapping
 from megatron.core import parallel_state
 
-from pact_nemo.errors import ConfigError
+from pact_nemo.collective import raise_together
+from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.policy.model_folder import ModelFolder, WeightReader, check_model_folder
 
 LOCAL_NORM_NAMES = {
     "decoder.layers.*.input_layernorm.weight": "model.layers.*.input_layernorm.weight",
@@ -33,31 +38,111 @@ LOCAL_NORM_NAMES = {
 }
 VOCAB_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")
 LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+_EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 
 
 def load_bridge(hf_path: str | Path) -> AutoBridge:
     """Megatron-Bridge for a local Hugging Face folder, with our additions to its name mappings.
 
     Raises:
-        ConfigError: the folder is absent or its architecture is not supported by Megatron-Bridge.
+        ConfigError: the folder is absent or its architecture is not supported; on all ranks.
+        CheckpointError: its tensors are not those of the model; on all ranks.
     """
-    if not (Path(hf_path) / "config.json").is_file():
-        raise ConfigError(f"{hf_path} holds no config.json; policy weights must be a local Hugging Face folder")
+    folder, problem = None, None
+    try:
+        folder = check_model_folder(hf_path)
+    except (ConfigError, CheckpointError) as error:
+        problem = error
+    raise_together(problem)
+    assert folder is not None
     try:
         with quiet():
             bridge = AutoBridge.from_hf_pretrained(str(hf_path))
     except ValueError as error:
         raise ConfigError(f"{hf_path}: {error}") from error
+    bridge.hf_pretrained._state_dict_accessor = FolderState(folder)
     _extend_mappings(type(bridge._model_bridge))
     _extend_expert_names()
     _speed_up_export()
     return bridge
 
 
+def folder_of(bridge: AutoBridge) -> ModelFolder:
+    """The folder that a bridge of :func:`load_bridge` reads."""
+    return bridge.hf_pretrained.state.folder  # type: ignore[no-any-return]
+
+
+class FolderState(Mapping[str, torch.Tensor]):
+    """A checked folder as the bridge reads it. A weight that can't be read, or is not finite, is remembered as ``fault`` and the load goes on:
+    other ranks wait for its collectives."""
+
+    def __init__(self, folder: ModelFolder):
+        self.folder, self.source = folder, self
+        self.fault: CheckpointError | None = None
+        self._reader = WeightReader(folder)
+
+    def get_all_keys(self) -> KeysView[str]:
+        return self.folder.entries.keys()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        entry = self.folder.entries[name]
+        where = f"{self.folder.path / entry.file}: {name}"
+        try:
+            weight = self._reader.read(name)
+        except Exception as error:  # the file changed or its disk failed
+            self.fault = self.fault or CheckpointError(f"{where} can't be read ({error}); copy that folder again")
+            return torch.full(entry.shape, torch.nan)
+        low, high = torch.aminmax(weight)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            self.fault = self.fault or CheckpointError(f"{where} holds NaN or Inf: training on it is useless; take an intact folder")
+        return weight
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.folder.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.folder.entries)
+
+    def __len__(self) -> int:
+        return len(self.folder.entries)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+@torch.no_grad()
 def load_weights(bridge: AutoBridge, chunks: list[Any]) -> None:
-    """Fill the chunks' parameters from the bridge's folder, in their dtype; collective."""
-    with quiet():
-        bridge.load_hf_weights(chunks)
+    """Fill the chunks' parameters from the bridge's folder, in their dtype; collective.
+
+    Raises:
+        CheckpointError: on all ranks: a weight of the folder can't be read, is not finite or has no parameter, or a parameter got no weight.
+    """
+    state: FolderState = bridge.hf_pretrained.state
+    raise_together(_unplaced(bridge, chunks, state.folder))
+    for chunk in chunks:
+        for param in chunk.parameters():
+            param.fill_(torch.nan)
+    try:
+        with quiet():
+            bridge.load_hf_weights(chunks)
+    finally:
+        state.close()
+    unfilled = (name for chunk in chunks for name, param in chunk.named_parameters() if not bool(torch.isfinite(param).all()))
+    name = next(unfilled, None) if state.fault is None else None
+    raise_together(state.fault or (CheckpointError(f"{state.folder.path}: no weight of it went into the parameter {name}") if name else None))
+
+
+def _unplaced(bridge: AutoBridge, chunks: list[Any], folder: ModelFolder) -> CheckpointError | None:
+    """What is wrong where the bridge's mappings and the folder's weights are not the same; experts count as one, a rank knows its own only."""
+    placed: set[str] = set()
+    for task in bridge.get_conversion_tasks(chunks):
+        if task is not None:
+            source = task.mapping.hf_param
+            placed |= {_EXPERT_NUMBER.sub(".experts.*.", name) for name in ([source] if isinstance(source, str) else source.values())}
+    left = next((name for name in folder.entries if _EXPERT_NUMBER.sub(".experts.*.", name) not in placed), None)
+    if left is None:
+        return None
+    return CheckpointError(f"{folder.path / folder.entries[left].file}: {left} would not be loaded: the policy's model has no parameter for it")
 
 
 @contextlib.contextmanager

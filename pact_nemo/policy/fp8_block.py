@@ -25,10 +25,10 @@ def is_converted(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and _DECODER_LINEAR.search(name) is not None and name.endswith("_proj.weight")
 
 
-def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = (BLOCK, BLOCK)) -> tuple[int, int]:
     """Shape of the scales of a weight [N, K]."""
     rows, columns = shape
-    return -(-rows // BLOCK), -(-columns // BLOCK)
+    return -(-rows // block[0]), -(-columns // block[1])
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,9 +42,10 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.to(torch.float8_e4m3fn), scale
 
 
-def dequantise(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Weight [N, K] float32 that values and scales stand for."""
-    spread = scale.repeat_interleave(BLOCK, 0)[: values.shape[0]].repeat_interleave(BLOCK, 1)[:, : values.shape[1]]
+def dequantise(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> torch.Tensor:
+    """Weight [N, K] float32 that values and scales stand for, one scale a block of ``block`` rows and columns."""
+    rows, columns = values.shape
+    spread = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     return values.float() * spread
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,12 +24,14 @@ from pact_nemo.tensor_files import INDEX_NAME
 
 _ARTIFACTS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-    "*.jinja", "*.model", "*.tiktoken", "*.py", "LICENSE*",
+    "*.jinja", "*.model", "*.tiktoken", "*.py", "additional_chat_templates",
 )  # fmt: skip
+#: what a licence may ask to be passed on, in any spelling; a model card is left out, for it describes the source's weights
+_NOTICES = re.compile(r"licen[cs]e|notice|copying|copyright|use[-_ ]?policy|acceptable[-_ ]?use|terms[-_ ]of|patents", re.IGNORECASE)
 
 
 def copy_artifacts(source: str | Path, folder: str | Path, dtype: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Copy configuration, tokenizer, chat template, generation settings, custom code and licence.
+    """Copy configuration, tokenizer, chat templates, generation settings, custom code, licences and notices; folders with all they hold.
 
     Args:
         source: Hugging Face folder.
@@ -42,9 +45,14 @@ def copy_artifacts(source: str | Path, folder: str | Path, dtype: str, shapes: d
     config_path = Path(source) / "config.json"
     if not config_path.is_file():
         raise CheckpointError(f"{config_path} is missing: not a Hugging Face model folder")
-    for path in sorted({path for pattern in _ARTIFACTS for path in Path(source).glob(pattern)}):
-        if path.is_file():
-            shutil.copyfile(path, Path(folder) / path.name)
+    artifacts = {path for pattern in _ARTIFACTS for path in Path(source).glob(pattern)}
+    artifacts |= {path for path in Path(source).iterdir() if _NOTICES.search(path.name)}
+    for path in sorted(artifacts):
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file() and file.suffix != ".safetensors":  # a loader would take it for weights
+                target = Path(folder) / file.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
     config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config.pop("quantization_config", None)

@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 
 from pact_nemo.digests import FileEntry
-from pact_nemo.errors import ConfigError, NumericsError
+from pact_nemo.errors import ConfigError, DataError, NumericsError
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.export_layout import LayoutSettings, check_dtype
 from pact_nemo.policy.fp8 import ALIGNMENT
 from pact_nemo.policy.hf_folder import write_folder
 from pact_nemo.policy.trees import TokenTree
-from pact_nemo.tensor_files import read_tensors
 
 devices.prepare_megatron()
 
@@ -78,6 +77,7 @@ class MegatronPolicy:
 
         Raises:
             ConfigError: contradictory settings, or a model that can't be laid out this way.
+            CheckpointError: the folder's tensors are not those of its model, or not finite.
         """
         devices.init_distributed(config.init_timeout_s)
         cuda = devices.use_cuda()
@@ -101,7 +101,6 @@ class MegatronPolicy:
         model.configure_provider(self.provider, config, cuda=cuda, fp8=self.fp8)
         self.chunks = model.build_chunks(self.provider, self.bridge.hf_pretrained.config, config, cuda=cuda)
         bridge.load_weights(self.bridge, self.chunks)
-        self._shapes: dict[str, tuple[int, ...]] | None = None  # of the weights of hf_path
         self._reference: list[dict[str, torch.Tensor]] | None = None
         if keep_reference:
             self._reference = [{name: param.detach().cpu().clone() for name, param in chunk.named_parameters()} for chunk in self.chunks]
@@ -132,7 +131,7 @@ class MegatronPolicy:
             per tree [S] float32, in nats, in segment order then token order.
 
         Raises:
-            DataError: malformed trees.
+            DataError: malformed trees, or token ids that the model has no row for.
         """
         return self._score(trees, temperature=temperature, entropy=False)[0]
 
@@ -198,7 +197,17 @@ class MegatronPolicy:
             for name, param in chunk.named_parameters():
                 param.data = values[name].to(self.device)
 
+    def _check_ids(self, trees: list[TokenTree]) -> None:
+        """Token ids without a row in the embedding are refused: under tensor parallelism they would be computed with zeros."""
+        rows = self.provider.vocab_size
+        for index, tree in enumerate(trees):
+            extremes = [extreme(segment.token_ids) for segment in tree.segments if segment.token_ids for extreme in (min, max)]
+            strange = next((token for token in extremes if not 0 <= token < rows), None)
+            if strange is not None:
+                raise DataError(f"tree {index}: the model has no row for token id {strange}, only for 0 to {rows - 1}; use its own tokenizer")
+
     def _score(self, trees: list[TokenTree], *, temperature: float, entropy: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        self._check_ids(trees)
         bare = [TokenTree(tree.segments) for tree in trees]
         batches, _ = engine.local_batches(
             bare, self.config, device=self.device, bf16=self.bf16, temperature=temperature, entropy=entropy, alignment=self.alignment
@@ -231,11 +240,12 @@ class MegatronPolicy:
 
         Raises:
             NumericsError: NaN or Inf in the loss, a metric or the gradient norm; raised on all ranks together, weights untouched.
-            DataError: malformed trees.
+            DataError: malformed trees, or token ids that the model has no row for.
             ConfigError: the policy is not trainable.
         """
         if self.optimizer is None:
             raise ConfigError("this policy was built with trainable=False")
+        self._check_ids(trees)
         batches, tokens = engine.local_batches(
             trees, self.config, device=self.device, bf16=self.bf16, temperature=temperature, alignment=self.alignment
         )
@@ -286,14 +296,12 @@ class MegatronPolicy:
             ConfigError: unknown dtype.
         """
         check_dtype(dtype)
-        if self._shapes is None:
-            self._shapes = {name: entry.shape for name, entry in read_tensors(self.hf_path).items()}
         return write_folder(
             bridge.export_weights(self.bridge, self.chunks),
             self.hf_path,
             folder,
             dtype,
-            shapes=self._shapes,
+            shapes=bridge.folder_of(self.bridge).shapes,
             settings=LayoutSettings(writers=self.config.export_writers),
             previous=previous,
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 from pact_nemo.checkpoints.manifest import read_manifest, verify_manifest
 from pact_nemo.errors import CheckpointError, ServerError
 from pact_nemo.rollouts.client import RolloutClient
-from pact_nemo.tensor_files import read_tensors
+from pact_nemo.tensor_files import is_derived, read_tensors
 
 _LM_HEAD = "lm_head.weight"
 
@@ -109,10 +109,10 @@ def load(client: RolloutClient, export_dir: str | Path, version: int, *, elsewhe
 
 
 def check_same_tensors(export: Path, like: Path) -> None:
-    """Raises CheckpointError when two HF folders differ in tensor names or shapes (an output matrix tied to the embeddings may be
-    absent).
+    """Raises CheckpointError when two HF folders differ in tensor names or shapes (an output matrix tied to the embeddings, and buffers that are
+    computed from the configuration, may be absent).
     """
-    new, old = ({name: entry.shape for name, entry in read_tensors(folder).items()} for folder in (export, like))
+    new, old = ({name: entry.shape for name, entry in read_tensors(folder).items() if not is_derived(name)} for folder in (export, like))
     optional = {_LM_HEAD} if _is_tied(export) else set()
     missing = sorted(old.keys() - new.keys() - optional)
     extra = sorted(new.keys() - old.keys() - optional)

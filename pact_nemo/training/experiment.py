@@ -15,7 +15,7 @@ from pact_nemo.checkpoints import resume
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, read_manifest, verify_manifest
-from pact_nemo.checkpoints.quantised import materialise_fp8
+from pact_nemo.checkpoints.quantised import materialise
 from pact_nemo.environments.base import Environment
 from pact_nemo.errors import CheckpointError, Interrupted, PactError
 from pact_nemo.files import remove_unfinished
@@ -23,6 +23,7 @@ from pact_nemo.objective.adaptive import AdaptiveSchedule, Progress, between
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.objective.trace_quality import TraceQuality
 from pact_nemo.policy.fp8_block import FP8_BLOCK
+from pact_nemo.policy.model_folder import check_model_folder
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.training.ahead import Ahead
 from pact_nemo.training.config import Config
@@ -45,10 +46,12 @@ def model_path(config: Config) -> Path:
 
 
 def served_path(config: Config, source: Path) -> Path:
-    """The HF folder that rollout servers start from: ``source``, or its FP8 copy in the cache where refits are FP8. On one rank only."""
-    if config.rollout.export_dtype != FP8_BLOCK or config.trainer.replay is not None:
+    """The HF folder that rollout servers start from, on one rank only: ``source``, or where it or the refits are FP8, a copy of it in the cache
+    that has the refits' dtype."""
+    dtype = config.rollout.export_dtype
+    if config.trainer.replay is not None or not (dtype == FP8_BLOCK or check_model_folder(source).quantised):
         return source
-    return materialise_fp8(source, Path(config.run.cache_dir))
+    return materialise(source, Path(config.run.cache_dir), dtype)
 
 
 def trace_schedule(config: Config) -> TraceSchedule:

@@ -89,19 +89,47 @@ def export(policy: MegatronPolicy, root: str, version: int, *, dtype: str = "flo
     return [folder.name, len(list(folder.glob("*.safetensors")))]
 
 
+def refusal(job: dict[str, Any]) -> list[list[str]]:
+    """What every rank says of a folder that no policy can be built from: [type, message] by rank. ``job["refused"]`` may name a weight that gets
+    lost between the folder's check and the load."""
+    original = policy_module.bridge.check_model_folder
+
+    def check(path: Any) -> Any:
+        folder = original(path)
+        folder.entries.pop(job["refused"], None)
+        return folder
+
+    try:
+        with mock.patch.object(policy_module.bridge, "check_model_folder", check):
+            make_policy(job)
+        answer = ["", "built"]
+    except PactError as error:
+        answer = [type(error).__name__, str(error)]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, answer)
+    return everyone
+
+
+def make_policy(job: dict[str, Any]) -> MegatronPolicy:
+    return MegatronPolicy(
+        PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 96, "logprob_chunk": 16, "init_timeout_s": 120, **job.get("config", {})}),
+        OptimizerConfig(**{"lr": 1e-3, "weight_decay": 0.01, "eps": 1e-5, **job.get("optimizer", {})}),
+        job["hf_path"],
+        seed=1,
+        total_steps=4,
+        **job.get("policy", {}),
+    )
+
+
 def run_jobs(jobs: list[dict[str, Any]]) -> dict[str, Any]:
     """Answers to each job's actions by job name; collective."""
     results: dict[str, Any] = {}
     for job in jobs:
+        if "refused" in job:
+            results[job["name"]] = refusal(job)
+            continue
         trees = make_trees(**job.get("trees", {"count": 6}))
-        policy = MegatronPolicy(
-            PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 96, "logprob_chunk": 16, "init_timeout_s": 120, **job.get("config", {})}),
-            OptimizerConfig(**{"lr": 1e-3, "weight_decay": 0.01, "eps": 1e-5, **job.get("optimizer", {})}),
-            job["hf_path"],
-            seed=1,
-            total_steps=4,
-            **job.get("policy", {}),
-        )
+        policy = make_policy(job)
         answers: list[Any] = []
         for verb, argument in job["actions"]:
             answer = perform(policy, trees, verb, argument)

@@ -1,0 +1,246 @@
+"""What a Hugging Face folder holds beside what its configuration asks for, known from the headers of its files.
+
+Every weight of the model has a tensor of the right shape and type, and every tensor of the folder is such a weight or a buffer that is
+computed anew. Anything else is refused by name before a weight is read. Imports no megatron.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from pact_nemo import strict_json
+from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.policy import fp8_block
+from pact_nemo.policy.architectures import Architecture, check_architecture
+from pact_nemo.policy.expected_weights import EMBEDDING, HEAD, Shapes, expected_weights
+from pact_nemo.tensor_files import TensorEntry, is_derived, read_tensors
+
+_FLOATS = ("F64", "F32", "BF16", "F16")
+_SCALES = ("F32", "BF16", "F16", "F8_E8M0")
+_FP8 = "F8_E4M3"
+_ROWS = 4096  # of two matrices that are compared, at a time
+#: prefixes that wrappers leave on every name
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel or DeepSpeed",
+    "base_model.model.": "PEFT",
+    "language_model.": "a multimodal model",
+    "model.language_model.": "a multimodal model",
+    "actor_module.": "a trainer",
+    "policy.": "a trainer",
+    "transformer.": "another model class",
+}
+#: what a tensor that the model doesn't have is a sign of, and what to do
+_SIGNS: tuple[tuple[str, str], ...] = (
+    (r"lora_|\.adapter|modules_to_save", "it belongs to a LoRA adapter; merge that into the weights (merge_and_unload) and save the model"),
+    (r"weight_scale_inv$", "it holds scales of an FP8 weight, which need a quantization_config in config.json and an FP8 weight of their name"),
+    (
+        r"qweight|qzeros|g_idx|\.scales$|absmax|quant_map|quant_state|\.SCB$|weight_format|weight_(?:packed|shape|zero_point|scale)|input_scale",
+        "it is part of a quantised weight; give a folder of the unquantised weights",
+    ),
+    (r"(?:^|\.)(?:v_head|value_head|score|classifier|reward_head|critic)\b", "it is a value or reward head; save the language model without it"),
+    (r"(?:^|\.)mtp|eh_proj|enorm|hnorm|shared_head|medusa|eagle", "it is for predicting several tokens at once, which is not trained; take it out"),
+    (r"vision|visual|image|audio|multi_modal|mm_projector", "it is part of a multimodal model; give its language model alone"),
+    (r"\.bias$", "this configuration has no such bias; see attention_bias and mlp_bias in config.json, or take another model_type"),
+    (r"\.experts\.|shared_expert|mlp\.gate\.", "this configuration has no such expert; see num_experts in config.json"),
+)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder whose tensors are known to be those of its model.
+
+    Attributes:
+        path: of the folder.
+        architecture: what its ``config.json`` asks for.
+        entries: weight -> where it is stored, in the files' order; only what the model has.
+        scales: FP8 weight -> where its scales are.
+        block: rows and columns that share a scale.
+    """
+
+    path: Path
+    architecture: Architecture
+    entries: dict[str, TensorEntry]
+    scales: dict[str, TensorEntry]
+    block: tuple[int, int] = (fp8_block.BLOCK, fp8_block.BLOCK)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Weight -> shape."""
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    @property
+    def quantised(self) -> bool:
+        """Whether some weights are stored in FP8."""
+        return bool(self.scales)
+
+
+class WeightReader:
+    """Reads weights of a folder; a context that keeps its files open."""
+
+    def __init__(self, folder: ModelFolder):
+        self.folder = folder
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> WeightReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def read(self, name: str) -> torch.Tensor:
+        """A weight in the type that it is stored in; float32 where that is FP8."""
+        values = self._tensor(name, self.folder.entries[name])
+        if name not in self.folder.scales:
+            return values
+        return fp8_block.dequantise(values, self._tensor(name + fp8_block.SCALE_SUFFIX, self.folder.scales[name]), self.folder.block)
+
+    def _tensor(self, name: str, entry: TensorEntry) -> torch.Tensor:
+        if entry.file not in self._files:
+            self._files[entry.file] = self._stack.enter_context(safe_open(self.folder.path / entry.file, framework="pt"))
+        return self._files[entry.file].get_tensor(name)  # type: ignore[no-any-return]
+
+
+def check_model_folder(path: str | Path) -> ModelFolder:
+    """Compare the tensors of a folder with what its ``config.json`` asks for. Reads headers only, and two heads that have to be equal.
+
+    Raises:
+        ConfigError: the configuration can't be read, or names an architecture, a setting or a quantisation that is not supported.
+        CheckpointError: a weight is missing, has another shape or type, or a tensor is none of the model's; the message names tensor and file.
+    """
+    base = Path(path)
+    architecture = check_architecture(base)
+    block = _block_of(base)
+    if (base / "adapter_config.json").is_file():
+        raise CheckpointError(f"{base / 'adapter_config.json'}: the folder is a PEFT adapter; merge it into its model and save that")
+    tensors = read_tensors(base)
+    expected = expected_weights(architecture)
+    held = {name: entry for name, entry in tensors.items() if not is_derived(name)}
+    _check_prefixes(base, expected, held)
+    scales = {name: held[name + fp8_block.SCALE_SUFFIX] for name in expected if name + fp8_block.SCALE_SUFFIX in held} if block is not None else {}
+    known = expected.keys() | {name + fp8_block.SCALE_SUFFIX for name in scales}
+    tied = HEAD in held and HEAD not in expected and expected.get(EMBEDDING) == held[HEAD].shape
+    _check_names(base, architecture, expected, held, known | ({HEAD} if tied else set()))
+    folder = ModelFolder(base, architecture, {name: held[name] for name in held if name in expected}, scales, block or ModelFolder.block)
+    for name, shape in expected.items():
+        _check_stored(folder, name, shape, block)
+    if block is not None and not scales:
+        raise CheckpointError(f"{base / 'config.json'}: quantization_config says FP8, yet no weight of the folder is; take that key out")
+    if tied:
+        _check_equal_heads(base, held[HEAD], held[EMBEDDING])
+    return folder
+
+
+def _block_of(base: Path) -> tuple[int, int] | None:
+    """Block size of FP8 weights; None for a folder without quantisation."""
+    where = base / "config.json"
+    config = strict_json.loads(where.read_text(encoding="utf-8"))
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not settings:
+        return None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where}: quantization_config is no object; take it out, or give a folder of unquantised weights")
+    method, block = settings.get("quant_method"), settings.get("weight_block_size")
+    remedy = "only block FP8 (quant_method fp8 with a weight_block_size) is read; give a folder of the unquantised weights"
+    if method != "fp8" or settings.get("fmt", "e4m3") not in ("e4m3", None):
+        raise ConfigError(f"{where}: quantization_config with quant_method {method!r}, fmt {settings.get('fmt')!r} is not supported; {remedy}")
+    if settings.get("activation_scheme", "dynamic") != "dynamic":
+        raise ConfigError(f"{where}: quantization_config.activation_scheme {settings['activation_scheme']!r} is not supported; {remedy}")
+    if not (isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
+        raise ConfigError(f"{where}: quantization_config.weight_block_size {block!r} is no pair of sizes; {remedy}")
+    return int(block[0]), int(block[1])
+
+
+def _check_prefixes(base: Path, expected: Iterable[str], held: dict[str, TensorEntry]) -> None:
+    """Refuse a folder whose names all carry a prefix too many, or lack theirs: transformers loads some of these, servers don't."""
+    if EMBEDDING in held:
+        return
+    bare = EMBEDDING.removeprefix("model.")
+    found = next((name for name in held if name == bare or name.endswith(f".{bare}")), None)
+    if found is None:
+        return
+    got = found.removesuffix(bare)
+    if not got:
+        raise CheckpointError(
+            f"{base / held[found].file}: {found} should be {EMBEDDING}: the folder was saved from the base model, without 'model.'; "
+            "load it with AutoModelForCausalLM and save that"
+        )
+    wrapper = next((f" ({source} leaves it)" for prefix, source in _WRAPPERS.items() if got.startswith(prefix)), "")
+    raise CheckpointError(
+        f"{base / held[found].file}: {found} should be {EMBEDDING}: names begin with {got!r} instead of 'model.'{wrapper}; save the unwrapped model"
+    )
+
+
+def _check_names(base: Path, model: Architecture, expected: Shapes, held: dict[str, TensorEntry], known: set[str]) -> None:
+    strange = next((name for name in held if name not in known), None)
+    missing = next((name for name in expected if name not in held), None)
+    if missing is not None:
+        files = sorted({entry.file for entry in held.values()})
+        where = base / files[0] if len(files) == 1 else base
+        also = f"; it holds {strange}, which is none of the model's: was it renamed?" if strange is not None else ""
+        tied = "; where the head is the embedding, set tie_word_embeddings to true in config.json" if missing == HEAD else ""
+        raise CheckpointError(
+            f"{where} lacks {missing} {list(expected[missing])}, which config.json ({model.family}) asks for{tied}{also}; "
+            "export the whole model again"
+        )
+    if strange is not None:
+        raise CheckpointError(f"{base / held[strange].file}: {strange} is no weight of this {model.family}: {_sign(strange, model)}")
+
+
+def _sign(name: str, model: Architecture) -> str:
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    if layer is not None and int(layer[1]) >= model.layers:
+        return f"it belongs to a layer beyond num_hidden_layers={model.layers} (does that predict several tokens at once?); take it out"
+    if name == HEAD:
+        return "with tie_word_embeddings=true the head is the embedding, and this one has another shape; take it out or set the flag to false"
+    return next((sign for pattern, sign in _SIGNS if re.search(pattern, name)), "nothing reads it; take it out of the folder")
+
+
+def _check_stored(folder: ModelFolder, name: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> None:
+    """Shape and type of one weight, and of its scales."""
+    entry, scale = folder.entries[name], folder.scales.get(name)
+    where = f"{folder.path / entry.file}: {name}"
+    if entry.shape != shape:
+        empty = "it is empty (a rank's part under ZeRO-3? Gather the weights before saving)" if 0 in entry.shape else "config.json says otherwise"
+        rows = f" (vocab_size {shape[0]})" if name in (EMBEDDING, HEAD) else ""
+        raise CheckpointError(f"{where} has shape {list(entry.shape)} instead of {list(shape)}{rows}: {empty}; export the folder again")
+    if entry.dtype == _FP8 and scale is None:
+        remedy = "config.json has no quantization_config" if block is None else f"its {fp8_block.SCALE_SUFFIX} is missing"
+        raise CheckpointError(f"{where} is {entry.dtype} without scales ({remedy}); give a folder that has both, or the unquantised weights")
+    if entry.dtype not in (*_FLOATS, _FP8):
+        raise CheckpointError(f"{where} is {entry.dtype}, no floating-point weight; give a folder of float32, bfloat16 or float16 weights")
+    if scale is None:
+        return
+    scaled = f"{folder.path / scale.file}: {name}{fp8_block.SCALE_SUFFIX}"
+    if entry.dtype != _FP8 or len(shape) != 2:
+        raise CheckpointError(f"{scaled} stands beside {name}, which is {entry.dtype} {list(shape)} and needs no scales; export the folder again")
+    if scale.shape != fp8_block.scale_shape(shape, folder.block):
+        wanted = list(fp8_block.scale_shape(shape, folder.block))
+        raise CheckpointError(f"{scaled} has shape {list(scale.shape)}, blocks of {list(folder.block)} need {wanted}; export the folder again")
+    if scale.dtype not in _SCALES:
+        raise CheckpointError(f"{scaled} is {scale.dtype}, no type that scales have; export the folder again")
+
+
+def _check_equal_heads(base: Path, head: TensorEntry, embedding: TensorEntry) -> None:
+    with safe_open(base / head.file, framework="pt") as one, safe_open(base / embedding.file, framework="pt") as other:
+        left, right = one.get_slice(HEAD), other.get_slice(EMBEDDING)
+        for start in range(0, head.shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            if head.dtype not in _FLOATS or embedding.dtype not in _FLOATS or not torch.equal(left[rows].double(), right[rows].double()):
+                raise CheckpointError(
+                    f"{base / head.file}: {HEAD} differs from {EMBEDDING}, yet config.json says tie_word_embeddings=true: transformers uses the one, "
+                    "servers the other; set the flag to false, or take the head out"
+                )
