@@ -43,6 +43,7 @@ from pact_nemo.training.data import build_environment, limited  # noqa: E402
 from pact_nemo.training.evaluation import episode_rewards, summarise  # noqa: E402
 from pact_nemo.training.generation import Generator  # noqa: E402
 from pact_nemo.training.limits import evaluation_limits  # noqa: E402
+from pact_nemo.training.preflight import check_served_folder  # noqa: E402
 from pact_nemo.training.progress import RunProgress  # noqa: E402
 from pact_nemo.training.records import dump_evaluation  # noqa: E402
 
@@ -66,6 +67,7 @@ def player(config: Config, options: argparse.Namespace, environment: Environment
         yield by_chat
         return
     chat = ChatFormat.from_pretrained(Path(options.model), config.model.tool_format)
+    check_served_folder(Path(options.model), chat.tokenizer)
     generator = Generator(config, chat, environment, progress, options.out / "server.log")
     try:
         generator.launch(Path(options.model))

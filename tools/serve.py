@@ -28,6 +28,7 @@ from pact_nemo.files import write_text_atomic  # noqa: E402
 from pact_nemo.rollouts.server import RolloutServer  # noqa: E402
 from pact_nemo.training.config import load_config  # noqa: E402
 from pact_nemo.training.experiment import model_path, served_path  # noqa: E402
+from pact_nemo.training.preflight import preflight  # noqa: E402
 from pact_nemo.training.recipes import RECIPES, recipe  # noqa: E402
 
 
@@ -48,6 +49,7 @@ def main() -> int:
         settings = replace(config.rollout.server, host=options.host, url=None)
         if not os.environ.get(settings.api_key_env):
             raise ConfigError(f"put a key for the server into the environment variable {settings.api_key_env}, the same as the trainers'")
+        preflight(config)
         with RolloutServer(settings, served_path(config, model_path(config)), log_file=options.log) as server:
             url = f"http://{options.address or urlsplit(server.endpoint.url).hostname}:{urlsplit(server.endpoint.url).port}"
             print(f"serving {config.model.path or 'the embedded model'} at {url} after {server.start_seconds:.0f} s", flush=True)

@@ -57,7 +57,9 @@ def main(
         config = resolve(arguments, preset, full)
         if arguments.dry_run:
             from pact_nemo.training.plan import describe_plan
+            from pact_nemo.training.preflight import preflight
 
+            preflight(config)
             print(to_yaml(config))
             print(describe_plan(config))
             return

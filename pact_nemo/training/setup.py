@@ -24,6 +24,7 @@ from pact_nemo.training.generation import Generator
 from pact_nemo.training.interrupt import stop_request
 from pact_nemo.training.metrics import MetricsLog
 from pact_nemo.training.plan import brief, run_plan
+from pact_nemo.training.preflight import preflight
 from pact_nemo.training.progress import RunProgress
 from pact_nemo.training.workspace import Workspace
 
@@ -44,6 +45,7 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
         with progress.phase("set-up"):
             check_server_length(config)
             on_rank_zero(space.check_exports)
+            on_rank_zero(lambda: preflight(config))
             source = model_path(config)
             chat = ChatFormat.from_pretrained(source, config.model.tool_format)
             quarantine = Quarantine(config.run.bad_rows)

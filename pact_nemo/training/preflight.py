@@ -1,0 +1,82 @@
+"""Everything about the model folder that can be known before anything is started: architecture, tensors, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pact_nemo import strict_json
+from pact_nemo.chat.template import ChatFormat
+from pact_nemo.errors import ConfigError
+from pact_nemo.policy.architectures import check_architecture
+from pact_nemo.policy.model_folder import check_model_folder
+from pact_nemo.tensor_files import read_tensors
+from pact_nemo.training.config import Config
+
+
+def preflight(config: Config) -> None:
+    """Refuse a ``model.path`` that could not be trained on as it is; without one (the embedded model, or a recipe that is only explained) there is
+    nothing to check. Reads file headers and the tokenizer, no weights. On one rank only.
+
+    Raises:
+        ConfigError: the architecture, a setting of it, the tokenizer or the chat template is not supported.
+        CheckpointError: the folder's tensors are not those of its model.
+    """
+    if config.model.path is None:
+        return
+    path = Path(config.model.path)
+    architecture = check_architecture(path, attention=config.policy.attention)
+    check_model_folder(path)
+    chat = ChatFormat.from_pretrained(path, config.model.tool_format)
+    chat.boundary_ids()
+    check_token_ids(path, chat.tokenizer, architecture.vocab)
+
+
+def check_served_folder(path: Path, tokenizer: Any) -> None:
+    """Refuse a folder that a server would start from and answer wrongly: its files contradict each other, or its tokenizer is larger than the model.
+    Any architecture will do, for it is served and not trained.
+
+    Raises:
+        ConfigError, CheckpointError: the message names the file, or the token.
+    """
+    read_tensors(path)
+    try:
+        config = strict_json.loads((path / "config.json").read_text(encoding="utf-8"))
+        rows = config["vocab_size"] if "vocab_size" in config else config["text_config"]["vocab_size"]
+        check_token_ids(path, tokenizer, int(rows))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path / 'config.json'} says no vocab_size that can be read ({error!r}); copy that folder again") from error
+
+
+def check_token_ids(path: Path, tokenizer: Any, rows: int) -> None:
+    """Refuse a folder whose tokenizer or settings have token ids that the embedding has no row for. Fewer ids than rows are fine (padding).
+
+    Args:
+        tokenizer: of that folder.
+        rows: of the model's embedding.
+
+    Raises:
+        ConfigError: names a token, its id and the rows.
+    """
+    remedy = "give the model rows for it (resize_token_embeddings, then train them) or take the token out of the tokenizer"
+    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    if beyond:
+        index, token = beyond[0]
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        raise ConfigError(f"{path}: the tokenizer has {token!r} as id {index}{more}, the model has {rows} rows (ids 0 to {rows - 1}); {remedy}")
+    for name in ("config.json", "generation_config.json"):
+        try:
+            settings = strict_json.loads((path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path / name} can't be read ({error}); copy that folder again") from error
+        for key, value in settings.items():
+            if not key.endswith(("_token_id", "_token_ids")):
+                continue
+            ids = value if isinstance(value, list) else [value]
+            strange = next((item for item in ids if isinstance(item, int) and item >= rows), None)
+            if strange is not None:
+                shown = f"{path / name}: {key}={json.dumps(value)}"
+                raise ConfigError(f"{shown}: the model has {rows} rows (ids 0 to {rows - 1}) and none for {strange}; change that key")

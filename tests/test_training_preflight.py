@@ -1,0 +1,154 @@
+"""What is wrong with a model folder is refused before anything is started, and by ``--dry-run``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.training import cli, setup
+from pact_nemo.training.config import Config, load_config
+from pact_nemo.training.preflight import check_served_folder, check_token_ids, preflight
+from tests.fixtures.chat_models import tokenizer
+from tests.workers.policy_kit import VOCAB, make_model
+
+ROWS = 49_152  # of the fixture's tokenizer, which has as many tokens
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a real tokenizer and a chat template."""
+    folder = make_model(tmp_path_factory.mktemp("chat"), "llama", layers=1, vocabulary=ROWS, heads=2)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    tokenizer("smollm").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(chat_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(chat_model, tmp_path / "model"))
+
+
+def config_of(folder: Path) -> Config:
+    return load_config(None, [f"model.path={folder}"])
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    row = json.loads(path.read_text())
+    change(row)
+    path.write_text(json.dumps(row))
+
+
+def add_token(folder: Path, token: str, *, special: bool = True) -> int:
+    """One token more than the model has rows; its id."""
+
+    def change(row: dict[str, Any]) -> None:
+        entry = {"id": ROWS, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+        row["added_tokens"].append(entry)
+
+    edit(folder / "tokenizer.json", change)
+    return ROWS
+
+
+def test_a_whole_folder_passes_and_none_has_nothing_to_check(folder: Path) -> None:
+    preflight(config_of(folder))
+    preflight(load_config(None, []))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_tokenizer_larger_than_the_model_is_refused_with_token_id_and_rows(special: bool, folder: Path) -> None:
+    add_token(folder, "<|end_of_turn|>", special=special)
+    with pytest.raises(ConfigError, match=rf"'<\|end_of_turn\|>' as id {ROWS}, the model has {ROWS} rows .*resize_token_embeddings"):
+        preflight(config_of(folder))
+
+
+def test_padding_rows_are_fine(folder: Path) -> None:
+    class Small:
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "b": VOCAB - 10}
+
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    edit(folder / "config.json", lambda row: row.update(eos_token_id=3, pad_token_id=-1, bos_token_id=None))
+    check_token_ids(folder, Small(), VOCAB)
+
+
+@pytest.mark.parametrize(("file", "key", "value"), [
+    ("config.json", "eos_token_id", ROWS), ("config.json", "pad_token_id", ROWS + 5), ("config.json", "bos_token_id", 10**9),
+    ("generation_config.json", "eos_token_id", [2, ROWS]), ("generation_config.json", "pad_token_id", ROWS),
+])  # fmt: skip
+def test_ids_in_the_settings_beyond_the_rows_are_refused_by_file_and_key(file: str, key: str, value: Any, folder: Path) -> None:
+    if not (folder / file).is_file():
+        (folder / file).write_text("{}")
+    edit(folder / file, lambda row: row.update({key: value}))
+    with pytest.raises(ConfigError, match=rf"{file}: {key}=.*{ROWS}"):
+        preflight(config_of(folder))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "architecture": (lambda folder: edit(folder / "config.json", lambda row: row.update(architectures=["GemmaForCausalLM"])), "GemmaForCausalLM"),
+    "setting": (lambda folder: edit(folder / "config.json", lambda row: row.update(hidden_act="gelu")), "hidden_act"),
+    "tensor": (lambda folder: without(folder, "model.layers.0.mlp.up_proj.weight"), "up_proj"),
+    "tokenizer": (lambda folder: add_token(folder, "<|more|>"), r"<\|more\|>"),
+    "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "tokenizer"),
+    "template": (lambda folder: (folder / "chat_template.jinja").write_text("{{ messages[0].content }}"), "template"),
+}
+
+
+def without(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found_before_anything_is_started(fault: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, match = FAULTS[fault]
+    change(folder)
+
+    def started(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something was started")
+
+    for name in ("build_environment", "build_dataset", "Generator", "MegatronPolicy"):
+        monkeypatch.setattr(setup, name, started)
+    config = load_config(None, [f"model.path={folder}", f"run.root={tmp_path / 'runs'}"])
+    with pytest.raises((ConfigError, CheckpointError), match=match), setup.open_experiment(config, None):
+        pass
+
+
+def test_a_dry_run_refuses_the_folder_and_explains_without_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dry(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["pact_bfcl.py", "--dry-run", *words])
+        code = 0
+        try:
+            cli.main(lambda *_: None, "conf/pact_bfcl-smollm2_135m-cpu.yaml", "conf/pact_bfcl.yaml", None)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    code, out, _ = dry(f"model.path={folder}")
+    assert code == 0 and str(folder) in out
+    assert dry()[0] == 0 and dry("--recipe", "qwen3_4b_4xh100_bf16")[0] == 0
+    add_token(folder, "<|more|>")
+    code, out, err = dry(f"model.path={folder}")
+    assert code == 2 and "<|more|>" in err and out == "" and len(err.splitlines()) == 1
+
+
+def test_a_folder_that_is_only_served_is_checked_too(folder: Path) -> None:
+    check_served_folder(folder, tokenizer("smollm"))
+    edit(folder / "config.json", lambda row: row.update(architectures=["GemmaForCausalLM"], model_type="gemma"))
+    check_served_folder(folder, tokenizer("smollm"))
+    edit(folder / "config.json", lambda row: row.update(vocab_size=ROWS - 1))
+    with pytest.raises(ConfigError, match=f"{ROWS - 1} rows"):
+        check_served_folder(folder, tokenizer("smollm"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
+        check_served_folder(folder, tokenizer("smollm"))
