@@ -11,7 +11,7 @@ from typing import Any
 
 MAX_DEPTH = 64  #: levels of lists and objects; everything that walks a row recursively stays far from Python's own limit
 
-_MAX_BITS = 1000  # of a whole number: what is longer can't be made a float
+MAX_BITS = 1000  #: of a whole number: what is longer can't be made a float
 
 
 def _refuse_constant(token: str) -> Any:
@@ -25,7 +25,17 @@ def _finite(text: str) -> float:
     return value
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:60]!r} is there twice in one object")
+    return value
+
+
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+_UNIQUE = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique)
 
 
 def check(value: Any) -> None:
@@ -43,7 +53,7 @@ def check(value: Any) -> None:
             if not math.isfinite(item):
                 raise ValueError("a number is not finite")
         elif isinstance(item, int):
-            if item.bit_length() > _MAX_BITS:
+            if item.bit_length() > MAX_BITS:
                 raise ValueError("a whole number is longer than any float")
         elif isinstance(item, list | tuple | dict):
             if depth > MAX_DEPTH:
@@ -64,3 +74,17 @@ def loads(text: str) -> Any:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     check(value)
     return value
+
+
+def decode_at(text: str, position: int) -> tuple[Any, int]:
+    """The JSON value that begins at ``position``, and the position after it. An object may hold no key twice.
+
+    Raises:
+        ValueError: as :func:`loads`, or a key is there twice.
+    """
+    try:
+        value, end = _UNIQUE.raw_decode(text, position)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    check(value)
+    return value, end

@@ -152,7 +152,7 @@ def test_a_message_without_call_syntax_is_an_answer() -> None:
         '<tool_call>\n{"name": "ls()", "arguments": {}}\n</tool_call>',
         '<tool_call>\n{"name": "ls", "arguments": {"a": NaN}}\n</tool_call>',
         '<tool_call>\n{"name": "ls", "arguments": {"a": 1e999}}\n</tool_call>',
-        '<tool_call>\n{"name": "ls", "arguments": "{}"}\n</tool_call>',
+        '<tool_call>\n{"name": "ls", "arguments": "a=1"}\n</tool_call>',
         '<tool_call>\n{"arguments": {}}\n</tool_call>',
         '<tool_call>\n["ls"]\n</tool_call>',
         '<tool_call>\n{"name": "ls", "arguments": {}}',
@@ -187,7 +187,6 @@ def test_llama_reads_several_calls_and_refuses_trailing_text() -> None:
     [
         ToolCall("a b", {}),
         ToolCall("f", {"x)": 1}),
-        ToolCall("f", {"class": 1}),
         ToolCall("f", {"x": math.nan}),
         ToolCall("f", {"x": object()}),
         ToolCall("f", {"x": {1: 2}}),

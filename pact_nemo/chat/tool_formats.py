@@ -1,6 +1,7 @@
 """How tools are shown to a model, how it writes calls, and how observations come back: one class per format.
 
-A format knows text only; token ids and chat templates are the business of :mod:`pact_nemo.chat.template`.
+A format knows text only; token ids and chat templates are the business of :mod:`pact_nemo.chat.template`. The reading of messages is
+in :mod:`pact_nemo.chat.parsing`.
 An assistant message is ``reasoning + separator + calls``; the separator is one newline and is absent without reasoning.
 """
 
@@ -9,32 +10,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pact_nemo.chat.json_calls import Tools
+from pact_nemo.chat.parsing import ParsedTurn, parse, read_hermes, read_llama3_json, read_pythonic
 from pact_nemo.environments.base import ToolCall
-from pact_nemo.environments.calls import call_text, check_call, parse_call_list
+from pact_nemo.environments.calls import call_text, check_call, is_plain
 from pact_nemo.errors import ConfigError, ToolCallError
 
 SEPARATOR = "\n"
-Tools = Sequence[Mapping[str, Any]]
 
 _PYTHON_TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "array": "list", "object": "dict", "null": "None"}
-
-
-@dataclass(frozen=True)
-class ParsedTurn:
-    """What an assistant message says.
-
-    Attributes:
-        reasoning: text before the calls (the whole message when there is none), outer whitespace removed.
-        calls: well-formed calls in order.
-        errors: one message per malformed call text. With neither calls nor errors the message is a final answer.
-    """
-
-    reasoning: str
-    calls: list[ToolCall] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
 
 
 class ToolFormat(Protocol):
@@ -63,18 +50,27 @@ class ToolFormat(Protocol):
         """Call text of one assistant turn; the inverse of :meth:`parse`. ToolCallError for a call that can't be written."""
         ...
 
-    def parse(self, text: str, tools: Tools = ()) -> ParsedTurn:
-        """Read an assistant message. Never raises on policy text: what is malformed is listed in ``errors``."""
+    def parse(self, text: str, tools: Tools = (), in_thought: bool = False) -> ParsedTurn:
+        """Read an assistant message. Never raises on policy text: what is malformed is listed in ``errors``.
+
+        Args:
+            text: the message as the policy wrote it, thoughts included.
+            tools: that are offered. Without them a JSON object counts as a call only where it has a name and arguments.
+            in_thought: the generation prompt has opened a thought, so the message begins inside it.
+        """
+        ...
+
+    def check_tools(self, tools: Tools) -> None:
+        """Refuse tools that can't be called in this format.
+
+        Raises:
+            ToolCallError: names the tool, the rule and the remedy.
+        """
         ...
 
     def render_observation(self, observations: Sequence[str]) -> list[dict[str, str]]:
         """Chat messages that carry the observations of one assistant turn."""
         ...
-
-
-def parameter_names(tools: Tools) -> dict[str, list[str]]:
-    """Argument names of each tool in schema order, by tool name."""
-    return {tool["name"]: list(tool["parameters"].get("properties", {})) for tool in tools}
 
 
 def first_sentence(description: str) -> str:
@@ -109,35 +105,6 @@ def _json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def _refuse_constant(token: str) -> Any:
-    raise ValueError(f"{token} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def _call_from_json(value: Any, arguments_key: str) -> ToolCall:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise ToolCallError('a call needs a "name"')
-    arguments = value.get(arguments_key, {})
-    if not isinstance(arguments, dict):
-        raise ToolCallError(f'"{arguments_key}" must be a JSON object')
-    call = ToolCall(value["name"], arguments)
-    check_call(call)
-    return call
-
-
-def _decode_json(text: str, position: int, arguments_key: str) -> tuple[ToolCall, int]:
-    """One JSON call at ``position`` (leading whitespace skipped) and the position after it."""
-    while position < len(text) and text[position].isspace():
-        position += 1
-    try:
-        value, end = _DECODER.raw_decode(text, position)
-    except (ValueError, RecursionError) as error:
-        raise ToolCallError(f"not valid JSON: {getattr(error, 'msg', None) or error}") from None
-    return _call_from_json(value, arguments_key), end
-
-
 @dataclass(frozen=True)
 class Pythonic:
     """``[f(a=1), g(b='x')]`` on its own line, which ends the turn.
@@ -163,15 +130,17 @@ class Pythonic:
     def render_calls(self, calls: Sequence[ToolCall]) -> str:
         return f"[{', '.join(call_text(call) for call in calls)}]"
 
-    def parse(self, text: str, tools: Tools = ()) -> ParsedTurn:
-        match = re.search(r"^[ \t]*\[\s*[A-Za-z_]\w*\s*\(", text, flags=re.MULTILINE)
-        if match is None:
-            return ParsedTurn(text.strip())
-        reasoning = text[: match.start()].strip()
-        try:
-            return ParsedTurn(reasoning, parse_call_list(text[match.start() :], parameter_names(tools)))
-        except ToolCallError as error:
-            return ParsedTurn(reasoning, [], [str(error)])
+    def parse(self, text: str, tools: Tools = (), in_thought: bool = False) -> ParsedTurn:
+        return parse(text, tools, in_thought, read_pythonic, "a last line [name(argument=value)]")
+
+    def check_tools(self, tools: Tools) -> None:
+        for tool in tools:
+            for what, name in (("name", tool["name"]), *(("argument", key) for key in tool["parameters"].get("properties") or {})):
+                if not is_plain(name):
+                    raise ToolCallError(
+                        f"the tool {tool['name']!r} can't be called as Python text: its {what} {name!r} is not a plain identifier; "
+                        "set model.tool_format=hermes or model.tool_format=llama3_json, which carry any name"
+                    )
 
     def render_observation(self, observations: Sequence[str]) -> list[dict[str, str]]:
         return [{"role": "tool", "content": "\n".join(observations)}]
@@ -206,27 +175,11 @@ class Hermes:
         rows = (_json_line({"name": call.name, "arguments": call.arguments}) for call in calls)
         return "\n".join(f"<tool_call>\n{row}\n</tool_call>" for row in rows)
 
-    def parse(self, text: str, tools: Tools = ()) -> ParsedTurn:
-        opening, closing = "<tool_call>", "</tool_call>"
-        start = text.find(opening)
-        if start < 0:
-            return ParsedTurn(text.strip())
-        calls: list[ToolCall] = []
-        errors: list[str] = []
-        position = start
-        while position >= 0:
-            position += len(opening)
-            try:
-                # the JSON decoder, not a search, finds the end: an argument may contain the closing tag
-                call, end = _decode_json(text, position, "arguments")
-                if not text[end:].lstrip().startswith(closing):
-                    raise ToolCallError(f"{closing} is missing after the call")
-                calls.append(call)
-            except ToolCallError as error:
-                errors.append(str(error))
-                end = position
-            position = text.find(opening, end)
-        return ParsedTurn(text[:start].strip(), calls, errors)
+    def parse(self, text: str, tools: Tools = (), in_thought: bool = False) -> ParsedTurn:
+        return parse(text, tools, in_thought, read_hermes, '<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>')
+
+    def check_tools(self, tools: Tools) -> None:
+        """JSON carries every name that a schema can have."""
 
     def render_observation(self, observations: Sequence[str]) -> list[dict[str, str]]:
         return [{"role": "tool", "content": text} for text in observations]
@@ -258,23 +211,11 @@ class Llama3Json:
             check_call(call)
         return "; ".join(_json_line({"name": call.name, "parameters": call.arguments}) for call in calls)
 
-    def parse(self, text: str, tools: Tools = ()) -> ParsedTurn:
-        match = re.search(r'^\s*(?:<\|python_tag\|>)?\s*\{\s*"name"', text, flags=re.MULTILINE)
-        if match is None:
-            return ParsedTurn(text.strip())
-        calls: list[ToolCall] = []
-        position = text.index("{", match.start())
-        try:
-            while position < len(text):
-                call, position = _decode_json(text, position, "parameters")
-                calls.append(call)
-                rest = text[position:].lstrip("; \t\r\n")
-                if rest and not rest.startswith("{"):
-                    raise ToolCallError("there is text after the calls")
-                position = len(text) - len(rest)
-        except ToolCallError as error:
-            return ParsedTurn(text[: match.start()].strip(), calls, [str(error)])
-        return ParsedTurn(text[: match.start()].strip(), calls)
+    def parse(self, text: str, tools: Tools = (), in_thought: bool = False) -> ParsedTurn:
+        return parse(text, tools, in_thought, read_llama3_json, 'a line {"name": ..., "parameters": {...}}')
+
+    def check_tools(self, tools: Tools) -> None:
+        """JSON carries every name that a schema can have."""
 
     def render_observation(self, observations: Sequence[str]) -> list[dict[str, str]]:
         return [{"role": "tool", "content": text} for text in observations]

@@ -5,6 +5,7 @@ An environment knows tasks, tools and how to execute calls. It knows nothing of 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,21 +18,53 @@ class ToolCall:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
+_MAX_NAME_CHARS = 200
+_NO_NAME = re.compile(r"""[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"'`()<>{};=\\]""")
+
+
+def name_fault(name: object, *, argument: bool = False) -> str | None:
+    """What is wrong with the name of a tool, or with ``argument`` of an argument; None where a call in JSON can carry it.
+
+    Names are data. So dots, dashes, Python's keywords and letters of any alphabet are fine; text that looks like source or markup is not.
+    """
+    if not isinstance(name, str) or not name:
+        return "is not a text"
+    if len(name) > _MAX_NAME_CHARS:
+        return f"is longer than {_MAX_NAME_CHARS} characters"
+    odd = _NO_NAME.search(name)
+    if odd is not None:
+        return f"holds the character {odd.group()!r}, which no name may have"
+    if name != name.strip() or (not argument and re.search(r"\s|[\[\],]", name)):
+        return "holds white space" if re.search(r"\s", name) else "holds a bracket or comma"
+    return None
+
+
 def check_schema(tool: Any) -> None:
     """Raises ValueError where a tool schema isn't ``{"name": text, "description": text, "parameters": {"properties": {name: {…}}, …}}``:
-    everything that shows tools to a model or fills their arguments relies on it.
+    everything that shows tools to a model or fills their arguments relies on it. The message names tool and property.
     """
     if not isinstance(tool, dict) or not isinstance(tool.get("parameters"), dict):
         raise ValueError("a tool has to be an object with parameters")
     if not isinstance(tool.get("name"), str) or not tool["name"] or not isinstance(tool.get("description", ""), str):
         raise ValueError("a tool's name and description have to be texts")
+    fault = name_fault(tool["name"])
+    if fault is not None:
+        raise ValueError(f"the tool name {tool['name'][:60]!r} {fault}")
+    here = f"tool {tool['name']!r}: "
     properties, required = tool["parameters"].get("properties", {}), tool["parameters"].get("required", [])
-    if not isinstance(properties, dict) or not all(isinstance(name, str) and isinstance(value, dict) for name, value in properties.items()):
-        raise ValueError("parameters.properties has to be an object of objects")
+    if not isinstance(properties, dict):
+        raise ValueError(f"{here}parameters.properties has to be an object of objects, not {type(properties).__name__}")
+    for name, value in properties.items():
+        fault = name_fault(name, argument=True)
+        if fault is not None:
+            raise ValueError(f"{here}the argument name {str(name)[:60]!r} {fault}")
+        if not isinstance(value, dict):
+            found = "null" if value is None else type(value).__name__
+            raise ValueError(f"{here}parameters.properties has to be an object of objects; {name!r} is {found}")
+        if not isinstance(value.get("enum") or [], list | tuple):
+            raise ValueError(f"{here}an enum in parameters.properties has to be a list; that of {name!r} is none")
     if not isinstance(required, list | tuple) or not all(isinstance(name, str) for name in required):
-        raise ValueError("parameters.required has to be a list of names")
-    if not all(isinstance(value.get("enum") or [], list | tuple) for value in properties.values()):
-        raise ValueError("an enum in parameters.properties has to be a list")
+        raise ValueError(f"{here}parameters.required has to be a list of names")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Tool calls as Python call text: reading literals only, writing ``repr`` only. Nothing here evaluates anything."""
+"""What a tool call may hold, and tool calls as Python call text: reading literals only, writing ``repr`` only.
+
+Nothing here evaluates anything. A call is data: names that Python can't write (``from``, ``content-type``, ``flights.search``) are fine in it
+(:func:`check_call`). Python call text has a rule of its own (:func:`check_plain`), and whoever evaluates text takes it from :func:`call_text`.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,27 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pact_nemo.environments.base import ToolCall
+from pact_nemo import strict_json
+from pact_nemo.environments.base import ToolCall, name_fault
 from pact_nemo.errors import ToolCallError
 
 _MAX_DEPTH = 20
 _MAX_CALL_CHARS = 20_000
 
 
-def _check_name(name: object, what: str) -> None:
-    if not isinstance(name, str) or not name.isascii() or not name.isidentifier() or keyword.iskeyword(name):
-        raise ToolCallError(f"{what} {str(name)[:60]!r} is not a plain identifier")
+def is_plain(name: object) -> bool:
+    """Whether Python call text can write a tool's or an argument's name."""
+    return isinstance(name, str) and name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
 
 
 def _check_value(value: Any, depth: int = 0) -> None:
     if depth > _MAX_DEPTH:
         raise ToolCallError(f"an argument is nested deeper than {_MAX_DEPTH} levels")
-    if value is None or type(value) in (bool, int):
+    if value is None or type(value) is bool:
+        return
+    if type(value) is int:
+        if value.bit_length() > strict_json.MAX_BITS:
+            raise ToolCallError("a whole number in an argument is longer than any float")
         return
     if type(value) is str:
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
@@ -46,17 +55,33 @@ def _check_value(value: Any, depth: int = 0) -> None:
 
 
 def check_call(call: ToolCall) -> None:
-    """Refuse a call whose name or argument names aren't identifiers or whose values aren't finite JSON values.
-
-    The names end up in call text, so ``__import__('os')`` as an argument *name* must stop here, whatever format it came in.
+    """Refuse a call whose names no tool can have (:func:`~pact_nemo.environments.base.name_fault`) or whose values aren't finite JSON values.
 
     Raises:
         ToolCallError: says which part is wrong.
     """
-    _check_name(call.name, "function name")
+    fault = name_fault(call.name)
+    if fault is not None:
+        raise ToolCallError(f"the function name {str(call.name)[:60]!r} {fault}")
     for key, value in call.arguments.items():
-        _check_name(key, "argument name")
+        fault = name_fault(key, argument=True)
+        if fault is not None:
+            raise ToolCallError(f"the argument name {str(key)[:60]!r} {fault}")
         _check_value(value)
+
+
+def check_plain(call: ToolCall) -> None:
+    """:func:`check_call`, and the names have to be identifiers: they end up in call text, and that may be evaluated.
+
+    ``__import__('os')`` as an argument *name* must stop here, whatever format it came in.
+
+    Raises:
+        ToolCallError: says which part is wrong.
+    """
+    check_call(call)
+    for what, name in (("function name", call.name), *(("argument name", key) for key in call.arguments)):
+        if not is_plain(name):
+            raise ToolCallError(f"{what} {name[:60]!r} is not a plain identifier")
 
 
 def call_text(call: ToolCall) -> str:
@@ -65,7 +90,7 @@ def call_text(call: ToolCall) -> str:
     Raises:
         ToolCallError: the call can't be written as a literal call, or is longer than 20,000 characters.
     """
-    check_call(call)
+    check_plain(call)
     try:
         text = f"{call.name}({', '.join(f'{key}={value!r}' for key, value in call.arguments.items())})"
     except ValueError as error:  # an int beyond Python's digit limit has no repr
@@ -97,6 +122,8 @@ def literal(node: ast.expr, depth: int = 0) -> Any:
         for key, item in zip(node.keys, node.values, strict=True):
             if not isinstance(key, ast.Constant) or type(key.value) is not str:
                 raise ToolCallError("a dictionary key in an argument is not a string")
+            if key.value in result:
+                raise ToolCallError(f"the key {key.value[:60]!r} is there twice in one dictionary")
             result[key.value] = literal(item, depth + 1)
         return result
     raise ToolCallError(f"an argument is not a literal value: {type(node).__name__}")
@@ -127,7 +154,7 @@ def call_from_node(node: ast.expr, parameters: Mapping[str, Sequence[str]]) -> T
             raise ToolCallError(f"{name}: argument {item.arg!r} is given twice")
         arguments[item.arg] = literal(item.value)
     call = ToolCall(name, arguments)
-    check_call(call)
+    check_plain(call)
     return call
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from pact_nemo.environments.answers import contains_answer
 from pact_nemo.environments.base import Outcome, Task, ToolCall
-from pact_nemo.environments.python_tools import Executed, PythonTools, tool_schema
-from pact_nemo.environments.rows import Row, read_rows
+from pact_nemo.environments.python_tools import Executed, PythonTools, defined_functions, python_name, tool_schemas
+from pact_nemo.environments.rows import Row, number_text, read_rows
 from pact_nemo.errors import ConfigError, EnvironmentFailure
 from pact_nemo.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
@@ -144,22 +144,23 @@ class FTRLEnvironment:
         for index, message in enumerate(messages):
             if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ("system", "user"):
                 raise row.complain("a prompt message needs a role (system or user) and text", f"messages[{index}]")
-        tools, codes, unsolved = row.json("tools", list), row.json("codes", dict), row.json("unsolved_set", dict)
+        tools, codes, unsolved = row.json("tools", list), row.mapping("codes"), row.mapping("unsolved_set")
         if not messages:
             raise row.complain("a prompt needs at least one message", "messages")
-        schemas = []
-        for index, tool in enumerate(tools):
-            try:
-                schemas.append(tool_schema(tool))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise row.complain(f"not a function description: {error!r}", f"tools[{index}]") from error
-            if not isinstance(codes.get(schemas[-1]["name"]), str):
-                raise row.complain(f"no source for the tool {schemas[-1]['name']!r}", "codes")
+        schemas = tool_schemas(row, ((f"tools[{index}]", tool) for index, tool in enumerate(tools)))
+        for index, schema in enumerate(schemas):
+            if any(schema["name"] == other["name"] for other in schemas[:index]):
+                raise row.complain(f"the tool {schema['name']!r} is there twice: a call of it could mean either", f"tools[{index}]")
+            if not isinstance(codes.get(schema["name"]), str):
+                raise row.complain(f"no source for the tool {schema['name']!r}", "codes")
+            wanted = python_name(schema["name"])
+            if wanted != schema["name"] and wanted not in defined_functions(codes[schema["name"]]):
+                raise row.complain(f"the source of the tool {schema['name']!r} has to define the function {wanted}", "codes")
         answers: dict[str, list[str]] = {}
         for tool_name, values in unsolved.items():
             if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
                 raise row.complain("expected a list of answers", f"unsolved_set.{tool_name}")
-            answers[tool_name] = [str(value) for value in values]
+            answers[tool_name] = [value if isinstance(value, str) else number_text(value) for value in values]
         final = row.values.get("answer")
         if final is not None:
             final = row.text("answer")

@@ -2,26 +2,109 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pact_nemo import strict_json
 from pact_nemo.environments.base import ToolCall, check_schema
+from pact_nemo.environments.calls import is_plain
+from pact_nemo.environments.rows import Row
 from pact_nemo.sandbox import CallResult, Sandbox
 
+_COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
+_VALUES = frozenset({"default", "const", "enum", "examples", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
 
-def tool_schema(function: Mapping[str, Any]) -> dict[str, Any]:
-    """A published function description as ``{"name", "description", "parameters"}``; the OpenAI wrapper ``{"type", "function"}`` is taken off.
+
+def tool_schema(function: Any) -> dict[str, Any]:
+    """A published function description as ``{"name", "description", "parameters"}``.
+
+    Taken off or undone: the OpenAI wrapper ``{"type", "function"}``, descriptions and parameters that are JSON strings, null for what is absent
+    (``description: null``, ``parameters: null``, properties and keywords of other tools), and whole numbers that a table made floats.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: it is none.
+        ValueError: it is none; says why, and of which tool and property.
     """
-    inner = function.get("function", function)
-    parameters = dict(inner.get("parameters") or {"type": "object", "properties": {}})
-    schema = {"name": inner["name"], "description": str(inner.get("description", "")), "parameters": parameters}
+    function = _object(function, "a tool")
+    inner = function if function.get("function") is None else _object(function["function"], "the function of a tool")
+    parameters = _object(inner.get("parameters") or {"type": "object", "properties": {}}, f"the parameters of {inner.get('name')!r}")
+    description = inner.get("description")
+    schema = {
+        "name": inner.get("name"),
+        "description": "" if description is None else str(description),
+        "parameters": _tidy(parameters),
+    }
     check_schema(schema)
     return schema
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    """An object, as it is or as a JSON string of it."""
+    if isinstance(value, str):
+        try:
+            value = strict_json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{what} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} has to be an object, not {type(value).__name__}")
+    return value
+
+
+def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema without nulls that stand for what is absent (a default or constant may be null), its whole numbers as such."""
+    kind = schema.get("type")
+    kinds = kind if isinstance(kind, list) else [kind]
+    whole = "integer" in kinds and "number" not in kinds
+    tidied: dict[str, Any] = {}
+    for key, value in schema.items():
+        if value is None and key not in ("default", "const"):
+            continue
+        if key in ("properties", "$defs", "definitions", "patternProperties") and isinstance(value, dict):
+            value = {name: _tidy(part) if isinstance(part, dict) else part for name, part in value.items() if part is not None}
+        elif key in _COUNTS or (whole and key in _VALUES):
+            value = [_whole(item) for item in value] if isinstance(value, list) else _whole(value)
+        elif key not in _VALUES and isinstance(value, dict):
+            value = _tidy(value)
+        elif key in ("anyOf", "oneOf", "allOf", "prefixItems") and isinstance(value, list):
+            value = [_tidy(part) if isinstance(part, dict) else part for part in value]
+        tidied[key] = value
+    return tidied
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def tool_schemas(row: Row, tools: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """:func:`tool_schema` of each (field, description).
+
+    Raises:
+        DataError: one is none; names file, row and field.
+    """
+    schemas = []
+    for where, tool in tools:
+        try:
+            schemas.append(tool_schema(tool))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise row.complain(f"not a function description: {error}", where) from error
+    return schemas
+
+
+def python_name(name: str) -> str:
+    """The function that stands for a tool in Python source: of the tool's name, or, where Python can't write that, with ``_`` for what it can't."""
+    plain_name = re.sub(r"\W", "_", name)
+    return name if is_plain(name) else f"_{plain_name}" if plain_name[:1].isdigit() or not is_plain(plain_name) else plain_name
+
+
+def defined_functions(source: str) -> list[str]:
+    """Names of the functions that a source defines at its top level; empty if it is not Python."""
+    try:
+        return [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
 
 
 @dataclass(frozen=True)
@@ -54,7 +137,7 @@ class PythonTools:
             if source is None:
                 result = CallResult(f"unknown function {call.name!r}. Available: {', '.join(sorted(self._sources))}", "invalid", 0.0)
             else:
-                result = self._sandbox.call(source, call.name, call.arguments)
+                result = self._sandbox.call(source, python_name(call.name), call.arguments)
             done = Executed(call, result)
             with self._lock:
                 self.executed.append(done)

@@ -1,9 +1,20 @@
-"""Reading published benchmark rows from JSON, JSONL or parquet, with errors that name file, row and field."""
+"""Reading published benchmark rows from JSON, JSONL or parquet, with errors that name file, row and field.
+
+What writers of tables make of Python values is undone, so that a row reads the same from every kind of file:
+
+- A parquet struct column has one set of keys for all rows. Keys that a row never had come back as null; they are passed over, at every depth.
+- An Arrow map comes back as a list of pairs; it is an object again.
+- Arrays and scalars of numpy are lists and numbers; decimals are numbers.
+- A column of whole numbers with gaps is written as floats. A text that is wanted where 6.0 stands is ``6``.
+"""
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pact_nemo import strict_json
 from pact_nemo.errors import DataError
@@ -77,27 +88,67 @@ def _of_parquet(file: Path) -> list[Any]:
     from pyarrow import ArrowException, parquet
 
     try:
-        values: list[Any] = parquet.read_table(file).to_pylist()
+        table = parquet.read_table(file)
+        values: list[Any] = table.to_pylist()
     except (ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
         raise DataError(f"not a readable parquet file: {error}; fetch the file again", file=str(file)) from error
-    return values
+    kinds = {field.name: field.type for field in table.schema}
+    return [{name: _of_arrow(value, kinds[name]) for name, value in row.items()} for row in values]
+
+
+def _of_arrow(value: Any, kind: Any) -> Any:
+    """A value of an Arrow column as JSON has it: a struct without the keys that are null, a map as an object."""
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_struct(kind):
+        parts = ((field.name, _of_arrow(value[field.name], field.type)) for field in kind)
+        return {name: part for name, part in parts if part is not None}
+    if types.is_map(kind):
+        pairs = [(_of_arrow(key, kind.key_type), _of_arrow(item, kind.item_type)) for key, item in value]
+        # a key that is there twice can't be put right here: the pairs stay a list, which the row's reader refuses
+        return dict(pairs) if len({key for key, _ in pairs}) == len(pairs) else [list(pair) for pair in pairs]
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_of_arrow(item, kind.value_type) for item in value]
+    return as_json(value)
+
+
+def as_json(value: Any) -> Any:
+    """A value without numpy's types, tuples and decimals, which hold what JSON has other types for."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return as_json(value.tolist())
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, Decimal):
+        return int(value) if value.is_finite() and value == value.to_integral_value() else float(value)
+    return value
+
+
+def number_text(value: float) -> str:
+    """A number as a text that answers are compared with. A whole number is written without a point: tables make 6.0 of 6."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else str(value)
 
 
 class Row:
     """One row with typed access; every complaint names file, row and field."""
 
     def __init__(self, values: dict[str, Any], file: str | Path, number: int):
+        values = as_json(values)
         self.values, self.file, self.number = values, str(file), number
 
     def complain(self, message: str, field: str) -> DataError:
         return DataError(f"{message}; {_REPAIR}", file=self.file, line=self.number, field=field)
 
     def text(self, field: str, default: str | None = None) -> str:
-        """A string; numbers are written out."""
-        value = self.values.get(field, default)
+        """A string; numbers are written out (:func:`number_text`). Null counts as absent."""
+        value = self.values.get(field)
+        value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise self.complain(f"expected text, found {type(value).__name__}", field)
-        return str(value)
+            raise self.complain(f"expected text, found {_found(value)}", field)
+        return value if isinstance(value, str) else number_text(value)
 
     def json(self, field: str, kind: type) -> Any:
         """A value of ``kind``, as it is or as a JSON string of it (parquet files hold such strings)."""
@@ -108,5 +159,17 @@ class Row:
             except ValueError as error:
                 raise self.complain(f"not valid JSON: {error}", field) from error
         if not isinstance(value, kind):
-            raise self.complain(f"expected {kind.__name__}, found {type(value).__name__}", field)
+            raise self.complain(f"expected {_found(kind())}, found {_found(value)}", field)
         return value
+
+    def mapping(self, field: str) -> dict[str, Any]:
+        """:meth:`json` of an object whose keys belong to this row: those that are null are other rows' and left out."""
+        return {key: item for key, item in self.json(field, dict).items() if item is not None}
+
+
+def _found(value: Any) -> str:
+    """The JSON name of a value's type."""
+    if value is None:
+        return "nothing (null or no such key)"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)

@@ -5,15 +5,14 @@ Scenarios as the benchmark defines them: ``direct`` (no tools), ``mandatory`` (t
 
 from __future__ import annotations
 
-import ast
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pact_nemo.environments.answers import contains_answer, visible
 from pact_nemo.environments.base import Outcome, Task, ToolCall
-from pact_nemo.environments.python_tools import PythonTools, tool_schema
-from pact_nemo.environments.rows import Row, read_rows
+from pact_nemo.environments.python_tools import PythonTools, defined_functions, python_name, tool_schemas
+from pact_nemo.environments.rows import Row, number_text, read_rows
 from pact_nemo.errors import ConfigError, EnvironmentFailure
 from pact_nemo.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
@@ -43,14 +42,6 @@ INSTRUCTIONS: dict[Scenario, str] = {
 }
 #: assistant turns that the benchmark's evaluation script allows (its ``max_turns``), the answer among them
 OFFICIAL_TURNS = 9
-
-
-def defined_functions(source: str) -> list[str]:
-    """Names of the functions that a source defines at its top level; empty if it is not Python."""
-    try:
-        return [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
 
 
 @dataclass(frozen=True)
@@ -90,19 +81,14 @@ class ToolHopEnvironment:
 
     def _task(self, row: Row, seen: dict[str, int]) -> Task:
         question, answer = row.text("question"), row.text("answer")
-        tools, functions, sub_task = row.json("tools", dict), row.json("functions", list), row.json("sub_task", dict)
+        tools, functions, sub_task = row.mapping("tools"), row.json("functions", list), row.mapping("sub_task")
         sources: dict[str, str] = {}
         for index, source in enumerate(functions):
             if not isinstance(source, str):
                 raise row.complain(f"expected Python source, found {type(source).__name__}", f"functions[{index}]")
             for name in defined_functions(source):
                 sources.setdefault(name, source)
-        schemas = []
-        for key, tool in tools.items():
-            try:
-                schemas.append(tool_schema(tool))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise row.complain(f"not a function description: {error!r}", f"tools.{key}") from error
+        schemas = tool_schemas(row, ((f"tools.{key}", tool) for key, tool in tools.items()))
         identifier = row.text("id", str(row.number - 1))
         name = identifier if identifier.startswith("toolhop") else f"toolhop_{identifier}"
         if name in seen:
@@ -117,11 +103,11 @@ class ToolHopEnvironment:
             reference_calls=((),),
             reference_answer=answer,
             data={
-                "functions": {schema["name"]: sources[schema["name"]] for schema in schemas if schema["name"] in sources},
-                "sub_task": {str(key): str(value) for key, value in sub_task.items()},
+                "functions": {name: sources[python_name(name)] for name in (schema["name"] for schema in schemas) if python_name(name) in sources},
+                "sub_task": {str(key): value if isinstance(value, str) else number_text(value) for key, value in sub_task.items()},
                 "tool_of": {str(key): schema["name"] for key, schema in zip(tools, schemas, strict=True)},
             },
-            tags=(f"answer type: {row.values.get('answer_type', 'unknown')}",),
+            tags=(f"answer type: {row.text('answer_type', 'unknown')}",),
         )
 
     def close(self) -> None:

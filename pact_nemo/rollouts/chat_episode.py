@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from pact_nemo.chat.json_calls import call_from
 from pact_nemo.environments.base import Environment, Task, ToolCall
 from pact_nemo.errors import EnvironmentFailure, ServerError, ToolCallError
 from pact_nemo.rollouts.chat_endpoint import Complete
@@ -26,19 +26,25 @@ class Watcher(Protocol):
         ...
 
 
-def read_calls(message: Mapping[str, Any]) -> list[tuple[str, ToolCall | str]]:
-    """(call id, the call or what is wrong with it) of each tool call of an assistant message."""
+def read_calls(message: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = ()) -> list[tuple[str, ToolCall | str]]:
+    """(call id, the call or what is wrong with it) of each tool call of an assistant message; read as :mod:`pact_nemo.chat.json_calls` says."""
     calls: list[tuple[str, ToolCall | str]] = []
     for index, item in enumerate(message.get("tool_calls") or []):
-        identifier = str(item.get("id", index)) if isinstance(item, dict) else str(index)
+        identifier = str(item.get("id") or index) if isinstance(item, dict) else str(index)
         try:
-            arguments = json.loads(item["function"]["arguments"] or "{}")
-            if not isinstance(arguments, dict):
-                raise ValueError("arguments are not an object")
-            calls.append((identifier, ToolCall(str(item["function"]["name"]), arguments)))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            calls.append((identifier, f"{type(error).__name__}: {error}"))
+            function = item.get("function") if isinstance(item, dict) else item
+            calls.append((identifier, call_from(function, tools)))  # what else an endpoint says of a call is its own business
+        except ToolCallError as error:
+            calls.append((identifier, str(error)))
     return calls
+
+
+def content_text(message: Mapping[str, Any]) -> str:
+    """The content of an assistant message as text; of a list of parts, its texts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return str(content or "")
 
 
 def play_by_chat(
@@ -64,8 +70,8 @@ def play_by_chat(
                 break
             answer = complete(messages, tools)
             here += 1
-            named = read_calls(answer)
-            text = str(answer.get("content") or "")
+            named = read_calls(answer, tools)
+            text = content_text(answer)
             turn = Turn(0, 0, text, user_turn=user_turn)
             rollout.turns.append(turn)
             if named:
@@ -83,7 +89,7 @@ def play_by_chat(
             if named:
                 continue
             messages.append({"role": "assistant", "content": text})
-            following = session.next_user_turn(text)
+            following = session.next_user_turn(turn.visible)
             if following is None:
                 break
             user_turn, here = user_turn + 1, 0

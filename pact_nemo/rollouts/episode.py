@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from pact_nemo.chat.thoughts import visible_text
 from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
 from pact_nemo.errors import DataError, EnvironmentFailure, PactError, ServerError, ToolCallError
 from pact_nemo.rollouts.client import Completion, GenerationRequest
@@ -36,7 +37,10 @@ class ParsedTurn(Protocol):
 
 
 class Chat(Protocol):
-    """The part of :class:`pact_nemo.chat.template.ChatFormat` that episodes use."""
+    """The part of :class:`pact_nemo.chat.template.ChatFormat` that episodes use.
+
+    ``opens_thought`` (may be absent, then False): the generation prompt opens a thought, so that every message begins inside one.
+    """
 
     @property
     def eos_ids(self) -> list[int]: ...
@@ -93,8 +97,8 @@ async def run_episode(
 ) -> Rollout:
     """Play ``task`` once with the policy being served. Never raises for a server or environment failure: the rollout says ``failed`` then.
 
-    Malformed calls are answered by error observations that the model sees. A message without calls ends the user turn. The checker's
-    verdict is taken of truncated episodes too.
+    Malformed calls are answered by error observations that the model sees. A message without calls ends the user turn; the environment gets
+    what it says outside of its thought. The checker's verdict is taken of truncated episodes too.
     """
     started = time.perf_counter()
     prompt = chat.prompt_ids(list(task.user_turns[0]), list(task.tools))
@@ -151,7 +155,7 @@ class _Episode:
                 turn.observations = await self.observe(turn)
                 self.append_context(self.chat.tool_format.render_observation(turn.observations), ended)
                 continue
-            following = await _in_thread(self.task, self.session.next_user_turn, turn.text)
+            following = await _in_thread(self.task, self.session.next_user_turn, turn.visible)
             if following is None:
                 return
             messages, revealed = following
@@ -186,14 +190,17 @@ class _Episode:
         rollout.loss_mask += [1] * len(completion.token_ids)
         rollout.sampler_logprobs += completion.logprobs
         text = self.chat.decode(completion.token_ids)
-        turn = Turn(start, len(rollout.token_ids), text, user_turn=self.user_turn, finish_reason=completion.finish_reason)
+        opened = bool(getattr(self.chat, "opens_thought", False))
+        visible = visible_text(text, opened)
+        turn = Turn(start, len(rollout.token_ids), text, user_turn=self.user_turn, finish_reason=completion.finish_reason, visible=visible)
         rollout.turns.append(turn)
         self.turns_here += 1
         ended = completion.token_ids[-1] in self.chat.eos_ids
         if not ended:
             # An unfinished message is not acted on: half a call is not what the policy meant to send.
             raise _Truncated("turn_tokens", f"assistant turn {len(rollout.turns)} was cut after {len(completion.token_ids)} tokens")
-        parsed: ParsedTurn = self.chat.tool_format.parse(text, self.tools)
+        parse = self.chat.tool_format.parse
+        parsed: ParsedTurn = parse(text, self.tools, in_thought=True) if opened else parse(text, self.tools)
         turn.calls, turn.call_errors = list(parsed.calls), list(parsed.errors)
         return turn, ended
 

@@ -130,5 +130,7 @@ def _turn(row: Any, where: str, length: int, typed: Any, fail: Any) -> Turn:
     for name in ("call_errors", "observations"):
         if not all(isinstance(text, str) for text in row[name]):
             raise fail("a list of strings is needed", f"{where}.{name}")
-    own = {item.name: row[item.name] for item in fields(Turn)}
+    if "visible" in row:  # older dumps have none
+        typed(row, {"visible": (str,)}, f"{where}.")
+    own = {item.name: row[item.name] for item in fields(Turn) if item.name in row}
     return Turn(**(own | {"calls": calls}))

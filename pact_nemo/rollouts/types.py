@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pact_nemo.chat.thoughts import visible_text
 from pact_nemo.environments.base import Outcome, ToolCall
 
 Status = Literal["ok", "truncated", "failed"]
@@ -21,6 +22,8 @@ class Turn:
     Attributes:
         start, end: half-open range of this turn's policy-written tokens within ``Rollout.token_ids``.
         text: the decoded tokens, end-of-turn token left out.
+        visible: what ``text`` says outside of its thoughts (:func:`~pact_nemo.chat.thoughts.visible_text`): the only text that environments
+            and rewards read. Empty for a message that is thought only. Derived from ``text`` where it isn't given (older dumps).
         calls: parsed calls; empty for a message without calls.
         call_errors: one message per malformed call text; shown to the model as an error observation.
         observations: what the environment (or the parser) answered, one per call or error.
@@ -36,6 +39,11 @@ class Turn:
     observations: list[str] = field(default_factory=list)
     user_turn: int = 0
     finish_reason: str = "stop"
+    visible: str = None  # type: ignore[assignment]  # never None after __post_init__
+
+    def __post_init__(self) -> None:
+        if self.visible is None:
+            self.visible = visible_text(self.text)
 
     @property
     def is_tool_turn(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pact_nemo.environments.answers import answer_f1, plain, visible
+from pact_nemo.environments.answers import answer_f1, plain
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import NumericsError
 from pact_nemo.objective.advantages import group_advantages
@@ -77,7 +77,7 @@ def outcome_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) -> floa
     if objective.outcome == "answer_f1" and task.reference_answer is not None:
         last = rollout.turns[-1] if rollout.turns else None
         said = last is not None and not last.is_tool_turn and rollout.status == "ok"
-        return answer_f1(last.text, task.reference_answer) if said and last is not None else 0.0
+        return answer_f1(last.visible, task.reference_answer) if said and last is not None else 0.0
     return rollout.outcome.score if rollout.outcome is not None else 0.0
 
 
@@ -119,7 +119,7 @@ def turn_rewards_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) ->
         flags = iter(solved_by_equality(calls, call_groups, reference, reference_groups))
         questions = dict(Counter(reference_groups))
     answer = plain(task.reference_answer or "")
-    texts = [plain(visible(turn.text)) for turn in turns]
+    texts = [plain(turn.visible) for turn in turns]
     return ftrl_rewards(
         [[next(flags) for _ in turn.calls] for turn in turns],
         malformed=malformed,
