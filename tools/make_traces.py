@@ -30,9 +30,10 @@ sys.path.insert(0, str(REPOSITORY))
 from rich.console import Console  # noqa: E402
 from rich.text import Text  # noqa: E402
 
+from pact_nemo.chat.thoughts import split_thought  # noqa: E402
 from pact_nemo.chat.tool_formats import tool_format  # noqa: E402
 from pact_nemo.environments.base import Environment, Task  # noqa: E402
-from pact_nemo.environments.calls import call_text  # noqa: E402
+from pact_nemo.environments.calls import shown  # noqa: E402
 from pact_nemo.errors import DataError, PactError, ServerError  # noqa: E402
 from pact_nemo.files import write_json_atomic  # noqa: E402
 from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
@@ -176,9 +177,9 @@ def extend(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def reasoning_of(config: Config, task: Task) -> Callable[[str], str]:
-    """The text before the calls of an assistant message, in the tool format of the config."""
+    """The text before the calls of an assistant message, in the tool format of the config: its thought, and what else it says, without markers."""
     parse = tool_format(config.model.tool_format).parse
-    return lambda text: parse(text, task.tools).reasoning
+    return lambda text: "\n\n".join(part for part in split_thought(parse(text, task.tools).reasoning) if part)
 
 
 def _passes(result: Replay | None) -> bool:
@@ -231,7 +232,7 @@ def show(path: Path, limit: int | None) -> None:
             for segment in turn.segments:
                 console.print(Text(f"[{segment.type}] ", style="dim") + Text(segment.text.strip(), style=COLOURS["reasoning"]))
             for call, observation in zip(turn.calls, turn.observations, strict=True):
-                console.print(Text(call_text(call), style=COLOURS["call"]))
+                console.print(Text(shown(call), style=COLOURS["call"]))
                 console.print(Text(observation, style=COLOURS["observation"]))
             if turn.closing_message:
                 console.print(Text(f"assistant: {turn.closing_message}", style="dim"))

@@ -7,6 +7,7 @@ Nothing here evaluates anything. A call is data: names that Python can't write (
 from __future__ import annotations
 
 import ast
+import json
 import keyword
 import math
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,14 @@ def call_text(call: ToolCall) -> str:
     if len(text) > _MAX_CALL_CHARS:
         raise ToolCallError(f"the call is {len(text)} characters long; the limit is {_MAX_CALL_CHARS}")
     return text
+
+
+def shown(call: ToolCall) -> str:
+    """A call for people to read: as :func:`call_text`, or as JSON where it can't be written so."""
+    try:
+        return call_text(call)
+    except ToolCallError:
+        return json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False, default=repr)
 
 
 def literal(node: ast.expr, depth: int = 0) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pact_nemo.environments.base import ToolCall, check_schema
 from pact_nemo.errors import DataError
 from pact_nemo.files import write_text_atomic
 from pact_nemo.quarantine import Quarantine
+from pact_nemo.traces.other_formats import WANTED, other_format
 from pact_nemo.traces.segments import PREVIEW, SEGMENT_TYPES, prefix_levels, preview_start
 
 TRACE_VERSION = 1
@@ -126,6 +127,9 @@ class _Reader:
             raise self._fail(f"unknown keys {unknown}; known: {sorted(allowed)}", where or "(row)")
 
     def trace(self, row: Any) -> Trace:
+        found = other_format(row)
+        if found is not None:
+            raise DataError(f"this is {found}, not a trace: {WANTED}", file=self._file, line=self._line)
         version = self._get(row, "version", int, "")
         if version != TRACE_VERSION:
             raise self._fail(f"schema version {version} is not {TRACE_VERSION}", "version")
@@ -195,19 +199,42 @@ def read_traces(path: str | os.PathLike[str], quarantine: Quarantine | None = No
         quarantine: takes bad rows; None: the first one is refused.
 
     Raises:
-        DataError: the file is missing, or a refused row is torn, is not a trace, or is there already; names file, line and field.
+        DataError: the file is missing or begins in another format, which is named; or a refused row is torn, is not a trace, or is there
+            already; names file, line and field.
     """
     file, quarantine = os.fspath(path), quarantine if quarantine is not None else Quarantine()
     if not Path(file).is_file():
         raise DataError("no such trace file; make it first (tools/make_traces.py)", file=file)
     traces: list[Trace] = []
     seen: dict[str, int] = {}
-    for line, text in enumerate(Path(file).read_bytes().split(b"\n"), start=1):  # as bytes: one line that isn't UTF-8 is one bad row
+    lines = Path(file).read_bytes().split(b"\n")  # as bytes: one line that isn't UTF-8 is one bad row
+    _refuse_other_format(lines, file)
+    for line, text in enumerate(lines, start=1):
         if text.strip():
             trace = quarantine.guard(lambda: _read(text, file, line, seen), text.decode("utf-8", "backslashreplace"))  # noqa: B023 - called at once
             if trace is not None:
                 traces.append(trace)
     return traces
+
+
+def _refuse_other_format(lines: Sequence[bytes], file: str) -> None:
+    """Refuse a file that isn't one of traces at all, under any policy for bad rows: its first row tells."""
+    first, text = next(((number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()), (0, b""))
+    if text.startswith(b"PAR1"):
+        raise DataError(f"this is a parquet file, not a file of traces: {WANTED}", file=file)
+    row: Any = None
+    for part in (text, b"\n".join(lines)):  # a row may be written over many lines
+        try:
+            row = strict_json.loads(part.decode("utf-8"))
+            break
+        except ValueError:  # also of what isn't UTF-8; said line by line
+            continue
+    if isinstance(row, list):
+        found = other_format(row) or (other_format(row[0]) if row else None)
+        raise DataError(f"this is one JSON list{f' ({found})' if found else ''}, not a trace a line: {WANTED}", file=file)
+    found = other_format(row)
+    if found is not None:
+        raise DataError(f"this is {found}, not a trace: {WANTED}", file=file, line=first)
 
 
 def _read(text: bytes, file: str, line: int, seen: dict[str, int]) -> Trace:

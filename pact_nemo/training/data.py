@@ -112,7 +112,8 @@ def build_dataset(
     was trained with (its RoPE would silently extrapolate); ``traces.overlong`` says what becomes of it, ``tasks.overlong`` of a prompt that is.
 
     Args:
-        quarantine: the one that the environment was built with; takes bad trace rows, and tasks that the chat template can't render. None: a new one.
+        quarantine: the one that the environment was built with; takes bad trace rows, and tasks that chat template or tool format can't render.
+            None: a new one.
 
     Raises:
         ConfigError: no task is left on one side of the split.
@@ -153,7 +154,8 @@ def build_dataset(
     train, held_out = limited(config, train, held_out)
     for name, side in (("training", train), ("held-out", held_out)):
         if not side:
-            raise ConfigError(f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out")
+            bad = f"; {len(quarantine)} rows are in quarantine, the first one: {quarantine.rows[0].error}" if quarantine.rows else ""
+            raise ConfigError(f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out{bad}")
 
     if config.traces.path is not None:
         sources, rejected = _read_traces(config.traces.path, train, quarantine)
@@ -247,6 +249,10 @@ def limited(config: Config, train: list[Task], held_out: list[Task]) -> tuple[li
 
 
 def _prompt_length(chat: ChatFormat, task: Task) -> int:
+    try:
+        chat.tool_format.check_tools(task.tools)
+    except ToolCallError as error:
+        raise DataError(f"task {task.id}: {error}", field="tools") from error
     try:
         return len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools)))
     except DataError as error:

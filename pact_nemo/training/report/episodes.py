@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.environments.base import ToolCall
-from pact_nemo.environments.calls import call_text
-from pact_nemo.errors import DataError, ToolCallError
+from pact_nemo.environments.calls import shown
+from pact_nemo.errors import DataError
 from pact_nemo.traces.schema import Trace
 from pact_nemo.traces.segments import NO_LEVEL
 from pact_nemo.training.report.charts import reading
@@ -80,14 +79,6 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}\n… {len(text) - MAX_CHARS} more characters"
 
 
-def written(name: str, arguments: dict[str, Any]) -> str:
-    """A call as Python text, or as JSON where it can't be written so."""
-    try:
-        return call_text(ToolCall(name, arguments))
-    except ToolCallError:
-        return json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-
-
 def parts_of(turn: Row, tool_format: str) -> list[Part]:
     """Split an assistant message into reasoning and call text, at the place where the run's own tool format splits it."""
     text = turn["text"]
@@ -153,7 +144,7 @@ def view_trace(trace: Trace) -> TraceView:
         for segment, level in zip(turn.segments, turn.segment_levels, strict=True):
             label = segment.type.replace("_", " ") + ("" if level == NO_LEVEL else f" · L{level}")
             parts.append(Part("none" if level == NO_LEVEL else f"L{level}", shorten(segment.text.strip()), label))
-        parts += [Part("call", shorten(written(call.name, call.arguments))) for call in turn.calls]
+        parts += [Part("call", shorten(shown(call))) for call in turn.calls]
         turns.append(TurnView(index + 1, pending, parts, [], [shorten(text) for text in turn.observations], "", "", False))
         pending = [("assistant", shorten(turn.closing_message))] if turn.closing_message else []
         pending += [(message["role"], shorten(message["content"])) for message in turn.user_messages_after]
@@ -162,7 +153,7 @@ def view_trace(trace: Trace) -> TraceView:
 
 def _card(row: Row, run: Run, heading: str) -> Card:
     task = row["task"]
-    references = [written(call["name"], call["arguments"]) for turn in task["reference_calls"] for call in turn]
+    references = [shown(ToolCall(call["name"], call["arguments"])) for turn in task["reference_calls"] for call in turn]
     trace = run.traces.get(row["task_id"])
     prompt = [(message["role"], shorten(message["content"])) for message in task["user_turns"][0]] if task["user_turns"] else []
     return Card(row["task_id"], task["category"], heading, prompt, references, trace=view_trace(trace) if trace is not None else None)
