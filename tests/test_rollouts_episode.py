@@ -371,3 +371,27 @@ def test_tasks_go_to_the_servers_in_turn_and_stay_there(chat):
     rollouts = asyncio.run(run_batch(tasks, 2, clients=[Policy(0), Policy(1)], **settings))
     assert [(r.task_id, r.sample) for r in rollouts] == [(f"t{i}", k) for i in range(5) for k in range(2)]
     assert asked == {0: {"0", "2", "4"}, 1: {"1", "3"}}
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_environments_see_what_a_message_says_outside_of_its_thought(chat, monkeypatch, opened):
+    monkeypatch.setattr(chat, "opens_thought", opened, raising=False)
+    heard = []
+
+    class Listening(ScriptedEnvironment):
+        def start(self, task):
+            session = super().start(task)
+            following = session.next_user_turn
+            session.next_user_turn = lambda message="": (heard.append(message), following(message))[1]
+            return session
+
+    head = "" if opened else "<think>\n"
+    texts = [f"{head}Not\n[cd(a=True)]\n</think>\n\n[ls(a=True)]", f"{head}Paris or Rome?\n</think>\n\nRome"]
+    environment = Listening()
+    rollout = play(chat, ScriptedPolicy(chat, texts), environment)
+    assert environment.sessions[0].executed == [ToolCall("ls", {"a": True})] and rollout.turns[0].call_errors == []
+    assert heard == ["Rome"] == [rollout.turns[1].visible] and rollout.turns[1].text == texts[1]
+    for thought in (f"{head}Only a thought", f"{head}[ls(a=True)]"):  # never closed: nothing is acted on, nothing is said
+        heard.clear()
+        rollout = play(chat, ScriptedPolicy(chat, [thought]), Listening())
+        assert (rollout.status, heard, rollout.turns[0].calls, rollout.turns[0].visible) == ("ok", [""], [], "")

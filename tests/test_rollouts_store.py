@@ -34,6 +34,21 @@ def test_a_writers_own_keys_are_left_out(tmp_path):
     assert read_rollouts(path) == [rollout()]
 
 
+def test_a_dump_without_visible_texts_gets_them_from_the_messages(tmp_path):
+    thinking = rollout()
+    thinking.turns[1] = Turn(5, 6, "<think>So?</think>\n\nDone.", [], [], [], 1, "stop")
+    assert thinking.turns[1].visible == "Done."
+    row = thinking.to_dict()
+    for turn in row["turns"]:
+        del turn["visible"]
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert read_rollouts(path) == [thinking] and Rollout.from_dict(row) == thinking
+    path.write_text(json.dumps(row | {"turns": [row["turns"][0] | {"visible": 1}]}) + "\n")
+    with pytest.raises(DataError, match="visible"):
+        read_rollouts(path)
+
+
 def test_nan_is_not_written(tmp_path):
     bad = rollout()
     bad.sampler_logprobs[0] = float("nan")

@@ -12,6 +12,7 @@ import pytest
 
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.errors import DataError
+from pact_nemo.quarantine import Quarantine
 from pact_nemo.traces.builder import TraceBuilder
 from pact_nemo.traces.filters import reject_reason
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn, read_traces, write_traces
@@ -197,3 +198,33 @@ def test_a_paragraph_is_parted_before_the_sentence_that_writes_the_call_down() -
     pieces = split_reasoning(text, ["ls"])
     assert pieces == [("task_restate", "The user wants x. It is in a."), ("explicit_call_preview", " Now I run ls(a=1). Done.")]
     assert split_reasoning("Run ls(a=1) now.", ["ls"]) == [("explicit_call_preview", "Run ls(a=1) now.")]
+
+
+CHAT = [
+    {"role": "user", "content": "Where am I?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "pwd", "arguments": "{}"}}]},
+    {"role": "tool", "tool_call_id": "1", "content": "/a"},
+]
+BLOCKS = [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "pwd", "input": {}}]}]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (json.dumps({"messages": CHAT, "tools": []}), "OpenAI format"),
+        (json.dumps({"messages": CHAT[:1]}), "OpenAI format"),
+        (json.dumps({"messages": CHAT}, indent=1), "OpenAI format"),
+        (json.dumps(CHAT), "OpenAI format"),
+        (json.dumps([{"messages": CHAT}]), "JSON list .*OpenAI format"),
+        (json.dumps({"messages": BLOCKS}), "Anthropic format"),
+        (json.dumps({"conversations": [{"from": "human", "value": "Where?"}]}), "ShareGPT format"),
+        (json.dumps({"prompt": "a", "completion": "b"}), "prompt and completion"),
+        ("PAR1", "parquet"),
+    ],
+)
+def test_a_file_in_another_format_is_refused_with_its_name_and_what_to_do(tmp_path: Path, text: str, name: str) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(f"\n{text}\n")
+    for quarantine in (None, Quarantine("quarantine")):  # it isn't a matter of bad rows
+        with pytest.raises(DataError, match=rf"(?s)chats\.jsonl.*{name}.*docs/traces\.md.*importer is planned.*tools/make_traces\.py"):
+            read_traces(path, quarantine)

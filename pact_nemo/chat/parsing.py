@@ -71,11 +71,13 @@ class ParsedTurn:
 class _Reading(VisibleText):
     """A walk over a message and what was read so far."""
 
-    def __init__(self, text: str, in_thought: bool):
+    def __init__(self, text: str, in_thought: bool = False, first: int = 0):
         super().__init__(text, in_thought)
+        self.position = max(self.position, first)
         self.calls: list[ToolCall] = []
         self.errors: list[str] = []
         self.start = -1  # of the first call text
+        self.first = self.position  # what is visible begins here
 
     def run(self, reader: Callable[[_Reading, Tools], None], tools: Tools) -> ParsedTurn:
         """Read everything that is visible; anew where a marker shows that all of it was thought."""
@@ -85,7 +87,7 @@ class _Reading(VisibleText):
                 self.search()  # past the rest: it may hold such a marker
                 break
             except WasThought:
-                self.calls, self.errors, self.start = [], [], -1
+                self.calls, self.errors, self.start, self.first = [], [], -1, self.position
         return ParsedTurn((self.text if self.start < 0 else self.text[: self.start]).strip(), self.calls, self.errors)
 
     def fail(self, message: str, start: int) -> None:
@@ -114,10 +116,11 @@ def parse(text: str, tools: Tools, in_thought: bool, reader: Callable[[_Reading,
         reader: one of this module's.
         example: a call as the format writes it, shown where one is written in another way.
     """
-    turn = _Reading(text, in_thought).run(reader, tools)
+    reading = _Reading(text, in_thought)
+    turn = reading.run(reader, tools)
     if turn.calls or turn.errors:
         return turn
-    start = foreign_attempt(text, tools, in_thought)
+    start = foreign_attempt(text, tools, reading.first)
     return turn if start is None else ParsedTurn(text[:start].strip(), [], [f"a call is written as {example}"])
 
 
@@ -242,37 +245,45 @@ def _first_marker(text: str, position: int) -> int:
 # -- calls in another format's dress --------------------------------------------------------------------------------------------------
 
 
-def foreign_attempt(text: str, tools: Tools, in_thought: bool = False) -> int | None:
+def foreign_attempt(text: str, tools: Tools, first: int = 0) -> int | None:
     """Where a message without a call of its own format begins to call a tool in another way; None where it doesn't: it is an answer then.
 
     Ways: a JSON call at the start of a line, ``<tool_call>`` with JSON, ``<function=name>``, ``<|python_tag|>``, ``[name(...)]`` at the start of
     a line, and ``name(...)`` as the last line. Those with a bare name count for offered tools only.
+
+    Args:
+        first: what is visible begins here.
     """
     names = _names(tools)
-    reading = _Reading(text, in_thought)
-    while True:
-        try:
-            return _foreign(reading, names, tools)
-        except WasThought:
-            continue
+    for find in (_foreign_tag, _foreign_json):
+        reading = _Reading(text, first=first)
+        while True:
+            try:
+                start = find(reading, names)
+                break
+            except WasThought:  # a marker within data, which the format's own reader has passed over
+                continue
+        if start is not None:
+            return start
+    line = visible_text(text[first:]).rpartition("\n")[2].strip()
+    bare = _BARE_CALL.fullmatch(line)
+    if bare is None or bare.group(2) not in names:
+        return None
+    try:
+        parse_call(bare.group(1), _parameters(tools))
+    except ToolCallError:
+        return None
+    return max(text.rfind(line), 0)
 
 
-def _foreign(reading: _Reading, names: frozenset[str], tools: Tools) -> int | None:
-    text, start = reading.text, reading.position
+def _foreign_tag(reading: _Reading, names: frozenset[str]) -> int | None:
     while (match := reading.search(_FOREIGN_TAG)) is not None:
         name = match.group(1) or match.group(2)
         if name is None or name in names:
             return match.start()
-    reading.position = start
-    found = _json_attempt(reading, _FOREIGN_JSON, names)
-    if found is not None:
-        return found[0]
-    line = visible_text(text[start:]).rpartition("\n")[2].strip()
-    bare = _BARE_CALL.fullmatch(line)
-    if bare is not None and bare.group(2) in names:
-        try:
-            parse_call(bare.group(1), _parameters(tools))
-        except ToolCallError:
-            return None
-        return max(text.rfind(line), 0)
     return None
+
+
+def _foreign_json(reading: _Reading, names: frozenset[str]) -> int | None:
+    found = _json_attempt(reading, _FOREIGN_JSON, names)
+    return None if found is None else found[0]

@@ -1,0 +1,188 @@
+"""Rows of data: what writers of tables make of Python values is undone, so that every kind of file gives the same tasks; the rest is named."""
+
+from __future__ import annotations
+
+import copy
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from pact_nemo.environments.base import Task, ToolCall, check_schema
+from pact_nemo.environments.ftrl import FTRLEnvironment
+from pact_nemo.environments.python_tools import python_name, tool_schema
+from pact_nemo.environments.rows import Row, as_json, number_text, read_rows
+from pact_nemo.environments.toolhop import ToolHopEnvironment
+from pact_nemo.errors import DataError
+from pact_nemo.quarantine import Quarantine
+from pact_nemo.sandbox import Limits, Sandbox
+from tests.test_question_environments import toolhop_row
+
+BOX = Sandbox(1, Limits())  # starts when it is first called
+
+
+def row(name: str, argument: str, answer: Any, **changes: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {argument: {"type": "integer", "description": "a number"}}, "required": [argument]}
+    return {
+        "messages": [{"role": "user", "content": f"Use {name} for 3."}],
+        "tools": [{"type": "function", "function": {"name": name, "description": f"Does {name}.", "parameters": parameters}}],
+        "codes": {name: f"def {name}({argument}):\n    return {argument}\n"},
+        "unsolved_set": {name: [answer]},
+        "answer": answer,
+        "data_source": "ftrl",
+        "split": "train",
+        "solve_rate": 0.5,
+    } | changes
+
+
+ROWS = [row("double", "x", 6), row("square", "n", 9), row("half", "y", 1)]
+
+
+def tasks(path: Path) -> list[Task]:
+    return FTRLEnvironment(path, BOX).tasks()
+
+
+def told(found: list[Task]) -> list[Any]:
+    return [(task.tools, task.data, task.user_turns, task.reference_answer) for task in found]
+
+
+def saved(path: Path, rows: list[dict[str, Any]], schema: pa.Schema | None = None) -> Path:
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    else:
+        path.write_text(json.dumps(rows))
+    return path
+
+
+def with_nulls(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as a table's JSON export has them: every object has the keys of all rows."""
+    table: list[dict[str, Any]] = pa.Table.from_pylist(rows).to_pylist()
+    return table
+
+
+def test_struct_columns_their_json_export_and_json_strings_give_the_same_tasks(tmp_path: Path) -> None:
+    wanted = told(tasks(saved(tmp_path / "a.json", ROWS)))
+    assert wanted[0][0][0]["parameters"]["properties"] == {"x": {"type": "integer", "description": "a number"}}
+    assert told(tasks(saved(tmp_path / "a.parquet", ROWS))) == wanted
+    (tmp_path / "n").mkdir()
+    assert told(tasks(saved(tmp_path / "n" / "a.json", with_nulls(ROWS)))) == wanted
+    texts = [r | {key: json.dumps(r[key]) for key in ("messages", "tools", "codes", "unsolved_set")} for r in ROWS]
+    (tmp_path / "s").mkdir()
+    assert told(tasks(saved(tmp_path / "s" / "a.parquet", texts))) == wanted
+    parts = copy.deepcopy(ROWS)
+    for part in parts:
+        function = part["tools"][0]["function"]
+        function["parameters"] = json.dumps(function["parameters"])
+    (tmp_path / "p").mkdir()
+    assert told(tasks(saved(tmp_path / "p" / "a.parquet", parts))) == wanted
+
+
+def test_maps_floats_and_gaps_of_a_table_are_undone(tmp_path: Path) -> None:
+    wanted = told(tasks(saved(tmp_path / "a.json", ROWS)))
+    table = pa.Table.from_pylist([r | {"answer": float(r["answer"])} for r in ROWS])
+    codes = pa.array([list(r["codes"].items()) for r in ROWS], pa.map_(pa.string(), pa.string()))
+    unsolved = pa.array([[(k, [float(v[0])]) for k, v in r["unsolved_set"].items()] for r in ROWS], pa.map_(pa.string(), pa.list_(pa.float64())))
+    table = table.set_column(table.column_names.index("codes"), "codes", codes)
+    table = table.set_column(table.column_names.index("unsolved_set"), "unsolved_set", unsolved)
+    (tmp_path / "m").mkdir()
+    parquet.write_table(table, tmp_path / "m" / "a.parquet")
+    assert told(tasks(tmp_path / "m" / "a.parquet")) == wanted
+    gaps = [r | {"data_source": None, "answer": None} for r in ROWS]
+    assert [(task.category, task.reference_answer) for task in tasks(saved(tmp_path / "g.json", gaps))] == [("ftrl", None)] * 3
+
+
+def test_numbers_and_types_of_tables_become_those_of_json() -> None:
+    value = {"a": np.int64(3), "b": np.array([[1.5], [2.0]]), "c": (1, np.bool_(True)), "d": Decimal("6"), "e": Decimal("1.5"), "f": [None, "x"]}
+    assert repr(as_json(value)) == repr({"a": 3, "b": [[1.5], [2.0]], "c": [1, True], "d": 6, "e": 1.5, "f": [None, "x"]})
+    assert [number_text(number) for number in (6.0, 6, 1.5, -2.0, 1e300, 0.1)] == ["6", "6", "1.5", "-2", "1e+300", "0.1"]
+    read = Row({"t": 6.0, "n": None, "o": {"a": 1, "b": None}}, "x.parquet", 3)
+    assert (read.text("t"), read.text("n", "default"), read.mapping("o"), read.json("o", dict)) == ("6", "default", {"a": 1}, {"a": 1, "b": None})
+    with pytest.raises(DataError, match=r"x\.parquet:3: expected text, found nothing.*repair.*\[field n\]"):
+        read.text("n")
+
+
+def test_a_tools_description_comes_out_the_same_from_every_dress() -> None:
+    properties = {"n": {"type": "integer", "default": 3, "enum": [1, 3]}, "x": {"type": "number", "default": 3.0}, "s": {"default": None}}
+    wanted = {"name": "f", "description": "", "parameters": {"type": "object", "properties": properties}}
+    floats = {"n": {"type": "integer", "default": 3.0, "enum": [1.0, 3.0], "items": None}, "x": properties["x"], "s": properties["s"], "other": None}
+    for dressed in (
+        wanted,
+        {"type": "function", "function": wanted},
+        wanted | {"description": None, "parameters": wanted["parameters"] | {"required": None}},
+        {"name": "f", "type": None, "function": None, "parameters": {"type": "object", "properties": floats}, "strict": True},
+        json.dumps({"type": "function", "function": wanted}),
+    ):
+        assert repr(tool_schema(dressed)) == repr(wanted)
+    for empty in ({"name": "f"}, {"name": "f", "description": None, "parameters": None}, {"name": "f", "parameters": {}}):
+        assert tool_schema(empty)["parameters"].get("properties", {}) == {}
+    nested = {"type": "object", "properties": {"o": {"type": "object", "properties": {"i": {"type": "integer", "minimum": 1.0}, "gone": None}}}}
+    assert repr(tool_schema({"name": "f", "parameters": nested})["parameters"]["properties"]["o"]["properties"]) == repr(
+        {"i": {"type": "integer", "minimum": 1}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tools": ROWS[0]["tools"] * 2}, r"'double' is there twice.*tools\[1\]"),
+        ({"tools": [{"name": "double", "parameters": {"properties": ["x"]}}]}, r"tool 'double': parameters.properties has to be.*not list"),
+        ({"tools": [{"name": "double", "parameters": {"properties": {"x": "int"}}}]}, r"tool 'double'.*'x' is str"),
+        ({"tools": [{"name": "double", "parameters": "{"}]}, "the parameters of 'double' is not valid JSON"),
+        ({"tools": [{"name": "double it"}]}, "tool name 'double it' holds white space"),
+        ({"tools": [{"name": "double", "parameters": {"properties": {"x); y": {}}}}]}, r"argument name 'x\); y' holds the character"),
+        ({"tools": [{"name": "a.b"}], "codes": {"a.b": "def ab(): pass"}}, "the source of the tool 'a.b' has to define the function a_b"),
+        ({"unsolved_set": {"double": [None]}}, "list of answers"),
+        ({"codes": {"double": None}}, "no source for the tool 'double'"),
+        ({"messages": None}, "expected a list, found nothing"),
+    ],
+)
+def test_a_row_that_stays_wrong_is_refused_by_row_field_and_tool(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = saved(tmp_path / "bad.json", [ROWS[1], ROWS[0] | changes])
+    with pytest.raises(DataError, match=rf"(?s)bad\.json:2: .*{message}"):
+        FTRLEnvironment(path, BOX).tasks()
+    quarantine = Quarantine("quarantine")
+    assert len(FTRLEnvironment(path, BOX, quarantine=quarantine).tasks()) == len(quarantine) == 1
+
+
+def test_toolhop_rows_read_from_struct_columns_as_from_json(tmp_path: Path) -> None:
+    who = {"Who?": {"name": "who", "description": None, "parameters": None}}
+    other = toolhop_row(id=8, tools=who, sub_task={"Who?": "Ann"}, functions=["def who(): return 1"])
+    rows = [toolhop_row(), other]
+    wanted = told(ToolHopEnvironment(saved(tmp_path / "a.json", rows), BOX).tasks())
+    table = [r | {"tools": json.loads(json.dumps(r["tools"]))} for r in rows]
+    assert told(ToolHopEnvironment(saved(tmp_path / "a.parquet", table), BOX).tasks()) == wanted
+    assert wanted[1][0][0] == {"name": "who", "description": "", "parameters": {"type": "object", "properties": {}}}
+
+
+def test_a_map_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.table({"m": pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64()))})
+    parquet.write_table(table, tmp_path / "m.parquet")
+    (read,) = read_rows(tmp_path / "m.parquet")
+    with pytest.raises(DataError, match="expected an object, found a list"):
+        read.mapping("m")
+
+
+def test_a_tool_with_a_name_that_python_cannot_write_runs_under_one_that_it_can(tmp_path: Path) -> None:
+    source = "def flights_search_v2(**given):\n    return sorted(given)\n"
+    schema = {"name": "flights.search-v2", "parameters": {"type": "object", "properties": {"from": {"type": "string"}, "content-type": {}}}}
+    path = saved(tmp_path / "odd.json", [row("double", "x", 6, tools=[schema], codes={"flights.search-v2": source}, unsolved_set={})])
+    with Sandbox(1, Limits(seconds=5.0)) as box:
+        environment = FTRLEnvironment(path, box)
+        (task,) = environment.tasks()
+        session = environment.start(task)
+        assert session.execute([ToolCall("flights.search-v2", {"from": "a", "content-type": "b"})]) == ['["content-type", "from"]']
+        session.close()
+    assert [python_name(name) for name in ("f", "a.b-c", "from", "2d")] == ["f", "a_b_c", "_from", "_2d"]
+
+
+def test_every_name_that_json_can_carry_is_a_name_and_what_looks_like_source_is_none() -> None:
+    for name in ("flights.search-v2", "from", "größe", "mcp__x/y", "2d"):
+        check_schema({"name": name, "parameters": {"properties": {name: {}, "content-type": {}, "$filter": {}, "user name": {}}}})
+    for name in ("f()", "__import__('os')", "a b", "", "a\nb", "x=1", "<tool_call>", "a\\", "x" * 201, 'q"'):
+        with pytest.raises(ValueError, match="name"):
+            check_schema({"name": name, "parameters": {}})
