@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pact_nemo.chat.thoughts import split_thought, visible_text
+from pact_nemo.chat.thoughts import thoughts_and_visible, visible_text
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.errors import ToolCallError
@@ -203,7 +203,7 @@ def test_a_broken_hermes_block_hides_neither_the_next_one_nor_executes_its_text(
     ],
 )
 def test_what_a_message_says_outside_of_its_thoughts(text: str, opened: bool, thought: str, visible: str) -> None:
-    assert split_thought(text, opened) == (thought, visible)
+    assert thoughts_and_visible(text, opened) == (thought, visible)
     assert visible_text(text, opened) == visible
 
 

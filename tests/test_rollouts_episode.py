@@ -375,7 +375,7 @@ def test_tasks_go_to_the_servers_in_turn_and_stay_there(chat):
 
 @pytest.mark.parametrize("opened", [False, True])
 def test_environments_see_what_a_message_says_outside_of_its_thought(chat, monkeypatch, opened):
-    monkeypatch.setattr(chat, "opens_thought", opened, raising=False)
+    monkeypatch.setattr(type(chat), "opens_thought", opened)
     heard = []
 
     class Listening(ScriptedEnvironment):

@@ -30,7 +30,7 @@ sys.path.insert(0, str(REPOSITORY))
 from rich.console import Console  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from pact_nemo.chat.thoughts import split_thought  # noqa: E402
+from pact_nemo.chat.thoughts import thoughts_and_visible  # noqa: E402
 from pact_nemo.chat.tool_formats import tool_format  # noqa: E402
 from pact_nemo.environments.base import Environment, Task  # noqa: E402
 from pact_nemo.environments.calls import shown  # noqa: E402
@@ -179,7 +179,7 @@ def extend(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 def reasoning_of(config: Config, task: Task) -> Callable[[str], str]:
     """The text before the calls of an assistant message, in the tool format of the config: its thought, and what else it says, without markers."""
     parse = tool_format(config.model.tool_format).parse
-    return lambda text: "\n\n".join(part for part in split_thought(parse(text, task.tools).reasoning) if part)
+    return lambda text: "\n\n".join(part for part in thoughts_and_visible(parse(text, task.tools).reasoning) if part)
 
 
 def _passes(result: Replay | None) -> bool:

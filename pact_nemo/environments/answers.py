@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import string
 
-from pact_nemo.chat.thoughts import split_thought
+from pact_nemo.chat.thoughts import visible_text
 
 TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
@@ -17,7 +17,7 @@ _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
 def visible(message: str) -> str:
     """An assistant message without its thought and outer white space."""
-    return split_thought(message)[1]
+    return visible_text(message)
 
 
 def plain(text: str) -> str:
