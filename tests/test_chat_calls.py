@@ -28,7 +28,7 @@ ODD = {
     "description": "Find flights.",
     "parameters": {"type": "object", "properties": {"from": {"type": "string"}, "content-type": {"type": "string"}}, "required": ["from"]},
 }
-ODD_CALL = ToolCall("flights.search-v2", {"from": "Paris", "content-type": "x", "user name": "größe", "$filter": [1, 1.0, True, None]})
+ODD_CALL = ToolCall("flights.search-v2", {"from": "Paris", "content-type": "x", "filter[name]": "größe", "$filter": [1, 1.0, True, None]})
 
 
 def written(name: str, *calls: ToolCall) -> str:

@@ -182,7 +182,7 @@ def test_a_tool_with_a_name_that_python_cannot_write_runs_under_one_that_it_can(
 
 def test_every_name_that_json_can_carry_is_a_name_and_what_looks_like_source_is_none() -> None:
     for name in ("flights.search-v2", "from", "größe", "mcp__x/y", "2d"):
-        check_schema({"name": name, "parameters": {"properties": {name: {}, "content-type": {}, "$filter": {}, "user name": {}}}})
+        check_schema({"name": name, "parameters": {"properties": {name: {}, "content-type": {}, "$filter": {}, "filter[name]": {}}}})
     for name in ("f()", "__import__('os')", "a b", "", "a\nb", "x=1", "<tool_call>", "a\\", "x" * 201, 'q"'):
         with pytest.raises(ValueError, match="name"):
             check_schema({"name": name, "parameters": {}})

@@ -34,8 +34,10 @@ def name_fault(name: object, *, argument: bool = False) -> str | None:
     odd = _NO_NAME.search(name)
     if odd is not None:
         return f"holds the character {odd.group()!r}, which no name may have"
-    if name != name.strip() or (not argument and re.search(r"\s|[\[\],]", name)):
-        return "holds white space" if re.search(r"\s", name) else "holds a bracket or comma"
+    if re.search(r"\s", name):
+        return "holds white space"
+    if not argument and re.search(r"[\[\],]", name):
+        return "holds a bracket or comma"
     return None
 
 
