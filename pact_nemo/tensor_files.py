@@ -74,7 +74,10 @@ def _header(path: Path) -> dict[str, TensorEntry]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
+            first = handle.read(8)
+            if first == b"version ":
+                raise CheckpointError(f"{path} is a pointer of Git LFS and not the file itself; fetch it with git lfs pull")
+            length = int.from_bytes(first, "little")
             if length > min(size - 8, _LONGEST_HEADER):  # before anything of that length is asked for
                 raise ValueError(f"its header would have {length} bytes, the file has {size}")
             header: dict[str, Any] = strict_json.loads(handle.read(length).decode("utf-8"))

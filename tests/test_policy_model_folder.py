@@ -364,6 +364,7 @@ NORM = "model.norm.weight"
 CONTRADICTIONS: dict[str, Callable[[Path, dict[str, str]], Any]] = {
     f"{LAST} is missing": lambda folder, index: (folder / LAST).unlink(),
     "model-00002-of-00003.safetensors is no safetensors file": lambda folder, index: _cut(folder / "model-00002-of-00003.safetensors"),
+    f"{LAST} is a pointer of Git LFS": lambda folder, index: (folder / LAST).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
     f"says that {FIRST} holds ghost, which it doesn't": lambda folder, index: index.update(ghost=FIRST),
     f"says that {LAST} holds {NORM}, which is in {FIRST}": lambda folder, index: index.update({NORM: LAST}),
     f"doesn't name {NORM}, which {FIRST} holds": lambda folder, index: index.pop(NORM),
