@@ -200,6 +200,12 @@ def test_a_paragraph_is_parted_before_the_sentence_that_writes_the_call_down() -
     assert split_reasoning("Run ls(a=1) now.", ["ls"]) == [("explicit_call_preview", "Run ls(a=1) now.")]
 
 
+def test_a_trace_may_call_tools_whose_names_python_cannot_write() -> None:
+    odd = {"name": "flights.search-v2", "description": "", "parameters": {"type": "object", "properties": {"from": {}, "content-type": {}}}}
+    turn = TraceTurn((), (ToolCall("flights.search-v2", {"from": "a", "content-type": "b"}),), ("x",))
+    assert reject_reason(_trace(turns=(turn,)), [odd]) is None
+
+
 CHAT = [
     {"role": "user", "content": "Where am I?"},
     {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "pwd", "arguments": "{}"}}]},

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.chat.tool_formats import tool_format
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG, materialise_embedded_model
-from pact_nemo.errors import ConfigError
+from pact_nemo.errors import ConfigError, DataError
+from pact_nemo.quarantine import Quarantine
 from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.schema import ReasoningSegment, write_traces
 from pact_nemo.training.config import Config, load_config
@@ -95,3 +97,22 @@ def test_the_share_of_tasks_without_a_trace_is_told_and_limited(data: tuple[Conf
     limited = replace(given, traces=replace(given.traces, max_missing=0.2))
     with pytest.raises(ConfigError, match=r"3 of 12 training tasks \(25%\) have no trace, more than traces.max_missing=0.2"):
         build_dataset(limited, build_environment(limited), chat)
+
+
+@pytest.mark.parametrize("bad_rows", ["quarantine", "strict"])
+def test_a_tool_that_the_format_cannot_call_is_refused_when_its_task_is_loaded(
+    data: tuple[Config, Dataset, ChatFormat], tmp_path: Path, bad_rows: str
+) -> None:
+    config, _, chat = data
+    schema = {"name": "flights.search", "parameters": {"type": "object", "properties": {"from": {"type": "string"}}}}
+    source = "def flights_search(**given):\n    return given\n"
+    row = {"messages": [{"role": "user", "content": "Fly."}], "tools": [schema], "codes": {"flights.search": source}, "unsolved_set": {}}
+    (tmp_path / "odd.json").write_text(json.dumps([row, row]))
+    tasks = replace(config.tasks, benchmark="ftrl", path=str(tmp_path / "odd.json"))
+    config = replace(config, tasks=tasks, run=replace(config.run, bad_rows=bad_rows))
+    assert chat.tool_format.name == "pythonic"
+    quarantine = Quarantine(bad_rows)
+    error = ConfigError if bad_rows == "quarantine" else DataError
+    with pytest.raises(error, match=r"'flights\.search' can't be called.*plain identifier.*model\.tool_format=hermes"):
+        build_dataset(config, build_environment(config, quarantine), chat, quarantine=quarantine)
+    tool_format("hermes").check_tools(build_environment(config).tasks()[0].tools)

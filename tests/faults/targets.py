@@ -19,8 +19,8 @@ from types import ModuleType
 from typing import Any
 
 from pact_nemo import strict_json, tensor_files
+from pact_nemo.chat import json_calls, parsing, tool_formats
 from pact_nemo.chat import template as chat_template
-from pact_nemo.chat import tool_formats
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.checkpoints import manifest, resume
@@ -317,7 +317,9 @@ def _tool_format(name: str) -> Target:
                 return  # longer when written out than a call may be
             assert repr(form.parse(written, TOOLS).calls) == repr(parsed.calls)
 
-    corpus = [f"Use them.\n{form.render_calls(_CALLS)}".encode(), form.render_calls(_CALLS[:1]).encode(), b"An answer."]
+    drifted = b'{"type": "function", "function": {"name": "touch", "arguments": "{\\"file_name\\": 1}"}}\n<function=ls>'
+    thinking = f"<think>\nHm.\n{form.render_calls(_CALLS)}\n</think>\n\n{form.render_calls(_CALLS[:1])}".encode()
+    corpus = [f"Use them.\n{form.render_calls(_CALLS)}".encode(), form.render_calls(_CALLS[:1]).encode(), b"An answer.", drifted, thinking]
 
     def decoding(data: bytes) -> None:
         try:
@@ -325,7 +327,7 @@ def _tool_format(name: str) -> Target:
         except UnicodeDecodeError:
             target(data.decode("utf-8", "replace").encode())
 
-    return Target(lambda folder: (decoding, corpus), (tool_formats, calls), ())
+    return Target(lambda folder: (decoding, corpus), (tool_formats, parsing, json_calls, calls), ())
 
 
 def _make_conversations(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
