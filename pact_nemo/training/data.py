@@ -148,13 +148,17 @@ def build_dataset(
         train = [task for task in everything if str(task.user_turns) not in asked]
         dropped["held_out_too"] = len(everything) - len(train)
     else:
-        train, held_out = split(short_enough(environment.tasks()), held_out=config.tasks.held_out, seed=config.tasks.split_seed)
+        usable = short_enough(environment.tasks())
+        try:
+            train, held_out = split(usable, held_out=config.tasks.held_out, seed=config.tasks.split_seed)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_quarantined(quarantine)}") from error
     if config.objective.outcome == "answer_f1":
         train = [task for task in train if quarantine.guard(lambda: _answerable(config, task), _rows_of(task)) is not None]  # noqa: B023
     train, held_out = limited(config, train, held_out)
     for name, side in (("training", train), ("held-out", held_out)):
         if not side:
-            bad = f"; {len(quarantine)} rows are in quarantine, the first one: {quarantine.rows[0].error}" if quarantine.rows else ""
+            bad = _quarantined(quarantine)
             raise ConfigError(f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out{bad}")
 
     if config.traces.path is not None:
@@ -237,6 +241,11 @@ def _check_shares(config: Config, dataset: Dataset, note: Callable[[str], None])
             )
         if count:
             note(f"{count} of {total} training tasks ({share:.0%}) have no {what}")
+
+
+def _quarantined(quarantine: Quarantine) -> str:
+    """What an error for want of tasks says of the rows that were left out."""
+    return f"; {len(quarantine)} rows are in quarantine, the first one: {quarantine.rows[0].error}" if quarantine.rows else ""
 
 
 def limited(config: Config, train: list[Task], held_out: list[Task]) -> tuple[list[Task], list[Task]]:
