@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pact_nemo.chat import probing
+from pact_nemo.chat.contexts import EARLIER_THOUGHTS, KEEP, Contexts
 from pact_nemo.chat.encoding import TextEncoder
-from pact_nemo.chat.probing import TOOL, USER, Earlier, earlier_thoughts, find_thoughts, generation_text, openai_tool, shows_tools
+from pact_nemo.chat.probing import TOOL, USER, Earlier, find_thoughts, generation_text, openai_tool, shows_tools
 from pact_nemo.chat.rendering import ChatTemplate, Message
 from pact_nemo.chat.thoughts import CLOSING, OPENING, ThoughtStyle
 from pact_nemo.chat.tool_formats import SEPARATOR, ToolFormat, Tools, tool_format
@@ -81,6 +84,8 @@ class ChatFormat:
             until a user speaks again; ``dropped`` as soon as anything follows. The empty thought of a generation prompt counts as one.
         generation_thought: the end of the generation prompt that belongs to a thought: its opening marker, or a whole empty thought; else empty.
         shows_tools: whether tools are passed to the template; else the tool format's own text goes into the system message.
+        context_thoughts: ``earlier_thoughts`` as contexts have it: ``kept`` where that was asked for.
+        opened_ids: the tokens of ``generation_thought``, which contexts lose with the thought; empty where they keep it.
         hidden_text: what the template writes in the place of a thought that it has dropped (between the role header and the visible text).
 
     Args:
@@ -88,6 +93,7 @@ class ChatFormat:
         tool_format: instance from :data:`pact_nemo.chat.tool_formats.TOOL_FORMATS`.
         template_kwargs: constants handed to the chat template, e.g. ``{"enable_thinking": False}`` or ``{"date_string": "1 Jan 2026"}``.
         end_ids: further ids that stop generation, e.g. those of ``generation_config.json``.
+        earlier_thoughts: ``keep`` leaves thoughts of earlier messages in the context; ``template`` or None does as the template does.
 
     Raises:
         ConfigError: no chat template, no fast tokenizer, or a template that drops, alters or repeats what the project has to show, that the
@@ -99,7 +105,12 @@ class ChatFormat:
     hidden_text: str
 
     def __init__(
-        self, tokenizer: Any, tool_format: ToolFormat, template_kwargs: Mapping[str, Any] | None = None, end_ids: Sequence[int] = ()
+        self,
+        tokenizer: Any,
+        tool_format: ToolFormat,
+        template_kwargs: Mapping[str, Any] | None = None,
+        end_ids: Sequence[int] = (),
+        earlier_thoughts: str | None = None,
     ):
         from pact_nemo.chat.checks import check_conversation
 
@@ -119,7 +130,7 @@ class ChatFormat:
             self.shows_tools = tool_format.native and shows_tools(self._template.render, tool_format.render_calls)
             self._generation = generation_text(self._plain, self.source)
             self.thought, self.generation_thought = find_thoughts(self._plain, self.source, self._generation)
-            self.earlier_thoughts, self.hidden_text = earlier_thoughts(
+            self.earlier_thoughts, self.hidden_text = probing.earlier_thoughts(
                 self._plain, self.source, self._generation, self.generation_thought, self.thought, self._observed()
             )
             self._encoder = TextEncoder(tokenizer, self._plain([USER], True))
@@ -138,11 +149,17 @@ class ChatFormat:
         extra = [tokenizer.eos_token_id, *(vocabulary.get(token) for token in _END_TOKENS if token in special)]
         self.eos_ids: list[int] = list(dict.fromkeys([*end_ids[:1], *(i for i in extra if i is not None), *end_ids[1:]]))
         self._continuation = lru_cache(maxsize=4096)(self._continuation_uncached)
+        self._earlier_frame = lru_cache(maxsize=2)(self._earlier_frame_uncached)
+        self.context_thoughts, self.opened_ids = self._context_thoughts(earlier_thoughts)
         check_conversation(self)
 
     @classmethod
     def from_pretrained(
-        cls, model_dir: str | os.PathLike[str], tool_format_name: str, template_kwargs: Mapping[str, Any] | None = None
+        cls,
+        model_dir: str | os.PathLike[str],
+        tool_format_name: str,
+        template_kwargs: Mapping[str, Any] | None = None,
+        earlier_thoughts: str | None = None,
     ) -> ChatFormat:
         """Load the tokenizer of a local Hugging Face folder. Raises ConfigError for an unknown tool format or an unfit tokenizer."""
         from transformers import AutoTokenizer  # takes seconds: not for --help and --dry-run
@@ -152,7 +169,7 @@ class ChatFormat:
             tokenizer = AutoTokenizer.from_pretrained(os.fspath(model_dir), local_files_only=True)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{os.fspath(model_dir)}: no tokenizer could be loaded: {error}") from error
-        return cls(tokenizer, form, template_kwargs, _generation_end_ids(Path(model_dir), len(tokenizer)))
+        return cls(tokenizer, form, template_kwargs, _generation_end_ids(Path(model_dir), len(tokenizer)), earlier_thoughts)
 
     @property
     def opens_thought(self) -> bool:
@@ -283,6 +300,71 @@ class ChatFormat:
         if ids[0] != self.end_of_turn_id:
             raise ConfigError(f"{self.source} ends assistant messages differently depending on what follows")
         return Continuation(text, tuple(ids), tuple(offsets))
+
+    # --- thoughts of earlier messages ----------------------------------------------------------------------------------------------
+
+    def contexts(self) -> Contexts:
+        """The contexts of a new conversation."""
+        return Contexts(self)
+
+    def _context_thoughts(self, asked: str | None) -> tuple[Earlier, list[int]]:
+        if asked not in (None, *EARLIER_THOUGHTS):
+            raise ConfigError(f"model.earlier_thoughts={asked!r}: must be one of {', '.join(EARLIER_THOUGHTS)}, or null")
+        if asked == KEEP or self.earlier_thoughts == "kept":
+            return "kept", []
+        whole, visible = self.generation_ids(), self.visible_generation_ids()
+        if whole[: len(visible)] != visible:
+            raise ConfigError(f"{self.source} opens a thought within a token of its generation prompt; set model.earlier_thoughts=keep")
+        return self.earlier_thoughts, whole[len(visible) :]
+
+    def earlier_ids(self, ids: Sequence[int], user: bool) -> list[int] | None:
+        """How a sampled message is shown once the conversation goes on: None = as it was sampled, behind the whole generation prompt.
+
+        Else the message without its thought: ``hidden_text``, and the sampled ids from behind the thought on. Only where the template's text
+        begins within a token, or is another than the sampled one, that text is tokenised.
+
+        Args:
+            ids: the message, end-of-turn token included.
+            user: whether a user has spoken since (else only tools).
+        """
+        if self.context_thoughts == "kept" or (self.context_thoughts == "until_user" and not user):
+            return None
+        text = self.decode(ids)
+        shown, whole = self._earlier_text(text, user), self.generation_thought + text
+        if shown == whole or not (OPENING in whole or CLOSING in whole):  # without a thought, white space at most differs: ids stay as they came
+            return None
+        said = len(ids)
+        while said and ids[said - 1] in self.eos_ids:
+            said -= 1
+        hidden = self.hidden_text if shown.startswith(self.hidden_text) else ""
+        start = self._token_boundary(ids[:said], text, shown[len(hidden) :])
+        if start is None:
+            return [*self.encode_assistant(shown)[0], *ids[said:]]
+        return [*(self.encode_assistant(hidden)[0] if hidden else []), *ids[start:]]
+
+    def _earlier_text(self, text: str, user: bool) -> str:
+        """What the template writes for an assistant message ``text`` that a user, or else tools, followed."""
+        before, after = self._earlier_frame(user)
+        whole = self._plain(self._earlier_conversation(text, user), False)
+        if not (whole.startswith(before) and whole.endswith(after) and len(whole) >= len(before) + len(after)):
+            raise DataError(f"{self.source} changes the conversation around an assistant message: {text!r:.80}")
+        return whole[len(before) : len(whole) - len(after)]
+
+    def _earlier_conversation(self, text: str, user: bool) -> list[Message]:
+        return [USER, self._laid_out({"role": "assistant", "content": text}), *([USER] if user else self._observed())]
+
+    def _earlier_frame_uncached(self, user: bool) -> tuple[str, str]:
+        """Template text before such a message, its thought included, and after it."""
+        before = self._plain([USER], True).removesuffix(self.generation_thought)
+        return before, self._plain(self._earlier_conversation(_MARK, user), False).partition(_MARK)[2]
+
+    def _token_boundary(self, ids: Sequence[int], text: str, tail: str) -> int | None:
+        """Index of the token that ``tail``, the end of ``text``, begins with; None where it begins within one."""
+        if not text.endswith(tail):
+            return None
+        head = text[: len(text) - len(tail)]
+        start = bisect_left(range(len(ids)), len(head), key=lambda count: len(self.decode(ids[:count])))
+        return start if self.decode(ids[:start]) == head else None
 
     # --- assistant text ------------------------------------------------------------------------------------------------------------
 

@@ -5,12 +5,15 @@ For one prompt the training step needs ``[x; tau_k]``, ``[x; h*; b; tau_k]`` and
     x --+-- tau_1 .. tau_K                (prompt-only context)
         +-- h* -- b --+-- tau_1 .. tau_K  (trace-conditioned context)
 
-every shared prefix is stored and computed once. A token attends to its own segment up to itself and to all of its ancestors; its
-position is its depth in tokens from the root. That is exactly what it would see in the separate sequence, so results are the same.
+every shared prefix is stored and computed once. Where a tau or the SFT sequence has several contexts, because thoughts of earlier
+messages are no longer in them, it is a small tree itself, which branches off where its contexts part. A token attends to its own
+segment up to itself and to all of its ancestors; its position is its depth in tokens from the root. That is exactly what it would see
+in the separate sequence, so results are the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -107,3 +110,71 @@ class TokenTree:
     def unshared(self) -> list[TokenTree]:
         """The same work as separate root-to-leaf chains (each scored token exactly once), for kernels without tree attention."""
         return [chain for chain, _ in self.chains()]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place between two tokens of a tree that is being put together: behind the first ``tokens`` tokens of strand ``strand``."""
+
+    strand: int
+    tokens: int
+
+
+class TreeBuilder:
+    """Puts a tree together from strands of tokens, each of which begins at any place of an earlier one.
+
+    Segments are cut where strands branch off. Scored tokens stay in the order of their strands, then token order.
+
+    Attributes:
+        num_scored: scored tokens so far.
+
+    Args:
+        root: [n] ids of the first strand, n >= 1; none of them is scored.
+    """
+
+    def __init__(self, root: Sequence[int]):
+        self._strands: list[tuple[list[int], Place | None, list[bool]]] = [(list(root), None, [False] * len(root))]
+        self.num_scored = 0
+
+    @property
+    def root(self) -> Place:
+        """The end of the root."""
+        return Place(0, len(self._strands[0][0]))
+
+    def add(self, token_ids: Sequence[int], scored: Sequence[bool], at: Place) -> Place:
+        """Let a strand begin at ``at``. Returns its end; ``at`` where there are no tokens."""
+        if len(token_ids) != len(scored):
+            raise ValueError(f"{len(token_ids)} tokens with {len(scored)} scored flags")
+        if not len(token_ids):
+            return at
+        self._strands.append((list(token_ids), at, list(scored)))
+        self.num_scored += sum(scored)
+        return Place(len(self._strands) - 1, len(token_ids))
+
+    def back(self, place: Place, tokens: int) -> Place:
+        """The place that lies ``tokens`` tokens before ``place`` on its way from the root. ValueError before the root's first token."""
+        while tokens >= place.tokens:
+            tokens -= place.tokens
+            parent = self._strands[place.strand][1]
+            if parent is None:
+                raise ValueError("nothing of the root would be left")
+            place = parent
+            if not tokens:
+                return place
+        return Place(place.strand, place.tokens - tokens)
+
+    def build(self) -> TokenTree:
+        """The tree."""
+        cuts: list[set[int]] = [{len(ids)} for ids, _, _ in self._strands]
+        for _, at, _ in self._strands[1:]:
+            assert at is not None
+            cuts[at.strand].add(at.tokens)
+        segments: list[Segment] = []
+        node: dict[Place, int] = {}
+        for strand, (ids, at, scored) in enumerate(self._strands):
+            parent, start = -1 if at is None else node[at], 0
+            for end in sorted(cuts[strand]):
+                segments.append(Segment(ids[start:end], parent, scored[start:end]))
+                parent, start = len(segments) - 1, end
+                node[Place(strand, end)] = parent
+        return TokenTree(segments)

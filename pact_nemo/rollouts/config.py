@@ -85,14 +85,15 @@ class RolloutServerConfig:
 
 @dataclass(frozen=True)
 class EpisodeLimits:
-    """What ends an episode early; the rollout is then marked truncated.
+    """What ends an episode early; the rollout is then marked truncated. Token limits count what the server sees at one time: where the chat
+    template drops earlier thoughts, those no longer count.
 
     Attributes:
         max_turns_per_user_turn: assistant turns that may follow one user turn.
         max_turns: assistant turns of the whole episode.
         max_turn_tokens: policy-written tokens of one assistant turn.
-        max_response_tokens: tokens of tau, observations included.
-        max_model_len: tokens of x and tau together (the server's own limit).
+        max_response_tokens: tokens after x, observations included.
+        max_model_len: tokens of x and what follows it together (the server's own limit).
     """
 
     max_turns_per_user_turn: int

@@ -1,7 +1,9 @@
 """One episode: the policy writes, the environment answers, until the task is over or a limit ends it.
 
-Token-in-token-out: the prompt is tokenised once, sampled ids are appended as they came, and observations are tokenised on their own. No
-trace can enter: this package does not import the traces package, and a request has no field for one.
+Token-in-token-out: the prompt is tokenised once, sampled ids are appended as they came, and observations are tokenised on their own. Where
+the chat template drops the thoughts of earlier messages, the context is cut back to before the first of them, and what follows it is
+repeated without them (``chat/contexts.py``). No trace can enter: this package does not import the traces package, and a request has no field
+for one.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from pact_nemo.chat.contexts import Contexts
 from pact_nemo.chat.thoughts import visible_text
 from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
 from pact_nemo.errors import DataError, EnvironmentFailure, PactError, ServerError, ToolCallError
@@ -48,6 +51,7 @@ class Chat(Protocol):
     def tool_format(self) -> Any: ...
     def prompt_ids(self, messages: Any, tools: Any) -> list[int]: ...
     def continuation_ids(self, messages: Any, after_eos: bool, new_tools: Any = ()) -> list[int]: ...
+    def contexts(self) -> Contexts: ...
     def decode(self, ids: Any) -> str: ...
 
 
@@ -144,6 +148,8 @@ class _Episode:
         self.chat, self.client = chat, client
         self.limits, self.sampling, self.seeds = limits, sampling, seeds
         self.tools = list(task.tools)
+        self.contexts = chat.contexts()
+        self.context_ids = list(rollout.prompt_ids)  #: what the server is sent next
         self.user_turn = 0
         self.turns_here = 0
 
@@ -153,7 +159,7 @@ class _Episode:
             turn, ended = await self.policy_turn()
             if turn.is_tool_turn:
                 turn.observations = await self.observe(turn)
-                self.append_context(self.chat.tool_format.render_observation(turn.observations), ended)
+                self.append_context(self.chat.tool_format.render_observation(turn.observations), ended, user=False)
                 continue
             following = await _in_thread(self.task, self.session.next_user_turn, turn.visible)
             if following is None:
@@ -162,7 +168,7 @@ class _Episode:
             self.user_turn += 1
             self.turns_here = 0
             self.tools += revealed
-            self.append_context(messages, ended, revealed)
+            self.append_context(messages, ended, revealed, user=True)
 
     async def policy_turn(self) -> tuple[Turn, bool]:
         """Sample one assistant message. Returns the turn and whether it ended with an end-of-turn token."""
@@ -175,7 +181,7 @@ class _Episode:
         if room < 1:
             raise _Truncated("response_tokens", self.room_error())
         request = GenerationRequest(
-            prompt_ids=(*rollout.prompt_ids, *rollout.token_ids),
+            prompt_ids=tuple(self.context_ids),
             max_tokens=min(limits.max_turn_tokens, room),
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
@@ -187,6 +193,8 @@ class _Episode:
             raise ServerError(f"stale weights: version {completion.weight_version} in an episode of version {rollout.weight_version}")
         start = len(rollout.token_ids)
         rollout.token_ids += completion.token_ids
+        self.context_ids += completion.token_ids
+        self.contexts.said(completion.token_ids)
         rollout.loss_mask += [1] * len(completion.token_ids)
         rollout.sampler_logprobs += completion.logprobs
         text = self.chat.decode(completion.token_ids)
@@ -216,24 +224,35 @@ class _Episode:
                 raise EnvironmentFailure(f"{self.task.id}: {len(turn.calls)} calls got {len(observations)} observations")
         return observations + [f"Error: the call could not be read: {error}" for error in turn.call_errors]
 
-    def append_context(self, messages: Sequence[dict[str, str]], after_eos: bool, new_tools: Tools = ()) -> None:
-        """Append tool or user messages and the next generation prompt; they carry no loss. A limit that they would break ends the episode
-        before them.
+    def append_context(self, messages: Sequence[dict[str, str]], after_eos: bool, new_tools: Tools = (), *, user: bool) -> None:
+        """Append tool or user messages and the next generation prompt; they carry no loss. Where thoughts of earlier messages go, the
+        context is cut back and what stays of it repeated, without loss as well. A limit that this would break ends the episode before it.
         """
-        ids = self.chat.continuation_ids(messages, after_eos, new_tools)
-        if len(ids) >= self.room():
-            raise _Truncated("response_tokens", self.room_error())
-        self.rollout.token_ids += ids
-        self.rollout.loss_mask += [0] * len(ids)
-        self.rollout.sampler_logprobs += [0.0] * len(ids)
+        rollout = self.rollout
+        after = self.chat.continuation_ids(messages, after_eos, new_tools)
+        whole = self.contexts.length
+        keep, ids = self.contexts.follow(after, user)
+        if len(ids) >= self.room(keep):
+            raise _Truncated("response_tokens", self.room_error(keep))
+        if keep < whole:
+            rollout.rewinds.append((len(rollout.token_ids), keep))
+            del self.context_ids[len(rollout.prompt_ids) + keep :]
+        self.context_ids += ids
+        rollout.token_ids += ids
+        rollout.loss_mask += [0] * len(ids)
+        rollout.sampler_logprobs += [0.0] * len(ids)
 
-    def room(self) -> int:
-        """Tokens that may still follow."""
-        used = len(self.rollout.token_ids)
+    def room(self, used: int | None = None) -> int:
+        """Tokens that may still follow. Limits count what the server sees: a thought that is no longer in the context takes no room.
+
+        Args:
+            used: tokens after x; None = those of the present context.
+        """
+        used = used if used is not None else self.contexts.length
         return min(self.limits.max_response_tokens - used, self.limits.max_model_len - len(self.rollout.prompt_ids) - used)
 
-    def room_error(self) -> str:
-        used = len(self.rollout.token_ids)
+    def room_error(self, used: int | None = None) -> str:
+        used = used if used is not None else self.contexts.length
         if self.limits.max_response_tokens - used <= self.limits.max_model_len - len(self.rollout.prompt_ids) - used:
             return f"the response has no room left within {self.limits.max_response_tokens} tokens"
         return f"prompt and response have no room left within {self.limits.max_model_len} tokens"

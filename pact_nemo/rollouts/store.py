@@ -98,6 +98,7 @@ def parse_rollout(row: Any, file: str, line: int) -> Rollout:
         raise fail("entries have to be finite", "sampler_logprobs")
     typed(row, {"turns": (list,)})
     turns = [_turn(turn, f"turns[{i}]", length, typed, fail) for i, turn in enumerate(row["turns"])]
+    rewinds = _rewinds(row.get("rewinds", []), len(row["prompt_ids"]), length, turns, fail)
     outcome = None
     if row["outcome"] is not None:
         typed(row["outcome"], {"success": (bool,), "score": (int, float), "reason": (str,)}, "outcome.")
@@ -112,7 +113,30 @@ def parse_rollout(row: Any, file: str, line: int) -> Rollout:
     if row.get("limit") not in (None, *LIMITS):
         raise fail(f"{row['limit']!r} is no limit; one of {', '.join(LIMITS)}, or null", "limit")
     own = {item.name: row[item.name] for item in fields(Rollout) if item.name in row}
-    return Rollout(**(own | {"turns": turns, "outcome": outcome}))
+    return Rollout(**(own | {"turns": turns, "outcome": outcome, "rewinds": rewinds}))
+
+
+def _rewinds(rows: Any, prompt: int, length: int, turns: list[Turn], fail: Any) -> list[tuple[int, int]]:
+    """Checked ``Rollout.rewinds``; a dump without them is of one context."""
+    if not isinstance(rows, list):
+        raise fail("a list is needed", "rewinds")
+    found: list[tuple[int, int]] = []
+    before, context = 0, 0
+    for i, row in enumerate(rows):
+        where = f"rewinds[{i}]"
+        if not (isinstance(row, list | tuple) and len(row) == 2 and all(type(value) is int for value in row)):
+            raise fail("two whole numbers, position and tokens kept, are needed", where)
+        start, keep = row
+        if not before < start < length:
+            raise fail(f"position {start} has to lie behind {before} and before {length}", where)
+        context += start - before
+        if not -prompt < keep < context:
+            raise fail(f"{keep} tokens can't be kept of a context of {context} after a prompt of {prompt}", where)
+        if any(turn.start < start < turn.end for turn in turns):
+            raise fail(f"position {start} lies within an assistant turn", where)
+        found.append((start, keep))
+        before, context = start, keep
+    return found
 
 
 def _turn(row: Any, where: str, length: int, typed: Any, fail: Any) -> Turn:

@@ -57,7 +57,7 @@ class Rollout:
 
     Attributes:
         prompt_ids: x, [P] token ids.
-        token_ids: tau, [N] token ids, policy-written and observation tokens interleaved.
+        token_ids: tau, [N] token ids in the order in which they were sampled or appended, policy-written and observation tokens interleaved.
         loss_mask: [N], 1 for policy-written tokens (the set M(tau)), 0 for observation, role and delimiter tokens.
         sampler_logprobs: [N], natural log; the rollout engine's log-prob of each policy-written token, 0.0 elsewhere.
         turns: assistant turns in order.
@@ -67,6 +67,9 @@ class Rollout:
         error: why it was truncated or failed.
         limit: which limit truncated it; None where none did, or where a dump doesn't tell.
         seconds: wall time of the episode.
+        rewinds: where the context was cut back, because the chat template drops thoughts of earlier messages: (position in ``token_ids``,
+            tokens after x that stay in front of it). A negative number takes tokens of x itself away. What the model still sees of what was
+            cut off is repeated from that position on, without loss. Empty: ``token_ids`` is one sequence after x.
     """
 
     task_id: str
@@ -82,6 +85,23 @@ class Rollout:
     error: str | None = None
     seconds: float = 0.0
     limit: Limit | None = None
+    rewinds: list[tuple[int, int]] = field(default_factory=list)
+
+    def stretches(self) -> list[tuple[int, int, int]]:
+        """(start, end, keep) of each part of ``token_ids`` between two rewinds: its tokens follow the first ``keep`` tokens after x of the
+        context before it. Every token is in one of them."""
+        cuts = [(0, 0), *self.rewinds]
+        ends = [*(start for start, _ in self.rewinds), len(self.token_ids)]
+        return [(start, end, keep) for (start, keep), end in zip(cuts, ends, strict=True)]
+
+    def context_ids(self, position: int) -> list[int]:
+        """What the model sees before ``token_ids[position]``: prompt and response tokens."""
+        context, prompt = list(self.prompt_ids), len(self.prompt_ids)
+        for start, end, keep in self.stretches():
+            if start > position:
+                break
+            context = context[: prompt + keep] + self.token_ids[start : min(end, position)]
+        return context
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, the inverse of :meth:`from_dict`."""
@@ -92,4 +112,5 @@ class Rollout:
         """Rebuild from :meth:`to_dict` output (a dumped rollout), e.g. to replay a step without a server."""
         turns = [Turn(**{**t, "calls": [ToolCall(**c) for c in t["calls"]]}) for t in row["turns"]]
         outcome = Outcome(**row["outcome"]) if row["outcome"] is not None else None
-        return cls(**{**row, "turns": turns, "outcome": outcome})
+        rewinds = [(start, keep) for start, keep in row.get("rewinds", ())]
+        return cls(**{**row, "turns": turns, "outcome": outcome, "rewinds": rewinds})

@@ -8,6 +8,8 @@ Rules:
 - A token that covers characters of two parts belongs to the later one. A token that covers reasoning and call characters is an error.
 - Between two user turns stands the message that closes the first one. It is context: OTHER.
 - End-of-turn tokens, delimiters, role markers and user messages are OTHER.
+- h* itself keeps every thought: it is what the privileged context shows. Where the policy won't see thoughts of earlier messages, ``cuts`` say in
+  which contexts its messages are taught.
 """
 
 from __future__ import annotations
@@ -39,6 +41,22 @@ class Component(IntEnum):
 OTHER, OBSERVATION, CALL, REASONING = Component.OTHER, Component.OBSERVATION, Component.CALL, Component.REASONING
 
 
+@dataclass(frozen=True)
+class TraceCut:
+    """The context in which the message after some turn of h* is taught, where it is not ``x + h*`` up to there: the policy won't see the
+    thoughts of earlier messages then.
+
+    Attributes:
+        start: index within h* of that message's first token.
+        keep: tokens after x that stay of the context before it; negative where x loses the thought that its generation prompt opened.
+        context_ids: what follows them, up to the message: earlier messages without their thoughts, the user's, the generation prompt.
+    """
+
+    start: int
+    keep: int
+    context_ids: tuple[int, ...]
+
+
 @dataclass
 class TraceTokens:
     """h* as tokens; all per-token lists have length H.
@@ -52,6 +70,7 @@ class TraceTokens:
             prompt before it.
         reasoning_rank: [H] index of a reasoning token within its turn's reasoning; −1 for all other tokens.
         turn_ends: one per turn: h* cut at ``[:turn_ends[t]]`` holds turns 0…t and can be followed by ``boundary_ids``.
+        cuts: one per turn: how the context of the message after it is cut back; None: it isn't. Empty where no context is.
         turns_dropped: how many turns :func:`truncate_at_turn` has cut off.
         cut: whether anything was cut off its end.
     """
@@ -62,11 +81,28 @@ class TraceTokens:
     turn: list[int] = field(default_factory=list)
     reasoning_rank: list[int] = field(default_factory=list)
     turn_ends: list[int] = field(default_factory=list)
+    cuts: list[TraceCut | None] = field(default_factory=list)
     turns_dropped: int = 0
     cut: bool = False
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def branches(self) -> list[TraceCut]:
+        """The cuts before messages of h*, in order."""
+        return [cut for cut in self.cuts if cut is not None and cut.start < len(self)]
+
+    @property
+    def sft_length(self) -> int:
+        """Tokens after x in the last context in which h* is taught, to the end of h*."""
+        last = self.branches[-1:]
+        return last[0].keep + len(last[0].context_ids) + len(self) - last[0].start if last else len(self)
+
+    @property
+    def closing_cut(self) -> TraceCut | None:
+        """The cut before a message that follows the whole of h*."""
+        return self.cuts[-1] if self.cuts else None
 
     def _append(self, token: int, turn: int, component: Component = Component.OTHER, level: int = NO_LEVEL, rank: int = -1) -> None:
         self.token_ids.append(token)
@@ -100,18 +136,24 @@ def encode_trace(
     if not kept or kept - COMPONENTS:
         raise ConfigError(f"components must be a non-empty subset of {sorted(COMPONENTS)}, not {sorted(kept)}")
     opening = chat.generation_ids()
-    result = TraceTokens()
+    result, contexts = TraceTokens(), chat.contexts()
     for index, turn in enumerate(trace.turns):
         if index:
             for token in opening:
                 result._append(token, index)
         _append_assistant(result, turn, index, chat, kept, switch, trace.task_id)
+        said = result.turn_ends[-1] + len(opening) if index else 0
         label = end_of_turn if turn.calls and "calls" in kept else Component.OTHER
         result._append(chat.end_of_turn_id, index, label)
+        contexts.said(result.token_ids[said:])
+        said = len(result)
         observations = list(turn.observations) if "observations" in kept else []
         messages = chat.tool_format.render_observation(observations) if observations else []
         _append_interlude(result, _interlude(chat, messages, turn), observations, index)
         result.turn_ends.append(len(result))
+        before = contexts.length
+        keep, context = contexts.follow([*result.token_ids[said:], *opening], user=bool(turn.user_messages_after))
+        result.cuts.append(TraceCut(len(result) + len(opening), keep, tuple(context)) if keep < before else None)
     return result
 
 
@@ -166,10 +208,10 @@ def truncate_at_turn(tokens: TraceTokens, max_tokens: int) -> TraceTokens:
     keep = sum(end <= max_tokens for end in tokens.turn_ends)
     length = tokens.turn_ends[keep - 1] if keep else 0
     per_token = {
-        item.name: getattr(tokens, item.name)[:length] for item in fields(tokens) if item.name not in ("turn_ends", "turns_dropped", "cut")
+        item.name: getattr(tokens, item.name)[:length] for item in fields(tokens) if item.name not in ("turn_ends", "cuts", "turns_dropped", "cut")
     }
     dropped = tokens.turns_dropped + len(tokens.turn_ends) - keep
-    return replace(tokens, **per_token, turn_ends=tokens.turn_ends[:keep], turns_dropped=dropped, cut=True)
+    return replace(tokens, **per_token, turn_ends=tokens.turn_ends[:keep], cuts=tokens.cuts[:keep], turns_dropped=dropped, cut=True)
 
 
 def fit_trace(

@@ -24,7 +24,7 @@ from pact_nemo.objective.rewards import turn_rewards
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.objective.surrogate import truncated_importance
 from pact_nemo.objective.weights import rl_weights, sft_weights
-from pact_nemo.policy.trees import Segment, TokenTree
+from pact_nemo.policy.trees import Place, TokenTree, TreeBuilder
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.traces.spans import CALL, REASONING, TraceTokens
 from pact_nemo.training.config import ObjectiveConfig
@@ -181,38 +181,85 @@ def grow_tree(
     """Lay a group out as one tree: x, its rollouts under x, and, unless the prompt is anchored, h*, the boundary and the rollouts under c_h.
 
     ``skip_zero_advantage``: under c_h, where nothing but the surrogate reads them, only rollouts with an advantage."""
-    prompt_ids = group.rollouts[0].prompt_ids
-    segments = [Segment(list(prompt_ids), -1, [False] * len(prompt_ids))]
+    builder = TreeBuilder(group.rollouts[0].prompt_ids)
     spans: dict[tuple[str, int], tuple[int, int]] = {}
-    scored = 0
     sft_index = np.zeros(0, dtype=np.int64)
 
-    def add(token_ids: list[int], parent: int, mask: list[bool]) -> tuple[int, tuple[int, int]]:
-        nonlocal scored
-        segments.append(Segment(token_ids, parent, mask))
-        span = (scored, scored + sum(mask))
-        scored = span[1]
-        return len(segments) - 1, span
-
-    def add_rollouts(parent: int, context: str, chosen: list[int]) -> None:
+    def add_rollouts(at: Place, context: str, chosen: list[int]) -> None:
         for k in chosen:
-            rollout = group.rollouts[k]
-            _, spans[(context, k)] = add(list(rollout.token_ids), parent, [bool(m) for m in rollout.loss_mask])
+            start = builder.num_scored
+            add_rollout(builder, group.rollouts[k], at)
+            spans[(context, k)] = (start, builder.num_scored)
 
     everyone = [k for k, rollout in enumerate(group.rollouts) if _usable(rollout)]
     if PROMPT_ONLY in contexts:
-        add_rollouts(0, PROMPT_ONLY, everyone)
+        add_rollouts(builder.root, PROMPT_ONLY, everyone)
     if not group.anchored and TRACE_CONDITIONED in contexts:
         assert group.trace is not None
-        component = np.asarray(group.trace.component)
-        mask = (component == CALL) | (component == REASONING)
-        sft_index = np.flatnonzero(mask)
-        trace_node, spans[(TRACE, 0)] = add(list(group.trace.token_ids), 0, mask.tolist())
+        sft_index = np.flatnonzero(supervised(group.trace))
         conditioned = [k for k in everyone if not skip_zero_advantage or has_advantage(group, k)] if trace_rl(objective) else []
+        start = builder.num_scored
+        end, _ = add_trace(builder, group.trace, builder.root, shown=bool(conditioned))
+        spans[(TRACE, 0)] = (start, builder.num_scored)
         if conditioned:
-            boundary, _ = add(list(boundary_ids), trace_node, [False] * len(boundary_ids))
+            boundary = builder.add(boundary_ids, [False] * len(boundary_ids), end)
             add_rollouts(boundary, TRACE_CONDITIONED, conditioned)
-    return PromptTree(group, TokenTree(segments), spans, sft_index)
+    return PromptTree(group, builder.build(), spans, sft_index)
+
+
+def add_rollout(builder: TreeBuilder, rollout: Rollout, at: Place) -> Place:
+    """Let a rollout begin at the end of a prompt or of a privileged context, with a branch for each of its contexts. Each scored token is
+    scored once, after what the model had before it when it was sampled (and the trace, where ``at`` lies behind one).
+
+    Returns:
+        the end of its last context.
+    """
+    length = 0
+    for start, end, keep in rollout.stretches():
+        at = builder.back(at, length - keep)
+        at = builder.add(rollout.token_ids[start:end], [bool(m) for m in rollout.loss_mask[start:end]], at)
+        length = keep + end - start
+    return at
+
+
+def supervised(trace: TraceTokens) -> np.ndarray:
+    """[H] bools: the tokens that the SFT term scores."""
+    component = np.asarray(trace.component)
+    return (component == CALL) | (component == REASONING)
+
+
+def add_trace(builder: TreeBuilder, trace: TraceTokens, at: Place, *, shown: bool, followed: bool = False) -> tuple[Place, Place]:
+    """Let h* begin at the end of x, with a branch for each context in which a part of it is taught. Scored tokens keep the order of h*.
+
+    Args:
+        shown: something follows the whole of h*, thoughts included; else what only that would need is left out.
+        followed: something follows the last context in which h* is taught.
+
+    Returns:
+        the end of h*, if ``shown``; the end of the last context.
+    """
+    flags, branches = supervised(trace), trace.branches
+    bounds = [0, *(branch.start for branch in branches), len(trace)]
+    whole = at
+    length = 0
+    for index, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        last = index == len(branches)
+        context = branches[index - 1].context_ids if index else ()
+        keep = branches[index - 1].keep if index else 0
+        count = end - start
+        if not (last and (followed or not branches)):  # what comes after the last taught token, and is in no later context, isn't computed
+            taught = np.flatnonzero(flags[start:end])
+            count = int(taught[-1]) + 1 if len(taught) else 0
+            count = count if last else max(count, branches[index].keep - keep - len(context))
+        scored = [False] * len(context) + flags[start : start + count].tolist()
+        ids = [*context, *trace.token_ids[start : start + count]]
+        if shown and not index:  # all of h*, of which the first context is the beginning
+            scored += [False] * (len(trace) - count)
+            ids = list(trace.token_ids)
+        at = builder.add(ids, scored, builder.back(at, length - keep))
+        length = keep + len(ids)
+        whole = at if not index else whole
+    return whole, at
 
 
 def contexts_needed(group: PromptGroup, objective: ObjectiveConfig, *, diagnostics: bool) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pact_nemo.chat.contexts import EARLIER_THOUGHTS
 from pact_nemo.errors import ConfigError
 from pact_nemo.objective.methods import METHODS
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
@@ -47,6 +48,7 @@ class ModelConfig:
     path: str | None = None  #: HF folder; None = the small instruct model that an installed package embeds
     recipe: str | None = None  #: set by ``--recipe``: a name in ``pact_nemo.training.recipes.RECIPES``
     tool_format: str = "pythonic"  #: how calls are written: a name in ``pact_nemo.chat.tool_formats.TOOL_FORMATS``
+    earlier_thoughts: str | None = None  #: of earlier messages: "keep" them in the context, or as the chat "template" does; None = "template"
 
 
 @dataclass
@@ -115,7 +117,7 @@ class SamplingConfig:
     max_turns_per_user_turn: int = 10  #: assistant turns that may follow one user turn
     max_turns: int = 100  #: assistant turns of the episode
     max_turn_tokens: int = 2048  #: policy tokens per assistant turn
-    max_response_tokens: int = 23000  #: tokens of tau, observations included
+    max_response_tokens: int = 23000  #: tokens after x that the server sees at one time, observations included
     concurrency: int = 64  #: episodes in flight
 
 
@@ -413,6 +415,8 @@ def validate(config: Config) -> None:
     _require(0.0 <= objective.schedule.smoothing < 1.0, "objective.schedule.smoothing must be in [0, 1)")
     _one_of("objective.schedule.call", objective.schedule.call, ("none", "fixed", "token", "scale"))
     _one_of("rollout.importance", config.rollout.importance, ("tis", "off"))
+    if config.model.earlier_thoughts is not None:
+        _one_of("model.earlier_thoughts", config.model.earlier_thoughts, EARLIER_THOUGHTS)
     _one_of("tasks.benchmark", tasks.benchmark, ("bfcl", "ftrl", "toolhop"))
     _one_of("tasks.scenario", tasks.scenario, ("direct", "mandatory", "free"))
     _require(

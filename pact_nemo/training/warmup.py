@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ from pact_nemo.environments.base import Task
 from pact_nemo.errors import ConfigError, ServerLost
 from pact_nemo.objective.loss import pact_loss
 from pact_nemo.objective.weights import sft_weights
-from pact_nemo.policy.trees import Segment, TokenTree
+from pact_nemo.policy.trees import TokenTree, TreeBuilder
 from pact_nemo.traces.spans import CALL, REASONING, TraceTokens
+from pact_nemo.training.batch import add_trace, supervised
 from pact_nemo.training.data import prompts_of_step
 from pact_nemo.training.diagnostics import loss_record
 
@@ -36,14 +38,13 @@ def closing_ids(chat: ChatFormat, text: str | None) -> tuple[list[int], list[boo
 
 
 def sft_tree(prompt_ids: list[int], trace: TraceTokens, weights: np.ndarray, closing: tuple[list[int], list[bool]], share: float) -> TokenTree:
-    """``[x; h*; closing]`` with the SFT weight of each scored token.
+    """``[x; h*; closing]`` with the SFT weight of each scored token, each in the context that the policy will have there.
 
     Args:
         weights: [len(h*)] weights of the trace tokens.
         closing: see :func:`closing_ids`; its tokens share the weight ``share`` equally.
     """
-    component = np.asarray(trace.component)
-    mask = (component == CALL) | (component == REASONING)
+    component, mask = np.asarray(trace.component), supervised(trace)
     closing_tokens, taught = closing
     closing_weights = np.full(sum(taught), share / max(sum(taught), 1))
     scored = torch.from_numpy(np.concatenate([weights[mask], closing_weights])).float()
@@ -53,10 +54,14 @@ def sft_tree(prompt_ids: list[int], trace: TraceTokens, weights: np.ndarray, clo
     streams["importance"] = torch.ones_like(scored)
     streams["w_sft_reasoning"] = torch.where(reasoning, scored, zeros)
     streams["w_sft_call"] = torch.where(reasoning, zeros, scored)
-    segments = [Segment(list(prompt_ids), -1, [False] * len(prompt_ids)), Segment(list(trace.token_ids), 0, mask.tolist())]
-    if closing_tokens:
-        segments.append(Segment(closing_tokens, 1, taught))
-    return TokenTree(segments, streams)
+    builder = TreeBuilder(prompt_ids)
+    _, end = add_trace(builder, trace, builder.root, shown=False, followed=bool(closing_tokens))
+    if closing_tokens and trace.closing_cut is not None:  # the message that closes the trace is said without earlier thoughts in sight
+        end = builder.back(end, trace.sft_length - trace.closing_cut.keep)
+        context = trace.closing_cut.context_ids[: len(trace.closing_cut.context_ids) - taught.index(True)]  # without the generation prompt
+        end = builder.add(context, [False] * len(context), end)
+    builder.add(closing_tokens, taught, end)
+    return replace(builder.build(), streams=streams)
 
 
 def warm_up(experiment: Experiment, evaluate: Callable[[Experiment, str], object]) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from pact_nemo.chat.contexts import Contexts
 from pact_nemo.checkpoints.manifest import new_export
 from pact_nemo.environments.base import Outcome, Task
 from pact_nemo.errors import CheckpointError, ServerError, ServerLost
@@ -63,6 +64,14 @@ class Chat:
 
     def decode(self, ids: Any) -> str:
         return str(list(ids))
+
+    opened_ids: list[int] = []
+
+    def earlier_ids(self, ids: Any, user: bool) -> list[int] | None:
+        return None
+
+    def contexts(self) -> Contexts:
+        return Contexts(self)
 
 
 class Turns:
