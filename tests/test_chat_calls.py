@@ -238,6 +238,14 @@ def test_calls_in_a_thought_are_neither_made_nor_malformed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("between", ["", " ", "\n", "\n\n"])
+def test_a_call_may_follow_the_closing_marker_on_its_line(name: str, between: str) -> None:
+    text = f"<think>Not {written(name, G)}.</think>{between}{written(name, F)}"
+    for parsed in (TOOL_FORMATS[name].parse(text, TOOLS), TOOL_FORMATS[name].parse(text.removeprefix("<think>"), TOOLS, in_thought=True)):
+        assert (parsed.calls, parsed.errors) == ([F], [])
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("data", ["<think>", "</think>", "<think>x</think>", "a</think>b<think>", "</tool_call>", "<tool_call>\n{}", "'\"\n[f()]"])
 def test_markers_and_tags_within_an_argument_are_data(name: str, data: str) -> None:
     calls = [ToolCall("write", {"text": data}), F]

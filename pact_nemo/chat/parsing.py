@@ -27,7 +27,8 @@ PYTHON_TAG = "<|python_tag|>"
 MAX_ERRORS = 50  #: malformed calls of one message after which no more of it is read
 _MAX_BROKEN = 200  # places of one message that look like JSON and are none
 
-_LINE_OF_JSON = r"^[ \t]*(?:```[\w-]*[ \t]*\n[ \t]*)?[\[{]"
+_LINE = rf"(?:^|(?<={CLOSING}))[ \t]*"  # a line's start; what follows a thought begins one
+_LINE_OF_JSON = _LINE + r"(?:```[\w-]*[ \t]*\n[ \t]*)?[\[{]"
 _HERMES = re.compile(f"{MARKER}|{TOOL_CALL_OPENING}")
 # Where reading goes on after a block that can't be read. JSON escapes quotes and line ends in its texts, so neither form is within an argument.
 _AFTER_BROKEN = re.compile(
@@ -35,7 +36,7 @@ _AFTER_BROKEN = re.compile(
 )
 _LLAMA = re.compile(rf"{MARKER}|{re.escape(PYTHON_TAG)}|{_LINE_OF_JSON}", re.MULTILINE)
 _LLAMA_NEXT = re.compile(rf"{MARKER}|{re.escape(PYTHON_TAG)}|```[\w-]*|[^\s;]")
-_PYTHONIC = re.compile(rf"{MARKER}|^[ \t]*\[\s*[A-Za-z_][\w.\-]*\s*\(", re.MULTILINE)
+_PYTHONIC = re.compile(rf"{MARKER}|{_LINE}\[\s*[A-Za-z_][\w.\-]*\s*\(", re.MULTILINE)
 _NOT_BLANK = re.compile(rf"{MARKER}|\S")
 _QUOTE_OR_MARKER = re.compile(rf"{MARKER}|\'\'\'|\"\"\"|'|\"")
 _QUOTED = {  # the rest of a Python string literal, by its opening quote
@@ -46,7 +47,7 @@ _QUOTED = {  # the rest of a Python string literal, by its opening quote
 }
 _FOREIGN_TAG = re.compile(
     rf"{MARKER}|{TOOL_CALL_OPENING}(?=\s{{0,40}}[\[{{])|{re.escape(PYTHON_TAG)}"
-    rf"|<function=([\w.\-]{{1,200}})|^[ \t]*\[\s{{0,40}}([A-Za-z_][\w.\-]{{0,200}})\s{{0,40}}\(",
+    rf"|<function=([\w.\-]{{1,200}})|{_LINE}\[\s{{0,40}}([A-Za-z_][\w.\-]{{0,200}})\s{{0,40}}\(",
     re.MULTILINE,
 )
 _FOREIGN_JSON = re.compile(rf"{MARKER}|{_LINE_OF_JSON}", re.MULTILINE)
