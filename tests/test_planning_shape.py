@@ -17,7 +17,7 @@ from pact_nemo.planning.shape import Layout, ModelShape, padded_vocab, rank_para
 from pact_nemo.training.recipes import RECIPES, recipe
 
 REPO = Path(__file__).resolve().parents[1]
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+CLASSES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 TINY = {
     "model_type": "qwen3", "num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
     "intermediate_size": 96, "vocab_size": 131, "tie_word_embeddings": True, "max_position_embeddings": 512,
@@ -27,6 +27,11 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "tied, PP 4": (TINY, {"pipeline_parallel": 4}, 8),
     "tied, TP 4 x PP 2 x VP 2, odd vocabulary": (TINY, {"tensor_parallel": 4, "pipeline_parallel": 2, "virtual_pipeline": 2}, 8),
     "biases, TP 2 x CP 2": (TINY | {"model_type": "qwen2", "tie_word_embeddings": False}, {"tensor_parallel": 2, "context_parallel": 2}, 4),
+    "all biases, TP 4 x PP 2": (
+        TINY | {"model_type": "llama", "attention_bias": True, "mlp_bias": True}, {"tensor_parallel": 4, "pipeline_parallel": 2}, 8,
+    ),
+    "attention biases, TP 2": (TINY | {"attention_bias": True}, {"tensor_parallel": 2}, 2),
+    "windows": (TINY | {"model_type": "mistral", "sliding_window": 64}, {}, 1),
     "experts, TP 2 x PP 2 x EP 4": (
         TINY | {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
         {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "expert_parallel": 4},

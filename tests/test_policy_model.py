@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import verify_manifest
 from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
+from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.packing import pack
 from pact_nemo.policy.policy import MegatronPolicy
@@ -140,11 +141,11 @@ def test_the_result_depends_on_no_setting_of_how_it_is_computed(variant: str, ba
 def test_trees_equal_separate_sequences_to_the_last_digits_in_float64(models: Callable[[str], Path]) -> None:
     config = PolicyConfig(precision="fp32", logprob_chunk=7)
     model.initialize_model_parallel(config, seed=1)
-    bridge = bridges.load_bridge(models("qwen3"))
-    provider = bridge.to_megatron_provider(load_weights=False)
+    bridge, architecture = bridges.load_bridge(models("qwen3")), check_architecture(models("qwen3"))
+    provider = bridges.build_provider(architecture)
     model.configure_provider(provider, config, cuda=False)
     provider.params_dtype = torch.float64
-    (network,) = model.build_chunks(provider, bridge.hf_pretrained.config, config, cuda=False)
+    (network,) = model.build_chunks(provider, architecture, config, cuda=False)
     bridge.load_hf_weights([network])
     trees = make_trees(4, seed=14)
 
@@ -285,7 +286,7 @@ def test_what_cannot_be_built_is_refused_with_a_reason(models: Callable[[str], P
     policy = build(models("llama"), policy={"trainable": False})
     refusals = {"expert_parallel": "dense models need 1", "pipeline_parallel": "4 layers", "tensor_parallel": "8 attention heads"}
     for field, message in refusals.items():
-        provider = policy.bridge.to_megatron_provider(load_weights=False)
+        provider = bridges.build_provider(policy.architecture)
         with pytest.raises(ConfigError, match=message):
             model.configure_provider(provider, PolicyConfig(**{field: 3}), cuda=False)
     with pytest.raises(ConfigError, match="trainable"):

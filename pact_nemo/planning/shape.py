@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pact_nemo.errors import ConfigError
+from pact_nemo.policy.architectures import Architecture, resolve_sizes
 from pact_nemo.policy.config import PolicyConfig
 
 
@@ -23,31 +24,42 @@ class ModelShape:
     tied: bool
     positions: int
     qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate: int = 0
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> ModelShape:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
+    def of(cls, architecture: Architecture) -> ModelShape:
         return cls(
-            layers=int(config["num_hidden_layers"]),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            intermediate=int(config["intermediate_size"]),
-            vocab=int(config["vocab_size"]),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            positions=int(config["max_position_embeddings"]),
-            qkv_bias=config.get("model_type") == "qwen2",
-            qk_norm=str(config.get("model_type")).startswith("qwen3"),
-            experts=int(config.get("num_experts") or config.get("num_local_experts") or 0),  # transformers 5 writes the second name
-            experts_per_token=int(config.get("num_experts_per_tok") or 0),
-            expert_intermediate=int(config.get("moe_intermediate_size") or 0),
+            layers=architecture.layers,
+            hidden=architecture.hidden,
+            heads=architecture.heads,
+            kv_heads=architecture.kv_heads,
+            head_dim=architecture.head_dim,
+            intermediate=architecture.intermediate,
+            vocab=architecture.vocab,
+            tied=architecture.tied,
+            positions=architecture.positions,
+            qkv_bias=architecture.qkv_bias,
+            output_bias=architecture.output_bias,
+            mlp_bias=architecture.mlp_bias,
+            qk_norm=architecture.qk_norm,
+            experts=architecture.experts,
+            experts_per_token=architecture.experts_per_token,
+            expert_intermediate=architecture.expert_intermediate,
         )
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> ModelShape:
+        """Of a ``config.json``, which may lack ``architectures``.
+
+        Raises:
+            ConfigError: the policy does not compute this model.
+        """
+        return cls.of(resolve_sizes(config))
 
     @property
     def expert_parameters(self) -> int:
@@ -60,11 +72,12 @@ class ModelShape:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         attention += self.head_dim * (self.heads + 2 * self.kv_heads) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
         feed_forward = self.hidden * self.experts if self.experts else 3 * self.hidden * self.intermediate
-        return attention + feed_forward + 2 * self.hidden
+        biases = self.hidden * self.output_bias + (2 * self.intermediate + self.hidden) * self.mlp_bias
+        return attention + feed_forward + biases + 2 * self.hidden
 
     @property
     def parameters(self) -> int:
-        """Exactly what a Llama, Qwen2, Qwen3 or Qwen3-MoE decoder has, experts included."""
+        """Exactly what a decoder of a supported architecture has, experts included."""
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + self.expert_parameters + self.hidden + embeddings
 
@@ -174,7 +187,7 @@ def padded_vocab(shape: ModelShape, layout: Layout) -> int:
 def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> RankParameters:
     """Exactly what a rank of pipeline stage ``stage`` holds, as megatron builds it.
 
-    Matrices are cut over TP; norms, q/k norms and the router are on every rank of it; the embedding is on the first stage, the final norm
+    Matrices and the biases of their columns are cut over TP; norms, q/k norms, other biases and the router are on every rank of it; the embedding is on the first stage, the final norm
     and the head on the last; a tied head is the embedding on a pipeline of one and a copy of it on the last stage of a longer one.
 
     Raises:
@@ -187,7 +200,8 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> RankParame
     attention = hidden * (2 * queries + 2 * groups) + (queries + 2 * groups) * shape.qkv_bias + 2 * shape.head_dim * shape.qk_norm
     feed_forward = hidden * shape.experts if shape.experts else 3 * hidden * shape.intermediate // tensor
     layers = shape.layers // layout.pipeline
-    dense = layers * (attention + feed_forward + 2 * hidden)
+    biases = hidden * shape.output_bias + (2 * shape.intermediate // tensor + hidden) * shape.mlp_bias
+    dense = layers * (attention + feed_forward + biases + 2 * hidden)
     expert = layers * (shape.experts // layout.expert) * 3 * hidden * shape.expert_intermediate
     rows = padded_vocab(shape, layout) // tensor * hidden
     first, last = stage == 0, stage == layout.pipeline - 1

@@ -6,6 +6,9 @@ don't see each other and, with kernels that know that mask, none is stored: leng
 about twice as much on the CPU for 8 rollouts of 40 tokens in two contexts.)
 The result is the attention that each root-to-leaf sequence would have on its own, in another order of additions.
 
+Layers with a sliding window have a plan of their own: positions are depths in the tree, so a window is a stretch of the path from the root.
+Runs are cut into blocks, whose keys are the block and the window before it: work and masks grow with the window, not with the length.
+
 Shapes: T row tokens, Q query tokens of a call, K key tokens of a call, n heads, g key/value groups, d head size.
 """
 
@@ -20,10 +23,14 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.attention.bias import causal_lower_right
 
 from pact_nemo.policy.fused import rotate
 from pact_nemo.policy.packing import Run
+
+
+WINDOW_BLOCK = 512  #: queries of one call in a layer with a sliding window, at most
 
 
 @dataclass
@@ -32,10 +39,12 @@ class AttentionCall:
 
     Attributes:
         pieces: indices of the key pieces it sees, in row order (see :class:`AttentionPlan`).
-        mask: [Q, K] additive mask in the compute dtype; None = causal, aligned to the lower right corner.
+        window: keys that each query sees at most, the query's own included; None = more than there are.
+        mask: [Q, K] additive mask in the compute dtype; None = as ``window`` says, causal, aligned to the lower right corner.
     """
 
     pieces: list[int]
+    window: int | None = None
     mask: torch.Tensor | None = None
 
 
@@ -55,13 +64,14 @@ class AttentionPlan:
 
     def add_masks(self, dtype: torch.dtype) -> None:
         """Store the masks, for kernels that would otherwise build them again in every layer (CPU)."""
-        known: dict[tuple[int, int], torch.Tensor] = {}
+        known: dict[tuple[int, int, int | None], torch.Tensor] = {}
         for queries, call in zip(self.query_lengths, self.calls, strict=True):
             keys = sum(self.piece_lengths[piece] for piece in call.pieces)
-            if queries != keys:
-                if (queries, keys) not in known:
-                    known[queries, keys] = lower_right_mask(queries, keys, dtype)
-                call.mask = known[queries, keys]
+            if queries != keys or call.window is not None:
+                kind = (queries, keys, call.window)
+                if kind not in known:
+                    known[kind] = lower_right_mask(queries, keys, dtype, window=call.window)
+                call.mask = known[kind]
 
 
 @dataclass
@@ -71,6 +81,7 @@ class TreeBatch(PackedSeqParams):
     Attributes:
         position_ids: [T_local] int64 depth of each of this rank's tokens (before sequence parallelism).
         plan: attention plan.
+        window_plan: attention plan of the layers with a sliding window; None = there are none.
         key_order: [T] int64 or None; index that puts the keys gathered over context parallelism back into row order.
         source_index: [S_local] int64 local positions whose hidden states predict this rank's scored tokens.
         target_ids: [S_local] int64 scored tokens.
@@ -81,6 +92,7 @@ class TreeBatch(PackedSeqParams):
 
     position_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     plan: AttentionPlan | None = None
+    window_plan: AttentionPlan | None = None
     key_order: torch.Tensor | None = None
     source_index: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     target_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -89,17 +101,22 @@ class TreeBatch(PackedSeqParams):
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-def lower_right_mask(queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """[Q, K] additive causal mask in which the last query sees all keys."""
-    return torch.full((queries, keys), float("-inf"), dtype=dtype).triu_(keys - queries + 1)
+def lower_right_mask(queries: int, keys: int, dtype: torch.dtype, *, window: int | None = None, device: Any = None) -> torch.Tensor:
+    """[Q, K] additive causal mask in which the last query sees all keys, or the last ``window`` of them."""
+    mask = torch.full((queries, keys), float("-inf"), dtype=dtype, device=device)
+    if window is None:
+        return mask.triu_(keys - queries + 1)
+    seen = torch.ones((queries, keys), dtype=torch.bool, device=device).tril_(keys - queries).triu_(keys - queries - window + 1)
+    return mask.masked_fill_(seen, 0.0)
 
 
-def plan_attention(runs: list[Run], positions: torch.Tensor | None = None) -> AttentionPlan:
+def plan_attention(runs: list[Run], positions: torch.Tensor | None = None, *, window: int | None = None) -> AttentionPlan:
     """Cut a packed row into kernel calls.
 
     Args:
         runs: the row's runs in row order, covering it without gaps.
         positions: [T_local] row positions of this context-parallel rank's queries in local order; None = all of them in row order.
+        window: positions that a token sees, its own included (a key at depth k is seen from depth q if ``q - k < window``); None = all.
 
     Returns:
         the plan, without stored masks.
@@ -108,21 +125,36 @@ def plan_attention(runs: list[Run], positions: torch.Tensor | None = None) -> At
         stretches = [(index, run.start, run.stop) for index, run in enumerate(runs)]
     else:
         stretches = _stretches(runs, positions.tolist())
-    cuts = sorted({0, *(run.stop for run in runs), *(stop for _, _, stop in stretches)})
+    if window is not None:
+        stretches = [
+            (index, begin, min(begin + WINDOW_BLOCK, stop)) for index, start, stop in stretches for begin in range(start, stop, WINDOW_BLOCK)
+        ]
+    paths = [_path(runs, index, stop, None if window is None else stop - start + window - 1) for index, start, stop in stretches]
+    cuts = sorted({0, *(run.stop for run in runs), *(stop for _, _, stop in stretches), *(begin for path in paths for begin, _ in path)})
     number = {cut: index for index, cut in enumerate(cuts)}
     calls = []
-    for index, _, stop in stretches:
-        path = [(runs[index].start, stop)]
-        parent = runs[index].parent
-        while parent >= 0:
-            path.append((runs[parent].start, runs[parent].stop))
-            parent = runs[parent].parent
-        calls.append(AttentionCall([piece for begin, end in reversed(path) for piece in range(number[begin], number[end])]))
+    for path in paths:
+        keys = sum(end - begin for begin, end in path)
+        pieces = [piece for begin, end in path for piece in range(number[begin], number[end])]
+        calls.append(AttentionCall(pieces, window if window is not None and keys > window else None))
     return AttentionPlan(
         query_lengths=[stop - start for _, start, stop in stretches],
         piece_lengths=[end - begin for begin, end in zip(cuts, cuts[1:], strict=False)],
         calls=calls,
     )
+
+
+def _path(runs: list[Run], index: int, stop: int, limit: int | None) -> list[tuple[int, int]]:
+    """Row positions (begin, end) from the root to ``stop`` in run ``index``, in row order; the last ``limit`` of them."""
+    path: list[tuple[int, int]] = []
+    while index >= 0 and (limit is None or limit > 0):
+        start = runs[index].start if limit is None else max(runs[index].start, stop - limit)
+        path.append((start, stop))
+        if limit is not None:
+            limit -= stop - start
+        index = runs[index].parent
+        stop = runs[index].stop
+    return path[::-1]
 
 
 def _stretches(runs: list[Run], positions: list[int]) -> list[tuple[int, int, int]]:
@@ -144,6 +176,7 @@ class TreeCoreAttention(torch.nn.Module):
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, softmax_scale: float | None = None, **_: Any):
         super().__init__()
         self.scale = softmax_scale
+        self.windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.context_parallel = config.context_parallel_size
 
     def forward(
@@ -157,8 +190,9 @@ class TreeCoreAttention(torch.nn.Module):
         packed_seq_params: TreeBatch | None = None,
     ) -> torch.Tensor:
         """query [T_local, 1, n, d]; key, value [T_local, 1, g, d] -> [T_local, 1, n * d]."""
-        assert packed_seq_params is not None and packed_seq_params.plan is not None, "TreeCoreAttention needs a TreeBatch"
-        plan = packed_seq_params.plan
+        assert packed_seq_params is not None, "TreeCoreAttention needs a TreeBatch"
+        plan = packed_seq_params.window_plan if self.windowed else packed_seq_params.plan
+        assert plan is not None, "a layer with a sliding window needs a plan for it"
         if packed_seq_params.rotation is not None:
             query, key = rotate(query, *packed_seq_params.rotation), rotate(key, *packed_seq_params.rotation)
         if self.context_parallel > 1:
@@ -172,7 +206,9 @@ class TreeCoreAttention(torch.nn.Module):
         for q, call in zip(queries, plan.calls, strict=True):
             k, v = _select(keys, call.pieces), _select(values, call.pieces)
             mask = call.mask
-            if mask is None and q.shape[2] != k.shape[2]:
+            if mask is None and call.window is not None:
+                mask = lower_right_mask(q.shape[2], k.shape[2], q.dtype, window=call.window, device=q.device)
+            elif mask is None and q.shape[2] != k.shape[2]:
                 mask = causal_lower_right(q.shape[2], k.shape[2])
             outputs.append(
                 F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=gqa)

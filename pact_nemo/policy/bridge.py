@@ -25,17 +25,27 @@ import torch.nn.functional as F
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion import model_bridge, param_mapping
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
-from megatron.bridge.models.conversion.param_mapping import AutoMapping, ColumnParallelMapping, MegatronParamMapping
+from megatron.bridge.models.conversion.param_mapping import (
+    AutoMapping,
+    ColumnParallelMapping,
+    GatedMLPMapping,
+    MegatronParamMapping,
+    QKVMapping,
+)
+from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.core import parallel_state
 
 from pact_nemo.collective import raise_together
 from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.policy.architectures import Architecture
 from pact_nemo.policy.model_folder import ModelFolder, WeightReader, check_model_folder
 
 LOCAL_NORM_NAMES = {
     "decoder.layers.*.input_layernorm.weight": "model.layers.*.input_layernorm.weight",
     "decoder.layers.*.pre_mlp_layernorm.weight": "model.layers.*.post_attention_layernorm.weight",
 }
+_ATTENTION, _MLP = "decoder.layers.*.self_attention", "decoder.layers.*.mlp"
+_HF_ATTENTION, _HF_MLP = "model.layers.*.self_attn", "model.layers.*.mlp"
 VOCAB_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")
 LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
@@ -45,7 +55,7 @@ def load_bridge(hf_path: str | Path) -> AutoBridge:
     """Megatron-Bridge for a local Hugging Face folder, with our additions to its name mappings.
 
     Raises:
-        ConfigError: the folder is absent or its architecture is not supported; on all ranks.
+        ConfigError: the folder is absent or the policy does not compute its architecture or one of its settings; on all ranks.
         CheckpointError: its tensors are not those of the model; on all ranks.
     """
     folder, problem = None, None
@@ -65,6 +75,47 @@ def load_bridge(hf_path: str | Path) -> AutoBridge:
     _extend_expert_names()
     _speed_up_export()
     return bridge
+
+
+def build_provider(architecture: Architecture) -> GPTModelProvider:
+    """Megatron's configuration of a model, before layout and precision (``model.configure_provider``).
+
+    Every field that changes a number is written here, from what ``check_architecture`` read. ``provider_bridge`` of
+    Megatron-Bridge is not asked: it drops or invents settings, others in each version.
+    """
+    settings: dict[str, Any] = dict(
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden,
+        ffn_hidden_size=architecture.intermediate,
+        num_attention_heads=architecture.heads,
+        num_query_groups=architecture.kv_heads,
+        kv_channels=architecture.head_dim,
+        vocab_size=architecture.vocab,
+        seq_length=architecture.positions,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.eps,
+        qk_layernorm=architecture.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        position_embedding_type="rope",  # the frequencies themselves are model.rotary_frequencies
+        share_embeddings_and_output_weights=architecture.tied,
+        add_qkv_bias=architecture.qkv_bias,
+        add_bias_linear=False,  # one flag for all other matrices in megatron; model.layer_spec adds those that are there
+    )
+    if architecture.window is not None:  # read by our attention, in megatron's own words: tokens to the left and to the right
+        settings["window_size"] = (architecture.window - 1, 0)
+        settings["window_attn_skip_freq"] = [int(window is not None) for window in architecture.windows]
+    if architecture.experts:
+        settings.update(
+            num_moe_experts=architecture.experts,
+            moe_router_topk=architecture.experts_per_token,
+            moe_ffn_hidden_size=architecture.expert_intermediate,
+            # softmax before the choice leaves the weights as they are; after it they sum to one
+            moe_router_pre_softmax=not architecture.normalise_top_k,
+            moe_grouped_gemm=True,
+            moe_router_load_balancing_type="aux_loss",
+        )
+    return GPTModelProvider(**settings)
 
 
 def folder_of(bridge: AutoBridge) -> ModelFolder:
@@ -170,7 +221,7 @@ class PaddedVocabMapping(ColumnParallelMapping):
 
 
 def _extend_mappings(cls: Any) -> None:
-    """Add to a bridge class, once, what it lacks: the norm names of specs without Transformer Engine (in the Qwen bridges), padded vocabularies."""
+    """Add to a bridge class, once, what it lacks: padded vocabularies, names of biases and of norms without Transformer Engine."""
     if getattr(cls, "_extended_by_pact", False):
         return
     original = cls.mapping_registry
@@ -182,8 +233,8 @@ def _extend_mappings(cls: Any) -> None:
             PaddedVocabMapping(mapping.megatron_param, mapping.hf_param) if mapping.megatron_param in VOCAB_PARAMETERS else mapping
             for mapping in mappings
         ]
-        missing = [AutoMapping(megatron_param=ours, hf_param=theirs) for ours, theirs in LOCAL_NORM_NAMES.items() if ours not in known]
-        return MegatronMappingRegistry(*mappings, *missing)
+        more = [AutoMapping(megatron_param=ours, hf_param=theirs) for ours, theirs in LOCAL_NORM_NAMES.items()] + _bias_mappings()
+        return MegatronMappingRegistry(*mappings, *(mapping for mapping in more if mapping.megatron_param not in known))
 
     def broadcast_shared_embeddings(self: Any, chunks: list[Any]) -> None:
         """Copy tied embeddings from the first pipeline stage to the last (the bridge looks for them in the first chunk of each rank only)."""
@@ -197,6 +248,16 @@ def _extend_mappings(cls: Any) -> None:
 
     cls.mapping_registry, cls._extended_by_pact = mapping_registry, True
     cls._broadcast_shared_embeddings = broadcast_shared_embeddings
+
+
+def _bias_mappings() -> list[MegatronParamMapping]:
+    """Names of all biases that a supported architecture can have; those that a model lacks are not asked for."""
+    return [
+        QKVMapping(f"{_ATTENTION}.linear_qkv.bias", *(f"{_HF_ATTENTION}.{name}_proj.bias" for name in "qkv")),
+        AutoMapping(megatron_param=f"{_ATTENTION}.linear_proj.bias", hf_param=f"{_HF_ATTENTION}.o_proj.bias"),
+        GatedMLPMapping(f"{_MLP}.linear_fc1.bias", gate=f"{_HF_MLP}.gate_proj.bias", up=f"{_HF_MLP}.up_proj.bias"),
+        AutoMapping(megatron_param=f"{_MLP}.linear_fc2.bias", hf_param=f"{_HF_MLP}.down_proj.bias"),
+    ]
 
 
 def _extend_expert_names() -> None:

@@ -57,6 +57,7 @@ def to_local(
     temperature: float = 1.0,
     entropy: bool = False,
     varlen: bool = False,
+    window: int | None = None,
 ) -> LocalMicroBatch:
     """Cut out this context-parallel rank's tokens and scored positions, and plan its attention.
 
@@ -67,11 +68,12 @@ def to_local(
         temperature: divisor of the logits.
         entropy: also collect entropies.
         varlen: describe the row as plain sequences side by side, for kernels that know no trees (all runs must be roots).
+        window: positions that a token sees in the layers with a sliding window; None = no layer has one.
     """
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     tokens, position_ids = batch.tokens, batch.position_ids
     source, target, flat, streams = batch.source_index, batch.target_ids, batch.flat_index, batch.streams
-    key_order = None
+    key_order, mine = None, None
     if size > 1:
         length = tokens.shape[0]
         mine = zigzag_positions(length, rank, size)
@@ -83,15 +85,17 @@ def to_local(
         tokens, position_ids = tokens[mine], position_ids[mine]
         source, target, flat = local_of[source][owned], target[owned], flat[owned]
         streams = {name: stream[owned] for name, stream in streams.items()}
-        plan = plan_attention(batch.runs, mine)
-    else:
-        plan = plan_attention(batch.runs)
+    plan = plan_attention(batch.runs, mine)
+    window_plan = None if window is None else plan_attention(batch.runs, mine, window=window)
     if mask_dtype is not None:
         plan.add_masks(mask_dtype)
+        if window_plan is not None:
+            window_plan.add_masks(mask_dtype)
     tree = TreeBatch(
         qkv_format="sbhd",
         position_ids=position_ids.to(device),
         plan=plan,
+        window_plan=window_plan,
         key_order=None if key_order is None else key_order.to(device),
         source_index=source.to(device),
         target_ids=target.to(device),
@@ -111,7 +115,7 @@ def to_local(
 
 def local_batches(
     trees: list[TokenTree], config: PolicyConfig, *, device: torch.device, bf16: bool, temperature: float, entropy: bool = False,
-    alignment: int = 1,
+    alignment: int = 1, window: int | None = None,
 ) -> tuple[list[LocalMicroBatch], int]:
     """Pack the trees for all ranks; this rank's micro-batches, and the number of tree tokens on all ranks together.
 
@@ -128,7 +132,9 @@ def local_batches(
     )
     mask_dtype = None if device.type == "cuda" else (torch.bfloat16 if bf16 else torch.float32)
     mine = [
-        to_local(row, device=device, mask_dtype=mask_dtype, temperature=temperature, entropy=entropy, varlen=config.attention == "te")
+        to_local(
+            row, device=device, mask_dtype=mask_dtype, temperature=temperature, entropy=entropy, varlen=config.attention == "te", window=window
+        )
         for row in packed[parallel_state.get_data_parallel_rank()]
     ]
     return mine, sum(row.used for rows in packed for row in rows)

@@ -1,4 +1,4 @@
-"""The policy network: Megatron-core's GPT model on packed token trees, built from Megatron-Bridge's configuration.
+"""The policy network: Megatron-core's GPT model on packed token trees.
 
 Differences to ``GPTModel``: rotary angles come from each token's depth in its tree, core attention is :class:`TreeCoreAttention`, and the
 last stage returns log-probabilities of the scored tokens instead of logits. Import after ``device.prepare_megatron()``.
@@ -21,10 +21,12 @@ from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy import fused
+from pact_nemo.policy.architectures import Architecture
 from pact_nemo.policy.attention import TreeBatch, TreeCoreAttention
 from pact_nemo.policy.config import PolicyConfig
 from pact_nemo.policy.device import local_device, patience
@@ -128,7 +130,9 @@ class PactGPTModel(GPTModel):
         return {"main_grad": main_grad, "placeholder": not tied}  # tied: the embedding's gradient, which comes later, calls the hook
 
 
-def layer_spec(provider: Any, *, transformer_engine: bool, attention: str, fused_elementwise: bool) -> ModuleSpec:
+def layer_spec(
+    provider: Any, architecture: Architecture, *, transformer_engine: bool, attention: str, fused_elementwise: bool
+) -> ModuleSpec:
     """Layer spec with our core attention: Transformer Engine modules if asked for, local ones with our RMSNorm and activation otherwise."""
     moe = dict(num_experts=provider.num_moe_experts, moe_grouped_gemm=provider.moe_grouped_gemm, qk_layernorm=provider.qk_layernorm)
     if transformer_engine:
@@ -145,7 +149,30 @@ def layer_spec(provider: Any, *, transformer_engine: bool, attention: str, fused
             _set_activation(spec.submodules.mlp)
     if attention != "te":
         _submodules(spec.submodules.self_attention).core_attention = TreeCoreAttention
+    if architecture.output_bias:
+        inner = _submodules(spec.submodules.self_attention)
+        inner.linear_proj = _with_bias(inner.linear_proj)
+    if architecture.mlp_bias:
+        inner = _submodules(spec.submodules.mlp)
+        inner.linear_fc1, inner.linear_fc2 = _with_bias(inner.linear_fc1), _with_bias(inner.linear_fc2)
     return spec
+
+
+def _with_bias(linear: Any) -> type:
+    """A linear layer's class that has a bias whatever it is told: megatron has one flag for all of them, models have several.
+
+    The class keeps its name, by which Megatron-Bridge knows how a layer is cut over ranks.
+
+    Raises:
+        ConfigError: this version of megatron-core builds linear layers from something else than classes.
+    """
+    if not isinstance(linear, type):
+        raise ConfigError(f"this megatron-core builds linear layers from {type(linear).__name__}; use the versions of requirements.txt")
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        linear.__init__(self, *args, **{**kwargs, "bias": True})  # type: ignore[misc]
+
+    return type(linear.__name__, (linear,), {"__init__": __init__, "__module__": linear.__module__})
 
 
 def _submodules(builder: Any) -> Any:
@@ -178,10 +205,8 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool, fp8: 
     ``fp8`` is the FP8 recipe that runs, or None.
 
     Raises:
-        ConfigError: the model can't be laid out this way (layers, heads), or isn't of a supported kind.
+        ConfigError: the model can't be laid out this way (layers, heads).
     """
-    if provider.normalization != "RMSNorm" or provider.position_embedding_type != "rope":
-        raise ConfigError(f"only RMSNorm + RoPE decoders are supported, this is {provider.normalization} + {provider.position_embedding_type}")
     chunks = config.pipeline_parallel * (config.virtual_pipeline or 1)
     if fp8 is not None and 2 * config.fp8_bf16_layers >= provider.num_layers:
         raise ConfigError(f"policy.fp8_bf16_layers={config.fp8_bf16_layers} at each end leaves none of {provider.num_layers} layers in FP8")
@@ -262,36 +287,44 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool, fp8: 
         provider.finalize()
 
 
-def rotary_frequencies(hf_config: Any) -> torch.Tensor:
-    """[d / 2] float32 RoPE frequencies of a Hugging Face configuration, by the function that transformers itself uses.
+def rotary_frequencies(architecture: Architecture) -> torch.Tensor:
+    """[d / 2] float32 RoPE frequencies, by the function that transformers itself uses.
 
     Neither Megatron-Bridge 0.3 (which looks for ``rope_theta`` where transformers 5 no longer keeps it) nor megatron-core (which fixes
     three of the llama3 scaling parameters) can be relied on here.
 
     Raises:
-        ConfigError: a scaling that changes with the sequence length or scales attention.
+        ConfigError: a scaling of attention.
     """
-    parameters = dict(getattr(hf_config, "rope_parameters", None) or {})
-    kind = parameters.get("rope_type", "default")
-    if kind not in ("default", "llama3", "linear"):
-        raise ConfigError(f"RoPE scaling {kind!r} is not supported; supported are default, linear and llama3")
+    parameters, dim = dict(architecture.rope), architecture.head_dim
+    kind = parameters["rope_type"]
     if kind == "default":
-        dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
         return 1.0 / (parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim))
-    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    one_head = LlamaConfig(
+        hidden_size=dim,
+        num_attention_heads=1,
+        head_dim=dim,
+        max_position_embeddings=architecture.positions,
+        rope_parameters=parameters,
+    )
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](one_head, torch.device("cpu"))
     if attention_factor != 1.0:
         raise ConfigError(f"RoPE scaling {kind!r} with attention factor {attention_factor} is not supported")
     return frequencies
 
 
-def build_chunks(provider: Any, hf_config: Any, config: PolicyConfig, *, cuda: bool) -> list[PactGPTModel]:
+def build_chunks(provider: Any, architecture: Architecture, config: PolicyConfig, *, cuda: bool) -> list[PactGPTModel]:
     """This rank's model chunks (one per virtual pipeline stage) with uninitialised weights, on this rank's device."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     provider._pg_collection = groups
     virtual = config.virtual_pipeline
     transformer_engine = cuda and importlib.util.find_spec("transformer_engine") is not None
     spec = layer_spec(
-        provider, transformer_engine=transformer_engine, attention=config.attention, fused_elementwise=config.fused_elementwise
+        provider,
+        architecture,
+        transformer_engine=transformer_engine,
+        attention=config.attention,
+        fused_elementwise=config.fused_elementwise,
     )
     final_norm = spec.submodules.input_layernorm if not transformer_engine else None
     padded = provider.vocab_size + -provider.vocab_size % config.tensor_parallel
@@ -326,7 +359,7 @@ def build_chunks(provider: Any, hf_config: Any, config: PolicyConfig, *, cuda: b
         model.logprob_chunk = config.logprob_chunk
         model.true_vocab_size = provider.vocab_size
         model.rotates_itself = config.fused_elementwise and config.attention != "te"
-        model.rotary_pos_emb.inv_freq = rotary_frequencies(hf_config).to(local_device())
+        model.rotary_pos_emb.inv_freq = rotary_frequencies(architecture).to(local_device())
         model.to(local_device())
         _mark_tensor_parallel(model)
         if config.fp8_emulate and provider.fp8 is not None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pact_nemo.digests import FileEntry
 from pact_nemo.errors import ConfigError, DataError, NumericsError
 from pact_nemo.policy import device as devices
+from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.export_layout import LayoutSettings, check_dtype
 from pact_nemo.policy.fp8 import ALIGNMENT
@@ -76,7 +77,7 @@ class MegatronPolicy:
             keep_reference: keep a host copy of the initial weights for :meth:`reference_logprobs`.
 
         Raises:
-            ConfigError: contradictory settings, or a model that can't be laid out this way.
+            ConfigError: contradictory settings, or a model that isn't computed or can't be laid out this way.
             CheckpointError: the folder's tensors are not those of its model, or not finite.
         """
         devices.init_distributed(config.init_timeout_s)
@@ -96,10 +97,11 @@ class MegatronPolicy:
         self.alignment = ALIGNMENT[self.fp8] if self.fp8 is not None else 1
         model.initialize_model_parallel(config, seed=seed)
         self.bridge = bridge.load_bridge(hf_path)
+        self.architecture = check_architecture(hf_path, attention=config.attention)
         with bridge.quiet():
-            self.provider = self.bridge.to_megatron_provider(load_weights=False)
+            self.provider = bridge.build_provider(self.architecture)
         model.configure_provider(self.provider, config, cuda=cuda, fp8=self.fp8)
-        self.chunks = model.build_chunks(self.provider, self.bridge.hf_pretrained.config, config, cuda=cuda)
+        self.chunks = model.build_chunks(self.provider, self.architecture, config, cuda=cuda)
         bridge.load_weights(self.bridge, self.chunks)
         self._reference: list[dict[str, torch.Tensor]] | None = None
         if keep_reference:
@@ -157,7 +159,13 @@ class MegatronPolicy:
 
     @torch.no_grad()
     def load_reference(self, hf_path: str | Path) -> None:
-        """Take the weights of an HF folder as the frozen reference; the current weights are untouched. Collective."""
+        """Take the weights of an HF folder as the frozen reference; the current weights are untouched. Collective.
+
+        Raises:
+            ConfigError: the folder's model is not the policy's.
+        """
+        if check_architecture(hf_path) != self.architecture:
+            raise ConfigError(f"{Path(hf_path) / 'config.json'} describes another model than {self.hf_path / 'config.json'}; a reference has the same")
         current = [{name: param.data for name, param in chunk.named_parameters()} for chunk in self.chunks]
         try:
             for chunk in self.chunks:
@@ -210,7 +218,14 @@ class MegatronPolicy:
         self._check_ids(trees)
         bare = [TokenTree(tree.segments) for tree in trees]
         batches, _ = engine.local_batches(
-            bare, self.config, device=self.device, bf16=self.bf16, temperature=temperature, entropy=entropy, alignment=self.alignment
+            bare,
+            self.config,
+            device=self.device,
+            bf16=self.bf16,
+            temperature=temperature,
+            entropy=entropy,
+            alignment=self.alignment,
+            window=self.architecture.window,
         )
         for chunk in self.chunks:
             chunk.eval()
@@ -247,7 +262,13 @@ class MegatronPolicy:
             raise ConfigError("this policy was built with trainable=False")
         self._check_ids(trees)
         batches, tokens = engine.local_batches(
-            trees, self.config, device=self.device, bf16=self.bf16, temperature=temperature, alignment=self.alignment
+            trees,
+            self.config,
+            device=self.device,
+            bf16=self.bf16,
+            temperature=temperature,
+            alignment=self.alignment,
+            window=self.architecture.window,
         )
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()

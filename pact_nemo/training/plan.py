@@ -3,7 +3,6 @@ itself with. Loads no weights; the formulas are in :mod:`pact_nemo.planning`."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pact_nemo.planning.plan import Plan, make_plan
 from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.planning.timing import ServerPlan
 from pact_nemo.planning.workload import Lengths, StepWork
+from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.training.config import Config
 from pact_nemo.training.limits import evaluation_limits
 from pact_nemo.training.recipes import recipe
@@ -27,16 +27,12 @@ WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 def model_shape(config: Config) -> ModelShape:
     """Of the weights in ``model.path``; without one, of the recipe's model, or of the embedded one.
 
-    Raises ConfigError when ``model.path`` holds no readable ``config.json``."""
+    Raises ConfigError when ``model.path`` holds no readable ``config.json``, or one that the policy does not compute."""
     if config.model.path is None and config.model.recipe is not None:
         return ModelShape.from_hf(recipe(config.model.recipe).shape)
     if config.model.path is None:
         return ModelShape.from_hf(EMBEDDED_CONFIG)
-    path = Path(config.model.path) / "config.json"
-    try:
-        return ModelShape.from_hf(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: not a readable Hugging Face decoder config ({type(error).__name__}: {error})") from error
+    return ModelShape.of(check_architecture(config.model.path, attention=config.policy.attention))
 
 
 def expected_lengths(config: Config) -> Lengths:

@@ -19,11 +19,10 @@ def count(folder: str, settings: dict[str, object], world: int, ranks: list[int]
     from pact_nemo.policy.device import prepare_megatron
 
     prepare_megatron()
-    from megatron.bridge import AutoBridge
     from megatron.core import parallel_state, tensor_parallel
-    from transformers import AutoConfig
 
     from pact_nemo.policy import bridge, model
+    from pact_nemo.policy.architectures import check_architecture
 
     config = PolicyConfig(**settings)  # type: ignore[arg-type]
     answers = []
@@ -39,15 +38,14 @@ def count(folder: str, settings: dict[str, object], world: int, ranks: list[int]
             create_gloo_process_groups=False,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-        hf_config = AutoConfig.from_pretrained(folder)
-        with bridge.quiet():
-            provider = AutoBridge.from_hf_config(hf_config).to_megatron_provider(load_weights=False)
+        architecture = check_architecture(folder)
+        provider = bridge.build_provider(architecture)
         provider.expert_tensor_parallel_size = 1
         model.configure_provider(provider, config, cuda=False)
         local, model.local_device = model.local_device, lambda: torch.device("meta")  # build_chunks moves each chunk to this rank's device
         try:
             with torch.device("meta"):
-                chunks = model.build_chunks(provider, hf_config, config, cuda=False)
+                chunks = model.build_chunks(provider, architecture, config, cuda=False)
         finally:
             model.local_device = local
         named = [(name, param) for chunk in chunks for name, param in chunk.named_parameters()]
