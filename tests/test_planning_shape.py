@@ -14,10 +14,10 @@ import pytest
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning.shape import Layout, ModelShape, padded_vocab, rank_parameters
+from pact_nemo.policy.architectures import MODEL_TYPES
 from pact_nemo.training.recipes import RECIPES, recipe
 
 REPO = Path(__file__).resolve().parents[1]
-CLASSES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 TINY = {
     "model_type": "qwen3", "num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
     "intermediate_size": 96, "vocab_size": 131, "tie_word_embeddings": True, "max_position_embeddings": 512,
@@ -51,7 +51,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     jobs = []
     for shape, settings, world in cases().values():
         folder = tmp_path_factory.mktemp("model")
-        (folder / "config.json").write_text(json.dumps({"architectures": [CLASSES[shape["model_type"]]], "norm_topk_prob": True, **shape}))
+        (folder / "config.json").write_text(json.dumps({"architectures": [MODEL_TYPES[shape["model_type"]].architecture], "norm_topk_prob": True, **shape}))
         stages = settings.get("pipeline_parallel", 1)
         jobs.append({"folder": str(folder), "settings": settings, "world": world, "ranks": [s * world // stages for s in range(stages)]})
     command = [sys.executable, str(REPO / "tests" / "workers" / "meta_worker.py"), json.dumps(jobs)]

@@ -19,21 +19,23 @@ from tests.workers.policy_worker import run_jobs
 
 ALL = ["llama", "qwen2", "qwen3"]  # tied, tied with biases, untied with q/k norms
 MOE = "qwen3_moe"
+BIASES, WINDOW, MOE_WINDOW = "llama_biases", "qwen3_window", "qwen3_moe_window"
 PROMPTS = 11  # of the PACT batch: not a multiple of any number of ranks, so some of them get empty micro-batches
 LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
-    "tp2": (2, {"tensor_parallel": 2}, ALL),
-    "tp2_sp": (2, {"tensor_parallel": 2, "sequence_parallel": True}, ["llama", "qwen3"]),
+    "tp2": (2, {"tensor_parallel": 2}, [*ALL, BIASES]),
+    "tp2_sp": (2, {"tensor_parallel": 2, "sequence_parallel": True}, ["llama", "qwen3", BIASES, WINDOW]),
     "ep2": (2, {"expert_parallel": 2}, [MOE]),
-    "moe_tp2_sp": (2, {"tensor_parallel": 2, "sequence_parallel": True}, [MOE]),
+    "moe_tp2_sp": (2, {"tensor_parallel": 2, "sequence_parallel": True}, [MOE, MOE_WINDOW]),
     "pp2": (2, {"pipeline_parallel": 2}, ALL),
     "pp2_vp2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}, ["llama"]),
-    "cp2": (2, {"context_parallel": 2}, ["llama", "qwen3"]),
+    "cp2": (2, {"context_parallel": 2}, ["llama", "qwen3", WINDOW]),
     "dp2": (2, {}, ["llama", "qwen3"]),
     "dp2_plain_optimizer": (2, {"distributed_optimizer": False}, ["llama"]),
     "dp2_no_sharing": (2, {"share_prefix": False}, ["llama"]),
     "dp2_overlap": (2, {"overlap_grad_reduce": True}, ["llama"]),
     "pp2_recompute": (2, {"pipeline_parallel": 2, "recompute": "full"}, ["llama"]),
     "tp2_pp2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}, ["llama", "qwen3"]),
+    "pp2_vp2_window": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}, [WINDOW]),
     "tp2_sp_cp2": (4, {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2}, ["qwen3"]),
     "pp2_dp2": (4, {"pipeline_parallel": 2}, ["llama"]),
     "pp2_vp2_dp2_overlap": (4, {"pipeline_parallel": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True}, ["llama"]),
@@ -60,10 +62,10 @@ CASES = [
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Results by "family-layout"; "one" is a single process."""
     base = tmp_path_factory.mktemp("parallel")
-    for family in [*ALL, MOE]:
+    for family in [*ALL, MOE, BIASES, WINDOW, MOE_WINDOW]:
         make_model(base / family, family)
 
-    return {"base": base, **run_jobs([job(base, family, "one", {}) for family in [*ALL, MOE]])}
+    return {"base": base, **run_jobs([job(base, family, "one", {}) for family in [*ALL, MOE, BIASES, WINDOW, MOE_WINDOW]])}
 
 
 def job(base: Path, family: str, layout: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -187,8 +187,9 @@ def padded_vocab(shape: ModelShape, layout: Layout) -> int:
 def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> RankParameters:
     """Exactly what a rank of pipeline stage ``stage`` holds, as megatron builds it.
 
-    Matrices and the biases of their columns are cut over TP; norms, q/k norms, other biases and the router are on every rank of it; the embedding is on the first stage, the final norm
-    and the head on the last; a tied head is the embedding on a pipeline of one and a copy of it on the last stage of a longer one.
+    Matrices and the biases of their columns are cut over TP. Norms, q/k norms, other biases and the router are on every
+    rank of it. The embedding is on the first stage, the final norm and the head on the last. A tied head is the embedding
+    on a pipeline of one, and a copy of it on the last stage of a longer one.
 
     Raises:
         ConfigError: the model can't be cut this way.

@@ -400,6 +400,8 @@ def _describe(family: Family, raw: dict[str, Any], config: Any, where: str, atte
     per_token = config.num_experts_per_tok if experts else 0
     if per_token > experts:
         raise _refusal(where, "num_experts_per_tok", per_token, f"({everywhere}) there are num_experts={experts}")
+    if per_token == 1 and config.norm_topk_prob:  # megatron has no such router: its weights are all 1, and it learns nothing
+        raise _refusal(where, "num_experts_per_tok", 1, f"({everywhere}) with norm_topk_prob=true a single expert's weight is always 1")
     windows = _windows(family, raw, config, where)
     if attention == "te" and any(windows):
         raise ConfigError(

@@ -29,7 +29,6 @@ from torch.nn.attention.bias import causal_lower_right
 from pact_nemo.policy.fused import rotate
 from pact_nemo.policy.packing import Run
 
-
 WINDOW_BLOCK = 512  #: queries of one call in a layer with a sliding window, at most
 
 

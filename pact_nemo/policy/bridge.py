@@ -3,9 +3,10 @@
 The bridge reads weights from a folder that was checked (:mod:`pact_nemo.policy.model_folder`), and afterwards every parameter of every rank is known
 to have been filled: the bridge itself passes over what it can't find, and leaves uninitialised memory.
 
-It lacks, and gets here: norm names of layer specs without Transformer Engine in the Qwen mappings; vocabularies that don't divide by the
-tensor-parallel size; tied embeddings under virtual pipeline stages; expert parallelism over experts that are separate modules (it loads
-every rank's experts from the first rank's, silently). Import after ``device.prepare_megatron()``.
+It lacks, and gets here: norm names of layer specs without Transformer Engine in the Qwen mappings; names of biases;
+a model's settings from its architecture alone (its own readers differ from version to version); vocabularies that don't
+divide by the tensor-parallel size; tied embeddings under virtual pipeline stages; expert parallelism over experts that are
+separate modules (it loads every rank's experts from the first rank's, silently). Import after ``device.prepare_megatron()``.
 """
 
 from __future__ import annotations

@@ -165,7 +165,8 @@ class MegatronPolicy:
             ConfigError: the folder's model is not the policy's.
         """
         if check_architecture(hf_path) != self.architecture:
-            raise ConfigError(f"{Path(hf_path) / 'config.json'} describes another model than {self.hf_path / 'config.json'}; a reference has the same")
+            ours, theirs = self.hf_path / "config.json", Path(hf_path) / "config.json"
+            raise ConfigError(f"{theirs} describes another model than {ours}; take a reference of the same architecture")
         current = [{name: param.data for name, param in chunk.named_parameters()} for chunk in self.chunks]
         try:
             for chunk in self.chunks:

@@ -4,11 +4,9 @@ itself with. Loads no weights; the formulas are in :mod:`pact_nemo.planning`."""
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG
-from pact_nemo.errors import ConfigError
 from pact_nemo.objective.methods import METHODS
 from pact_nemo.planning.hardware import Hardware, gpu, this_cpu
 from pact_nemo.planning.memory import GIB

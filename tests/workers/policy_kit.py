@@ -28,7 +28,8 @@ LLAMA3_ROPE = {
 
 def make_model(folder: Path, family: str, *, seed: int = 0, layers: int = 4, vocabulary: int = VOCAB, heads: int = 8) -> Path:
     """Write a tiny random Hugging Face model: ``llama`` (tied), ``llama3`` (untied, scaled RoPE), ``qwen2`` (biases), ``qwen3`` (q/k norms),
-    ``qwen3_moe`` (4 experts, 2 a token)."""
+    ``qwen3_moe`` (4 experts, 2 a token), ``llama_biases`` (of attention and MLP), ``qwen3_window`` (attention biases, windows in the upper
+    half), ``qwen3_moe_window`` (attention biases, windows, routing weights that don't sum to one)."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     common: dict[str, Any] = dict(
@@ -43,6 +44,14 @@ def make_model(folder: Path, family: str, *, seed: int = 0, layers: int = 4, voc
         "qwen3": lambda: Qwen3Config(**common, tie_word_embeddings=False, head_dim=16),
         "qwen3_moe": lambda: Qwen3MoeConfig(
             **common, tie_word_embeddings=False, head_dim=16, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True
+        ),
+        "llama_biases": lambda: LlamaConfig(**common, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+        "qwen3_window": lambda: Qwen3Config(
+            **common, head_dim=16, attention_bias=True, use_sliding_window=True, sliding_window=7, max_window_layers=layers // 2
+        ),
+        "qwen3_moe_window": lambda: Qwen3MoeConfig(
+            **common, head_dim=16, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, norm_topk_prob=False, attention_bias=True,
+            use_sliding_window=True, sliding_window=7,
         ),
     }[family]()
     torch.manual_seed(seed)
