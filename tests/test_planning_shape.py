@@ -51,7 +51,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     jobs = []
     for shape, settings, world in cases().values():
         folder = tmp_path_factory.mktemp("model")
-        (folder / "config.json").write_text(json.dumps({"architectures": [MODEL_TYPES[shape["model_type"]].architecture], "norm_topk_prob": True, **shape}))
+        names = [MODEL_TYPES[shape["model_type"]].architecture]
+        (folder / "config.json").write_text(json.dumps({"architectures": names, **shape}))
         stages = settings.get("pipeline_parallel", 1)
         jobs.append({"folder": str(folder), "settings": settings, "world": world, "ranks": [s * world // stages for s in range(stages)]})
     command = [sys.executable, str(REPO / "tests" / "workers" / "meta_worker.py"), json.dumps(jobs)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import typing
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,17 +116,15 @@ def other_values(key: str, value: Any, kind: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [value + 1, 2 * value]
+        return sorted({value + 1, 2 * value + 2})
     if isinstance(value, float):
         return [2 * value] if value else [0.5]
     if isinstance(value, str):
         return ["other"]
     if isinstance(value, (list, dict)):
         return [None]
-    kinds = typing.get_args(kind) or (kind,)
-    made = {bool: True, int: 3, float: 0.5, str: "other"}
-    found = [made[one] for one in kinds if one in made]
-    return found[:1] if found else [[0]] if any(typing.get_origin(one) is list for one in kinds) else [{"0": "other"}]
+    text = str(kind)  # some annotations are text
+    return [next(made for name, made in (("dict", {"0": "other"}), ("list", [0]), ("int", 3), ("float", 0.5), ("str", "other")) if name in text)]
 
 
 def changes(name: str) -> list[tuple[str, Any]]:
@@ -141,7 +138,7 @@ def changes(name: str) -> list[tuple[str, Any]]:
         values = [value for value in MORE.get(field.name, []) if value != present or isinstance(value, bool) != isinstance(present, bool)]
         if field.name not in ("dtype", "architectures", "layer_types"):
             values += other_values(field.name, present, field.type)
-        found += [(field.name, value) for value in values]
+        found += [(field.name, value) for index, value in enumerate(values) if value not in values[:index]]
         if present is not None:
             found.append((field.name, None))
     fields = {field.name for field in dataclasses.fields(family.config_class)}

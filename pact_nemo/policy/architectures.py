@@ -11,6 +11,7 @@ table in words and says how to add a family.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import json
 import logging
@@ -357,8 +358,8 @@ def _resolve(family: Family, raw: dict[str, Any], where: str) -> Any:
             f"{where}: {key}={_show(value)}: {family.config_name} has no such setting, and it may change what the model computes; "
             f"if {family.architecture} computes the model without it, remove the key, else use another model"
         )
-    # transformers replaces None by its defaults, or fails on it in words of its own
-    values = {key: value for key, value in raw.items() if key not in ("model_type", "quantization_config")}
+    # a copy, because transformers completes rope parameters in place
+    values = {key: copy.deepcopy(value) for key, value in raw.items() if key not in ("model_type", "quantization_config")}
     for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"):
         if key in values and (problem := _whole(values[key])):
             raise _refusal(where, key, values[key], problem)
@@ -430,7 +431,7 @@ def _describe(family: Family, raw: dict[str, Any], config: Any, where: str, atte
         experts_per_token=per_token,
         expert_intermediate=config.moe_intermediate_size if experts else 0,
         normalise_top_k=config.norm_topk_prob if experts else False,
-        rope=_check_rope(config.rope_parameters, where, everywhere),
+        rope=_check_rope(raw, config.rope_parameters, where, everywhere),
     )
 
 
@@ -456,8 +457,9 @@ def _windows(family: Family, raw: dict[str, Any], config: Any, where: str) -> tu
     return tuple(window if kind == SLIDING else None for kind in types)
 
 
-def _check_rope(parameters: Any, where: str, layers: str) -> tuple[tuple[str, Any], ...]:
-    key = "rope_parameters"
+def _check_rope(raw: dict[str, Any], parameters: Any, where: str, layers: str) -> tuple[tuple[str, Any], ...]:
+    """The rotary parameters after transformers' reading, which has made one of the file's two spellings."""
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     if not isinstance(parameters, dict):
         raise _refusal(where, key, parameters, f"({layers}) rotary parameters are needed")
     kind = parameters.get("rope_type", "default")
