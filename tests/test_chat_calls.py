@@ -121,6 +121,7 @@ DATA = [
     'You would write {"name": "f", "arguments": {"a": 1}} for it.',
     "[ ] buy milk\n[x] call f(a=1) later",
     "f is a tool. It takes (a).",
+    "Action: none\nThe function tag is <function=name>.",
     "```python\nprint(1)\n```",
     '{"tag": "<think>"}',
 ]
@@ -146,6 +147,9 @@ def test_data_that_merely_has_a_name_is_an_answer(name: str, text: str) -> None:
         (NAMES, "result = f(a=1)"),
         (NAMES, "<function=f>{}</function>"),
         (NAMES, "<|python_tag|>f.call(a=1)"),
+        (NAMES, '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}]'),
+        (NAMES, '<function_call>{"name": "f", "arguments": {"a": 1}}</function_call>'),
+        (NAMES, "Thought: I call it.\nAction: f\nAction Input: {}"),
         (("pythonic",), "[flights.search(a=1)]"),
     ],
 )

@@ -46,8 +46,8 @@ _QUOTED = {  # the rest of a Python string literal, by its opening quote
     '"""': re.compile(r'(?:[^"\\]|\\.|"(?!""))*+"""', re.DOTALL),
 }
 _FOREIGN_TAG = re.compile(
-    rf"{MARKER}|{TOOL_CALL_OPENING}(?=\s{{0,40}}[\[{{])|{re.escape(PYTHON_TAG)}"
-    rf"|<function=([\w.\-]{{1,200}})|{_LINE}\[\s{{0,40}}([A-Za-z_][\w.\-]{{0,200}})\s{{0,40}}\(",
+    rf"{MARKER}|<(?:tool_call|function_call)>(?=\s{{0,40}}[\[{{])|\[TOOL_CALLS\]|<｜tool▁calls?▁begin｜>|{re.escape(PYTHON_TAG)}"
+    rf"|<function=([\w.\-]{{1,200}})|{_LINE}\[\s{{0,40}}([A-Za-z_][\w.\-]{{0,200}})\s{{0,40}}\(|{_LINE}Action:[ \t]*([\w.\-]{{1,200}})[ \t]*$",
     re.MULTILINE,
 )
 _FOREIGN_JSON = re.compile(rf"{MARKER}|{_LINE_OF_JSON}", re.MULTILINE)
@@ -249,8 +249,8 @@ def _first_marker(text: str, position: int) -> int:
 def foreign_attempt(text: str, tools: Tools, first: int = 0) -> int | None:
     """Where a message without a call of its own format begins to call a tool in another way; None where it doesn't: it is an answer then.
 
-    Ways: a JSON call at the start of a line, ``<tool_call>`` with JSON, ``<function=name>``, ``<|python_tag|>``, ``[name(...)]`` at the start of
-    a line, and ``name(...)`` as the last line. Those with a bare name count for offered tools only.
+    Ways: a JSON call at the start of a line, ``<tool_call>`` with JSON, ``<function=name>``, the tags of Llama, Mistral and DeepSeek,
+    ``[name(...)]`` at the start of a line, ``name(...)`` as the last line, and ``Action: name``. A bare name counts for offered tools only.
 
     Args:
         first: what is visible begins here.
@@ -279,8 +279,7 @@ def foreign_attempt(text: str, tools: Tools, first: int = 0) -> int | None:
 
 def _foreign_tag(reading: _Reading, names: frozenset[str]) -> int | None:
     while (match := reading.search(_FOREIGN_TAG)) is not None:
-        name = match.group(1) or match.group(2)
-        if name is None or name in names:
+        if match.lastindex is None or match.group(match.lastindex) in names:
             return match.start()
     return None
 
