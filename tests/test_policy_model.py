@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from pact_nemo.checkpoints.manifest import verify_manifest
 from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.device import init_distributed
 from pact_nemo.policy.packing import pack
 from pact_nemo.policy.policy import MegatronPolicy
-from pact_nemo.policy.trees import Segment, TokenTree
+from pact_nemo.policy.trees import Place, Segment, TokenTree, TreeBuilder
 from tests.workers.policy_kit import VOCAB, loss_fn, make_model, make_trees
 
 from pact_nemo.policy import bridge as bridges  # isort: skip
@@ -138,8 +140,44 @@ def test_the_result_depends_on_no_setting_of_how_it_is_computed(variant: str, ba
     torch.testing.assert_close(policy.logprobs(baseline["trees"]), baseline["after"], rtol=0, atol=1e-5)
 
 
+def rewound_trees(count: int, *, seed: int) -> list[TokenTree]:
+    """x -> {tau_k, h -> b -> tau_k} where every tau and h has several contexts, each cut back to some length, now and then into x or b."""
+    draw = random.Random(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [draw.randrange(VOCAB) for _ in range(draw.randint(low, high))]
+
+    def grow(builder: TreeBuilder, at: Place, strands: list[tuple[int, list[int]]]) -> Place:
+        """Returns the end of the first strand."""
+        ends, length = [], 0
+        for keep, ids in strands:
+            at = builder.add(ids, [draw.random() < 0.5 for _ in ids], builder.back(at, length - keep))
+            length = keep + len(ids)
+            ends.append(at)
+        return ends[0]
+
+    trees = []
+    for _ in range(count):
+        builder = TreeBuilder(tokens(6, 9))
+        taus = []
+        for _ in range(3):
+            taus.append([(0, tokens(6, 9)), (draw.randint(-2, 5), tokens(5, 8)), (draw.randint(1, 4), tokens(3, 6))])
+        for tau in taus:
+            grow(builder, builder.root, tau)
+        trace = grow(builder, builder.root, [(0, tokens(6, 9)), (draw.randint(-2, 5), tokens(4, 6))])
+        words = tokens(3, 4)
+        boundary = builder.add(words, [False] * len(words), trace)
+        for tau in taus:
+            grow(builder, boundary, tau)
+        tree = builder.build()
+        tree.streams = {"weight": torch.tensor([draw.uniform(-0.01, 0.01) for _ in range(tree.num_scored)])}
+        trees.append(tree)
+    return trees
+
+
 def test_trees_equal_separate_sequences_to_the_last_digits_in_float64(models: Callable[[str], Path]) -> None:
     config = PolicyConfig(precision="fp32", logprob_chunk=7)
+    init_distributed(config.init_timeout_s)
     model.initialize_model_parallel(config, seed=1)
     bridge, architecture = bridges.load_bridge(models("qwen3")), check_architecture(models("qwen3"))
     provider = bridges.build_provider(architecture)
@@ -147,7 +185,7 @@ def test_trees_equal_separate_sequences_to_the_last_digits_in_float64(models: Ca
     provider.params_dtype = torch.float64
     (network,) = model.build_chunks(provider, architecture, config, cuda=False)
     bridge.load_hf_weights([network])
-    trees = make_trees(4, seed=14)
+    trees = [*make_trees(4, seed=14), *rewound_trees(2, seed=15)]
 
     def run(share_prefix: bool, budget: int, mask_dtype: torch.dtype | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         network.zero_grad()

@@ -28,7 +28,7 @@ def preflight(config: Config) -> None:
     path = Path(config.model.path)
     architecture = check_architecture(path, attention=config.policy.attention)
     check_model_folder(path)
-    chat = ChatFormat.from_pretrained(path, config.model.tool_format)
+    chat = ChatFormat.from_pretrained(path, config.model.tool_format, earlier_thoughts=config.model.earlier_thoughts)
     chat.boundary_ids()
     check_token_ids(path, chat.tokenizer, architecture.vocab)
 

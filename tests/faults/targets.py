@@ -259,7 +259,7 @@ def _make_rollouts(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
         store.write_rollouts(folder / "again.jsonl", rollouts)
         assert store.read_rollouts(folder / "again.jsonl") == rollouts
 
-    return target, [_lines(row, row | {"sample": 1, "outcome": None, "status": "failed", "turns": []})]
+    return target, [_lines(row, row | {"sample": 1, "outcome": None, "status": "failed", "turns": []}, row | {"sample": 2, "rewinds": [[2, 1]]})]
 
 
 def _make_bfcl(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:

@@ -151,11 +151,20 @@ def _sum(parts: list[dict[str, float]]) -> dict[str, float]:
 
 
 def sequences_of(groups: list[PromptGroup], config: Config) -> list[Sample]:
-    """The rollouts that our step trains on, in the order in which it scores them."""
+    """The rollouts that our step trains on, in the order in which it scores them.
+
+    Raises:
+        ConfigError: a rollout has several contexts.
+    """
     found = []
     for group in groups:
         for _, k in grow_tree(group, [], config.objective, contexts=(PROMPT_ONLY,)).spans:
             rollout = group.rollouts[k]
+            if rollout.rewinds:
+                raise ConfigError(
+                    f"{rollout.task_id}, rollout {rollout.sample}, has several contexts, because earlier thoughts were dropped: TRL trains on one "
+                    "sequence a rollout; compare on a run with model.earlier_thoughts=keep"
+                )
             advantages = [0.0] * len(rollout.token_ids)
             for turn, value in zip(rollout.turns, group.advantages[k], strict=True):
                 advantages[turn.start : turn.end] = [float(value)] * (turn.end - turn.start)
