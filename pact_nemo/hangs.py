@@ -6,6 +6,7 @@ store what its main thread is doing and since when; when no rank has got on for 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -147,7 +148,8 @@ class HangWatch(threading.Thread):
                 silent.add(rank)
         problem = verdict(signs, silent, self._limit_s)
         if problem is not None:
-            print(f"rank {self._rank}: {problem}. This process ends here; what was checkpointed stands: --resume", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+                print(f"rank {self._rank}: {problem}. This process ends here; what was checkpointed stands: --resume", file=sys.stderr, flush=True)
             time.sleep(3 * self._period)  # the others see it too, before connections that break tell them something else
             os._exit(EXIT_CODE)  # the main thread can't be woken
 

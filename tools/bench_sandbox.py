@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pact_nemo.sandbox import Sandbox  # noqa: E402
+from pact_nemo.terminal import command  # noqa: E402
 
 SOURCE = '''
 def find(place, kind="capital", limit=5):
@@ -67,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from pact_nemo.errors import ConfigError, PactError  # noqa: E402
 from pact_nemo.files import write_text_atomic  # noqa: E402
+from pact_nemo.terminal import command  # noqa: E402
 from pact_nemo.training.config import load_config, to_dict  # noqa: E402
 from pact_nemo.training.report.comparison import differences, flat, total_seconds  # noqa: E402
 from pact_nemo.training.report.data import Run, load_run  # noqa: E402
@@ -191,4 +192,4 @@ def replaced(path: Path, text: str) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

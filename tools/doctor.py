@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pact_nemo.policy.config import FIRST_CAPABILITY  # noqa: E402  (standard library only)
+from pact_nemo.terminal import command  # noqa: E402
 
 #: ``slurm`` asks what a login node must have: its GPUs are elsewhere, and a CPU cluster has none
 ALL, GPU, SLURM, NONE = ("cpu", "gpu", "slurm"), ("gpu",), ("slurm",), ()
@@ -82,10 +83,11 @@ INSTALL = "make install"
 
 
 def python() -> Finding:
-    ok = sys.version_info >= (3, 11)
+    ok = (3, 11) <= sys.version_info < (3, 13)
     return Finding(
-        "Python", ok, platform.python_version(), "everything", ALL, "" if ok else "3.11 or newer: PYTHON=python3.12 make install"
-    )
+        "Python", ok, platform.python_version(), "everything", ALL,
+        "" if ok else "3.11 or 3.12 (Megatron-Bridge ends there): PYTHON=python3.12 make install",
+    )  # fmt: skip
 
 
 def torch_build() -> tuple[str | None, str | None]:
@@ -336,4 +338,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

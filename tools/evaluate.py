@@ -38,6 +38,7 @@ from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
 from pact_nemo.rollouts.chat_episode import play_by_chat  # noqa: E402
 from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
 from pact_nemo.rollouts.types import Rollout  # noqa: E402
+from pact_nemo.terminal import command  # noqa: E402
 from pact_nemo.training.config import Config, load_config, to_dict  # noqa: E402
 from pact_nemo.training.data import build_environment, limited  # noqa: E402
 from pact_nemo.training.evaluation import episode_rewards, summarise  # noqa: E402
@@ -196,4 +197,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

@@ -29,6 +29,7 @@ from pact_nemo.objective.loss import pact_loss
 from pact_nemo.policy.config import FP8_RECIPES, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import TokenTree
+from pact_nemo.terminal import command
 from pact_nemo.training.batch import contexts_needed, fill_streams, grow_tree
 from pact_nemo.training.config import Config, load_config
 from pact_nemo.training.loop import collect
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -39,6 +39,7 @@ from pact_nemo.files import write_json_atomic  # noqa: E402
 from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
 from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
 from pact_nemo.rollouts.types import Rollout  # noqa: E402
+from pact_nemo.terminal import command  # noqa: E402
 from pact_nemo.traces.annotate import Style  # noqa: E402
 from pact_nemo.traces.augment import KINDS, Replay, new_solutions, promoted, replay, variants  # noqa: E402
 from pact_nemo.traces.bfcl import ground_truth_trace  # noqa: E402
@@ -277,4 +278,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

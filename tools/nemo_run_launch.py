@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from pact_nemo.errors import MissingDependency, PactError  # noqa: E402
+from pact_nemo.terminal import command  # noqa: E402
 
 
 def nemo_run() -> Any:
@@ -119,4 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

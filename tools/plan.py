@@ -29,6 +29,7 @@ from pact_nemo.planning.hardware import GPUS, gpu, this_cpu
 from pact_nemo.planning.memory import GIB
 from pact_nemo.planning.plan import Plan, make_plan, search
 from pact_nemo.planning.shape import Layout, ModelShape
+from pact_nemo.terminal import command
 from pact_nemo.training.config import Config, load_config
 from pact_nemo.training.plan import describe, expected_lengths, hardware_of, model_shape, planned_world, server_plan, step_work
 from pact_nemo.training.recipes import RECIPES, recipe
@@ -122,4 +123,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pact_nemo.errors import PactError  # noqa: E402
+from pact_nemo.terminal import command  # noqa: E402
 from pact_nemo.training.report import write_report  # noqa: E402
 
 
@@ -42,4 +43,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(REPOSITORY))
 from pact_nemo.errors import ConfigError, PactError  # noqa: E402
 from pact_nemo.files import write_text_atomic  # noqa: E402
 from pact_nemo.rollouts.server import RolloutServer  # noqa: E402
+from pact_nemo.terminal import command  # noqa: E402
 from pact_nemo.training.config import load_config  # noqa: E402
 from pact_nemo.training.experiment import model_path, served_path  # noqa: E402
 from pact_nemo.training.preflight import preflight  # noqa: E402
@@ -66,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

@@ -7,6 +7,7 @@ A folder that fails its manifest is refused. Falling back to an older one is the
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import json
 import logging
@@ -37,6 +38,7 @@ from pact_nemo.collective import from_rank_zero
 from pact_nemo.errors import CheckpointError
 from pact_nemo.files import new_directory, sha256_file, stays_inside, write_json_atomic, write_text_atomic
 from pact_nemo.files import remove_unfinished as remove_leftovers
+from pact_nemo.machine import short_folder
 from pact_nemo.orphans import leave_with
 
 logger = logging.getLogger(__name__)
@@ -119,7 +121,9 @@ def _start_results_queue() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        sockets = short_folder()  # the default is below TMPDIR, which may be too long for a socket
+        atexit.register(shutil.rmtree, sockets, ignore_errors=True)
+        manager = SyncManager(address=str(sockets / "results"), ctx=multiprocessing.get_context("spawn"))
         with _bare_children():
             manager.start(leave_with, (os.getpid(),))
         filesystem_async._results_queue = manager.Queue()

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from packaging.version import Version as PkgVersion
 
+from pact_nemo import machine
 from pact_nemo.errors import MissingDependency
 from pact_nemo.hangs import HangWatch
 
@@ -126,10 +127,12 @@ def prepare_megatron() -> None:
 
     Raises:
         MissingDependency: megatron-core or megatron-bridge is not installed.
+        ConfigError: no folder can be written for locks and caches.
     """
     global _prepared
     if _prepared:
         return
+    machine.prepare()
     for package, module in (("megatron-core", "megatron.core"), ("megatron-bridge", "megatron.bridge")):
         try:
             found = importlib.util.find_spec(module)

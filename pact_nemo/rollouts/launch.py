@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+from pact_nemo import machine
 from pact_nemo.errors import ConfigError
 from pact_nemo.rollouts.config import RolloutServerConfig
 from pact_nemo.rollouts.endpoint import ServerEndpoint
@@ -81,7 +82,12 @@ def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: Se
 
 
 def engine_environment(config: RolloutServerConfig, endpoint: ServerEndpoint) -> dict[str, str]:
-    """Environment of the server process: ours, without the trainer's rank and thread settings, plus vLLM's."""
+    """Environment of the server process: ours, without the trainer's rank and thread settings, plus vLLM's.
+
+    Raises:
+        ConfigError: no folder can be written for its caches.
+    """
+    machine.prepare()
     environment = {name: value for name, value in os.environ.items() if name not in _TRAINER_ONLY and not SECRET.fullmatch(name)}
     environment |= {
         PARENT_ENV: str(os.getpid()),

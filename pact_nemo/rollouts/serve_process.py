@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -19,6 +20,8 @@ import time
 #: Set by the trainer: its process id, and whether the engine is forked from the front end.
 PARENT_ENV = "PACT_ROLLOUT_PARENT"
 FORK_ENGINE_ENV = "PACT_ROLLOUT_FORK_ENGINE"
+#: Set by the trainer: the private folder of this server's sockets; read by vLLM.
+SOCKETS_ENV = "VLLM_RPC_BASE_PATH"
 _POLL_SECONDS = 0.5
 
 
@@ -26,6 +29,8 @@ def watch_parent(parent: int) -> None:
     """End this process group once ``parent`` is no longer our parent. Runs in a daemon thread."""
     while os.getppid() == parent:
         time.sleep(_POLL_SECONDS)
+    if sockets := os.environ.get(SOCKETS_ENV):  # nobody else is left to do it
+        shutil.rmtree(sockets, ignore_errors=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -24,11 +25,13 @@ from types import TracebackType
 from typing import IO
 
 import pact_nemo
+from pact_nemo import machine
 from pact_nemo.errors import CheckpointError, ConfigError, ServerError
 from pact_nemo.rollouts.admin import ServerAdmin
 from pact_nemo.rollouts.config import RolloutServerConfig
 from pact_nemo.rollouts.endpoint import ServerEndpoint
 from pact_nemo.rollouts.launch import engine_arguments, engine_environment
+from pact_nemo.rollouts.serve_process import SOCKETS_ENV
 from pact_nemo.tensor_files import read_tensors
 
 log = logging.getLogger(__name__)
@@ -71,6 +74,7 @@ class RolloutServer:
         self.start_seconds: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._endpoint: ServerEndpoint | None = None
+        self._sockets: Path | None = None
         self._launched_at = 0.0
         self._peak_memory = 0
         self._lock = threading.RLock()
@@ -119,6 +123,11 @@ class RolloutServer:
             *engine_arguments(self.config, self.model_path, self._endpoint, port),
         ]
         environment = engine_environment(self.config, self._endpoint)
+        self._remove_sockets()
+        self._sockets = machine.short_folder()
+        environment[SOCKETS_ENV] = str(self._sockets)  # vLLM's default is the temporary folder, which may be too long for a socket
+        if self._sockets.parent != Path(tempfile.gettempdir()):
+            environment["TMPDIR"] = str(self._sockets)  # and so would be those of multiprocessing
         root = str(Path(pact_nemo.__file__).parents[1])
         environment["PYTHONPATH"] = os.pathsep.join(part for part in (root, environment.get("PYTHONPATH")) if part)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -263,6 +272,12 @@ class RolloutServer:
         deadline = time.monotonic() + 5
         while group_members(pid) and time.monotonic() < deadline:
             time.sleep(0.02)
+        self._remove_sockets()
+
+    def _remove_sockets(self) -> None:
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
+            self._sockets = None
 
     def __enter__(self) -> RolloutServer:
         try:

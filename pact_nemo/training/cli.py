@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pact_nemo import machine
 from pact_nemo.errors import ConfigError, Interrupted, PactError
+from pact_nemo.terminal import command, expendable_output
 from pact_nemo.training.config import Config, load_config, to_yaml
 from pact_nemo.training.recipes import RECIPES, recipe
 
@@ -40,7 +42,13 @@ def resolve(arguments: argparse.Namespace, preset: str | None, full: str) -> Con
 def main(
     run: Callable[[Config, str | None], None], preset: str | None, full: str, description: str | None, default_recipe: str | None = None
 ) -> None:
-    """Parse, resolve, and run or explain. Exit codes: 0 done, 2 the configuration is wrong, 75 stopped by a signal and resumable, 1 anything else."""
+    """Parse, resolve, and run or explain. Exit codes: 0 done, 2 the configuration is wrong, 75 stopped by a signal and resumable, 1 anything else.
+
+    A standard output that gets lost or full ends no run (:mod:`pact_nemo.terminal`)."""
+    command(lambda: _main(run, preset, full, description, default_recipe))
+
+
+def _main(run: Callable[[Config, str | None], None], preset: str | None, full: str, description: str | None, default_recipe: str | None) -> int:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config", action="append", metavar="YAML", help="default: the small model's preset; given again, later files go on top (conf/ablations)"
@@ -54,6 +62,7 @@ def main(
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        machine.prepare()
         config = resolve(arguments, preset, full)
         if arguments.dry_run:
             from pact_nemo.training.plan import describe_plan
@@ -62,15 +71,17 @@ def main(
             preflight(config)
             print(to_yaml(config))
             print(describe_plan(config))
-            return
-        run(config, arguments.resume)
+            return 0
+        with expendable_output():
+            run(config, arguments.resume)
+        return 0
     except ConfigError as error:
         print(f"configuration error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        return 2
     except Interrupted as interrupted:
         print(str(interrupted), file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        return INTERRUPTED
     except PactError as error:
         logging.getLogger(__name__).info("stopped", exc_info=True)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        return 1

@@ -1,4 +1,5 @@
-"""Leaving in order: SIGTERM (a scheduler's notice) or Ctrl-C ends the run at the next safe point, with a checkpoint of the last finished step.
+"""Leaving in order: SIGTERM (a scheduler's notice), SIGHUP (the terminal is gone) or Ctrl-C ends the run at the next safe point, with a checkpoint of
+the last finished step.
 
 Generation is broken off at once (nothing of the step has changed the weights yet); an update under way is finished. A second Ctrl-C stops
 without a checkpoint.
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from pact_nemo.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -59,7 +60,8 @@ def stop_request() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request._take) for number in SIGNALS}
+    taken = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # `nohup` ignores it
+    before = {number: signal.signal(number, request._take) for number in taken}
     try:
         yield request
     finally:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from pact_nemo.hangs import beat
+from pact_nemo.terminal import RunLog
 
 PLAIN_INTERVAL_S = 5.0  #: without a terminal a phase says something at most this often
 RECENT_STEPS = 5  #: the remaining time is learnt from this many last steps
@@ -83,14 +84,23 @@ class RunProgress:
         enabled: False on ranks other than 0: every method is then silent.
         console: where to print; None = standard output.
         now: monotonic clock in seconds.
+        log: gets every line, too.
     """
 
     def __init__(
-        self, *, total_steps: int, enabled: bool = True, console: Console | None = None, now: Callable[[], float] = time.monotonic
+        self,
+        *,
+        total_steps: int,
+        enabled: bool = True,
+        console: Console | None = None,
+        now: Callable[[], float] = time.monotonic,
+        log: RunLog | None = None,
     ):
         self.total_steps = total_steps
         self.enabled = enabled
         self.now = now
+        self.log = log
+        self._lost = False
         self._console = console if console is not None else Console(highlight=False, soft_wrap=True)
         self.plain = not self._console.is_terminal
         self._bars: Progress | None = None
@@ -108,12 +118,16 @@ class RunProgress:
                 TimeElapsedColumn(),
             )
             self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=self._console, transient=True)
-            self._bars.start()
+            with self._unharmed():
+                self._bars.start()
+            if self._lost:
+                self._bars = None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bars is not None:
-            self._bars.stop()
+            with suppress(Exception) if self._lost else self._unharmed():  # half drawn, rich may stumble over itself
+                self._bars.stop()
             self._bars = None
 
     @contextmanager
@@ -125,7 +139,8 @@ class RunProgress:
         beat(name)
         task = None
         if self._bars is not None:
-            task = self._bars.add_task(name, total=total, count=f"0/{total}" if total else "", note=self.remaining())
+            with self._unharmed():
+                task = self._bars.add_task(name, total=total, count=f"0/{total}" if total else "", note=self.remaining())
         elif total != 0 and not (brief and self.now() - self._spoke < PLAIN_INTERVAL_S):
             left = self.remaining()
             self.message(name + (f" ({total})" if total else "") + (f" · {left}" if left else ""))
@@ -138,19 +153,34 @@ class RunProgress:
             if name.startswith(EVALUATION):
                 self._tail_seconds = self.now() - started
             if self._bars is not None and task is not None:
-                self._bars.remove_task(task)
+                with self._unharmed():
+                    self._bars.remove_task(task)
 
     def show(self, task: TaskID | None, done: int, total: int | None, note: str) -> None:
         """Move one bar."""
         if self._bars is not None and task is not None:
-            self._bars.update(task, completed=done, note=note, count=f"{done}/{total}" if total else str(done))
+            with self._unharmed():
+                self._bars.update(task, completed=done, note=note, count=f"{done}/{total}" if total else str(done))
 
     def message(self, text: str) -> None:
-        """A line that stays, with the time since the start."""
+        """A line that stays, with the time since the start; into the log, too. A terminal that is gone or a full disk behind it ends no run."""
         if self.enabled:
             self._spoke = self.now()
-            self._console.print(f"[{duration(self.now() - self._started)}] {text}", markup=False, highlight=False, soft_wrap=True)
-            sys.stdout.flush()
+            if self.log is not None:
+                self.log.write(text)
+            with self._unharmed():
+                self._console.print(f"[{duration(self.now() - self._started)}] {text}", markup=False, highlight=False, soft_wrap=True)
+                sys.stdout.flush()
+
+    @contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        """What the terminal does to us is said once, in the log. (rich turns a broken pipe into SystemExit, and is quiet from then on.)"""
+        try:
+            yield
+        except (OSError, ValueError, SystemExit) as error:
+            if not self._lost and self.log is not None:
+                self.log.write(f"the terminal can't be written to ({error!r}); the run goes on without it")
+            self._lost = True
 
     def remaining(self) -> str:
         """``about m:ss left in the run``, once a step has finished and while something is left."""

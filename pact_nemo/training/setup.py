@@ -14,6 +14,7 @@ from pact_nemo.files import write_text_atomic
 from pact_nemo.policy.device import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.quarantine import Quarantine
+from pact_nemo.terminal import RunLog, guarded_output, on_loss
 from pact_nemo.traces.schema import write_traces
 from pact_nemo.training import workspace as workspaces
 from pact_nemo.training.config import Config, to_yaml
@@ -34,13 +35,18 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
     """Build everything, start the rollout server, restore a checkpoint when resuming; stop and release it all at the end, however it ends."""
     started = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(guarded_output())
         init_distributed(config.policy.init_timeout_s)
         stop = stack.enter_context(stop_request())
         opened: list[Workspace] = []  # rank 0's holds the folder's lock
         folder = on_rank_zero(lambda: _open_folder(config, resume, opened))
         space = opened[0] if opened else Workspace(Path(folder))
         space.place_exports(config.rollout.exports_dir)
-        progress = stack.enter_context(RunProgress(total_steps=config.trainer.steps, enabled=rank() == 0))
+        run_log = RunLog(space.run_log)
+        stack.callback(run_log.close)
+        stack.push(lambda kind, error, trace: _note_end(run_log, error))
+        stack.enter_context(on_loss(lambda text: run_log.write(f"rank {rank()}: {text}; the run goes on")))
+        progress = stack.enter_context(RunProgress(total_steps=config.trainer.steps, enabled=rank() == 0, log=run_log))
         progress.message(f"run folder {folder}")
         with progress.phase("set-up"):
             check_server_length(config)
@@ -88,6 +94,12 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
                     experiment.serve_current()
         experiment.seconds["setup"] = experiment.seconds.get("setup", 0.0) + time.perf_counter() - started
         yield experiment
+
+
+def _note_end(run_log: RunLog, error: BaseException | None) -> None:
+    """Why the run ends before its end: standard error, where this is said as well, may be gone."""
+    if error is not None and rank() == 0:
+        run_log.write(f"{type(error).__name__}: {error}")
 
 
 def _open_folder(config: Config, resume: str | None, opened: list[Workspace]) -> str:

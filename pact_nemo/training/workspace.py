@@ -32,6 +32,7 @@ class Workspace:
         self.hf = folder / "hf"
         self.numerics = folder / "numerics"
         self.server_log = folder / "server.log"
+        self.run_log = folder / "run.log"
         self.mark = folder / ".mark"  # random: two machines with a shared disk for exports may have run folders of the same path
         self._lock: IO[str] | None = None
 

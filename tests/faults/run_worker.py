@@ -1,7 +1,8 @@
 """A process that has everything imported, and plays whole runs of the recipe in forked children for a test to kill.
 
 Reads one JSON job a line: ``words`` of the configuration, ``resume`` (a run folder or null), ``server`` (folder of fake_server.py's faults),
-``log`` and ``phases``, files that are appended to: what the run prints, and "start|end phase seconds" for each phase that it enters and leaves.
+``output`` (full, broken or closed: what becomes of standard output), ``log`` and ``phases``, files that are appended to: what the run prints, and
+"start|end phase seconds" for each phase that it enters and leaves.
 Answers with the child's process id, then with how it ended. There is no gloo before the fork, which would not survive it.
 """
 
@@ -55,6 +56,16 @@ def child(job: dict[str, Any]) -> int:
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if job.get("output") == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    elif job.get("output") == "broken":
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
+        os.close(writer)
+    elif job.get("output") == "closed":
+        os.close(1)
+        os.close(2)
     note_phases(job["phases"])
     RolloutServer.program = (sys.executable, str(Path(__file__).with_name("fake_server.py")), job["server"])
     try:

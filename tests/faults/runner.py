@@ -55,13 +55,13 @@ class Runner:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def play(self, words: list[str], resume: Path | None, killer: Any = None, *, limit_s: float = 180.0) -> tuple[int, Path]:
+    def play(self, words: list[str], resume: Path | None, killer: Any = None, *, limit_s: float = 180.0, output: str = "") -> tuple[int, Path]:
         """One run or the rest of one; its exit code (negative: the signal that ended it) and the file of its phases."""
         phases = self.folder / f"phases-{time.monotonic_ns()}"
         phases.touch()
         job = {
             "words": words, "resume": None if resume is None else str(resume), "server": str(self.folder / "server"),
-            "log": str(self.folder / "run.log"), "phases": str(phases), "preset": str(PRESET),
+            "log": str(self.folder / "run.log"), "phases": str(phases), "preset": str(PRESET), "output": output,
         }  # fmt: skip
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")

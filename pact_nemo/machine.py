@@ -1,0 +1,133 @@
+"""What a process needs of the machine around it: places for caches and locks, and for sockets, whose paths are short.
+
+Libraries put both below ``$HOME`` and ``$TMPDIR`` without asking. Users without a home, homes that are read-only (containers), and the long temporary
+folders of schedulers are common; :func:`prepare` makes them work, for this process and for every process that it starts.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from pact_nemo.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+#: Places that libraries write to: the variable that moves each, and where it is below the home without it.
+PLACES = {
+    "XDG_CACHE_HOME": ".cache",
+    "XDG_CONFIG_HOME": ".config",
+    "HF_HOME": ".cache/huggingface",
+    "MEGATRON_CONFIG_LOCK_DIR": ".cache/huggingface",  # Megatron-Bridge locks here, whatever HF_HOME says
+    "VLLM_CACHE_ROOT": ".cache/vllm",
+    "VLLM_CONFIG_ROOT": ".config/vllm",
+    "TORCH_HOME": ".cache/torch",
+    "TORCH_EXTENSIONS_DIR": ".cache/torch_extensions",
+    "TRITON_CACHE_DIR": ".triton/cache",
+    "FLASHINFER_WORKSPACE_BASE": "",  # it adds .cache/flashinfer itself
+    "MPLCONFIGDIR": ".config/matplotlib",
+}
+SOCKET_PATH_BYTES = 107  #: most that the kernel takes (sun_path)
+_SOCKET_NAME_BYTES = 40  #: of a socket in a folder of :func:`short_folder`: vLLM's are "/" and a UUID
+_FOLDER_NAME = "pact-"  #: and eight random characters
+
+
+def writable(folder: str | os.PathLike[str]) -> bool:
+    """Whether files can be made in a folder, or in one that can be made there."""
+    place = Path(os.path.abspath(folder))
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return True
+    except OSError:
+        return False
+
+
+def prepare() -> None:
+    """Give this process, and through its environment those that it starts, places to write to where the user's own can't be written. Idempotent.
+
+    Only what can't be used is replaced: a private folder stands in for the home, and for each place of :data:`PLACES`. Call it before libraries are
+    imported that look at these variables when they are.
+
+    Raises:
+        ConfigError: there is no temporary folder to write to, or none whose path is short enough for a socket.
+    """
+    temporary_base()
+    moved = []
+    home = _home()
+    if home is None or not writable(home):
+        moved.append(f"HOME={os.environ.get('HOME', '(not set)')}")
+        os.environ["HOME"] = home = str(_stand_in())
+    for variable, default in PLACES.items():
+        said = os.environ.get(variable)
+        if said:
+            place = os.path.expanduser(said)
+        elif variable != "MEGATRON_CONFIG_LOCK_DIR" and default.startswith((".cache", ".config")) and variable[:4] != "XDG_":
+            base, _, rest = default.partition("/")  # most of them ask XDG's variable first
+            place = os.path.join(os.environ.get("XDG_CACHE_HOME" if base == ".cache" else "XDG_CONFIG_HOME") or os.path.join(home, base), rest)
+        else:
+            place = os.path.join(home, default)
+        if not writable(place):
+            moved.append(f"{variable} ({place})")
+            os.environ[variable] = str(_stand_in() / (default or ".cache"))
+            Path(os.environ[variable]).mkdir(parents=True, exist_ok=True)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a user id without a name, as containers have them: torch asks for the name
+        os.environ["USER"] = os.environ["LOGNAME"] = f"user{os.getuid()}"
+    if moved and os.environ.get("RANK", "0") == "0":
+        log.warning("%s can't be written: caches and locks go below %s", ", ".join(moved), _stand_in())
+
+
+def _home() -> str | None:
+    found = os.path.expanduser("~")
+    return found if os.path.isabs(found) else None
+
+
+def _stand_in() -> Path:
+    """A folder of this user's alone in the temporary folder, the same one for later runs."""
+    folder = Path(tempfile.gettempdir()) / f"pact_nemo-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077 and writable(folder):
+            return folder
+        problem = "it belongs to another user, is open to others or can't be written"
+    except OSError as error:
+        problem = str(error)
+    raise ConfigError(f"neither HOME={os.environ.get('HOME', '(not set)')} nor {folder} can be used for caches ({problem}); set HOME or TMPDIR to a "
+                      "folder of your own")  # fmt: skip
+
+
+def temporary_base() -> Path:
+    """The folder that folders with sockets are made in: the temporary one, or where its path is too long another that can be written.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        own = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ConfigError(f"no temporary folder can be written ({error}); set TMPDIR to one of your own") from error
+    room = SOCKET_PATH_BYTES - _SOCKET_NAME_BYTES - len(f"/{_FOLDER_NAME}") - 8
+    others = [place for place in (os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp", "/dev/shm") if place]
+    for place in (own, *others):
+        if len(os.fsencode(place)) <= room and os.path.isdir(place) and writable(place):
+            return Path(place)
+    raise ConfigError(
+        f"TMPDIR={own} is too long for sockets (at most {room} bytes), and none of {', '.join(others)} can be written; set TMPDIR to a shorter folder"
+    )
+
+
+def short_folder() -> Path:
+    """A new folder of this user's alone for sockets. Who asks for it removes it.
+
+    Raises:
+        ConfigError: there is no place for it.
+    """
+    return Path(tempfile.mkdtemp(prefix=_FOLDER_NAME, dir=temporary_base()))  # mode 0700
