@@ -93,7 +93,7 @@ def open_stage(folder: Path, *further: str) -> Iterator[dict[str, Any]]:
         f"model.path={model}", f"trainer.steps={STEPS}", "trainer.batch_size=2", "trainer.mini_batch_size=1", "trainer.checkpoint_every=1",
         "trainer.keep_checkpoints=2", "objective.group_size=3", "objective.kl_coef=0.01", "rollout.importance=tis", "warmup.steps=1",
         "warmup.batch_size=2", "optimizer.lr=1e-3", "tasks.max_eval=2", "tasks.max_train=8", "rollout.sampling.max_turn_tokens=40",
-        "rollout.sampling.max_turns=3", "rollout.server.heartbeat_s=0.5", *further,
+        "rollout.sampling.max_turns=3", "rollout.server.heartbeat_s=0.5", "traces.max_missing=null", *further,
     ]  # fmt: skip
     config = load_config(PRESET, [*words, f"run.root={folder / 'none'}"])
     chat = ChatFormat.from_pretrained(model, config.model.tool_format)
