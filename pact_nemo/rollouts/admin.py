@@ -10,6 +10,7 @@ import httpx
 
 from pact_nemo.errors import ServerError
 from pact_nemo.rollouts.endpoint import ServerEndpoint
+from pact_nemo.rollouts.proxies import left_aside
 
 _HEALTH_TIMEOUT_S = 5.0
 RPC_PATH = "/collective_rpc"
@@ -55,9 +56,11 @@ class ServerAdmin:
                 trust_env=False,
             )
         except httpx.TimeoutException as error:
-            raise ServerError(f"{method} {path}: no answer within {self.timeout_s:g} s from {self.endpoint.url}") from error
+            hint = left_aside(self.endpoint.url)
+            raise ServerError(f"{method} {path}: no answer within {self.timeout_s:g} s from {self.endpoint.url}{hint}") from error
         except httpx.HTTPError as error:
-            raise ServerError(f"{method} {path}: {self.endpoint.url} can't be reached ({error!r}); is the rollout server alive?") from error
+            hint = left_aside(self.endpoint.url)
+            raise ServerError(f"{method} {path}: {self.endpoint.url} can't be reached ({error!r}); is the rollout server alive?{hint}") from error
         if response.status_code != 200:
             raise ServerError(f"{method} {path}: HTTP {response.status_code} from {self.endpoint.url}: {response.text[:500]}")
         try:

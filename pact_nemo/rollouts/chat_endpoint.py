@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pact_nemo.errors import ServerError
+from pact_nemo.rollouts import proxies
 
 Complete = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 
@@ -24,6 +25,8 @@ def chat_endpoint(
     """A function (messages, tools) → assistant message dict that asks ``POST <base_url>/chat/completions``.
 
     ``on_usage`` hears of the prompt and completion tokens of every answer that says them.
+
+    A proxy of the environment is used for addresses that are neither this machine's nor private (:mod:`pact_nemo.rollouts.proxies`).
 
     Raises:
         ServerError: (from the function) the endpoint is unreachable, late, or answers something else than a chat completion.
@@ -43,14 +46,14 @@ def chat_endpoint(
             headers={"Content-Type": "application/json", "Authorization": f"Bearer {api_key}"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
+            with proxies.opener(base_url).open(request, timeout=timeout_seconds) as response:
                 reply = json.load(response)
             message = reply["choices"][0]["message"]
             usage = reply.get("usage") or {}
             if on_usage is not None:
                 on_usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-        except (urllib.error.URLError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise ServerError(f"chat endpoint {base_url}: {error!r}") from error
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ServerError(f"chat endpoint {base_url}: {error!r}{proxies.in_between(base_url)}") from error
         if not isinstance(message, dict):
             raise ServerError(f"chat endpoint {base_url}: the answer holds no message")
         return message

@@ -19,6 +19,7 @@ import httpx
 from pact_nemo.errors import ServerError
 from pact_nemo.rollouts.admin import HEARTBEAT_METHOD, RPC_PATH, ServerAdmin, common_version
 from pact_nemo.rollouts.endpoint import ServerEndpoint
+from pact_nemo.rollouts.proxies import left_aside
 
 log = logging.getLogger(__name__)
 
@@ -199,6 +200,7 @@ class RolloutClient:
                 if attempt == self._retries:
                     raise TransientServerError(
                         f"{self.endpoint.url} can't be reached ({error!r}, {attempt + 1} tries); is the rollout server alive?"
+                        + left_aside(self.endpoint.url)
                     ) from error
                 log.debug("generation request failed (%r), try %d of %d", error, attempt + 1, self._retries + 1)
                 await asyncio.sleep(_BACKOFF_S * 2**attempt)

@@ -31,6 +31,7 @@ from pact_nemo.rollouts.admin import ServerAdmin
 from pact_nemo.rollouts.config import RolloutServerConfig
 from pact_nemo.rollouts.endpoint import ServerEndpoint
 from pact_nemo.rollouts.launch import engine_arguments, engine_environment
+from pact_nemo.rollouts.proxies import left_aside
 from pact_nemo.rollouts.serve_process import SOCKETS_ENV
 from pact_nemo.tensor_files import read_tensors
 
@@ -168,7 +169,7 @@ class RolloutServer:
                 self.close()
                 raise ServerError(
                     f"the rollout server at {endpoint.url} is not healthy after {self.config.start_timeout_s:g} s "
-                    f"(rollout.server.start_timeout_s); end of {self.log_file}:\n{tail}"
+                    f"(rollout.server.start_timeout_s){left_aside(endpoint.url)}; end of {self.log_file}:\n{tail}"
                 )
             if on_progress is not None:
                 on_progress(time.monotonic() - self._launched_at, self._last_line())
