@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _MAY_COME_BACK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  #: somebody may make room: each later line is tried again
+_LOG_BYTES = 64 * 2**20  #: a longer log goes on in a new file
 _listeners: list[Callable[[str], None]] = []
 
 
@@ -184,6 +185,10 @@ class RunLog:
         with contextlib.suppress(OSError, ValueError):  # a full disk is met, with its remedy, where something is written that a run needs
             if self._handle is None:
                 self._handle = open(self.path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by close()
+            elif self._handle.tell() > _LOG_BYTES:
+                self._handle.close()
+                os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+                self._handle = open(self.path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115
             self._handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
             self._handle.flush()
 
