@@ -108,14 +108,15 @@ def _of_key(kind: Any, name: yaml.Node) -> Any:
     if name.tag == "tag:yaml.org,2002:merge":
         return kind
     if dataclasses.is_dataclass(kind):
-        return _hints(kind).get(name.value, list[str] if name.value == "defaults" else Any)  # parents' names; a field of no section
+        return _hints(typing.cast(Any, kind)).get(name.value, list[str] if name.value == "defaults" else Any)  # parents' names; a field of no section
     arguments = typing.get_args(kind)
     return arguments[1] if typing.get_origin(kind) is dict and len(arguments) == 2 else Any
 
 
 def _field(kind: Any, names: list[str]) -> Any:
     for name in names:
-        kind = _hints(kind).get(name, Any) if dataclasses.is_dataclass(kind := _without_none(kind)) else Any
+        kind = _without_none(kind)
+        kind = _hints(typing.cast(Any, kind)).get(name, Any) if dataclasses.is_dataclass(kind) else Any
     return kind
 
 
