@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.training import workspace
-from pact_nemo.training.config import Config, load_config, to_yaml
+from pact_nemo.training.config import Config, load_config, settled, steps_of, to_yaml
+from pact_nemo.training.data import prompts_of_step
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -73,11 +76,51 @@ def test_overrides_win_over_yaml_and_parents_lose_to_children(tmp_path: Path) ->
         (["rollout.sampling.top_p=0.9"], "top_p"),
         (["objective.schedule.call=segment"], "objective.schedule.call"),
         (["trainer.steps"], "trainer.steps"),
+        (["trainer.steps=5", "trainer.epochs=3"], "trainer.steps=5 and trainer.epochs=3"),
+        (["trainer.steps=null"], "trainer.steps=null and trainer.epochs=null"),
+        (["trainer.epochs=0"], "trainer.epochs=0"),
+        (["trainer.steps=null", "trainer.epochs=1", "objective.method=sft", "warmup.steps=1"], "trainer.steps=None"),
+        (["objective.outcome=answer_f1"], "objective.outcome=answer_f1: BFCL has no reference answers"),
+        (["tasks.answer_rule=maybe"], "tasks.answer_rule"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(words: list[str], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         load_config(None, words)
+
+
+def test_epochs_or_steps_say_how_long_a_run_is(tmp_path: Path) -> None:
+    assert (load_config(None).trainer.steps, load_config(None).trainer.epochs) == (24, None)
+    for words in (["trainer.epochs=3"], ["trainer.steps=null", "trainer.epochs=3"]):
+        config = load_config(None, words)
+        assert (config.trainer.steps, config.trainer.epochs) == (None, 3)
+        saved = tmp_path / "config.yaml"
+        saved.write_text(to_yaml(config))
+        assert load_config(saved) == config
+    (tmp_path / "steps.yaml").write_text("trainer: {steps: 10}\n")
+    (tmp_path / "epochs.yaml").write_text("defaults: [steps.yaml]\ntrainer: {epochs: 2}\n")
+    for files, words in (([tmp_path / "steps.yaml"], ["trainer.epochs=2"]), ([tmp_path / "epochs.yaml"], [])):
+        with pytest.raises(ConfigError, match="trainer.steps=10 and trainer.epochs=2: .* set the other one to null"):
+            load_config(files, words)
+    assert load_config(tmp_path / "epochs.yaml", ["trainer.steps=null"]).trainer.epochs == 2
+
+
+def test_an_epoch_is_the_batches_it_fills() -> None:
+    paper = load_config(None, ["trainer.epochs=3"])
+    assert steps_of(paper, 2215) == 24 == steps_of(load_config(None), 7)  # the paper: about 2.2k prompts, 24 steps, 3 epochs
+    for tasks, batch, epochs in ((12, 4, 1), (13, 4, 2), (15, 4, 3), (4, 4, 5)):
+        config = load_config(None, [f"trainer.epochs={epochs}", f"trainer.batch_size={batch}", f"trainer.mini_batch_size={batch}"])
+        names: list[Any] = list(range(tasks))
+        steps = steps_of(config, tasks)
+        seen = Counter(task for step in range(steps) for task in prompts_of_step(names, step, batch, 1))
+        assert max(seen.values()) <= epochs and sum(seen.values()) == epochs * batch * (tasks // batch)
+        once_more = Counter(seen) + Counter(task for step in range(steps, steps + tasks // batch) for task in prompts_of_step(names, step, batch, 1))
+        assert max(once_more.values()) == epochs + 1
+        resolved = settled(config, tasks)
+        assert (resolved.trainer.steps, resolved.trainer.epochs) == (steps, None) and settled(resolved, 1) is resolved
+        assert config.trainer.steps is None
+    with pytest.raises(ConfigError, match="trainer.epochs=3: 255 training tasks fill no batch of trainer.batch_size=256"):
+        steps_of(paper, 255)
 
 
 def test_missing_file_list_file_and_circle(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.training.config import load_config, to_yaml
-from pact_nemo.training.plan import GIB, ModelShape, model_shape, run_plan
+from pact_nemo.training.limits import evaluation_limits, training_limits
+from pact_nemo.training.plan import GIB, ModelShape, expected_lengths, model_shape, run_plan
 from pact_nemo.training.recipes import RECIPES, Recipe, recipe
 
 REPO = Path(__file__).resolve().parents[1]
@@ -78,6 +79,21 @@ def test_the_papers_runs_are_recipes_setting_for_setting() -> None:
         assert (recipe(name).world_size, trainer.batch_size, trainer.mini_batch_size, objective.group_size) == (4, 256, 32, 8)
         assert (config.optimizer.lr, trainer.steps, objective.sft_coef, sampling.max_response_tokens) == (1e-6, 24, 0.1, 23000)
         assert config.rollout.server.max_model_len == 30000 == config.tasks.max_prompt_tokens + sampling.max_response_tokens
+        assert (config.optimizer.weight_decay, config.optimizer.betas, config.optimizer.clip_grad) == (0.01, [0.9, 0.999], 1.0)
+
+
+@every_recipe
+@pytest.mark.parametrize("benchmark", ["bfcl", "ftrl", "toolhop"])
+def test_no_limit_cuts_a_thought_that_the_papers_setting_allows(name: str, benchmark: str) -> None:
+    """One turn may take the whole response; the server holds a prompt and it, and waits for it at a tenth of a usual decoding speed."""
+    words = [] if benchmark == "bfcl" else ["tasks.path=rows.jsonl"]
+    config = load_config([REPO / "conf" / f"pact_{benchmark}.yaml", recipe(name)], words)
+    for limits in (training_limits(config), evaluation_limits(config)):
+        assert limits.max_turn_tokens == limits.max_response_tokens == 23000
+        assert limits.max_model_len >= config.tasks.max_prompt_tokens + limits.max_response_tokens
+    assert config.rollout.server.max_model_len <= model_shape(config).positions
+    assert limits.max_turn_tokens / config.rollout.server.request_timeout_s < 8
+    assert expected_lengths(config).longest == 23000 and config.trainer.steps == 24 and config.optimizer.weight_decay == 0.01
 
 
 def test_files_and_overrides_win_over_a_recipe_and_it_round_trips(tmp_path: Path) -> None:

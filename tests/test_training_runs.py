@@ -20,6 +20,8 @@ from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.resume import steps as resume_steps
 from pact_nemo.checkpoints.resume import verify
 from pact_nemo.errors import ConfigError
+from pact_nemo.objective.schedules import TraceSchedule
+from pact_nemo.policy.optimizer import learning_rate
 from pact_nemo.training.config import load_config
 from pact_nemo.training.loop import replayed
 from tests.workers.policy_kit import make_model
@@ -129,6 +131,25 @@ def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any]) -
     assert not torch.equal(load_file(before / "model.safetensors")["model.norm.weight"], other["model.norm.weight"])
     rl = [row for row in records(whole) if row["stage"] == "rl"]
     assert rl[0]["trace/weight"] == 1.0 and 0.0 <= rl[-1]["anneal/progress"] <= 1.0
+
+
+def test_a_run_by_epochs_has_its_steps_wherever_they_are_read(stage: dict[str, Any]) -> None:
+    """Twelve training tasks, four a step: an epoch has three steps. Annealing, learning rate, checkpoints and report go by them."""
+    replay, words = stage["folder"] / "replay-epoch", [*stage["words"], "trainer.steps=null", "trainer.epochs=1"]
+    write_replay(load_config(stage["preset"], words), Path(words[0].removeprefix("model.path=")), replay, 3)
+    further = ["objective.schedule.horizon=null", "optimizer.lr_schedule=linear", "trainer.checkpoint_every=0", f"trainer.replay={replay}"]
+    run = recipe(stage, "epoch", "trainer.steps=null", "trainer.epochs=1", *further)
+    rows = [row for row in records(run) if row["stage"] == "rl"]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    resolved = load_config(run / "config.yaml")
+    assert (resolved.trainer.steps, resolved.trainer.epochs) == (3, None)
+    schedule = TraceSchedule(reasoning="segment", call="scale", horizon=3)
+    assert [row["anneal/call_weight"] for row in rows] == pytest.approx([schedule.call_weight(step) for step in range(3)])
+    updates = 1 + 3 * 2  # the warm-up's step, and two updates a step
+    assert rows[-1]["policy/lr"] == pytest.approx(learning_rate(resolved.optimizer, updates, updates)) == 0.0
+    assert rows[0]["policy/lr"] == pytest.approx(learning_rate(resolved.optimizer, 3, updates))
+    assert [path.name for path in sorted((run / "checkpoints").glob("step_*"))] == [f"step_{updates:06d}"]
+    assert json.loads((run / "summary.json").read_text())["steps"] == 3
 
 
 def test_what_a_longer_or_a_cut_run_resumes_from(stage: dict[str, Any]) -> None:

@@ -116,7 +116,7 @@ class SamplingConfig:
     top_p: float = 1.0
     max_turns_per_user_turn: int = 10  #: assistant turns that may follow one user turn
     max_turns: int = 100  #: assistant turns of the episode
-    max_turn_tokens: int = 2048  #: policy tokens per assistant turn
+    max_turn_tokens: int = 23000  #: policy tokens per assistant turn, its thought included: one may take the whole response
     max_response_tokens: int = 23000  #: tokens after x that the server sees at one time, observations included
     concurrency: int = 64  #: episodes in flight
 
@@ -144,7 +144,7 @@ class ScheduleConfig:
     fixed_level: int = 4  #: prefix level of reasoning=fixed
     call_start: float = 0.8  #: lambda_start of eq. 11
     call_end: float = 0.2  #: lambda_end of eq. 11
-    horizon: int | None = None  #: S; None = trainer.steps
+    horizon: int | None = None  #: S; None = the run's steps
     kind: str = "fixed"  #: "fixed": a function of the step; "adaptive": of the policy's progress (``objective/adaptive.py``)
     success_target: float = 0.6  #: adaptive: success rate of rollouts at which annealing is through
     smoothing: float = 0.7  #: adaptive: weight of the past in the means it goes by
@@ -195,9 +195,10 @@ class WarmupConfig:
 
 @dataclass
 class TrainerConfig:
-    """The loop."""
+    """The loop. Its length is said by one of ``steps`` and ``epochs``; the other one is null."""
 
-    steps: int = 24
+    steps: int | None = 24  #: RL steps; ``epochs`` given and no ``steps`` anywhere: null
+    epochs: int | None = None  #: passes over the training tasks, of floor(tasks / batch_size) steps each: what fills no batch waits for the next one
     batch_size: int = 256  #: prompts per step
     mini_batch_size: int = 32  #: prompts per optimizer update
     checkpoint_every: int = 5  #: steps; the last step is always saved; 0 = only the last
@@ -352,8 +353,44 @@ def load_config(
         raise ConfigError(f"{names}: {str(error).splitlines()[0]} (key '{getattr(error, 'full_key', None) or ''}'); give the value itself") from error
     if not isinstance(config, Config):
         raise ConfigError(f"{', '.join(name for name, _ in sources)}: no configuration, but a {type(config).__name__}; give settings by section")
+    if config.trainer.epochs is not None and not any(_says(_plain(source, name), "trainer", "steps") for name, source in sources):
+        config.trainer.steps = None  # nobody has said a number of steps: the default isn't one to contradict
     validate(config)
     return config
+
+
+def _says(source: dict[str, Any], section: str, key: str) -> bool:
+    """Whether a source of settings has a key, null included."""
+    found = source.get(section)
+    return isinstance(found, str) or (isinstance(found, dict) and key in found)  # a text: an interpolation of the whole section
+
+
+def steps_of(config: Config, training_tasks: int) -> int:
+    """RL steps of a run: ``trainer.steps``, or ``trainer.epochs`` times the batches that an epoch fills.
+
+    Args:
+        training_tasks: tasks that are trained on, as :func:`pact_nemo.training.data.build_dataset` counts them.
+
+    Raises:
+        ConfigError: ``trainer.epochs``, and fewer tasks than a batch needs.
+    """
+    trainer = config.trainer
+    if trainer.steps is not None:
+        return trainer.steps
+    assert trainer.epochs is not None  # validate() has seen to it
+    batches = training_tasks // trainer.batch_size
+    if batches < 1:
+        raise ConfigError(
+            f"trainer.epochs={trainer.epochs}: {training_tasks} training tasks fill no batch of trainer.batch_size={trainer.batch_size}; lower it"
+        )
+    return trainer.epochs * batches
+
+
+def settled(config: Config, training_tasks: int) -> Config:
+    """``config`` with its length as a number of steps (:func:`steps_of`). Everything that runs reads this one."""
+    if config.trainer.steps is not None:
+        return config
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, steps=steps_of(config, training_tasks), epochs=None))
 
 
 def to_yaml(config: Config) -> str:
@@ -457,7 +494,14 @@ def validate(config: Config) -> None:
     _require(objective.mu_decay_steps >= 1, f"objective.mu_decay_steps={objective.mu_decay_steps}: must be >= 1")
     _require(objective.shaping > 0.0, f"objective.shaping={objective.shaping}: must be > 0")
     _require(
-        (trainer.steps == 0 and config.warmup.steps > 0) if objective.method == "sft" else trainer.steps >= 1,
+        (trainer.steps is None) != (trainer.epochs is None),
+        f"trainer.steps={trainer.steps} and trainer.epochs={trainer.epochs}: one of them says how long the run is; set the other one to null"
+        if trainer.steps is not None
+        else "trainer.steps=null and trainer.epochs=null: one of them has to say how long the run is; set trainer.steps=24, or trainer.epochs=3",
+    )
+    _require(trainer.epochs is None or trainer.epochs >= 1, f"trainer.epochs={trainer.epochs}: must be >= 1")
+    _require(
+        (trainer.steps == 0 and config.warmup.steps > 0) if objective.method == "sft" else trainer.steps is None or trainer.steps >= 1,
         f"trainer.steps={trainer.steps}: must be >= 1, and 0 for objective.method=sft, which has warmup.steps > 0 only",
     )
     _require(

@@ -55,7 +55,8 @@ def served_path(config: Config, source: Path) -> Path:
 
 
 def trace_schedule(config: Config) -> TraceSchedule:
-    schedule = config.objective.schedule
+    schedule, steps = config.objective.schedule, config.trainer.steps
+    assert steps is not None, "the tasks were not counted"  # training/setup.py: _settle
     fixed = TraceSchedule(
         reasoning=schedule.reasoning,
         call=schedule.call,
@@ -63,7 +64,7 @@ def trace_schedule(config: Config) -> TraceSchedule:
         fixed_level=schedule.fixed_level,
         call_start=schedule.call_start,
         call_end=schedule.call_end,
-        horizon=schedule.horizon if schedule.horizon is not None else max(config.trainer.steps, 1),
+        horizon=schedule.horizon if schedule.horizon is not None else max(steps, 1),
     )
     if schedule.kind == "fixed":
         return fixed
@@ -111,6 +112,12 @@ class Experiment:
         self.plan: dict[str, Any] | None = None  # of rank 0, made at the start
         self.scores: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
+
+    @property
+    def total_steps(self) -> int:
+        """RL steps of the whole run."""
+        assert self.config.trainer.steps is not None, "the tasks were not counted"  # training/setup.py: _settle
+        return self.config.trainer.steps
 
     @property
     def anchor_prob(self) -> float:
@@ -202,9 +209,9 @@ class Experiment:
     def checkpoint_if_due(self) -> None:
         trainer = self.config.trainer
         self.finish_saving(wait=False)
-        if self.step == trainer.steps or (trainer.checkpoint_every and self.step % trainer.checkpoint_every == 0):
+        if self.step == self.total_steps or (trainer.checkpoint_every and self.step % trainer.checkpoint_every == 0):
             with self.progress.phase("checkpoint", brief=True):
-                self.checkpoint(background=trainer.async_checkpoint and self.step < trainer.steps)
+                self.checkpoint(background=trainer.async_checkpoint and self.step < self.total_steps)
 
     def checkpoint(self, *, background: bool = False) -> None:
         """Save now, or start to, then delete all but the newest ``trainer.keep_checkpoints``."""

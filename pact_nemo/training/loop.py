@@ -62,9 +62,9 @@ class Stopwatch:
 
 
 def train(experiment: Experiment) -> None:
-    """Run every step from where the experiment stands to ``trainer.steps``."""
+    """Run every step from where the experiment stands to the run's last."""
     config = experiment.config
-    while experiment.step < config.trainer.steps:
+    while experiment.step < experiment.total_steps:
         experiment.leave_if_asked()
         watch = Stopwatch(experiment.progress)
         with watch("rollout"):
@@ -77,7 +77,7 @@ def train(experiment: Experiment) -> None:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         if (problem := alarms.too_many(rollouts, config.alarms)) is not None:
             experiment.give_up(TooManyFailures(problem))
-        if config.trainer.overlap and experiment.step + 1 < config.trainer.steps:
+        if config.trainer.overlap and experiment.step + 1 < experiment.total_steps:
             start_ahead(experiment)
         record = optimise(experiment, groups, watch) | diagnostics.data_record(experiment.dataset.dropped, groups)
         if isinstance(experiment.schedule, AdaptiveSchedule):

@@ -170,14 +170,26 @@ def _tasks(config: Config) -> str:
     return f"{tasks.benchmark} of {tasks.path}{scenario}; held out: {tasks.eval_path or f'{tasks.held_out} tasks'}"
 
 
+def _length(config: Config) -> str:
+    """Steps, episodes and updates of the run, or of one step where only the tasks would tell how many there are."""
+    trainer = config.trainer
+    episodes, updates = trainer.batch_size * config.objective.group_size, trainer.batch_size // trainer.mini_batch_size
+    step = f"{trainer.batch_size} prompts x {config.objective.group_size} rollouts"
+    if trainer.steps is None:
+        return (
+            f"{trainer.epochs} epochs of floor(training tasks / {trainer.batch_size}) steps, known once the tasks are read; a step: {step} "
+            f"= {episodes:,} episodes, {updates} optimizer updates"
+        )
+    return f"{trainer.steps} steps x {step} = {trainer.steps * episodes:,} episodes, {trainer.steps * updates} optimizer updates"
+
+
 def describe_plan(config: Config) -> str:
     """The plan as text."""
     shape = model_shape(config)
-    policy, trainer = config.policy, config.trainer
+    policy = config.policy
     scale = recipe(config.model.recipe) if config.model.recipe is not None else None
     world = planned_world(config)
     split = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel
-    episodes = trainer.batch_size * config.objective.group_size
     name = config.model.path or (scale.model if scale is not None else "embedded SmolLM2-135M-Instruct")
     lines = [
         "plan",
@@ -190,9 +202,7 @@ def describe_plan(config: Config) -> str:
     if config.warmup.steps:
         lines.append(f"  warm-up    {config.warmup.steps} SFT steps of {config.warmup.batch_size} traces")
     lines += [
-        f"  training   method {config.objective.method}: {trainer.steps} steps x {trainer.batch_size} prompts x {config.objective.group_size} "
-        "rollouts "
-        f"= {trainer.steps * episodes:,} episodes, {trainer.steps * (trainer.batch_size // trainer.mini_batch_size)} optimizer updates",
+        f"  training   method {config.objective.method}: {_length(config)}",
         "  evaluation " + ", ".join(name for name, on in (("before", config.evaluation.before), ("after", config.evaluation.after)) if on)
         + f"; at most {evaluation_limits(config).max_turns_per_user_turn} assistant turns after a user turn"
         + (" (the benchmark's own limit)" if config.evaluation.max_turns_per_user_turn is None else ""),

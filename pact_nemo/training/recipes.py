@@ -16,6 +16,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.policy.config import PolicyConfig
 
 QWEN_POSITIONS, PAPER_LENGTH = 40960, 30000  # prompt 7,000 + response 23,000 tokens
+LONGEST_REQUEST_S = 3600.0  # one turn may think for all of the response: 23,000 tokens, seven a second at the least
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Recipe:
         """As a settings file would say it."""
         return {
             "model": {"tool_format": self.tool_format},
-            "rollout": {"server": {**dataclasses.asdict(self.server), "dtype": "bfloat16"}},
+            "rollout": {"server": {**dataclasses.asdict(self.server), "dtype": "bfloat16", "request_timeout_s": LONGEST_REQUEST_S}},
             "policy": dataclasses.asdict(self.policy),
         }
 

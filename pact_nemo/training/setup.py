@@ -17,8 +17,8 @@ from pact_nemo.quarantine import Quarantine
 from pact_nemo.terminal import RunLog, guarded_output, on_loss
 from pact_nemo.traces.schema import write_traces
 from pact_nemo.training import workspace as workspaces
-from pact_nemo.training.config import Config, to_yaml
-from pact_nemo.training.data import build_dataset, build_environment, check_server_length
+from pact_nemo.training.config import Config, settled, steps_of, to_yaml
+from pact_nemo.training.data import Dataset, build_dataset, build_environment, check_server_length
 from pact_nemo.training.distributed import on_rank_zero, rank
 from pact_nemo.training.experiment import Experiment, model_path, served_path
 from pact_nemo.training.generation import Generator
@@ -46,7 +46,7 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
         stack.callback(run_log.close)
         stack.push(lambda kind, error, trace: _note_end(run_log, error))
         stack.enter_context(on_loss(lambda text: run_log.write(f"rank {rank()}: {text}; the run goes on")))
-        progress = stack.enter_context(RunProgress(total_steps=config.trainer.steps, enabled=rank() == 0, log=run_log))
+        progress = stack.enter_context(RunProgress(total_steps=config.trainer.steps or 0, enabled=rank() == 0, log=run_log))
         progress.message(f"run folder {folder}")
         with progress.phase("set-up"):
             check_server_length(config)
@@ -62,6 +62,7 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
             finally:  # also where too little is left to train on: the file says why
                 if rank() == 0 and (bad := quarantine.write(space.folder)) is not None:
                     progress.message(f"{len(quarantine)} bad rows were left out ({quarantine.by_file()}), kept with their errors in {bad}")
+            config = _settle(config, space, dataset, progress)
             if rank() == 0:
                 write_traces(space.traces, list(dataset.traces.values()))
             generator = Generator(config, chat, environment, progress, space.server_log)
@@ -73,7 +74,7 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
                 config.optimizer,
                 source,
                 seed=config.run.seed,
-                total_steps=config.warmup.steps + config.trainer.steps * (config.trainer.batch_size // config.trainer.mini_batch_size),
+                total_steps=config.warmup.steps + progress.total_steps * (config.trainer.batch_size // config.trainer.mini_batch_size),
             )
             experiment = Experiment(config, space, chat, environment, dataset, policy, generator, progress, source, stop)
             if rank() == 0:
@@ -100,6 +101,21 @@ def _note_end(run_log: RunLog, error: BaseException | None) -> None:
     """Why the run ends before its end: standard error, where this is said as well, may be gone."""
     if error is not None and rank() == 0:
         run_log.write(f"{type(error).__name__}: {error}")
+
+
+def _settle(config: Config, space: Workspace, dataset: Dataset, progress: RunProgress) -> Config:
+    """The config with its length in steps, from the tasks that there are. Written down, so that a resumed run has the same length whatever
+    becomes of the task file.
+    """
+    resolved = settled(config, len(dataset.train))
+    progress.total_steps = steps_of(resolved, len(dataset.train))
+    if resolved is not config:
+        progress.message(
+            f"{config.trainer.epochs} epochs of {len(dataset.train):,} training tasks, {config.trainer.batch_size} a step: "
+            f"{progress.total_steps} steps"
+        )
+        on_rank_zero(lambda: write_text_atomic(space.config, to_yaml(resolved)))
+    return resolved
 
 
 def _open_folder(config: Config, resume: str | None, opened: list[Workspace]) -> str:
