@@ -15,9 +15,10 @@ from typing import Any
 
 from pact_nemo.environments.answers import contains_answer
 from pact_nemo.environments.base import Outcome, Task, ToolCall
+from pact_nemo.environments.calls import check_call
 from pact_nemo.environments.python_tools import Executed, PythonTools, defined_functions, python_name, tool_schemas
 from pact_nemo.environments.rows import Row, number_text, read_rows
-from pact_nemo.errors import ConfigError, EnvironmentFailure
+from pact_nemo.errors import ConfigError, EnvironmentFailure, ToolCallError
 from pact_nemo.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
 
@@ -67,7 +68,7 @@ def reference_calls(row: Row, tools: dict[str, dict[str, Any]], field: str = "gr
 
 
 def _reference_call(row: Row, tools: dict[str, dict[str, Any]], call: Any, field: str) -> ToolCall:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not all(isinstance(key, str) for key in call):
         raise row.complain("expected an object with the name of a tool and its parameters", field)
     keys = [key for key in ("parameters", "arguments") if call.get(key) is not None]
     unknown = sorted(key for key, value in call.items() if key not in ("name", "parameters", "arguments") and value is not None)
@@ -80,8 +81,13 @@ def _reference_call(row: Row, tools: dict[str, dict[str, Any]], call: Any, field
     label = f"{field}.{keys[0]}"
     arguments = Row({label: call[keys[0]]}, row.file, row.number).json(label, dict)
     known = tools[call["name"]]["parameters"].get("properties", {})
-    # a parquet struct has the keys of every row; those that are another tool's are null here
-    return ToolCall(call["name"], {key: value for key, value in arguments.items() if value is not None or key in known})
+    # a table of structs has the keys of every row; those that are another tool's are null here
+    found = ToolCall(call["name"], {key: value for key, value in arguments.items() if value is not None or key in known})
+    try:
+        check_call(found)
+    except ToolCallError as error:
+        raise row.complain(str(error), label) from error
+    return found
 
 
 def solve_metrics(solved: int, calls: int, questions: int) -> dict[str, float]:

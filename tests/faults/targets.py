@@ -119,8 +119,9 @@ FTRL_ROW = {
     "data_source": "self/multi_hop",
     "split": "test",
     "answer": "Paris",
+    "ground_truth": json.dumps([{"name": "find", "parameters": {"place": "France", "year": 2020}}]),
 }
-FTRL_PLAIN = FTRL_ROW | {key: json.loads(str(FTRL_ROW[key])) for key in ("tools", "codes", "unsolved_set")}
+FTRL_PLAIN = FTRL_ROW | {key: json.loads(str(FTRL_ROW[key])) for key in ("tools", "codes", "unsolved_set", "ground_truth")}
 TOOLHOP_ROW = {
     "id": 7,
     "question": "What is the capital of France?",
