@@ -479,6 +479,15 @@ def test_exports_of_an_fp8_source_are_right_in_every_dtype(wide: Path, tmp_path:
         torch.testing.assert_close(ours(folder), ours(source), rtol=0, atol=0.05 if dtype == "bfloat16" else 1e-5)
 
 
+def test_a_copy_of_weights_that_are_not_finite_is_refused_and_leaves_nothing(wide: Path, tmp_path: Path) -> None:
+    weights = load_file(wide / "model.safetensors")
+    weights[EMBEDDING][0, 0] = torch.inf
+    folder = copy(wide, tmp_path / "model", weights)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight holds NaN or Inf"):
+        materialise(folder, tmp_path / "cache", "fp8_block")
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_scales_that_do_not_fit_are_refused_by_name(wide: Path, tmp_path: Path) -> None:
     source = materialise(wide, tmp_path / "cache", "fp8_block")
     stored = load_file(source / "model.safetensors")

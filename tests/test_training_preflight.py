@@ -95,6 +95,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "architecture": (lambda folder: edit(folder / "config.json", lambda row: row.update(architectures=["GemmaForCausalLM"])), "GemmaForCausalLM"),
     "setting": (lambda folder: edit(folder / "config.json", lambda row: row.update(hidden_act="gelu")), "hidden_act"),
     "tensor": (lambda folder: without(folder, "model.layers.0.mlp.up_proj.weight"), "up_proj"),
+    "value": (lambda folder: spoil(folder, "model.norm.weight"), r"model\.norm\.weight holds NaN or Inf"),
     "tokenizer": (lambda folder: add_token(folder, "<|more|>"), r"<\|more\|>"),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "tokenizer"),
     "template": (lambda folder: (folder / "chat_template.jinja").write_text("{{ messages[0].content }}"), "template"),
@@ -104,6 +105,12 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 def without(folder: Path, name: str) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights[name]
+    save_file(weights, folder / "model.safetensors")
+
+
+def spoil(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name][-1] = float("nan")
     save_file(weights, folder / "model.safetensors")
 
 

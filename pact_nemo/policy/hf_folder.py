@@ -128,10 +128,17 @@ def write_folder_alone(
     layout = plan_layout(shapes, dtype, 1, LayoutSettings())
     with _single_threaded_operations():
         writer = FolderWriter(folder, layout.files, dtype)
+        error: Exception | None = None
+        entries: dict[str, FileEntry] = {}
         try:
             error = _hand_over(weights, writer, shapes, source)
+        except CheckpointError as caught:  # of the stream: it says more than that weights never came
+            error = caught
         finally:
-            entries = writer.close()
+            try:
+                entries = writer.close()
+            except CheckpointError as caught:
+                error = error or caught
     if error is not None:
         raise error
     if len(layout.files) > 1:

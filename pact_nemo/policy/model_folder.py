@@ -82,6 +82,11 @@ class ModelFolder:
         """Whether some weights are stored in FP8."""
         return bool(self.scales)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Size of all weights and scales in the files."""
+        return sum(entry.end - entry.start for entry in (*self.entries.values(), *self.scales.values()))
+
 
 class WeightReader:
     """Reads weights of a folder; a context that keeps its files open."""
@@ -102,11 +107,23 @@ class WeightReader:
         self._stack.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """A weight in the type that it is stored in; float32 where that is FP8."""
-        values = self._tensor(name, self.folder.entries[name])
-        if name not in self.folder.scales:
-            return values
-        return fp8_block.dequantise(values, self._tensor(name + fp8_block.SCALE_SUFFIX, self.folder.scales[name]), self.folder.block)
+        """A weight in the type that it is stored in; float32 where that is FP8.
+
+        Raises:
+            CheckpointError: it can't be read, or holds NaN or Inf; the message names file and weight.
+        """
+        entry, scale = self.folder.entries[name], self.folder.scales.get(name)
+        where = f"{self.folder.path / entry.file}: {name}"
+        try:
+            weight = self._tensor(name, entry)
+            if scale is not None:
+                weight = fp8_block.dequantise(weight, self._tensor(name + fp8_block.SCALE_SUFFIX, scale), self.folder.block)
+        except Exception as error:  # the file changed since its header was read, or its disk failed
+            raise CheckpointError(f"{where} can't be read ({error}); copy that folder again") from error
+        low, high = torch.aminmax(weight)  # NaN is passed on by both
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise CheckpointError(f"{where} holds NaN or Inf: training on it is useless; take an intact folder")
+        return weight
 
     def _tensor(self, name: str, entry: TensorEntry) -> torch.Tensor:
         if entry.file not in self._files:
@@ -142,6 +159,13 @@ def check_model_folder(path: str | Path) -> ModelFolder:
     if tied:
         _check_equal_heads(base, held[HEAD], held[EMBEDDING])
     return folder
+
+
+def check_values(folder: ModelFolder) -> None:
+    """Read every weight once. Raises CheckpointError for the first that is not finite."""
+    with WeightReader(folder) as reader:
+        for name in folder.entries:
+            reader.read(name)
 
 
 def _block_of(base: Path) -> tuple[int, int] | None:

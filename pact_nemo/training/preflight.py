@@ -10,27 +10,33 @@ from pact_nemo import strict_json
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy.architectures import check_architecture
-from pact_nemo.policy.model_folder import check_model_folder
+from pact_nemo.policy.model_folder import check_model_folder, check_values
 from pact_nemo.tensor_files import read_tensors
 from pact_nemo.training.config import Config
 
+READ_BYTES = 4 << 30  #: of weights that are looked through before a run; more of them take longer than a refusal at the load costs
+
 
 def preflight(config: Config) -> None:
-    """Refuse a ``model.path`` that could not be trained on as it is; without one (the embedded model, or a recipe that is only explained) there is
-    nothing to check. Reads file headers and the tokenizer, no weights. On one rank only.
+    """Refuse a ``model.path`` that could not be trained on as it is. On one rank only.
+
+    Reads file headers, the tokenizer, and the weights where they are few: a large folder's are checked as the policy loads them. Without a
+    path (the embedded model, or a recipe that is only explained) there is nothing to check.
 
     Raises:
         ConfigError: the architecture, a setting of it, the tokenizer or the chat template is not supported.
-        CheckpointError: the folder's tensors are not those of its model.
+        CheckpointError: the folder's tensors are not those of its model, or not finite.
     """
     if config.model.path is None:
         return
     path = Path(config.model.path)
     architecture = check_architecture(path, attention=config.policy.attention)
-    check_model_folder(path)
+    folder = check_model_folder(path)
     chat = ChatFormat.from_pretrained(path, config.model.tool_format, earlier_thoughts=config.model.earlier_thoughts)
     chat.boundary_ids()
     check_token_ids(path, chat.tokenizer, architecture.vocab)
+    if folder.stored_bytes <= READ_BYTES:
+        check_values(folder)
 
 
 def check_served_folder(path: Path, tokenizer: Any) -> None:
