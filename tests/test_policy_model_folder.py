@@ -34,7 +34,7 @@ from tests.workers.policy_kit import VOCAB, launch, make_model
 
 from pact_nemo.policy import bridge as bridges  # isort: skip
 
-FAMILIES = ("llama", "llama3", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "llama3", "llama_biases", "mistral", "qwen2", "qwen3", "qwen3_window", "qwen3_moe", "qwen3_moe_window")
 IDS = torch.randint(0, VOCAB, (48,), generator=torch.Generator().manual_seed(3)).tolist()
 Weights = dict[str, torch.Tensor]
 

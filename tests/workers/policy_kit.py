@@ -27,10 +27,10 @@ LLAMA3_ROPE = {
 
 
 def make_model(folder: Path, family: str, *, seed: int = 0, layers: int = 4, vocabulary: int = VOCAB, heads: int = 8) -> Path:
-    """Write a tiny random Hugging Face model: ``llama`` (tied), ``llama3`` (untied, scaled RoPE), ``qwen2`` (biases), ``qwen3`` (q/k norms),
-    ``qwen3_moe`` (4 experts, 2 a token), ``llama_biases`` (of attention and MLP), ``qwen3_window`` (attention biases, windows in the upper
-    half), ``qwen3_moe_window`` (attention biases, windows, routing weights that don't sum to one)."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+    """Write a tiny random Hugging Face model: ``llama`` (tied), ``llama3`` (untied, scaled RoPE), ``llama_biases`` (of attention and MLP),
+    ``mistral`` (windows), ``qwen2`` (biases), ``qwen3`` (q/k norms), ``qwen3_window`` (attention biases, windows in the upper half),
+    ``qwen3_moe`` (4 experts, 2 a token), ``qwen3_moe_window`` (attention biases, windows, routing weights that don't sum to one)."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     common: dict[str, Any] = dict(
         vocab_size=vocabulary, hidden_size=64, num_hidden_layers=layers, num_attention_heads=heads,
@@ -45,6 +45,7 @@ def make_model(folder: Path, family: str, *, seed: int = 0, layers: int = 4, voc
         "qwen3_moe": lambda: Qwen3MoeConfig(
             **common, tie_word_embeddings=False, head_dim=16, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True
         ),
+        "mistral": lambda: MistralConfig(**common, sliding_window=9),
         "llama_biases": lambda: LlamaConfig(**common, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
         "qwen3_window": lambda: Qwen3Config(
             **common, head_dim=16, attention_bias=True, use_sliding_window=True, sliding_window=7, max_window_layers=layers // 2
