@@ -124,7 +124,8 @@ def other_values(key: str, value: Any, kind: Any) -> list[Any]:
     if isinstance(value, (list, dict)):
         return [None]
     text = str(kind)  # some annotations are text
-    return [next(made for name, made in (("dict", {"0": "other"}), ("list", [0]), ("int", 3), ("float", 0.5), ("str", "other")) if name in text)]
+    made = {"dict": {"0": "other"}, "list": [0], "int": 3, "float": 0.5}
+    return [next((value for name, value in made.items() if name in text), "other")]
 
 
 def changes(name: str) -> list[tuple[str, Any]]:
