@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 
 _POLL_SECONDS = 0.5
 
 
-def leave_with(parent: int) -> None:
+def leave_with(parent: int, remove: str | None = None) -> None:
     """End this process once ``parent`` is no longer its parent; watched by a daemon thread. (``PR_SET_PDEATHSIG`` would fire when the *thread*
-    that started the process ends, which is no reason to leave.)"""
+    that started the process ends, which is no reason to leave.) ``remove``: a folder of theirs that nobody needs any more then."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_POLL_SECONDS)
+        if remove is not None:
+            shutil.rmtree(remove, ignore_errors=True)
         os._exit(0)
 
     threading.Thread(target=watch, name="leave-with-parent", daemon=True).start()

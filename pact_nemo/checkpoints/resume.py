@@ -125,7 +125,7 @@ def _start_results_queue() -> None:
         atexit.register(shutil.rmtree, sockets, ignore_errors=True)
         manager = SyncManager(address=str(sockets / "results"), ctx=multiprocessing.get_context("spawn"))
         with _bare_children():
-            manager.start(leave_with, (os.getpid(),))
+            manager.start(leave_with, (os.getpid(), str(sockets)))
         filesystem_async._results_queue = manager.Queue()
 
 
