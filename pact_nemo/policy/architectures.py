@@ -371,8 +371,8 @@ def _resolve(family: Family, raw: dict[str, Any], where: str) -> Any:
             return family.config_class.from_dict(values)
     except Exception as error:  # its validation raises types of several packages
         text = " ".join(str(error).split())
-        key = next((key for key in sorted(values, key=len, reverse=True) if key in text), None)
-        named = "" if key is None else f"{key}={_show(values[key])}: "
+        said = next((name for name in sorted(values, key=len, reverse=True) if name in text), None)
+        named = "" if said is None else f"{said}={_show(values[said])}: "
         raise ConfigError(f"{where}: {named}transformers refuses this {family.config_name}: {text}; {REMEDY}") from error
 
 
