@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pact_nemo.environments.base import ToolCall
+from pact_nemo.rollouts.chat_episode import message_parts
 from pact_nemo.traces.filters import leaks_answer
 from pact_nemo.traces.llm_annotate import ModelAnnotator, read_types
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn, read_traces
@@ -28,6 +29,7 @@ class Teacher:
     def __init__(self) -> None:
         self.down = False
         self.asked = 0
+        self.say = lambda words: {"content": words}
         self.labels = '{"types": ["task_restate", "tool_selection"]}'
         teacher = self
 
@@ -64,7 +66,7 @@ class Teacher:
         name, arguments = [("find", {"place": "France"}), ("population", {"city": "Paris"})][done]
         words = "It must be 2161000." if part == "leaks" else "The user wants a number.\n\nI use the tool for it."
         call = {"name": name, "arguments": json.dumps(arguments)}
-        return {"content": words, "tool_calls": [{"id": str(done), "type": "function", "function": call}]}
+        return {**self.say(words), "tool_calls": [{"id": str(done), "type": "function", "function": call}]}
 
 
 @pytest.fixture
@@ -100,6 +102,31 @@ def test_what_a_teacher_solves_is_kept_and_the_rest_is_named(tmp_path: Path, tea
     show = [sys.executable, str(ROOT / "tools" / "make_traces.py"), "--show", str(tmp_path / "traces.jsonl")]
     shown = subprocess.run(show, capture_output=True, text=True, timeout=60)
     assert "[tool_selection]" in shown.stdout and "population(city='Paris')" in shown.stdout and "about 2,161,000 people" in shown.stdout
+
+
+THOUGHTS: dict[str, Any] = {
+    "reasoning_content": lambda words: {"content": "", "reasoning_content": words},
+    "reasoning": lambda words: {"content": None, "reasoning": words},
+    "both": lambda words: {"content": "Let me look.", "reasoning_content": None, "reasoning": words},
+    "markers": lambda words: {"content": f"<think>\n{words}\n</think>\n\nLet me look."},
+    "closing marker": lambda words: {"content": f"{words}\n</think>\n\n"},
+    "parts": lambda words: {"content": [{"type": "text", "text": f"<think>{words}</think>"}]},
+}
+
+
+@pytest.mark.parametrize("place", THOUGHTS)
+def test_a_teachers_thought_is_read_where_its_server_puts_it(place: str) -> None:
+    assert message_parts(THOUGHTS[place]("One.\n\nTwo."))[0] == "One.\n\nTwo."
+    assert message_parts({"content": "Said only."}) == ("", "Said only.")
+
+
+def test_traces_that_lost_their_reasoning_are_counted_and_named(tmp_path: Path, teacher: Teacher) -> None:
+    rows(tmp_path, "solves")
+    teacher.say = lambda words: {"content": ""}
+    done = make(tmp_path, "--teacher", teacher.url)
+    assert done.returncode == 0, done.stderr
+    quality = json.loads((tmp_path / "traces.jsonl.quality.json").read_text())
+    assert quality["calls_without_reasoning"] == {"traces": 1, "turns": 2, "tasks": ["toolhop_0"]}
 
 
 def test_a_teacher_that_goes_away_costs_no_attempt_and_the_run_goes_on_later(tmp_path: Path, teacher: Teacher) -> None:

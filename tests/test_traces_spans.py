@@ -39,8 +39,12 @@ def _messages(task: Task, trace: Trace, chat: ChatFormat) -> list[dict[str, str]
     """The conversation x + h* as plain chat messages, written down independently of the encoder."""
     messages = [dict(message) for message in task.user_turns[0]]
     for turn in trace.turns:
-        parts = [part for part in (turn.reasoning, chat.tool_format.render_calls(turn.calls) if turn.calls else "") if part]
-        messages.append({"role": "assistant", "content": "\n".join(parts)})
+        calls = chat.tool_format.render_calls(turn.calls) if turn.calls else ""
+        if chat.thought is None:
+            written = "\n".join(part for part in (turn.reasoning, calls) if part)
+        else:
+            written = f"<think>\n{turn.reasoning.strip()}\n</think>\n\n{calls}"
+        messages.append({"role": "assistant", "content": written})
         if turn.observations:
             messages += chat.tool_format.render_observation(turn.observations)
         if turn.calls and turn.user_messages_after:
@@ -52,8 +56,8 @@ def _messages(task: Task, trace: Trace, chat: ChatFormat) -> list[dict[str, str]
     return messages
 
 
-def _text(chat: ChatFormat, tokens: TraceTokens, turn: int, component: int) -> str:
-    ids = [i for i, t, c in zip(tokens.token_ids, tokens.turn, tokens.component, strict=True) if t == turn and c == component]
+def _text(chat: ChatFormat, tokens: TraceTokens, turn: int, *components: int) -> str:
+    ids = [i for i, t, c in zip(tokens.token_ids, tokens.turn, tokens.component, strict=True) if t == turn and c in components]
     return str(chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
@@ -62,20 +66,35 @@ def _check(task: Task, trace: Trace, chat: ChatFormat) -> TraceTokens:
     lists = (tokens.component, tokens.segment_level, tokens.turn, tokens.reasoning_rank)
     assert all(len(values) == len(tokens.token_ids) for values in lists)
     for index, turn in enumerate(trace.turns):
-        taught = _text(chat, tokens, index, REASONING) + _text(chat, tokens, index, CALL)
         calls = chat.tool_format.render_calls(turn.calls) if turn.calls else ""
-        assert taught == turn.reasoning + ("\n" if turn.reasoning and calls else "") + calls
-        # the switch to the call is CALL, with the reasoning's last characters where one token holds both
-        assert not calls or _text(chat, tokens, index, CALL).endswith(f"\n{calls}" if turn.reasoning else calls)
-        assert turn.reasoning.startswith(_text(chat, tokens, index, REASONING))
+        opening, switch = ("<think>\n", "\n</think>\n\n") if chat.thought is not None else ("", "\n" if turn.reasoning else "")
+        reasoning = turn.reasoning if chat.thought is None else turn.reasoning.strip()
+        # every token that the policy has to produce, in its order
+        assert not calls or _text(chat, tokens, index, REASONING, CALL) == opening + reasoning + switch + calls
+        # the switch to the call is CALL, with the reasoning's last characters where one token holds both; so is the marker that opens a thought
+        assert not calls or _text(chat, tokens, index, CALL).endswith(switch + calls)
+        assert not calls or _text(chat, tokens, index, CALL).startswith(opening)
+        assert reasoning.startswith(_text(chat, tokens, index, REASONING))
         ranks = [r for r, t in zip(tokens.reasoning_rank, tokens.turn, strict=True) if t == index and r >= 0]
         assert ranks == list(range(len(ranks)))
     for component, level, rank in zip(tokens.component, tokens.segment_level, tokens.reasoning_rank, strict=True):
         assert component == REASONING or (level == NO_LEVEL and rank == -1)
-    # x + h* + boundary is what the template renders for the whole conversation; so x + h* is its exact prefix
-    x = chat.prompt_ids(task.user_turns[0], task.tools)
-    whole = [*_messages(task, trace, chat), {"role": "user", "content": BOUNDARY_TEXT}]
-    assert x + tokens.token_ids + chat.boundary_ids() == chat.prompt_ids(whole, task.tools)
+    x, messages = chat.prompt_ids(task.user_turns[0], task.tools), _messages(task, trace, chat)
+    if chat.thought is None:
+        # x + h* + boundary is what the template renders for the whole conversation; so x + h* is its exact prefix
+        whole = chat.prompt_ids([*messages, {"role": "user", "content": BOUNDARY_TEXT}], task.tools)
+        assert x + tokens.token_ids + chat.boundary_ids() == whole
+    elif not any(turn.user_messages_after for turn in trace.turns):
+        # the template drops thoughts once a user speaks again: until then x + h* is what it renders
+        assert x + tokens.token_ids + chat.generation_ids() == chat.prompt_ids(messages, task.tools)
+    else:  # ChatML by hand, thoughts kept
+        text = chat.render(task.user_turns[0], task.tools, generation=False)
+        for message in messages[len(task.user_turns[0]) :]:
+            role, content = message["role"], message["content"]
+            if role == "tool":
+                role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
+            text += f"<|im_start|>{role}\n{content}<|im_end|>\n"
+        assert x + tokens.token_ids == chat.encode_whole(text)
     return tokens
 
 

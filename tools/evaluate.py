@@ -67,7 +67,8 @@ def player(config: Config, options: argparse.Namespace, environment: Environment
 
         yield by_chat
         return
-    chat = ChatFormat.from_pretrained(Path(options.model), config.model.tool_format, earlier_thoughts=config.model.earlier_thoughts)
+    settings = config.model
+    chat = ChatFormat.from_pretrained(Path(options.model), settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
     check_served_folder(Path(options.model), chat.tokenizer)
     generator = Generator(config, chat, environment, progress, options.out / "server.log")
     try:

@@ -43,7 +43,7 @@ from pact_nemo.terminal import command  # noqa: E402
 from pact_nemo.traces.annotate import Style  # noqa: E402
 from pact_nemo.traces.augment import KINDS, Replay, new_solutions, promoted, replay, variants  # noqa: E402
 from pact_nemo.traces.bfcl import ground_truth_trace  # noqa: E402
-from pact_nemo.traces.filters import why_not  # noqa: E402
+from pact_nemo.traces.filters import turns_without_reasoning, why_not  # noqa: E402
 from pact_nemo.traces.llm_annotate import ModelAnnotator  # noqa: E402
 from pact_nemo.traces.recorded import recorded_trace  # noqa: E402
 from pact_nemo.traces.schema import Trace, read_traces, write_traces  # noqa: E402
@@ -54,6 +54,7 @@ from pact_nemo.training.data import build_environment  # noqa: E402
 from pact_nemo.training.progress import RunProgress  # noqa: E402
 
 Attempt = Callable[[Task], Trace | None]
+NAMED = 100  #: tasks that the quality report names, at most
 COLOURS = {"reasoning": "cyan", "call": "bold green", "observation": "yellow", "user": "magenta"}
 
 
@@ -100,11 +101,13 @@ def quality(tasks: list[Task], journal: Journal, tokens: Counter[str], annotator
     for task in tasks:
         categories[task.category]["tasks"] += 1
         categories[task.category]["kept"] += task.id in journal.kept
+    bare = {task.id: count for task in tasks if task.id in journal.kept and (count := turns_without_reasoning(journal.kept[task.id]))}
     return {
         "tasks": len(tasks),
         "kept": sum(task.id in journal.kept for task in tasks),
         "attempts": dict(Counter(reason for task in tasks for reason in journal.reasons[task.id])),
         "coverage": {name: {**count, "share": count["kept"] / count["tasks"]} for name, count in sorted(categories.items())},
+        "calls_without_reasoning": {"traces": len(bare), "turns": sum(bare.values()), "tasks": sorted(bare)[:NAMED]},
         "tokens": dict(tokens),
         "annotator": None if annotator is None else {"turns": annotator.turns, "fallbacks_to_rules": annotator.fallbacks},
     }

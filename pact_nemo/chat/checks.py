@@ -123,9 +123,9 @@ def _marks(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Turn]) ->
     """What has to be in the rendering: (what, its word, accepted forms) each."""
     names = {"system": "the system message", "user": "what a user says", "tool": "the results of tools (role 'tool')"}
     found: list[tuple[str, str, list[str]]] = []
-    if not chat.shows_tools:
-        found.append(("the tools (in the system message)", TOOL["name"], [chat.tool_format.render_tools([TOOL])]))
     for message in [*start, *(message for turn in turns for message in turn.after)]:
         forms = observation_forms(message["content"]) if message["role"] == "tool" else [message["content"]]
         found.append((names[message["role"]], message["content"].split(" ", 1)[0], forms))
+    if not chat.shows_tools:
+        found.append(("the tools (in the system message)", "MARK-DESCRIPTION", [chat.tool_format.render_tools([TOOL])]))
     return found + [("what the assistant writes (text and calls)", turn.mark, [turn.visible]) for turn in turns]

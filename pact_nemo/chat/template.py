@@ -138,15 +138,13 @@ class ChatFormat:
             end_ids = [*self._encoder.whole(after)[0][:1], *end_ids]
         except DataError as error:
             raise ConfigError(f"the model's chat template can't be used: {error}") from error
-        ids_of_special = {id for token, id in tokenizer.get_vocab().items() if token in special}
-        if end_ids[0] not in ids_of_special:
+        if end_ids[0] not in tokenizer.convert_tokens_to_ids(sorted(special)):
             raise ConfigError(f"{self.source} doesn't end an assistant message with a special token; take a template that does")
         # an observation can't end itself, open a thought or write a call: neither as a token nor as the text that the template writes around it
         thoughts = {OPENING, CLOSING} if self.thought is not None or self.generation_thought else set()
         self._forgeable = _any_of({*control, *thoughts, *_TAG.findall(after)})
         self.end_of_turn_id: int = end_ids[0]
-        vocabulary = tokenizer.get_vocab()
-        extra = [tokenizer.eos_token_id, *(vocabulary.get(token) for token in _END_TOKENS if token in special)]
+        extra = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids([token for token in _END_TOKENS if token in special])]
         self.eos_ids: list[int] = list(dict.fromkeys([*end_ids[:1], *(i for i in extra if i is not None), *end_ids[1:]]))
         self._continuation = lru_cache(maxsize=4096)(self._continuation_uncached)
         self._earlier_frame = lru_cache(maxsize=2)(self._earlier_frame_uncached)

@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from pact_nemo.chat.json_calls import call_from
+from pact_nemo.chat.thoughts import OPENING, thoughts_and_visible
 from pact_nemo.environments.base import Environment, Task, ToolCall
 from pact_nemo.errors import EnvironmentFailure, ServerError, ToolCallError
 from pact_nemo.rollouts.chat_endpoint import Complete
 from pact_nemo.rollouts.config import EpisodeLimits
 from pact_nemo.rollouts.types import Rollout, Turn
+
+#: where servers put a thought: DeepSeek's and older vLLM's name, then the one of current vLLM and OpenRouter
+_THOUGHT_KEYS = ("reasoning_content", "reasoning")
 
 
 class Watcher(Protocol):
@@ -45,6 +49,20 @@ def content_text(message: Mapping[str, Any]) -> str:
     if isinstance(content, list):
         return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     return str(content or "")
+
+
+def message_parts(message: Mapping[str, Any]) -> tuple[str, str]:
+    """(thought, visible text) of an assistant message, both without outer white space.
+
+    A server with a reasoning parser puts the thought beside the content; one without leaves it in the content, between its markers. The
+    opening marker is missing there where the generation prompt holds it.
+    """
+    text = content_text(message)
+    beside = next((message[key].strip() for key in _THOUGHT_KEYS if isinstance(message.get(key), str) and message[key].strip()), "")
+    if beside and not text.lstrip().startswith(OPENING):  # what the parser left is all visible, a closing marker in it a word
+        return beside, text.strip()
+    inside, visible = thoughts_and_visible(text)
+    return beside or inside, visible
 
 
 def play_by_chat(

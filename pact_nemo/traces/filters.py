@@ -42,6 +42,11 @@ def leaks_answer(trace: Trace, question: str, answer: str | None) -> bool:
     return False
 
 
+def turns_without_reasoning(trace: Trace) -> int:
+    """How many of a trace's turns call without a word before: a teacher's thought that its server kept to itself looks like this."""
+    return sum(bool(turn.calls) and not turn.reasoning.strip() for turn in trace.turns)
+
+
 def why_not(trace: Trace, task: Task) -> str | None:
     """Why a trace must not be used for its task, or None: :func:`reject_reason`, or ``answer_leaked`` (:func:`leaks_answer`)."""
     reason = reject_reason(trace, task.tools)

@@ -5,6 +5,9 @@ Rules:
   It ends right after the closing delimiter of its last message: ``x + h* + boundary_ids`` is what the chat template renders.
 - Assistant text is tokenised whole, as a policy would write it. What stands between reasoning and call is the switch to the call. It is CALL:
   a policy that isn't taught it reasons until it is cut. (``switch=OTHER`` is the paper's literal rule, an unsupervised delimiter.)
+- A thinking model's reasoning stands inside its thought markers, exactly as it samples them, and so does an empty thought. The marker that closes the
+  thought is the switch. The marker that opens it has the same label: a switch is only reached from a thought. Where the generation prompt opens the
+  thought, that marker is part of the prompt. In a message without a call the markers are OTHER.
 - A token that covers characters of two parts belongs to the later one. A token that covers reasoning and call characters is an error.
 - Between two user turns stands the message that closes the first one. It is context: OTHER.
 - End-of-turn tokens, delimiters, role markers and user messages are OTHER.
@@ -20,7 +23,6 @@ from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 
 from pact_nemo.chat.template import ChatFormat, Continuation
-from pact_nemo.chat.tool_formats import SEPARATOR
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.traces.schema import Trace, TraceTurn
 from pact_nemo.traces.segments import NO_LEVEL
@@ -170,17 +172,26 @@ def _append_assistant(
 ) -> None:
     reasoning = turn.reasoning if "reasoning" in kept else ""
     calls = chat.tool_format.render_calls(turn.calls) if turn.calls and "calls" in kept else ""
-    head = reasoning + (SEPARATOR if reasoning and calls else "")
     levels = [level for segment, level in zip(turn.segments, turn.segment_levels, strict=True) for _ in segment.text]  # one per character
-    ids, offsets = chat.encode_assistant(head + calls)
+    if chat.thought is not None:  # templates trim thoughts
+        levels = levels[len(reasoning) - len(reasoning.lstrip()) :]
+        reasoning = reasoning.strip()
+    parts = chat.assistant_parts(reasoning, calls)
+    marker = switch if calls else Component.OTHER
+    thought = len(parts.opening)
+    reasoned = thought + len(parts.reasoning)
+    switched = reasoned + len(parts.switch)
+    ids, offsets = chat.encode_assistant(parts.text)
     rank = 0
     for token, (start, end) in zip(ids, offsets, strict=True):
-        if end <= len(reasoning):
-            result._append(token, index, Component.REASONING, levels[end - 1], rank)
+        if end <= thought:
+            result._append(token, index, marker)
+        elif end <= reasoned:
+            result._append(token, index, Component.REASONING, levels[end - thought - 1], rank)
             rank += 1
-        elif end <= len(head):
-            result._append(token, index, switch)
-        elif start >= len(reasoning):
+        elif end <= switched:
+            result._append(token, index, marker)
+        elif start >= reasoned:
             result._append(token, index, Component.CALL)
         else:
             raise DataError(f"a token of turn {index} covers both reasoning and call text in the trace of {task_id}; no exact mask exists")

@@ -9,7 +9,7 @@ from pact_nemo.chat.thoughts import split_thought
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import EnvironmentFailure, ServerError
 from pact_nemo.rollouts.chat_endpoint import Complete
-from pact_nemo.rollouts.chat_episode import play_by_chat
+from pact_nemo.rollouts.chat_episode import message_parts, play_by_chat
 from pact_nemo.rollouts.config import EpisodeLimits
 from pact_nemo.rollouts.types import Turn
 from pact_nemo.traces.builder import TraceBuilder
@@ -41,7 +41,8 @@ class _Recorder:
         if turn.call_errors:
             raise _GivenUp
         if turn.calls:
-            reasoning = str(answer.get("reasoning_content") or answer.get("content") or "")
+            thought, said = message_parts(answer)
+            reasoning = thought or said
             pieces = [ReasoningSegment(*piece) for piece in self._segment(reasoning, self._tools)]
             self.builder.assistant(pieces, turn.calls, turn.observations, turn.user_turn)
         self._closing = "" if turn.calls else split_thought(turn.text)[1]

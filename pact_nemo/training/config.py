@@ -49,6 +49,7 @@ class ModelConfig:
     recipe: str | None = None  #: set by ``--recipe``: a name in ``pact_nemo.training.recipes.RECIPES``
     tool_format: str = "pythonic"  #: how calls are written: a name in ``pact_nemo.chat.tool_formats.TOOL_FORMATS``
     earlier_thoughts: str | None = None  #: of earlier messages: "keep" them in the context, or as the chat "template" does; None = "template"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  #: the chat template's own switches: {enable_thinking: false}, {date_string: …}
 
 
 @dataclass

@@ -32,8 +32,8 @@ def preflight(config: Config) -> None:
     path = Path(config.model.path)
     architecture = check_architecture(path, attention=config.policy.attention)
     folder = check_model_folder(path)
-    chat = ChatFormat.from_pretrained(path, config.model.tool_format, earlier_thoughts=config.model.earlier_thoughts)
-    chat.boundary_ids()
+    settings = config.model
+    chat = ChatFormat.from_pretrained(path, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
     check_token_ids(path, chat.tokenizer, architecture.vocab)
     if folder.stored_bytes <= READ_BYTES:
         check_values(folder)

@@ -53,7 +53,8 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
             on_rank_zero(space.check_exports)
             on_rank_zero(lambda: preflight(config))
             source = model_path(config)
-            chat = ChatFormat.from_pretrained(source, config.model.tool_format, earlier_thoughts=config.model.earlier_thoughts)
+            settings = config.model
+            chat = ChatFormat.from_pretrained(source, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
             quarantine = Quarantine(config.run.bad_rows)
             environment = build_environment(config, quarantine)
             stack.callback(environment.close)

@@ -56,7 +56,8 @@ def run(options: Namespace) -> int:
     words = [f"rollout.server.max_num_seqs={options.limit}", "rollout.server.log_stats=true", *options.set]
     config = load_config(options.config, words)
     source = Path(config.model.path) if config.model.path is not None else materialise_embedded_model(Path(config.run.cache_dir))
-    chat = ChatFormat.from_pretrained(source, config.model.tool_format, earlier_thoughts=config.model.earlier_thoughts)
+    settings = config.model
+    chat = ChatFormat.from_pretrained(source, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
     environment = build_environment(config)
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench-rollouts-") as folder:

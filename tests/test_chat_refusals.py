@@ -1,0 +1,197 @@
+"""Chat templates and tokenizers as users have them: every piece of a conversation comes out exactly, or the template is refused by name."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+
+from pact_nemo.chat.template import ChatFormat
+from pact_nemo.chat.tool_formats import TOOL_FORMATS
+from pact_nemo.environments.base import ToolCall
+from pact_nemo.errors import ConfigError
+from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn
+from pact_nemo.traces.spans import CALL, REASONING, encode_trace
+from tests.fixtures.chat_models import tokenizer
+
+MESSAGE = "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+OPEN = "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+CHATML = "{%- for m in messages %}" + MESSAGE + "{%- endfor %}" + OPEN
+TOOLS = [{"name": "ls", "description": "MARKTOOL.", "parameters": {"type": "object", "properties": {}}}]
+USER = {"role": "user", "content": "Hello"}
+
+
+@cache
+def _small() -> Any:
+    return tokenizer("smollm")
+
+
+def chat_of(template: Any, form: str = "hermes", **kwargs: Any) -> ChatFormat:
+    made = _small()
+    made.chat_template = template
+    return ChatFormat(made, TOOL_FORMATS[form], kwargs)
+
+
+def only(condition: str) -> str:
+    return "{%- for m in messages %}{%- if " + condition + " %}" + MESSAGE + "{%- endif %}{%- endfor %}" + OPEN
+
+
+@pytest.mark.parametrize("form", ["pythonic", "hermes", "llama3_json"])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (only("m.role in ['system', 'user', 'assistant']"), "drops the results of tools"),
+        (only("m.role != 'tool' or loop.index0 < 5"), "drops the results of tools"),
+        (only("m.role != 'tool' or not loop.last"), "drops the results of tools|otherwise than its pieces"),
+        (only("m.role != 'system'"), "drops the (system message|tools)"),
+        (only("m.role != 'user' or loop.index0 < 3"), "drops what a user says"),
+        (CHATML.replace("m['content']", "m['content'] | upper"), "alters|drops"),
+        (CHATML.replace("m['content']", "(m['content'] | e if m.role == 'tool' else m['content'])"), "alters the results of tools"),
+        (CHATML.replace("m['content']", "(m['content'] | e if m.role == 'user' else m['content'])"), "alters what a user says"),
+        (CHATML.replace("m['content']", "(m['content'][:20] if m.role == 'tool' else m['content'])"), "alters the results of tools"),
+        (CHATML.replace("m['content']", "m['content'] | replace('\\n\\n', '\\n')"), "alters"),
+        (CHATML.replace("m['content']", "m['content'] + (m['content'] if m.role == 'tool' else '')"), "repeats the results of tools"),
+        (CHATML.replace("m['content']", "m['content'][0]['text']"), "drops|can't be used|alters or repeats"),
+        ("{{ messages[-1].content }}" + CHATML, "repeats|otherwise than its pieces"),
+        ("{{ messages | length }}" + CHATML, "otherwise than its pieces|not a suffix|opens"),
+        ("{%- if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{%- endif %}" + CHATML, "no system role"),
+        (only("loop.index0 == 0 or m.role != messages[loop.index0 - 1].role or raise_exception('must alternate')"), "must alternate|drops"),
+        (CHATML.replace("m['content'] +", "m['content'] + (range(1000) | random | string) +"), "otherwise than|each time|not a suffix"),
+        ("{{ strftime_now('%d %b %Y') }}" + CHATML, "today's date"),
+        (CHATML.replace("'<|im_end|>", "'"), "special token"),
+    ],
+)  # fmt: skip
+def test_what_a_template_drops_alters_or_repeats_is_refused_by_name(template: str, message: str, form: str) -> None:
+    if form == "pythonic" and "alternate" in message:
+        pytest.skip("one message holds all results of a turn, so roles do alternate")
+    with pytest.raises(ConfigError, match=message) as refusal:
+        chat_of(template, form)
+    assert "template" in str(refusal.value)
+
+
+def test_the_word_tools_in_a_comment_is_no_support_for_tools() -> None:
+    for form in ("hermes", "llama3_json"):
+        chat = chat_of("{#- plain ChatML, no tools #}" + CHATML, form)
+        assert not chat.shows_tools and "MARKTOOL" in chat.render([USER], TOOLS)
+    half = "{%- for t in tools or [] %}{{ t.function.name }}{%- endfor %}" + CHATML  # names only: the project's text says it all
+    assert not chat_of(half).shows_tools and "MARKTOOL" in chat_of(half).render([USER], TOOLS)
+
+
+def test_one_named_template_serves_every_piece() -> None:
+    tool_use = (
+        "{{- '<|im_start|>system\\n<tools>' }}{%- for t in tools %}{{ t | tojson }}{%- endfor %}{{ '</tools><|im_end|>\\n' }}"
+        + CHATML.replace("m['content']", "('<tool_response>' + m['content'] + '</tool_response>' if m.role == 'tool' else m['content'])")
+    )  # fmt: skip
+    tool_use = tool_use.replace("{%- for m in", "{%- set messages = messages %}{%- for m in")
+    chat = chat_of({"default": CHATML, "tool_use": tool_use})
+    observation = [{"role": "tool", "content": "MARKOBS"}]
+    pieces = chat.prompt_ids([USER], TOOLS) + chat.encode_assistant("Use ls.")[0] + [chat.end_of_turn_id] + chat.continuation_ids(observation, True)
+    assert pieces == chat.prompt_ids([USER, {"role": "assistant", "content": "Use ls."}, *observation], TOOLS)
+    assert "<tool_response>MARKOBS" in chat.tokenizer.decode(pieces)
+    assert "tool_use" in chat.source
+    assert chat_of({"default": CHATML, "tool_use": tool_use}, "pythonic").source.endswith("'default'")  # its tools stand in the system message
+    with pytest.raises(ConfigError, match="named rag, none of them 'default'"):
+        chat_of({"rag": CHATML})
+
+
+def _trace() -> Trace:
+    turn = TraceTurn((ReasoningSegment("other", "Think."),), (ToolCall("ls", {}),), ("MARKOBS",))
+    return Trace("a", "x", (turn, turn), True)
+
+
+def test_a_generation_prompt_that_opens_a_thought_is_closed_before_the_call() -> None:
+    chat = chat_of(CHATML.replace("assistant\\n", "assistant\\n<think>\\n"))
+    assert chat.opens_thought and chat.generation_thought == "<think>\n"
+    tokens = encode_trace(_trace(), chat)
+    call = '<tool_call>\n{"name": "ls", "arguments": {}}\n</tool_call>'
+    turn = f"Think.\n</think>\n\n{call}<|im_end|>\n<|im_start|>tool\nMARKOBS<|im_end|>\n"
+    assert chat.tokenizer.decode(tokens.token_ids) == f"{turn}<|im_start|>assistant\n<think>\n{turn}"
+    taught = [i for i, c in zip(tokens.token_ids, tokens.component, strict=True) if c in (CALL, REASONING)]
+    assert chat.tokenizer.decode(taught) == f"Think.\n</think>\n\n{call}" * 2  # the opening marker belongs to the prompt
+
+
+def test_a_word_about_thoughts_makes_no_thinking_model() -> None:
+    assert chat_of("{#- <think> and </think> are for others #}" + CHATML).thought is None
+
+
+def test_a_template_that_closes_an_empty_thought_leaves_none_to_the_policy() -> None:
+    chat = chat_of(CHATML.replace("assistant\\n", "assistant\\n<think>\\n\\n</think>\\n\\n"))
+    assert chat.thought is None and not chat.opens_thought and chat.earlier_thoughts == "dropped"
+    text = chat.tokenizer.decode(encode_trace(_trace(), chat).token_ids)
+    assert text.startswith("Think.\n<tool_call>") and text.count("<think>\n\n</think>\n\nThink.\n<tool_call>") == 1
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------------------------------
+
+
+def sentencepiece(kind: str, special_end: bool = True) -> Any:
+    """A Llama-2-like tokenizer: word boundaries as U+2581, byte fallback; ``kind`` says how the boundary comes before a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    base = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if kind == "prepend":
+        base.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        base.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=kind, split=False)
+    text = ["Use tools to list files, please. The user wants to see hidden files."] * 20
+    specials = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
+    base.train_from_iterator(text, trainers.BpeTrainer(vocab_size=600, special_tokens=specials, show_progress=False))
+    state = json.loads(base.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in ("<unk>", "<s>", "</s>")]
+    base = Tokenizer.from_str(json.dumps(state))
+    base.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if not special_end:
+        base.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
+        names = {"unk_token": "<unk>", "eos_token": "<end>"}
+    made = PreTrainedTokenizerFast(tokenizer_object=base, **names)
+    made.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    )
+    return made
+
+
+@pytest.mark.parametrize("kind", ["prepend", "always", "first", "never"])
+def test_a_word_boundary_at_the_start_of_a_text_is_in_no_piece(kind: str) -> None:
+    chat = ChatFormat(sentencepiece(kind), TOOL_FORMATS["pythonic"])
+    user, text = {"role": "user", "content": "list files"}, "Use ls.\n[ls(a=True)]"
+    observation = chat.tool_format.render_observation(["hidden files"])
+    ids, offsets = chat.encode_assistant(text)
+    pieces = chat.prompt_ids([user]) + ids + chat.continuation_ids(observation, after_eos=False) + chat.encode_assistant("Use it.")[0]
+    whole = chat.prompt_ids([user, {"role": "assistant", "content": text}, *observation, {"role": "assistant", "content": "Use it."}])
+    assert whole[: len(pieces)] == pieces
+    assert chat.decode(ids) == text and min(start for start, _ in offsets) == 0 and max(end for _, end in offsets) == len(text)
+    tokens = encode_trace(_trace(), chat)
+    whole = [user]
+    for _ in range(2):
+        whole += [{"role": "assistant", "content": "Think.\n[ls()]"}, {"role": "tool", "content": "MARKOBS"}]
+    assert chat.prompt_ids([user]) + tokens.token_ids + chat.generation_ids() == chat.prompt_ids(whole)
+    last = {"role": "user", "content": "Now you."}
+    assert chat.prompt_ids([user]) + tokens.token_ids + chat.boundary_ids("Now you.") == chat.prompt_ids([*whole, last])
+
+
+def test_an_end_token_stops_generation_only_where_it_is_special(tmp_path: Any) -> None:
+    chat = ChatFormat(sentencepiece("first", special_end=False), TOOL_FORMATS["pythonic"])
+    plain = tokenizer("smollm")
+    plain.add_tokens(["</s>"])  # a tag of some text format, not special
+    made = ChatFormat(plain, TOOL_FORMATS["pythonic"])
+    assert plain.convert_tokens_to_ids("</s>") not in made.eos_ids
+    assert chat.eos_ids[0] == chat.tokenizer.convert_tokens_to_ids("<end>")
+    tokenizer("smollm").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 11]}))
+    assert ChatFormat.from_pretrained(tmp_path, "pythonic").eos_ids == [2, 0, 11]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 99999999]}))
+    with pytest.raises(ConfigError, match="generation_config.json"):
+        ChatFormat.from_pretrained(tmp_path, "pythonic")
+
+
+def test_a_refusal_names_the_file(tmp_path: Any) -> None:
+    made = tokenizer("smollm")
+    made.chat_template = only("m.role != 'tool'")
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: the chat template drops the results of tools"):
+        ChatFormat.from_pretrained(tmp_path, "pythonic")
