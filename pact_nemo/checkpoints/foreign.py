@@ -10,7 +10,9 @@ What remains: with FP8 on a GPU, Transformer Engine keeps its scales as a byte t
 
 from __future__ import annotations
 
+import enum
 import io
+import pickle
 import pickletools
 import re
 import zipfile
@@ -41,6 +43,7 @@ _VALUE_NAMES = frozenset(
     | {"argparse.Namespace", "torch.Size", "torch.device", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"}
 )
 _TORCH_TYPE = re.compile(r"torch\.(?:u?int\d+|b?float\d+\w*|bool|complex\d+|\w+Storage|storage\.UntypedStorage)")
+_GETATTR = "builtins.getattr"
 _STRINGS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 
 
@@ -78,6 +81,37 @@ def names_in(pickled: bytes) -> set[str]:
     return names
 
 
+class _EnumMembers(pickle.Unpickler):
+    """Reads a pickle whose names are known, and lets ``getattr`` take members of enumerations only."""
+
+    def __init__(self, pickled: bytes, allowed: frozenset[str]):
+        super().__init__(io.BytesIO(pickled))
+        self._allowed = allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = f"{module}.{name}"
+        if found == _GETATTR:
+            return _member
+        if found not in self._allowed and not _TORCH_TYPE.fullmatch(found):
+            raise pickle.UnpicklingError(f"{found} is not among the known names")
+        return super().find_class(module, name)
+
+
+def _member(kind: Any, name: Any) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise pickle.UnpicklingError(f"getattr of {kind!r}, which is no enumeration")
+    return kind[name]
+
+
+def _only_enum_members(pickled: bytes, allowed: frozenset[str]) -> bool:
+    """Whether ``getattr`` does nothing but fetch members of known enumerations: early Python 3.11 (3.11.2 is Debian 12's) pickles them so."""
+    try:
+        _EnumMembers(pickled, allowed).load()
+    except Exception:  # a pickle that is put together in a way that makes no sense raises anything
+        return False
+    return True
+
+
 def check_pickle(pickled: bytes, allowed: frozenset[str], what: str) -> None:
     """Raises CheckpointError where a pickle names anything but ``allowed`` and torch's own types of tensors."""
     try:
@@ -85,6 +119,8 @@ def check_pickle(pickled: bytes, allowed: frozenset[str], what: str) -> None:
     except (ValueError, IndexError, KeyError, EOFError, UnicodeError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{what} is no readable pickle ({error}); resume from another checkpoint") from error
     strange = sorted(name for name in names if name not in allowed and not _TORCH_TYPE.fullmatch(name))
+    if strange == [_GETATTR] and _only_enum_members(pickled, allowed):
+        return
     if strange:
         raise CheckpointError(f"{what} would run {', '.join(strange[:3])} when it is read: no checkpoint needs that; delete it and take another one")
 

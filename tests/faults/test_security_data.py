@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +365,27 @@ def test_a_process_of_one_rank_listens_on_the_loopback_only() -> None:
 def test_names_are_listed_without_running_anything(tmp_path: Path) -> None:
     assert foreign.names_in(pickle.dumps(Evil(tmp_path / "mark"))) == {"posix.system"}
     assert not (tmp_path / "mark").exists()
+
+
+class _Fetched:
+    """Pickled as ``getattr(owner, name)``."""
+
+    def __init__(self, owner: Any, name: str):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def test_getattr_in_a_checkpoint_may_fetch_members_of_known_enumerations_and_nothing_else() -> None:
+    """Early Python 3.11 pickles enumerations so; elsewhere this pickle is made by hand."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    known = frozenset({"torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING", "pathlib.PosixPath"})
+    members = [_Fetched(_MEM_FORMAT_ENCODING, member.name) for member in _MEM_FORMAT_ENCODING]
+    foreign.check_pickle(pickle.dumps(members), known, "index")
+    for owner, name in ((Path.cwd().__class__, "unlink"), (_MEM_FORMAT_ENCODING, "mro"), (_MEM_FORMAT_ENCODING, "__subclasses__")):
+        with pytest.raises(CheckpointError, match="would run builtins.getattr"):
+            foreign.check_pickle(pickle.dumps([*members, _Fetched(owner, name)]), known, "index")
+    with pytest.raises(CheckpointError, match="would run .*Decimal"):
+        foreign.check_pickle(pickle.dumps([*members, Decimal(1)]), known, "index")
