@@ -17,7 +17,8 @@ from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.objective.loss import pact_loss
-from pact_nemo.objective.schedules import TraceSchedule
+from pact_nemo.objective.schedules import StepClock, TraceSchedule
+from pact_nemo.objective.surrogate import Clip
 from pact_nemo.rollouts.client import Completion
 from pact_nemo.rollouts.config import EpisodeLimits, Sampling
 from pact_nemo.rollouts.episode import SeedPath, run_episode
@@ -332,14 +333,14 @@ def test_a_cut_trace_is_taught_as_its_whole_turns_are_and_its_closing_message_in
 def test_the_loss_of_the_tree_is_that_of_separate_sequences(kind: str, anchored: bool) -> None:
     """Equation 14, token by token, each behind its own context written out."""
     chat, trace = chat_of(kind), make_trace()
-    tokens, schedule = encode_trace(trace, chat, end_of_turn=CALL), TraceSchedule(horizon=5)
+    tokens, schedule = encode_trace(trace, chat, end_of_turn=CALL), TraceSchedule(clock=StepClock(5))
     objective = ObjectiveConfig(group_size=4, anchor_prob=float(anchored), kl_coef=0.0, sft_coef=0.3)
     group = make_group(kind, tokens, objective)
     assert group.anchored == anchored and sum(bool(r.rewinds) for r in group.rollouts) >= 2
     boundary = chat.boundary_ids()
     prompt = grow_tree(group, boundary, objective, contexts=("x", "h"))
     fill_streams([prompt], objective, schedule, 1, old=[score(prompt.tree, "old")], reference=None, importance_cap=2.0)
-    total = float(pact_loss(score(prompt.tree), {k: v.double() for k, v in prompt.tree.streams.items()}, clip_low=0.2, clip_high=0.2)[0])
+    total = float(pact_loss(score(prompt.tree), {k: v.double() for k, v in prompt.tree.streams.items()}, clip=Clip(0.2, 0.2))[0])
 
     x, expected = group.rollouts[0].prompt_ids, 0.0
     privileged = [*x, *tokens.token_ids, *boundary]

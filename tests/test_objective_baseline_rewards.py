@@ -29,7 +29,8 @@ def ftrl(solved: list[list[bool]], questions: int = 2, **words: Any) -> list[flo
         ([[True, True]], {}, [4 / 3]),
         ([[True, False, False]], {}, [2 / 4]),
         ([[False]], {}, [0.0]),
-        ([[True]], {"malformed": [1]}, [2 / 3]),
+        ([[True]], {"malformed": [1]}, [1.0]),  # the published parser drops it before p is counted
+        ([[True]], {"malformed": [1], "count_malformed": True}, [2 / 3]),
         ([[]], {"malformed": [1]}, [-0.3]),
         ([[]], {"empty": [True]}, [-0.5]),
         ([[]], {}, [0.0]),
@@ -55,8 +56,9 @@ def test_a_reference_call_is_solved_once_and_in_its_own_group() -> None:
     assert solved_by_equality([call], [1], [call], [0]) == [False]
 
 
-def toolrl(predicted: list[ToolCall], reference: list[ToolCall], well_formed: bool = True) -> float:
-    return toolrl_reward(predicted, [0] * len(predicted), reference, [0] * len(reference), well_formed=well_formed)
+def toolrl(predicted: list[ToolCall], reference: list[ToolCall], well_formed: bool = True, **settings: Any) -> float:
+    settings = {"readable": True, **settings}
+    return toolrl_reward(predicted, [0] * len(predicted), reference, [0] * len(reference), well_formed=well_formed, **settings)
 
 
 def test_toolrl_by_hand() -> None:
@@ -72,19 +74,58 @@ def test_toolrl_by_hand() -> None:
     assert toolrl([f, f], [f]) == pytest.approx(1 + 6 * 3.5 / 4 - 3)
 
 
+def test_an_unreadable_call_gives_the_lowest_correctness() -> None:
+    f = ToolCall("f", {"a": 1})
+    assert toolrl([f], [f], well_formed=False, readable=False) == -3.0
+    assert toolrl([f], [f], well_formed=False, readable=False, strict=False) == pytest.approx(3.0)
+    assert toolrl([], [], well_formed=False, readable=False) == 0.0  # nothing was to be called
+    with pytest.raises(ValueError, match="matching"):
+        toolrl([f], [f], method="best")
+
+
+def some_calls(draw: random.Random) -> list[ToolCall]:
+    count = draw.randint(1, 4)
+    return [ToolCall(draw.choice("fg"), {k: draw.randint(0, 1) for k in draw.sample("abc", draw.randint(0, 3))}) for _ in range(count)]
+
+
+def test_toolrl_greedy_serves_reference_calls_in_their_order() -> None:
+    draw = random.Random(5)
+    differs = 0
+    for _ in range(300):
+        predicted, reference = some_calls(draw), some_calls(draw)
+        used: set[int] = set()
+        total = 0.0
+        for wanted in reference:
+            best, chosen = 0.0, -1
+            for index, call in enumerate(predicted):
+                if index in used or call.name != wanted.name:
+                    continue
+                a, b = set(call.arguments), set(wanted.arguments)
+                keys = 1.0 if a == b else len(a & b) / len(a | b)
+                value = keys + sum(call.arguments.get(k) == v for k, v in wanted.arguments.items())
+                if value > best:
+                    best, chosen = value, index
+            if chosen >= 0:
+                used.add(chosen)
+                total += best
+        left, right = Counter(c.name for c in predicted), Counter(c.name for c in reference)
+        names = sum((left & right).values()) / sum((left | right).values())
+        most = 1 + sum(1 + len(c.arguments) for c in reference)
+        assert toolrl(predicted, reference) == pytest.approx(1 + 6 * (names + total) / most - 3)
+        differs += toolrl(predicted, reference) < toolrl(predicted, reference, method="hungarian") - 1e-9
+        assert toolrl(predicted, reference) <= toolrl(predicted, reference, method="hungarian") + 1e-9
+    assert differs > 3
+
+
 def test_toolrl_takes_the_best_matching_of_all() -> None:
     draw = random.Random(3)
-
-    def some() -> list[ToolCall]:
-        count = draw.randint(1, 4)
-        return [ToolCall(draw.choice("fg"), {k: draw.randint(0, 1) for k in draw.sample("abc", draw.randint(0, 3))}) for _ in range(count)]
 
     def jaccard(left: list[str], right: list[str]) -> float:
         a, b = Counter(left), Counter(right)
         return sum((a & b).values()) / sum((a | b).values()) if a | b else 1.0
 
     for _ in range(200):
-        predicted, reference = some(), some()
+        predicted, reference = some_calls(draw), some_calls(draw)
         best = 0.0
         slots = [*range(len(reference)), *[None] * len(predicted)]
         for chosen in set(itertools.permutations(slots, len(predicted))):
@@ -96,7 +137,7 @@ def test_toolrl_takes_the_best_matching_of_all() -> None:
             best = max(best, total)
         names = jaccard([c.name for c in predicted], [c.name for c in reference])
         most = 1 + sum(1 + len(c.arguments) for c in reference)
-        assert toolrl(predicted, reference) == pytest.approx(1 + 6 * (names + best) / most - 3)
+        assert toolrl(predicted, reference, method="hungarian") == pytest.approx(1 + 6 * (names + best) / most - 3)
 
 
 def played(turns: list[Turn], outcome: Outcome | None, status: Any = "ok") -> Rollout:

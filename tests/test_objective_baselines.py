@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from pact_nemo.objective.baselines import chord_mu, phi_weighted_nll, shaped_off_policy
-from pact_nemo.objective.loss import pact_loss
-from pact_nemo.objective.schedules import TraceSchedule
-from pact_nemo.training.batch import PromptGroup
-from pact_nemo.training.config import ObjectiveConfig
+from pact_nemo.objective.schedules import StepClock, TraceSchedule
+from pact_nemo.training.batch import PromptGroup, loss_of
+from pact_nemo.training.config import ObjectiveConfig, load_config
 from tests.test_training_batch import TRACE, built, fake_logprob, make_groups, score
 
 TAUGHT = (0, 1, 2, 3)  # reasoning and call tokens of TRACE
 
 
-@pytest.mark.parametrize(("step", "mu"), [(0, 0.9), (5, 0.5), (10, 0.1), (50, 0.1)])
-def test_mu_goes_down_linearly_and_stays(step: int, mu: float) -> None:
-    assert chord_mu(step, 0.9, 0.1, 10) == pytest.approx(mu)
+@pytest.mark.parametrize(
+    ("step", "linear", "cosine"), [(0, 0.9, 0.9), (2, 0.74, 0.8236068), (5, 0.5, 0.5), (8, 0.26, 0.1763932), (10, 0.1, 0.1), (50, 0.1, 0.1)]
+)
+def test_mu_goes_down_and_stays(step: int, linear: float, cosine: float) -> None:
+    assert chord_mu(step, 0.9, 0.1, 10, "linear") == pytest.approx(linear)
+    assert chord_mu(step, 0.9, 0.1, 10) == pytest.approx(cosine)
+    with pytest.raises(ValueError, match="mu schedule"):
+        chord_mu(step, 0.9, 0.1, 10, "exponential")
 
 
 @pytest.mark.parametrize("wrong", [(1.1, 0.0, 5), (0.5, -0.1, 5), (0.5, 0.1, 0)])
@@ -79,6 +82,57 @@ def prompt_only_terms(group: PromptGroup, objective: ObjectiveConfig) -> tuple[f
     return rl / len(usable), kl / len(usable), len(usable)
 
 
+def test_luffy_as_its_public_code_has_it() -> None:
+    """No clip, no division by the deviation, every token over one constant length, K + 1 samples a group; written down token by token."""
+    objective = load_config(None, ["objective.method=luffy", "objective.group_size=4", "rollout.sampling.max_response_tokens=50"]).objective
+    assert (objective.clip, objective.advantage_std, objective.kl_coef, objective.constant_length) == (False, False, 0.0, 50)
+    groups = make_groups(objective)
+    expected = 0.0
+    for group in groups:
+        usable = [k for k, r in enumerate(group.rollouts) if r.status != "failed"]
+        scores = {k: group.rollouts[k].outcome.score for k in usable}  # type: ignore[union-attr]
+        samples = len(usable) + (group.trace is not None)
+        mean = (sum(scores.values()) + (group.trace is not None)) / samples
+        total = 0.0
+        for k in usable:
+            rollout = group.rollouts[k]
+            for n in np.flatnonzero(rollout.loss_mask):
+                context, token = [*rollout.prompt_ids, *rollout.token_ids[:n]], rollout.token_ids[n]
+                old, current = fake_logprob(context, token, "old"), fake_logprob(context, token)
+                total -= min(math.exp(old - rollout.sampler_logprobs[n]), 2.0) * math.exp(current - old) * (scores[k] - mean)
+        if group.trace is not None:
+            total -= sum(math.exp(v) / (math.exp(v) + 0.1) for v in trace_logprobs(group)) * (1.0 - mean)
+        expected += total / (50 * samples * len(groups))
+    trees = [p.tree for p in built(groups, objective, TraceSchedule(clock=StepClock(5)), 1)]
+    assert sum(float(loss_of(objective)(score(tree), tree.streams)[0]) for tree in trees) == pytest.approx(expected, rel=1e-6)
+
+
+def test_chord_as_its_public_code_has_it() -> None:
+    """(1 - mu) times the token mean of the surrogate plus mu times the token mean of the traces' NLL, each over its own tokens of the mini-batch."""
+    objective = load_config(None, ["objective.method=chord", "objective.group_size=4", "objective.mu_decay_steps=8"]).objective
+    groups = make_groups(objective)
+    rl, rl_tokens, sft, sft_tokens = 0.0, 0, 0.0, 0
+    for group in groups:
+        for k, rollout in enumerate(group.rollouts):
+            if rollout.status == "failed":
+                continue
+            for t, turn in enumerate(rollout.turns):
+                for n in range(turn.start, turn.end):
+                    context, token = [*rollout.prompt_ids, *rollout.token_ids[:n]], rollout.token_ids[n]
+                    old, current = fake_logprob(context, token, "old"), fake_logprob(context, token)
+                    ratio, a = math.exp(current - old), float(group.advantages[k][t])
+                    weight = min(math.exp(old - rollout.sampler_logprobs[n]), 2.0)
+                    rl -= weight * min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+                    rl_tokens += 1
+        if group.trace is not None:
+            values = trace_logprobs(group)
+            sft, sft_tokens = sft - sum(values), sft_tokens + len(values)
+    mu = 0.05 + 0.85 * (1 + math.cos(math.pi * 3 / 8)) / 2
+    trees = [p.tree for p in built(groups, objective, TraceSchedule(clock=StepClock(5)), 3)]
+    total = sum(float(loss_of(objective)(score(tree), tree.streams)[0]) for tree in trees)
+    assert total == pytest.approx((1 - mu) * rl / rl_tokens + mu * sft / sft_tokens, rel=1e-6)
+
+
 def trace_logprobs(group: PromptGroup) -> list[float]:
     x = group.rollouts[0].prompt_ids
     return [fake_logprob([*x, *TRACE.token_ids[:n]], TRACE.token_ids[n]) for n in TAUGHT]
@@ -107,6 +161,6 @@ def test_the_summed_loss_is_the_papers(method: str, step: int) -> None:
             sft = -sum(p * v for p, v in zip(phi, values, strict=True)) / len(values) if values else 0.0
             rl = (1 - mu) * rl + mu * sft
         expected += (rl + objective.kl_coef * kl) / len(groups)
-    loss_fn = partial(pact_loss, clip_low=objective.clip_low, clip_high=objective.clip_high, shaping=objective.shaping)
-    total = sum(float(loss_fn(score(p.tree), p.tree.streams)[0]) for p in built(groups, objective, TraceSchedule(horizon=5), step))
+    loss_fn = loss_of(objective)
+    total = sum(float(loss_fn(score(p.tree), p.tree.streams)[0]) for p in built(groups, objective, TraceSchedule(clock=StepClock(5)), step))
     assert total == pytest.approx(expected, rel=1e-6)

@@ -14,7 +14,8 @@ import torch
 from pact_nemo.objective.advantages import group_advantages
 from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
 from pact_nemo.objective.loss import STREAMS, pact_loss
-from pact_nemo.objective.schedules import CALL, REASONING, TraceSchedule
+from pact_nemo.objective.schedules import CALL, REASONING, StepClock, TraceSchedule
+from pact_nemo.objective.surrogate import Clip
 from pact_nemo.objective.weights import rl_weights, sft_weights
 
 K, BETA, KL, EPSILON, GAMMA, HORIZON = 4, 0.1, 0.05, 0.2, 0.9, 10
@@ -116,7 +117,7 @@ def ours(batch: list[Prompt], step: int, aggregation: str) -> float:
     usable = [[not rollout.failed for rollout in prompt.rollouts] for prompt in batch]
     counts = [[len(rollout.turn) for rollout in prompt.rollouts] for prompt in batch]
     rl = rl_weights(counts, usable, num_prompts=len(batch), aggregation=aggregation, constant_length=16)
-    schedule = TraceSchedule(horizon=HORIZON)
+    schedule = TraceSchedule(clock=StepClock(HORIZON))
     masks = [schedule.weights(np.array(p.component), np.array(p.level), np.array(p.trace_turn), step) for p in batch]
     sft = sft_weights(masks, [p.gate for p in batch], num_prompts=len(batch), beta=BETA)
     columns: dict[str, list[float]] = {name: [] for name in (*STREAMS, "old_logprobs", "logprobs")}
@@ -141,7 +142,7 @@ def ours(batch: list[Prompt], step: int, aggregation: str) -> float:
             token(logprobs=prompt.trace[n], **{"w_sft_call" if component == CALL else "w_sft_reasoning": float(sft[i][n])})
     streams = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
     logprobs = streams.pop("logprobs")
-    return pact_loss(logprobs, streams, clip_low=EPSILON, clip_high=EPSILON)[0].item()
+    return pact_loss(logprobs, streams, clip=Clip(EPSILON, EPSILON))[0].item()
 
 
 @pytest.mark.parametrize("aggregation", ["rollout-mean", "token-mean", "constant-length"])

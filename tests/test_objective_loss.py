@@ -19,10 +19,10 @@ from pact_nemo.objective.gate import anchored, uniform
 from pact_nemo.objective.kl import kl_estimate
 from pact_nemo.objective.loss import STREAMS, pact_loss
 from pact_nemo.objective.sft import token_nll
-from pact_nemo.objective.surrogate import clipped_surrogate, truncated_importance
+from pact_nemo.objective.surrogate import Clip, clipped_surrogate, truncated_importance
 from pact_nemo.objective.weights import rl_weights, sft_weights
 
-CLIP = {"clip_low": 0.2, "clip_high": 0.3}
+CLIP = {"clip": Clip(0.2, 0.3)}
 
 
 def random_case(n: int, seed: int, old: bool = True) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -178,7 +178,7 @@ def test_a_stream_of_another_shape_or_a_missing_one_is_refused() -> None:
     with pytest.raises(KeyError, match="w_kl"):
         pact_loss(logprobs, {name: stream for name, stream in streams.items() if name != "w_kl"}, **CLIP)
     with pytest.raises(ValueError, match="clip range"):
-        pact_loss(logprobs, streams, clip_low=-0.1, clip_high=0.2)
+        pact_loss(logprobs, streams, clip=Clip(-0.1, 0.2))
 
 
 def test_an_empty_micro_batch_gives_zero_attached_to_the_graph() -> None:
@@ -191,14 +191,14 @@ def test_an_empty_micro_batch_gives_zero_attached_to_the_graph() -> None:
 def test_clipping_stops_the_gradient_on_the_right_side_only() -> None:
     logprobs = torch.log(torch.tensor([1.5, 1.5, 0.5, 0.5])).requires_grad_()
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    values, clipped = clipped_surrogate(logprobs, torch.zeros(4), advantages, 0.2, 0.3)
+    values, clipped = clipped_surrogate(logprobs, torch.zeros(4), advantages, Clip(0.2, 0.3))
     assert values.tolist() == pytest.approx([-1.3, 1.5, -0.5, 0.8]) and clipped.tolist() == [True, False, False, True]
     values.sum().backward()
     assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([0.0, 1.5, -0.5, 0.0])
     old = torch.zeros(4, requires_grad=True)  # pi_old is a constant even when it comes with a graph
-    values, _ = clipped_surrogate(logprobs.detach(), old, advantages, 0.2, 0.3)
+    values, _ = clipped_surrogate(logprobs.detach(), old, advantages, Clip(0.2, 0.3))
     assert not values.requires_grad
-    wild, _ = clipped_surrogate(torch.tensor([0.0]), torch.tensor([-1e4]), torch.tensor([-1.0]), 0.2, 0.2)
+    wild, _ = clipped_surrogate(torch.tensor([0.0]), torch.tensor([-1e4]), torch.tensor([-1.0]), Clip(0.2, 0.2))
     assert torch.isfinite(wild).all()
 
 
@@ -240,9 +240,9 @@ def test_surrogate_gradients_equal_finite_differences() -> None:
     smooth = ((ratio - 0.8).abs() > 1e-4) & ((ratio - 1.3).abs() > 1e-4)  # a kink has no derivative to compare with
     assert smooth.sum() > 35
     assert torch.autograd.gradcheck(
-        lambda lp: clipped_surrogate(lp, old[smooth], advantages[smooth], 0.2, 0.3)[0], (current[smooth].requires_grad_(),)
+        lambda lp: clipped_surrogate(lp, old[smooth], advantages[smooth], Clip(0.2, 0.3))[0], (current[smooth].requires_grad_(),)
     )
-    _, clipped = clipped_surrogate(current, old, advantages, 0.2, 0.3)
+    _, clipped = clipped_surrogate(current, old, advantages, Clip(0.2, 0.3))
     naive = [(r > 1.3 and a > 0) or (r < 0.8 and a < 0) for r, a in zip(ratio.tolist(), advantages.tolist(), strict=True)]
     assert clipped.tolist() == naive and 0 < sum(naive) < 40
 
@@ -338,3 +338,64 @@ def test_the_package_imports_nothing_of_ours() -> None:
                 names = [node.module or ""]
             for name in names:
                 assert name.startswith("pact_nemo.objective.") or name.split(".")[0] in allowed, f"{file.name} imports {name}"
+
+
+@pytest.mark.parametrize("dual", [1.5, 3.0])
+def test_dual_clip_bounds_the_loss_of_bad_tokens_only(dual: float) -> None:
+    g = torch.Generator().manual_seed(8)
+    old = -torch.rand(200, generator=g, dtype=torch.float64) * 3
+    current = (old + torch.randn(200, generator=g, dtype=torch.float64)).requires_grad_()
+    advantages = torch.randn(200, generator=g, dtype=torch.float64)
+    values, stopped = clipped_surrogate(current, old, advantages, Clip(0.2, 0.3, dual))
+    (slope,) = torch.autograd.grad(values.sum(), current)
+    seen = 0
+    ratios = (current.detach() - old).exp().tolist()
+    for n, (r, a) in enumerate(zip(ratios, advantages.tolist(), strict=True)):
+        plain = max(-a * r, -a * min(max(r, 0.8), 1.3))
+        expected = min(-a * dual, plain) if a < 0 else plain  # as verl writes it
+        assert values[n].item() == pytest.approx(expected, rel=1e-12)
+        flat = (a < 0 and (r < 0.8 or r > dual)) or (a > 0 and r > 1.3)
+        assert bool(stopped[n]) == flat and float(slope[n]) == pytest.approx(0.0 if flat else -a * r, rel=1e-12)
+        seen += a < 0 and r > dual
+    assert seen > 2
+
+
+def test_without_a_clip_range_the_surrogate_is_the_importance_weighted_advantage() -> None:
+    logprobs, streams = random_case(40, 12)
+    logprobs.requires_grad_()
+    values, stopped = clipped_surrogate(logprobs, streams["old_logprobs"], streams["advantages"], Clip(None, None))
+    expected = -(logprobs - streams["old_logprobs"]).exp() * streams["advantages"]
+    torch.testing.assert_close(values, expected, rtol=1e-14, atol=0)
+    assert not stopped.any()
+
+
+@pytest.mark.parametrize("wrong", [(0.2, None), (None, 0.2), (0.2, 0.3, 1.3), (None, None, 1.0), (1.5, 0.2)])
+def test_a_clip_range_that_is_none_is_refused(wrong: tuple[float | None, ...]) -> None:
+    with pytest.raises(ValueError, match="clip"):
+        Clip(*wrong)
+
+
+def test_the_entropy_bonus_is_weighted_masked_and_finite_differenced() -> None:
+    logprobs, streams = random_case(24, 21)
+    streams["w_entropy"] = 0.1 * (torch.arange(24) % 3 != 0).double()
+    streams["entropy"] = torch.rand(24, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 4
+    loss, metrics = pact_loss(logprobs, streams, **CLIP)
+    bonus = sum(float(w) * float(h) for w, h in zip(streams["w_entropy"], streams["entropy"], strict=True))
+    assert float(metrics["loss/entropy"]) == pytest.approx(-bonus) and float(metrics["tokens/entropy"]) == 16
+    without = {name: value for name, value in streams.items() if name not in ("w_entropy", "entropy")}
+    assert float(loss) == pytest.approx(float(pact_loss(logprobs, without, **CLIP)[0]) - bonus, rel=1e-12)
+    entropy = streams["entropy"].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda h: pact_loss(logprobs, {**streams, "entropy": h}, **CLIP)[0], (entropy,))
+    streams["entropy"][0], streams["entropy"][1] = math.nan, math.inf  # of weight 0, of weight 0.1
+    named = pact_loss(logprobs, streams, **CLIP)[1]
+    assert float(named["nonfinite/entropy"]) == 1.0 and math.isinf(float(named["loss/entropy"]))
+    with pytest.raises(KeyError, match="entropy"):
+        pact_loss(logprobs, {name: value for name, value in streams.items() if name != "entropy"}, **CLIP)
+
+
+def test_sft_tokens_can_share_one_denominator_over_the_mini_batch() -> None:
+    masks = [np.array([1.0, 0.5, 0.0]), np.array([1.0]), np.array([2.0]), np.zeros(2), np.zeros(0)]
+    found = sft_weights(masks, [False, False, True, False, True], num_prompts=5, beta=0.4, aggregation="token-mean")
+    assert [row.tolist() for row in found] == [pytest.approx([0.16, 0.08, 0.0]), pytest.approx([0.16]), [0.0], [0.0, 0.0], []]
+    with pytest.raises(ValueError, match="SFT aggregation"):
+        sft_weights(masks, [False] * 5, num_prompts=5, beta=0.4, aggregation="mean")

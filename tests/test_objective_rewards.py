@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pact_nemo.objective.advantages import group_advantages, normalise, returns_to_go
+from pact_nemo.objective.advantages import Normalisation, group_advantages, returns_to_go
 from pact_nemo.objective.rewards import assign, call_similarity, match_calls, turn_rewards, values_equal
 
 
@@ -141,7 +141,7 @@ def test_turn_rewards_by_hand() -> None:
 
 def test_advantages_by_hand() -> None:
     rewards = [np.array([1.0, 0.0]), np.array([0.0, 1.0]), np.array([0.0])]
-    result = group_advantages(rewards, gamma=0.5, eps=0.0)
+    result = group_advantages(rewards, gamma=0.5, normalise=Normalisation(0.0))
     # totals 1, 1, 0: mean 2/3, sample std 1/sqrt(3)
     std = math.sqrt(1 / 3)
     assert result.trajectory == pytest.approx([(1 / 3) / std, (1 / 3) / std, (-2 / 3) / std])
@@ -149,16 +149,16 @@ def test_advantages_by_hand() -> None:
     assert [t[0] for t in result.turn] == pytest.approx([1.0, 0.0, -1.0])
     assert [result.turn[0][1], result.turn[1][1]] == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)])
     assert result.combined[0] == pytest.approx(result.trajectory[0] + result.turn[0])
-    halved = group_advantages(rewards, gamma=0.5, eps=0.0, combine="mean")
+    halved = group_advantages(rewards, gamma=0.5, normalise=Normalisation(0.0), combine="mean")
     assert halved.combined[1] == pytest.approx(result.combined[1] / 2)
     assert group_advantages(rewards, turn_level=False).combined[2] == pytest.approx(group_advantages(rewards).trajectory[2:3])
 
 
 def test_equal_rewards_lone_turns_and_failed_rollouts_carry_nothing() -> None:
     # 0.1 three times has a mean of 0.10000000000000002: without care, and without eps, that noise becomes an advantage of order 1
-    same = group_advantages([np.array([0.1])] * 3, eps=0.0)
+    same = group_advantages([np.array([0.1])] * 3, normalise=Normalisation(0.0))
     assert [a.tolist() for a in same.combined] == [[0.0]] * 3
-    lone = group_advantages([np.array([1.0, 5.0]), np.array([0.0])], eps=0.0)
+    lone = group_advantages([np.array([1.0, 5.0]), np.array([0.0])], normalise=Normalisation(0.0))
     assert lone.turn[0][1] == 0.0
     kept = group_advantages([np.array([1.0]), np.array([0.0])])
     with_failed = group_advantages([np.array([1.0]), np.array([99.0]), np.array([0.0])], mask=[True, False, True])
@@ -170,12 +170,12 @@ def test_equal_rewards_lone_turns_and_failed_rollouts_carry_nothing() -> None:
 
 def test_standard_deviation_is_the_sample_one_unless_told() -> None:
     rewards = [np.array([r]) for r in (3.0, 1.0, 1.0, 3.0)]
-    assert group_advantages(rewards, eps=0.0).trajectory == pytest.approx(np.array([1, -1, -1, 1]) * math.sqrt(3 / 4))
-    assert group_advantages(rewards, eps=0.0, ddof=0).trajectory == pytest.approx([1, -1, -1, 1])
+    assert group_advantages(rewards, normalise=Normalisation(0.0)).trajectory == pytest.approx(np.array([1, -1, -1, 1]) * math.sqrt(3 / 4))
+    assert group_advantages(rewards, normalise=Normalisation(0.0, ddof=0)).trajectory == pytest.approx([1, -1, -1, 1])
     values = torch.tensor([0.3, 1.9, -0.4, 0.0], dtype=torch.float64)
-    assert normalise(values.numpy(), 1e-6) == pytest.approx(((values - values.mean()) / (values.std() + 1e-6)).numpy())
+    assert Normalisation()(values.numpy()) == pytest.approx(((values - values.mean()) / (values.std() + 1e-6)).numpy())
     with pytest.raises(ValueError, match="ddof"):
-        group_advantages(rewards, ddof=2)
+        Normalisation(ddof=2)
 
 
 def test_groups_without_two_living_rollouts_have_no_advantage() -> None:
@@ -194,7 +194,7 @@ def test_groups_without_two_living_rollouts_have_no_advantage() -> None:
 @given(st.lists(st.lists(st.floats(-2, 2), min_size=1, max_size=5), min_size=2, max_size=6), st.floats(0, 1))
 def test_advantages_equal_a_naive_double_loop(rows: list[list[float]], gamma: float) -> None:
     rewards = [np.array(r) for r in rows]
-    result = group_advantages(rewards, gamma=gamma, eps=1e-3)
+    result = group_advantages(rewards, gamma=gamma, normalise=Normalisation(1e-3))
     for k, row in enumerate(rows):
         for t in range(len(row)):
             def to_go(r: list[float], t: int = t) -> float:
@@ -206,4 +206,25 @@ def test_advantages_equal_a_naive_double_loop(rows: list[list[float]], gamma: fl
             spread = math.sqrt(sum((p - mean) ** 2 for p in peers) / max(len(peers) - 1, 1))
             expected = 0.0 if len(set(peers)) == 1 else (returns_to_go(rewards[k], gamma)[t] - mean) / (spread + 1e-3)
             assert result.turn[k][t] == pytest.approx(expected, abs=1e-9)
-    assert normalise(np.array([3.0]), 1e-6).tolist() == [0.0]
+    assert Normalisation()(np.array([3.0])).tolist() == [0.0]
+
+
+def test_a_floor_keeps_a_tiny_deviation_from_being_blown_up() -> None:
+    near = np.array([0.5, 0.5 + 1e-7, 0.5, 0.5])
+    assert np.abs(Normalisation(0.0)(near)).max() > 1.0  # a ten-millionth of a reward, as loud as a whole one
+    floored = Normalisation(1e-6, std_floor=0.05)(near)
+    assert np.abs(floored).max() < 2e-6 and floored.argmax() == 1
+    far = np.array([0.0, 1.0, 0.0, 1.0])
+    assert np.array_equal(Normalisation(std_floor=0.05)(far), Normalisation()(far))  # nothing changes above the floor
+    edge = np.array([0.0, 0.1])  # std 0.0707: the advantage is continuous in the floor
+    below, above = Normalisation(0.0, std_floor=0.0707106)(edge), Normalisation(0.0, std_floor=0.0707107)(edge)
+    assert below == pytest.approx(above, rel=1e-5)
+    with pytest.raises(ValueError, match="std_floor"):
+        Normalisation(std_floor=-1.0)
+
+
+def test_without_division_advantages_are_differences_from_the_mean() -> None:
+    rewards = [np.array([1.0]), np.array([0.0]), np.array([0.25, 0.25])]
+    result = group_advantages(rewards, turn_level=False, normalise=Normalisation(divide=False))
+    assert result.trajectory == pytest.approx([0.5, -0.5, 0.0])
+    assert group_advantages([np.array([3.0])] * 3, normalise=Normalisation(divide=False)).trajectory.tolist() == [0.0] * 3

@@ -18,6 +18,7 @@ from pact_nemo.objective.schedules import (
     REASONING,
     REASONING_SCHEDULES,
     AnnealState,
+    StepClock,
     TraceSchedule,
 )
 
@@ -27,18 +28,18 @@ TURN = np.array([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1])
 
 
 def weights(step: int, **kwargs: object) -> list[float]:
-    return TraceSchedule(horizon=10, **kwargs).weights(COMPONENT, LEVEL, TURN, step).round(6).tolist()  # type: ignore[arg-type]
+    return TraceSchedule(clock=StepClock(10), **kwargs).weights(COMPONENT, LEVEL, TURN, step).round(6).tolist()  # type: ignore[arg-type]
 
 
 def test_levels_fall_in_five_equal_stretches() -> None:
-    assert [TraceSchedule(horizon=10).level(s) for s in range(13)] == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0, 0, 0, 0]
-    assert [TraceSchedule(horizon=24).level(s) for s in (0, 4, 5, 9, 10, 14, 15, 19, 20, 23)] == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
-    assert [TraceSchedule(horizon=24, reasoning=r).level(23) for r in ("none", "fixed", "token", "whole_trace_token")] == [-1, 4, 4, 4]
-    assert [TraceSchedule(horizon=3).level(s) for s in range(4)] == [4, 3, 1, 0]
+    assert [TraceSchedule(clock=StepClock(10)).level(s) for s in range(13)] == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0, 0, 0, 0]
+    assert [TraceSchedule(clock=StepClock(24)).level(s) for s in (0, 4, 5, 9, 10, 14, 15, 19, 20, 23)] == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
+    assert [TraceSchedule(clock=StepClock(24), reasoning=r).level(23) for r in ("none", "fixed", "token", "whole_trace_token")] == [-1, 4, 4, 4]
+    assert [TraceSchedule(clock=StepClock(3)).level(s) for s in range(4)] == [4, 3, 1, 0]
 
 
 def test_call_weight_is_equation_11() -> None:
-    schedule = TraceSchedule(horizon=10)
+    schedule = TraceSchedule(clock=StepClock(10))
     assert [schedule.call_weight(s) for s in (0, 5, 10, 99)] == pytest.approx([0.8, 0.5, 0.2, 0.2])
 
 
@@ -69,7 +70,7 @@ def test_whole_trace_annealing_ignores_the_cut_of_calls_by_turn() -> None:
 
 @pytest.mark.parametrize("horizon", [1, 2, 3, 4, 5, 7, 10, 24, 25, 49, 93, 100, 999, 1000])
 def test_levels_change_exactly_at_fifths_of_any_horizon(horizon: int) -> None:
-    schedule = TraceSchedule(horizon=horizon)
+    schedule = TraceSchedule(clock=StepClock(horizon))
     for step in range(horizon + 3):
         done = Fraction(min(step, horizon), horizon)
         boundaries_passed = sum(done >= Fraction(k, 5) for k in (1, 2, 3, 4))
@@ -80,7 +81,7 @@ def test_levels_change_exactly_at_fifths_of_any_horizon(horizon: int) -> None:
 @given(st.integers(1, 5000), st.integers(0, 6000), st.integers(0, 20_000))
 def test_kept_tokens_equal_exact_arithmetic(horizon: int, step: int, count: int) -> None:
     exact = math.ceil((1 - Fraction(min(step, horizon), horizon)) * count)
-    assert TraceSchedule(horizon=horizon).state(step).kept(count) == exact
+    assert TraceSchedule(clock=StepClock(horizon)).state(step).kept(count) == exact
 
 
 @settings(max_examples=100, deadline=None)
@@ -119,7 +120,7 @@ def test_weights_equal_a_naive_loop(reasoning: str, call: str, tokens: list[tupl
             expected.append(0.7)
         else:
             expected.append(0.0)
-    schedule = TraceSchedule(reasoning, call, 0.7, 2, 0.9, 0.3, horizon=10)
+    schedule = TraceSchedule(reasoning, call, 0.7, 2, 0.9, 0.3, clock=StepClock(10))
     kinds, lowest_levels, turns = [np.array([token[i] for token in tokens], dtype=int) for i in range(3)]
     assert schedule.weights(kinds, lowest_levels, turns, step).tolist() == pytest.approx(expected)
 
@@ -138,16 +139,28 @@ def test_annealing_state() -> None:
     [
         ({"reasoning": "sentence"}, "sentence"),
         ({"call": "segment"}, "segment"),
-        ({"horizon": 0}, "horizon"),
         ({"fixed_level": 5}, "fixed_level"),
         ({"call_end": -0.1}, "call_end"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, object], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        TraceSchedule(**{"horizon": 10, **wrong})  # type: ignore[arg-type]
+        TraceSchedule(**{"clock": StepClock(10), **wrong})  # type: ignore[arg-type]
 
 
 def test_arrays_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
-        TraceSchedule(horizon=10).weights(COMPONENT, LEVEL[:-1], TURN, 0)
+        TraceSchedule(clock=StepClock(10)).weights(COMPONENT, LEVEL[:-1], TURN, 0)
+
+
+def test_a_horizon_that_nobody_set_stays_that_of_the_checkpoint() -> None:
+    before, longer, told = StepClock(4, given=False), StepClock(8, given=False), StepClock(8)
+    for clock in (longer, told):
+        clock.load(before.state())
+        clock.observe(1.0, 0.0)  # only the step counts
+    assert longer.progress(2) == 0.5 and longer.progress(7) == 1.0
+    assert told.progress(2) == 0.25
+    with pytest.raises(ValueError, match="horizon is 0"):
+        StepClock(0)
+    with pytest.raises(ValueError, match="'adaptive'"):
+        told.load({"kind": "adaptive", "value": 0.5})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pact_nemo.policy.heads import vocab_parallel_logprobs
+from pact_nemo.policy.heads import vocab_parallel_logprobs, vocab_parallel_logprobs_and_entropies
 
 
 def inputs(rows: int = 11, hidden: int = 6, vocab: int = 17, padded: int = 20, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -89,12 +89,55 @@ def test_bf16_inputs_give_float32_logprobs() -> None:
         torch.testing.assert_close(got.float(), want.float(), rtol=0.05, atol=0.05)
 
 
-def test_entropy() -> None:
+@pytest.mark.parametrize("chunk", [1, 4, 5, 100])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_entropies_and_their_gradients_equal_log_softmax_of_the_true_vocabulary(chunk: int, per_token: bool) -> None:
     h, w, target = inputs()
-    entropy = torch.zeros(11, dtype=torch.float64)
-    vocab_parallel_logprobs(h, w, target, vocab_size=17, chunk=4, entropy_S=entropy)
-    expected = torch.distributions.Categorical(logits=(h @ w[:17].t()).detach()).entropy()
-    torch.testing.assert_close(entropy, expected, rtol=0, atol=1e-12)
+    temperature = torch.linspace(0.5, 2.0, 11, dtype=torch.float64) if per_token else 0.7
+    divisor = temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature
+    g, e = torch.linspace(-2, 3, 11, dtype=torch.float64), torch.linspace(1, -1.5, 11, dtype=torch.float64)
+    logprobs, entropy = vocab_parallel_logprobs_and_entropies(h, w, target, vocab_size=17, chunk=chunk, temperature=temperature)
+    log_p = (h @ w[:17].t() / divisor).log_softmax(-1)
+    expected, expected_entropy = log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    assert entropy is not None
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=1e-12)
+    for ours, wanted in (
+        ((logprobs * g).sum(), (expected * g).sum()),  # first: it may use what the forward pass left of the last chunk
+        ((entropy * e).sum(), (expected_entropy * e).sum()),
+        ((logprobs * g + entropy * e).sum(), (expected * g + expected_entropy * e).sum()),
+    ):
+        got = torch.autograd.grad(ours, (h, w), retain_graph=True)
+        for one, other in zip(got, torch.autograd.grad(wanted, (h, w), retain_graph=True), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_gradcheck_of_both_by_finite_differences() -> None:
+    h, w, target = inputs(rows=5, hidden=3, vocab=7, padded=8)
+    temperature = torch.tensor([1.0, 0.5, 1.0, 2.0, 1.3], dtype=torch.float64)
+
+    def both(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = vocab_parallel_logprobs_and_entropies(a, b, target, vocab_size=7, chunk=2, temperature=temperature)
+        assert found[1] is not None
+        return found[0], found[1]
+
+    assert torch.autograd.gradcheck(both, (h, w))
+
+
+def test_entropies_change_no_bit_of_log_probs_and_gradients() -> None:
+    h, w, target = inputs(dtype=torch.float32)
+    plain = vocab_parallel_logprobs(h, w, target, vocab_size=17, chunk=4)
+    beside, _ = vocab_parallel_logprobs_and_entropies(h, w, target, vocab_size=17, chunk=4)
+    assert torch.equal(plain, beside)
+    for got, want in zip(torch.autograd.grad(beside.sum(), (h, w)), torch.autograd.grad(plain.sum(), (h, w)), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_entropies_of_extreme_logits_are_finite_and_so_are_their_gradients() -> None:
+    h, w, target = inputs(dtype=torch.float32)
+    logprobs, entropy = vocab_parallel_logprobs_and_entropies(h * 1e4, w, target, vocab_size=17, chunk=4)
+    assert entropy is not None and entropy.isfinite().all() and entropy.min() > -1e-6
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad((entropy + logprobs).sum(), (h, w)))
 
 
 def test_no_scored_rows() -> None:
@@ -124,4 +167,14 @@ def test_never_more_logits_than_one_chunk() -> None:
     h, w, target = inputs(rows=rows, hidden=4, vocab=vocab, padded=vocab, dtype=torch.float32)
     with LargestTensor() as largest:
         vocab_parallel_logprobs(h, w, target, vocab_size=vocab, chunk=chunk).sum().backward()
+    assert largest.elements == chunk * vocab
+
+
+def test_entropies_with_gradient_take_no_tensor_larger_than_a_chunk() -> None:
+    rows, vocab, chunk = 64, 500, 8
+    h, w, target = inputs(rows=rows, hidden=4, vocab=vocab, padded=vocab, dtype=torch.float32)
+    with LargestTensor() as largest:
+        logprobs, entropy = vocab_parallel_logprobs_and_entropies(h, w, target, vocab_size=vocab, chunk=chunk)
+        assert entropy is not None
+        (logprobs + entropy).sum().backward()
     assert largest.elements == chunk * vocab

@@ -229,11 +229,14 @@ def test_an_update_without_tokens_leaves_a_zero_loss_and_gradient(models: Callab
 def test_temperature_and_entropy(models: Callable[[str], Path]) -> None:
     policy = build(models("llama"), policy={"trainable": False})
     ids = [3, 1, 4, 1, 5, 9]
-    tree = TokenTree([Segment(ids, -1, [False] + [True] * 5)])
+    temperatures = torch.tensor([0.5, 1.0, 2.0, 1.0, 0.7])  # of each scored token
+    segments = [Segment(ids[:3], -1, [False, True, True]), Segment(ids[3:], 0, [True] * 3)]
     with torch.no_grad():
         logits = load_hf(models("llama"))(torch.tensor([ids])).logits[0, :-1]
-    logprobs, entropies = policy.logprobs_and_entropies([tree], temperature=0.5)
-    distribution = torch.distributions.Categorical(logits=logits / 0.5)
+    logprobs, entropies = policy.logprobs_and_entropies([TokenTree(segments, temperatures=temperatures), TokenTree(segments)])
+    plain = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(logprobs[1], plain.log_prob(torch.tensor(ids[1:])), rtol=0, atol=1e-5)  # 1 where a tree says nothing
+    distribution = torch.distributions.Categorical(logits=logits / temperatures[:, None])
     torch.testing.assert_close(logprobs[0], distribution.log_prob(torch.tensor(ids[1:])), rtol=0, atol=1e-5)
     torch.testing.assert_close(entropies[0], distribution.entropy(), rtol=0, atol=1e-5)
 

@@ -99,7 +99,8 @@ def test_a_layout_gives_the_same_step(family: str, layout: str, results: dict[st
         assert got["metrics"] == pytest.approx(want["metrics"], rel=1e-5, abs=1e-6)
         torch.testing.assert_close(flat(got["logprobs"]), flat(want["logprobs"]), rtol=0, atol=1e-5)
     terms = reference[5]["metrics"]
-    assert all(terms[f"loss/{name}"] != 0 for name in ("rl_x", "rl_h", "sft_reasoning", "sft_call", "kl")) and terms["clip/h"] > 0
+    assert all(terms[f"loss/{name}"] != 0 for name in ("rl_x", "rl_h", "sft_reasoning", "sft_call", "kl", "entropy")) and terms["clip/h"] > 0
+    torch.testing.assert_close(flat(ours[5]["entropies"]), flat(reference[5]["entropies"]), rtol=0, atol=1e-5)
     base: Path = results["base"]
     trained, expected = (load_file(base / f"trained-{family}-{name}" / "model.safetensors") for name in (layout, "one"))
     initial = load_file(base / family / "model.safetensors")

@@ -143,12 +143,12 @@ def test_a_trace_that_is_beaten_time_and_again_loses_its_weight() -> None:
 
 
 def test_the_weight_scales_the_sft_term_and_nothing_else() -> None:
-    from pact_nemo.objective.schedules import TraceSchedule
+    from pact_nemo.objective.schedules import StepClock, TraceSchedule
     from pact_nemo.training.config import ObjectiveConfig
     from tests.test_training_batch import built, make_groups
 
     objective = ObjectiveConfig(anchor_prob=0.0, group_size=3)
-    schedule = TraceSchedule(horizon=10)
+    schedule = TraceSchedule(clock=StepClock(10))
     plain = built(make_groups(objective), objective, schedule, 2)
     groups = make_groups(objective)
     for group in groups:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,11 @@ import torch
 
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.objective.gate import anchored
-from pact_nemo.objective.loss import pact_loss
-from pact_nemo.objective.schedules import TraceSchedule
+from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.traces.spans import CALL, OBSERVATION, OTHER, REASONING, TraceTokens
-from pact_nemo.training.batch import PromptGroup, PromptTree, contexts_needed, fill_streams, form_group, grow_tree
+from pact_nemo.training.batch import PromptGroup, PromptTree, contexts_needed, fill_streams, form_group, grow_tree, loss_of, set_temperature
 from pact_nemo.training.config import ObjectiveConfig
 from pact_nemo.training.data import prompts_of_step
 from pact_nemo.training.loop import spread
@@ -135,9 +133,9 @@ def built(groups: list[PromptGroup], objective: ObjectiveConfig, schedule: Trace
 @pytest.mark.parametrize("step", [0, 2, 4])
 def test_the_summed_loss_is_equation_14(q: float, step: int) -> None:
     objective = ObjectiveConfig(group_size=4, anchor_prob=q, kl_coef=0.01, sft_coef=0.3)
-    schedule = TraceSchedule(horizon=5)
+    schedule = TraceSchedule(clock=StepClock(5))
     groups = make_groups(objective)
-    loss_fn = partial(pact_loss, clip_low=objective.clip_low, clip_high=objective.clip_high)
+    loss_fn = loss_of(objective)
     total = sum(float(loss_fn(score(p.tree), p.tree.streams)[0]) for p in built(groups, objective, schedule, step))
     assert total == pytest.approx(naive_loss(groups, objective, schedule, step), rel=1e-6)  # streams are stored in float32
 
@@ -187,7 +185,7 @@ def test_failed_rollouts_are_in_no_tree_and_carry_no_advantage() -> None:
 
 def test_a_prompt_whose_rollouts_all_failed_still_teaches_its_trace_and_counts() -> None:
     objective = ObjectiveConfig(group_size=4, anchor_prob=0.0)
-    schedule = TraceSchedule(horizon=5)
+    schedule = TraceSchedule(clock=StepClock(5))
     groups = make_groups(objective)
     lost = next(group for group in groups if not group.anchored and group.trace is not None)
     for rollout in lost.rollouts:
@@ -204,7 +202,7 @@ def test_a_prompt_whose_rollouts_all_failed_still_teaches_its_trace_and_counts()
 
 def test_trace_conditioned_and_prompt_only_share_tokens_and_advantages() -> None:
     objective = ObjectiveConfig(group_size=4, anchor_prob=0.0)
-    prompts = built(make_groups(objective), objective, TraceSchedule(horizon=5), 0)
+    prompts = built(make_groups(objective), objective, TraceSchedule(clock=StepClock(5)), 0)
     for prompt in prompts[:3]:
         for k in range(3):
             x, h = (slice(*prompt.spans[(c, k)]) for c in ("x", "h"))
@@ -219,3 +217,27 @@ def test_prompt_order_is_a_function_of_seed_and_step_and_visits_all() -> None:
     assert {t.id for step in range(40) for t in prompts_of_step(tasks, step, 4, seed=3)} == {t.id for t in tasks}
     assert seen[8:12] == [t.id for t in prompts_of_step(tasks, 2, 4, seed=3)]
     assert seen != [t.id for step in range(5) for t in prompts_of_step(tasks, step, 4, seed=4)]
+
+
+def test_rollouts_are_scored_at_the_sampling_temperature_and_the_trace_at_one() -> None:
+    for method, trace in (("pact", 1.0), ("chord", 1.0), ("luffy", 0.7)):  # LUFFY's trace is a sample of its group
+        objective = ObjectiveConfig(method=method, group_size=4, anchor_prob=0.0)
+        prompts = built(make_groups(objective), objective, TraceSchedule(clock=StepClock(5)), 0)
+        set_temperature(prompts, objective, 1.0)
+        assert all(prompt.tree.temperatures is None for prompt in prompts)
+        set_temperature(prompts, objective, 0.7)
+        for prompt in prompts:
+            assert prompt.tree.temperatures is not None and len(prompt.tree.temperatures) == prompt.tree.num_scored
+            for (context, _), (start, end) in prompt.spans.items():
+                expected = trace if context == "sft" else 0.7
+                assert torch.equal(prompt.tree.temperatures[start:end], torch.full((end - start,), expected)), (method, context)
+
+
+def test_the_entropy_bonus_is_on_policy_tokens_under_the_prompt_with_the_weights_of_the_kl_term() -> None:
+    objective = ObjectiveConfig(group_size=4, anchor_prob=0.5, kl_coef=0.01, entropy_coef=0.02)
+    conditioned = make_groups(ObjectiveConfig(group_size=4, anchor_prob=0.0))[0]
+    assert contexts_needed(conditioned, ObjectiveConfig(entropy_coef=0.02, kl_coef=0.0), diagnostics=False) == ["x", "h"]
+    for prompt in built(make_groups(objective), objective, TraceSchedule(clock=StepClock(5)), 0):
+        streams = prompt.tree.streams
+        torch.testing.assert_close(streams["w_entropy"], 2.0 * streams["w_kl"], rtol=1e-6, atol=0)
+        assert bool((streams["w_entropy"] != 0).any())

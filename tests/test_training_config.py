@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from pact_nemo.errors import ConfigError
+from pact_nemo.objective.methods import METHODS
 from pact_nemo.training import workspace
 from pact_nemo.training.config import Config, load_config, settled, steps_of, to_yaml
 from pact_nemo.training.data import prompts_of_step
@@ -74,6 +76,16 @@ def test_overrides_win_over_yaml_and_parents_lose_to_children(tmp_path: Path) ->
         (["traces.components=[answers]"], "traces.components"),
         (["tasks.max_calls=2"], "tasks.max_calls"),
         (["rollout.sampling.top_p=0.9"], "top_p"),
+        (["rollout.sampling.top_p=0.9", "rollout.importance=off"], "top_p"),
+        (["rollout.sampling.temperature=0"], "rollout.sampling.temperature"),
+        (["rollout.sampling.temperature=-0.5"], "rollout.sampling.temperature"),
+        (["objective.dual_clip=1.1"], "objective.dual_clip"),
+        (["objective.advantage_std_floor=-1"], "objective.advantage_std_floor"),
+        (["objective.advantage_std=false", "objective.advantage_std_floor=0.1"], "objective.advantage_std"),
+        (["objective.entropy_coef=-0.1"], "objective.entropy_coef"),
+        (["objective.mu_schedule=step"], "objective.mu_schedule"),
+        (["objective.sft_aggregation=sum"], "objective.sft_aggregation"),
+        (["objective.constant_length=0"], "objective.constant_length"),
         (["objective.schedule.call=segment"], "objective.schedule.call"),
         (["trainer.steps"], "trainer.steps"),
         (["trainer.steps=5", "trainer.epochs=3"], "trainer.steps=5 and trainer.epochs=3"),
@@ -123,6 +135,32 @@ def test_an_epoch_is_the_batches_it_fills() -> None:
         steps_of(paper, 255)
 
 
+def test_naming_a_method_brings_its_own_defaults_and_what_is_said_beside_it_wins(tmp_path: Path) -> None:
+    plain = load_config()
+    luffy = load_config(None, ["objective.method=luffy"]).objective
+    assert {name: getattr(luffy, name) for name in METHODS["luffy"].defaults} == METHODS["luffy"].defaults
+    assert (plain.objective.clip, plain.objective.kl_coef, plain.objective.aggregation) == (True, 0.001, "rollout-mean")
+    for words in (["objective.kl_coef=0.5", "objective.method=luffy"], ["objective.method=luffy", "objective.kl_coef=0.5"]):
+        assert load_config(None, words).objective.kl_coef == 0.5  # the order of words says nothing
+    parent = tmp_path / "parent.yaml"
+    parent.write_text("objective: {kl_coef: 0.25}\n")
+    child = tmp_path / "child.yaml"
+    child.write_text("defaults: [parent.yaml]\nobjective: {method: luffy}\n")
+    assert load_config(child).objective.kl_coef == 0.25 and load_config(child).objective.clip is False
+    # a finished run's file, whose every setting is spelled out, trained with another method: that method's defaults, not the old one's
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(to_yaml(load_config(child)))
+    assert load_config(saved) == load_config(child) == load_config(saved, ["objective.method=luffy"])
+    assert load_config(saved, ["objective.method=pact"]).objective == dataclasses.replace(plain.objective, kl_coef=0.001)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_default_of_a_method_is_a_setting_that_passes_validation(method: str) -> None:
+    words = [f"objective.method={method}", *(["trainer.steps=0", "warmup.steps=1"] if method == "sft" else [])]
+    objective = load_config(None, words).objective
+    assert {name: getattr(objective, name) for name in METHODS[method].defaults} == METHODS[method].defaults
+
+
 def test_missing_file_list_file_and_circle(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(tmp_path / "none.yaml")
@@ -141,6 +179,21 @@ def test_replay_from_latest_means_the_run_that_was_the_latest(tmp_path: Path) ->
     assert (tmp_path / "latest").resolve() == second.folder.resolve()
     assert again.trainer.replay == str(first.folder.resolve()) != str(second.folder.resolve())
     assert load_config(second.config).trainer.replay == again.trainer.replay
+
+
+def test_rollouts_that_were_sampled_at_another_temperature_are_not_replayed(tmp_path: Path) -> None:
+    first = workspace.create(load_config(None, [f"run.root={tmp_path}", "rollout.sampling.temperature=0.7"]))
+    workspace.check_replay(load_config(None, [f"trainer.replay={first.folder}", "rollout.sampling.temperature=0.7"]))
+    with pytest.raises(ConfigError, match="rollout.sampling.temperature=0.7"):
+        workspace.check_replay(load_config(None, [f"trainer.replay={first.folder}"]))
+    workspace.check_replay(load_config(None, [f"trainer.replay={tmp_path / 'made_elsewhere'}"]))  # dumps without a config say nothing of it
+
+
+@pytest.mark.parametrize("word", ["--generation-config=auto", "--override_generation_config", "--logprobs-mode=raw_logprobs", "--hf-overrides"])
+def test_words_that_change_what_the_server_samples_are_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match="rollout.server.extra_args"):
+        load_config(None, [f"rollout.server.extra_args=['{word}']"])
+    assert load_config(None, ["rollout.server.extra_args=['--max-num-seqs=2']"]).rollout.server.extra_args == ["--max-num-seqs=2"]
 
 
 TEXTS = (

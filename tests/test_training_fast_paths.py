@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.config import OptimizerConfig
@@ -23,7 +25,9 @@ PLAIN = {"share_prefix": False, "fused_elementwise": False, "score_first_update"
 
 def settings(mini_batch: int, **objective: Any) -> Config:
     config = Config()
-    config.objective = ObjectiveConfig(group_size=3, kl_coef=0.05, sft_coef=0.5, anchor_prob=0.4, **objective)
+    terms = {"kl_coef": 0.05, "sft_coef": 0.5, "entropy_coef": 0.05, "dual_clip": 3.0, "anchor_prob": 0.4, **objective}
+    config.objective = ObjectiveConfig(group_size=3, **terms)
+    config.rollout.sampling.temperature = 0.8
     config.trainer = TrainerConfig(steps=4, batch_size=4, mini_batch_size=mini_batch)
     config.policy = replace(config.policy, precision="fp32", micro_batch_tokens=128, logprob_chunk=16)
     return config
@@ -63,10 +67,11 @@ def test_fast_and_plain_steps_agree(family: str, mini_batch: int, models: dict[s
     config = settings(mini_batch)
     assert config.rollout.importance == "tis"
     plain = one_step(models[family], config, **PLAIN)
-    assert all(plain["record"][f"loss/{term}"] for term in ("rl_x", "rl_h", "sft_reasoning", "sft_call", "kl"))
+    assert all(plain["record"][f"loss/{term}"] for term in ("rl_x", "rl_h", "sft_reasoning", "sft_call", "kl", "entropy"))
     for name in [*PLAIN, "all"]:
         fast = one_step(models[family], config, **{key: value != (name in (key, "all")) for key, value in PLAIN.items()})
-        for key in ("loss/total", "policy/grad_norm", "loss/rl_h", "loss/rl_x", "loss/kl", "mismatch/mean_abs", "latent/trace_call"):
+        compared = ("loss/total", "policy/grad_norm", "loss/rl_h", "loss/rl_x", "loss/kl", "loss/entropy", "policy/entropy")
+        for key in (*compared, "mismatch/mean_abs", "latent/trace_call"):
             assert fast["record"][key] == pytest.approx(plain["record"][key], rel=1e-5, abs=1e-6), (name, key)
         torch.testing.assert_close(fast["gradient"], plain["gradient"], rtol=0, atol=1e-5)
         torch.testing.assert_close(fast["weights"], plain["weights"], rtol=0, atol=1e-5)
@@ -74,7 +79,7 @@ def test_fast_and_plain_steps_agree(family: str, mini_batch: int, models: dict[s
 
 def test_without_a_kl_term_the_prompt_only_pass_of_conditioned_prompts_can_be_left_out(models: dict[str, Path]) -> None:
     config = settings(4)
-    config.objective.kl_coef, config.rollout.importance = 0.0, "off"
+    config.objective.kl_coef, config.objective.entropy_coef, config.rollout.importance = 0.0, 0.0, "off"
     both, one = (one_step(models["llama"], config, both_contexts=flag) for flag in (True, False))
     assert one["record"]["tokens/trained"] < both["record"]["tokens/trained"]
     assert one["record"]["latent/gap_success"] is None and both["record"]["latent/gap_success"] is not None
@@ -98,3 +103,21 @@ def test_only_rollouts_with_an_advantage_are_computed_under_the_trace(models: di
     record = one_step(models["llama"], config)["record"]
     assert record["rollout/not_conditioned"] == 12 - sum(len(c) for c in conditioned)
     assert record["groups/zero_advantage"] == 1
+
+
+def test_a_temperature_is_a_steeper_output_matrix_for_rollouts_and_changes_nothing_for_the_trace(models: dict[str, Path], tmp_path: Path) -> None:
+    """Sampling at 1/2 is sampling at 1 from logits twice as large: pi_theta, pi_old, reference, entropies and mismatch all see it."""
+    steeper = tmp_path / "steeper"
+    shutil.copytree(models["qwen3"], steeper)  # whose output matrix is its own
+    weights = load_file(steeper / "model.safetensors")
+    weights["lm_head.weight"] *= 2.0
+    save_file(weights, steeper / "model.safetensors", metadata={"format": "pt"})
+    config = settings(4, sft_coef=0.0)  # the trace is scored at 1, whatever rollouts are sampled at
+    config.rollout.sampling.temperature = 0.5
+    cool = one_step(models["qwen3"], config, score_first_update=True)["record"]
+    config.rollout.sampling.temperature = 1.0
+    plain, steep = (one_step(model, config, score_first_update=True)["record"] for model in (models["qwen3"], steeper))
+    for key in ("loss/rl_x", "loss/rl_h", "loss/kl", "loss/entropy", "policy/entropy", "mismatch/mean_abs", "latent/gap_success", "max/ratio_h"):
+        assert cool[key] == pytest.approx(steep[key], rel=1e-4, abs=1e-6), key
+    assert abs(cool["policy/entropy"] - plain["policy/entropy"]) > 1e-3
+    assert cool["latent/trace_call"] == pytest.approx(plain["latent/trace_call"], rel=1e-4)

@@ -20,7 +20,7 @@ from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.resume import steps as resume_steps
 from pact_nemo.checkpoints.resume import verify
 from pact_nemo.errors import ConfigError
-from pact_nemo.objective.schedules import TraceSchedule
+from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.optimizer import learning_rate
 from pact_nemo.training.config import load_config
 from pact_nemo.training.loop import replayed
@@ -109,10 +109,11 @@ def test_the_export_loads_in_transformers_as_it_is(plain: Path) -> None:
 
 
 def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any]) -> None:
-    """With everything that has a state on: adaptive annealing and gate, drawn and weighed traces."""
+    """With everything that has a state on: the shipped adaptive annealing and gate, drawn and weighed traces. No horizon is set."""
     beyond = [
-        "objective.schedule.kind=adaptive",
-        "objective.schedule.anchor_end=0.8",
+        "--config",
+        str(REPO / "conf" / "ablations" / "adaptive.yaml"),
+        "objective.schedule.horizon=null",
         "traces.quality=true",
         "traces.augment=[argument_order,call_order]",
     ]
@@ -123,7 +124,8 @@ def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any]) -
         verify(path)
     first = recipe(stage, "halves", *beyond, "trainer.steps=1")
     assert [r["step"] for r in records(first)] == [1, 1]
-    resumed = recipe(stage, "halves", f"trainer.steps={STEPS}", resume=first)
+    assert load_config(first / "config.yaml").objective.schedule.kind == "adaptive"
+    resumed = recipe(stage, "halves", f"trainer.steps={STEPS}", resume=first)  # more steps than the first part was told of
     assert records(resumed) == records(whole)
     one, other = weights(whole), weights(resumed)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -143,7 +145,7 @@ def test_a_run_by_epochs_has_its_steps_wherever_they_are_read(stage: dict[str, A
     assert [row["step"] for row in rows] == [1, 2, 3]
     resolved = load_config(run / "config.yaml")
     assert (resolved.trainer.steps, resolved.trainer.epochs) == (3, None)
-    schedule = TraceSchedule(reasoning="segment", call="scale", horizon=3)
+    schedule = TraceSchedule(reasoning="segment", call="scale", clock=StepClock(3))
     assert [row["anneal/call_weight"] for row in rows] == pytest.approx([schedule.call_weight(step) for step in range(3)])
     updates = 1 + 3 * 2  # the warm-up's step, and two updates a step
     assert rows[-1]["policy/lr"] == pytest.approx(learning_rate(resolved.optimizer, updates, updates)) == 0.0

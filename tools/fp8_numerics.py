@@ -16,7 +16,6 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,12 +24,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pact_nemo.objective.loss import pact_loss
 from pact_nemo.policy.config import FP8_RECIPES, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.terminal import command
-from pact_nemo.training.batch import contexts_needed, fill_streams, grow_tree
+from pact_nemo.training.batch import contexts_needed, fill_streams, grow_tree, loss_of
 from pact_nemo.training.config import Config, load_config
 from pact_nemo.training.loop import collect
 from pact_nemo.training.setup import open_experiment
@@ -53,7 +51,7 @@ def step_trees(config: Config, step: int) -> list[TokenTree]:
 def measure(config: Config, policy_config: PolicyConfig, model: Path, trees: list[TokenTree]) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Log-probs [S], gradient of the step and its norm under one precision."""
     policy = MegatronPolicy(policy_config, config.optimizer, model, seed=0, total_steps=1)
-    loss = partial(pact_loss, clip_low=config.objective.clip_low, clip_high=config.objective.clip_high)
+    loss = loss_of(config.objective)
     if policy_config.fp8 == "delayed":  # its scales come from an earlier pass
         policy.update(trees, loss, lr=0.0)
     logprobs = torch.cat(policy.logprobs(trees))

@@ -8,13 +8,15 @@ trace needs it no more. Prefix level, lambda_a and the anchoring probability are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from pact_nemo.objective.schedules import AnnealState, TraceSchedule
+from pact_nemo.objective.schedules import check_kind
 
 
 @dataclass
-class Progress:
-    """How far the policy has come, in [0, 1]; never falls, so that what was annealed away stays away.
+class AdaptiveClock:
+    """How far the policy has come, in [0, 1]; never falls, so that what was annealed away stays away. A clock of
+    :class:`pact_nemo.objective.schedules.TraceSchedule`.
 
     Attributes:
         success_target: success rate at which the trace has done its work.
@@ -29,6 +31,8 @@ class Progress:
     success: float | None = None
     gap: float | None = None
     first_gap: float | None = None
+    kind: ClassVar[str] = "adaptive"
+    adapts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.success_target <= 1.0 or not 0.0 <= self.smoothing < 1.0:
@@ -49,19 +53,17 @@ class Progress:
         if parts:
             self.value = max(self.value, min(sum(parts) / len(parts), 1.0))
 
+    def progress(self, step: int) -> float:
+        """Progress now; ``step`` is not looked at."""
+        return self.value
 
-class AdaptiveSchedule(TraceSchedule):
-    """A :class:`TraceSchedule` whose annealing state is ``progress``, whatever the step."""
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, "value": self.value, "success": self.success, "gap": self.gap, "first_gap": self.first_gap}
 
-    def __init__(self, base: TraceSchedule, progress: Progress):
-        super().__init__(**{name: getattr(base, name) for name in base.__dataclass_fields__})
-        object.__setattr__(self, "progress", progress)
-
-    progress: Progress
-
-    def state(self, step: int) -> AnnealState:
-        """Annealing state now; ``step`` is not looked at."""
-        return AnnealState(self.progress.value)
+    def load(self, state: dict[str, Any]) -> None:
+        check_kind(state, self.kind)
+        self.value, self.success = state["value"], state["success"]
+        self.gap, self.first_gap = state["gap"], state["first_gap"]
 
 
 def between(start: float, end: float | None, progress: float) -> float:

@@ -33,12 +33,13 @@ def ftrl_rewards(
     answered: Sequence[bool],
     groups: Groups,
     questions: Mapping[Hashable, int],
+    count_malformed: bool = False,
 ) -> np.ndarray:
     """[T] reward of each assistant turn, in [-0.5, 2].
 
     A turn with p calls that solve q open sub-questions: 2q / (p + 1). Without a readable call: -0.5 if it says nothing, -0.3 if it holds a
-    malformed call, 1 / (1 + sub-questions still open) if it contains the answer, 0.5 if none is open, else 0. Malformed calls beside
-    readable ones count in p. (The published ``compute_solve_f1``, which its training scripts use.)
+    malformed call, 1 / (1 + sub-questions still open) if it contains the answer, 0.5 if none is open, else 0. (The published
+    ``compute_solve_f1``, which its training scripts use.)
 
     Args:
         solved: per turn and readable call, whether it solved a sub-question that was open.
@@ -46,13 +47,14 @@ def ftrl_rewards(
         empty, answered: whether each turn's text is blank, and contains the reference answer.
         groups: label of each turn; sub-questions are counted per label (BFCL: the user turn).
         questions: number of sub-questions of each label.
+        count_malformed: malformed calls beside readable ones count in p. The published parser drops them before p is counted.
     """
     left = dict(questions)
     rewards = np.zeros(len(solved))
     for t, calls in enumerate(solved):
         still_open = left.get(groups[t], 0)
         if calls:
-            rewards[t] = 2.0 * sum(calls) / (len(calls) + malformed[t] + 1)
+            rewards[t] = 2.0 * sum(calls) / (len(calls) + malformed[t] * count_malformed + 1)
             left[groups[t]] = still_open - sum(calls)
         elif malformed[t]:
             rewards[t] = -0.3
@@ -72,16 +74,40 @@ def _jaccard(left: Sequence[Hashable], right: Sequence[Hashable]) -> float:
     return sum((a & b).values()) / union if union else 1.0
 
 
-def toolrl_reward(predicted: Sequence[Call], groups: Groups, reference: Sequence[Call], reference_groups: Groups, *, well_formed: bool) -> float:
+def toolrl_reward(
+    predicted: Sequence[Call],
+    groups: Groups,
+    reference: Sequence[Call],
+    reference_groups: Groups,
+    *,
+    well_formed: bool,
+    readable: bool,
+    method: str = "greedy",
+    strict: bool = True,
+) -> float:
     """R_format + R_correct in [-3, 4] of one rollout: 1 if ``well_formed``, and 6 R / S - 3.
 
-    R is the Jaccard similarity of the tool names plus, over the best one-to-one matching of equal names, the Jaccard similarity of the
-    argument names and the number of equal arguments; S = 1 + sum over reference calls of (1 + number of arguments) is its maximum. Without a
-    reference call R_correct is 0. A name counts with its group, so calls of different groups never match.
+    R is the Jaccard similarity of the tool names plus, over a one-to-one matching of equal names, the Jaccard similarity of the argument names
+    and the number of equal arguments; S = 1 + sum over reference calls of (1 + number of arguments) is its maximum. Without a reference call
+    R_correct is 0. A name counts with its group, so calls of different groups never match.
+
+    Args:
+        well_formed: the answer has the form that the format reward asks for.
+        readable: every call that was written could be read.
+        method: ``greedy``: each reference call in its order takes the best call that is left, as in the public code; ``hungarian``: the matching
+            of the largest sum.
+        strict: an unreadable call makes R_correct -3, its minimum, as in the public code; False: the readable ones are scored.
+
+    Raises:
+        ValueError: another ``method``.
     """
+    if method not in ("hungarian", "greedy"):
+        raise ValueError(f"matching method {method!r} is neither 'hungarian' nor 'greedy'")
     form = float(well_formed)
     if not reference:
         return form
+    if strict and not readable:
+        return form - 3.0
     score = _jaccard(
         [(group, call.name) for call, group in zip(predicted, groups, strict=True)],
         [(group, call.name) for call, group in zip(reference, reference_groups, strict=True)],
@@ -92,7 +118,24 @@ def toolrl_reward(predicted: Sequence[Call], groups: Groups, reference: Sequence
             if p.name == g.name and p_group == g_group:
                 equal = sum(key in p.arguments and values_equal(p.arguments[key], value) for key, value in g.arguments.items())
                 pairs[a, b] = _jaccard(list(p.arguments), list(g.arguments)) + equal
-    rows, columns = linear_sum_assignment(pairs, maximize=True)
-    score += float(pairs[rows, columns].sum())
+    score += _best_sum(pairs) if method == "hungarian" else _greedy_sum(pairs)
     most = 1.0 + sum(1 + len(call.arguments) for call in reference)
     return form + 6.0 * score / most - 3.0
+
+
+def _best_sum(pairs: np.ndarray) -> float:
+    """Largest sum of a one-to-one matching of [P, G] scores."""
+    rows, columns = linear_sum_assignment(pairs, maximize=True)
+    return float(pairs[rows, columns].sum())
+
+
+def _greedy_sum(pairs: np.ndarray) -> float:
+    """Sum of what each column, in order, takes of the rows that are left: its largest score, the first of equal ones."""
+    left = pairs.copy()
+    total = 0.0
+    for column in range(left.shape[1] if len(left) else 0):
+        row = int(np.argmax(left[:, column]))
+        if left[row, column] > 0.0:
+            total += float(left[row, column])
+            left[row] = 0.0
+    return total

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
+MU_SCHEDULES = ("cosine", "linear")
 
-def chord_mu(step: int, start: float, end: float, decay_steps: int) -> float:
-    """CHORD's global weight of the SFT term at a step (counted from 0): linear from ``start`` to ``end`` over ``decay_steps``, then constant.
+
+def chord_mu(step: int, start: float, end: float, decay_steps: int, schedule: str = "cosine") -> float:
+    """CHORD's global weight of the SFT term at a step (counted from 0): from ``start`` to ``end`` over ``decay_steps``, then constant.
+
+    ``cosine``: end + (start - end) (1 + cos(pi step / decay_steps)) / 2, as in its public code; ``linear``: a straight line.
 
     Raises:
-        ValueError: a weight outside [0, 1] or ``decay_steps`` below 1.
+        ValueError: a weight outside [0, 1], ``decay_steps`` below 1 or another schedule.
     """
     if not (0.0 <= start <= 1.0 and 0.0 <= end <= 1.0) or decay_steps < 1:
         raise ValueError(f"mu goes from {start} to {end} over {decay_steps} steps: weights are in [0, 1] and steps at least 1")
-    return start + (end - start) * min(step / decay_steps, 1.0)
+    if schedule not in MU_SCHEDULES:
+        raise ValueError(f"mu schedule {schedule!r} is none of {', '.join(MU_SCHEDULES)}")
+    done = min(step / decay_steps, 1.0)
+    left = 0.5 * (1.0 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0 - done
+    return end + (start - end) * left
 
 
 def phi_weighted_nll(logprobs: Tensor, weights: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ add up exactly over any split of the tokens into micro-batches, ranks or packs. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,14 +14,16 @@ from torch import Tensor
 from pact_nemo.objective.baselines import phi_weighted_nll, shaped_off_policy
 from pact_nemo.objective.kl import kl_estimate
 from pact_nemo.objective.sft import token_nll
-from pact_nemo.objective.surrogate import clipped_surrogate, log_ratio
+from pact_nemo.objective.surrogate import Clip, clipped_surrogate, log_ratio
 
-#: What every call needs; ``old_logprobs``, ``w_sft_phi`` (CHORD) and ``w_off`` (LUFFY) may come besides.
+#: (log-probs [S], streams) -> (scalar loss, metrics)
+LossFn = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+#: What every call needs; ``old_logprobs``, ``w_sft_phi`` (CHORD), ``w_off`` (LUFFY), ``w_entropy`` with ``entropy`` may come besides.
 STREAMS = ("advantages", "importance", "ref_logprobs", "w_rl_x", "w_rl_h", "w_sft_reasoning", "w_sft_call", "w_kl")
 
 
 def pact_loss(
-    logprobs: Tensor, streams: Mapping[str, Tensor], *, clip_low: float, clip_high: float, shaping: float = 0.1
+    logprobs: Tensor, streams: Mapping[str, Tensor], *, clip: Clip, shaping: float = 0.1
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = sum_n [ (w_rl_x + w_rl_h) importance surrogate_n - (w_sft_reasoning + w_sft_call) logprob_n + w_kl k3_n ].
 
@@ -29,10 +31,11 @@ def pact_loss(
         logprobs: [S] current log-probs in nats, with gradient; S may be 0.
         streams: [S] each, the names of ``STREAMS``; ``old_logprobs`` besides. Without ``old_logprobs`` the update is the single on-policy
             one and the detached current log-probs are used: every ratio is exactly 1.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        clip: range of ratios, of both surrogates.
         shaping: gamma of the ``w_off`` term (:func:`pact_nemo.objective.baselines.shaped_off_policy`).
 
-    The terms of ``w_sft_phi`` and ``w_off``, where given, are added and reported as ``loss/sft_phi`` and ``loss/off``.
+    The terms of ``w_sft_phi`` and ``w_off``, where given, are added and reported as ``loss/sft_phi`` and ``loss/off``. ``w_entropy`` adds the
+    entropy bonus, -sum of w_entropy_n H_n, reported as ``loss/entropy``; ``entropy`` [S] then holds H_n in nats, with gradient.
 
     A token whose weights are all 0 contributes exactly 0 to loss and gradient, whatever its log-probs are. A token with a weight and a
     log-prob that isn't finite is not hidden: it is counted under ``nonfinite/<term>`` and, if NaN, makes ``loss/<term>`` NaN.
@@ -51,7 +54,7 @@ def pact_loss(
 
     Raises:
         KeyError: a stream is missing.
-        ValueError: a stream's shape is not that of ``logprobs``, or the clip range is none.
+        ValueError: a stream's shape is not that of ``logprobs``.
     """
     for name, stream in streams.items():
         if stream.shape != logprobs.shape:
@@ -59,20 +62,20 @@ def pact_loss(
     loss = logprobs.new_zeros(())
     metrics: dict[str, Tensor] = {}
 
-    def add(term: str, count: str, active: Tensor, values: Tensor) -> None:
+    def add(term: str, count: str, active: Tensor, values: Tensor, of: Tensor = logprobs) -> None:
         nonlocal loss
         total = values.sum()
         loss = loss + total
         metrics[f"loss/{term}"] = total.detach()
         metrics[count] = _count(active, loss)
-        metrics[f"nonfinite/{term}"] = _count(active & ~(torch.isfinite(logprobs) & torch.isfinite(values)), loss)
+        metrics[f"nonfinite/{term}"] = _count(active & ~(torch.isfinite(of) & torch.isfinite(values)), loss)
 
     for context in ("x", "h"):
         weight = streams[f"w_rl_{context}"]
         active = weight != 0
         current = _only(active, logprobs)
         before = _only(active, streams["old_logprobs"]) if "old_logprobs" in streams else current.detach()
-        surrogate, clipped = clipped_surrogate(current, before, _only(active, streams["advantages"]), clip_low, clip_high)
+        surrogate, clipped = clipped_surrogate(current, before, _only(active, streams["advantages"]), clip)
         add(f"rl_{context}", f"tokens/{context}", active, _only(active, weight * streams["importance"]) * surrogate)
         change = log_ratio(current, before).detach()  # 0 on tokens without a weight
         metrics[f"clip/{context}"] = _count(clipped, loss)
@@ -89,6 +92,11 @@ def pact_loss(
     if "w_off" in streams:
         weight = streams["w_off"]
         add("off", "tokens/off", weight != 0, shaped_off_policy(logprobs, streams["advantages"], weight, shaping))
+
+    if "w_entropy" in streams:
+        weight = streams["w_entropy"]
+        active = weight != 0
+        add("entropy", "tokens/entropy", active, -weight * _only(active, streams["entropy"]), streams["entropy"])
 
     weight = streams["w_kl"]
     active = weight != 0

@@ -4,7 +4,8 @@ doesn't have is in :mod:`pact_nemo.objective.baselines`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Teaching = Literal["annealed", "nll", "phi", "shaped"]
@@ -24,6 +25,8 @@ class Method:
         trace_rl: the ratio of un-anchored prompts is evaluated under [x; h*] (eq. 7-8); False: under x, for every prompt.
         mixed: mu weighs the SFT term and 1 - mu the RL terms (CHORD), in place of beta_SFT.
         source: where it is from.
+        defaults: settings of the objective that the method's public code has another value for than this project's default, with that value.
+            ``docs/objective.md`` lists them with what else differs, and why.
     """
 
     rewards: Rewards
@@ -32,6 +35,7 @@ class Method:
     trace_rl: bool
     mixed: bool
     source: str
+    defaults: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def gated(self) -> bool:
@@ -39,14 +43,24 @@ class Method:
         return self.trace_rl
 
 
+_CHORD = {"kl_coef": 0.0, "aggregation": "token-mean", "sft_aggregation": "token-mean", "mu_schedule": "cosine"}
 METHODS = {
     "pact": Method("matching", True, "annealed", True, False, "arXiv 2606.16215"),
     "matchtir": Method("matching", True, None, False, False, "arXiv 2601.10712; the row L_RL^x of PACT's table 2"),
     "grpo": Method("outcome", False, None, False, False, "arXiv 2402.03300: group-normalised outcome reward, one advantage per rollout"),
-    "toolrl": Method("toolrl", False, None, False, False, "arXiv 2504.13958: format and correctness reward, group-normalised"),
-    "ftrl": Method("ftrl", False, None, False, False, "arXiv 2508.08791: reward of each turn by the sub-questions it solves, group-normalised sum"),
-    "chord": Method("outcome", False, "nll", False, True, "arXiv 2508.11408, CHORD-mu"),
-    "chord_phi": Method("outcome", False, "phi", False, True, "arXiv 2508.11408, CHORD-phi"),
+    "toolrl": Method(
+        "toolrl", False, None, False, False, "arXiv 2504.13958: format and correctness reward, group-normalised",
+        {"aggregation": "token-mean", "matching": "greedy", "toolrl_strict": True},
+    ),
+    "ftrl": Method(
+        "ftrl", False, None, False, False, "arXiv 2508.08791: reward of each turn by the sub-questions it solves, group-normalised sum",
+        {"aggregation": "token-mean", "ftrl_count_malformed": False},
+    ),
+    "chord": Method("outcome", False, "nll", False, True, "arXiv 2508.11408, CHORD-mu", {**_CHORD, "mu_start": 0.9, "mu_end": 0.05}),
+    "chord_phi": Method("outcome", False, "phi", False, True, "arXiv 2508.11408, CHORD-phi", {**_CHORD, "mu_start": 0.1, "mu_end": 0.1}),
     "sft": Method("outcome", False, None, False, False, "supervised fine-tuning on the traces: the warm-up stage for the whole budget, no RL step"),
-    "luffy": Method("outcome", False, "shaped", False, False, "arXiv 2504.14945"),
-}
+    "luffy": Method(
+        "outcome", False, "shaped", False, False, "arXiv 2504.14945",
+        {"kl_coef": 0.0, "aggregation": "constant-length", "advantage_std": False, "clip": False},
+    ),
+}  # fmt: skip

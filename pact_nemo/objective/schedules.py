@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -14,17 +14,65 @@ REASONING_SCHEDULES = ("none", "fixed", "token", "segment", "whole_trace_token")
 CALL_SCHEDULES = ("none", "fixed", "token", "scale")
 
 
-class Schedule(Protocol):
-    """What the trainer asks of a schedule; one that adapts to the run (success rate, privilege gap) fits here too."""
+class Clock(Protocol):
+    """How far annealing has come. A schedule reads it, the training loop tells it what happened, and a checkpoint keeps it."""
 
-    def level(self, step: int) -> int:
-        """Active reasoning prefix level, for the record; -1 = no reasoning."""
+    adapts: ClassVar[bool]  #: progress depends on what was observed, not on the step alone
 
-    def call_weight(self, step: int) -> float:
-        """Weight of an active call token, for the record."""
+    def progress(self, step: int) -> float:
+        """Progress at a step (counted from 0), in [0, 1]."""
 
-    def weights(self, component: np.ndarray, level: np.ndarray, turn: np.ndarray, step: int) -> np.ndarray:
-        """[H] m_n(s) >= 0 of one trace's tokens."""
+    def observe(self, success: float | None, gap: float | None) -> None:
+        """Take in one step's success rate and mean privilege gap in nats per token; either may be absent."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, JSON-ready. ``kind`` names the clock."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state`. Raises ValueError when it is another kind of clock's."""
+
+
+def check_kind(state: dict[str, Any], kind: str) -> None:
+    """Raises ValueError when a clock's state is not of this kind."""
+    if state.get("kind") != kind:
+        raise ValueError(f"annealing went by the {state.get('kind')!r} clock so far, not by {kind!r}")
+
+
+@dataclass
+class StepClock:
+    """Progress min(s/S, 1): annealing goes by the step.
+
+    Attributes:
+        horizon: S in steps.
+        given: somebody set the horizon. False: it is the length of the run, and :meth:`load` goes on with the horizon of the checkpoint. A run
+            that is made longer so brings nothing back that was annealed away.
+
+    Raises:
+        ValueError: a horizon below 1.
+    """
+
+    horizon: int
+    given: bool = True
+    kind: ClassVar[str] = "fixed"
+    adapts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1:
+            raise ValueError(f"horizon is {self.horizon}; annealing needs at least one step")
+
+    def progress(self, step: int) -> float:
+        return min(step / self.horizon, 1.0)
+
+    def observe(self, success: float | None, gap: float | None) -> None:
+        """Nothing: only the step counts."""
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, "horizon": self.horizon}
+
+    def load(self, state: dict[str, Any]) -> None:
+        check_kind(state, self.kind)
+        if not self.given:
+            self.horizon = int(state["horizon"])
 
 
 @dataclass(frozen=True)
@@ -61,7 +109,9 @@ class AnnealState:
 
 @dataclass(frozen=True)
 class TraceSchedule:
-    """Which trace tokens are taught at step s, and how strongly: a linear schedule over ``horizon`` steps.
+    """Which trace tokens are taught at step s, and how strongly. What is annealed is linear in the progress that ``clock`` tells.
+
+    With :class:`StepClock` that is min(s/S, 1), the paper's schedule; the attributes below are written for it.
 
     Attributes:
         reasoning: ``none`` teaches no reasoning; ``fixed`` all of it up to ``fixed_level`` at every step; ``segment`` the prefix level
@@ -73,10 +123,10 @@ class TraceSchedule:
         reasoning_scale: weight of an active reasoning token.
         fixed_level: of ``reasoning=fixed``.
         call_start, call_end: lambda_start and lambda_end.
-        horizon: S in steps.
+        clock: tells the progress at a step.
 
     Raises:
-        ValueError: an unknown schedule name, a negative weight, a level outside 0..4 or a horizon below 1.
+        ValueError: an unknown schedule name, a negative weight or a level outside 0..4.
     """
 
     reasoning: str = "segment"
@@ -85,7 +135,7 @@ class TraceSchedule:
     fixed_level: int = TOP_LEVEL
     call_start: float = 0.8
     call_end: float = 0.2
-    horizon: int = field(kw_only=True)
+    clock: Clock = field(kw_only=True)
 
     def __post_init__(self) -> None:
         if self.reasoning not in REASONING_SCHEDULES:
@@ -96,12 +146,10 @@ class TraceSchedule:
             raise ValueError("a negative weight would unteach the trace: reasoning_scale, call_start and call_end must be >= 0")
         if not 0 <= self.fixed_level <= TOP_LEVEL:
             raise ValueError(f"fixed_level is {self.fixed_level}; levels are 0 to {TOP_LEVEL}")
-        if self.horizon < 1:
-            raise ValueError(f"horizon is {self.horizon}; annealing needs at least one step")
 
     def state(self, step: int) -> AnnealState:
         """Annealing state at a step (counted from 0)."""
-        return AnnealState(min(step / self.horizon, 1.0))
+        return AnnealState(self.clock.progress(step))
 
     def level(self, step: int) -> int:
         """Active prefix level; -1 when no reasoning is taught. Token schedules have no level and report ``TOP_LEVEL``."""

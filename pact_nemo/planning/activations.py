@@ -146,11 +146,12 @@ def feed_forward_working(shape: ModelShape, layout: Layout, numbers: Numbers, ro
     return tokens * numbers.width * max(backward, 2 * shape.hidden * copies + 2 * own.hidden)
 
 
-def head_forward(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int) -> float:
-    """Extra of the vocabulary head going forward: one chunk of logits, and in float32 once more where that is another dtype."""
+def head_forward(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int, *, entropies: bool = False) -> float:
+    """Extra of the vocabulary head going forward: one chunk of logits, and in float32 once more where that is another dtype. Entropies take
+    another quarter of a chunk in float32."""
     rows = padded_vocab(shape, layout) // layout.tensor
     length = min(chunk, row.scored / layout.context)
-    return length * rows * (numbers.width if numbers.width == FP32 else numbers.width + FP32)
+    return length * rows * ((numbers.width if numbers.width == FP32 else numbers.width + FP32) + (FP32 / 4 if entropies else 0.0))
 
 
 def head_backward(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int) -> float:
@@ -159,7 +160,7 @@ def head_backward(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row,
     weight = padded_vocab(shape, layout) // layout.tensor * shape.hidden
     own = FP32 * weight if shape.tied and layout.pipeline > 1 else 0.0
     product = 0 if numbers.width == FP32 else numbers.width + (0 if numbers.fused else FP32)  # a chunk's; the CPU casts it before it is added
-    adding = own + product * weight + head_forward(shape, layout, numbers, row, chunk)
+    adding = own + product * weight + head_forward(shape, layout, numbers, row, chunk, entropies=True)  # they may be trained on
     return max(adding, 0.0 if shape.tied else float(numbers.width * weight))  # untied: what megatron's hook waits for
 
 
@@ -208,7 +209,7 @@ def training_peak(
         return ActivationPeak(kept, in_layer, 0.0)
     final = tokens * norm_kept(numbers, own.hidden)
     scored = row.scored / layout.context * shape.hidden * numbers.width
-    head = scored + max(head_forward(shape, layout, numbers, row, chunk), head_backward(shape, layout, numbers, row, chunk))
+    head = scored + max(head_forward(shape, layout, numbers, row, chunk, entropies=True), head_backward(shape, layout, numbers, row, chunk))
     head = final + max(head, tokens * norm_working(numbers, own.hidden))
     return ActivationPeak(kept, 0.0, head) if head > in_layer else ActivationPeak(kept, in_layer, 0.0)
 

@@ -84,8 +84,9 @@ class TreeBatch(PackedSeqParams):
         key_order: [T] int64 or None; index that puts the keys gathered over context parallelism back into row order.
         source_index: [S_local] int64 local positions whose hidden states predict this rank's scored tokens.
         target_ids: [S_local] int64 scored tokens.
-        temperature: divisor of the logits.
-        entropy: [S_local] float32 that receives entropies in nats, or None.
+        temperature: divisor of the logits: one number, or float32 [S_local], one for each scored token.
+        wants_entropy: the last stage computes the entropy of each distribution, too.
+        entropy: [S_local] float32 entropies in nats with gradient, written by the forward pass of the last stage; None = not wanted.
         rotation: cosines and sines [T_local, 1, 1, d / 2] of the rotary embedding; None = queries and keys come rotated.
     """
 
@@ -95,7 +96,8 @@ class TreeBatch(PackedSeqParams):
     key_order: torch.Tensor | None = None
     source_index: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     target_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    temperature: float = 1.0
+    temperature: float | torch.Tensor = 1.0
+    wants_entropy: bool = False
     entropy: torch.Tensor | None = None
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -20,6 +20,8 @@ from pact_nemo.policy.trees import TokenTree
 
 LossFn = Callable[[torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 MAX_PREFIX = "max/"
+TEMPERATURE = "policy temperature"  #: stream that carries the trees' temperatures through packing; taken out before the loss function
+ENTROPY = "entropy"  #: what the loss function finds the entropies under, where they are wanted
 
 
 @dataclass
@@ -54,7 +56,6 @@ def to_local(
     *,
     device: torch.device,
     mask_dtype: torch.dtype | None,
-    temperature: float = 1.0,
     entropy: bool = False,
     varlen: bool = False,
     window: int | None = None,
@@ -65,14 +66,13 @@ def to_local(
         batch: the whole row.
         device: where tensors go.
         mask_dtype: store attention masks of this dtype; None = leave them to the kernels.
-        temperature: divisor of the logits.
-        entropy: also collect entropies.
+        entropy: also compute entropies.
         varlen: describe the row as plain sequences side by side, for kernels that know no trees (all runs must be roots).
         window: positions that a token sees in the layers with a sliding window; None = no layer has one.
     """
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     tokens, position_ids = batch.tokens, batch.position_ids
-    source, target, flat, streams = batch.source_index, batch.target_ids, batch.flat_index, batch.streams
+    source, target, flat, streams = batch.source_index, batch.target_ids, batch.flat_index, dict(batch.streams)
     key_order, mine = None, None
     if size > 1:
         length = tokens.shape[0]
@@ -99,8 +99,8 @@ def to_local(
         key_order=None if key_order is None else key_order.to(device),
         source_index=source.to(device),
         target_ids=target.to(device),
-        temperature=temperature,
-        entropy=torch.zeros(source.shape[0], device=device) if entropy else None,
+        temperature=streams.pop(TEMPERATURE).to(device) if TEMPERATURE in streams else 1.0,
+        wants_entropy=entropy,
     )
     if varlen:
         assert all(run.parent < 0 for run in batch.runs), "these kernels need share_prefix=False"
@@ -114,7 +114,7 @@ def to_local(
 
 
 def local_batches(
-    trees: list[TokenTree], config: PolicyConfig, *, device: torch.device, bf16: bool, temperature: float, entropy: bool = False,
+    trees: list[TokenTree], config: PolicyConfig, *, device: torch.device, bf16: bool, entropy: bool = False,
     alignment: int = 1, window: int | None = None,
 ) -> tuple[list[LocalMicroBatch], int]:
     """Pack the trees for all ranks; this rank's micro-batches, and the number of tree tokens on all ranks together.
@@ -122,7 +122,7 @@ def local_batches(
     Rows are padded so that every rank's part of them is a multiple of ``alignment`` tokens."""
     context = config.context_parallel
     packed = pack(
-        trees,
+        _with_temperatures(trees),
         config.micro_batch_tokens,
         share_prefix=config.share_prefix,
         data_parallel=parallel_state.get_data_parallel_world_size(),
@@ -133,11 +133,20 @@ def local_batches(
     mask_dtype = None if device.type == "cuda" else (torch.bfloat16 if bf16 else torch.float32)
     mine = [
         to_local(
-            row, device=device, mask_dtype=mask_dtype, temperature=temperature, entropy=entropy, varlen=config.attention == "te", window=window
+            row, device=device, mask_dtype=mask_dtype, entropy=entropy, varlen=config.attention == "te", window=window
         )
         for row in packed[parallel_state.get_data_parallel_rank()]
     ]
     return mine, sum(row.used for rows in packed for row in rows)
+
+
+def _with_temperatures(trees: list[TokenTree]) -> list[TokenTree]:
+    """The trees with their temperatures among their streams, if any has some."""
+    if all(tree.temperatures is None for tree in trees):
+        return trees
+    ones = [torch.ones(tree.num_scored) for tree in trees]
+    values = [tree.temperatures if tree.temperatures is not None else one for tree, one in zip(trees, ones, strict=True)]
+    return [TokenTree(tree.segments, {**tree.streams, TEMPERATURE: value.float()}) for tree, value in zip(trees, values, strict=True)]
 
 
 def _forward_step(collected: Collected, loss_fn: LossFn | None, data_iterator: Iterator[LocalMicroBatch], model: Any) -> tuple[Any, Any]:
@@ -152,13 +161,14 @@ def _loss(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Called by megatron's schedule on the last stage; (loss, token count, report), the latter two unused."""
     if logprob_S.shape[0] and loss_fn is not None:
-        loss, metrics = loss_fn(logprob_S, batch.streams)
+        streams = batch.streams if batch.tree.entropy is None else {**batch.streams, ENTROPY: batch.tree.entropy}
+        loss, metrics = loss_fn(logprob_S, streams)
     else:
         loss, metrics = logprob_S.sum(), {}  # zero where nothing is scored; keeps the backward pass and its collectives in step
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         collected.logprobs.append((batch.flat_index, logprob_S.detach()))
         if batch.tree.entropy is not None:
-            collected.entropies.append((batch.flat_index, batch.tree.entropy))
+            collected.entropies.append((batch.flat_index, batch.tree.entropy.detach()))
         if logprob_S.shape[0] and loss_fn is not None:
             collected.losses.append(loss.detach())
             collected.metrics.append({name: value.detach() if torch.is_tensor(value) else torch.tensor(value) for name, value in metrics.items()})

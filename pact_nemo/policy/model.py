@@ -32,7 +32,7 @@ from pact_nemo.policy.config import PolicyConfig
 from pact_nemo.policy.device import local_device, patience
 from pact_nemo.policy.fp8 import HISTORY, emulate, number_format
 from pact_nemo.policy.fused import SwiGLU
-from pact_nemo.policy.heads import vocab_parallel_logprobs
+from pact_nemo.policy.heads import vocab_parallel_logprobs_and_entropies
 
 
 class PlainRMSNorm(torch.nn.Module):
@@ -104,7 +104,7 @@ class PactGPTModel(GPTModel):
         else:
             hidden_SH = hidden_states[:, 0].index_select(0, batch.source_index)
             hidden_SH = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SH, group=group)
-        return vocab_parallel_logprobs(
+        logprobs, batch.entropy = vocab_parallel_logprobs_and_entropies(
             hidden_SH,
             weight,
             batch.target_ids,
@@ -112,10 +112,11 @@ class PactGPTModel(GPTModel):
             chunk=self.logprob_chunk,
             temperature=batch.temperature,
             group=group,
-            entropy_S=batch.entropy,
+            entropy=batch.wants_entropy,
             overwrite_hidden=True,  # a gathered copy that nothing else keeps
             **self._weight_gradient(weight),
         )
+        return logprobs
 
     def _weight_gradient(self, weight: torch.Tensor) -> dict[str, Any]:
         """Where the output matrix's gradient goes: straight into megatron's float32 buffer, if it can, without a copy of V x H elements.

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class UpdateResult:
         lr: learning rate of this step.
         tokens: tree tokens that went through the model.
         logprobs: per tree [S] float32 log-probs before the step, in nats, detached.
+        entropies: per tree [S] float32 entropies of the distributions, likewise; empty unless they were asked for.
     """
 
     loss: float
@@ -49,6 +50,7 @@ class UpdateResult:
     lr: float
     tokens: int
     logprobs: list[torch.Tensor]
+    entropies: list[torch.Tensor] = field(default_factory=list)
 
 
 class MegatronPolicy:
@@ -122,12 +124,11 @@ class MegatronPolicy:
     # ---------------------------------------------------------------- scoring
 
     @torch.no_grad()
-    def logprobs(self, trees: list[TokenTree], *, temperature: float = 1.0) -> list[torch.Tensor]:
-        """Log-probabilities of the scored tokens under the current weights.
+    def logprobs(self, trees: list[TokenTree]) -> list[torch.Tensor]:
+        """Log-probabilities of the scored tokens under the current weights, each at its tree's temperature.
 
         Args:
             trees: the same list on every rank.
-            temperature: divisor of the logits.
 
         Returns:
             per tree [S] float32, in nats, in segment order then token order.
@@ -135,22 +136,22 @@ class MegatronPolicy:
         Raises:
             DataError: malformed trees, or token ids that the model has no row for.
         """
-        return self._score(trees, temperature=temperature, entropy=False)[0]
+        return self._score(trees, entropy=False)[0]
 
     @torch.no_grad()
-    def logprobs_and_entropies(self, trees: list[TokenTree], *, temperature: float = 1.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def logprobs_and_entropies(self, trees: list[TokenTree]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Like :meth:`logprobs`, with the entropy (nats) of each distribution that a scored token was drawn from."""
-        return self._score(trees, temperature=temperature, entropy=True)
+        return self._score(trees, entropy=True)
 
     @torch.no_grad()
-    def reference_logprobs(self, trees: list[TokenTree], *, temperature: float = 1.0) -> list[torch.Tensor]:
+    def reference_logprobs(self, trees: list[TokenTree]) -> list[torch.Tensor]:
         """Like :meth:`logprobs`, under the reference weights instead of the current ones.
 
         Raises:
             ConfigError: there is no reference: neither ``keep_reference`` nor :meth:`load_reference`.
         """
         with self._reference_weights(), self._without_fp8():
-            return self.logprobs(trees, temperature=temperature)
+            return self.logprobs(trees)
 
     @property
     def weight_dtype(self) -> str:
@@ -215,15 +216,14 @@ class MegatronPolicy:
             if strange is not None:
                 raise DataError(f"tree {index}: the model has no row for token id {strange}, only for 0 to {rows - 1}; use its own tokenizer")
 
-    def _score(self, trees: list[TokenTree], *, temperature: float, entropy: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _score(self, trees: list[TokenTree], *, entropy: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         self._check_ids(trees)
-        bare = [TokenTree(tree.segments) for tree in trees]
+        bare = [TokenTree(tree.segments, temperatures=tree.temperatures) for tree in trees]
         batches, _ = engine.local_batches(
             bare,
             self.config,
             device=self.device,
             bf16=self.bf16,
-            temperature=temperature,
             entropy=entropy,
             alignment=self.alignment,
             window=self.architecture.window,
@@ -239,7 +239,7 @@ class MegatronPolicy:
     # --------------------------------------------------------------- training
 
     def update(
-        self, trees: list[TokenTree], loss_fn: engine.LossFn, *, temperature: float = 1.0, lr: float | None = None
+        self, trees: list[TokenTree], loss_fn: engine.LossFn, *, entropy: bool = False, lr: float | None = None
     ) -> UpdateResult:
         """One optimizer step on a loss that is a plain sum over scored tokens.
 
@@ -248,7 +248,7 @@ class MegatronPolicy:
             loss_fn: (log-probs [S] float32 with gradient, streams name -> [S]) of any subset of the scored tokens -> (scalar loss,
                 metrics). It must be additive over tokens: all denominators are already in the streams' weights. Loss and gradients of
                 the step are the sums over all calls, micro-batches and ranks; nothing is averaged. Never called without tokens.
-            temperature: divisor of the logits.
+            entropy: compute the entropies of the distributions, too. The loss function finds them, with gradient, as stream ``entropy``.
             lr: learning rate of this step; None = the schedule's.
 
         Returns:
@@ -267,7 +267,7 @@ class MegatronPolicy:
             self.config,
             device=self.device,
             bf16=self.bf16,
-            temperature=temperature,
+            entropy=entropy,
             alignment=self.alignment,
             window=self.architecture.window,
         )
@@ -292,7 +292,8 @@ class MegatronPolicy:
             grad_norm=grad_norm,
         )
         self.step += 1
-        return UpdateResult(loss, grad_norm, metrics, lr, tokens, self._per_tree(trees, collected.logprobs))
+        entropies = self._per_tree(trees, collected.entropies) if entropy else []
+        return UpdateResult(loss, grad_norm, metrics, lr, tokens, self._per_tree(trees, collected.logprobs), entropies)
 
     # ----------------------------------------------------------------- export
 

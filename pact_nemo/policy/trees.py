@@ -42,10 +42,12 @@ class TokenTree:
         segments: parents before children.
         streams: name -> [S] tensor over the scored tokens in segment order, then token order. The policy carries them untouched to the
             loss function; it knows none of their names.
+        temperatures: [S] float32 divisors of the logits that each scored token is scored with; None = 1 for all of them.
     """
 
     segments: list[Segment]
     streams: dict[str, torch.Tensor] = field(default_factory=dict)
+    temperatures: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -95,7 +97,8 @@ class TokenTree:
                 segments.append(Segment(segment.token_ids, number[segment.parent], segment.scored if own else [False] * len(segment.scored)))
                 index += range(offsets[node], offsets[node] + sum(segment.scored)) if own else ()
             done |= group
-            found.append((TokenTree(segments, {name: stream[index] for name, stream in self.streams.items()}), index))
+            temperatures = self.temperatures[index] if self.temperatures is not None else None
+            found.append((TokenTree(segments, {name: stream[index] for name, stream in self.streams.items()}, temperatures), index))
         return found
 
     def chains(self) -> list[tuple[TokenTree, list[int]]]:
@@ -104,7 +107,7 @@ class TokenTree:
         for piece, index in self.pieces(0):
             token_ids = [token for segment in piece.segments for token in segment.token_ids]
             scored = [flag for segment in piece.segments for flag in segment.scored]
-            found.append((TokenTree([Segment(token_ids, -1, scored)], piece.streams), index))
+            found.append((TokenTree([Segment(token_ids, -1, scored)], piece.streams, piece.temperatures), index))
         return found
 
     def unshared(self) -> list[TokenTree]:

@@ -10,6 +10,10 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+#: Words of vLLM's command line that change what is sampled, or what its log-probs mean, behind the trainer's back.
+_OWN_ARGUMENTS = frozenset({"generation-config", "override-generation-config", "logprobs-mode", "hf-overrides", "load-format", "logits-processors"})
+
+
 @dataclass(frozen=True)
 class RolloutServerConfig:
     """How the vLLM server is started, or where one that runs already is found. OmegaConf reads this as a structured config."""
@@ -61,11 +65,21 @@ class RolloutServerConfig:
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"rollout.server.gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share in (0, 1]")
         self.refuse_secrets()
+        self.refuse_other_sampling()
         for name in ("start_timeout_s", "stop_timeout_s", "request_timeout_s", "refit_timeout_s", "heartbeat_s", "heartbeat_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"rollout.server.{name} must be positive")
         if self.heartbeat_timeout_s < self.heartbeat_s:
             raise ConfigError("rollout.server.heartbeat_timeout_s is shorter than heartbeat_s")
+
+    def refuse_other_sampling(self) -> None:
+        """Raises ConfigError for words of ``extra_args`` that change what the server samples, or what its log-probs mean."""
+        own = next((word for word in self.extra_args if word.lstrip("-").replace("_", "-").partition("=")[0] in _OWN_ARGUMENTS), None)
+        if own is not None:
+            raise ConfigError(
+                f"rollout.server.extra_args holds {own.partition('=')[0]}: the trainer sets it, so that the server samples from the policy that is "
+                "trained and says its log-probs; take it out (rollout.sampling has what may be changed)"
+            )
 
     def refuse_secrets(self) -> None:
         """Raises ConfigError for a key in a setting: settings are written into configuration, report and command line. It isn't repeated."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,14 +16,15 @@ import torch
 from pact_nemo.environments.answers import answer_f1, plain
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import NumericsError
-from pact_nemo.objective.advantages import group_advantages
+from pact_nemo.objective.advantages import Normalisation, group_advantages
 from pact_nemo.objective.baseline_rewards import ftrl_rewards, solved_by_equality, toolrl_reward
 from pact_nemo.objective.baselines import chord_mu
 from pact_nemo.objective.gate import anchored
+from pact_nemo.objective.loss import LossFn, pact_loss
 from pact_nemo.objective.methods import METHODS
 from pact_nemo.objective.rewards import turn_rewards
 from pact_nemo.objective.schedules import TraceSchedule
-from pact_nemo.objective.surrogate import truncated_importance
+from pact_nemo.objective.surrogate import Clip, truncated_importance
 from pact_nemo.objective.weights import rl_weights, sft_weights
 from pact_nemo.policy.trees import Place, TokenTree, TreeBuilder
 from pact_nemo.rollouts.types import Rollout
@@ -109,7 +111,16 @@ def turn_rewards_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) ->
         rewards = np.zeros(len(turns))
         if turns:
             well_formed = rollout.status == "ok" and not any(malformed)
-            rewards[-1] = toolrl_reward(calls, call_groups, reference, reference_groups, well_formed=well_formed)
+            rewards[-1] = toolrl_reward(
+                calls,
+                call_groups,
+                reference,
+                reference_groups,
+                well_formed=well_formed,
+                readable=not any(malformed),
+                method=objective.matching,
+                strict=objective.toolrl_strict,
+            )
         return rewards
     questions: dict[Hashable, int]
     if rollout.outcome is not None and rollout.outcome.solved is not None:  # the benchmark has sub-questions of its own, all in one user turn
@@ -127,6 +138,7 @@ def turn_rewards_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) ->
         answered=[bool(answer) and answer in text for text in texts],
         groups=groups,
         questions=questions,
+        count_malformed=objective.ftrl_count_malformed,
     )
 
 
@@ -151,7 +163,7 @@ def form_group(
     result = group_advantages(
         [*rewards, np.array([objective.outcome_weight])] if joins else rewards,
         gamma=objective.gamma,
-        eps=objective.advantage_eps,
+        normalise=Normalisation(objective.advantage_eps, std_floor=objective.advantage_std_floor, divide=objective.advantage_std),
         turn_level=objective.turn_level and method.turn_level,
         combine=objective.combine,
         mask=[rollout.status != "failed" and bool(rollout.turns) for rollout in rollouts] + [True] * joins,
@@ -262,10 +274,32 @@ def add_trace(builder: TreeBuilder, trace: TraceTokens, at: Place, *, shown: boo
     return whole, at
 
 
+def loss_of(objective: ObjectiveConfig) -> LossFn:
+    """The loss of a mini-batch whose streams :func:`fill_streams` filled."""
+    low, high = (objective.clip_low, objective.clip_high) if objective.clip else (None, None)
+    return partial(pact_loss, clip=Clip(low, high, objective.dual_clip), shaping=objective.shaping)
+
+
+def set_temperature(prompts: Sequence[PromptTree], objective: ObjectiveConfig, temperature: float) -> None:
+    """Have every tree scored and updated as the policy that sampled: rollouts at the temperature they were sampled at.
+
+    pi_theta, pi_old and the reference are so all the tempered policy. The trace is scored at 1: its cross-entropy is that of the model itself,
+    which is what a deployed model, at whatever temperature, starts from. LUFFY's trace is a sample like the others: its ratio is the tempered one.
+    """
+    if temperature == 1.0:
+        return
+    trace = temperature if METHODS[objective.method].teaching == "shaped" else 1.0
+    for prompt in prompts:
+        values = torch.full((prompt.tree.num_scored,), temperature)
+        if (TRACE, 0) in prompt.spans:
+            values[slice(*prompt.spans[(TRACE, 0)])] = trace
+        prompt.tree.temperatures = values
+
+
 def contexts_needed(group: PromptGroup, objective: ObjectiveConfig, *, diagnostics: bool) -> list[str]:
     """Which contexts the update forward of this prompt has to run: no context is computed that no term and no diagnostic reads."""
     contexts = []
-    if group.anchored or not trace_rl(objective) or objective.kl_coef > 0 or diagnostics:
+    if group.anchored or not trace_rl(objective) or objective.kl_coef > 0 or objective.entropy_coef > 0 or diagnostics:
         contexts.append(PROMPT_ONLY)
     if not group.anchored:
         contexts.append(TRACE_CONDITIONED)
@@ -308,7 +342,8 @@ def fill_streams(
     size = num_prompts if num_prompts is not None else len(prompts)
     lengths = [[sum(r.loss_mask) for r in p.group.rollouts] for p in prompts]
     usable = [[_usable(r) for r in p.group.rollouts] for p in prompts]
-    rl = rl_weights(lengths, usable, num_prompts=size, aggregation=objective.aggregation, constant_length=objective.constant_length)
+    weigh = partial(rl_weights, num_prompts=size, aggregation=objective.aggregation, constant_length=objective.constant_length)
+    rl = weigh(lengths, usable)
     method = METHODS[objective.method]
     masks = []
     for prompt in prompts:
@@ -322,14 +357,21 @@ def fill_streams(
         else:
             masks.append(np.zeros(0))
     rl_coef, sft_coef = 1.0, objective.sft_coef
+    surrogate = rl
     if method.mixed:
-        sft_coef = chord_mu(step, objective.mu_start, objective.mu_end, objective.mu_decay_steps)
+        sft_coef = chord_mu(step, objective.mu_start, objective.mu_end, objective.mu_decay_steps, objective.mu_schedule)
         rl_coef = 1.0 - sft_coef
-    elif method.teaching == "shaped":
-        sft_coef = 1.0
-    sft = sft_weights(masks, [p.group.anchored for p in prompts], num_prompts=size, beta=sft_coef)
+    elif method.teaching == "shaped":  # the trace is one of K + 1 samples of its group, for surrogate and denominators
+        joins = [not p.group.anchored for p in prompts]
+        surrogate = weigh(
+            [[*row, int(mask.sum())] for row, mask in zip(lengths, masks, strict=True)],
+            [[*row, join] for row, join in zip(usable, joins, strict=True)],
+        )
+    sft = sft_weights(masks, [p.group.anchored for p in prompts], num_prompts=size, beta=sft_coef, aggregation=objective.sft_aggregation)
 
     extra = {"phi": ("w_sft_phi",), "shaped": ("w_off",)}.get(method.teaching or "", ())
+    if objective.entropy_coef > 0:
+        extra = (*extra, "w_entropy")
     names = ("advantages", "importance", "ref_logprobs", "w_rl_x", "w_rl_h", "w_sft_reasoning", "w_sft_call", "w_kl", *extra)
     for i, prompt in enumerate(prompts):
         streams = {name: np.zeros(prompt.tree.num_scored) for name in names}
@@ -342,8 +384,8 @@ def fill_streams(
                 if method.teaching == "phi":
                     streams["w_sft_phi"][here] = weights
                     continue
-                if method.teaching == "shaped":  # one of K + 1 samples of its group
-                    streams["w_off"][here] = weights / (1 + sum(usable[i]))
+                if method.teaching == "shaped":
+                    streams["w_off"][here] = group.trace_weight * surrogate[i][-1]
                     streams["advantages"][here] = group.trace_advantage
                     continue
                 reasoning = np.asarray(group.trace.component)[prompt.sft_index] == REASONING if group.trace is not None else np.zeros(0, bool)
@@ -354,8 +396,9 @@ def fill_streams(
             streams["advantages"][here] = _token_advantages(rollout, group.advantages[k])
             carries_surrogate = (context == PROMPT_ONLY) == (group.anchored or not trace_rl(objective))
             if carries_surrogate:
-                share = sum(usable[i]) / (1 + sum(usable[i])) if method.teaching == "shaped" and not group.anchored else 1.0
-                streams["w_rl_x" if context == PROMPT_ONLY else "w_rl_h"][here] = rl_coef * share * rl[i][k]
+                streams["w_rl_x" if context == PROMPT_ONLY else "w_rl_h"][here] = rl_coef * surrogate[i][k]
+            if context == PROMPT_ONLY and objective.entropy_coef > 0:
+                streams["w_entropy"][here] = objective.entropy_coef * np.asarray(rl[i][k])
             if context == PROMPT_ONLY and reference is not None:
                 streams["w_kl"][here] = objective.kl_coef * np.asarray(rl[i][k])
                 streams["ref_logprobs"][here] = reference[i][here].double().numpy()

@@ -14,6 +14,7 @@ from pact_nemo.errors import ConfigError, Interrupted, PactError
 from pact_nemo.terminal import command, expendable_output
 from pact_nemo.training.config import Config, load_config, to_yaml
 from pact_nemo.training.recipes import RECIPES, recipe
+from pact_nemo.training.workspace import check_replay
 
 INTERRUPTED = 75  # EX_TEMPFAIL: try again later
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -64,6 +65,7 @@ def _main(run: Callable[[Config, str | None], None], preset: str | None, full: s
     try:
         machine.prepare()
         config = resolve(arguments, preset, full)
+        check_replay(config)
         if arguments.dry_run:
             from pact_nemo.training.plan import describe_plan
             from pact_nemo.training.preflight import preflight

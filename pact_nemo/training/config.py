@@ -19,7 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pact_nemo.chat.contexts import EARLIER_THOUGHTS
 from pact_nemo.errors import ConfigError
+from pact_nemo.objective.baselines import MU_SCHEDULES
 from pact_nemo.objective.methods import METHODS
+from pact_nemo.objective.weights import AGGREGATIONS, SFT_AGGREGATIONS
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.quarantine import POLICIES
 from pact_nemo.rollouts.config import RolloutServerConfig
@@ -113,8 +115,8 @@ class TracesConfig:
 class SamplingConfig:
     """Generation of training rollouts. Limits hold per episode; an episode that hits one is marked truncated."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = 1.0  #: > 0; the policy that is trained is the one that samples: log-probs of logits / temperature everywhere but in SFT
+    top_p: float = 1.0  #: nothing else: a truncated distribution is not the policy that is trained
     max_turns_per_user_turn: int = 10  #: assistant turns that may follow one user turn
     max_turns: int = 100  #: assistant turns of the episode
     max_turn_tokens: int = 23000  #: policy tokens per assistant turn, its thought included: one may take the whole response
@@ -156,15 +158,19 @@ class ScheduleConfig:
 class ObjectiveConfig:
     """The PACT objective; see ``docs/objective.md`` for each symbol."""
 
-    method: str = "pact"  #: a name in ``pact_nemo.objective.methods.METHODS``
+    method: str = "pact"  #: a name in ``pact_nemo.objective.methods.METHODS``, whose ``defaults`` take the place of those below
     group_size: int = 8  #: K
+    clip: bool = True  #: False: the surrogate without a range of ratios
     clip_low: float = 0.2
     clip_high: float = 0.2
+    dual_clip: float | None = None  #: c: a token of negative advantage loses at most c |A| (verl: 3.0); null = off
     gamma: float = 0.9  #: discount of the turn-level return
     advantage_eps: float = 1e-6
+    advantage_std: bool = True  #: divide by the group's standard deviation; False: the mean is taken off, and that is all
+    advantage_std_floor: float = 0.0  #: a smaller standard deviation is taken as this much, in units of the reward; 0 = no floor
     turn_level: bool = True  #: False: trajectory advantage only
     combine: str = "sum"  #: A^g + A^l: "sum" (eq. 32) or "mean"
-    matching: str = "hungarian"  #: "hungarian" or "greedy"
+    matching: str = "hungarian"  #: of calls in the rewards: "hungarian" (the largest sum) or "greedy"
     call_penalty: float = 0.0  #: lambda_pen of an unmatched call
     outcome: str = "checker"  #: final turn's reward: "checker" (its score) or "answer_f1" (words of the answer, where there is a reference)
     outcome_weight: float = 1.0  #: weight of the outcome in the final turn's reward
@@ -173,11 +179,16 @@ class ObjectiveConfig:
     mu_start: float = 0.9  #: chord: weight of its SFT term at the first step
     mu_end: float = 0.05  #: chord: after ``mu_decay_steps``
     mu_decay_steps: int = 12
+    mu_schedule: str = "cosine"  #: chord: how mu goes down: "cosine" or "linear"
     shaping: float = 0.1  #: luffy: gamma of f(p) = p / (p + gamma)
     anchor_prob: float = 0.4  #: q
+    ftrl_count_malformed: bool = False  #: ftrl: malformed calls beside readable ones count among the calls of their turn
+    toolrl_strict: bool = True  #: toolrl: one unreadable call gives the lowest correctness reward
     kl_coef: float = 0.001
+    entropy_coef: float = 0.0  #: bonus on the entropy of each policy token's distribution under x (public scripts: 0.001); 0 = off
     aggregation: str = "rollout-mean"  #: rollout-mean | token-mean | constant-length
-    constant_length: int = 1024  #: denominator of aggregation=constant-length
+    sft_aggregation: str = "trace-mean"  #: of the SFT term: trace-mean (eq. 9) | token-mean
+    constant_length: int | None = None  #: denominator of aggregation=constant-length; null = ``rollout.sampling.max_response_tokens``
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
@@ -339,10 +350,10 @@ def load_config(
             raise
         except Exception as error:  # yaml and OmegaConf raise unrelated families; all mean "not a setting"
             raise ConfigError(f"command line {word!r}: the value can't be read: {error}; give it as YAML, e.g. trainer.steps=50") from error
-    for name, source in sources:
+    for name, source in _method_first(sources):
         try:
             _refuse_resolvers(name, source)
-            merged = OmegaConf.merge(merged, source)
+            merged = OmegaConf.merge(merged, _method_defaults(merged, source), source)
         except (OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
             key = getattr(error, "full_key", None) or ""
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -356,6 +367,8 @@ def load_config(
         raise ConfigError(f"{', '.join(name for name, _ in sources)}: no configuration, but a {type(config).__name__}; give settings by section")
     if config.trainer.epochs is not None and not any(_says(_plain(source, name), "trainer", "steps") for name, source in sources):
         config.trainer.steps = None  # nobody has said a number of steps: the default isn't one to contradict
+    if config.objective.constant_length is None:
+        config.objective.constant_length = config.rollout.sampling.max_response_tokens
     validate(config)
     return config
 
@@ -392,6 +405,30 @@ def settled(config: Config, training_tasks: int) -> Config:
     if config.trainer.steps is not None:
         return config
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, steps=steps_of(config, training_tasks), epochs=None))
+
+
+def _method_first(sources: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The command line's ``objective.method`` before its other words, whose order so says nothing."""
+    words = [source for source in sources if source[0].startswith("command line")]
+    naming = [source for source in words if _method_of(source[1]) is not None]
+    return [source for source in sources if source not in words] + naming + [source for source in words if source not in naming]
+
+
+def _method_of(source: Any) -> str | None:
+    value = OmegaConf.select(source, "objective.method") if isinstance(source, DictConfig) else None
+    return value if isinstance(value, str) and value in METHODS else None
+
+
+def _method_defaults(merged: Any, source: Any) -> Any:
+    """Where a source changes the method: the objective's settings that some method has a default of its own for, as this method has them.
+
+    They lie below the source that names the method and above the sources before it."""
+    method = _method_of(source)
+    if method is None or method == merged.objective.method:
+        return OmegaConf.create({})
+    plain = ObjectiveConfig()
+    names = sorted({name for row in METHODS.values() for name in row.defaults})
+    return OmegaConf.create({"objective": {name: METHODS[method].defaults.get(name, getattr(plain, name)) for name in names}})
 
 
 def to_yaml(config: Config) -> str:
@@ -437,12 +474,15 @@ def validate(config: Config) -> None:
         _require(name is None or (name.strip() == name != "" and "/" not in name and name not in (".", "..")), f"{key}={name!r}: must be a name that "
                  "a folder can have, without a slash or spaces around it")
     config.rollout.server.refuse_secrets()
+    config.rollout.server.refuse_other_sampling()
     objective, trainer, tasks = config.objective, config.trainer, config.tasks
     _one_of("objective.method", objective.method, tuple(METHODS))
     _one_of("objective.outcome", objective.outcome, ("checker", "answer_f1"))
     _one_of("objective.combine", objective.combine, ("sum", "mean"))
     _one_of("objective.matching", objective.matching, ("hungarian", "greedy"))
-    _one_of("objective.aggregation", objective.aggregation, ("rollout-mean", "token-mean", "constant-length"))
+    _one_of("objective.aggregation", objective.aggregation, AGGREGATIONS)
+    _one_of("objective.sft_aggregation", objective.sft_aggregation, SFT_AGGREGATIONS)
+    _one_of("objective.mu_schedule", objective.mu_schedule, MU_SCHEDULES)
     _one_of("objective.schedule.reasoning", objective.schedule.reasoning, ("none", "fixed", "token", "segment", "whole_trace_token"))
     _one_of("objective.schedule.kind", objective.schedule.kind, ("fixed", "adaptive"))
     _require(
@@ -489,6 +529,22 @@ def validate(config: Config) -> None:
     _require(objective.group_size >= 2, f"objective.group_size={objective.group_size}: group-normalised advantages need K >= 2")
     _require(0.0 < objective.clip_low < 1.0, f"objective.clip_low={objective.clip_low}: must be in (0, 1)")
     _require(objective.clip_high > 0.0, f"objective.clip_high={objective.clip_high}: must be > 0")
+    top = objective.clip_high if objective.clip else 0.0
+    _require(
+        objective.dual_clip is None or objective.dual_clip > 1.0 + top,
+        f"objective.dual_clip={objective.dual_clip}: must be above {1.0 + top:g}, where the clip range ends, or null",
+    )
+    _require(objective.advantage_std_floor >= 0.0, f"objective.advantage_std_floor={objective.advantage_std_floor}: must be >= 0")
+    _require(objective.advantage_eps >= 0.0, f"objective.advantage_eps={objective.advantage_eps}: must be >= 0")
+    _require(
+        objective.advantage_std or objective.advantage_std_floor == 0.0,
+        f"objective.advantage_std_floor={objective.advantage_std_floor} needs objective.advantage_std=true: nothing is divided otherwise",
+    )
+    _require(objective.entropy_coef >= 0.0, f"objective.entropy_coef={objective.entropy_coef}: must be >= 0")
+    _require(
+        objective.constant_length is None or objective.constant_length >= 1,
+        f"objective.constant_length={objective.constant_length}: must be >= 1, or null for rollout.sampling.max_response_tokens",
+    )
     _require(objective.kl_coef >= 0.0, f"objective.kl_coef={objective.kl_coef}: must be >= 0")
     _require(objective.sft_coef >= 0.0, f"objective.sft_coef={objective.sft_coef}: must be >= 0")
     _require(0.0 <= objective.mu_end <= 1.0 and 0.0 <= objective.mu_start <= 1.0, "objective.mu_start and mu_end are weights in [0, 1]")
@@ -523,9 +579,16 @@ def validate(config: Config) -> None:
         not trainer.overlap or config.rollout.importance == "tis",
         "trainer.overlap=true trains on rollouts of older weights: it needs rollout.importance=tis, which corrects for that",
     )
+    sampling = config.rollout.sampling
+    _require(
+        sampling.temperature > 0.0,
+        f"rollout.sampling.temperature={sampling.temperature}: must be > 0: K greedy rollouts of a prompt are all alike, and greedy choice is no "
+        "distribution whose log-probs could be trained; evaluation.temperature may be 0",
+    )
+    _require(
+        sampling.top_p == 1.0,
+        f"rollout.sampling.top_p={sampling.top_p}: must be 1.0: the trainer's log-probs are those of the whole softmax, not of a truncated one, "
+        "and the update would be off by what was cut; lower rollout.sampling.temperature instead",
+    )
     if config.rollout.importance == "tis":
         _require(config.rollout.importance_cap >= 1.0, f"rollout.importance_cap={config.rollout.importance_cap}: must be >= 1")
-        _require(
-            config.rollout.sampling.top_p == 1.0,
-            "rollout.importance=tis needs rollout.sampling.top_p=1.0: a truncated sampler has no density to correct with; set importance=off",
-        )

@@ -61,6 +61,18 @@ def mismatch(prompts: list[PromptTree], scored: list[torch.Tensor]) -> dict[str,
     }
 
 
+def mean_entropy(prompts: list[PromptTree], entropies: list[torch.Tensor]) -> float | None:
+    """Entropy of the distributions that the policy-written tokens were drawn from, under x: nats, mean over those tokens; None over none."""
+    found = [
+        values[slice(*prompt.spans[key])].double()
+        for prompt, values in zip(prompts, entropies, strict=True)
+        for key in prompt.spans
+        if key[0] == PROMPT_ONLY
+    ]
+    joined = torch.cat(found) if found else torch.empty(0)
+    return float(joined.mean()) if len(joined) else None
+
+
 def rollout_record(groups: list[PromptGroup]) -> dict[str, Any]:
     """Reward (sum over turns, mean over rollouts), success share, counts. Failed rollouts are counted and left out of the means."""
     rollouts = [r for g in groups for r in g.rollouts]
@@ -108,6 +120,7 @@ def step_record(
     current = [values for result in results for values in result.logprobs]
     record.update(latent(prompts, current))
     record.update(mismatch(prompts, old))
+    record["policy/entropy"] = mean_entropy(prompts, [values for result in results for values in result.entropies])
     record.update(loss_record(results))
     under_trace = [p for p in prompts if (TRACE, 0) in p.spans and trace_rl(experiment.config.objective)]
     record["rollout/not_conditioned"] = sum(

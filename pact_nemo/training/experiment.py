@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +19,8 @@ from pact_nemo.checkpoints.quantised import materialise
 from pact_nemo.environments.base import Environment
 from pact_nemo.errors import CheckpointError, Interrupted, PactError
 from pact_nemo.files import remove_unfinished
-from pact_nemo.objective.adaptive import AdaptiveSchedule, Progress, between
-from pact_nemo.objective.schedules import TraceSchedule
+from pact_nemo.objective.adaptive import AdaptiveClock, between
+from pact_nemo.objective.schedules import Clock, StepClock, TraceSchedule
 from pact_nemo.objective.trace_quality import TraceQuality
 from pact_nemo.policy.fp8_block import FP8_BLOCK
 from pact_nemo.policy.model_folder import check_model_folder
@@ -54,21 +54,27 @@ def served_path(config: Config, source: Path) -> Path:
     return materialise(source, Path(config.run.cache_dir), dtype)
 
 
+def anneal_clock(config: Config) -> Clock:
+    schedule = config.objective.schedule
+    if schedule.kind == AdaptiveClock.kind:
+        return AdaptiveClock(schedule.success_target, schedule.smoothing)
+    if schedule.horizon is not None:
+        return StepClock(schedule.horizon)
+    assert config.trainer.steps is not None, "the tasks were not counted"  # training/setup.py: _settle
+    return StepClock(max(config.trainer.steps, 1), given=False)
+
+
 def trace_schedule(config: Config) -> TraceSchedule:
-    schedule, steps = config.objective.schedule, config.trainer.steps
-    assert steps is not None, "the tasks were not counted"  # training/setup.py: _settle
-    fixed = TraceSchedule(
+    schedule = config.objective.schedule
+    return TraceSchedule(
         reasoning=schedule.reasoning,
         call=schedule.call,
         reasoning_scale=schedule.reasoning_scale,
         fixed_level=schedule.fixed_level,
         call_start=schedule.call_start,
         call_end=schedule.call_end,
-        horizon=schedule.horizon if schedule.horizon is not None else max(steps, 1),
+        clock=anneal_clock(config),
     )
-    if schedule.kind == "fixed":
-        return fixed
-    return AdaptiveSchedule(fixed, Progress(schedule.success_target, schedule.smoothing))
 
 
 class Experiment:
@@ -122,8 +128,8 @@ class Experiment:
     @property
     def anchor_prob(self) -> float:
         """q of the step that is next."""
-        progress = self.schedule.progress.value if isinstance(self.schedule, AdaptiveSchedule) else 0.0
-        return between(self.config.objective.anchor_prob, self.config.objective.schedule.anchor_end, progress)
+        objective = self.config.objective
+        return between(objective.anchor_prob, objective.schedule.anchor_end, self.schedule.clock.progress(self.step))
 
     # -- weights ------------------------------------------------------------------------------------------------------------------
 
@@ -200,8 +206,7 @@ class Experiment:
             "scores": self.scores,
             "seconds": self.seconds,
             "seed": self.config.run.seed,
-            "horizon": self.schedule.horizon,
-            "progress": asdict(self.schedule.progress) if isinstance(self.schedule, AdaptiveSchedule) else None,
+            "clock": self.schedule.clock.state(),
             "trace_quality": asdict(self.quality) if self.quality is not None else None,
             "ahead": self.ahead.state(),
         }
@@ -249,7 +254,7 @@ class Experiment:
         from its beginning.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another seed or model.
+            CheckpointError: the checkpoint belongs to another seed or model, or was annealed by another kind of clock.
         """
         folder = on_rank_zero(self._newest_checkpoint)
         if folder is None:
@@ -260,11 +265,13 @@ class Experiment:
             raise CheckpointError(f"{folder} was made with run.seed={state['seed']}, the config says {self.config.run.seed}")
         self.step, self.warmup_step, self.version = state["step"], state["warmup_step"], state["version"]
         self.scores, self.seconds = state["scores"], state["seconds"]
-        if isinstance(self.schedule, AdaptiveSchedule) and state.get("progress") is not None:
-            self.schedule = AdaptiveSchedule(self.schedule, Progress(**state["progress"]))
+        try:
+            self.schedule.clock.load(state["clock"])
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder}: the schedule can't go on from here: {error}; resume with the objective.schedule.kind that the run had"
+            ) from error
         on_rank_zero(lambda: self._forget_exports_after(self.version))
-        if self.config.objective.schedule.horizon is None:  # more steps than before: what was annealed away stays away
-            self.schedule = replace(self.schedule, horizon=state["horizon"])
         if self.quality is not None and state.get("trace_quality") is not None:
             self.quality = TraceQuality(**state["trace_quality"])
         if rank() == 0:

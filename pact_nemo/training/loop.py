@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ import torch
 
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import ConfigError, Interrupted, NumericsError, ServerLost, TooManyFailures
-from pact_nemo.objective.adaptive import AdaptiveSchedule
-from pact_nemo.objective.loss import pact_loss
 from pact_nemo.objective.trace_quality import TraceQuality, beats
 from pact_nemo.policy.policy import UpdateResult
 from pact_nemo.policy.trees import TokenTree
@@ -31,6 +28,8 @@ from pact_nemo.training.batch import (
     fill_streams,
     form_group,
     grow_tree,
+    loss_of,
+    set_temperature,
 )
 from pact_nemo.training.data import prompts_of_step
 from pact_nemo.training.distributed import on_rank_zero, rank
@@ -80,9 +79,10 @@ def train(experiment: Experiment) -> None:
         if config.trainer.overlap and experiment.step + 1 < experiment.total_steps:
             start_ahead(experiment)
         record = optimise(experiment, groups, watch) | diagnostics.data_record(experiment.dataset.dropped, groups)
-        if isinstance(experiment.schedule, AdaptiveSchedule):
-            experiment.schedule.progress.observe(record["reward/success"], mean_gap(record))
-            record["anneal/progress"] = experiment.schedule.progress.value
+        clock = experiment.schedule.clock
+        if clock.adapts:
+            clock.observe(record["reward/success"], mean_gap(record))
+            record["anneal/progress"] = clock.progress(experiment.step)
         if experiment.quality is not None:
             observe_traces(experiment.quality, groups, experiment.dataset.trace_results)
             record["trace/weight"] = sum(group.trace_weight for group in groups) / len(groups)
@@ -181,8 +181,9 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
     """
     config, policy = experiment.config, experiment.policy
     objective, size = config.objective, config.trainer.mini_batch_size
+    temperature = config.rollout.sampling.temperature
     correct_sampler = config.rollout.importance == "tis"
-    adaptive = isinstance(experiment.schedule, AdaptiveSchedule)  # goes by every prompt's privilege gap
+    adaptive = experiment.schedule.clock.adapts  # goes by every prompt's privilege gap
     both = config.trainer.both_contexts or correct_sampler or adaptive
     grown = [
         grow_tree(
@@ -194,6 +195,7 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
         )
         for group in groups
     ]
+    set_temperature(grown, objective, temperature)
     # a prompt whose rollouts all failed still teaches its trace and counts in |B|; one that scores no token at all is not computed
     cut = [grown[start : start + size] for start in range(0, len(grown), size)]
     parts = [(members, len(part)) for part in cut if (members := [p for p in part if p.tree.num_scored])]
@@ -206,6 +208,7 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
             for i, p in enumerate(prompts)
             if diagnostics.has_policy_tokens(p.group)
         }
+        set_temperature(list(alone.values()), objective, temperature)
         values = dict(zip(alone, score([p.tree for p in alone.values()]), strict=True)) if alone else {}
         return [spread(alone[i], p, values[i]) if i in alone else torch.zeros(p.tree.num_scored) for i, p in enumerate(prompts)]
 
@@ -218,7 +221,7 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
             old[0] = under_prompt(parts[0][0], policy.logprobs)
         reference = under_prompt(prompts, policy.reference_logprobs) if objective.kl_coef > 0 else None
 
-    loss_fn = partial(pact_loss, clip_low=objective.clip_low, clip_high=objective.clip_high, shaping=objective.shaping)
+    loss_fn = loss_of(objective)
     results: list[UpdateResult] = []
     with watch("update"):
         start = 0
@@ -239,7 +242,7 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
                 if number < on_policy:
                     for prompt in members:
                         prompt.tree.streams.pop("old_logprobs", None)
-                results.append(policy.update([p.tree for p in members], loss_fn))
+                results.append(policy.update([p.tree for p in members], loss_fn, entropy=True))
             except FloatingPointError as error:  # the same on every rank: what was scored is
                 raise refused(experiment, NumericsError(str(error), names=["importance"], logprobs=old[number]), members, number) from error
             except NumericsError as error:

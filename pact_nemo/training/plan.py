@@ -60,7 +60,10 @@ def step_work(config: Config, lengths: Lengths) -> StepWork:
         score_prompt_only=1.0 / updates if corrected and not trainer.score_first_update else 0.0,
         reference=objective.kl_coef > 0,
         shared=config.policy.share_prefix,
-        both_contexts=trainer.both_contexts or corrected or objective.kl_coef > 0 or objective.schedule.kind == "adaptive",
+        both_contexts=trainer.both_contexts
+        or corrected
+        or max(objective.kl_coef, objective.entropy_coef) > 0
+        or objective.schedule.kind == "adaptive",
     )
 
 

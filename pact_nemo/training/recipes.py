@@ -69,6 +69,7 @@ class Recipe:
             "model": {"tool_format": self.tool_format},
             "rollout": {"server": {**dataclasses.asdict(self.server), "dtype": "bfloat16", "request_timeout_s": LONGEST_REQUEST_S}},
             "policy": dataclasses.asdict(self.policy),
+            "objective": {"entropy_coef": 0.001, "dual_clip": 3.0},  # of the public scripts that the paper's runs build on
         }
 
 

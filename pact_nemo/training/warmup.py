@@ -18,6 +18,7 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import ConfigError, ServerLost
 from pact_nemo.objective.loss import pact_loss
+from pact_nemo.objective.surrogate import Clip
 from pact_nemo.objective.weights import sft_weights
 from pact_nemo.policy.trees import TokenTree, TreeBuilder
 from pact_nemo.traces.spans import CALL, REASONING, TraceTokens
@@ -104,5 +105,5 @@ def sft_step(experiment: Experiment, batch: list[Task]) -> dict[str, Any]:
     prompts = [experiment.chat.prompt_ids(list(task.user_turns[0]), list(task.tools)) for task in batch]
     closing = closing_ids(experiment.chat, stage.closing)
     trees = [sft_tree(x, h, w, closing, 1.0 / len(batch)) for x, h, w in zip(prompts, traces, weights, strict=True)]
-    loss_fn = partial(pact_loss, clip_low=config.objective.clip_low, clip_high=config.objective.clip_high)
+    loss_fn = partial(pact_loss, clip=Clip())  # no token is in a surrogate
     return loss_record([experiment.policy.update(trees, loss_fn, lr=stage.lr)])

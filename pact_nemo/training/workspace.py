@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.files import temporary_beside, write_text_atomic
-from pact_nemo.training.config import Config, to_yaml
+from pact_nemo.training.config import Config, load_config, to_yaml
 
 
 class Workspace:
@@ -71,6 +71,18 @@ class Workspace:
 
     def evaluation(self, name: str) -> Path:
         return self.evaluations / f"{name}.jsonl"
+
+
+def check_replay(config: Config) -> None:
+    """Raises ConfigError where ``trainer.replay`` names a run that sampled from another distribution than this config says it trains."""
+    if config.trainer.replay is None or not (dumped := Path(config.trainer.replay) / "config.yaml").is_file():
+        return
+    theirs, ours = load_config(dumped).rollout.sampling.temperature, config.rollout.sampling.temperature
+    if theirs != ours:
+        raise ConfigError(
+            f"trainer.replay={config.trainer.replay}: its rollouts were sampled at temperature {theirs}, this config trains the policy at "
+            f"{ours}; set rollout.sampling.temperature={theirs}"
+        )
 
 
 def _point_latest(root: Path, target: Path) -> None:

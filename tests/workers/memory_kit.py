@@ -50,7 +50,7 @@ def make_tree(prompt: int, response: int, trace: int, group: int, vocabulary: in
 
 
 def loss_fn(logprob: torch.Tensor, streams: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return (streams["weight"] * logprob).sum(), {}
+    return (streams["weight"] * (logprob + streams["entropy"])).sum(), {}
 
 
 def peak_bytes(policy: Any, trees: list[TokenTree]) -> int:
@@ -61,12 +61,12 @@ def peak_bytes(policy: Any, trees: list[TokenTree]) -> int:
 
     from pact_nemo.policy import engine
 
-    policy.update(trees, loss_fn)  # optimizer state and megatron's lasting buffers come into being
+    policy.update(trees, loss_fn, entropy=True)  # optimizer state and megatron's lasting buffers come into being
     for chunk in policy.wrapped:
         chunk.zero_grad_buffer()
     policy.optimizer.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        batches, _ = engine.local_batches(trees, policy.config, device=policy.device, bf16=policy.bf16, temperature=1.0)
+        batches, _ = engine.local_batches(trees, policy.config, device=policy.device, bf16=policy.bf16, entropy=True)
         engine.run_schedule(policy.wrapped, batches, loss_fn, forward_only=False)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0

@@ -4,22 +4,20 @@ trainer's own: advantages, tree, streams, denominators, loss."""
 from __future__ import annotations
 
 import random
-from functools import partial
 
 import torch
 
 from pact_nemo.environments.base import Outcome, Task, ToolCall
-from pact_nemo.objective.loss import pact_loss
-from pact_nemo.objective.schedules import TraceSchedule
+from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.traces.spans import CALL, OBSERVATION, OTHER, REASONING, TraceTokens
-from pact_nemo.training.batch import PromptGroup, contexts_needed, fill_streams, form_group, grow_tree
+from pact_nemo.training.batch import PromptGroup, contexts_needed, fill_streams, form_group, grow_tree, loss_of, set_temperature
 from pact_nemo.training.config import ObjectiveConfig
 from tests.workers.policy_kit import VOCAB
 
-OBJECTIVE = ObjectiveConfig(group_size=4, anchor_prob=0.4, kl_coef=0.01, sft_coef=0.3)
-pact_terms = partial(pact_loss, clip_low=OBJECTIVE.clip_low, clip_high=OBJECTIVE.clip_high)
+OBJECTIVE = ObjectiveConfig(group_size=4, anchor_prob=0.4, kl_coef=0.01, sft_coef=0.3, entropy_coef=0.05, dual_clip=3.0)
+pact_terms = loss_of(OBJECTIVE)
 
 
 def _trace(draw: random.Random) -> TraceTokens:
@@ -63,5 +61,6 @@ def make_pact_trees(count: int, *, seed: int = 3) -> list[TokenTree]:
     def drawn() -> list[torch.Tensor]:
         return [-5.0 - torch.rand(prompt.tree.num_scored, generator=noise) for prompt in prompts]
 
-    fill_streams(prompts, OBJECTIVE, TraceSchedule(horizon=5), 1, old=drawn(), reference=drawn(), importance_cap=2.0)
+    fill_streams(prompts, OBJECTIVE, TraceSchedule(clock=StepClock(5)), 1, old=drawn(), reference=drawn(), importance_cap=2.0)
+    set_temperature(prompts, OBJECTIVE, 0.8)
     return [prompt.tree for prompt in prompts]

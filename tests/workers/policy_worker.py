@@ -51,8 +51,9 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
         batch = make_pact_trees(argument)
         for tree, now in zip(batch, policy.logprobs(batch), strict=True):
             tree.streams["old_logprobs"] = now + tree.streams["old_logprobs"] + 5.5
-        result = policy.update(batch, pact_terms)
-        return {**vars(result), "logprobs": [row.tolist() for row in result.logprobs]}
+        result = policy.update(batch, pact_terms, entropy=True)
+        rows = {name: [row.tolist() for row in getattr(result, name)] for name in ("logprobs", "entropies")}
+        return {**vars(result), **rows}
     if verb == "broken_update":
         top = max(float(tree.streams["weight"].max()) for tree in trees)
         for tree in trees:

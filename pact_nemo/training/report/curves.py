@@ -145,6 +145,12 @@ def rl_curves(run: Run) -> list[Chart]:
             bounds=(0.0, None),
         ),
         chart(
+            "Entropy",
+            "of the policy's distributions under x, nats per policy token",
+            _plain(records, ("policy/entropy", "entropy")),
+            bounds=(0.0, None),
+        ),
+        chart(
             "Sampler mismatch",
             "|trainer − sampler log-prob|, mean, nats per token",
             _plain(records, ("mismatch/mean_abs", "difference")),
