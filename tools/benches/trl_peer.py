@@ -302,7 +302,7 @@ class Peer:
                 "completion_ids": pad(completions, padding_value=fill, padding_side="right").to(device),
                 "completion_mask": pad([torch.ones_like(ids) for ids in completions], padding_value=0, padding_side="right").to(device),
                 "tool_mask": pad([torch.tensor(row.mask) for row in rows], padding_value=1, padding_side="right").to(device),
-                "advantages": pad([torch.tensor(row.advantages) for row in rows], padding_value=0.0, padding_side="right").to(device),
+                "advantages": pad([torch.tensor(row.advantages) for row in rows], padding_value=0.0, padding_side="right").to(device),  # type: ignore[arg-type]  # TRL's hint says int
             })  # fmt: skip
         for inputs in found:  # TRL divides by this times the number of micro-batches
             inputs["num_items_in_batch"] = torch.tensor(scored / len(found), device=device)
