@@ -354,7 +354,12 @@ class ChatFormat:
     def _earlier_frame_uncached(self, user: bool) -> tuple[str, str]:
         """Template text before such a message, its thought included, and after it."""
         before = self._plain([USER], True).removesuffix(self.generation_thought)
-        return before, self._plain(self._earlier_conversation(_MARK, user), False).partition(_MARK)[2]
+        conversation = self._earlier_conversation("", user)
+        conversation[1] = _ASSISTANT  # as content: a template with a field for thoughts would take a message for an open one
+        _, mark, after = self._plain(conversation, False).partition(_MARK)
+        if not mark:
+            raise ConfigError(f"{self.source} drops what the assistant wrote earlier; take a template that shows it")
+        return before, after
 
     def _token_boundary(self, ids: Sequence[int], text: str, tail: str) -> int | None:
         """Index of the token that ``tail``, the end of ``text``, begins with; None where it begins within one."""
