@@ -43,7 +43,6 @@ SPOKEN = [  # (thought, visible): two tool turns and an answer for the first use
     ("Nothing was listed.", "I don't know."),
 ]
 KINDS = ("thinks", "opened", "silent")  #: Qwen3; a Qwen3 whose generation prompt opens the thought; Qwen3 with enable_thinking=false
-TAUGHT = ("silent",)
 
 
 @cache
@@ -299,7 +298,7 @@ def make_group(kind: str, trace: TraceTokens, objective: ObjectiveConfig) -> Pro
     return form_group(make_task(), rollouts, trace, objective, seed=1, step=0)
 
 
-@pytest.mark.parametrize("kind", TAUGHT)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_trace_is_taught_in_the_contexts_that_the_policy_will_have(kind: str) -> None:
     chat, trace = chat_of(kind), make_trace()
     tokens = encode_trace(trace, chat, end_of_turn=CALL)
@@ -309,7 +308,7 @@ def test_a_trace_is_taught_in_the_contexts_that_the_policy_will_have(kind: str) 
     assert score(tree).tolist() == separate
 
 
-@pytest.mark.parametrize("kind", TAUGHT)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
 def test_a_cut_trace_is_taught_as_its_whole_turns_are_and_its_closing_message_in_the_next_context(kind: str, turns: int) -> None:
     chat, trace = chat_of(kind), make_trace()
@@ -326,7 +325,7 @@ def test_a_cut_trace_is_taught_as_its_whole_turns_are_and_its_closing_message_in
     assert score(tree).tolist() == separate
 
 
-@pytest.mark.parametrize("kind", TAUGHT)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("anchored", [False, True])
 def test_the_loss_of_the_tree_is_that_of_separate_sequences(kind: str, anchored: bool) -> None:
     """Equation 14, token by token, each behind its own context written out."""
@@ -362,7 +361,7 @@ def test_the_loss_of_the_tree_is_that_of_separate_sequences(kind: str, anchored:
     assert total == pytest.approx(expected, rel=1e-6)  # streams are stored in float32
 
 
-@pytest.mark.parametrize("kind", TAUGHT)
+@pytest.mark.parametrize("kind", KINDS)
 def test_shared_prefixes_are_computed_once(kind: str) -> None:
     chat = chat_of(kind)
     tokens, objective = encode_trace(make_trace(), chat), ObjectiveConfig(group_size=4, anchor_prob=0.0)
