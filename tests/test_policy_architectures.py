@@ -168,7 +168,8 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
 
 def wanted(folder: Path, ids: list[int]) -> torch.Tensor:
     """[len(ids) - 1] log-probs by transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    plain: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **plain).eval()
     with torch.no_grad():
         logprobs = model(torch.tensor([ids]), return_dict=True).logits[0].log_softmax(-1)
     return logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]

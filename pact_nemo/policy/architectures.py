@@ -108,11 +108,11 @@ _COMMON: dict[str, Setting] = {
     "hidden_act": only("silu"),
     "attention_dropout": only(0.0, note="the policy has no dropout"),
     "is_encoder_decoder": only(False),
+    "return_dict": only(True, note="transformers itself can't run the model with it"),
     "architectures": computed(),  # see family_of
     # what other heads, printing, generation and initialisation use
     "transformers_version": HARMLESS,
     "output_hidden_states": HARMLESS,
-    "return_dict": HARMLESS,
     "dtype": HARMLESS,  # of the file; the policy computes in policy.precision
     "chunk_size_feed_forward": HARMLESS,
     "id2label": HARMLESS,
@@ -352,8 +352,6 @@ def _resolve(family: Family, raw: dict[str, Any], where: str) -> Any:
     for key, value in raw.items():
         if key in declared or key in harmless or value is None or _among(value, _NEUTRAL_KEYS.get(key, ())):
             continue
-        if key == "layer_types" and "sliding_window" in family.settings and isinstance(value, list):
-            continue  # of a class that does not read it: compared with what is computed
         raise ConfigError(
             f"{where}: {key}={_show(value)}: {family.config_name} has no such setting, and it may change what the model computes; "
             f"if {family.architecture} computes the model without it, remove the key, else use another model"
@@ -396,14 +394,15 @@ def _describe(family: Family, raw: dict[str, Any], config: Any, where: str, atte
     if heads % kv_heads:
         raise _refusal(where, "num_key_value_heads", kv_heads, f"({everywhere}) num_attention_heads={heads} is no multiple of it")
     if head_dim < 2 or head_dim % 2:
-        raise _refusal(where, "head_dim", head_dim, f"({everywhere}) rotary embeddings need an even number")
+        found = "" if "head_dim" in raw else f"it is hidden_size={hidden} over num_attention_heads={heads}; "
+        raise _refusal(where, "head_dim", head_dim, f"({everywhere}) {found}rotary embeddings need an even number")
     experts = _value(config, "num_experts") if "num_experts" in family.settings else 0
     per_token = config.num_experts_per_tok if experts else 0
     if per_token > experts:
         raise _refusal(where, "num_experts_per_tok", per_token, f"({everywhere}) there are num_experts={experts}")
     if per_token == 1 and config.norm_topk_prob:  # megatron has no such router: its weights are all 1, and it learns nothing
         raise _refusal(where, "num_experts_per_tok", 1, f"({everywhere}) with norm_topk_prob=true a single expert's weight is always 1")
-    windows = _windows(family, raw, config, where)
+    windows = _windows(family, config, where)
     if attention == "te" and any(windows):
         raise ConfigError(
             f"{where}: sliding_window={_show(config.sliding_window)} ({_layers([i for i, window in enumerate(windows) if window])}): "
@@ -435,16 +434,12 @@ def _describe(family: Family, raw: dict[str, Any], config: Any, where: str, atte
     )
 
 
-def _windows(family: Family, raw: dict[str, Any], config: Any, where: str) -> tuple[int | None, ...]:
+def _windows(family: Family, config: Any, where: str) -> tuple[int | None, ...]:
     """The window of each layer, as transformers' masks have it."""
     layers: int = config.num_hidden_layers
     window = config.sliding_window if "sliding_window" in family.settings else None
     if "layer_types" not in family.settings:  # Mistral, Qwen3-MoE: all layers or none
-        windows = (window,) * layers
-        said = raw.get("layer_types")
-        if said is not None and said != [FULL if window is None else SLIDING] * layers:
-            raise _refusal(where, "layer_types", said, f"{family.architecture} has sliding_window={_show(window)} in all layers or in none")
-        return windows
+        return (window,) * layers
     types = config.layer_types
     if not isinstance(types, list) or len(types) != layers:
         raise _refusal(where, "layer_types", types, f"one type for each of {layers} layers is needed")
