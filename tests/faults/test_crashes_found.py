@@ -143,10 +143,15 @@ def test_configurations(text: str, tmp_path: Path) -> None:
         load_config(tmp_path / "c.yaml")
 
 
-@pytest.mark.parametrize("word", ["run.label=[", "run.label=\x07", "a..b=1", "=1", ".=1", "run=${", "run.label=%YAML"])
+@pytest.mark.parametrize("word", ["trainer.steps=[", "run.label=\x07", "a..b=1", "=1", ".=1", "run=${", "trainer.steps=%YAML"])
 def test_overrides(word: str) -> None:
     with pytest.raises(ConfigError):
         load_config(None, [word])
+
+
+@pytest.mark.parametrize("text", ["[", "%YAML"])
+def test_an_override_of_a_text_is_what_is_typed(text: str) -> None:
+    assert load_config(None, [f"run.label={text}"]).run.label == text
 
 
 @pytest.mark.parametrize(
