@@ -168,9 +168,14 @@ def test_the_switch_to_the_call_is_part_of_the_call_unless_it_is_left_unsupervis
     taught, literal = (encode_trace(_segmented(), chat, switch=switch) for switch in (CALL, OTHER))
     assert taught.token_ids == literal.token_ids
     different = [index for index, pair in enumerate(zip(taught.component, literal.component, strict=True)) if pair[0] != pair[1]]
-    assert [(taught.component[index], literal.component[index]) for index in different] == [(CALL, OTHER)] * 3
-    for index in different:
-        assert chat.tokenizer.decode([taught.token_ids[index]]).endswith("\n") and taught.component[index + 1] == CALL
+    assert {(taught.component[index], literal.component[index]) for index in different} == {(CALL, OTHER)}
+    for turn in range(3):
+        written = chat.decode([taught.token_ids[index] for index in different if taught.turn[index] == turn])
+        if chat.thought is not None:  # the thought's markers; ".\n" is one token, and counts as the switch
+            assert written == f"{chat.thought.written}.{chat.thought.closing}"
+            continue
+        (index,) = (index for index in different if taught.turn[index] == turn)
+        assert written.endswith("\n") and taught.component[index + 1] == CALL
 
 
 @pytest.mark.parametrize("kind", ["smollm/pythonic", "qwen2_5/hermes", "llama3/llama3_json"])
