@@ -159,7 +159,7 @@ def test_what_a_run_leaves_out_is_counted_in_metrics_and_report(small: tuple[Con
     write_traces(path, list(plain.traces.values()))
     path.write_bytes(path.read_bytes() + b"{torn\n")
     lengths = sorted(len(tokens) for tokens in plain.trace_tokens.values())
-    traces = replace(config.traces, path=str(path), max_tokens=lengths[0])
+    traces = replace(config.traces, path=str(path), max_tokens=lengths[0], max_missing=None)
 
     quarantine = Quarantine(config.run.bad_rows)
     for overlong in ("turn", "segment", "drop"):
