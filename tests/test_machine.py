@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -62,16 +63,22 @@ def shared() -> Iterator[Path]:
 
 
 def as_user(user: int, folder: Path, program: str = ASK, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The program with nothing in its environment, as another user where the tests may become one."""
+    """The program with nothing in its environment, as another user where the tests may become one.
+
+    An interpreter in a home that the other user can't enter is replaced by the system's of the same version, with this one's packages.
+    """
     words = []
     if os.getuid() == 0:
         words = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-        if subprocess.run([*words, sys.executable, "-c", f"open({str(REPO / 'pyproject.toml')!r})"], capture_output=True).returncode:
-            pytest.skip("another user can't reach this interpreter and this project")
         os.chown(folder, user, user)
-    words += ["env", "-i", "PATH=/usr/bin:/bin", f"PYTHONPATH={REPO}", f"TMPDIR={folder}", "PYTHONDONTWRITEBYTECODE=1"]
+    packages = sysconfig.get_path("purelib")
+    words += ["env", "-i", "PATH=/usr/bin:/bin", f"PYTHONPATH={REPO}:{packages}", f"TMPDIR={folder}", "PYTHONDONTWRITEBYTECODE=1"]
     words += [f"{name}={value}" for name, value in environment.items()]
-    return subprocess.run([*words, sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd="/")
+    same = f"import sys; open({str(REPO / 'pyproject.toml')!r}); import psutil; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
+    for interpreter in (sys.executable, "/usr/bin/python3"):
+        if os.getuid() != 0 or subprocess.run([*words, interpreter, "-c", same], capture_output=True, cwd="/").returncode == 0:
+            return subprocess.run([*words, interpreter, "-c", program], capture_output=True, text=True, timeout=120, cwd="/")
+    pytest.skip("another user can't reach an interpreter of this version and this project")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
