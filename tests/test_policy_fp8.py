@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from pact_nemo.policy.config import FP8_RECIPES, OptimizerConfig, PolicyConfig
 from pact_nemo.policy.fp8 import ALIGNMENT, E4M3, E5M2, Caster, round_in_blocks, round_to_fp8, scale_for
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import Segment, TokenTree
-from tests.workers.pact_kit import make_pact_trees, pact_terms
+from pact_nemo.training.batch import loss_of
+from tests.workers.pact_kit import OBJECTIVE, make_pact_trees
 from tests.workers.policy_kit import make_model
 
 
@@ -27,6 +29,15 @@ def build(path: Path, **config: Any) -> MegatronPolicy:
     fp8 = {"fp8_bf16_layers": 0} if config.get("fp8") == "delayed" else {}
     settings = PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 256, "logprob_chunk": 64, "fp8_emulate": True, **fp8, **config})
     return MegatronPolicy(settings, OptimizerConfig(lr=1e-3), path, seed=1, total_steps=4, keep_reference=True)
+
+
+#: the paper's terms at temperature 1: what the bounds below were measured on
+PAPERS = replace(OBJECTIVE, entropy_coef=0.0, dual_clip=None)
+pact_terms = loss_of(PAPERS)
+
+
+def plain_trees(count: int = 6) -> list[TokenTree]:
+    return make_pact_trees(count, objective=PAPERS, temperature=1.0)
 
 
 def joined(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -117,7 +128,7 @@ def test_it_is_what_rounding_the_linear_layers_of_a_transformers_model_gives(hf:
 @pytest.mark.parametrize("recipe", FP8_RECIPES)
 def test_ratios_of_an_on_policy_step_are_exactly_1(recipe: str, hf: Path) -> None:
     """The old policy is scored in the update's precision; under the delayed recipe, too, until the next pass."""
-    policy, trees = build(hf, fp8=recipe), make_pact_trees(6)
+    policy, trees = build(hf, fp8=recipe), plain_trees()
     for tree, now in zip(trees, policy.logprobs(trees), strict=True):
         tree.streams["old_logprobs"] = now
     metrics = policy.update(trees, pact_terms).metrics
@@ -127,7 +138,7 @@ def test_ratios_of_an_on_policy_step_are_exactly_1(recipe: str, hf: Path) -> Non
 def test_old_policy_in_another_precision_would_bend_the_ratios(hf: Path) -> None:
     """Why it isn't scored in full precision: the ratio would carry the rounding."""
     policy, exact = build(hf, fp8="tensorwise"), build(hf)
-    trees = make_pact_trees(6)
+    trees = plain_trees()
     for tree, now in zip(trees, exact.logprobs(trees), strict=True):
         tree.streams["old_logprobs"] = now
     metrics = policy.update(trees, pact_terms).metrics
@@ -139,8 +150,8 @@ def test_what_fp8_does_to_a_pact_batch(recipe: str, hf: Path) -> None:
     """Log-probs move, but by little; the gradient keeps its direction; the reference is not touched."""
     policy, exact = build(hf, fp8=recipe), build(hf)
     for either in (policy, exact):  # a pass without effect on the weights, from which the delayed recipe takes its scales
-        either.update(make_pact_trees(6), pact_terms, lr=0.0)
-    trees = make_pact_trees(6)
+        either.update(plain_trees(), pact_terms, lr=0.0)
+    trees = plain_trees()
     rounded, plain = joined(policy.logprobs(trees)), joined(exact.logprobs(trees))
     error = (rounded - plain).abs()
     assert 1e-4 < error.mean() < 0.15 and error.max() < 1.0, (error.mean(), error.max())
@@ -156,14 +167,14 @@ def gradient(policy: MegatronPolicy, trees: list[TokenTree]) -> torch.Tensor:
 
 
 def test_the_gradient_keeps_its_direction(hf: Path) -> None:
-    exact = gradient(build(hf), make_pact_trees(6))
+    exact = gradient(build(hf), plain_trees())
     for recipe in ("tensorwise", "blockwise", "mxfp8"):
-        rounded = gradient(build(hf, fp8=recipe), make_pact_trees(6))
+        rounded = gradient(build(hf, fp8=recipe), plain_trees())
         assert torch.nn.functional.cosine_similarity(rounded, exact, dim=0) > 0.97, recipe
 
 
 def test_layers_kept_in_bf16_are_untouched(hf: Path) -> None:
-    trees = make_pact_trees(3)
+    trees = plain_trees(3)
     exact = joined(build(hf).logprobs(trees))
     errors = [float((joined(build(hf, fp8="tensorwise", fp8_bf16_layers=kept).logprobs(trees)) - exact).abs().mean()) for kept in (0, 1)]
     assert errors[0] > errors[1] > 0
@@ -174,7 +185,7 @@ def test_layers_kept_in_bf16_are_untouched(hf: Path) -> None:
 @pytest.mark.parametrize("recipe", FP8_RECIPES)
 def test_padding_changes_nothing(recipe: str, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales are taken over real tokens: rows padded to 512 tokens give the log-probs and the loss of rows padded to the recipe's multiple."""
-    trees = make_pact_trees(5)
+    trees = plain_trees(5)
     policy = build(hf, fp8=recipe)
     plain, result = joined(policy.logprobs(trees)), build(hf, fp8=recipe).update(trees, pact_terms)
     monkeypatch.setitem(ALIGNMENT, recipe, 512)
@@ -188,7 +199,7 @@ def test_padding_changes_nothing(recipe: str, hf: Path, monkeypatch: pytest.Monk
 def test_without_transformer_engine_it_says_so_and_goes_on(hf: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = build(hf, fp8="blockwise", fp8_emulate=False)
     assert plain.fp8 is None and "policy.fp8=blockwise needs a GPU with FP8 and Transformer Engine" in caplog.text
-    trees = make_pact_trees(3)
+    trees = plain_trees(3)
     assert torch.equal(joined(plain.logprobs(trees)), joined(build(hf).logprobs(trees)))
 
 

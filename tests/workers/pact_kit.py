@@ -46,21 +46,21 @@ def _rollout(draw: random.Random, task: Task, prompt: list[int], k: int) -> Roll
     return Rollout(task.id, k, prompt, [draw.randrange(VOCAB) for _ in mask], mask, logprobs, turns, outcome, 0, status=status)
 
 
-def make_pact_trees(count: int, *, seed: int = 3) -> list[TokenTree]:
+def make_pact_trees(count: int, *, seed: int = 3, objective: ObjectiveConfig = OBJECTIVE, temperature: float = 0.8) -> list[TokenTree]:
     """``count`` prompts, some anchored, some without a trace; old log-probs, reference and sampler differ from the policy's."""
     draw = random.Random(seed)
     groups: list[PromptGroup] = []
     for index in range(count):
         task = Task(f"p{index}", f"p{index}", "c", (({"role": "user", "content": "u"},),), (), ((ToolCall("f", {"a": 1}),),))
         prompt = [draw.randrange(VOCAB) for _ in range(draw.randint(4, 20))]
-        rollouts = [_rollout(draw, task, prompt, k) for k in range(OBJECTIVE.group_size)]
-        groups.append(form_group(task, rollouts, _trace(draw) if index % 5 != 4 else None, OBJECTIVE, seed=seed, step=1))
-    prompts = [grow_tree(group, [7, 8], OBJECTIVE, contexts=contexts_needed(group, OBJECTIVE, diagnostics=True)) for group in groups]
+        rollouts = [_rollout(draw, task, prompt, k) for k in range(objective.group_size)]
+        groups.append(form_group(task, rollouts, _trace(draw) if index % 5 != 4 else None, objective, seed=seed, step=1))
+    prompts = [grow_tree(group, [7, 8], objective, contexts=contexts_needed(group, objective, diagnostics=True)) for group in groups]
     noise = torch.Generator().manual_seed(seed)
 
     def drawn() -> list[torch.Tensor]:
         return [-5.0 - torch.rand(prompt.tree.num_scored, generator=noise) for prompt in prompts]
 
-    fill_streams(prompts, OBJECTIVE, TraceSchedule(clock=StepClock(5)), 1, old=drawn(), reference=drawn(), importance_cap=2.0)
-    set_temperature(prompts, OBJECTIVE, 0.8)
+    fill_streams(prompts, objective, TraceSchedule(clock=StepClock(5)), 1, old=drawn(), reference=drawn(), importance_cap=2.0)
+    set_temperature(prompts, objective, temperature)
     return [prompt.tree for prompt in prompts]
