@@ -216,11 +216,10 @@ class MegatronPolicy:
             if strange is not None:
                 raise DataError(f"tree {index}: the model has no row for token id {strange}, only for 0 to {rows - 1}; use its own tokenizer")
 
-    def _score(self, trees: list[TokenTree], *, entropy: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        self._check_ids(trees)
-        bare = [TokenTree(tree.segments, temperatures=tree.temperatures) for tree in trees]
-        batches, _ = engine.local_batches(
-            bare,
+    def _local_batches(self, trees: list[TokenTree], *, entropy: bool) -> tuple[list[engine.LocalMicroBatch], int]:
+        """This rank's micro-batches of ``trees`` as this model computes them, and the number of tree tokens on all ranks together."""
+        return engine.local_batches(
+            trees,
             self.config,
             device=self.device,
             bf16=self.bf16,
@@ -228,6 +227,11 @@ class MegatronPolicy:
             alignment=self.alignment,
             window=self.architecture.window,
         )
+
+    def _score(self, trees: list[TokenTree], *, entropy: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        self._check_ids(trees)
+        bare = [TokenTree(tree.segments, temperatures=tree.temperatures) for tree in trees]
+        batches, _ = self._local_batches(bare, entropy=entropy)
         for chunk in self.chunks:
             chunk.eval()
         collected = engine.run_schedule(self.chunks, batches, None, forward_only=True)
@@ -262,15 +266,7 @@ class MegatronPolicy:
         if self.optimizer is None:
             raise ConfigError("this policy was built with trainable=False")
         self._check_ids(trees)
-        batches, tokens = engine.local_batches(
-            trees,
-            self.config,
-            device=self.device,
-            bf16=self.bf16,
-            entropy=entropy,
-            alignment=self.alignment,
-            window=self.architecture.window,
-        )
+        batches, tokens = self._local_batches(trees, entropy=entropy)
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

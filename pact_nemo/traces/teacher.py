@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pact_nemo.chat.thoughts import split_thought
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import EnvironmentFailure, ServerError
 from pact_nemo.rollouts.chat_endpoint import Complete
@@ -45,7 +44,7 @@ class _Recorder:
             reasoning = thought or said
             pieces = [ReasoningSegment(*piece) for piece in self._segment(reasoning, self._tools)]
             self.builder.assistant(pieces, turn.calls, turn.observations, turn.user_turn)
-        self._closing = "" if turn.calls else split_thought(turn.text)[1]
+        self._closing = "" if turn.calls else turn.visible
 
     def user(self, messages: Sequence[dict[str, str]], revealed: Sequence[dict[str, Any]], user_turn: int) -> None:
         if not self.builder.acted_in(user_turn - 1):
