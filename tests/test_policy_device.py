@@ -189,3 +189,19 @@ def test_megatrons_loggers_obey_the_process() -> None:
     loggers = [found for name, found in logging.root.manager.loggerDict.items() if name.startswith("megatron.") and isinstance(found, logging.Logger)]
     assert loggers and not [logger.name for logger in loggers if logger.handlers]
     assert logging.root.manager.disable == 0
+
+
+def test_megatron_imported_before_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_prepared", False)
+    with pytest.raises(RuntimeError, match="imported before .*prepare_megatron"):
+        device.prepare_megatron()
+
+
+def test_a_module_imported_alone_prepares_megatron_itself() -> None:
+    program = (
+        "import pact_nemo.policy.attention; from megatron.core import jit\n"
+        "def function(x): return x\n"
+        "assert jit.jit_fuser(function) is function"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -44,6 +44,18 @@ def test_cpu(monkeypatch):
     assert environment[launch.PARENT_ENV] == str(os.getpid())
 
 
+def test_the_engine_is_forked_with_intels_openmp_only(monkeypatch, tmp_path):
+    found = launch.intel_openmp()
+    assert found is not None and found.name == "libiomp5.so"  # requirements.txt pins its package
+    monkeypatch.setenv("LD_PRELOAD", f"/somewhere/other.so /old/{found.name}")
+    environment = launch.engine_environment(CPU, ENDPOINT)
+    assert environment["LD_PRELOAD"] == f"{found} /somewhere/other.so" and environment[launch.FORK_ENGINE_ENV] == "1"
+    # an environment without the package: GNU's OpenMP hangs after a fork
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    environment = launch.engine_environment(CPU, ENDPOINT)
+    assert environment["LD_PRELOAD"].startswith("/somewhere") and launch.FORK_ENGINE_ENV not in environment
+
+
 def test_gpu(with_cuda):
     words = arguments(GPU)
     assert {"--tensor-parallel-size=4", "--gpu-memory-utilization=0.7"} <= set(words)

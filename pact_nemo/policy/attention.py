@@ -20,14 +20,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.attention.bias import causal_lower_right
 
+from pact_nemo.policy.device import prepare_megatron
 from pact_nemo.policy.fused import rotate
 from pact_nemo.policy.packing import Run
+
+prepare_megatron()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region  # noqa: E402
+from megatron.core.transformer.utils import is_layer_window_attention  # noqa: E402
 
 WINDOW_BLOCK = 512  #: queries of one call in a layer with a sliding window, at most
 

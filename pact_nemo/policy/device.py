@@ -128,10 +128,13 @@ def prepare_megatron() -> None:
     Raises:
         MissingDependency: megatron-core or megatron-bridge is not installed.
         ConfigError: no folder can be written for locks and caches.
+        RuntimeError: without CUDA, megatron-core was imported before: its CUDA calls and compiled kernels can't be redirected any more.
     """
     global _prepared
     if _prepared:
         return
+    if not use_cuda() and "megatron.core" in sys.modules:
+        raise RuntimeError("megatron.core was imported before pact_nemo.policy.device.prepare_megatron(); call it first")
     machine.prepare()
     for package, module in (("megatron-core", "megatron.core"), ("megatron-bridge", "megatron.bridge")):
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import sys
+from importlib import metadata
 from pathlib import Path
 
 from pact_nemo import machine
@@ -81,6 +81,16 @@ def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: Se
     return arguments + list(config.extra_args)
 
 
+def intel_openmp() -> Path | None:
+    """Intel's OpenMP library, wherever its package is installed: in an environment, for one user, or in a folder of ``PYTHONPATH``."""
+    try:
+        files = metadata.files("intel-openmp") or []
+    except metadata.PackageNotFoundError:
+        return None
+    found = (Path(str(file.locate())).resolve() for file in files if file.name == "libiomp5.so")
+    return next((path for path in found if path.is_file()), None)
+
+
 def engine_environment(config: RolloutServerConfig, endpoint: ServerEndpoint) -> dict[str, str]:
     """Environment of the server process: ours, without the trainer's rank and thread settings, plus vLLM's.
 
@@ -119,11 +129,11 @@ def engine_environment(config: RolloutServerConfig, endpoint: ServerEndpoint) ->
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(len(cores)),
-            FORK_ENGINE_ENV: "1",
         }
-        library = Path(sys.prefix) / "lib" / "libiomp5.so"
-        if "LD_PRELOAD" not in environment and library.is_file():
-            environment["LD_PRELOAD"] = str(library)  # Intel's OpenMP survives a fork and obeys KMP_BLOCKTIME
+        if (library := intel_openmp()) is not None:  # it survives a fork and obeys KMP_BLOCKTIME; GNU's hangs in the forked engine
+            others = environment.get("LD_PRELOAD", "").split()
+            environment["LD_PRELOAD"] = " ".join([str(library), *(other for other in others if Path(other).name != library.name)])
+            environment[FORK_ENGINE_ENV] = "1"
     else:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     return environment
