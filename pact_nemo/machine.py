@@ -48,6 +48,12 @@ def writable(folder: str | os.PathLike[str]) -> bool:
         return False
 
 
+def check_writable(folder: str | os.PathLike[str], key: str) -> None:
+    """Raises ConfigError where no files can be made in the folder that the setting ``key`` names. Makes nothing."""
+    if not writable(folder):
+        raise ConfigError(f"{key}={folder}: no files can be made there; give a folder on a disk that this user may write to")
+
+
 def prepare() -> None:
     """Give this process, and through its environment those that it starts, places to write to where the user's own can't be written. Idempotent.
 

@@ -375,3 +375,34 @@ def test_shared_prefixes_are_computed_once(kind: str) -> None:
     repeated = sum(turn.end - turn.start for r in group.rollouts for turn in r.turns[:-1])
     observed = flat - written
     assert flat <= written + repeated + observed
+
+
+@pytest.mark.slow
+def test_what_contexts_cost_in_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    """The counts of docs/performance.md: ground-truth traces as rollouts, eight of a kind a prompt, with the template's contexts."""
+    from pact_nemo.environments.bfcl import BFCLEnvironment
+    from pact_nemo.traces.bfcl import make_trace
+    from pact_nemo.traces.spans import encode_trace
+
+    chat, group = chat_of("thinks"), 8
+    environment = BFCLEnvironment(categories=["multi_turn_base"], window="full")
+    tree, contexts, messages = [], [], []
+    for task in environment.tasks()[:40]:
+        trace = make_trace(environment, task, style="full", calls_per_turn="one")
+        if trace is None:
+            continue
+        tokens = encode_trace(trace, chat)
+        prompt = len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools)))
+        ends = [*(cut.start for cut in tokens.branches), len(tokens)]
+        branches = list(zip(tokens.branches, ends[1:], strict=True))
+        tree.append(prompt + group * (ends[0] + sum(len(cut.context_ids) + end - cut.start for cut, end in branches)))
+        contexts.append(group * (prompt + ends[0] + sum(prompt + cut.keep + len(cut.context_ids) + end - cut.start for cut, end in branches)))
+        each, shift = 0, 0
+        for cut, end in zip([None, *tokens.cuts], tokens.turn_ends, strict=False):
+            shift = cut.keep + len(cut.context_ids) - cut.start if cut else shift
+            each += prompt + shift + end
+        messages.append(group * each)
+    means = [sum(counts) / len(counts) for counts in (tree, contexts, messages)]
+    with capsys.disabled():
+        print(f"\n{len(tree)} tasks, tokens a prompt: tree {means[0]:,.0f}, a sample a context {means[1]:,.0f}, a message {means[2]:,.0f}")
+    assert means[0] < means[1] / 5 < means[2] / 5

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.training import cli, setup
 from pact_nemo.training.config import Config, load_config
+from pact_nemo.training.data import check_batches
 from pact_nemo.training.preflight import check_served_folder, check_token_ids, preflight
 from tests.fixtures.chat_models import tokenizer
 from tests.workers.policy_kit import VOCAB, make_model
 
+Dry = Callable[..., tuple[int, str, str]]
 ROWS = 49_152  # of the fixture's tokenizer, which has as many tokens
 
 
@@ -129,10 +131,11 @@ def test_faults_are_found_before_anything_is_started(fault: str, folder: Path, t
         pass
 
 
-def test_a_dry_run_refuses_the_folder_and_explains_without_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def dry(*words: str) -> tuple[int, str, str]:
+@pytest.fixture
+def dry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dry:
+    """``--dry-run`` of the BFCL recipe with further words: exit code, output, errors."""
+
+    def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["pact_bfcl.py", "--dry-run", *words])
         code = 0
         try:
@@ -141,12 +144,52 @@ def test_a_dry_run_refuses_the_folder_and_explains_without_one(
             code = int(stop.code or 0)
         return code, *capsys.readouterr()
 
+    return run
+
+
+def test_a_dry_run_refuses_the_folder_and_explains_without_one(folder: Path, dry: Dry) -> None:
     code, out, _ = dry(f"model.path={folder}")
-    assert code == 0 and str(folder) in out
-    assert dry()[0] == 0 and dry("--recipe", "qwen3_4b_4xh100_bf16")[0] == 0
+    assert code == 0 and str(folder) in out and "training tasks with" in out
+    code, out, _ = dry("--recipe", "qwen3_4b_4xh100_bf16")
+    assert code == 0 and "need a tokenizer" in out
     add_token(folder, "<|more|>")
     code, out, err = dry(f"model.path={folder}")
     assert code == 2 and "<|more|>" in err and out == "" and len(err.splitlines()) == 1
+
+
+def test_a_dry_run_reads_tasks_and_traces(dry: Dry, tmp_path: Path) -> None:
+    code, out, _ = dry("tasks.max_train=9", "trainer.steps=null", "trainer.epochs=4", "trainer.batch_size=2", "trainer.mini_batch_size=2")
+    assert code == 0 and "9 training tasks with 9 verified traces" in out and "16 steps x" in out
+    (tmp_path / "traces.jsonl").write_text('{"task_id": "multi_turn_base_0", "turns": 3}\n')
+    for words, said in (
+        ([f"traces.path={tmp_path / 'traces.jsonl'}"], "traces.jsonl"),
+        (["tasks.benchmark=ftrl", f"tasks.path={tmp_path / 'rows.json'}"], "rows.json"),
+    ):
+        code, out, err = dry(*words)
+        assert code in (1, 2) and said in err and not out and len(err.splitlines()) == 1, (words, err)
+
+
+def test_batches_that_the_tasks_cannot_fill_are_refused_by_their_setting() -> None:
+    def config(*words: str) -> Config:
+        return load_config(None, ["trainer.batch_size=4", "trainer.mini_batch_size=4", "warmup.steps=1", "warmup.batch_size=3", *words])
+
+    tasks: list[Any] = ["a", "b", "c", "d"]
+    check_batches(config(), tasks, tasks[1:])
+    check_batches(config("warmup.steps=0"), tasks, [])
+    check_batches(config(), tasks, None)
+    check_batches(config("objective.method=sft", "trainer.steps=0"), tasks[1:], tasks[1:])
+    for given, warmup, said in ((tasks[1:], tasks[1:], "there are 3: lower trainer.batch_size"), (tasks, tasks[:2], "lower warmup.batch_size")):
+        with pytest.raises(ConfigError, match=said):
+            check_batches(config(), given, warmup)
+    with pytest.raises(ConfigError, match="warmup.steps > 0 needs training tasks with traces"):
+        check_batches(config(), tasks, [])
+
+
+@pytest.mark.parametrize("key", ["run.root", "run.cache_dir", "rollout.exports_dir"])
+def test_a_folder_that_cannot_be_written_is_refused_by_its_setting(key: str, dry: Dry, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, out, err = dry(f"{key}={tmp_path / 'file' / 'below'}")
+    assert code == 2 and f"{key}={tmp_path}" in err and not out
 
 
 def test_a_folder_that_is_only_served_is_checked_too(folder: Path) -> None:

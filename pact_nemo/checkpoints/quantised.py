@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
+from pact_nemo import machine
 from pact_nemo.checkpoints.manifest import verify_manifest, write_manifest
 from pact_nemo.errors import CheckpointError
 from pact_nemo.files import new_directory
@@ -28,7 +29,7 @@ def materialise(source: str | Path, cache_dir: str | Path, dtype: str) -> Path:
 
     Raises:
         CheckpointError: ``source`` holds other tensors than those of its model.
-        ConfigError: ``source`` is no model that is supported.
+        ConfigError: ``source`` is no model that is supported, or ``cache_dir`` can't be written.
     """
     base = Path(source).resolve()
     model = check_model_folder(base)
@@ -42,6 +43,7 @@ def materialise(source: str | Path, cache_dir: str | Path, dtype: str) -> Path:
         except CheckpointError as error:
             log.warning("the %s copy is made again: %s", dtype, error)
             shutil.rmtree(folder)
+    machine.check_writable(cache_dir, "run.cache_dir")
     try:
         with new_directory(folder) as temporary:
             known = write_folder_alone(_read(model), base, temporary, dtype, model.shapes)

@@ -14,7 +14,7 @@ from pact_nemo.errors import ConfigError, Interrupted, PactError
 from pact_nemo.terminal import command, expendable_output
 from pact_nemo.training.config import Config, load_config, to_yaml
 from pact_nemo.training.recipes import RECIPES, recipe
-from pact_nemo.training.workspace import check_replay
+from pact_nemo.training.workspace import check_places, check_replay
 
 INTERRUPTED = 75  # EX_TEMPFAIL: try again later
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def _main(run: Callable[[Config, str | None], None], preset: str | None, full: s
         "--config", action="append", metavar="YAML", help="default: the small model's preset; given again, later files go on top (conf/ablations)"
     )
     parser.add_argument("--recipe", metavar="NAME", default=default_recipe, help=f"a run at scale: {', '.join(RECIPES)}")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config, the plan and the memory needed; start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check model, tasks and traces; print config, plan and memory; start nothing")
     parser.add_argument("--resume", nargs="?", const="runs/latest", metavar="RUN", help="continue a run folder (default runs/latest)")
     parser.add_argument("--verbose", action="store_true", help="log at INFO")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of pact_nemo/training/config.py")
@@ -66,13 +66,14 @@ def _main(run: Callable[[Config, str | None], None], preset: str | None, full: s
         machine.prepare()
         config = resolve(arguments, preset, full)
         check_replay(config)
+        check_places(config)
         if arguments.dry_run:
             from pact_nemo.training.plan import describe_plan
-            from pact_nemo.training.preflight import preflight
+            from pact_nemo.training.preflight import look_at_data, preflight
 
-            preflight(config)
+            config, notes = look_at_data(config, preflight(config))
             print(to_yaml(config))
-            print(describe_plan(config))
+            print("\n".join([describe_plan(config), "data", *(f"  {note}" for note in notes)]))
             return 0
         with expendable_output():
             run(config, arguments.resume)

@@ -67,6 +67,10 @@ class Dataset:
         """Training tasks without reference calls: their calls earn no reward (eq. 24)."""
         return sum(not any(task.reference_calls) for task in self.train)
 
+    def warmup_tasks(self, limit: int | None) -> list[Task]:
+        """The training tasks that a warm-up learns from: those with a trace, the first ``limit`` of them."""
+        return [task for task in self.train if task.id in self.trace_tokens][:limit]
+
     def trace_for(self, task_id: str, seed: int | str, step: int) -> TraceTokens | None:
         """The trace that a task uses in a step: one of its traces, drawn by its arguments alone; None where there is none."""
         main = self.trace_tokens.get(task_id)
@@ -103,25 +107,15 @@ def build_environment(config: Config, quarantine: Quarantine | None = None) -> E
     return ToolHopEnvironment(tasks.path, sandbox, cast(Scenario, tasks.scenario), tasks.max_observation_chars, quarantine)
 
 
-def build_dataset(
-    config: Config, environment: Environment, chat: ChatFormat, note: Callable[[str], None] = log.info, quarantine: Quarantine | None = None
-) -> Dataset:
-    """Load tasks, split them by scenario group, and make or read the training traces.
-
-    A trace is too long beyond ``traces.max_tokens``, or where prompt, trace and the longest response together exceed the positions that the model
-    was trained with (its RoPE would silently extrapolate); ``traces.overlong`` says what becomes of it, ``tasks.overlong`` of a prompt that is.
-
-    Args:
-        quarantine: the one that the environment was built with; takes bad trace rows, and tasks that chat template or tool format can't render.
-            None: a new one.
+def load_tasks(config: Config, environment: Environment, chat: ChatFormat, quarantine: Quarantine) -> tuple[list[Task], list[Task], dict[str, int]]:
+    """Training and held-out tasks, split by scenario group, and how many were left out, by reason.
 
     Raises:
         ConfigError: no task is left on one side of the split.
-        DataError: a task or trace file row is malformed (file, line and field named) and ``run.bad_rows`` is strict, or a prompt is too long and
+        DataError: a task row is malformed (file, line and field named) and ``run.bad_rows`` is strict, or a prompt is too long and
             ``tasks.overlong`` is stop.
     """
-    dropped = {"prompt_too_long": 0, "trace_missing": 0, "trace_cut": 0, "trace_too_long": 0, "trace_rejected": 0, "trace_unreadable": 0}
-    quarantine = quarantine if quarantine is not None else Quarantine(config.run.bad_rows)
+    dropped = {"prompt_too_long": 0}
 
     def short_enough(tasks: list[Task]) -> list[Task]:
         fitting = []
@@ -160,7 +154,29 @@ def build_dataset(
         if not side:
             bad = _quarantined(quarantine)
             raise ConfigError(f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out{bad}")
+    return train, held_out, dropped
 
+
+def build_dataset(
+    config: Config, environment: Environment, chat: ChatFormat, note: Callable[[str], None] = log.info, quarantine: Quarantine | None = None
+) -> Dataset:
+    """Load tasks, split them by scenario group, and make or read the training traces.
+
+    A trace is too long beyond ``traces.max_tokens``, or where prompt, trace and the longest response together exceed the positions that the model
+    was trained with (its RoPE would silently extrapolate); ``traces.overlong`` says what becomes of it, ``tasks.overlong`` of a prompt that is.
+
+    Args:
+        quarantine: the one that the environment was built with; takes bad trace rows, and tasks that chat template or tool format can't render.
+            None: a new one.
+
+    Raises:
+        ConfigError: no task is left on one side of the split.
+        DataError: a task or trace file row is malformed (file, line and field named) and ``run.bad_rows`` is strict, or a prompt is too long and
+            ``tasks.overlong`` is stop.
+    """
+    quarantine = quarantine if quarantine is not None else Quarantine(config.run.bad_rows)
+    train, held_out, dropped = load_tasks(config, environment, chat, quarantine)
+    dropped |= {"trace_missing": 0, "trace_cut": 0, "trace_too_long": 0, "trace_rejected": 0, "trace_unreadable": 0}
     if config.traces.path is not None:
         sources, rejected = _read_traces(config.traces.path, train, quarantine)
         dropped["trace_rejected"] = rejected.total()
@@ -241,6 +257,23 @@ def _check_shares(config: Config, dataset: Dataset, note: Callable[[str], None])
             )
         if count:
             note(f"{count} of {total} training tasks ({share:.0%}) have no {what}")
+
+
+def check_batches(config: Config, train: list[Task], warmup_tasks: list[Task] | None) -> None:
+    """Refuse batches that the tasks can't fill, before anything is started.
+
+    Args:
+        warmup_tasks: None: not known yet.
+
+    Raises:
+        ConfigError: names the batch size and the tasks that there are.
+    """
+    if config.trainer.steps != 0:
+        prompts_of_step(train, 0, config.trainer.batch_size, config.run.seed, "trainer.batch_size")
+    if config.warmup.steps and warmup_tasks is not None:
+        if not warmup_tasks:
+            raise ConfigError("warmup.steps > 0 needs training tasks with traces, and there are none; set warmup.steps=0 or check traces.path")
+        prompts_of_step(warmup_tasks, 0, config.warmup.batch_size, config.run.seed, "warmup.batch_size")
 
 
 def _quarantined(quarantine: Quarantine) -> str:
@@ -383,15 +416,16 @@ def _with_reference_calls(task: Task, trace: Trace | None) -> Task:
     return replace(task, reference_calls=(tuple(call for turn in trace.turns for call in turn.calls),))
 
 
-def prompts_of_step(train: list[Task], step: int, batch_size: int, seed: int | str) -> list[Task]:
+def prompts_of_step(train: list[Task], step: int, batch_size: int, seed: int | str, key: str = "the batch size") -> list[Task]:
     """The prompts of 0-based ``step``: consecutive slices of a new permutation per epoch, what doesn't fill a batch left out until the next
-    one. A function of its arguments only, so that a resumed run visits the same prompts; no batch holds a prompt twice.
+    one. A function of its arguments only, so that a resumed run visits the same prompts; no batch holds a prompt twice. ``key``: the setting that
+    an error names.
 
     Raises:
         ConfigError: there are fewer prompts than a batch needs.
     """
     if batch_size > len(train):
-        raise ConfigError(f"a batch of {batch_size} prompts needs as many training tasks; there are {len(train)}: lower the batch size")
+        raise ConfigError(f"a batch of {batch_size} prompts needs as many training tasks; there are {len(train)}: lower {key}")
     epoch, index = divmod(step, len(train) // batch_size)
     order = list(range(len(train)))
     random.Random(f"{seed}:{epoch}").shuffle(order)

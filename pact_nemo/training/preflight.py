@@ -1,23 +1,27 @@
-"""Everything about the model folder that can be known before anything is started: architecture, tensors, tokenizer, chat template."""
+"""What can be known before anything is started: of the model folder, and for ``--dry-run`` of tasks and traces as well."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from pact_nemo import strict_json
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.checkpoints.embedded import FOLDER_NAME, convert_gguf, find_embedded_gguf
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.model_folder import check_model_folder, check_values
+from pact_nemo.quarantine import Quarantine
 from pact_nemo.tensor_files import read_tensors
-from pact_nemo.training.config import Config
+from pact_nemo.training.config import Config, settled
+from pact_nemo.training.data import build_dataset, build_environment, check_batches, load_tasks
 
 READ_BYTES = 4 << 30  #: of weights that are looked through before a run; more of them take longer than a refusal at the load costs
 
 
-def preflight(config: Config) -> None:
+def preflight(config: Config) -> ChatFormat | None:
     """Refuse a ``model.path`` that could not be trained on as it is. On one rank only.
 
     Reads file headers, the tokenizer, and the weights where they are few: a large folder's are checked as the policy loads them. Without a
@@ -28,15 +32,66 @@ def preflight(config: Config) -> None:
         CheckpointError: the folder's tensors are not those of its model, or not finite.
     """
     if config.model.path is None:
-        return
+        return None
     path = Path(config.model.path)
     architecture = check_architecture(path, attention=config.policy.attention)
     folder = check_model_folder(path)
-    settings = config.model
-    chat = ChatFormat.from_pretrained(path, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
+    chat = chat_format(config, path)
     check_token_ids(path, chat.tokenizer, architecture.vocab)
     if folder.stored_bytes <= READ_BYTES:
         check_values(folder)
+    return chat
+
+
+def chat_format(config: Config, source: Path) -> ChatFormat:
+    """Template and tokenizer of the model folder ``source``, with the settings of ``model``."""
+    settings = config.model
+    return ChatFormat.from_pretrained(source, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
+
+
+def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[str]]:
+    """Read tasks and traces as a run would, for ``--dry-run``: what a run would refuse is refused here.
+
+    Traces that the run makes from recorded sub-answers (FTRL, ToolHop) are not made: that takes calls by the thousand.
+
+    Args:
+        chat: of the model folder; None: the embedded model's is taken. A recipe without ``model.path`` has no tokenizer: no data is read.
+
+    Returns:
+        The config with its length in steps, and lines that say what was found.
+
+    Raises:
+        ConfigError, DataError: as :func:`~pact_nemo.training.data.build_dataset` does.
+    """
+    if chat is None and config.model.recipe is not None:
+        return config, ["tasks and traces were not read: lengths need a tokenizer, model.path=FOLDER"]
+    notes: list[str] = []
+    quarantine = Quarantine(config.run.bad_rows)
+    chat = chat if chat is not None else _embedded_chat_format(config)
+    environment = build_environment(config, quarantine)
+    try:
+        if config.tasks.benchmark == "bfcl" or config.traces.path is not None:
+            dataset = build_dataset(config, environment, chat, notes.append, quarantine)
+            train, warmup_tasks = dataset.train, dataset.warmup_tasks(config.warmup.max_tasks)
+        else:
+            warmup_tasks = None
+            train, held_out, dropped = load_tasks(config, environment, chat, quarantine)
+            notes.append(f"{len(train)} training tasks, {len(held_out)} held-out tasks; left out: {dropped}; a run makes their traces at its start")
+    finally:
+        environment.close()
+    check_batches(config, train, warmup_tasks)
+    if len(quarantine):
+        notes.append(f"{len(quarantine)} bad rows would be left out ({quarantine.by_file()}), the first one: {quarantine.rows[0].error}")
+    return settled(config, len(train)), notes
+
+
+def _embedded_chat_format(config: Config) -> ChatFormat:
+    cached = Path(config.run.cache_dir) / FOLDER_NAME
+    if cached.exists():  # from a run before this one
+        return chat_format(config, cached)
+    with tempfile.TemporaryDirectory(prefix="pact-") as folder:
+        convert_gguf(find_embedded_gguf(), Path(folder), weights=False)
+        return chat_format(config, Path(folder))
 
 
 def check_served_folder(path: Path, tokenizer: Any) -> None:

@@ -18,14 +18,14 @@ from pact_nemo.terminal import RunLog, guarded_output, on_loss
 from pact_nemo.traces.schema import write_traces
 from pact_nemo.training import workspace as workspaces
 from pact_nemo.training.config import Config, settled, steps_of, to_yaml
-from pact_nemo.training.data import Dataset, build_dataset, build_environment, check_server_length
+from pact_nemo.training.data import Dataset, build_dataset, build_environment, check_batches, check_server_length
 from pact_nemo.training.distributed import on_rank_zero, rank
 from pact_nemo.training.experiment import Experiment, model_path, served_path
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.interrupt import stop_request
 from pact_nemo.training.metrics import MetricsLog
 from pact_nemo.training.plan import brief, run_plan
-from pact_nemo.training.preflight import preflight
+from pact_nemo.training.preflight import chat_format, preflight
 from pact_nemo.training.progress import RunProgress
 from pact_nemo.training.workspace import Workspace
 
@@ -51,10 +51,10 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
         with progress.phase("set-up"):
             check_server_length(config)
             on_rank_zero(space.check_exports)
-            on_rank_zero(lambda: preflight(config))
+            checked: list[ChatFormat | None] = []
+            on_rank_zero(lambda: checked.append(preflight(config)))
             source = model_path(config)
-            settings = config.model
-            chat = ChatFormat.from_pretrained(source, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
+            chat = next(filter(None, checked), None) or chat_format(config, source)
             quarantine = Quarantine(config.run.bad_rows)
             environment = build_environment(config, quarantine)
             stack.callback(environment.close)
@@ -64,6 +64,7 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
                 if rank() == 0 and (bad := quarantine.write(space.folder)) is not None:
                     progress.message(f"{len(quarantine)} bad rows were left out ({quarantine.by_file()}), kept with their errors in {bad}")
             config = _settle(config, space, dataset, progress)
+            check_batches(config, dataset.train, dataset.warmup_tasks(config.warmup.max_tasks))
             if rank() == 0:
                 write_traces(space.traces, list(dataset.traces.values()))
             generator = Generator(config, chat, environment, progress, space.server_log)

@@ -16,7 +16,7 @@ import torch
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.environments.base import Task
-from pact_nemo.errors import ConfigError, ServerLost
+from pact_nemo.errors import ServerLost
 from pact_nemo.objective.loss import pact_loss
 from pact_nemo.objective.surrogate import Clip
 from pact_nemo.objective.weights import sft_weights
@@ -71,9 +71,7 @@ def warm_up(experiment: Experiment, evaluate: Callable[[Experiment, str], object
     if experiment.warmup_step >= stage.steps:  # left out, or done before a resume
         return
     evaluate(experiment, "base")
-    tasks = [task for task in experiment.dataset.train if task.id in experiment.dataset.trace_tokens][: stage.max_tasks]
-    if not tasks:
-        raise ConfigError("warmup.steps > 0 needs training tasks with verified traces, and there are none; set warmup.steps=0 or check traces.path")
+    tasks = experiment.dataset.warmup_tasks(stage.max_tasks)
     with experiment.progress.phase("warm-up", total=stage.steps - experiment.warmup_step) as phase:
         while experiment.warmup_step < stage.steps:
             experiment.leave_if_asked()

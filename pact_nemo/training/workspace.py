@@ -12,6 +12,8 @@ from typing import IO
 
 from blake3 import blake3
 
+from pact_nemo import machine
+from pact_nemo.checkpoints.embedded import FOLDER_NAME
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.files import temporary_beside, write_text_atomic
 from pact_nemo.training.config import Config, load_config, to_yaml
@@ -83,6 +85,17 @@ def check_replay(config: Config) -> None:
             f"trainer.replay={config.trainer.replay}: its rollouts were sampled at temperature {theirs}, this config trains the policy at "
             f"{ours}; set rollout.sampling.temperature={theirs}"
         )
+
+
+def check_places(config: Config) -> None:
+    """Raises ConfigError where a folder that the run writes to can't be written, naming the setting. Makes nothing."""
+    places = {"run.root": config.run.root}
+    if config.rollout.exports_dir is not None:
+        places["rollout.exports_dir"] = config.rollout.exports_dir
+    if config.model.path is None and not (Path(config.run.cache_dir) / FOLDER_NAME).exists():  # the embedded model is converted into it
+        places["run.cache_dir"] = config.run.cache_dir
+    for key, folder in places.items():
+        machine.check_writable(folder, key)
 
 
 def _point_latest(root: Path, target: Path) -> None:
