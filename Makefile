@@ -8,6 +8,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 TORCH_INDEX ?=
+# processes of the test runs, each with one thread; WORKERS=0: all in one, as a debugger wants it
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 ARGS ?=
 STAMP := $(VENV)/.installed-$(shell cat requirements.txt tools/install.sh 2>/dev/null | cksum | cut -d' ' -f1)
 
@@ -17,13 +20,13 @@ run: install
 	$(BIN)/python recipes/pact_bfcl.py $(ARGS)
 
 test: install lint
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-policy: install
-	$(BIN)/python -m pytest -m "not slow" tests/test_policy_*.py tests/test_checkpoints_*.py tests/test_training_runs.py $(ARGS)
+	$(PYTEST) -m "not slow" tests/test_policy_*.py tests/test_checkpoints_*.py tests/test_training_runs.py $(ARGS)
 
 FAULTS := $(CURDIR)/.cache/faults.jsonl
 

@@ -121,22 +121,22 @@ def test_many_long_seeded_prompts_at_once(server, chat):
 
 
 def test_every_path_but_health_asks_for_the_key(server):
-    url = server.endpoint.url
+    url, http = server.endpoint.url, httpx.Client(timeout=60)
     for path in ("/v1/models", "/inference/v1/generate", "/collective_rpc", "/pause", "/weight_info", "/metrics", "//collective_rpc"):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": server.endpoint.api_key}):
-            assert httpx.get(url + path, headers=headers).status_code == 401
-            assert httpx.post(url + path, headers=headers, json={}).status_code == 401
-    assert httpx.get(url + "/health").status_code == 200
-    assert httpx.get(url + "/v1/models", headers=server.endpoint.headers).json()["data"][0]["id"] == "policy"
+            assert http.get(url + path, headers=headers).status_code == 401
+            assert http.post(url + path, headers=headers, json={}).status_code == 401
+    assert http.get(url + "/health").status_code == 200
+    assert http.get(url + "/v1/models", headers=server.endpoint.headers).json()["data"][0]["id"] == "policy"
     with pytest.raises(ServerError, match="401"):
         sample(client_of(server, endpoint=ServerEndpoint(url, "wrong")), REQUEST)
-    described = httpx.get(url + "/openapi.json", headers=server.endpoint.headers).json()["paths"]
+    described = http.get(url + "/openapi.json", headers=server.endpoint.headers).json()["paths"]
     routes = [(method, path.replace("{", "").replace("}", "")) for path, methods in described.items() for method in methods]
     assert len(routes) > 20 and {"/collective_rpc", "/pause", "/reset_prefix_cache", "/inference/v1/generate"} <= described.keys()
     asked = [(method, path) for method, path in routes if path not in OPEN_PATHS]
     asked += [(method, path) for path in ("/docs", "/openapi.json", "/metrics", "/server_info", "/sleep", "/health/") for method in ("GET", "POST")]
     asked += [(method, path) for _, path in routes[:5] for method in ("HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE") if path not in OPEN_PATHS]
-    answers = {(method, path): httpx.request(method, url + path).status_code for method, path in asked}
+    answers = {(method, path): http.request(method, url + path).status_code for method, path in asked}
     assert {key: status for key, status in answers.items() if status != 401} == {}
     print(f"{len(answers)} requests without the key on {len(routes)} routes: all 401")
     for process in Path("/proc").glob("[0-9]*"):

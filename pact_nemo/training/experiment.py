@@ -265,6 +265,8 @@ class Experiment:
             raise CheckpointError(f"{folder} was made with run.seed={state['seed']}, the config says {self.config.run.seed}")
         self.step, self.warmup_step, self.version = state["step"], state["warmup_step"], state["version"]
         self.scores, self.seconds = state["scores"], state["seconds"]
+        if "clock" not in state:
+            raise CheckpointError(f"{folder} holds no state of the annealing: an older version of this package made it; start a new run")
         try:
             self.schedule.clock.load(state["clock"])
         except (KeyError, ValueError) as error:
@@ -289,11 +291,14 @@ class Experiment:
 
     def leave(self) -> NoReturn:
         """Checkpoint what is finished and raise Interrupted. Collective."""
-        done = f"step {self.step}" if self.step else f"warm-up step {self.warmup_step}"
+        done = f"after step {self.step}" if self.step else f"after warm-up step {self.warmup_step}"
         if self.policy.step > 0:
             self.checkpoint()
+            done += ", which is checkpointed"
+        else:
+            done = "before the first step"
         self.finish_saving(wait=True)
-        raise Interrupted(f"{self.stop.name}: stopped after {done}, which is checkpointed; go on with --resume {self.workspace.folder}")
+        raise Interrupted(f"{self.stop.name}: stopped {done}; go on with --resume {self.workspace.folder}")
 
     def give_up(self, problem: PactError) -> NoReturn:
         """Checkpoint what is finished and raise the problem, of the same type, with how to go on. Collective."""
