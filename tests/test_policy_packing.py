@@ -180,8 +180,9 @@ def test_rows_of_plain_sequences_for_kernels_without_trees() -> None:
     boundaries = batch.cu_seqlens_q.tolist()
     assert batch.qkv_format == "thd" and boundaries[0] == 0 and boundaries[-1] == len(row.tokens) and len(row.tokens) % 16 == 0
     found = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]
-    padding = len(row.tokens) - row.used
-    assert sorted(found) == sorted(lengths + [padding] * (padding > 0)) and batch.max_seqlen_q == max(found)
+    padding, first = len(row.tokens) - row.used, row.runs[0].length  # of the row's first sequence again, as often as it fits
+    again = [first] * (padding // first) + [padding % first] * (padding % first > 0)
+    assert sorted(found) == sorted(lengths + again) and batch.max_seqlen_q == max(found)
     assert all(batch.position_ids[start] == 0 for start in boundaries[:-1])
     (shared,) = pack(trees, 10_000)[0]
     with pytest.raises(AssertionError, match="share_prefix=False"):

@@ -69,7 +69,10 @@ def make_model(folder: Path, family: str, *, seed: int = 0, layers: int = 4, voc
 
 
 def make_trees(count: int, *, seed: int = 0, scale: int = 1) -> list[TokenTree]:
-    """Random trees of the training step's shape, x -> {tau_k, h -> b -> tau_k}, and others; stream ``weight`` is [S] float32."""
+    """Random trees of the training step's shape, x -> {tau_k, h -> b -> tau_k}, with branches inside a tau, and plain sequences.
+
+    Stream ``weight`` is [S] float32.
+    """
     draw = random.Random(seed)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -92,6 +95,11 @@ def make_trees(count: int, *, seed: int = 0, scale: int = 1) -> list[TokenTree]:
             parent = len(segments) - 1
             for tau in taus:
                 segments.append(Segment(tau, parent, [draw.random() < 0.8 for _ in tau]))
+            if index % 4 == 2:  # a response whose later turns no longer see its earlier thoughts: contexts that part inside it
+                later = random.Random(f"{seed}:{index}")
+                for parent in (1, len(segments) - 1, len(segments)):
+                    tail = [later.randrange(VOCAB) for _ in range(later.randint(2, 6) * scale)]
+                    segments.append(Segment(tail, parent, [later.random() < 0.5 for _ in tail]))
         tree = TokenTree(segments)
         if tree.num_scored == 0:
             segments[0].scored[-1] = True
