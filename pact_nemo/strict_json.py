@@ -62,14 +62,17 @@ def check(value: Any) -> None:
             todo.extend((child, depth + 1) for child in children)
 
 
-def loads(text: str) -> Any:
+def loads(text: str, *, unique: bool = False) -> Any:
     """Read one JSON value; a byte-order mark before it is passed over.
 
+    Args:
+        unique: an object may hold no key twice. Rows of data are read so: the last value would win without a word.
+
     Raises:
-        ValueError: not JSON, not finite, nested too deeply, or a text in it can't be written as UTF-8; says which.
+        ValueError: not JSON, not finite, nested too deeply, a text in it can't be written as UTF-8, or a key is there twice; says which.
     """
     try:
-        value = _DECODER.decode(text.removeprefix("\ufeff"))
+        value = (_UNIQUE if unique else _DECODER).decode(text.removeprefix("\ufeff"))
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     check(value)

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from pact_nemo.environments.base import Task, ToolCall, check_schema
 from pact_nemo.environments.ftrl import FTRLEnvironment
-from pact_nemo.environments.python_tools import python_name, tool_schema
+from pact_nemo.environments.python_tools import as_schema, python_name, tool_schema
 from pact_nemo.environments.rows import Row, as_json, number_text, read_rows
 from pact_nemo.environments.toolhop import ToolHopEnvironment
 from pact_nemo.errors import DataError
@@ -139,6 +139,9 @@ def test_a_tools_description_comes_out_the_same_from_every_dress() -> None:
         ({"unsolved_set": {"double": [None]}}, "list of answers"),
         ({"codes": {"double": None}}, "no source for the tool 'double'"),
         ({"messages": None}, "expected a list, found nothing"),
+        ({"messages": [{"role": "user", "content": " "}]}, "needs a user's message with text"),
+        ({"unsolved_set": {"double": [" , "]}}, "an answer is empty"),
+        ({"unsolved_set": {"triple": ["6"]}}, "the row offers no tool 'triple'"),
     ],
 )
 def test_a_row_that_stays_wrong_is_refused_by_row_field_and_tool(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -147,6 +150,48 @@ def test_a_row_that_stays_wrong_is_refused_by_row_field_and_tool(tmp_path: Path,
         FTRLEnvironment(path, BOX).tasks()
     quarantine = Quarantine("quarantine")
     assert len(FTRLEnvironment(path, BOX, quarantine=quarantine).tasks()) == len(quarantine) == 1
+
+
+@pytest.mark.parametrize("where", ["row", "string", "list"])
+def test_a_key_twice_in_a_row_is_refused_by_row(tmp_path: Path, where: str) -> None:
+    good, text = json.dumps(ROWS[1]), json.dumps(ROWS[0])
+    twice = text[:-1] + ', "answer": "7"}' if where != "string" else json.dumps(ROWS[0] | {"codes": '{"double": "a", "double": "b"}'})
+    path = tmp_path / ("a.json" if where == "list" else "a.jsonl")
+    path.write_text(f"[{good},\n{twice}]" if where == "list" else f"{good}\n{twice}\n")
+    with pytest.raises(DataError, match=rf"{path.name}:2: .*the key '(answer|double)' is there twice"):
+        FTRLEnvironment(path, BOX).tasks()
+
+
+def test_parameters_under_another_name_are_read_or_refused() -> None:
+    wanted = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    for key in ("parameters", "input_schema", "inputSchema"):
+        assert tool_schema({"name": "f", key: wanted})["parameters"] == wanted
+    for odd in ({"arguments": wanted}, {"parameters": {"x": {"type": "integer"}}}, {"parameters": {"type": "string"}},
+                {"parameters": wanted, "input_schema": {"type": "object", "properties": {"y": {}}}}):  # fmt: skip
+        with pytest.raises(ValueError, match="'f'"):
+            tool_schema({"name": "f", **odd})
+
+
+def test_reference_calls_hold_whole_numbers_where_their_tools_take_integers(tmp_path: Path) -> None:
+    calls = [{"name": "double", "parameters": {"x": 3.0}}]
+    (task,) = tasks(saved(tmp_path / "a.json", [ROWS[0] | {"ground_truth": calls}]))
+    assert repr(task.reference_calls[0][0].arguments) == "{'x': 3}"
+    schema = {"type": "object", "properties": {"n": {"type": "number"}, "l": {"type": "array", "items": {"type": "integer"}}}}
+    assert repr(as_schema({"n": 3.0, "l": [1.0, 1.5], "other": 2.0}, schema)) == "{'n': 3.0, 'l': [1, 1.5], 'other': 2.0}"
+
+
+def test_of_two_toolhop_tools_of_one_name_the_last_source_runs_and_the_row_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tool = {"name": "who", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    sources = ["def who():\n    return 1\n", "def who():\n    return 2\n", "def other():\n    return who()\ndef who():\n    return 3\n"]
+    rows = [
+        toolhop_row(id=1, tools={"a": tool, "b": tool | {"description": "e"}}, functions=sources),
+        toolhop_row(id=2, tools={"a": tool, "b": tool}, functions=sources[:1] * 2),
+        toolhop_row(id=3, tools={"a": tool}, functions=[]),
+    ]
+    differ, same, none = ToolHopEnvironment(saved(tmp_path / "a.json", rows), BOX).tasks()
+    assert differ.data["functions"] == {"who": sources[1]} and len(differ.tools) == 2  # as the benchmark's own script runs them
+    assert len(same.tools) == 1 and same.data["tool_of"] == {"a": "who", "b": "who"} and not none.data["functions"]
+    assert "2 of 3 rows" in caplog.text and "row 1: more than one tool 'who'" in caplog.text
 
 
 def test_toolhop_rows_read_from_struct_columns_as_from_json(tmp_path: Path) -> None:

@@ -31,6 +31,11 @@ def contains_answer(text: str, answer: str) -> bool:
     return all(plain(part) in found for part in answer.split(", "))
 
 
+def says_nothing(answer: str) -> bool:
+    """Whether an answer is empty in :func:`plain` form, so that any text contains it."""
+    return not any(plain(part) for part in answer.split(", "))
+
+
 def tagged_answer(message: str) -> str | None:
     """What stands in the first ``<answer>…</answer>`` of a message, outside its thought; None without one."""
     found = TAG.search(visible(message))

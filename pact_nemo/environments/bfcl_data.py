@@ -57,7 +57,7 @@ def _read_rows(path: Path, quarantine: Quarantine) -> list[tuple[int, dict[str, 
 
 def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        row = strict_json.loads(line.decode("utf-8"))
+        row = strict_json.loads(line.decode("utf-8"), unique=True)
     except ValueError as error:  # UnicodeDecodeError is one
         raise DataError(f"not a JSON line: {error}; {_REMEDY}", file=str(path), line=number) from error
     if not isinstance(row, dict):

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pact_nemo.environments.answers import contains_answer
+from pact_nemo.environments.answers import contains_answer, says_nothing
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.environments.calls import check_call
-from pact_nemo.environments.python_tools import Executed, PythonTools, defined_functions, python_name, tool_schemas
+from pact_nemo.environments.python_tools import Executed, PythonTools, as_schema, defined_functions, python_name, tool_schemas
 from pact_nemo.environments.rows import Row, number_text, read_rows
 from pact_nemo.errors import ConfigError, EnvironmentFailure, ToolCallError
 from pact_nemo.quarantine import Quarantine
@@ -82,7 +82,8 @@ def _reference_call(row: Row, tools: dict[str, dict[str, Any]], call: Any, field
     arguments = Row({label: call[keys[0]]}, row.file, row.number).json(label, dict)
     known = tools[call["name"]]["parameters"].get("properties", {})
     # a table of structs has the keys of every row; those that are another tool's are null here
-    found = ToolCall(call["name"], {key: value for key, value in arguments.items() if value is not None or key in known})
+    written = {key: as_schema(value, known.get(key)) for key, value in arguments.items() if value is not None or key in known}
+    found = ToolCall(call["name"], written)
     try:
         check_call(found)
     except ToolCallError as error:
@@ -151,8 +152,8 @@ class FTRLEnvironment:
             if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ("system", "user"):
                 raise row.complain("a prompt message needs a role (system or user) and text", f"messages[{index}]")
         tools, codes, unsolved = row.json("tools", list), row.mapping("codes"), row.mapping("unsolved_set")
-        if not messages:
-            raise row.complain("a prompt needs at least one message", "messages")
+        if not any(message["role"] == "user" and message["content"].strip() for message in messages):
+            raise row.complain("a prompt needs a user's message with text", "messages")
         schemas = tool_schemas(row, ((f"tools[{index}]", tool) for index, tool in enumerate(tools)))
         for index, schema in enumerate(schemas):
             if any(schema["name"] == other["name"] for other in schemas[:index]):
@@ -164,9 +165,13 @@ class FTRLEnvironment:
                 raise row.complain(f"the source of the tool {schema['name']!r} has to define the function {wanted}", "codes")
         answers: dict[str, list[str]] = {}
         for tool_name, values in unsolved.items():
+            if not any(schema["name"] == tool_name for schema in schemas):
+                raise row.complain(f"the row offers no tool {tool_name!r}, so these sub-questions can't be solved", f"unsolved_set.{tool_name}")
             if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
                 raise row.complain("expected a list of answers", f"unsolved_set.{tool_name}")
             answers[tool_name] = [value if isinstance(value, str) else number_text(value) for value in values]
+            if any(map(says_nothing, answers[tool_name])):
+                raise row.complain("an answer is empty, so any result would bring it in", f"unsolved_set.{tool_name}")
         final = row.values.get("answer")
         if final is not None:
             final = row.text("answer")

@@ -15,6 +15,9 @@ from pact_nemo.environments.calls import is_plain
 from pact_nemo.environments.rows import Row
 from pact_nemo.sandbox import CallResult, Sandbox
 
+_PARAMETERS = ("parameters", "input_schema", "inputSchema")
+_NO_PARAMETERS = ("arguments", "args", "params", "properties", "inputs", "input", "schema")
+_SCHEMA_WORDS = frozenset("$defs definitions patternProperties additionalProperties propertyNames dependentSchemas not if then else".split())
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
 _VALUES = frozenset({"default", "const", "enum", "examples", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
 
@@ -23,14 +26,15 @@ def tool_schema(function: Any) -> dict[str, Any]:
     """A published function description as ``{"name", "description", "parameters"}``.
 
     Taken off or undone: the OpenAI wrapper ``{"type", "function"}``, descriptions and parameters that are JSON strings, null for what is absent
-    (``description: null``, ``parameters: null``, properties and keywords of other tools), and whole numbers that a table made floats.
+    (``description: null``, ``parameters: null``, properties and keywords of other tools), whole numbers that a table made floats, and the names
+    that Anthropic and MCP have for parameters (``input_schema``, ``inputSchema``).
 
     Raises:
         ValueError: it is none; says why, and of which tool and property.
     """
     function = _object(function, "a tool")
     inner = function if function.get("function") is None else _object(function["function"], "the function of a tool")
-    parameters = _object(inner.get("parameters") or {"type": "object", "properties": {}}, f"the parameters of {inner.get('name')!r}")
+    parameters = _parameters(inner)
     description = inner.get("description")
     schema = {
         "name": inner.get("name"),
@@ -41,11 +45,29 @@ def tool_schema(function: Any) -> dict[str, Any]:
     return schema
 
 
+def _parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a function's arguments; one without arguments where there is none."""
+    what = f"the parameters of {function.get('name')!r}"
+    given = {key: _object(function[key], what) for key in _PARAMETERS if function.get(key)}
+    parameters = next(iter(given.values()), None)
+    if any(other != parameters for other in given.values()):
+        raise ValueError(f"{' and '.join(given)} of {function.get('name')!r} differ")
+    if parameters is None:
+        odd = next((key for key in _NO_PARAMETERS if function.get(key)), None)
+        if odd is not None:
+            raise ValueError(f"{function.get('name')!r} has {odd!r} and no parameters; its arguments are a JSON schema under 'parameters'")
+        return {"type": "object", "properties": {}}
+    loose = [key for key, value in parameters.items() if isinstance(value, dict) and key not in _SCHEMA_WORDS]
+    if parameters.get("type") in ("string", "integer", "number", "boolean", "array") or (loose and "properties" not in parameters):
+        raise ValueError(f"{what} are no JSON schema of an object: expected {{'type': 'object', 'properties': {{...}}}}")
+    return parameters
+
+
 def _object(value: Any, what: str) -> dict[str, Any]:
     """An object, as it is or as a JSON string of it."""
     if isinstance(value, str):
         try:
-            value = strict_json.loads(value)
+            value = strict_json.loads(value, unique=True)
         except ValueError as error:
             raise ValueError(f"{what} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -78,6 +100,20 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def as_schema(value: Any, schema: Any) -> Any:
+    """An argument's value with whole numbers where its schema has integers: tables make 3.0 of 3."""
+    if not isinstance(schema, Mapping):
+        return value
+    kind = schema.get("type")
+    kinds = kind if isinstance(kind, list) else [kind]
+    if isinstance(value, list):
+        return [as_schema(item, schema.get("items")) for item in value]
+    if isinstance(value, dict):
+        parts = schema.get("properties") or {}
+        return {key: as_schema(item, parts.get(key)) for key, item in value.items()}
+    return _whole(value) if "integer" in kinds and "number" not in kinds else value
+
+
 def tool_schemas(row: Row, tools: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
     """:func:`tool_schema` of each (field, description).
 
@@ -97,6 +133,11 @@ def python_name(name: str) -> str:
     """The function that stands for a tool in Python source: of the tool's name, or, where Python can't write that, with ``_`` for what it can't."""
     plain_name = re.sub(r"\W", "_", name)
     return name if is_plain(name) else f"_{plain_name}" if plain_name[:1].isdigit() or not is_plain(plain_name) else plain_name
+
+
+def first_function(source: str) -> str:
+    """The name behind the first ``def`` of a source, as ToolHop's evaluation script tells its functions apart; empty where there is none."""
+    return source.partition("def")[2].partition("(")[0].strip()
 
 
 def defined_functions(source: str) -> list[str]:

@@ -10,6 +10,7 @@ What writers of tables make of Python values is undone, so that a row reads the 
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pact_nemo import strict_json
 from pact_nemo.errors import DataError
 from pact_nemo.quarantine import Quarantine
 
+_ROW_START, _NEXT_ROW = re.compile(r"\ufeff?\s*\[\s*"), re.compile(r"\s*,\s*")
 _REPAIR = "repair the row or take it out"
 
 
@@ -41,18 +43,37 @@ def read_rows(path: str | Path, quarantine: Quarantine | None = None) -> list[Ro
     if file.suffix == ".parquet":
         values = _of_parquet(file)
     elif file.suffix == ".json":
-        try:
-            values = strict_json.loads(file.read_bytes().decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8: {error}; save it as UTF-8", file=str(file)) from error
-        except ValueError as error:
-            raise DataError(f"not valid JSON: {error}; fetch the file again", file=str(file)) from error
+        values = _of_list(file)
     else:
         raise DataError(f"can't read {file.suffix or 'a file without ending'}; .parquet, .jsonl and .json can be read", file=str(file))
     if not isinstance(values, list):
         raise DataError("expected a list of rows at the top level; fetch the file again", file=str(file))
     rows = (quarantine.guard(lambda: _row(value, file, number), value) for number, value in enumerate(values, start=1))  # noqa: B023 - called at once
     return [row for row in rows if row is not None]
+
+
+def _of_list(file: Path) -> Any:
+    text = ""
+    try:
+        text = file.read_bytes().decode("utf-8")
+        return strict_json.loads(text, unique=True)
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: {error}; save it as UTF-8", file=str(file)) from error
+    except ValueError as error:
+        raise DataError(f"not valid JSON: {error}; fetch the file again, or repair the row", file=str(file), line=_bad_row(text)) from error
+
+
+def _bad_row(text: str) -> int | None:
+    """Number of the first row of a JSON list that can't be read; None where that can't be said."""
+    start, number = _ROW_START.match(text), 0
+    while start is not None:
+        number += 1
+        try:
+            _, end = strict_json.decode_at(text, start.end())
+        except ValueError:
+            return number
+        start = _NEXT_ROW.match(text, end)
+    return None
 
 
 def _of_lines(file: Path, quarantine: Quarantine) -> list[Row]:
@@ -67,7 +88,7 @@ def _of_lines(file: Path, quarantine: Quarantine) -> list[Row]:
 
 def _line(line: bytes, file: Path, number: int) -> Any:
     try:
-        return strict_json.loads(line.decode("utf-8"))
+        return strict_json.loads(line.decode("utf-8"), unique=True)
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8: {error}; {_REPAIR}", file=str(file), line=number) from error
     except ValueError as error:
@@ -155,7 +176,7 @@ class Row:
         value = self.values.get(field)
         if isinstance(value, str):
             try:
-                value = strict_json.loads(value)
+                value = strict_json.loads(value, unique=True)
             except ValueError as error:
                 raise self.complain(f"not valid JSON: {error}", field) from error
         if not isinstance(value, kind):

@@ -5,18 +5,20 @@ Scenarios as the benchmark defines them: ``direct`` (no tools), ``mandatory`` (t
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pact_nemo.environments.answers import contains_answer, visible
+from pact_nemo.environments.answers import contains_answer, says_nothing, visible
 from pact_nemo.environments.base import Outcome, Task, ToolCall
-from pact_nemo.environments.python_tools import PythonTools, defined_functions, python_name, tool_schemas
+from pact_nemo.environments.python_tools import PythonTools, defined_functions, first_function, python_name, tool_schemas
 from pact_nemo.environments.rows import Row, number_text, read_rows
 from pact_nemo.errors import ConfigError, EnvironmentFailure
 from pact_nemo.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
 
+log = logging.getLogger(__name__)
 Scenario = Literal["direct", "mandatory", "free"]
 SCENARIOS: tuple[Scenario, ...] = ("direct", "mandatory", "free")
 
@@ -42,6 +44,24 @@ INSTRUCTIONS: dict[Scenario, str] = {
 }
 #: assistant turns that the benchmark's evaluation script allows (its ``max_turns``), the answer among them
 OFFICIAL_TURNS = 9
+
+
+def _sources(functions: list[str]) -> dict[str, str]:
+    """The source that runs for each function name. Of several the last one, as in the benchmark's evaluation script; helpers of other sources
+    stand in where no source begins with the name."""
+    helpers = {name: source for source in reversed(functions) for name in defined_functions(source)}
+    return helpers | {first_function(source): source for source in functions}
+
+
+def _oddity(schemas: list[dict[str, Any]], functions: list[str], sources: dict[str, str]) -> str | None:
+    """What a row's tools leave open, if anything."""
+    names = [schema["name"] for schema in schemas]
+    for name in dict.fromkeys(names):
+        if python_name(name) not in sources:
+            return f"no source for the tool {name!r}; its calls bring an error"
+        if names.count(name) > 1 or len({source for source in functions if first_function(source) == python_name(name)}) > 1:
+            return f"more than one tool {name!r}; calls of it run the last source"
+    return None
 
 
 @dataclass(frozen=True)
@@ -77,18 +97,24 @@ class ToolHopEnvironment:
             seen: dict[str, int] = {}
             found = (self.quarantine.guard(lambda: self._task(row, seen), row.values) for row in read_rows(self.path, self.quarantine))  # noqa: B023
             self._tasks[:] = [task for task in found if task is not None]
+            odd = [str(task.data["odd"]) for task in self._tasks if task.data["odd"] is not None]
+            if odd and self.scenario != "direct":
+                log.warning("%s: %d of %d rows run as published, with tools that aren't clear: %s", self.path, len(odd), len(self._tasks), odd[0])
         return list(self._tasks)
 
     def _task(self, row: Row, seen: dict[str, int]) -> Task:
         question, answer = row.text("question"), row.text("answer")
+        if says_nothing(answer):
+            raise row.complain("the answer is empty, so any message would contain it", "answer")
         tools, functions, sub_task = row.mapping("tools"), row.json("functions", list), row.mapping("sub_task")
-        sources: dict[str, str] = {}
         for index, source in enumerate(functions):
             if not isinstance(source, str):
                 raise row.complain(f"expected Python source, found {type(source).__name__}", f"functions[{index}]")
-            for name in defined_functions(source):
-                sources.setdefault(name, source)
+        sources = _sources(functions)
         schemas = tool_schemas(row, ((f"tools.{key}", tool) for key, tool in tools.items()))
+        tool_of = {str(key): schema["name"] for key, schema in zip(tools, schemas, strict=True)}
+        schemas = [schema for index, schema in enumerate(schemas) if schema not in schemas[:index]]
+        odd = _oddity(schemas, functions, sources)
         identifier = row.text("id", str(row.number - 1))
         name = identifier if identifier.startswith("toolhop") else f"toolhop_{identifier}"
         if name in seen:
@@ -105,7 +131,8 @@ class ToolHopEnvironment:
             data={
                 "functions": {name: sources[python_name(name)] for name in (schema["name"] for schema in schemas) if python_name(name) in sources},
                 "sub_task": {str(key): value if isinstance(value, str) else number_text(value) for key, value in sub_task.items()},
-                "tool_of": {str(key): schema["name"] for key, schema in zip(tools, schemas, strict=True)},
+                "tool_of": tool_of,
+                "odd": odd if odd is None else f"row {row.number}: {odd}",
             },
             tags=(f"answer type: {row.text('answer_type', 'unknown')}",),
         )
