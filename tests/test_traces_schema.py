@@ -89,6 +89,33 @@ def test_a_malformed_row_is_named_by_file_line_and_field(tmp_path: Path, path: s
     assert (caught.value.file, caught.value.line) == (str(file), 2)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("turns/0/calls/0/parameters", {"a": 1}, r"unknown keys \['parameters'\].*field turns\[0\]\.calls\[0\]"),
+        ("turns/0/segments/0/level", 3, r"unknown keys \['level'\]"),
+        ("turns/0/user_turn", 1, r"expected 0.*field turns\[0\]\.user_turn"),
+        ("turns/1/user_turn", 0, r"expected 1.*field turns\[1\]\.user_turn"),
+        ("turns/0/user_messages_after", [], r"field turns\[1\]\.user_turn|field turns\[0\]\.new_tools_after"),
+        ("turns/1/user_messages_after", [{"role": "user", "content": "And?"}], "no turn answers the user"),
+        ("turns/0/user_messages_after/0/role", "assistant", "not as 'assistant'"),
+        ("turns/1/closing", "Done.", "a closing message stands between"),
+    ],
+)
+def test_nothing_that_a_trace_says_is_passed_over(path: str, value: Any, message: str) -> None:
+    with pytest.raises(DataError, match=rf"t\.jsonl:3: .*{message}"):
+        Trace.from_dict(_edit(path, value), file="t.jsonl", line=3)
+
+
+def test_a_key_twice_in_a_trace_is_refused_by_line(tmp_path: Path) -> None:
+    good = json.dumps(_trace().to_dict())
+    for text, key in ((f'{good[:-1]}, "task_id": "other"}}', "task_id"), (good.replace('{"a": true', '{"a": false, "a": true'), "a")):
+        path = tmp_path / "t.jsonl"
+        path.write_text(f"{json.dumps(_trace(task_id='t#1').to_dict())}\n{text}\n")
+        with pytest.raises(DataError, match=rf"t\.jsonl:2: .*the key '{key}' is there twice"):
+            read_traces(path)
+
+
 def test_torn_missing_and_double_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such trace file"):
         read_traces(tmp_path / "absent.jsonl")
@@ -225,6 +252,11 @@ BLOCKS = [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "nam
         (json.dumps({"messages": BLOCKS}), "Anthropic format"),
         (json.dumps({"conversations": [{"from": "human", "value": "Where?"}]}), "ShareGPT format"),
         (json.dumps({"prompt": "a", "completion": "b"}), "prompt and completion"),
+        (json.dumps({"messages": json.dumps(CHAT)}), "OpenAI format"),
+        (json.dumps({"version": "1", "turns": CHAT}), "OpenAI format .*under 'turns'"),
+        (json.dumps({"custom_id": "1", "body": {"messages": CHAT}}), "OpenAI format"),
+        (json.dumps({"input": "Where?", "output": [{"type": "function_call", "name": "pwd", "arguments": "{}"}]}), "OpenAI's responses"),
+        (json.dumps({"text": "<|im_start|>user\nWhere?<|im_end|>"}), "a rendered chat"),
         ("PAR1", "parquet"),
     ],
 )

@@ -5,22 +5,54 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pact_nemo import strict_json
+
 WANTED = (
     "a trace is one JSON object a line with version, task_id, source, verified and turns (docs/traces.md). Nothing reads other formats yet, an "
     "importer is planned; until then make traces of your tasks with tools/make_traces.py, from ground truth, recorded answers or a teacher"
 )
+_ENVELOPES = ("body", "request", "response", "data", "sample", "example")
+_RESPONSES = ("function_call", "function_call_output", "reasoning")  # item types of OpenAI's responses
+_MARKUP = ("<|im_start|>", "<|start_header_id|>", "<|start|>", "[INST]", "<｜User｜>", "<start_of_turn>")
 
 
 def other_format(row: Any) -> str | None:
     """The name of the format of a row that is no trace; None where it is none that is known."""
     if isinstance(row, list):
         return _of_messages(row)
-    if not isinstance(row, Mapping) or "turns" in row or "version" in row:
+    if not isinstance(row, Mapping) or _is_trace(row):
         return None
-    for key in ("messages", "conversations", "conversation", "chosen", "contents"):
-        found = _of_messages(row[key]) if isinstance(row.get(key), list) else None
+    return _of_values(row) or _of_keys(row) or next((found for key in _ENVELOPES if (found := other_format(row.get(key))) is not None), None)
+
+
+def _is_trace(row: Mapping[str, Any]) -> bool:
+    turns = row.get("turns")
+    return isinstance(turns, list) and all(isinstance(turn, Mapping) and "role" not in turn and "from" not in turn for turn in turns)
+
+
+def _of_values(row: Mapping[str, Any]) -> str | None:
+    """The format of a row with a list of chat messages, or with a whole chat as text."""
+    for key, value in row.items():
+        messages = _decoded(value)
+        found = _of_messages(messages) if isinstance(messages, list) else None
         if found is not None:
             return f"{found} under {key!r}"
+        if isinstance(value, str) and any(mark in value for mark in _MARKUP):
+            return f"a rendered chat under {key!r}"
+    return None
+
+
+def _decoded(value: Any) -> Any:
+    """A value, or what its JSON text says."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return strict_json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _of_keys(row: Mapping[str, Any]) -> str | None:
     if isinstance(row.get("choices"), list):
         return "an answer of OpenAI's chat completions"
     if {"prompt_ids", "token_ids"} <= set(row):
@@ -40,6 +72,8 @@ def _of_messages(messages: Sequence[Any]) -> str | None:
         return "a chat in ShareGPT format (from, value)"
     if any("parts" in message for message in known):
         return "a chat in Gemini format (contents of parts)"
+    if any(message.get("type") in _RESPONSES for message in known):
+        return "a chat in the format of OpenAI's responses (items such as function_call)"
     if not any("role" in message for message in known):
         return None
     blocks = [block for message in known if isinstance(message.get("content"), list) for block in message["content"] if isinstance(block, Mapping)]

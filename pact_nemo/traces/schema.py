@@ -138,12 +138,28 @@ class _Reader:
         if not turns:
             raise self._fail("a trace needs at least one turn", "turns")
         built = tuple(self._turn(turn, f"turns[{index}]", last=index == len(turns) - 1) for index, turn in enumerate(turns))
+        self._check_order(built)
         return Trace(
             task_id=self._get(row, "task_id", str, ""),
             source=self._get(row, "source", str, ""),
             turns=built,
             verified=self._get(row, "verified", bool, ""),
         )
+
+    def _check_order(self, turns: Sequence[TraceTurn]) -> None:
+        """User turns count from 0, each begins with its messages, and nothing that is written down is passed over."""
+        expected = 0
+        for index, turn in enumerate(turns):
+            where = f"turns[{index}]"
+            if turn.user_turn != expected:
+                raise self._fail(f"expected {expected}: user turns count from 0 and go on behind user_messages_after", f"{where}.user_turn")
+            expected += bool(turn.user_messages_after)
+            if turn.user_messages_after and index == len(turns) - 1:
+                raise self._fail("no turn answers the user: a trace ends with its last call", f"{where}.user_messages_after")
+            if turn.new_tools_after and not turn.user_messages_after:
+                raise self._fail("tools are revealed with a user's message only", f"{where}.new_tools_after")
+            if turn.closing and not turn.closing_message:
+                raise self._fail("a closing message stands between calls and the user's next message only", f"{where}.closing")
 
     def _turn(self, row: Any, where: str, last: bool) -> TraceTurn:
         segments = []
@@ -153,10 +169,12 @@ class _Reader:
             if kind not in SEGMENT_TYPES:
                 raise self._fail(f"unknown segment type {kind!r}; known: {sorted(SEGMENT_TYPES)}", f"{path}.type")
             segments.append(ReasoningSegment(kind, self._get(item, "text", str, path)))
+            self._known(item, {"type", "text"}, path)
         calls = []
         for index, item in enumerate(self._get(row, "calls", list | tuple, where)):  # type: ignore[arg-type]
             path = f"{where}.calls[{index}]"
             calls.append(ToolCall(self._get(item, "name", str, path), dict(self._get(item, "arguments", dict, path))))
+            self._known(item, {"name", "arguments"}, path)
         observations = self._get(row, "observations", list | tuple, where)  # type: ignore[arg-type]
         if len(observations) != len(calls) or not all(isinstance(text, str) for text in observations):
             raise self._fail(f"expected {len(calls)} texts, one per call", f"{where}.observations")
@@ -166,6 +184,8 @@ class _Reader:
             self._get(message, "role", str, f"{where}.user_messages_after[{index}]")
             self._get(message, "content", str, f"{where}.user_messages_after[{index}]")
             self._known(message, {"role", "content"}, f"{where}.user_messages_after[{index}]")
+            if message["role"] not in ("user", "system"):
+                raise self._fail(f"the user speaks as user, not as {message['role']!r}", f"{where}.user_messages_after[{index}].role")
         if not calls and (last or not after):
             raise self._fail("a turn without calls must be followed by a user turn: a trace holds no final answer", f"{where}.calls")
         new_tools = self._get(row, "new_tools_after", list | tuple, where)  # type: ignore[arg-type]
@@ -240,7 +260,7 @@ def _refuse_other_format(lines: Sequence[bytes], file: str) -> None:
 def _read(text: bytes, file: str, line: int, seen: dict[str, int]) -> Trace:
     remedy = "make that trace anew or take the line out"
     try:
-        row = strict_json.loads(text.decode("utf-8"))
+        row = strict_json.loads(text.decode("utf-8"), unique=True)
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8: {error}; {remedy}", file=file, line=line) from error
     except ValueError as error:
