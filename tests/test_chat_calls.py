@@ -151,6 +151,18 @@ def test_data_that_merely_has_a_name_is_an_answer(name: str, text: str) -> None:
         (NAMES, '<function_call>{"name": "f", "arguments": {"a": 1}}</function_call>'),
         (NAMES, "Thought: I call it.\nAction: f\nAction Input: {}"),
         (("pythonic",), "[flights.search(a=1)]"),
+        (NAMES, 'I call it: {"name": "f", "arguments": {"a": 1}}'),
+        (NAMES, '<tool_calls>[{"function": {"name": "f", "arguments": "{}"}}]</tool_calls>'),
+        (NAMES, 'functools[{"name": "f", "input": {"a": 1}}]'),
+        (NAMES, '<tool_use>{"tool": "f", "args": {}}</tool_use>.'),
+        (NAMES, '{"action": "f", "action_input": {"a": 1}}'),
+        (NAMES, '{"f": {"a": 1}}'),
+        (NAMES, "{'name': 'f', 'arguments': {'a': 1}}"),
+        (NAMES, "{name: f, arguments: {a: 1}}"),
+        (NAMES, '<invoke name="f"><parameter name="a">1</parameter></invoke>'),
+        (NAMES, "```python\nf(a=1)\n```"),
+        (NAMES, "So `f(a=1)`".replace("So ", "So\n")),
+        (NAMES, "print(f(a=1))"),
     ],
 )
 def test_a_call_in_another_formats_dress_is_an_error(names: tuple[str, ...], text: str) -> None:

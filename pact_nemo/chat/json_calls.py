@@ -21,14 +21,15 @@ Tools = Sequence[Mapping[str, Any]]
 
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "params", "kwargs", "input")
 _PLAIN_ARGUMENT_KEYS = ("arguments", "parameters")  # what only a call has
-_NAME_KEYS = ("name", "function", "tool", "tool_name", "function_name")
+_NAME_KEYS = ("name", "function", "tool", "tool_name", "function_name", "action")
 _TYPES = ("function", "function_call", "tool_call", "tool_use")
 _IDS = ("id", "call_id", "tool_call_id", "index")
 _FENCE = re.compile(r"```[\w-]*[ \t]*\n?")
 _SPACE = re.compile(r"\s*")
-_CALL_HEAD = re.compile(r'[\[\s]{0,40}\{\s{0,40}"(?:name|type|id|function|tool|tool_name|function_name|tool_calls|arguments|parameters)"\s{0,40}:')
-_NAMED = re.compile(r'"(?:name|function|tool|tool_name|function_name)"\s{0,40}:\s{0,40}"([^"\\]{1,200})"')
-_CALL_KEY = re.compile(r'"(?:arguments|parameters)"\s{0,40}:')
+_Q = "[\"']?"  # keys and names as JSON has them, in Python's quotes, or in none
+_CALL_HEAD = re.compile(rf"[\[\s]{{0,40}}\{{\s{{0,40}}{_Q}(?:{'|'.join(_NAME_KEYS)}|type|id|tool_calls|arguments|parameters){_Q}\s{{0,40}}:")
+_NAMED = re.compile(rf"{_Q}\b(?:{'|'.join(_NAME_KEYS)}){_Q}\s{{0,40}}:\s{{0,40}}{_Q}([^\"'\\\s,}}]{{1,200}})")
+_CALL_KEY = re.compile(r"""["'](?:arguments|parameters)["']\s{0,40}:""")
 _WINDOW = 4000  # of broken JSON, read to tell a call from data
 
 
@@ -133,9 +134,20 @@ def is_attempt(value: Any, names: Collection[str]) -> bool:
     if isinstance(inner, dict) and ("name" in inner or is_attempt(inner, names)):
         return True
     said = [value[key] for key in _NAME_KEYS if isinstance(value.get(key), str)]
-    if any(name in names for name in said):
+    if any(name in names for name in said) or (len(value) == 1 and any(key in names and isinstance(value[key], dict) for key in value)):
         return True
     return bool(said) and (any(key in value for key in _PLAIN_ARGUMENT_KEYS) or any(isinstance(value.get(key), dict) for key in ARGUMENT_KEYS))
+
+
+def calls_offered(value: Any, names: Collection[str]) -> bool:
+    """Whether a decoded JSON value, wherever it stands, says an offered tool's name together with arguments."""
+    if isinstance(value, list):
+        return any(calls_offered(item, names) for item in value)
+    if not isinstance(value, dict):
+        return False
+    if any(calls_offered(value.get(key), names) for key in ("function", "tool_calls")):
+        return True
+    return any(isinstance(value.get(key), str) and value[key] in names for key in _NAME_KEYS) and any(key in value for key in ARGUMENT_KEYS)
 
 
 def looks_like_attempt(text: str, position: int, names: Collection[str]) -> bool:

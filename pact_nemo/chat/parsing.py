@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from json import JSONDecodeError
 from typing import Any
 
-from pact_nemo.chat.json_calls import Tools, calls_from, decode, is_attempt, looks_like_attempt, skip_fence
+from pact_nemo.chat.json_calls import Tools, calls_from, calls_offered, decode, is_attempt, looks_like_attempt, skip_fence
 from pact_nemo.chat.thoughts import CLOSING, MARKER, OPENING, VisibleText, WasThought, visible_text
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.calls import parse_call, parse_call_list
@@ -47,11 +47,14 @@ _QUOTED = {  # the rest of a Python string literal, by its opening quote
 }
 _FOREIGN_TAG = re.compile(
     rf"{MARKER}|<(?:tool_call|function_call)>(?=\s{{0,40}}[\[{{])|\[TOOL_CALLS\]|<｜tool▁calls?▁begin｜>|{re.escape(PYTHON_TAG)}"
-    rf"|<function=([\w.\-]{{1,200}})|{_LINE}\[\s{{0,40}}([A-Za-z_][\w.\-]{{0,200}})\s{{0,40}}\(|{_LINE}Action:[ \t]*([\w.\-]{{1,200}})[ \t]*$",
+    rf"|<function=([\w.\-]{{1,200}})|<invoke name=[\"']?([\w.\-]{{1,200}})"
+    rf"|{_LINE}\[\s{{0,40}}([A-Za-z_][\w.\-]{{0,200}})\s{{0,40}}\(|{_LINE}Action:[ \t]*([\w.\-]{{1,200}})[ \t]*$",
     re.MULTILINE,
 )
 _FOREIGN_JSON = re.compile(rf"{MARKER}|{_LINE_OF_JSON}", re.MULTILINE)
-_BARE_CALL = re.compile(r"(?:[A-Za-z_]\w{0,200} ?= ?)?(([A-Za-z_]\w{0,200})\(.*\))")
+_INLINE_JSON = re.compile(rf'{MARKER}|(?:\[\s{{0,40}})?\{{\s{{0,40}}"')
+_INLINE_END = re.compile(r"(?:[\s`\];.]|</?[A-Za-z_]{1,40}>){0,40}\Z")
+_BARE_CALL = re.compile(r"(?:[A-Za-z_]\w{0,200} ?= ?)?(?:print\()?(([A-Za-z_]\w{0,200})\(.*?\))\)?")
 
 
 @dataclass(frozen=True)
@@ -196,14 +199,20 @@ def _json_attempt(reading: _Reading, pattern: re.Pattern[str], names: frozenset[
             broken += 1
             if marked or broken > _MAX_BROKEN or looks_like_attempt(reading.text, position, names):
                 return match.start(), str(error), None
-            # a value within what the decoder has read before it gave up is a part of these data, or breaks at the same place
-            cause = error.__cause__
-            reading.position = max(cause.pos if isinstance(cause, JSONDecodeError) else 0, position + 1)
+            reading.position = _after_broken(error, position)
             continue
         if marked or is_attempt(value, names):
             return match.start(), value, end
         reading.position = end
     return None
+
+
+def _after_broken(error: ToolCallError, position: int) -> int:
+    """Where to look on behind JSON at ``position`` that can't be read: a value within what the decoder has read before it gave up is a part of these
+    data, or breaks at the same place.
+    """
+    cause = error.__cause__
+    return max(cause.pos if isinstance(cause, JSONDecodeError) else 0, position + 1)
 
 
 # -- Python call text -----------------------------------------------------------------------------------------------------------------
@@ -249,14 +258,15 @@ def _first_marker(text: str, position: int) -> int:
 def foreign_attempt(text: str, tools: Tools, first: int = 0) -> int | None:
     """Where a message without a call of its own format begins to call a tool in another way; None where it doesn't: it is an answer then.
 
-    Ways: a JSON call at the start of a line, ``<tool_call>`` with JSON, ``<function=name>``, the tags of Llama, Mistral and DeepSeek,
-    ``[name(...)]`` at the start of a line, ``name(...)`` as the last line, and ``Action: name``. A bare name counts for offered tools only.
+    Ways: a JSON call at the start of a line, and one of an offered tool that ends the message; ``<tool_call>`` with JSON,
+    ``<function=name>``, ``<invoke name=...>``, the tags of Llama, Mistral and DeepSeek, ``[name(...)]`` at the start of a line, ``name(...)`` as
+    the last line, and ``Action: name``. A bare name counts for offered tools only.
 
     Args:
         first: what is visible begins here.
     """
     names = _names(tools)
-    for find in (_foreign_tag, _foreign_json):
+    for find in (_foreign_tag, _foreign_json, _inline_json):
         reading = _Reading(text, first=first)
         while True:
             try:
@@ -266,7 +276,7 @@ def foreign_attempt(text: str, tools: Tools, first: int = 0) -> int | None:
                 continue
         if start is not None:
             return start
-    line = visible_text(text[first:]).rpartition("\n")[2].strip()
+    line = visible_text(text[first:]).rstrip("`\r\n\t ").rpartition("\n")[2].strip("` \t")
     bare = _BARE_CALL.fullmatch(line)
     if bare is None or bare.group(2) not in names:
         return None
@@ -281,6 +291,22 @@ def _foreign_tag(reading: _Reading, names: frozenset[str]) -> int | None:
     while (match := reading.search(_FOREIGN_TAG)) is not None:
         if match.lastindex is None or match.group(match.lastindex) in names:
             return match.start()
+    return None
+
+
+def _inline_json(reading: _Reading, names: frozenset[str]) -> int | None:
+    """Within a line JSON is mostly data, so only that counts which says an offered tool's name and arguments, and ends the message."""
+    broken = 0
+    while broken < _MAX_BROKEN and (match := reading.search(_INLINE_JSON)) is not None:
+        try:
+            value, end = decode(reading.text, match.start())
+        except ToolCallError as error:
+            broken += 1
+            reading.position = _after_broken(error, match.start())
+            continue
+        if calls_offered(value, names) and _INLINE_END.match(reading.text, end):
+            return match.start()
+        reading.position = end
     return None
 
 
