@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from pact_nemo.chat.template import ChatFormat
 
 
+_APPENDS = "take a template that only appends"
+_LONG, _MANY = 100_000, 40  #: characters of a long message; turns of a long conversation
+
+
 @dataclass(frozen=True)
 class _Turn:
     """An assistant message and what follows it; ``mark`` stands in ``visible``."""
@@ -29,10 +33,10 @@ class _Turn:
 
 def check_conversation(chat: ChatFormat) -> None:
     """System text, tools, thoughts, calls, several observations in a turn and a second user turn: everything is in the rendering, once and as it is,
-    and the pieces concatenate to it, as text and as tokens.
+    in order, and the pieces concatenate to it, as text and as tokens. So it is with long messages and with many. Tokens say what the text says.
 
     Raises:
-        ConfigError: they don't; names the template and what it drops, alters or repeats.
+        ConfigError: they don't; names the template and what it drops, alters, repeats or asks for.
     """
     system = {"role": "system", "content": f"MARK-SYSTEM {HARD}"}
     users = [{"role": "user", "content": f"MARK-USER-{index} {HARD}"} for index in range(3)]
@@ -43,6 +47,9 @@ def check_conversation(chat: ChatFormat) -> None:
         for count in range(1, len(turns) + 1):
             _check_prefix(chat, start, turns[:count])
         chat.boundary_ids()
+        chat.check_fields(start)
+        _check_long(chat, start)
+        _check_tokens(chat, _written(chat, turns[0]))
     except DataError as error:
         raise ConfigError(f"the model's chat template can't be used: {error}") from error
 
@@ -85,6 +92,8 @@ def _check_prefix(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Tu
     whole = chat.render(messages, [TOOL])
     if chat.render(messages, [TOOL]) != whole:
         raise ConfigError(f"{chat.source} writes another text each time; take out what is random in it")
+    if not whole.endswith(chat.generation):
+        raise ConfigError(f"{chat.source} opens an assistant message behind {turns[-1].after[-1]['role']!r} otherwise than at the start; {_APPENDS}")
     check_marks(chat.source, whole, _marks(chat, start, turns))
     later_user = [any(after.user_follows for after in turns[index:]) for index in range(len(turns))]
     dropped = [chat.earlier_thoughts == "dropped" or (chat.earlier_thoughts == "until_user" and later) for later in later_user]
@@ -92,10 +101,31 @@ def _check_prefix(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Tu
     if text != whole:
         raise ConfigError(
             f"{chat.source} writes a whole conversation otherwise than its pieces: {first_difference(text, whole)}; "
-            "training needs exactly what the model sees; take a template that only appends"
+            f"training needs exactly what the model sees; {_APPENDS}"
         )
     if ids != chat.encode_whole(whole):
         raise ConfigError(f"the tokenizer makes other tokens of a whole conversation of {chat.source} than of its pieces; use another tokenizer")
+
+
+def _check_long(chat: ChatFormat, start: list[dict[str, str]]) -> None:
+    """What the template does with long messages, with many of them, and with more results in a turn."""
+    observe, fill = chat.tool_format.render_observation, "go on, " * (_LONG // 7)
+    messages = [{**message, "content": f"{message['content']} {fill}END"} for message in start]
+    marks = [_mark(message) for message in messages]
+    for index in range(_MANY):
+        more = 3 if index == 1 else 0
+        text = f"MARK-LATE-{index}. {fill if index == 0 else ''}END"
+        after = observe([f"MARK-LATE-RESULT-{index}-{k} {fill if index == 0 else ''}END" for k in range(1 + more)])
+        messages += [{"role": "assistant", "content": text if chat.thought is None else chat.assistant_parts("", text).text}, *after]
+        marks += [("what the assistant writes (text and calls)", f"MARK-LATE-{index}.", [text]), *map(_mark, after)]
+    check_marks(f"{chat.source}, in a long conversation,", chat.render(messages, [TOOL]), marks)
+
+
+def _check_tokens(chat: ChatFormat, written: str) -> None:
+    """A tokenizer that folds case, accents or blanks, or has no token for a quote or bracket, would show and teach another text."""
+    told = chat.decode(chat.encode_assistant(written)[0])
+    if told != written:
+        raise ConfigError(f"the tokenizer changes what is written: {first_difference(written, told)}; use one that keeps every character")
 
 
 def _written(chat: ChatFormat, turn: _Turn) -> str:
@@ -120,12 +150,16 @@ def _pieces(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Turn], d
 
 
 def _marks(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Turn]) -> list[tuple[str, str, list[str]]]:
-    """What has to be in the rendering: (what, its word, accepted forms) each."""
+    """What has to be in the rendering: (what, its word, accepted forms) each, in order."""
+    found = [_mark(message) for message in start]
+    if not chat.shows_tools:  # at the end of the system message
+        found.insert(len(start) - 1, ("the tools (in the system message)", "MARK-DESCRIPTION", [chat.tool_format.render_tools([TOOL])]))
+    for turn in turns:
+        found += [("what the assistant writes (text and calls)", turn.mark, [turn.visible]), *map(_mark, turn.after)]
+    return found
+
+
+def _mark(message: dict[str, str]) -> tuple[str, str, list[str]]:
     names = {"system": "the system message", "user": "what a user says", "tool": "the results of tools (role 'tool')"}
-    found: list[tuple[str, str, list[str]]] = []
-    for message in [*start, *(message for turn in turns for message in turn.after)]:
-        forms = observation_forms(message["content"]) if message["role"] == "tool" else [message["content"]]
-        found.append((names[message["role"]], message["content"].split(" ", 1)[0], forms))
-    if not chat.shows_tools:
-        found.append(("the tools (in the system message)", "MARK-DESCRIPTION", [chat.tool_format.render_tools([TOOL])]))
-    return found + [("what the assistant writes (text and calls)", turn.mark, [turn.visible]) for turn in turns]
+    forms = observation_forms(message["content"]) if message["role"] == "tool" else [message["content"]]
+    return names[message["role"]], message["content"].split(" ", 1)[0], forms

@@ -34,7 +34,23 @@ TOOL: dict[str, Any] = {
         "required": ["mark_argument"],
     },
 }
-TOOL_PARTS = ("mark_tool", "MARK-DESCRIPTION of the tool.", "mark_argument", "MARK-ARGUMENT-DESCRIPTION")
+#: a second one, with what templates like to leave out: the end of a long text, choices, arguments within arguments
+_FURTHER_TOOL: dict[str, Any] = {
+    "name": "mark_further_tool",
+    "description": f"MARK-FURTHER {'and so on, ' * 500}MARK-FURTHER-END",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "mark_choice": {"type": "string", "enum": ["MARK-CHOICE-A", "MARK-CHOICE-B"]},
+            "mark_outer": {"type": "object", "properties": {"mark_inner": {"type": "integer", "description": "MARK-INNER"}}},
+        },
+    },
+}
+_TOOL_PARTS = (
+    "mark_tool", "MARK-DESCRIPTION of the tool.", "mark_argument", "MARK-ARGUMENT-DESCRIPTION", "mark_further_tool", "MARK-FURTHER-END",
+    "mark_choice", "MARK-CHOICE-A", "MARK-CHOICE-B", "mark_outer", "mark_inner", "MARK-INNER",
+)  # fmt: skip
+_SYSTEM = {"role": "system", "content": "MARK-SYSTEM"}
 
 
 def openai_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,17 +61,21 @@ def openai_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 def shows_tools(
     render: Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None, bool], str], write_calls: Callable[[list[ToolCall]], str]
 ) -> bool:
-    """Whether the template itself shows a tool that is passed to it (name, description, arguments), and calls are written as it writes them.
+    """Whether the template itself shows tools that are passed to it (all of them, with every argument; with a system message and without
+    one), and calls are written as it writes them.
 
     A template that teaches another way to call would contradict the tool format: the project's own text shows the tools then.
     """
-    tools = [openai_tool(TOOL)]
-    try:
-        text = render([USER], tools, True)
-    except DataError:
-        return False
-    if not all(part in text for part in TOOL_PARTS):
-        return False
+    tools = [openai_tool(TOOL), openai_tool(_FURTHER_TOOL)]
+    for conversation in ([USER], [_SYSTEM, USER]):
+        try:
+            text = render(conversation, tools, True)
+        except DataError:
+            if conversation[0] is USER:
+                return False
+            continue  # it takes no system message: none is passed with tools
+        if not all(part in text for part in _TOOL_PARTS):
+            return False
     call = ToolCall(TOOL["name"], {"mark_argument": "MARK-CALL"})
     function = {"name": call.name, "arguments": call.arguments}
     try:
@@ -137,24 +157,27 @@ def _parses(render: Render) -> bool:
 
 
 def check_marks(source: str, text: str, marks: Sequence[tuple[str, str, Sequence[str]]]) -> None:
-    """Raises ConfigError unless each mark is in the rendering once, as it is.
+    """Raises ConfigError unless each mark is in the rendering once, as it is, behind the mark before it.
 
     Args:
         source: what to name.
         text: the rendering.
-        marks: (what it is, its word, forms that are accepted) each.
+        marks: (what it is, its word, forms that are accepted) each, in the order of the conversation.
     """
+    position = 0
     for what, word, forms in marks:
         if word not in text:
             raise ConfigError(f"{source} drops {what}: the model would never see it; take a template that has a branch for it")
         count = sum(text.count(form) for form in dict.fromkeys(forms))
         if count == 0:
             at = text.index(word)
-            raise ConfigError(
-                f"{source} alters {what}: {forms[0]!r} comes out as {text[at : at + len(forms[0]) + 20]!r}; take a template that writes it as it is"
-            )
+            difference = first_difference(forms[0], text[at : at + len(forms[0])])
+            raise ConfigError(f"{source} alters {what}: {difference}; take a template that writes it as it is")
         if count > 1:
             raise ConfigError(f"{source} repeats {what} ({count} times), so it can't be cut out of the conversation; repair the template")
+        position, before = text.index(word), position
+        if position < before:
+            raise ConfigError(f"{source} writes {what} before what came earlier; take a template that keeps the order of the messages")
 
 
 def observation_forms(content: str) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, meta, nodes
+import yaml
+from jinja2 import DebugUndefined, TemplateError, meta, nodes
 
 from pact_nemo.errors import ConfigError, DataError
 
@@ -22,6 +24,7 @@ _RESERVED = frozenset(
     "messages conversation tools documents add_generation_prompt continue_final_message chat_template tokenize padding truncation max_length "
     "return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
 )
+_NOT_GIVEN = re.compile(r"\{\{ no such element: dict object\['(\w+)'\] \}\}")  # how jinja shows a missing field when it is asked to
 TODAY = "strftime_now"  #: the function by which templates write today's date
 
 
@@ -69,6 +72,26 @@ class ChatTemplate:
         asked = {test.node.name for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined") and isinstance(test.node, nodes.Name)}
         internal = {name.name for name in names if name.ctx == "store"} - asked  # e.g. a variable that only some branches set
         return (read - internal) | ({TODAY} & {name.name for name in names})
+
+    def not_given(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str | None:
+        """A field of a message that the template writes down though messages don't have it, e.g. the tool's name in a result: jinja writes nothing
+        there. None where there is none.
+
+        Raises:
+            DataError: as :meth:`render`.
+        """
+        from transformers.utils.chat_template_utils import _compile_jinja_template  # takes seconds
+
+        environment = _compile_jinja_template(self.text).environment.overlay(undefined=DebugUndefined)
+        known = {**self._tokenizer.special_tokens_map, **self._kwargs}
+        try:
+            text = environment.from_string(self.text).render(
+                messages=[dict(message) for message in messages], tools=tools, documents=None, add_generation_prompt=True, **known
+            )
+        except _TEMPLATE_FAILS as error:
+            raise DataError(f"{self.source} can't render this conversation: {error!r}; change the conversation or the template") from error
+        found = _NOT_GIVEN.search(text)
+        return found.group(1) if found is not None else None
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, generation: bool) -> str:
         """Text of a conversation as the template writes it. ``tools``: OpenAI-style, or None where they aren't passed to the template.
@@ -119,6 +142,22 @@ def _check_kwargs(source: str, kwargs: Mapping[str, Any], read: set[str], tokeni
         if key not in read:
             known = sorted(read - _RESERVED - set(tokenizer.special_tokens_map) - {"raise_exception", "namespace", "range"})
             raise ConfigError(f"model.template_kwargs.{key}: {source} never reads it; it reads {', '.join(known) or 'none'}")
+        value = kwargs[key]
+        if isinstance(value, str) and key != TODAY and _reads_as_other(value):
+            raise ConfigError(
+                f"model.template_kwargs.{key}={value!r} is a text, which templates take for true whatever it says; write it without quotes"
+            )
+
+
+def _reads_as_other(text: str) -> bool:
+    """Whether a text is how a truth value, a number or nothing is written."""
+    word = text.strip().lower()
+    if word in ("true", "false", "yes", "no", "on", "off", "null", "none", "~", "nan"):
+        return True
+    try:
+        return str(yaml.safe_load(word)) == word and isinstance(yaml.safe_load(word), int | float)
+    except yaml.YAMLError:
+        return False
 
 
 def _fixed_date(source: str, given: Any, read: set[str]) -> Callable[[str], str]:

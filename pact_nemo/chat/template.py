@@ -20,10 +20,11 @@ from typing import Any
 from pact_nemo.chat import probing
 from pact_nemo.chat.contexts import EARLIER_THOUGHTS, KEEP, Contexts
 from pact_nemo.chat.encoding import TextEncoder
-from pact_nemo.chat.probing import TOOL, USER, Earlier, find_thoughts, generation_text, openai_tool, shows_tools
+from pact_nemo.chat.probing import TOOL, USER, Earlier, find_thoughts, generation_text, observation_forms, openai_tool, shows_tools
 from pact_nemo.chat.rendering import ChatTemplate, Message
 from pact_nemo.chat.thoughts import CLOSING, OPENING, ThoughtStyle
 from pact_nemo.chat.tool_formats import SEPARATOR, ToolFormat, Tools, tool_format
+from pact_nemo.environments.base import ToolCall
 from pact_nemo.errors import ConfigError, DataError
 
 BOUNDARY_TEXT = "The reference attempt ends here. Now solve the task yourself from the start."
@@ -82,6 +83,7 @@ class ChatFormat:
         thought: how the policy writes thoughts; None for a template that knows none, and where the generation prompt closes an empty thought.
         earlier_thoughts: what the template does with the thought of an assistant message before the last one: ``kept``; ``until_user``: kept
             until a user speaks again; ``dropped`` as soon as anything follows. The empty thought of a generation prompt counts as one.
+        generation: the generation prompt: what the template writes to open an assistant message.
         generation_thought: the end of the generation prompt that belongs to a thought: its opening marker, or a whole empty thought; else empty.
         shows_tools: whether tools are passed to the template; else the tool format's own text goes into the system message.
         context_thoughts: ``earlier_thoughts`` as contexts have it: ``kept`` where that was asked for.
@@ -125,13 +127,17 @@ class ChatFormat:
         special, control = _control_tokens(tokenizer)
         self._special = _any_of(special)
         self._forgeable = self._special
+        #: special tokens that the policy writes itself: thought markers, and the marks of a call
+        written = tool_format.render_calls([ToolCall(TOOL["name"], {})])
+        self._own = (OPENING, CLOSING, *(token for token in special if token in written))
+        self._steering = set(tokenizer.convert_tokens_to_ids(sorted(special.difference(self._own))))
         self.thought, self.generation_thought = None, ""
         try:
             self.shows_tools = tool_format.native and shows_tools(self._template.render, tool_format.render_calls)
-            self._generation = generation_text(self._plain, self.source)
-            self.thought, self.generation_thought = find_thoughts(self._plain, self.source, self._generation)
+            self.generation = generation_text(self._plain, self.source)
+            self.thought, self.generation_thought = find_thoughts(self._plain, self.source, self.generation)
             self.earlier_thoughts, self.hidden_text = probing.earlier_thoughts(
-                self._plain, self.source, self._generation, self.generation_thought, self.thought, self._observed()
+                self._plain, self.source, self.generation, self.generation_thought, self.thought, self._observed()
             )
             self._encoder = TextEncoder(tokenizer, self._plain([USER], True))
             after = self._after_assistant(self._observed(), generation=True)
@@ -182,7 +188,7 @@ class ChatFormat:
         """
         content = str(message["content"])
         pattern = self._forgeable if message["role"] == "tool" else self._special
-        kept = (OPENING, CLOSING) if message["role"] == "assistant" else ()
+        kept = self._own if message["role"] == "assistant" else ()
         return {**message, "content": _broken_up(pattern, content, kept)}
 
     def _neutral_tool(self, value: Any) -> Any:
@@ -190,7 +196,7 @@ class ChatFormat:
         if isinstance(value, str):
             return _broken_up(self._special, value)
         if isinstance(value, Mapping):
-            return {key: self._neutral_tool(item) for key, item in value.items()}
+            return {_broken_up(self._special, str(key)): self._neutral_tool(item) for key, item in value.items()}
         return [self._neutral_tool(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _laid_out(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +223,20 @@ class ChatFormat:
         native = [openai_tool(tool) for tool in tools] if tools and self.shows_tools else None
         return self._template.render(conversation, native, generation)
 
+    def _check_shown(self, messages: Sequence[Message], text: str) -> None:
+        """Raises DataError unless every message is in the rendering: a template may pass over a second system message, say."""
+        for message in messages:
+            content = self._neutral(message)["content"].strip()
+            if content not in text and not any(form.strip() in text for form in observation_forms(content) if message["role"] == "tool"):
+                raise DataError(f"{self.source} leaves out or alters a message of role {message['role']!r}: {content[:60]!r}; change the messages")
+
+    def check_fields(self, start: Sequence[Message]) -> None:
+        """Raises ConfigError where the template writes down a field of messages that the project doesn't tell, e.g. the name of the tool."""
+        conversation = [*start, _ASSISTANT, *self._observed(), _ASSISTANT]
+        missing = self._template.not_given(conversation, [openai_tool(TOOL)] if self.shows_tools else None)
+        if missing is not None:
+            raise ConfigError(f"{self.source} writes the {missing!r} of a message, which messages here don't have; take a template that doesn't")
+
     def _plain(self, messages: Sequence[Message], generation: bool) -> str:
         """A conversation that pieces are cut from: with a tool where the template itself shows tools, for it may write other delimiters then."""
         return self._template.render(messages, [openai_tool(TOOL)] if self.shows_tools else None, generation)
@@ -234,8 +254,14 @@ class ChatFormat:
     # --- pieces of a conversation --------------------------------------------------------------------------------------------------
 
     def prompt_ids(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
-        """x: token ids of ``messages`` with the tool schemas, ending with the generation prompt."""
-        return self.encode_whole(self.render(messages, tools))
+        """x: token ids of ``messages`` with the tool schemas, ending with the generation prompt.
+
+        Raises:
+            DataError: the template refuses the conversation, or leaves one of its messages out.
+        """
+        text = self.render(messages, tools)
+        self._check_shown(messages, text)
+        return self.encode_whole(text)
 
     def continuation_ids(self, messages: Sequence[Message], after_eos: bool, new_tools: Tools = ()) -> list[int]:
         """Tokens between the end of a sampled assistant message and the start of the next one.
@@ -271,13 +297,13 @@ class ChatFormat:
 
     def generation_ids(self) -> list[int]:
         """Tokens that open an assistant message, e.g. ``<|im_start|>assistant\\n``."""
-        return self._encoder.after(self._plain([USER], False), self._generation)[0]
+        return self._encoder.after(self._plain([USER], False), self.generation)[0]
 
     def visible_generation_ids(self) -> list[int]:
         """:meth:`generation_ids` without what belongs to the thought: the start of an earlier message whose thought the template drops; there
         ``hidden_text`` and the visible text follow.
         """
-        return self._encoder.after(self._plain([USER], False), self._generation.removesuffix(self.generation_thought))[0]
+        return self._encoder.after(self._plain([USER], False), self.generation.removesuffix(self.generation_thought))[0]
 
     def continuation(self, messages: Sequence[Message], new_tools: Tools = (), generation: bool = True) -> Continuation:
         """Everything from an assistant message's end-of-turn token on, as text, ids and offsets; cached."""
@@ -293,7 +319,9 @@ class ChatFormat:
         return list(self.continuation(messages, new_tools, generation).ids[1 if after_eos else 0 :])
 
     def _continuation_uncached(self, messages_json: str, generation: bool) -> Continuation:
-        text = self._after_assistant(json.loads(messages_json), generation)
+        messages = json.loads(messages_json)
+        text = self._after_assistant(messages, generation)
+        self._check_shown([message for message in messages if message["role"] != "assistant"], text)
         ids, offsets = self._encoder.whole(text)
         if ids[0] != self.end_of_turn_id:
             raise ConfigError(f"{self.source} ends assistant messages differently depending on what follows")
@@ -391,6 +419,14 @@ class ChatFormat:
             DataError: the text holds half a surrogate pair.
         """
         return self._encoder.assistant(text)
+
+    def check_assistant(self, ids: Sequence[int]) -> None:
+        """Raises DataError where an assistant message's ids, end-of-turn left out, hold a token that ends a turn or opens a role: text that a
+        message may quote, but the tokenizer makes such a token of it.
+        """
+        found = next((token for token in ids if token in self._steering), None)
+        if found is not None:
+            raise DataError(f"a message holds the text of the special token {self.tokenizer.convert_ids_to_tokens(found)!r}; take it out")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens other than a trailing end-of-turn included (a model may write ``<tool_call>`` as one)."""

@@ -132,7 +132,7 @@ def encode_trace(
 
     Raises:
         ConfigError: unknown component names, or no component at all.
-        DataError: the tokenizer merges reasoning and call characters into one token.
+        DataError: the tokenizer merges reasoning and call characters into one token, or makes a special token of what the expert wrote.
     """
     kept = frozenset(components)
     if not kept or kept - COMPONENTS:
@@ -182,6 +182,7 @@ def _append_assistant(
     reasoned = thought + len(parts.reasoning)
     switched = reasoned + len(parts.switch)
     ids, offsets = chat.encode_assistant(parts.text)
+    chat.check_assistant(ids)
     rank = 0
     for token, (start, end) in zip(ids, offsets, strict=True):
         if end <= thought:
