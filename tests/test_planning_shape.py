@@ -86,5 +86,7 @@ def test_a_cut_that_can_not_be_made_says_why() -> None:
     with pytest.raises(ConfigError, match="4 key/value heads can't be split over TP = 8"):
         rank_parameters(shape, Layout(8, tensor=8), 0)
     assert Layout(6, tensor=4).problems(shape) == ["6 ranks are not a multiple of TP x PP x CP = 4"]
-    assert "8 layers can't be cut into PP x VP = 3 equal parts" in Layout(3, pipeline=3).problems(shape)
-    assert "1 expert(s) can't be split over EP = 2" in Layout(2, expert=2).problems(shape)
+    (layers,) = Layout(3, pipeline=3).problems(shape)
+    assert "8 layers can't be cut into PP x VP = 3 equal parts" in layers and "policy.pipeline_parallel" in layers
+    (experts,) = Layout(2, expert=2).problems(shape)
+    assert "1 expert(s) can't be split over EP = 2" in experts and "policy.expert_parallel" in experts

@@ -308,6 +308,20 @@ def test_defaults_of_absent_keys_are_those_of_the_class() -> None:
     assert check_architecture({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **_SIZES}).head_dim == 128
 
 
+def test_keys_that_say_what_the_family_computes_anyway_are_accepted_and_no_other_values() -> None:
+    said: dict[str, dict[str, Any]] = {
+        "qwen3_moe": {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0, "scoring_func": "softmax", "n_group": 1},
+        "qwen2": {"qkv_bias": True, "use_qk_norm": False},
+        "llama": {"qkv_bias": False, "qk_norm": False, "routed_scaling_factor": 1.0},
+    }
+    for name, keys in said.items():
+        assert check_architecture(config_of(name) | keys) == check_architecture(config_of(name))
+        for key, value in keys.items():
+            other = not value if isinstance(value, bool) else "sigmoid" if isinstance(value, str) else value + 2
+            with pytest.raises(ConfigError, match=f"{key}={json.dumps(other)}"):
+                check_architecture(config_of(name) | {key: other})
+
+
 def test_refusals_name_file_key_value_layers_and_what_is_supported(tmp_path: Path) -> None:
     def refusal(config: dict[str, Any], **settings: Any) -> str:
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -324,9 +338,13 @@ def test_refusals_name_file_key_value_layers_and_what_is_supported(tmp_path: Pat
     assert "layer 1" in refusal({**config_of("qwen3_moe"), "decoder_sparse_step": 2}).replace("layers 0, 2", "layer 1")
     assert "layers 1-2" in refusal(config_of("qwen2, window"), attention="te")
     assert "contradicts" in refusal({**config_of("qwen3_moe"), "num_local_experts": 8})
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="config.json: not a readable"):
-        check_architecture(tmp_path / "config.json")
+    assert "architectures" in refusal({**config_of("llama"), "architectures": [["LlamaForCausalLM"]]})
+    assert 'dtype="nonsense"' in refusal({**config_of("llama"), "dtype": "nonsense"})
+    assert 'rope_scaling="linear"' in refusal({**config_of("llama"), "rope_scaling": "linear"})
+    for text in ("{", "\ufeff" + json.dumps(config_of("llama"))):  # transformers refuses a byte-order mark, too
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match="config.json: not a readable"):
+            check_architecture(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="gemma"):
         resolve_sizes({"model_type": "gemma"})
     with pytest.raises(ConfigError, match="GemmaForCausalLM"):

@@ -25,7 +25,7 @@ from pact_nemo.policy import fp8_block
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.expected_weights import EMBEDDING, HEAD, expected_weights
-from pact_nemo.policy.model_folder import check_model_folder
+from pact_nemo.policy.model_folder import check_model_folder, check_values
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import Segment, TokenTree
 from pact_nemo.rollouts.refit import check_same_tensors
@@ -514,12 +514,53 @@ def test_scales_that_do_not_fit_are_refused_by_name(wide: Path, tmp_path: Path) 
     {"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_8bit": True},
     {"quant_method": "compressed-tensors"}, {"quant_method": "mxfp4"}, {"quant_method": "fp8"}, {"quant_method": "fp8", "weight_block_size": [128]},
     {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"},
-    {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"},
+    {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}, {"quant_method": "fp8", "weight_block_size": [True, 128]}, {}, [], 0,
 ])  # fmt: skip
-def test_other_quantisations_are_refused_by_name(settings: dict[str, Any], models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_other_quantisations_are_refused_by_name(settings: Any, models: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy(models("qwen3"), tmp_path, load_file(models("qwen3") / "model.safetensors"), quantization_config=settings)
     with pytest.raises(ConfigError, match=r"config\.json: quantization_config.*unquantised weights"):
         check_model_folder(folder)
+
+
+def test_what_only_servers_or_transformers_refuse_is_refused_before_they_start(
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    folder = copy(models("qwen3"), tmp_path, load_file(models("qwen3") / "model.safetensors"))
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(ConfigError, match=r"hf_quant_config\.json: .*ModelOpt"):
+        check_model_folder(folder)
+    (folder / "hf_quant_config.json").unlink()
+    check_model_folder(folder)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(ConfigError, match=r"config\.json: transformers can't read it \(AttributeError: no such thing\)"):
+        check_model_folder(folder)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float64, 1e300), (torch.float32, 3.4e38)])
+def test_values_that_the_policys_precision_cannot_hold_are_refused(
+    dtype: torch.dtype, value: float, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    weights = load_file(models("llama") / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(dtype)
+    weights["model.norm.weight"][1] = -value
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds a value of .*beyond what bfloat16 can hold"):
+        check_values(check_model_folder(copy(models("llama"), tmp_path, weights)))
+
+
+def test_a_shape_names_the_settings_that_ask_for_it(models: Callable[[str], Path], tmp_path: Path) -> None:
+    for number, (family, key, value) in enumerate([
+        ("llama", "num_key_value_heads", 2), ("llama", "vocab_size", VOCAB + 1), ("llama", "intermediate_size", 8), ("qwen3_moe", "head_dim", 8),
+        ("qwen3_moe", "moe_intermediate_size", 8), ("llama", "num_attention_heads", 4),
+    ]):  # fmt: skip
+        folder = copy(models(family), tmp_path / str(number), load_file(models(family) / "model.safetensors"), **{key: value})
+        with pytest.raises(CheckpointError, match=rf"instead of .*{key}"):
+            check_model_folder(folder)
 
 
 def test_fp8_blocks_of_another_size() -> None:

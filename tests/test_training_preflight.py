@@ -157,6 +157,56 @@ def test_a_dry_run_refuses_the_folder_and_explains_without_one(folder: Path, dry
     assert code == 2 and "<|more|>" in err and out == "" and len(err.splitlines()) == 1
 
 
+def test_a_dry_run_refuses_settings_of_the_policy_that_no_run_can_have(dry: Dry) -> None:
+    for word in ("policy.tensor_parallel=0", "policy.precision=fp17", "optimizer.lr=-1", "rollout.server.max_num_seqs=0"):
+        code, out, err = dry(word)
+        assert code == 2 and word.partition("=")[0] in err and not out and len(err.splitlines()) == 1, err
+    code, _, err = dry("policy.pipeline_parallel=4")  # the embedded model has 30 layers
+    assert code == 2 and "the embedded model" in err and "policy.pipeline_parallel" in err
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["policy.tensor_parallel=4"], "2 attention heads can't be split over TP = 4 (policy.tensor_parallel has to divide num_attention_heads)"),
+    (["policy.tensor_parallel=4"], "2 key/value heads"),
+    (["policy.pipeline_parallel=2"], "policy.pipeline_parallel has to divide num_hidden_layers"),
+    (["policy.expert_parallel=2"], "policy.expert_parallel has to be 1 for a dense model"),
+    (["rollout.server.tensor_parallel_size=3"], "rollout.server.tensor_parallel_size=3 (it has to divide num_attention_heads)"),
+    (["rollout.server.max_model_len=9000"], "rollout.server.max_model_len=8192 or less"),
+    (["policy.fp8=tensorwise", "policy.fp8_emulate=true", "policy.fp8_bf16_layers=1"], "policy.fp8_bf16_layers=1"),
+])  # fmt: skip
+def test_a_layout_that_the_model_cannot_be_cut_into_is_refused_by_its_settings(words: list[str], said: str, chat_model: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        preflight(load_config(None, [f"model.path={chat_model}", *words]))
+    assert said in str(caught.value) and ("max_model_len" in said or str(chat_model / "config.json") in str(caught.value))
+
+
+def test_a_layout_that_fits_passes_whatever_the_number_of_processes(chat_model: Path) -> None:
+    preflight(load_config(None, [f"model.path={chat_model}", "policy.tensor_parallel=2", "rollout.server.tensor_parallel_size=2"]))
+
+
+def test_ranks_that_a_layout_does_not_divide_are_refused_in_a_job(chat_model: Path) -> None:
+    config = load_config(None, [f"model.path={chat_model}", "policy.tensor_parallel=2"])
+    preflight(config, 4)
+    with pytest.raises(ConfigError, match="3 ranks can't be split into TP x PP x CP = 2"):
+        preflight(config, 3)
+
+
+@pytest.mark.parametrize(("file", "text"), [("tokenizer_config.json", "[]"), ("tokenizer.json", "{"), ("tokenizer.json", "")])
+def test_tokenizer_files_that_cannot_be_read_are_refused_in_one_line(file: str, text: str, folder: Path) -> None:
+    (folder / file).write_text(text)
+    with pytest.raises(ConfigError, match=rf"^{folder}: no tokenizer could be loaded \(.*; copy tokenizer\.json") as caught:
+        preflight(config_of(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    edit(folder / "tokenizer_config.json", lambda row: row.update(own))
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        preflight(config_of(folder))
+    assert "[y/N]" not in capsys.readouterr().out
+
+
 def test_a_dry_run_reads_tasks_and_traces(dry: Dry, tmp_path: Path) -> None:
     code, out, _ = dry("tasks.max_train=9", "trainer.steps=null", "trainer.epochs=4", "trainer.batch_size=2", "trainer.mini_batch_size=2")
     assert code == 0 and "9 training tasks with 9 verified traces" in out and "16 steps x" in out

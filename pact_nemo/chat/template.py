@@ -170,9 +170,14 @@ class ChatFormat:
 
         form = tool_format(tool_format_name)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(os.fspath(model_dir), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{os.fspath(model_dir)}: no tokenizer could be loaded: {error}") from error
+            # without the last word transformers asks on the terminal whether to run the folder's own code
+            tokenizer = AutoTokenizer.from_pretrained(os.fspath(model_dir), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # files of any content: each reader of them raises what it likes
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(
+                f"{os.fspath(model_dir)}: no tokenizer could be loaded ({said}); "
+                "copy tokenizer.json and tokenizer_config.json of the published model there"
+            ) from error
         return cls(tokenizer, form, template_kwargs, _generation_end_ids(Path(model_dir), len(tokenizer)), earlier_thoughts)
 
     @property

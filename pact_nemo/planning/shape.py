@@ -139,20 +139,27 @@ class Layout:
         if self.world % (self.pipeline * self.expert):
             found.append(f"{self.world} ranks are not a multiple of PP x EP = {self.pipeline * self.expert}")
         if shape.layers % (self.pipeline * self.virtual):
-            found.append(f"{shape.layers} layers can't be cut into PP x VP = {self.pipeline * self.virtual} equal parts")
-        for what, count in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads)):
+            keys = "pipeline_parallel" if self.virtual == 1 else "pipeline_parallel x policy.virtual_pipeline"
+            found.append(
+                f"{shape.layers} layers can't be cut into PP x VP = {self.pipeline * self.virtual} equal parts "
+                f"(policy.{keys} has to divide num_hidden_layers)"
+            )
+        for what, count, key in (
+            ("attention heads", shape.heads, "num_attention_heads"),
+            ("key/value heads", shape.kv_heads, "num_key_value_heads"),
+            ("feed-forward columns", self.tensor if shape.experts else shape.intermediate, "intermediate_size"),
+        ):
             if count % self.tensor:
-                found.append(f"{count} {what} can't be split over TP = {self.tensor}")
-        if not shape.experts and shape.intermediate % self.tensor:
-            found.append(f"feed-forward width {shape.intermediate} can't be split over TP = {self.tensor}")
+                found.append(f"{count} {what} can't be split over TP = {self.tensor} (policy.tensor_parallel has to divide {key})")
         if (shape.experts or 1) % self.expert:
-            found.append(f"{shape.experts or 1} expert(s) can't be split over EP = {self.expert}")
+            has_to = "divide num_experts" if shape.experts else "be 1 for a dense model"
+            found.append(f"{shape.experts or 1} expert(s) can't be split over EP = {self.expert} (policy.expert_parallel has to {has_to})")
         if self.virtual > 1 and self.pipeline == 1:
-            found.append("virtual pipeline stages need PP > 1")
+            found.append("virtual pipeline stages (policy.virtual_pipeline) need PP > 1 (policy.pipeline_parallel)")
         if self.sequence_parallel and self.tensor == 1:
-            found.append("sequence parallelism needs TP > 1")
+            found.append("sequence parallelism (policy.sequence_parallel) needs TP > 1 (policy.tensor_parallel)")
         if shape.experts and self.tensor > 1 and not self.sequence_parallel:
-            found.append("a mixture of experts under TP > 1 needs sequence parallelism")
+            found.append("a mixture of experts under TP > 1 needs sequence parallelism (policy.sequence_parallel=true)")
         return found
 
     def describe(self) -> str:

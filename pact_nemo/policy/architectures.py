@@ -203,6 +203,14 @@ _HARMLESS_KEYS = frozenset(
 #: keys outside of a configuration class, and what they say when they describe the model that is computed anyway
 _NEUTRAL_KEYS: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
+    "first_k_dense_replace": (0,),
+    "n_group": (1,),
+    "n_shared_experts": (0,),
+    "routed_scaling_factor": (1.0,),
+    "router_jitter_noise": (0.0,),
+    "scoring_func": ("softmax",),
+    "shared_expert_intermediate_size": (0,),
+    "topk_group": (1,),
     "attention_bias": (False,),
     "attn_output_gate": (False,),
     "embd_pdrop": (0.0,),
@@ -216,7 +224,6 @@ _NEUTRAL_KEYS: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0,),
     "per_layer_config": ({},),
     "pruned_heads": ({},),
-    "qkv_bias": (False,),
     "resid_pdrop": (0.0,),
     "residual_multiplier": (1.0,),
     "rope_interleaved": (False,),
@@ -225,9 +232,15 @@ _NEUTRAL_KEYS: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (False,),
     "use_mrope": (False,),
     "use_parallel_residual": (False,),
-    "use_qk_norm": (False,),
     "use_sliding_window": (False,),
 }
+
+
+def _neutral_values(family: Family, key: str) -> tuple[Any, ...]:
+    """What a key outside of the family's class may say; some depend on what the family computes without being told."""
+    own = {"qkv_bias": family.model_type == "qwen2", "use_qk_norm": family.qk_norm, "qk_norm": family.qk_norm, "qk_layernorm": family.qk_norm}
+    return (own[key],) if key in own else _NEUTRAL_KEYS.get(key, ())
+
 
 #: keys of a rope parameter set, by type; types that depend on the length of a sequence or scale attention are refused
 _ROPE_KEYS = {
@@ -315,7 +328,10 @@ def _read(source: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
     if not path.is_file():
         raise ConfigError(f"{path.parent} holds no config.json; policy weights must be a local Hugging Face folder")
     try:
-        raw = strict_json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):  # read here, and refused by transformers and by servers
+            raise ValueError("it begins with a byte-order mark; save it without one")
+        raw = strict_json.loads(text)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable Hugging Face decoder config ({type(error).__name__}: {error})") from error
     if not isinstance(raw, dict):
@@ -330,7 +346,7 @@ def _unsupported(where: str, key: str, value: Any) -> ConfigError:
 
 def _family_of(raw: dict[str, Any], where: str) -> Family:
     names = raw.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str) or names[0] not in FAMILIES:
         raise _unsupported(where, "architectures", names)
     family = FAMILIES[names[0]]
     if raw.get("model_type") != family.model_type:
@@ -350,7 +366,7 @@ def _resolve(family: Family, raw: dict[str, Any], where: str) -> Any:
     declared = set(family.settings) | set(getattr(family.config_class, "attribute_map", {}).values())
     harmless = _HARMLESS_KEYS | _generation_keys()
     for key, value in raw.items():
-        if key in declared or key in harmless or value is None or _among(value, _NEUTRAL_KEYS.get(key, ())):
+        if key in declared or key in harmless or value is None or _among(value, _neutral_values(family, key)):
             continue
         raise ConfigError(
             f"{where}: {key}={_show(value)}: {family.config_name} has no such setting, and it may change what the model computes; "
@@ -365,13 +381,22 @@ def _resolve(family: Family, raw: dict[str, Any], where: str) -> Any:
     if family.model_type == "llama" and heads and hidden and hidden % heads:
         raise _refusal(where, "hidden_size", hidden, f"it is no multiple of num_attention_heads={heads}")
     try:
-        with _silent():
+        with silent():
             return family.config_class.from_dict(values)
     except Exception as error:  # its validation raises types of several packages
         text = " ".join(str(error).split())
-        said = next((name for name in sorted(values, key=len, reverse=True) if name in text), None)
+        said = _named_by(text, values)
         named = "" if said is None else f"{said}={_show(values[said])}: "
         raise ConfigError(f"{where}: {named}transformers refuses this {family.config_name}: {text}; {REMEDY}") from error
+
+
+def _named_by(text: str, values: Mapping[str, Any]) -> str | None:
+    """The key that an error of transformers is about: its name stands there, that of its other spelling, or its value."""
+    longest = sorted(values, key=len, reverse=True)
+    if "rope_parameters" in text and values.get("rope_scaling"):
+        return "rope_scaling"
+    said = next((name for name in longest if name in text), None)
+    return said or next((name for name in longest if isinstance(values[name], str) and values[name] and values[name] in text), None)
 
 
 def _describe(family: Family, raw: dict[str, Any], config: Any, where: str, attention: str) -> Architecture:
@@ -505,7 +530,7 @@ def _generation_keys() -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Without transformers' remarks on configurations: what matters of them is refused here."""
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -72,15 +72,11 @@ class PolicyConfig:
     export_writers: int | None = None
     init_timeout_s: int = 1800
 
-    def validate(self, *, cuda: bool, world_size: int = 1) -> None:
-        """Check the fields against each other and against the machine.
-
-        Args:
-            cuda: whether CUDA devices are available.
-            world_size: number of ranks of the job.
+    def validate_values(self) -> None:
+        """Check the fields alone, whatever the machine has.
 
         Raises:
-            ConfigError: a value is out of range, contradicts another one, or needs something that is absent; the message says what to set.
+            ConfigError: a value is out of range or contradicts another one; the message says what to set.
         """
         for name in ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "micro_batch_tokens", "logprob_chunk"):
             if getattr(self, name) < 1:
@@ -94,6 +90,23 @@ class PolicyConfig:
             raise ConfigError("policy.sequence_parallel needs policy.tensor_parallel > 1; unset it or raise tensor_parallel")
         if self.virtual_pipeline is not None and (self.virtual_pipeline < 2 or self.pipeline_parallel < 2):
             raise ConfigError("policy.virtual_pipeline must be at least 2 and needs policy.pipeline_parallel > 1; set it to null otherwise")
+        if self.attention == "te" and self.share_prefix:
+            raise ConfigError("policy.attention=te has no tree mask; set policy.share_prefix=false with it")
+        if self.attention == "te" and self.context_parallel > 1:
+            raise ConfigError("policy.attention=te cuts sequences differently over context-parallel ranks; use attention=tree_sdpa there")
+        self._validate_fp8_values()
+
+    def validate(self, *, cuda: bool, world_size: int = 1) -> None:
+        """Check the fields against each other and against the machine.
+
+        Args:
+            cuda: whether CUDA devices are available.
+            world_size: number of ranks of the job.
+
+        Raises:
+            ConfigError: a value is out of range, contradicts another one, or needs something that is absent; the message says what to set.
+        """
+        self.validate_values()
         ranks = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
         if world_size % ranks:
             raise ConfigError(f"{world_size} ranks can't be split into TP x PP x CP = {ranks}; start a multiple of {ranks} ranks")
@@ -101,18 +114,14 @@ class PolicyConfig:
         if world_size % experts:
             raise ConfigError(f"{world_size} ranks can't be split into PP x EP = {experts}; start a multiple of {experts} ranks")
         has_te = cuda and importlib.util.find_spec("transformer_engine") is not None
-        if self.attention == "te":
-            if not has_te:
-                raise ConfigError("policy.attention=te needs CUDA and the transformer-engine package; install it or set attention=tree_sdpa")
-            if self.share_prefix:
-                raise ConfigError("policy.attention=te has no tree mask; set policy.share_prefix=false with it")
-            if self.context_parallel > 1:
-                raise ConfigError("policy.attention=te cuts sequences differently over context-parallel ranks; use attention=tree_sdpa there")
-        self._validate_fp8(cuda=cuda, has_te=has_te)
-
-    def _validate_fp8(self, *, cuda: bool, has_te: bool) -> None:
+        if self.attention == "te" and not has_te:
+            raise ConfigError("policy.attention=te needs CUDA and the transformer-engine package; install it or set attention=tree_sdpa")
         if self.fp8_emulate and has_te:
             raise ConfigError("policy.fp8_emulate is for machines without Transformer Engine; unset it: policy.fp8 runs for real here")
+        if self.fp8 is not None and has_te and self.resolved_precision(cuda=cuda) != "bf16":
+            raise ConfigError("policy.fp8 needs policy.precision=bf16 (or auto on CUDA)")
+
+    def _validate_fp8_values(self) -> None:
         if self.fp8_bf16_layers < 0:
             raise ConfigError(f"policy.fp8_bf16_layers is {self.fp8_bf16_layers}; it must not be negative")
         if self.fp8 is None:
@@ -123,8 +132,6 @@ class PolicyConfig:
             raise ConfigError("policy.fp8=delayed can't leave layers in bf16: set policy.fp8_bf16_layers=0 with it, or take fp8=tensorwise")
         if self.fp8_emulate and self.recompute == "full":
             raise ConfigError("policy.fp8_emulate can't recompute whole layers: set policy.recompute=none or selective")
-        if has_te and self.resolved_precision(cuda=cuda) != "bf16":
-            raise ConfigError("policy.fp8 needs policy.precision=bf16 (or auto on CUDA)")
 
     def resolved_fp8(self, *, capability: tuple[int, int] | None, has_te: bool) -> str | None:
         """The recipe that runs; None = no FP8.

@@ -6,6 +6,7 @@ computed anew. Anything else is refused by name before a weight is read. Imports
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -19,13 +20,14 @@ from safetensors import safe_open
 from pact_nemo import strict_json
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.policy import fp8_block
-from pact_nemo.policy.architectures import Architecture, check_architecture
+from pact_nemo.policy.architectures import Architecture, check_architecture, silent
 from pact_nemo.policy.expected_weights import EMBEDDING, HEAD, Shapes, expected_weights
 from pact_nemo.tensor_files import TensorEntry, is_derived, read_tensors
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 _FP8 = "F8_E4M3"
+_LARGEST = torch.finfo(torch.bfloat16).max
 _ROWS = 4096  # of two matrices that are compared, at a time
 #: prefixes that wrappers leave on every name
 _WRAPPERS = {
@@ -51,6 +53,16 @@ _SIGNS: tuple[tuple[str, str], ...] = (
     (r"vision|visual|image|audio|multi_modal|mm_projector", "it is part of a multimodal model; give its language model alone"),
     (r"\.bias$", "this configuration has no such bias; see attention_bias and mlp_bias in config.json, or take another model_type"),
     (r"\.experts\.|shared_expert|mlp\.gate\.", "this configuration has no such expert; see num_experts in config.json"),
+)
+#: settings that give a weight its shape, by its name
+_SIZES: tuple[tuple[str, str], ...] = (
+    (r"embed_tokens|lm_head", "vocab_size and hidden_size"),
+    (r"[qk]_norm", "head_dim"),
+    (r"[kv]_proj", "num_key_value_heads, head_dim and hidden_size"),
+    (r"[qo]_proj", "num_attention_heads, head_dim and hidden_size"),
+    (r"\.experts\.", "moe_intermediate_size and hidden_size"),
+    (r"mlp\.gate\.", "num_experts and hidden_size"),
+    (r"\.mlp\.", "intermediate_size and hidden_size"),
 )
 
 
@@ -120,9 +132,11 @@ class WeightReader:
                 weight = fp8_block.dequantise(weight, self._tensor(name + fp8_block.SCALE_SUFFIX, scale), self.folder.block)
         except Exception as error:  # the file changed since its header was read, or its disk failed
             raise CheckpointError(f"{where} can't be read ({error}); copy that folder again") from error
-        low, high = torch.aminmax(weight)  # NaN is passed on by both
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        low, high = (float(value) for value in torch.aminmax(weight))  # NaN is passed on by both
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise CheckpointError(f"{where} holds NaN or Inf: training on it is useless; take an intact folder")
+        if max(-low, high) > _LARGEST:  # float64, or the last values of float32: infinite in the policy's precision
+            raise CheckpointError(f"{where} holds a value of {max(-low, high):.3g}, beyond what bfloat16 can hold; take an intact folder")
         return weight
 
     def _tensor(self, name: str, entry: TensorEntry) -> torch.Tensor:
@@ -141,6 +155,7 @@ def check_model_folder(path: str | Path) -> ModelFolder:
     base = Path(path)
     architecture = check_architecture(base)
     block = _block_of(base)
+    _check_transformers_reads(base)
     if (base / "adapter_config.json").is_file():
         raise CheckpointError(f"{base / 'adapter_config.json'}: the folder is a PEFT adapter; merge it into its model and save that")
     tensors = read_tensors(base)
@@ -172,20 +187,34 @@ def _block_of(base: Path) -> tuple[int, int] | None:
     """Block size of FP8 weights; None for a folder without quantisation."""
     where = base / "config.json"
     config = strict_json.loads(where.read_text(encoding="utf-8"))
-    settings = config.get("quantization_config") or config.get("compression_config")
-    if not settings:
+    settings = config.get("quantization_config", config.get("compression_config"))
+    if (apart := base / "hf_quant_config.json").is_file():  # ModelOpt's, which servers take for quantization_config
+        raise ConfigError(f"{apart}: weights quantised by ModelOpt are not read; give a folder of unquantised weights, without that file")
+    if settings is None:
         return None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{where}: quantization_config is no object; take it out, or give a folder of unquantised weights")
+    if not isinstance(settings, dict) or not settings:
+        raise ConfigError(f"{where}: quantization_config={settings!r} says no quantisation; take it out, or give a folder of unquantised weights")
     method, block = settings.get("quant_method"), settings.get("weight_block_size")
     remedy = "only block FP8 (quant_method fp8 with a weight_block_size) is read; give a folder of the unquantised weights"
     if method != "fp8" or settings.get("fmt", "e4m3") not in ("e4m3", None):
         raise ConfigError(f"{where}: quantization_config with quant_method {method!r}, fmt {settings.get('fmt')!r} is not supported; {remedy}")
     if settings.get("activation_scheme", "dynamic") != "dynamic":
         raise ConfigError(f"{where}: quantization_config.activation_scheme {settings['activation_scheme']!r} is not supported; {remedy}")
-    if not (isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
+    if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
         raise ConfigError(f"{where}: quantization_config.weight_block_size {block!r} is no pair of sizes; {remedy}")
     return int(block[0]), int(block[1])
+
+
+def _check_transformers_reads(base: Path) -> None:
+    """Refuse here what transformers, and with it bridge and server, would refuse later for a reason that nothing above knows."""
+    from transformers import AutoConfig
+
+    try:
+        with silent():
+            AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its validation raises types of several packages
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{base / 'config.json'}: transformers can't read it ({type(error).__name__}: {text}); repair that file") from error
 
 
 def _check_prefixes(base: Path, expected: Iterable[str], held: dict[str, TensorEntry]) -> None:
@@ -238,9 +267,10 @@ def _check_stored(folder: ModelFolder, name: str, shape: tuple[int, ...], block:
     entry, scale = folder.entries[name], folder.scales.get(name)
     where = f"{folder.path / entry.file}: {name}"
     if entry.shape != shape:
-        empty = "it is empty (a rank's part under ZeRO-3? Gather the weights before saving)" if 0 in entry.shape else "config.json says otherwise"
-        rows = f" (vocab_size {shape[0]})" if name in (EMBEDDING, HEAD) else ""
-        raise CheckpointError(f"{where} has shape {list(entry.shape)} instead of {list(shape)}{rows}: {empty}; export the folder again")
+        reason = f"{_sizes_of(name)} of config.json say otherwise"
+        if 0 in entry.shape:
+            reason = "it is empty (a rank's part under ZeRO-3? Gather the weights before saving)"
+        raise CheckpointError(f"{where} has shape {list(entry.shape)} instead of {list(shape)}: {reason}; set them right, or export the folder again")
     if entry.dtype == _FP8 and scale is None:
         remedy = "config.json has no quantization_config" if block is None else f"its {fp8_block.SCALE_SUFFIX} is missing"
         raise CheckpointError(f"{where} is {entry.dtype} without scales ({remedy}); give a folder that has both, or the unquantised weights")
@@ -256,6 +286,11 @@ def _check_stored(folder: ModelFolder, name: str, shape: tuple[int, ...], block:
         raise CheckpointError(f"{scaled} has shape {list(scale.shape)}, blocks of {list(folder.block)} need {wanted}; export the folder again")
     if scale.dtype not in _SCALES:
         raise CheckpointError(f"{scaled} is {scale.dtype}, no type that scales have; export the folder again")
+
+
+def _sizes_of(name: str) -> str:
+    """The settings that a weight's shape comes from."""
+    return next((sizes for pattern, sizes in _SIZES if re.search(pattern, name)), "hidden_size")
 
 
 def _check_equal_heads(base: Path, head: TensorEntry, embedding: TensorEntry) -> None:

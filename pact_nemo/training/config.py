@@ -473,8 +473,9 @@ def validate(config: Config) -> None:
     for key, name in (("run.name", config.run.name), ("run.label", config.run.label)):
         _require(name is None or (name.strip() == name != "" and "/" not in name and name not in (".", "..")), f"{key}={name!r}: must be a name that "
                  "a folder can have, without a slash or spaces around it")
-    config.rollout.server.refuse_secrets()
-    config.rollout.server.refuse_other_sampling()
+    config.rollout.server.validate()
+    config.policy.validate_values()
+    config.optimizer.validate()
     objective, trainer, tasks = config.objective, config.trainer, config.tasks
     _one_of("objective.method", objective.method, tuple(METHODS))
     _one_of("objective.outcome", objective.outcome, ("checker", "answer_f1"))

@@ -1,4 +1,4 @@
-"""What can be known before anything is started: of the model folder, and for ``--dry-run`` of tasks and traces as well."""
+"""What can be known before anything is started: of the model folder and its layout, and for ``--dry-run`` of tasks and traces as well."""
 
 from __future__ import annotations
 
@@ -11,26 +11,34 @@ from pact_nemo import strict_json
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import FOLDER_NAME, convert_gguf, find_embedded_gguf
 from pact_nemo.errors import ConfigError
+from pact_nemo.planning.shape import Layout, ModelShape
+from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.model_folder import check_model_folder, check_values
 from pact_nemo.quarantine import Quarantine
 from pact_nemo.tensor_files import read_tensors
 from pact_nemo.training.config import Config, settled
-from pact_nemo.training.data import build_dataset, build_environment, check_batches, load_tasks
+from pact_nemo.training.data import build_dataset, build_environment, check_batches, check_server_length, load_tasks
+from pact_nemo.training.plan import model_shape
 
 READ_BYTES = 4 << 30  #: of weights that are looked through before a run; more of them take longer than a refusal at the load costs
 
 
-def preflight(config: Config) -> ChatFormat | None:
-    """Refuse a ``model.path`` that could not be trained on as it is. On one rank only.
+def preflight(config: Config, world: int | None = None) -> ChatFormat | None:
+    """Refuse a ``model.path`` that could not be trained on as it is, and a layout that its model can't be cut into. On one rank only.
 
     Reads file headers, the tokenizer, and the weights where they are few: a large folder's are checked as the policy loads them. Without a
-    path (the embedded model, or a recipe that is only explained) there is nothing to check.
+    path (the embedded model, or a recipe that is only explained) the layout is all that there is to check.
+
+    Args:
+        world: ranks of the job; None: a dry run, which may be on one process.
 
     Raises:
-        ConfigError: the architecture, a setting of it, the tokenizer or the chat template is not supported.
+        ConfigError: the architecture, a setting of it, the tokenizer, the chat template, the layout or the server's length is not supported.
         CheckpointError: the folder's tensors are not those of its model, or not finite.
     """
+    check_layout(config, world)
+    check_server_length(config)
     if config.model.path is None:
         return None
     path = Path(config.model.path)
@@ -41,6 +49,41 @@ def preflight(config: Config) -> ChatFormat | None:
     if folder.stored_bytes <= READ_BYTES:
         check_values(folder)
     return chat
+
+
+def check_layout(config: Config, world: int | None) -> None:
+    """Refuse a ``policy`` that the model can't be cut into, a server's likewise, and one that this job's ranks or this machine can't have.
+
+    Args:
+        world: ranks of the job; None: not known, and neither is its machine.
+
+    Raises:
+        ConfigError: names each setting of the layout and of ``config.json``.
+    """
+    policy, server = config.policy, config.rollout.server
+    shape = model_shape(config)
+    enough = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel * policy.expert_parallel
+    found = Layout.of(policy, enough).problems(shape)
+    if server.url is None:
+        found += _server_problems(shape, server.tensor_parallel_size)
+    fp8 = policy.resolved_fp8(capability=devices.compute_capability(), has_te=devices.has_transformer_engine())
+    if fp8 is not None and 2 * policy.fp8_bf16_layers >= shape.layers:
+        found.append(f"policy.fp8_bf16_layers={policy.fp8_bf16_layers} at each end leaves none of {shape.layers} layers in FP8")
+    if found:
+        model = "the embedded model" if config.model.recipe is None else f"the model of recipe {config.model.recipe}"
+        where = model if config.model.path is None else str(Path(config.model.path) / "config.json")
+        raise ConfigError(f"{where}: {'; '.join(found)}; change these settings of the layout, or take another model")
+    if world is not None:
+        policy.validate(cuda=devices.use_cuda(), world_size=world)
+
+
+def _server_problems(shape: ModelShape, ranks: int) -> list[str]:
+    """Why vLLM can't split this model. It repeats key and value heads where there are fewer than ranks."""
+    key = f"rollout.server.tensor_parallel_size={ranks}"
+    found = [] if shape.heads % ranks == 0 else [f"{shape.heads} attention heads can't be split over {key} (it has to divide num_attention_heads)"]
+    if shape.kv_heads % ranks and ranks % shape.kv_heads:
+        found.append(f"{shape.kv_heads} key/value heads can't be split over {key} (one has to divide the other)")
+    return found
 
 
 def chat_format(config: Config, source: Path) -> ChatFormat:

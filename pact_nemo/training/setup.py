@@ -18,7 +18,7 @@ from pact_nemo.terminal import RunLog, guarded_output, on_loss
 from pact_nemo.traces.schema import write_traces
 from pact_nemo.training import workspace as workspaces
 from pact_nemo.training.config import Config, settled, steps_of, to_yaml
-from pact_nemo.training.data import Dataset, build_dataset, build_environment, check_batches, check_server_length
+from pact_nemo.training.data import Dataset, build_dataset, build_environment, check_batches
 from pact_nemo.training.distributed import on_rank_zero, rank
 from pact_nemo.training.experiment import Experiment, model_path, served_path
 from pact_nemo.training.generation import Generator
@@ -49,10 +49,9 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
         progress = stack.enter_context(RunProgress(total_steps=config.trainer.steps or 0, enabled=rank() == 0, log=run_log))
         progress.message(f"run folder {folder}")
         with progress.phase("set-up"):
-            check_server_length(config)
             on_rank_zero(space.check_exports)
             checked: list[ChatFormat | None] = []
-            on_rank_zero(lambda: checked.append(preflight(config)))
+            on_rank_zero(lambda: checked.append(preflight(config, dist.get_world_size())))
             source = model_path(config)
             chat = next(filter(None, checked), None) or chat_format(config, source)
             quarantine = Quarantine(config.run.bad_rows)
