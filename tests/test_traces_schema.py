@@ -99,7 +99,7 @@ def test_a_malformed_row_is_named_by_file_line_and_field(tmp_path: Path, path: s
         ("turns/0/user_messages_after", [], r"field turns\[1\]\.user_turn|field turns\[0\]\.new_tools_after"),
         ("turns/1/user_messages_after", [{"role": "user", "content": "And?"}], "no turn answers the user"),
         ("turns/0/user_messages_after/0/role", "assistant", "not as 'assistant'"),
-        ("turns/1/closing", "Done.", "a closing message stands between"),
+        ("turns/1/closing", "Done.", "a closing message stands before"),
     ],
 )
 def test_nothing_that_a_trace_says_is_passed_over(path: str, value: Any, message: str) -> None:

@@ -22,7 +22,7 @@ from pact_nemo.chat.contexts import EARLIER_THOUGHTS, KEEP, Contexts
 from pact_nemo.chat.encoding import TextEncoder
 from pact_nemo.chat.probing import TOOL, USER, Earlier, find_thoughts, generation_text, observation_forms, openai_tool, shows_tools
 from pact_nemo.chat.rendering import ChatTemplate, Message
-from pact_nemo.chat.thoughts import CLOSING, OPENING, ThoughtStyle
+from pact_nemo.chat.thoughts import CLOSING, OPENING, ThoughtStyle, split_thought
 from pact_nemo.chat.tool_formats import SEPARATOR, ToolFormat, Tools, tool_format
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.errors import ConfigError, DataError
@@ -232,6 +232,8 @@ class ChatFormat:
         """Raises DataError unless every message is in the rendering: a template may pass over a second system message, say."""
         for message in messages:
             content = self._neutral(message)["content"].strip()
+            if self.thought is not None and message["role"] == "assistant":  # a thought may be dropped: earlier_thoughts goes by that
+                content = split_thought(content, self.opens_thought)[1]
             if content not in text and not any(form.strip() in text for form in observation_forms(content) if message["role"] == "tool"):
                 raise DataError(f"{self.source} leaves out or alters a message of role {message['role']!r}: {content[:60]!r}; change the messages")
 

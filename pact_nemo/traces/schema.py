@@ -158,8 +158,8 @@ class _Reader:
                 raise self._fail("no turn answers the user: a trace ends with its last call", f"{where}.user_messages_after")
             if turn.new_tools_after and not turn.user_messages_after:
                 raise self._fail("tools are revealed with a user's message only", f"{where}.new_tools_after")
-            if turn.closing and not turn.closing_message:
-                raise self._fail("a closing message stands between calls and the user's next message only", f"{where}.closing")
+            if turn.closing and not turn.user_messages_after:
+                raise self._fail("a closing message stands before a user's message only", f"{where}.closing")
 
     def _turn(self, row: Any, where: str, last: bool) -> TraceTurn:
         segments = []

@@ -66,9 +66,9 @@ class Page(HTMLParser):
 
 
 def poison(value: Any, payload: str) -> Any:
-    """The payload behind every text and in every free key; texts that the readers take for names stay."""
+    """The payload behind every text and in every free key; texts that the readers take for names stay, and so do empty ones."""
     if isinstance(value, str):
-        return value + payload
+        return value and value + payload
     if isinstance(value, list):
         return [poison(item, payload) for item in value]
     if isinstance(value, dict):
