@@ -10,7 +10,7 @@ PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 TORCH_INDEX ?=
 # processes of the test runs, each with one thread; WORKERS=0: all in one, as a debugger wants it
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ARGS ?=
 STAMP := $(VENV)/.installed-$(shell cat requirements.txt tools/install.sh 2>/dev/null | cksum | cut -d' ' -f1)
 

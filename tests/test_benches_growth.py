@@ -73,6 +73,7 @@ def test_ticks_are_few_and_lie_within() -> None:
     assert [short(value) for value in (0, 2, 512, 8192, 151936)] == ["0", "2", "512", "8k", "152k"]
 
 
+@pytest.mark.slow
 def test_a_tiny_point_is_measured_through_the_command_line(tmp_path: Path) -> None:
     sizes = ["vocabulary=256", "hidden=64", "layers=1", "prompt=32", "response=16", "trace=16"]
     command = [sys.executable, str(ROOT / "tools" / "bench.py"), "growth", "--json", "--axes", "K", "--points", "1", "--rounds", "1"]

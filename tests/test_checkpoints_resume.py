@@ -75,7 +75,7 @@ DENSE_ROUTES = [("one", "tp2"), ("tp2", "tp2"), ("pp2", "one"), ("pp2vp2", "one"
 MOE_ROUTES = [("one", "ep2"), ("ep2", "tp2sp"), ("tp2sp", "pp2"), ("tp2sp", "tp2sp")]
 
 
-@pytest.mark.parametrize(("family", "routes"), [("llama", DENSE_ROUTES), ("qwen3_moe", MOE_ROUTES)])
+@pytest.mark.parametrize(("family", "routes"), [("llama", DENSE_ROUTES), pytest.param("qwen3_moe", MOE_ROUTES, marks=pytest.mark.slow)])
 def test_resuming_under_other_layouts(family: str, routes: list[tuple[str, str]], tmp_path: Path) -> None:
     hf = make_model(tmp_path / "hf", family)
     layouts: dict[str, dict[str, Any]] = {

@@ -112,7 +112,7 @@ def recipe(benchmark: str, name: str, arguments: list[str]) -> tuple[Path, list[
 
 
 @needs_data
-@pytest.mark.parametrize("benchmark", FILES)
+@pytest.mark.parametrize("benchmark", ["ftrl", pytest.param("toolhop", marks=pytest.mark.slow)])
 def test_a_recipe_trains_on_rollouts_that_called_real_tools(stage: dict[str, Any], benchmark: str) -> None:
     preset = REPO / "conf" / f"pact_{benchmark}-smollm2_135m-cpu.yaml"
     replay = stage["folder"] / f"replay-{benchmark}"
@@ -132,7 +132,8 @@ def test_a_recipe_trains_on_rollouts_that_called_real_tools(stage: dict[str, Any
 
 
 @needs_data
-@pytest.mark.parametrize("benchmark", ["toolhop", pytest.param("ftrl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("benchmark", FILES)
 def test_a_recipe_runs_with_sandbox_and_server(stage: dict[str, Any], benchmark: str) -> None:
     arguments = [*words(stage, benchmark), "trainer.steps=1", "rollout.sampling.max_turn_tokens=24"]
     run, rows = recipe(benchmark, f"served-{benchmark}", arguments)

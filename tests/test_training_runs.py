@@ -29,6 +29,7 @@ from tests.workers.scripted import write_replay
 
 REPO = Path(__file__).resolve().parents[1]
 STEPS = 2
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,7 @@ def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any]) -
     assert rl[0]["trace/weight"] == 1.0 and 0.0 <= rl[-1]["anneal/progress"] <= 1.0
 
 
+@pytest.mark.slow
 def test_a_run_by_epochs_has_its_steps_wherever_they_are_read(stage: dict[str, Any]) -> None:
     """Twelve training tasks, four a step: an epoch has three steps. Annealing, learning rate, checkpoints and report go by them."""
     replay, words = stage["folder"] / "replay-epoch", [*stage["words"], "trainer.steps=null", "trainer.epochs=1"]
@@ -154,6 +156,7 @@ def test_a_run_by_epochs_has_its_steps_wherever_they_are_read(stage: dict[str, A
     assert json.loads((run / "summary.json").read_text())["steps"] == 3
 
 
+@pytest.mark.slow
 def test_what_a_longer_or_a_cut_run_resumes_from(stage: dict[str, Any]) -> None:
     first = recipe(stage, "longer", "objective.schedule.horizon=null", "trainer.keep_checkpoints=2", "trainer.steps=1")
     longer = recipe(stage, "longer", "trainer.steps=2", resume=first)
@@ -198,7 +201,7 @@ def test_replay_of_another_runs_rollouts_is_refused(stage: dict[str, Any]) -> No
         replayed(path, [*found, *found[:4]])
 
 
-@pytest.mark.parametrize("layout", ["tensor_parallel", "pipeline_parallel", "context_parallel", "data_parallel"])
+@pytest.mark.parametrize("layout", ["pipeline_parallel", *(pytest.param(f"{kind}_parallel", marks=SLOW) for kind in ("tensor", "context", "data"))])
 def test_two_processes_give_the_numbers_of_one(stage: dict[str, Any], plain: Path, layout: str) -> None:
     words = () if layout == "data_parallel" else (f"policy.{layout}=2",)
     for row, expected in zip(records(recipe(stage, layout, *words, ranks=2)), records(plain), strict=True):

@@ -95,6 +95,8 @@ def disturbed_runs(
     return sent, runs, starts
 
 
+@pytest.mark.slow
+@pytest.mark.faults
 def test_a_run_killed_twice_ends_as_if_it_never_was(stage: dict[str, Any], undisturbed: dict[str, Any]) -> None:
     assert disturbed_runs(stage, undisturbed, signal.SIGKILL, 2, seed=1)[0]
 
