@@ -5,16 +5,18 @@
     python tools/compare.py --methods pact chord luffy --seeds 1 2 3 -- trainer.steps=20     # the same overrides for every run
     python tools/compare.py --collect runs --out results.md --picture curves.svg            # runs that exist already; starts nothing
 
+    python tools/compare.py --plan conf/plans/starting_point.yaml                           # a grid with shared starting policies and a budget
+
 A method is the first word of a file ``conf/<method>_<benchmark>-<preset>.yaml``. A finished run is not run again; one that was cut is resumed.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -23,59 +25,24 @@ sys.path.insert(0, str(REPOSITORY))
 from pact_nemo.errors import ConfigError, PactError  # noqa: E402
 from pact_nemo.files import write_text_atomic  # noqa: E402
 from pact_nemo.terminal import command  # noqa: E402
-from pact_nemo.training.config import load_config, to_dict  # noqa: E402
-from pact_nemo.training.report.comparison import differences, flat, total_seconds  # noqa: E402
+from pact_nemo.training.report.comparison import differences, total_seconds  # noqa: E402
 from pact_nemo.training.report.data import Run, load_run  # noqa: E402
 from pact_nemo.training.report.picture import comparison_svg  # noqa: E402
-from pact_nemo.training.report.stats import deviation, mean, paired_bootstrap, passed  # noqa: E402
-
-SCORE = "after"
-
-
-def config_of(method: str, benchmark: str, preset: str) -> Path:
-    path = REPOSITORY / "conf" / f"{method}_{benchmark}-{preset}.yaml"
-    if not path.is_file():
-        known = sorted(p.name.split("_" + benchmark)[0] for p in path.parent.glob(f"*_{benchmark}-{preset}.yaml"))
-        raise ConfigError(f"no settings file {path.name}; methods with one: {', '.join(known)}")
-    return path
-
-
-def finished(root: Path) -> Path | None:
-    """The run folder under ``root`` that has a summary, or None."""
-    return next((path.parent for path in sorted(root.glob("*/summary.json")) if not path.parent.is_symlink()), None)
-
-
-def run_one(config: Path, benchmark: str, seed: int, root: Path, overrides: list[str]) -> Path:
-    """Run to the end, or go on where it was cut. Raises PactError with the end of its log when it fails."""
-    done = finished(root)
-    if done is not None:
-        wanted = flat(to_dict(load_config([config], [f"run.seed={seed}", *overrides])))
-        different = [key for key, value in flat(load_run(done, episodes=False).config).items() if key in wanted and wanted[key] != value]
-        different = [key for key in different if not key.startswith("run.")]
-        if different:
-            raise ConfigError(f"{done} was run with other settings ({', '.join(different)}); give --root another folder, or delete it")
-        return done
-    recipe = str(REPOSITORY / "recipes" / f"pact_{benchmark}.py")
-    cut = [path.parent for path in sorted(root.glob("*/checkpoints/latest")) if not path.parent.parent.is_symlink()]
-    words = ["--resume", str(cut[-1].parent)] if cut else ["--config", str(config), f"run.seed={seed}", f"run.root={root}", *overrides]
-    root.mkdir(parents=True, exist_ok=True)
-    log = root / "log.txt"
-    with open(log, "a", encoding="utf-8") as out:
-        code = subprocess.call([sys.executable, recipe, *words], stdout=out, stderr=subprocess.STDOUT, cwd=REPOSITORY)
-    done = finished(root)
-    if code != 0 or done is None:
-        end = "\n".join(log.read_text(encoding="utf-8").split("\n")[-8:])
-        raise PactError(f"{config.name}, seed {seed}: exit code {code}; end of {log}:\n{end}")
-    return done
+from pact_nemo.training.report.stats import deviation, mean, paired_bootstrap  # noqa: E402
+from tools.comparisons import plan as plans  # noqa: E402
+from tools.comparisons import results as kept  # noqa: E402
+from tools.comparisons.picture import starts_svg  # noqa: E402
+from tools.comparisons.results import SCORE  # noqa: E402
+from tools.comparisons.results import by_task as task_scores  # noqa: E402
+from tools.comparisons.runner import config_of, run_one  # noqa: E402
 
 
 def by_task(runs: list[Run]) -> dict[str, list[float]]:
     """Score of every held-out task, a value per run."""
     scores: dict[str, list[float]] = defaultdict(list)
     for run in runs:
-        for row in run.episodes.get(SCORE, []):
-            outcome = row.get("outcome") or {}
-            scores[row["task_id"]].append(float(outcome.get("score", passed(row))))
+        for task, value in task_scores(run.episodes.get(SCORE, [])).items():
+            scores[task].append(value)
     return scores
 
 
@@ -119,7 +86,7 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
     lines += [
         "",
         f"{count} held-out tasks a run, greedy decoding, the benchmark's own checker. In brackets: 95 % interval of the difference over",
-        "tasks (paired bootstrap, 10,000 draws; a task's score is its mean over seeds). Seconds and tokens are means over the runs.",
+        "tasks and seeds (paired bootstrap, 10,000 draws). Seconds and tokens are means over the runs.",
         ", ".join(f"{name} {versions[name]}" for name in ("machine", "python", "torch", "megatron-core") if name in versions) + ".",
         f"Made by `{command}`.",
         "",
@@ -151,10 +118,16 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=Path("runs/compare"))
     parser.add_argument("--baseline", default="grpo", help="the method that the others are compared with")
     parser.add_argument("--collect", type=Path, metavar="FOLDER", help="only make the table, of the runs below this folder")
+    parser.add_argument("--plan", type=Path, metavar="YAML", help="run a plan; a result is kept in --results for each run, as JSON")
+    parser.add_argument("--results", type=Path, help="with --plan; default: docs/evidence/NAME, where NAME is the plan's")
+    parser.add_argument("--only-table", action="store_true", help="with --plan: start nothing, make the table of the results that there are")
+    parser.add_argument("--keep-weights", action="store_true", help="with --plan: keep checkpoints and weights of finished runs")
     parser.add_argument("--picture", type=Path, metavar="SVG", help="also draw scores and learning curves")
     parser.add_argument("--out", type=Path, help="markdown file; the part between its two 'table' comments is replaced, a new file is made")
     options = parser.parse_args(words[: words.index("--")] if "--" in words else words)
     try:
+        if options.plan is not None:
+            return of_plan(options)
         if options.collect is not None:
             methods = collect(options.collect)
         else:
@@ -177,6 +150,26 @@ def main() -> int:
     if options.out is not None:
         write_text_atomic(options.out, replaced(options.out, text))
         print(f"written: {options.out}")
+    return 0
+
+
+def of_plan(options: argparse.Namespace) -> int:
+    """Run a plan, or show what it brought so far."""
+    plan = plans.load_plan(options.plan)
+    folder = options.results or REPOSITORY / "docs" / "evidence" / plan.name
+    if not options.only_table:
+        plans.run_plan(plan, options.root / plan.name, folder, keep_weights=options.keep_weights, note=partial(print, flush=True))
+    results = kept.read_results(folder)
+    if not results:
+        raise PactError(f"{folder} holds no result yet; leave --only-table out to make some")
+    text = kept.table(results, plan.baseline)
+    print(text)
+    if options.out is not None:
+        write_text_atomic(options.out, replaced(options.out, text))
+        print(f"written: {options.out}")
+    if options.picture is not None:
+        write_text_atomic(options.picture, starts_svg(results))
+        print(f"picture: {options.picture}")
     return 0
 
 

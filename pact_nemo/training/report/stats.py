@@ -81,18 +81,28 @@ def pair(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Paired:
 def paired_bootstrap(
     scores: dict[str, list[float]], baseline: dict[str, list[float]], *, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean difference of two methods on the same tasks, by resampling tasks.
+    """95 % percentile interval of the mean difference of two methods on the same tasks, by resampling tasks and seeds.
 
     Args:
-        scores, baseline: per task, its scores over the seeds of a method; a task that one of them lacks is left out.
-        draws: bootstrap samples of as many tasks as there are.
+        scores, baseline: per task, its scores over the runs of a method, in the same order of runs for every task. As many runs of both are taken
+            for pairs, the i-th with the i-th; else each side's runs are resampled for themselves. A task that a run lacks is left out.
+        draws: bootstrap samples, each of as many tasks and as many runs as there are.
 
     Returns:
-        (low, high); (0, 0) where no task is shared.
+        (low, high); (0, 0) where no task is shared. With one run a side the interval is over tasks only.
     """
-    differences = np.array([mean(scores[task]) - mean(baseline[task]) for task in sorted(scores.keys() & baseline.keys())])
-    if not len(differences):
+    runs, others = (max((len(values) for values in side.values()), default=0) for side in (scores, baseline))
+    tasks = sorted(task for task in scores.keys() & baseline.keys() if len(scores[task]) == runs and len(baseline[task]) == others)
+    if not tasks:
         return 0.0, 0.0
-    picks = np.random.default_rng(seed).integers(len(differences), size=(draws, len(differences)))
-    low, high = np.percentile(differences[picks].mean(axis=1), [2.5, 97.5])
+    random = np.random.default_rng(seed)
+
+    def picked(count: int) -> np.ndarray:  # [draws, count]: how often each is drawn, as a share
+        return random.multinomial(count, np.full(count, 1 / count), size=draws) / count
+
+    of_tasks, of_runs = picked(len(tasks)), picked(runs)
+    of_others = of_runs if runs == others else picked(others)
+    ours = np.einsum("dt,ts,ds->d", of_tasks, np.array([scores[task] for task in tasks]), of_runs, optimize=True)
+    theirs = np.einsum("dt,ts,ds->d", of_tasks, np.array([baseline[task] for task in tasks]), of_others, optimize=True)
+    low, high = np.percentile(ours - theirs, [2.5, 97.5])
     return float(low), float(high)

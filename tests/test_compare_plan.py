@@ -1,0 +1,144 @@
+"""A plan of runs: what it refuses before anything runs, its order, and what is kept of runs when their weights are gone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from pact_nemo.errors import ConfigError, DataError, PactError
+from pact_nemo.training.config import load_config, to_yaml
+from pact_nemo.training.report.stats import mean, paired_bootstrap
+from tests.fixtures.run_folders import make_run
+from tools.comparisons import plan as plans
+from tools.comparisons.picture import starts_svg
+from tools.comparisons.plan import Arm, Block, Cell, Plan, cells, load_plan, run_plan, start_words
+from tools.comparisons.results import read_results, table
+from tools.comparisons.runner import config_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAN = Plan(
+    name="small",
+    baseline="sft",
+    seeds=[1, 2],
+    starts={"sft4": Arm("sft", ["warmup.steps=4"]), "sft12": Arm("sft", ["warmup.steps=12"])},
+    arms={"sft": Arm("sft", ["warmup.steps=10"]), "pact": Arm("pact")},
+    grid=[Block(["sft4"], ["pact"], [1]), Block(["sft4", "sft12"], ["sft", "pact"])],
+)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_plan_that_comes_along_can_run(path: Path) -> None:
+    plan = load_plan(path)
+    assert plan.name == path.stem and plan.question and plan.prediction and len([*cells(plan)]) > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: p\nnonsense: 1", "nonsense"),
+        ("name: p/q\narms: {a: {}}\ngrid: [{arms: [a]}]", r"name: 'p/q'"),
+        ("name: p\narms: {a: {}}\ngrid: [{arms: [b]}]", r"grid\[0\].arms: \['b'\]; known: a"),
+        ("name: p\narms: {a: {}}\ngrid: [{starts: [s], arms: [a]}]", r"grid\[0\].starts: \['s'\]; known: published"),
+        ("name: p\narms: {a: {method: ppo}}\ngrid: [{arms: [a]}]", "a: no settings file ppo_bfcl"),
+        ("name: p\narms: {a: {set: [trainer.stepz=3]}}\ngrid: [{arms: [a]}]", "a: .*stepz"),
+        ("name: p\narms: {a: {}}\nbaseline: b\ngrid: [{arms: [a]}]", "baseline=b is no arm"),
+        ("name: p\nstarts: {published: {}}\narms: {a: {}}\ngrid: [{arms: [a]}]", "give that start another name"),
+        ("name: p\narms: {a: {}}", "at least one run"),
+    ],
+)
+def test_a_wrong_plan_is_refused_before_anything_runs(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load_plan(tmp_path / "plan.yaml")
+
+
+def test_runs_come_seed_by_seed_and_once() -> None:
+    assert [cell.id for cell in cells(PLAN)] == [
+        "sft4-pact-seed1", "sft4-sft-seed1", "sft12-sft-seed1", "sft12-pact-seed1",
+        "sft4-sft-seed2", "sft4-pact-seed2", "sft12-sft-seed2", "sft12-pact-seed2",
+    ]  # fmt: skip
+
+
+def place(root: Path, cell: Cell, passed: int, plan: Plan = PLAN) -> None:
+    """A finished run where the plan looks for it, with the settings that it asks for."""
+    if cell.start == "published":
+        arm, folder, words = plan.starts[cell.arm], root / "starts" / cell.arm, []
+    else:
+        hf = next((root / "starts" / cell.start).glob("*/hf"))
+        arm, folder, words = plan.arms[cell.arm], root / cell.id, start_words(cell.start, hf.resolve())
+    run = make_run(folder, seed=cell.seed, passed=(0, 3, passed))
+    config = load_config([config_of(arm.method, plan.benchmark, plan.preset)], [f"run.seed={cell.seed}", *words, *arm.set])
+    (run / "config.yaml").write_text(to_yaml(config))
+    for name in plans.WEIGHTS:
+        (run / name).mkdir(exist_ok=True)
+
+
+def test_results_stay_when_the_weights_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, kept = tmp_path / "runs", tmp_path / "evidence"
+    passes = {"sft4": 4, "sft12": 9}
+    for name, count in passes.items():
+        place(root, Cell("published", name, 1), count)
+    for cell in cells(PLAN):
+        place(root, cell, passes[cell.start] + {"sft": 3, "pact": 5}[cell.arm] + cell.seed)
+    said: list[str] = []
+    results = run_plan(PLAN, root, kept, note=said.append)
+    assert len(results) == 10 == len(list(kept.glob("*.json")))
+    assert not list(root.glob("sft*/*/hf")) and len(list(root.glob("starts/*/*/hf"))) == 2
+    assert not list(root.glob("**/checkpoints")) and not list(root.glob("**/exports"))
+    found = {(r.start, r.arm, r.seed): r for r in read_results(kept)}
+    assert found["sft12", "pact", 2].score() == pytest.approx(16 / 24) and found["published", "sft4", 1].score() == pytest.approx(4 / 24)
+    assert len(found["sft4", "pact", 1].curves["reward/success"]) == len(found["sft4", "pact", 1].curves["reward/mean"]) > 0
+    text = table(results, "sft")
+    assert "| sft12 | 0.375 | pact | 2 | **0.646** | 0.029 | +0.083 [" in text
+    assert text.index("| sft4 | 0.167 | pact") < text.index("| sft12 | 0.375 | pact")
+    picture = ElementTree.fromstring(starts_svg(results))
+    assert len(list(picture.iter("{http://www.w3.org/2000/svg}polyline"))) == 2
+    # a second time nothing is run, also where the run folders are gone
+    monkeypatch.setattr(plans, "run_one", lambda *_: pytest.fail("a run was started"))
+    assert len(run_plan(PLAN, tmp_path / "elsewhere", kept, note=said.append)) == 10
+    (kept / "sft4-pact-seed1.json").write_text(json.dumps({"plan": "small"}))
+    with pytest.raises(DataError, match="sft4-pact-seed1.json: no result of this version"):
+        read_results(kept)
+
+
+def test_no_run_starts_when_the_budget_is_spent_and_a_failure_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, kept = tmp_path / "runs", tmp_path / "evidence"
+    for name in PLAN.starts:
+        place(root, Cell("published", name, 1), 5)
+    first = next(cells(PLAN))
+    place(root, first, 7)
+    original = plans.run_one
+
+    def fails(config: Path, benchmark: str, seed: int, folder: Path, words: list[str]) -> Path:
+        if folder.name not in (first.id, *PLAN.starts):
+            raise PactError("exit code 1")
+        return original(config, benchmark, seed, folder, words)
+
+    monkeypatch.setattr(plans, "run_one", fails)
+    with pytest.raises(PactError, match="exit code 1"):
+        run_plan(PLAN, root, kept, note=lambda _: None)
+    assert (kept / f"{first.id}.json").is_file()
+    said: list[str] = []
+    assert len(run_plan(replace(PLAN, hours=1e-6), root, kept, note=said.append)) == 2
+    assert "7 runs are left; raise hours" in said[-1]
+
+
+def test_the_interval_is_over_tasks_and_seeds() -> None:
+    draw = np.random.default_rng(3)
+    tasks, seeds = 80, 4
+    shift = draw.normal(0, 0.3, size=seeds)  # what a seed does to all of its tasks
+    ours = {str(t): [float(0.2 + shift[s] + draw.normal(0, 0.1)) for s in range(seeds)] for t in range(tasks)}
+    theirs = {str(t): [0.0] * seeds for t in range(tasks)}
+    low, high = paired_bootstrap(ours, theirs)
+    centre = mean([mean(values) for values in ours.values()])
+    assert low < centre < high and (high - low) / 2 == pytest.approx(1.96 * shift.std() / np.sqrt(seeds), rel=0.25)
+    narrow = paired_bootstrap({task: values[:1] for task, values in ours.items()}, {task: [0.0] for task in theirs})
+    assert narrow[1] - narrow[0] < (high - low) / 4
+    common = {task: [value + float(shift[s]) for s, value in enumerate(values)] for task, values in theirs.items()}
+    paired = paired_bootstrap({task: [value + 0.1 for value in values] for task, values in common.items()}, common)
+    assert paired == pytest.approx((0.1, 0.1))  # the same seeds on both sides: what a seed does to both is no chance

@@ -1,0 +1,203 @@
+"""A plan of runs: starting policies that methods share, arms, seeds and a budget, read from a YAML file.
+
+    name: starting_point
+    question: Who is above more SFT, and from which skill on?
+    prediction: written down before the first run
+    seeds: [1, 2, 3]
+    hours: 6                       # no run is started after that many hours of runs
+    set: [tasks.max_eval=96]       # settings of every run
+    starts:                        # made once, with the first seed, and used by model.path
+      sft12: {method: sft, set: [warmup.steps=12]}
+    arms:
+      pact: {method: pact}
+      pact_slow: {method: pact, set: [optimizer.lr=3e-5]}
+    grid:
+      - {starts: [sft12], arms: [pact, pact_slow]}
+
+``published`` is a start that every plan has: the preset's own model as it came, with the preset's warm-up.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pact_nemo.errors import ConfigError
+from pact_nemo.training.config import load_config
+from pact_nemo.training.report.comparison import total_seconds
+from pact_nemo.training.report.data import load_run
+from tools.comparisons.results import Result, read_results, result_of, write_result
+from tools.comparisons.runner import config_of, finished, run_one
+
+PUBLISHED = "published"
+#: of a finished run folder, what only another run would need
+WEIGHTS = ("checkpoints", "exports", "reference", "hf")
+
+
+@dataclass
+class Arm:
+    """A method and what differs from its settings file."""
+
+    method: str = "pact"
+    set: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Block:
+    """Every arm from every start."""
+
+    starts: list[str] = field(default_factory=lambda: [PUBLISHED])
+    arms: list[str] = field(default_factory=list)
+    seeds: list[int] | None = None  #: None = the plan's
+
+
+@dataclass
+class Plan:
+    """See the head of this file."""
+
+    name: str = ""
+    question: str = ""
+    prediction: str = ""
+    benchmark: str = "bfcl"
+    preset: str = "smollm2_135m-cpu"
+    baseline: str = ""  #: the arm that the others are compared with
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    hours: float | None = None
+    set: list[str] = field(default_factory=list)
+    starts: dict[str, Arm] = field(default_factory=dict)
+    arms: dict[str, Arm] = field(default_factory=dict)
+    grid: list[Block] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a plan; ``start`` and ``arm`` are names."""
+
+    start: str
+    arm: str
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.start}-{self.arm}-seed{self.seed}"
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan and check every run's settings, so that none is refused after hours of others.
+
+    Raises:
+        ConfigError: the file, a name or a setting in it is wrong; names file and key.
+    """
+    try:
+        plan = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Plan), OmegaConf.load(path)))
+    except (OSError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]} (key '{getattr(error, 'full_key', None) or ''}')") from error
+    assert isinstance(plan, Plan)
+    for key, names in (("name", [plan.name]), ("starts", [*plan.starts]), ("arms", [*plan.arms])):
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
+                raise ConfigError(f"{path}: {key}: {name!r} must be letters, digits, '_' and '.', for folders are named by it")
+    if PUBLISHED in plan.starts:
+        raise ConfigError(f"{path}: starts.{PUBLISHED} is the model as it came; give that start another name")
+    if not plan.grid or not plan.seeds:
+        raise ConfigError(f"{path}: grid and seeds must say at least one run")
+    for index, block in enumerate(plan.grid):
+        for kind, names, known in (("start", block.starts, [PUBLISHED, *plan.starts]), ("arm", block.arms, [*plan.arms])):
+            unknown = [name for name in names if name not in known]
+            if unknown or not names:
+                raise ConfigError(f"{path}: grid[{index}].{kind}s: {unknown or names}; known: {', '.join(known)}")
+    if plan.baseline and plan.baseline not in plan.arms:
+        raise ConfigError(f"{path}: baseline={plan.baseline} is no arm; arms: {', '.join(plan.arms)}")
+    for name, arm in [*plan.starts.items(), *plan.arms.items()]:
+        try:
+            load_config([config_of(arm.method, plan.benchmark, plan.preset)], [*plan.set, *arm.set])
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {name}: {error}") from error
+    return plan
+
+
+def cells(plan: Plan) -> Iterator[Cell]:
+    """Every run once, seed by seed: a plan that is cut off is still paired."""
+    seen = set()
+    for seed in sorted({seed for block in plan.grid for seed in block.seeds or plan.seeds}, key=[*plan.seeds, *_extra(plan)].index):
+        for block in plan.grid:
+            for start in block.starts:
+                for arm in block.arms:
+                    cell = Cell(start, arm, seed)
+                    if seed in (block.seeds or plan.seeds) and cell not in seen:
+                        seen.add(cell)
+                        yield cell
+
+
+def _extra(plan: Plan) -> list[int]:
+    return [seed for block in plan.grid for seed in block.seeds or () if seed not in plan.seeds]
+
+
+def start_words(start: str, folder: Path | None) -> list[str]:
+    """What a run is told to begin from a start; the warm-up was the start's."""
+    return [] if start == PUBLISHED else [f"model.path={folder}", "warmup.steps=0", "evaluation.before=false"]
+
+
+def run_plan(plan: Plan, root: Path, results: Path, *, keep_weights: bool = False, note: Callable[[str], None] = print) -> list[Result]:
+    """Run what has no result yet, and write each result when it is there.
+
+    Args:
+        root: run folders are made below it; weights and checkpoints of finished runs are deleted, but those of starts.
+        results: folder of the results, a JSON file a run.
+
+    Returns:
+        all results of the plan that there are.
+
+    Raises:
+        ConfigError: a run was made with other settings.
+        PactError: a run failed; those that are finished have their results.
+    """
+    started = time.monotonic()
+    todo = [cell for cell in cells(plan) if not (results / f"{cell.id}.json").is_file()]
+    spent = sum(result.seconds for result in read_results(results)) if results.is_dir() else 0.0
+    for number, cell in enumerate(todo, 1):
+        if plan.hours is not None and spent > plan.hours * 3600:
+            note(f"{spent / 3600:.1f} of {plan.hours} hours are spent: {len(todo) - number + 1} runs are left; raise hours to make them")
+            break
+        folder = None
+        if cell.start != PUBLISHED:
+            folder, seconds = _start(plan, cell.start, root, results, note)
+            spent += seconds
+        note(f"[{time.monotonic() - started:6.0f} s] run {number}/{len(todo)}: {cell.id}")
+        arm = plan.arms[cell.arm]
+        words = [*plan.set, *start_words(cell.start, folder), *arm.set]
+        run = run_one(config_of(arm.method, plan.benchmark, plan.preset), plan.benchmark, cell.seed, root / cell.id, words)
+        spent += _keep(plan, cell, run, words, results)
+        if not keep_weights:
+            for name in WEIGHTS:
+                shutil.rmtree(run / name, ignore_errors=True)
+    return read_results(results)
+
+
+def _start(plan: Plan, name: str, root: Path, results: Path, note: Callable[[str], None]) -> tuple[Path, float]:
+    """The HF folder of a starting policy, made if it isn't there, and the seconds that this took now."""
+    arm, seed, place = plan.starts[name], plan.seeds[0], root / "starts" / name
+    new = finished(place) is None
+    if new:
+        note(f"starting policy {name}")
+    words = [*plan.set, *arm.set]
+    run = run_one(config_of(arm.method, plan.benchmark, plan.preset), plan.benchmark, seed, place, words)
+    seconds = _keep(plan, Cell(PUBLISHED, name, seed), run, words, results)
+    for part in ("checkpoints", "exports", "reference"):
+        shutil.rmtree(run / part, ignore_errors=True)
+    return (run / "hf").resolve(), seconds if new else 0.0
+
+
+def _keep(plan: Plan, cell: Cell, run: Path, words: list[str], results: Path) -> float:
+    found = load_run(run)
+    facts: dict[str, Any] = {"plan": plan.name, "start": cell.start, "arm": cell.arm, "words": [w for w in words if not w.startswith("model.path=")]}
+    write_result(results / f"{cell.id}.json", result_of(found, facts))
+    return total_seconds(found.summary["seconds"])

@@ -1,0 +1,163 @@
+"""What stays of a run when its folder is gone: one JSON file with its settings, scores by task and curves; and the tables and pictures of many."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pact_nemo import strict_json
+from pact_nemo.errors import DataError
+from pact_nemo.files import write_json_atomic
+from pact_nemo.training.report.comparison import total_seconds
+from pact_nemo.training.report.data import Run
+from pact_nemo.training.report.stats import deviation, mean, paired_bootstrap, passed
+
+SCORE = "after"
+#: curves that are kept, of those that a run has
+CURVES = (
+    "reward/mean", "reward/success", "groups/zero_advantage", "rollout/truncated", "rollout/truncated_turn_tokens", "rollout/truncated_turns",
+    "rollout/malformed_calls", "latent/gap_success", "latent/gap_failure", "latent/trace_reasoning", "latent/trace_call", "policy/entropy",
+    "policy/kl_ref", "policy/grad_norm", "signal/rl_cosine", "signal/rl_norm", "signal/sft_cosine", "signal/sft_norm", "held_out/trace_reasoning",
+    "held_out/trace_call",
+)  # fmt: skip
+
+
+@dataclass
+class Result:
+    """One finished run.
+
+    Attributes:
+        start, arm: names of the plan.
+        words: settings that the run was told besides its method's settings file; a path of weights is left out.
+        scores: stage -> task id -> score in [0, 1], the mean of its episodes; stages as in ``summary.json``.
+        limits: stage -> limit that cut an episode -> episodes.
+        curves: key of ``metrics.jsonl`` -> value of each RL step; None where a step has none.
+        seconds: of the whole run.
+    """
+
+    plan: str
+    start: str
+    arm: str
+    method: str
+    seed: int
+    words: list[str]
+    scores: dict[str, dict[str, float]]
+    limits: dict[str, dict[str, int]]
+    curves: dict[str, list[float | None]]
+    seconds: float
+    tokens: dict[str, int]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def score(self, stage: str = SCORE) -> float | None:
+        """Mean over tasks; None where the stage was not played."""
+        return mean(list(self.scores[stage].values())) if self.scores.get(stage) else None
+
+
+def by_task(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Score of every task of an evaluation, the mean of its episodes."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        found[row["task_id"]].append(float((row.get("outcome") or {}).get("score", passed(row))))
+    return {task: mean(values) for task, values in sorted(found.items())}
+
+
+def result_of(run: Run, facts: dict[str, Any]) -> Result:
+    """What is kept of a finished run; ``facts``: plan, start, arm and words."""
+    limits: dict[str, dict[str, int]] = {}
+    for stage, rows in run.episodes.items():
+        counts: dict[str, int] = defaultdict(int)
+        for row in rows:
+            if row.get("limit"):
+                counts[str(row["limit"])] += 1
+        limits[stage] = dict(sorted(counts.items()))
+    return Result(
+        **facts,
+        method=run.method,
+        seed=int(run.seed),
+        scores={stage: by_task(rows) for stage, rows in run.episodes.items()},
+        limits=limits,
+        curves={key: [record.get(key) for record in run.rl] for key in CURVES if any(record.get(key) is not None for record in run.rl)},
+        seconds=round(total_seconds(run.summary["seconds"]), 1),
+        tokens={name: int(count) for name, count in run.summary["tokens"].items()},
+        versions={name: run.summary["versions"][name] for name in ("machine", "python", "torch", "megatron-core") if name in run.summary["versions"]},
+    )
+
+
+def write_result(path: Path, result: Result) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(path, asdict(result))
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All results of a folder, by file name.
+
+    Raises:
+        DataError: a file is not one; names it.
+    """
+    names = {item.name for item in fields(Result)}
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            value = strict_json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"no result: {error}; delete it, and it is made again", file=str(path)) from error
+        if not isinstance(value, dict) or value.keys() != names:
+            raise DataError("no result of this version; delete it, and it is made again", file=str(path))
+        found.append(Result(**value))
+    return found
+
+
+def groups(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Results by (start, arm), each group by seed; starts in the order of their own score."""
+    found: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result in sorted(results, key=lambda result: result.seed):
+        found[result.start, result.arm].append(result)
+    return dict(found)
+
+
+def scores_by_task(results: Sequence[Result]) -> dict[str, list[float]]:
+    """Score after training of every held-out task, a value per run, in the order of the runs."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for result in results:
+        for task, value in result.scores.get(SCORE, {}).items():
+            found[task].append(value)
+    return dict(found)
+
+
+def table(results: Sequence[Result], baseline: str) -> str:
+    """Markdown: a row per start and arm; then a row per run."""
+    found = groups(results)
+    begins = {arm: runs[0].score() for (start, arm), runs in found.items() if start == "published"}
+    against = f"against {baseline}" if baseline else "against –"
+    lines = [f"| start | its score | arm | seeds | after | spread (std) | {against} | cut in a message | never closed | seconds |", "|" + "---|" * 10]
+    order = sorted(found, key=lambda key: (begins.get(key[0]) or 0.0, key[0], key[1]))
+    for start, arm in order:
+        runs = [run for run in found[start, arm] if run.score() is not None]
+        if not runs:
+            continue
+        ends = [run.score() or 0.0 for run in runs]
+        spread = deviation(ends)
+        reference = found.get((start, baseline), [])
+        difference = "–"
+        if reference and arm != baseline:
+            pairs = [(run, other) for run in runs for other in reference if run.seed == other.seed]
+            if pairs:
+                ours, theirs = zip(*pairs, strict=True)
+                low, high = paired_bootstrap(scores_by_task(ours), scores_by_task(theirs))
+                change = mean([(a.score() or 0.0) - (b.score() or 0.0) for a, b in pairs])
+                difference = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
+        cut = [sum(run.limits.get(SCORE, {}).get(limit, 0) for run in runs) for limit in ("turn_tokens", "turns")]
+        begin = begins.get(start)
+        cells = [start, f"{begin:.3f}" if begin is not None else "–", arm, str(len(runs)), f"**{mean(ends):.3f}**"]
+        cells += [f"{spread:.3f}" if spread is not None else "–", difference, str(cut[0]), str(cut[1]), f"{mean([run.seconds for run in runs]):,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| start | arm | seed | after | settings |", "|---|---|---|---|---|"]
+    for start, arm in order:
+        for run in found[start, arm]:
+            score = run.score()
+            words = " ".join(word for word in run.words if word not in ("warmup.steps=0", "evaluation.before=false"))
+            lines.append(f"| {start} | {arm} | {run.seed} | {f'{score:.3f}' if score is not None else '–'} | `{words}` |")
+    return "\n".join(lines) + "\n"
