@@ -110,6 +110,29 @@ def test_an_update_equals_autograd_and_adamw_on_separate_sequences(family: str, 
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("distributed", [True, False])
+def test_the_cosine_of_two_gradients_equals_autograd_and_changes_no_update(distributed: bool, models: Callable[[str], Path]) -> None:
+    first = make_trees(3, seed=12)
+    second = [first[0], *make_trees(2, seed=13)]  # something in common, so that the cosine is not 0
+    hf = load_hf(models("llama"))
+    gradients = []
+    for trees in (first, second):
+        hf.zero_grad()
+        loss_fn(hf_logprobs(hf, trees), {"weight": torch.cat([tree.streams["weight"] for tree in trees])})[0].backward()
+        gradients.append(torch.cat([param.grad.flatten().double() for param in hf.parameters() if param.grad is not None]))
+    norms = [gradient.norm().item() for gradient in gradients]
+    policy, untouched = (build(models("llama"), distributed_optimizer=distributed) for _ in range(2))
+    cosine, *found = policy.gradient_cosine(first, second, loss_fn)
+    assert cosine == pytest.approx((gradients[0] @ gradients[1]).item() / (norms[0] * norms[1]), abs=1e-5) and 0.01 < abs(cosine) < 0.99
+    assert found == pytest.approx(norms, rel=1e-5)
+    assert policy.gradient_cosine(first, first, loss_fn)[0] == pytest.approx(1.0, abs=1e-6)
+    for _ in range(2):
+        ours, theirs = policy.update(first, loss_fn), untouched.update(first, loss_fn)
+        assert (ours.loss, ours.grad_norm) == (theirs.loss, theirs.grad_norm)
+    for ours, theirs in zip(policy.logprobs(second), untouched.logprobs(second), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "one_tree_per_row": {"micro_batch_tokens": 1},
     "all_in_one_row": {"micro_batch_tokens": 10_000},

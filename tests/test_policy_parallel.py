@@ -51,9 +51,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "ep4_dp2": (8, {"expert_parallel": 4}, [MOE]),
     "tp2_sp_ep2_pp2": (8, {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2, "pipeline_parallel": 2}, [MOE]),
 }
+#: of at most four ranks; all others are slow
+FAST = {
+    *((family, "tp2") for family in ("llama", "qwen3")), ("qwen3", "tp2_sp"), (BIASES, "tp2_sp"), (MOE, "ep2"), (MOE_WINDOW, "moe_tp2_sp"),
+    ("qwen2", "pp2"), ("llama", "pp2_vp2"), ("qwen3", "cp2"), (WINDOW, "cp2"), ("llama", "dp2"), ("llama", "dp2_plain_optimizer"),
+    ("llama", "dp2_overlap"), ("llama", "tp2_pp2"), ("qwen3", "tp2_sp_cp2"),
+}  # fmt: skip
 CASES = [
-    pytest.param(family, layout, marks=pytest.mark.slow if ranks == 8 else ())
-    for layout, (ranks, _, families) in LAYOUTS.items()
+    pytest.param(family, layout, marks=() if (family, layout) in FAST else pytest.mark.slow)
+    for layout, (_, _, families) in LAYOUTS.items()
     for family in families
 ]
 
@@ -71,15 +77,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def job(base: Path, family: str, layout: str, config: dict[str, Any]) -> dict[str, Any]:
     export = ["export", str(base / f"trained-{family}-{layout}")]
     actions = [["export", str(base / f"initial-{family}-{layout}")], ["broken_update", None]]
-    actions += [["logprobs", None], ["entropies", None], ["update", None], ["pact_update", PROMPTS], export]
+    actions += [["logprobs", None], ["entropies", None], ["update", None], ["pact_update", PROMPTS], export, ["gradient_cosine", None]]
     return {"name": f"{family}-{layout}", "hf_path": str(base / family), "config": config, "actions": actions}
 
 
 def made(results: dict[str, Any], family: str, layout: str) -> Any:
-    """A case's results; the first one asked for runs all of its number of ranks in one job."""
+    """A case's results; the first one asked for runs all that are as fast and have its number of ranks, in one job."""
     if f"{family}-{layout}" not in results:
-        base, ranks = results["base"], LAYOUTS[layout][0]
-        jobs = [job(base, f, name, config) for name, (needed, config, families) in LAYOUTS.items() if needed == ranks for f in families]
+        base, ranks, fast = results["base"], LAYOUTS[layout][0], (family, layout) in FAST
+        alike = [(f, name) for name, (needed, _, families) in LAYOUTS.items() if needed == ranks for f in families if ((f, name) in FAST) == fast]
+        jobs = [job(base, f, name, LAYOUTS[name][1]) for f, name in alike]
         results.update(launch(ranks, jobs, base, timeout=500))
     return results[f"{family}-{layout}"]
 
@@ -99,6 +106,7 @@ def test_a_layout_gives_the_same_step(family: str, layout: str, results: dict[st
         assert got["metrics"] == pytest.approx(want["metrics"], rel=1e-5, abs=1e-6)
         torch.testing.assert_close(flat(got["logprobs"]), flat(want["logprobs"]), rtol=0, atol=1e-5)
     terms = reference[5]["metrics"]
+    assert ours[7] == pytest.approx(reference[7], rel=1e-4)  # cosine of two gradients, their norms
     assert all(terms[f"loss/{name}"] != 0 for name in ("rl_x", "rl_h", "sft_reasoning", "sft_call", "kl", "entropy")) and terms["clip/h"] > 0
     torch.testing.assert_close(flat(ours[5]["entropies"]), flat(reference[5]["entropies"]), rtol=0, atol=1e-5)
     base: Path = results["base"]

@@ -68,7 +68,7 @@ def make_rollout(task: Task, k: int, calls: list[ToolCall], success: bool, statu
     return Rollout(task.id, k, [1, 2, 3], tokens, mask, [float(x) for x in logprobs], turns, outcome, 0, status=status)
 
 
-def make_groups(objective: ObjectiveConfig, seed: int = 5, step: int = 2) -> list[PromptGroup]:
+def make_groups(objective: ObjectiveConfig, seed: int = 5, step: int = 2, control: TraceTokens | None = None) -> list[PromptGroup]:
     groups = []
     for i, name in enumerate(("p0", "p1", "p2", "p3")):
         task = make_task(name)
@@ -78,7 +78,7 @@ def make_groups(objective: ObjectiveConfig, seed: int = 5, step: int = 2) -> lis
             make_rollout(task, 2, [], i % 2 == 0),
             make_rollout(task, 3, [], False, status="failed" if i == 1 else "truncated"),
         ]
-        groups.append(form_group(task, rollouts, None if name == "p3" else TRACE, objective, seed=seed, step=step))
+        groups.append(form_group(task, rollouts, None if name == "p3" else TRACE, objective, seed=seed, step=step, control=control))
     return groups
 
 
@@ -87,7 +87,7 @@ def naive_loss(groups: list[PromptGroup], objective: ObjectiveConfig, schedule: 
     total = 0.0
     for group in groups:
         x = group.rollouts[0].prompt_ids
-        prefix = x if group.anchored else [*x, *TRACE.token_ids, *BOUNDARY]
+        prefix = x if group.anchored else [*x, *(TRACE if group.control is None else group.control).token_ids, *BOUNDARY]
         usable = [k for k, r in enumerate(group.rollouts) if r.status != "failed"]
         rl, kl = 0.0, 0.0
         for k in usable:
@@ -138,6 +138,23 @@ def test_the_summed_loss_is_equation_14(q: float, step: int) -> None:
     loss_fn = loss_of(objective)
     total = sum(float(loss_fn(score(p.tree), p.tree.streams)[0]) for p in built(groups, objective, schedule, step))
     assert total == pytest.approx(naive_loss(groups, objective, schedule, step), rel=1e-6)  # streams are stored in float32
+
+
+@pytest.mark.parametrize("shown", [[], [60, 61, 62]])
+def test_a_control_changes_what_rl_is_conditioned_on_and_not_what_is_taught(shown: list[int]) -> None:
+    objective = ObjectiveConfig(group_size=4, anchor_prob=0.5, kl_coef=0.01, sft_coef=0.3)
+    schedule = TraceSchedule(clock=StepClock(5))
+    control = TraceTokens(shown, [CALL] * len(shown))
+    groups = make_groups(objective, control=control)
+    assert any(not group.anchored for group in groups)
+    prompts = built(groups, objective, schedule, 2)
+    loss_fn = loss_of(objective)
+    total = sum(float(loss_fn(score(p.tree), p.tree.streams)[0]) for p in prompts)
+    assert total == pytest.approx(naive_loss(groups, objective, schedule, 2), rel=1e-6)
+    own = built(make_groups(objective), objective, schedule, 2)
+    assert total != pytest.approx(sum(float(loss_fn(score(p.tree), p.tree.streams)[0]) for p in own), rel=1e-3)
+    for key in ("w_sft_reasoning", "w_sft_call"):
+        assert sum(float(p.tree.streams[key].sum()) for p in prompts) == pytest.approx(sum(float(p.tree.streams[key].sum()) for p in own))
 
 
 def test_gate_and_missing_trace_decide_the_contexts() -> None:

@@ -14,7 +14,8 @@ from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG, materialise_embedded
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.quarantine import Quarantine
 from pact_nemo.traces.filters import why_not
-from pact_nemo.traces.schema import ReasoningSegment, write_traces
+from pact_nemo.traces.schema import ReasoningSegment, Trace, write_traces
+from pact_nemo.traces.spans import OTHER
 from pact_nemo.training.config import Config, load_config
 from pact_nemo.training.data import Dataset, build_dataset, build_environment, check_server_length, prompts_of_step
 
@@ -116,3 +117,74 @@ def test_a_tool_that_the_format_cannot_call_is_refused_when_its_task_is_loaded(
     with pytest.raises(error, match=r"'flights\.search' can't be called.*plain identifier.*model\.tool_format=hermes"):
         build_dataset(config, build_environment(config, quarantine), chat, quarantine=quarantine)
     tool_format("hermes").check_tools(build_environment(config).tasks()[0].tools)
+
+
+def test_a_control_is_the_whole_trace_of_another_group_and_the_same_whenever_it_is_drawn(data: tuple[Config, Dataset, ChatFormat]) -> None:
+    config, own, chat = data
+    config = replace(config, traces=replace(config.traces, control="other_task"))
+    dataset = build_dataset(config, build_environment(config), chat)
+    assert dataset.trace_tokens == own.trace_tokens  # what SFT teaches
+    groups = {task.id: task.group for task in dataset.train}
+    drawn = {}
+    with_trace = [task for task in dataset.train if task.id in dataset.trace_tokens]
+    for task in with_trace:
+        for step in range(5):
+            control = dataset.control_for(task.id, 3, step)
+            assert control is not None and not control.cut and len(control) <= dataset.rooms[task.id]
+            owners = {name for name, trace in dataset.trace_tokens.items() if trace.token_ids == control.token_ids}
+            assert any(groups[name] != task.group for name in owners)
+            drawn[task.id, step] = control.token_ids
+            assert dataset.control_for(task.id, 3, step) == control
+    assert any(drawn[task.id, 0] != drawn[task.id, 1] for task in with_trace)
+    assert all(dataset.control_for(task.id, 3, 0) is None for task in dataset.train if task not in with_trace)
+    assert own.control_for(own.train[0].id, 3, 0) is None
+
+
+def test_a_control_that_no_trace_fits_and_one_that_would_change_nothing_are_refused(data: tuple[Config, Dataset, ChatFormat]) -> None:
+    config, own, chat = data
+    one = replace(config, traces=replace(config.traces, control="other_task"), tasks=replace(config.tasks, max_train=1))
+    with pytest.raises(ConfigError, match=r"traces.control=other_task: no whole trace"):
+        build_dataset(one, build_environment(one), chat)
+    for word in ("objective.method=grpo", "objective.trace_rl=false"):
+        with pytest.raises(ConfigError, match="conditions on nothing"):
+            load_config(REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml", ["traces.control=none", word])
+
+
+def test_without_a_trace_the_boundary_closes_an_empty_assistant_message(data: tuple[Config, Dataset, ChatFormat]) -> None:
+    _, own, chat = data
+    prompt = chat.prompt_ids(list(own.train[0].user_turns[0]), list(own.train[0].tools))
+    text = chat.tokenizer.decode([*prompt, *chat.boundary_after_nothing_ids()])
+    assert text.endswith(
+        "<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\nThe reference attempt ends here. Now solve the task yourself from the start."
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_few_traces_are_those_of_the_first_tasks_and_the_same_tasks_are_trained_on(data: tuple[Config, Dataset, ChatFormat]) -> None:
+    config, own, chat = data
+    few = replace(config, traces=replace(config.traces, max_tasks=3))
+    dataset = build_dataset(few, build_environment(few), chat)
+    assert [task.id for task in dataset.train] == [task.id for task in own.train]
+    assert [*dataset.trace_tokens] == [task.id for task in own.train if task.id in own.trace_tokens][:3]
+    assert all(dataset.trace_tokens[name] == own.trace_tokens[name] for name in dataset.trace_tokens)
+    assert dataset.dropped["trace_not_asked_for"] == len(own.trace_tokens) - 3
+
+
+def test_held_out_traces_are_measured_and_never_among_those_that_are_trained_on(data: tuple[Config, Dataset, ChatFormat], tmp_path: Path) -> None:
+    config, own, chat = data
+    assert own.held_out_traces == []
+    measuring = replace(config, diagnostics=replace(config.diagnostics, trace_every=2, trace_tasks=2))
+    dataset = build_dataset(measuring, build_environment(measuring), chat)
+    measured = [task.id for task, _ in dataset.held_out_traces]
+    assert measured and set(measured) <= {task.id for task in own.held_out} and not set(measured) & set(own.trace_tokens)
+    assert (dataset.traces, dataset.trace_tokens, dataset.dropped) == (own.traces, own.trace_tokens, own.dropped)
+    assert all(sum(token != OTHER for token in trace.component) > 5 for _, trace in dataset.held_out_traces)
+    # from a file: one that names held-out tasks as well changes nothing but the measurement
+    held = [dataset.traces[name] for name in dataset.traces]
+    made = build_dataset(replace(measuring, traces=replace(config.traces, path=_written(tmp_path, held))), build_environment(config), chat)
+    assert made.held_out_traces == [] and made.trace_tokens == own.trace_tokens
+
+
+def _written(folder: Path, traces: list[Trace]) -> str:
+    write_traces(folder / "traces.jsonl", traces)
+    return str(folder / "traces.jsonl")

@@ -302,6 +302,10 @@ class ChatFormat:
             raise ConfigError(f"{self.source} rewrites tool results when a user turn follows; literal concatenation is impossible")
         return self._encoder.after(whole.removesuffix(tail) + end, tail.removeprefix(end))[0]
 
+    def boundary_after_nothing_ids(self, text: str = BOUNDARY_TEXT) -> list[int]:
+        """:meth:`boundary_ids` where no trace stands before it: closes x's assistant message, in which nothing is said."""
+        return self.continuation_ids([{"role": "user", "content": text}], after_eos=False)
+
     def generation_ids(self) -> list[int]:
         """Tokens that open an assistant message, e.g. ``<|im_start|>assistant\\n``."""
         return self._encoder.after(self._plain([USER], False), self.generation)[0]

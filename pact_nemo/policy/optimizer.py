@@ -142,6 +142,26 @@ def gradient_norm(optimizer: Any) -> float:
     return float(optimizer.get_grad_norm())
 
 
+class KeptGradient:
+    """This rank's share of the gradient that :func:`gradient_norm` was called for, copied, to compare a later one with."""
+
+    def __init__(self, optimizer: Any):
+        self._optimizer = optimizer
+        self._parts = [[grad.detach().clone() for grad in part.get_main_grads_for_grad_norm()] for part in optimizer.chained_optimizers]
+
+    @torch.no_grad()
+    def dot(self, device: torch.device) -> float:
+        """Inner product with the gradient that the optimizer holds now, over all parameters of all ranks, in float64. Collective."""
+        total = 0.0
+        for part, kept in zip(self._optimizer.chained_optimizers, self._parts, strict=True):
+            local = torch.zeros((), dtype=torch.float64, device=device)
+            for before, now in zip(kept, part.get_main_grads_for_grad_norm(), strict=True):
+                local += (before.double() * now).sum()
+            torch.distributed.all_reduce(local, group=part.get_grad_stats_parallel_group())  # the ranks that grad norms are summed over
+            total += float(local)
+        return total
+
+
 def apply_step(optimizer: Any, *, lr: float, weight_decay: float, clip_grad: float, grad_norm: float) -> None:
     """Clip by the given global norm and update the weights. Call after :func:`gradient_norm`."""
     for part in optimizer.chained_optimizers:

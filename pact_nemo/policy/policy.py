@@ -291,6 +291,40 @@ class MegatronPolicy:
         entropies = self._per_tree(trees, collected.entropies) if entropy else []
         return UpdateResult(loss, grad_norm, metrics, lr, tokens, self._per_tree(trees, collected.logprobs), entropies)
 
+    def gradient_cosine(self, first: list[TokenTree], second: list[TokenTree], loss_fn: engine.LossFn) -> tuple[float, float, float]:
+        """How far the gradients of a loss on two sets of trees point the same way. Changes nothing that a later pass or update reads.
+
+        Holds one more copy of the gradient in float32. FP8 is off: its scaling factors would remember the passes.
+
+        Args:
+            first, second: the same lists on every rank, with the streams that ``loss_fn`` reads.
+            loss_fn: as in :meth:`update`.
+
+        Returns:
+            the cosine, NaN where a gradient is 0; the norm of the first gradient and of the second.
+
+        Raises:
+            ConfigError: the policy is not trainable.
+        """
+        if self.optimizer is None:
+            raise ConfigError("this policy was built with trainable=False")
+        with self._without_fp8():
+            norm = self._gradient(first, loss_fn)
+            kept = optimizer.KeptGradient(self.optimizer)
+            other = self._gradient(second, loss_fn)
+        dot = kept.dot(self.device)
+        return dot / (norm * other) if norm * other > 0 else math.nan, norm, other
+
+    def _gradient(self, trees: list[TokenTree], loss_fn: engine.LossFn) -> float:
+        """Leave the gradient of the loss in the optimizer. Returns its global norm."""
+        self._check_ids(trees)
+        batches, _ = self._local_batches(trees, entropy=False)
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        engine.run_schedule(self.wrapped, batches, loss_fn, forward_only=False)
+        return optimizer.gradient_norm(self.optimizer)
+
     # ----------------------------------------------------------------- export
 
     @torch.no_grad()

@@ -54,6 +54,7 @@ class PromptGroup:
     trace: TraceTokens | None
     trace_advantage: float = 0.0  #: of the trace as one more sample of the group (LUFFY)
     trace_weight: float = 1.0  #: factor of the trace's SFT weights, in [0, 1]
+    control: TraceTokens | None = None  #: what RL is conditioned on in place of h* (``traces.control``); None: on h*
 
 
 @dataclass
@@ -151,6 +152,7 @@ def form_group(
     seed: int,
     step: int,
     trace_weight: float = 1.0,
+    control: TraceTokens | None = None,
 ) -> PromptGroup:
     """Rewards (eq. 24-28), advantages (eq. 29-32) and the gate (eq. 13) of one prompt."""
     method = METHODS[objective.method]
@@ -170,7 +172,7 @@ def form_group(
     )
     gate = trace is None or (method.gated and anchored(seed, step, task.id, objective.anchor_prob))
     own = result.combined[: len(rollouts)]
-    return PromptGroup(task, rollouts, rewards, own, gate, trace, float(result.combined[-1][0]) if joins else 0.0, trace_weight)
+    return PromptGroup(task, rollouts, rewards, own, gate, trace, float(result.combined[-1][0]) if joins else 0.0, trace_weight, control)
 
 
 def trace_rl(objective: ObjectiveConfig) -> bool:
@@ -211,8 +213,10 @@ def grow_tree(
         sft_index = np.flatnonzero(supervised(group.trace))
         conditioned = [k for k in everyone if not skip_zero_advantage or has_advantage(group, k)] if trace_rl(objective) else []
         start = builder.num_scored
-        end, _ = add_trace(builder, group.trace, builder.root, shown=bool(conditioned))
+        end, _ = add_trace(builder, group.trace, builder.root, shown=bool(conditioned) and group.control is None)
         spans[(TRACE, 0)] = (start, builder.num_scored)
+        if conditioned and group.control is not None:
+            end = builder.add(group.control.token_ids, [False] * len(group.control), builder.root)
         if conditioned:
             boundary = builder.add(boundary_ids, [False] * len(boundary_ids), end)
             add_rollouts(boundary, TRACE_CONDITIONED, conditioned)

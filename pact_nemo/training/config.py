@@ -26,6 +26,7 @@ from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.quarantine import POLICIES
 from pact_nemo.rollouts.config import RolloutServerConfig
 from pact_nemo.traces.augment import KINDS
+from pact_nemo.traces.controls import CONTROLS
 from pact_nemo.traces.spans import OVERLONG
 from pact_nemo.training.recipes import Recipe
 from pact_nemo.training.settings_text import load_word, load_yaml
@@ -102,7 +103,9 @@ class TracesConfig:
     teach_switch: bool = True  #: supervise what stands between reasoning and call, as part of the call span; False: the paper's literal rule
     max_missing: float | None = None  #: largest share of training tasks that may have no trace; null = any share but all of ``path``'s
     max_unreferenced: float | None = None  #: largest share of training tasks that may have no reference calls; null = any share
+    max_tasks: int | None = None  #: use the traces of at most so many training tasks; the others are trained on by RL alone
     components: list[str] = field(default_factory=lambda: ["reasoning", "calls", "observations"])  #: what of a trace is used (paper, table 3)
+    control: str | None = None  #: experiment: what RL is conditioned on in place of h*: "other_task" (another task's) or "none"; SFT keeps h*
     max_tokens: int = 4096  #: what becomes of a longer trace says ``overlong``
     overlong: str = "turn"  #: a trace beyond its room, counted: "turn": cut after a whole turn; "segment": after a whole reasoning segment; "drop"
     augment: list[str] = field(default_factory=list)  #: verified variants of each trace: "argument_order", "call_order" (beyond the paper)
@@ -238,6 +241,15 @@ class EvaluationConfig:
 
 
 @dataclass
+class DiagnosticsConfig:
+    """What is measured beside the training, at a cost; nothing of it changes the training."""
+
+    gradient_every: int = 0  #: steps from one comparison of the gradients of two halves of a mini-batch to the next (two updates' time); 0 = none
+    trace_every: int = 0  #: steps, of warm-up and of RL, from one measurement of held-out traces' likelihood to the next; 0 = none
+    trace_tasks: int = 24  #: the first so many held-out tasks that have a trace
+
+
+@dataclass
 class AlarmsConfig:
     """Limits of a step's numbers. Above the first four the run says so and goes on (null: never); above the last it ends."""
 
@@ -264,6 +276,7 @@ class Config:
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
 
@@ -521,9 +534,18 @@ def validate(config: Config) -> None:
     _require(set(config.traces.components) <= {"reasoning", "calls", "observations"}, f"traces.components={config.traces.components}: "
              "only reasoning, calls and observations exist")
     _require(set(config.traces.augment) <= set(KINDS), f"traces.augment={config.traces.augment}: only {', '.join(KINDS)} exist")
+    if config.traces.control is not None:
+        _one_of("traces.control", config.traces.control, CONTROLS)
+        _require(
+            objective.trace_rl and METHODS[objective.method].trace_rl,
+            f"traces.control={config.traces.control} replaces what RL is conditioned on, and objective.method={objective.method} with "
+            f"objective.trace_rl={objective.trace_rl} conditions on nothing; leave it out",
+        )
     for key in ("max_missing", "max_unreferenced"):
         share = getattr(config.traces, key)
         _require(share is None or 0.0 <= share <= 1.0, f"traces.{key}={share}: a share in [0, 1], or null for no limit")
+    most = config.traces.max_tasks
+    _require(most is None or most >= 1, f"traces.max_tasks={most}: must be >= 1, or null for all")
     _require(config.traces.variants >= 1, f"traces.variants={config.traces.variants}: must be >= 1")
     _require(0.0 <= config.traces.quality_smoothing < 1.0, f"traces.quality_smoothing={config.traces.quality_smoothing}: must be in [0, 1)")
     _require(0.0 <= objective.anchor_prob <= 1.0, f"objective.anchor_prob={objective.anchor_prob}: a probability in [0, 1]")
@@ -570,6 +592,10 @@ def validate(config: Config) -> None:
     _require(trainer.keep_rollouts >= 0, f"trainer.keep_rollouts={trainer.keep_rollouts}: steps to keep, or 0 for all")
     _require(0.0 <= config.alarms.failed_share <= 1.0, f"alarms.failed_share={config.alarms.failed_share}: a share in [0, 1]")
     _require(config.rollout.keep_exports >= 1, f"rollout.keep_exports={config.rollout.keep_exports}: must be >= 1")
+    for key in ("gradient_every", "trace_every"):
+        every = getattr(config.diagnostics, key)
+        _require(every >= 0, f"diagnostics.{key}={every}: steps from one measurement to the next, or 0 for none")
+    _require(config.diagnostics.trace_tasks >= 1, f"diagnostics.trace_tasks={config.diagnostics.trace_tasks}: must be >= 1")
     turns = config.evaluation.max_turns_per_user_turn
     _require(turns is None or turns >= 1, f"evaluation.max_turns_per_user_turn={turns}: must be >= 1, or null for the benchmark's own limit")
     _require(tasks.held_out >= 1, f"tasks.held_out={tasks.held_out}: at least one scenario group must be held out")

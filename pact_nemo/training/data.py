@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -25,6 +26,7 @@ from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces.annotate import Style
 from pact_nemo.traces.augment import Kind, replay, variants
 from pact_nemo.traces.bfcl import make_trace
+from pact_nemo.traces.controls import other_trace
 from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.recorded import recorded_trace
 from pact_nemo.traces.schema import Trace, read_traces
@@ -47,6 +49,9 @@ class Dataset:
         trace_tokens: task id -> h* as tokens of this model.
         alternatives: task id -> further traces as tokens, where there are any.
         trace_results: task id -> (score, calls) of the trace when it was replayed; empty unless ``traces.quality``.
+        control: ``traces.control``.
+        rooms: task id -> tokens that its trace may have, training tasks only.
+        held_out_traces: held-out tasks with their traces, for a measurement; empty unless ``diagnostics.trace_every``. Nothing is trained on them.
     """
 
     train: list[Task]
@@ -56,6 +61,13 @@ class Dataset:
     dropped: dict[str, int]
     alternatives: dict[str, list[TraceTokens]] = field(default_factory=dict)
     trace_results: dict[str, tuple[float, int]] = field(default_factory=dict)
+    control: str | None = None
+    rooms: dict[str, int] = field(default_factory=dict)
+    held_out_traces: list[tuple[Task, TraceTokens]] = field(default_factory=list)
+
+    @cached_property
+    def _groups(self) -> dict[str, str]:
+        return {task.id: task.group for task in self.train}
 
     @property
     def without_trace(self) -> int:
@@ -78,6 +90,14 @@ class Dataset:
             return main
         choices = [main, *self.alternatives[task_id]]
         return choices[int(uniform("trace", seed, step, task_id) * len(choices))]
+
+    def control_for(self, task_id: str, seed: int, step: int) -> TraceTokens | None:
+        """What RL is conditioned on in place of the task's own trace; None where it is that trace, or nothing because there is none."""
+        if self.control is None or task_id not in self.trace_tokens:
+            return None
+        if self.control == "none":
+            return TraceTokens()
+        return other_trace(self.trace_tokens, self._groups, task_id, self.rooms[task_id], seed=seed, step=step)
 
 
 def build_environment(config: Config, quarantine: Quarantine | None = None) -> Environment:
@@ -177,13 +197,19 @@ def build_dataset(
     quarantine = quarantine if quarantine is not None else Quarantine(config.run.bad_rows)
     train, held_out, dropped = load_tasks(config, environment, chat, quarantine)
     dropped |= {"trace_missing": 0, "trace_cut": 0, "trace_too_long": 0, "trace_rejected": 0, "trace_unreadable": 0}
+    measured = held_out[: config.diagnostics.trace_tasks] if config.diagnostics.trace_every else []
     if config.traces.path is not None:
-        sources, rejected = _read_traces(config.traces.path, train, quarantine)
+        sources, rejected = _read_traces(config.traces.path, train, quarantine, measured)
         dropped["trace_rejected"] = rejected.total()
         dropped |= {f"trace_rejected_{reason}": count for reason, count in sorted(rejected.items())}
     else:
-        sources = on_rank_zero(lambda: _make_traces(config, environment, train))
+        sources = on_rank_zero(lambda: _make_traces(config, environment, [*train, *measured]))
+    unseen = {task.id: sources.pop(task.id)[0] for task in measured if task.id in sources}
     dropped["trace_missing"] = len(train) - len(sources)
+    if config.traces.max_tasks is not None:  # both sides of the split are in an order that split_seed drew
+        chosen = [task.id for task in train if task.id in sources][: config.traces.max_tasks]
+        dropped["trace_not_asked_for"] = len(sources) - len(chosen)
+        sources = {task_id: sources[task_id] for task_id in chosen}
     results: dict[str, tuple[float, int]] = {}
     if config.traces.quality:
         sound = on_rank_zero(lambda: _replay_all(config, environment, train, sources))
@@ -196,7 +222,7 @@ def build_dataset(
     traces = {task_id: found[0] for task_id, found in sources.items()}
     train = [_with_reference_calls(task, traces.get(task.id)) for task in train]
 
-    rooms = {task.id: _room(config, chat, task) for task in train}
+    rooms = {task.id: _room(config, chat, task) for task in [*train, *measured]}
 
     def tokens_of(trace: Trace) -> TraceTokens | None:
         label = CALL if config.traces.teach_end_of_turn else OTHER
@@ -227,7 +253,13 @@ def build_dataset(
     extra = sum(map(len, alternatives.values()))
     more = f" and {extra} alternatives" if extra else ""
     note(f"{len(train)} training tasks with {len(traces)} verified traces{more}, {len(held_out)} held-out tasks; left out: {dropped}")
-    dataset = Dataset(train, held_out, traces, trace_tokens, dropped, alternatives, results)
+    dataset = Dataset(train, held_out, traces, trace_tokens, dropped, alternatives, results, config.traces.control, rooms)
+    if measured:
+        encoded_unseen = [(task, tokens_of(unseen[task.id])) for task in measured if task.id in unseen]
+        dataset.held_out_traces = [(task, tokens) for task, tokens in encoded_unseen if tokens]
+        note(f"{len(dataset.held_out_traces)} of {len(measured)} held-out tasks have a trace; its likelihood is measured")
+    for task_id in trace_tokens:  # each of them has one, whatever the step
+        dataset.control_for(task_id, config.run.seed, 0)
     _check_shares(config, dataset, note)
     return dataset
 
@@ -246,7 +278,7 @@ def _check_shares(config: Config, dataset: Dataset, note: Callable[[str], None])
             "traces.path out"
         )
     for count, what, key in (
-        (dataset.without_trace, "trace", "max_missing"),
+        (dataset.without_trace - dataset.dropped.get("trace_not_asked_for", 0), "trace", "max_missing"),
         (dataset.without_reference_calls, "reference calls", "max_unreferenced"),
     ):
         share, limit = count / total, getattr(config.traces, key)
@@ -341,9 +373,13 @@ def check_server_length(config: Config) -> None:
         )
 
 
-def _read_traces(path: str, train: list[Task], quarantine: Quarantine) -> tuple[dict[str, list[Trace]], Counter[str]]:
-    """Traces of the training tasks, and how many of theirs must not be used, by reason (:func:`~pact_nemo.traces.filters.why_not`)."""
-    tasks = {task.id: task for task in train}
+def _read_traces(
+    path: str, train: list[Task], quarantine: Quarantine, measured: list[Task]
+) -> tuple[dict[str, list[Trace]], Counter[str]]:
+    """Traces of the training tasks and of the held-out tasks that are ``measured``, and how many of the training tasks' must not be used, by
+    reason (:func:`~pact_nemo.traces.filters.why_not`)."""
+    tasks = {task.id: task for task in [*train, *measured]}
+    held_out = {task.id for task in measured}
     found: dict[str, list[Trace]] = {}
     rejected: Counter[str] = Counter()
     for trace in read_traces(Path(path), quarantine):
@@ -351,7 +387,7 @@ def _read_traces(path: str, train: list[Task], quarantine: Quarantine) -> tuple[
             reason = why_not(trace, tasks[trace.task_id])
             if reason is None:
                 found.setdefault(trace.task_id, []).append(trace)
-            else:
+            elif trace.task_id not in held_out:
                 log.warning("a trace of %s is not used: %s", trace.task_id, reason)
                 rejected[reason] += 1
     return found, rejected

@@ -107,7 +107,7 @@ class Experiment:
         self.source, self.stop = source, stop
         self.schedule = trace_schedule(config)
         self.quality = TraceQuality(config.traces.quality_smoothing) if config.traces.quality else None
-        self.boundary_ids = chat.boundary_ids()
+        self.boundary_ids = chat.boundary_ids() if config.traces.control != "none" else chat.boundary_after_nothing_ids()
         self.step = 0
         self.warmup_step = 0
         self.version = 0

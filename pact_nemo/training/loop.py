@@ -18,7 +18,7 @@ from pact_nemo.policy.policy import UpdateResult
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.store import read_rollouts
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.training import alarms, diagnostics, numerics
+from pact_nemo.training import alarms, diagnostics, gradient_signal, held_out_traces, numerics
 from pact_nemo.training.ahead import Batch
 from pact_nemo.training.batch import (
     PROMPT_ONLY,
@@ -87,6 +87,9 @@ def train(experiment: Experiment) -> None:
             observe_traces(experiment.quality, groups, experiment.dataset.trace_results)
             record["trace/weight"] = sum(group.trace_weight for group in groups) / len(groups)
         experiment.step += 1
+        if held_out_traces.due(config.diagnostics.trace_every, experiment.step, experiment.total_steps):
+            with watch("diagnostics"):
+                record |= held_out_traces.measure(experiment)
         lost: ServerLost | None = None
         try:
             with watch("rollout"):  # what is left of the next step's; servers change weights between batches, never within one
@@ -148,6 +151,7 @@ def collect(experiment: Experiment) -> list[PromptGroup]:
             seed=config.run.seed,
             step=experiment.step,
             trace_weight=experiment.quality.weight(task.id) if experiment.quality is not None else 1.0,
+            control=experiment.dataset.control_for(task.id, config.run.seed, experiment.step),
         )
         for i, task in enumerate(tasks)
     ]
@@ -221,34 +225,45 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
             old[0] = under_prompt(parts[0][0], policy.logprobs)
         reference = under_prompt(prompts, policy.reference_logprobs) if objective.kl_coef > 0 else None
 
-    loss_fn = loss_of(objective)
+    starts = [sum(len(members) for members, _ in parts[:number]) for number in range(len(parts))]
+
+    def fill(number: int) -> list[PromptTree]:
+        """The prompts of an update with their streams."""
+        members, num_prompts = parts[number]
+        part = slice(starts[number], starts[number] + len(members))
+        try:
+            fill_streams(
+                members,
+                objective,
+                experiment.schedule,
+                experiment.step,
+                old=old[number],
+                reference=reference[part] if reference is not None else None,
+                importance_cap=config.rollout.importance_cap if correct_sampler else None,
+                num_prompts=num_prompts,
+            )
+        except FloatingPointError as error:  # the same on every rank: what was scored is
+            raise refused(experiment, NumericsError(str(error), names=["importance"], logprobs=old[number]), members, number) from error
+        if number < on_policy:
+            for prompt in members:
+                prompt.tree.streams.pop("old_logprobs", None)
+        return members
+
+    loss_fn, every = loss_of(objective), config.diagnostics.gradient_every
     results: list[UpdateResult] = []
+    signal: dict[str, float | None] = {}
+    if parts and every and experiment.step % every == 0:
+        with watch("diagnostics"):
+            signal = gradient_signal.measure(policy, fill(0), loss_fn, seed=config.run.seed, step=experiment.step)
     with watch("update"):
-        start = 0
-        for number, (members, num_prompts) in enumerate(parts):
-            part = slice(start, start + len(members))
-            start += len(members)
+        for number in range(len(parts)):
+            members = fill(number)
             try:
-                fill_streams(
-                    members,
-                    objective,
-                    experiment.schedule,
-                    experiment.step,
-                    old=old[number],
-                    reference=reference[part] if reference is not None else None,
-                    importance_cap=config.rollout.importance_cap if correct_sampler else None,
-                    num_prompts=num_prompts,
-                )
-                if number < on_policy:
-                    for prompt in members:
-                        prompt.tree.streams.pop("old_logprobs", None)
                 results.append(policy.update([p.tree for p in members], loss_fn, entropy=True))
-            except FloatingPointError as error:  # the same on every rank: what was scored is
-                raise refused(experiment, NumericsError(str(error), names=["importance"], logprobs=old[number]), members, number) from error
             except NumericsError as error:
                 raise refused(experiment, error, members, number) from error
     before = [values for scored in [*(r.logprobs for r in results[:on_policy]), *old[on_policy:]] for values in scored or ()]
-    return diagnostics.step_record(experiment, groups, prompts, before, results)
+    return diagnostics.step_record(experiment, groups, prompts, before, results) | signal
 
 
 def refused(experiment: Experiment, error: NumericsError, members: list[PromptTree], number: int) -> NumericsError:

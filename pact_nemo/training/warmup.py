@@ -22,6 +22,7 @@ from pact_nemo.objective.surrogate import Clip
 from pact_nemo.objective.weights import sft_weights
 from pact_nemo.policy.trees import TokenTree, TreeBuilder
 from pact_nemo.traces.spans import CALL, REASONING, TraceTokens
+from pact_nemo.training import held_out_traces
 from pact_nemo.training.batch import add_trace, supervised
 from pact_nemo.training.data import prompts_of_step
 from pact_nemo.training.diagnostics import loss_record
@@ -78,6 +79,8 @@ def warm_up(experiment: Experiment, evaluate: Callable[[Experiment, str], object
             start = time.perf_counter()
             record = sft_step(experiment, prompts_of_step(tasks, experiment.warmup_step, stage.batch_size, f"warmup:{experiment.config.run.seed}"))
             experiment.warmup_step += 1
+            if held_out_traces.due(experiment.config.diagnostics.trace_every, experiment.warmup_step, stage.steps):
+                record |= held_out_traces.measure(experiment)
             experiment.log_step("warmup", record | {"time/total": time.perf_counter() - start})
             phase.advance()
     for part, run in (("refit", experiment.refit), ("KL reference", experiment.freeze_reference), ("checkpoint", experiment.checkpoint)):

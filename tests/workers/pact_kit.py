@@ -12,7 +12,7 @@ from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.traces.spans import CALL, OBSERVATION, OTHER, REASONING, TraceTokens
-from pact_nemo.training.batch import PromptGroup, contexts_needed, fill_streams, form_group, grow_tree, loss_of, set_temperature
+from pact_nemo.training.batch import PromptGroup, PromptTree, contexts_needed, fill_streams, form_group, grow_tree, loss_of, set_temperature
 from pact_nemo.training.config import ObjectiveConfig
 from tests.workers.policy_kit import VOCAB
 
@@ -47,6 +47,11 @@ def _rollout(draw: random.Random, task: Task, prompt: list[int], k: int) -> Roll
 
 
 def make_pact_trees(count: int, *, seed: int = 3, objective: ObjectiveConfig = OBJECTIVE, temperature: float = 0.8) -> list[TokenTree]:
+    """The trees of :func:`make_pact_prompts`."""
+    return [prompt.tree for prompt in make_pact_prompts(count, seed=seed, objective=objective, temperature=temperature)]
+
+
+def make_pact_prompts(count: int, *, seed: int = 3, objective: ObjectiveConfig = OBJECTIVE, temperature: float = 0.8) -> list[PromptTree]:
     """``count`` prompts, some anchored, some without a trace; old log-probs, reference and sampler differ from the policy's."""
     draw = random.Random(seed)
     groups: list[PromptGroup] = []
@@ -63,4 +68,4 @@ def make_pact_trees(count: int, *, seed: int = 3, objective: ObjectiveConfig = O
 
     fill_streams(prompts, objective, TraceSchedule(clock=StepClock(5)), 1, old=drawn(), reference=drawn(), importance_cap=2.0)
     set_temperature(prompts, objective, temperature)
-    return [prompt.tree for prompt in prompts]
+    return prompts

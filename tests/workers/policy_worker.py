@@ -54,6 +54,8 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
         result = policy.update(batch, pact_terms, entropy=True)
         rows = {name: [row.tolist() for row in getattr(result, name)] for name in ("logprobs", "entropies")}
         return {**vars(result), **rows}
+    if verb == "gradient_cosine":
+        return policy.gradient_cosine(trees[::2], trees[1::2], loss_fn)
     if verb == "broken_update":
         top = max(float(tree.streams["weight"].max()) for tree in trees)
         for tree in trees:

@@ -38,6 +38,12 @@ def _noisy(records: Records, *keys: tuple[str, str]) -> list[Series]:
     return series
 
 
+def _measured(records: Records, *keys: tuple[str, str]) -> tuple[list[int], list[Series]]:
+    """Steps in which one of the keys was measured, and the curves over these."""
+    some = [record for record in records if any(record.get(key) is not None for key, _ in keys)]
+    return [record["step"] for record in some], _plain(some, *keys)
+
+
 def _times(records: Records) -> list[Series]:
     measured = {phase: column(records, f"time/{phase}") for phase in PHASES}
     # a phase that a run never enters still costs some microseconds
@@ -64,6 +70,11 @@ def warmup_curves(run: Run) -> list[Chart]:
             steps,
             _plain(records, ("loss/total", "total"), ("loss/sft_reasoning", "reasoning"), ("loss/sft_call", "calls")),
             bounds=(0.0, None),
+        ),
+        make_chart(
+            "Held-out trace log-likelihood",
+            "log π(h*|x) of traces that are never trained on, nats per token",
+            *_measured(records, ("held_out/trace_reasoning", "reasoning"), ("held_out/trace_call", "calls")),
         ),
         make_chart("Gradient norm", "before clipping", steps, _plain(records, ("policy/grad_norm", "norm")), bounds=(0.0, None)),
     ]
@@ -112,6 +123,18 @@ def rl_curves(run: Run) -> list[Chart]:
             "Trace log-likelihood",
             "log π(h*|x), nats per token",
             _plain(records, ("latent/trace_reasoning", "reasoning"), ("latent/trace_call", "calls")),
+        ),
+        make_chart(
+            "Held-out trace log-likelihood",
+            "log π(h*|x) of traces that are never trained on, nats per token",
+            *_measured(records, ("held_out/trace_reasoning", "reasoning"), ("held_out/trace_call", "calls")),
+        ),
+        make_chart(
+            "Signal in the gradient",
+            "share of a mini-batch's squared gradient norm that its two halves agree on, by term",
+            *_measured(records, ("signal/rl_share", "RL"), ("signal/sft_share", "trace SFT")),
+            bounds=(0.0, 1.0),
+            percent=True,
         ),
         chart(
             "Call weight λₐ and anchoring",

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from pact_nemo.files import write_text_atomic
 from pact_nemo.training.progress import duration
+from pact_nemo.training.report.advice import advice
 from pact_nemo.training.report.charts import HEIGHT, LEFT, RIGHT, TOP, WIDTH, reading
 from pact_nemo.training.report.comparison import compare, total_seconds
 from pact_nemo.training.report.curves import rl_curves, warmup_curves
@@ -164,6 +165,7 @@ def render(run: Run, others: Sequence[Run] = ()) -> str:
         table=score_table(run, scored),
         changed=changed,
         facts=facts(run),
+        advice=advice(run),
         time_shares=time_shares(run),
         warmup=warmup_curves(run),
         curves=rl_curves(run),

@@ -1,0 +1,64 @@
+"""Is the batch large enough? The gradients of two halves of a mini-batch, term by term: what they have in common is signal, the rest is noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from pact_nemo.objective.gate import uniform
+from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
+from pact_nemo.objective.loss import STREAMS, LossFn
+from pact_nemo.policy.trees import TokenTree
+from pact_nemo.training.batch import PromptTree
+
+if TYPE_CHECKING:
+    from pact_nemo.policy.policy import MegatronPolicy
+
+#: term -> the weight streams that make it up
+TERMS = {"rl": ("w_rl_x", "w_rl_h"), "sft": ("w_sft_reasoning", "w_sft_call", "w_sft_phi", "w_off")}
+
+
+def halves(prompts: list[PromptTree], *, seed: int, step: int) -> tuple[list[PromptTree], list[PromptTree]]:
+    """Two halves with as many anchored prompts each, drawn by (seed, step, prompt)."""
+    order = sorted(prompts, key=lambda prompt: (prompt.group.anchored, uniform("half", seed, step, prompt.group.task.id)))
+    return order[::2], order[1::2]
+
+
+def term_of(prompts: list[PromptTree], names: tuple[str, ...]) -> list[TokenTree]:
+    """The trees of the prompts in which the term has weight, with the weights of every other term 0."""
+    kept = []
+    for prompt in prompts:
+        streams = prompt.tree.streams
+        if any(name in streams and bool(streams[name].any()) for name in names):
+            own = {name: value for name, value in streams.items() if name in names or not name.startswith("w_")}
+            others = {name: torch.zeros_like(streams[name]) for name in STREAMS if name.startswith("w_") and name not in names}
+            kept.append(replace(prompt.tree, streams={**own, **others}))
+    return kept
+
+
+def measure(policy: MegatronPolicy, prompts: list[PromptTree], loss_fn: LossFn, *, seed: int, step: int) -> dict[str, float | None]:
+    """Of a mini-batch whose streams are filled. Collective.
+
+    Returns:
+        per term ``signal/<term>_cosine`` between the halves' gradients, ``_share`` (:func:`signal_share`), ``_prompts``
+        (:func:`prompts_for_half`; None: infinite) and ``_norm``, the L2 norm of the term's gradient over the mini-batch. A term is left out where
+        a half has no weight or no gradient in it.
+    """
+    record: dict[str, float | None] = {}
+    first, second = halves(prompts, seed=seed, step=step)
+    for term, names in TERMS.items():
+        one, other = term_of(first, names), term_of(second, names)
+        if not one or not other:
+            continue
+        cosine, norm, other_norm = policy.gradient_cosine(one, other, loss_fn)
+        if not math.isfinite(cosine):
+            continue
+        needed = prompts_for_half(cosine, len(prompts))
+        record[f"signal/{term}_cosine"] = cosine
+        record[f"signal/{term}_share"] = signal_share(cosine)
+        record[f"signal/{term}_prompts"] = needed if math.isfinite(needed) else None
+        record[f"signal/{term}_norm"] = math.sqrt(max(norm**2 + other_norm**2 + 2 * cosine * norm * other_norm, 0.0))
+    return record

@@ -1,0 +1,57 @@
+"""How much of a mini-batch's gradient is signal: against drawn gradients whose true share is known, and against the terms' own gradients."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
+from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.training.gradient_signal import TERMS, halves, measure, term_of
+from tests.workers.pact_kit import make_pact_prompts, pact_terms
+from tests.workers.policy_kit import make_model
+
+
+def test_the_share_and_the_prompts_are_those_that_the_gradients_were_drawn_with() -> None:
+    draw = np.random.default_rng(1)
+    prompts, dimension, noise = 16, 200_000, 3.0
+    truth = draw.normal(size=dimension) / math.sqrt(dimension)  # |g|^2 = 1
+    each = truth + noise / math.sqrt(dimension) * draw.normal(size=(prompts, dimension))  # s^2 = 9
+    one, other = each[::2].mean(0), each[1::2].mean(0)
+    cosine = float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+    assert signal_share(cosine) == pytest.approx(1 / (1 + noise**2 / prompts), rel=0.02)
+    assert prompts_for_half(cosine, prompts) == pytest.approx(noise**2, rel=0.02)
+    assert (signal_share(-0.1), prompts_for_half(-0.1, 16)) == (0.0, math.inf)
+
+
+def test_halves_have_every_prompt_once_and_as_many_anchored_ones() -> None:
+    prompts = make_pact_prompts(14)
+    first, second = halves(prompts, seed=1, step=2)
+    assert sorted(id(p) for p in [*first, *second]) == sorted(id(p) for p in prompts)
+    counts = [sum(p.group.anchored for p in half) for half in (first, second)]
+    assert abs(counts[0] - counts[1]) <= 1 and min(counts) >= 1
+    assert halves(prompts, seed=1, step=3)[0] != first
+
+
+def test_a_term_is_measured_as_if_it_were_alone(tmp_path: Path) -> None:
+    prompts = make_pact_prompts(8)
+    policy = MegatronPolicy(PolicyConfig(precision="fp32"), OptimizerConfig(lr=1e-3), make_model(tmp_path / "m", "llama"), seed=1, total_steps=2)
+    record = measure(policy, prompts, pact_terms, seed=1, step=2)
+    first, second = halves(prompts, seed=1, step=2)
+    for term, names in TERMS.items():
+        # the loss of the term alone, written down from the streams that have weight in it
+        def alone(logprobs: torch.Tensor, streams: dict[str, torch.Tensor], names: tuple[str, ...] = names) -> tuple[torch.Tensor, dict]:  # type: ignore[type-arg]
+            zero = {name: torch.zeros_like(value) for name, value in streams.items() if name.startswith("w_") and name not in names}
+            return pact_terms(logprobs, {**streams, **zero, "entropy": torch.zeros_like(logprobs)})
+
+        cosine, norm, other = policy.gradient_cosine([p.tree for p in first], [p.tree for p in second], alone)
+        assert record[f"signal/{term}_cosine"] == pytest.approx(cosine, abs=1e-5)
+        assert record[f"signal/{term}_norm"] == pytest.approx(math.sqrt(norm**2 + other**2 + 2 * cosine * norm * other), rel=1e-4)
+    assert term_of([p for p in prompts if p.group.anchored], TERMS["sft"]) == []
+    anchored = [p for p in prompts if p.group.anchored]
+    assert not any(key.startswith("signal/sft") for key in measure(policy, anchored, pact_terms, seed=1, step=2))

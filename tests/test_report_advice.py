@@ -1,0 +1,81 @@
+"""What the report says in words: each rule on numbers that are on one side of its limit and on the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pact_nemo.training.report.advice import advice
+from pact_nemo.training.report.data import Run
+from pact_nemo.training.report.page import render
+
+CONFIG: dict[str, Any] = {"trainer": {"batch_size": 10, "mini_batch_size": 10}, "objective": {"group_size": 4}}
+STEP: dict[str, Any] = {
+    "stage": "rl", "rollout/count": 40, "groups/zero_advantage": 2, "reward/success": 0.5, "rollout/truncated_turn_tokens": 0,
+    "rollout/truncated_turns": 0, "rollout/truncated_response_tokens": 0,
+}  # fmt: skip
+
+
+def run_of(*changes: dict[str, Any], steps: int = 8, warmup: list[dict[str, Any]] | None = None) -> Run:
+    """A run whose i-th step has the i-th changes, the last ones from there on."""
+    records = [STEP | {"step": i + 1} | (changes[min(i, len(changes) - 1)] if changes else {}) for i in range(steps)]
+    return Run(Path("runs/r"), {}, CONFIG, "", warmup or [], records)
+
+
+def keys(run: Run) -> list[str]:
+    return [found.key for found in advice(run)]
+
+
+def test_a_healthy_run_is_told_nothing_and_one_without_steps_neither() -> None:
+    assert advice(run_of()) == [] == advice(run_of(steps=0))
+
+
+@pytest.mark.parametrize(
+    ("success", "says"), [(0.0, "start from a better one"), (0.5, "objective.group_size"), (0.95, "The tasks are solved")]
+)
+def test_groups_without_an_advantage(success: float, says: str) -> None:
+    found = advice(run_of({"groups/zero_advantage": 6, "reward/success": success}))
+    assert [a.key for a in found] == ["same_scores"] and says in found[0].change and found[0].finding.startswith("60% of the groups")
+    assert keys(run_of({"groups/zero_advantage": 5, "reward/success": success})) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [("turn_tokens", "max_turn_tokens"), ("turns", "warmup.closing"), ("response_tokens", "max_response_tokens")],
+)
+def test_rollouts_that_were_cut(limit: str, says: str) -> None:
+    found = advice(run_of({f"rollout/truncated_{limit}": 11}))
+    assert [a.key for a in found] == ["cut_rollouts"] and says in found[0].change and "28%" in found[0].finding
+    assert keys(run_of({f"rollout/truncated_{limit}": 10})) == []
+
+
+def test_a_batch_that_is_mostly_noise_is_told_with_the_prompts_that_it_would_need() -> None:
+    found = advice(run_of({"signal/rl_cosine": 0.05, "signal/sft_cosine": 0.6}))
+    assert [a.key for a in found] == ["rl_noise"]
+    assert "10% of the RL gradient is signal at 10 prompts" in found[0].finding and "about 95 prompts" in found[0].finding  # 5 * 0.95 / 0.05
+    assert "no number of prompts" in advice(run_of({"signal/sft_cosine": -0.1}))[0].finding
+    assert keys(run_of({"signal/rl_cosine": 0.2}, {"signal/rl_cosine": 0.1}, {"signal/rl_cosine": None})) == []  # mean 0.15: 26 %
+
+
+def test_imitation_that_is_saturated_or_forgotten() -> None:
+    def with_traces(values: list[float]) -> Run:
+        warmup = [{"step": i + 1, "stage": "warmup", "held_out/trace_call": value} for i, value in enumerate(values[:-1])]
+        return run_of({}, {}, {"held_out/trace_call": values[-1]}, {}, steps=4, warmup=warmup)
+
+    assert keys(with_traces([-1.0, -0.5, -0.2])) == []
+    assert "saturated" in advice(with_traces([-1.0, -0.2, -0.2, -0.199]))[0].change
+    assert "forgets or overfits" in advice(with_traces([-1.0, -0.2, -0.25]))[0].change
+    assert keys(with_traces([-0.2, -0.3])) == []  # two measurements show no trend
+
+
+def test_a_privilege_gap_that_grows() -> None:
+    gaps = [{"latent/gap_success": value} for value in (0.1, 0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.5)]
+    assert keys(run_of(*gaps)) == ["reliance"] and keys(run_of(*reversed(gaps))) == []
+
+
+def test_the_page_shows_it() -> None:
+    page = render(run_of({"groups/zero_advantage": 6}))
+    assert "What the numbers say" in page and "60% of the groups had no advantage" in page
+    assert "What the numbers say" not in render(run_of())
