@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -52,6 +53,24 @@ def check_writable(folder: str | os.PathLike[str], key: str) -> None:
     """Raises ConfigError where no files can be made in the folder that the setting ``key`` names. Makes nothing."""
     if not writable(folder):
         raise ConfigError(f"{key}={folder}: no files can be made there; give a folder on a disk that this user may write to")
+
+
+def _existing(folder: str | os.PathLike[str]) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    place = Path(os.path.abspath(folder))
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
+
+
+def disk_of(folder: str | os.PathLike[str]) -> int:
+    """The device that a folder is on, or would be made on."""
+    return os.stat(_existing(folder)).st_dev
+
+
+def free_bytes(folder: str | os.PathLike[str]) -> int:
+    """What this user may still write to the disk of a folder."""
+    return shutil.disk_usage(_existing(folder)).free
 
 
 def prepare() -> None:

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from pact_nemo import machine
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.training import cli, setup
 from pact_nemo.training.config import Config, load_config
 from pact_nemo.training.data import check_batches
-from pact_nemo.training.preflight import check_served_folder, check_token_ids, preflight
+from pact_nemo.training.preflight import check_room, check_served_folder, check_token_ids, preflight
 from tests.fixtures.chat_models import tokenizer
 from tests.workers.policy_kit import VOCAB, make_model
+
+PRESET = Path(__file__).resolve().parents[1] / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml"
 
 Dry = Callable[..., tuple[int, str, str]]
 ROWS = 49_152  # of the fixture's tokenizer, which has as many tokens
@@ -240,6 +243,25 @@ def test_a_folder_that_cannot_be_written_is_refused_by_its_setting(key: str, dry
     (tmp_path / "file").write_text("")
     code, out, err = dry(f"{key}={tmp_path / 'file' / 'below'}")
     assert code == 2 and f"{key}={tmp_path}" in err and not out
+
+
+def test_a_disk_without_room_for_the_run_is_refused_with_what_it_takes(dry: Dry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = 134_515_008  # of the preset's model; float32: exports and 16 bytes a parameter in a checkpoint, two more copies of the weights
+    needed = parameters * (3 * 4 + 2 * 16 + 2 * 4)
+    monkeypatch.setattr(machine, "free_bytes", lambda folder: needed - 1)
+    code, out, err = dry(f"run.root={tmp_path}")
+    assert code == 2 and not out and f"run.root={tmp_path}" in err and f"take {needed / 2**30:.1f} GiB there" in err
+    assert check_room(load_config(PRESET, ["trainer.keep_checkpoints=1", "rollout.export_dtype=bfloat16"])) is None
+    monkeypatch.setattr(machine, "free_bytes", lambda folder: needed)
+    check_room(load_config(PRESET))
+    # exports on a disk of their own: each disk for itself
+    monkeypatch.setattr(machine, "disk_of", lambda folder: len(str(folder)))
+    monkeypatch.setattr(machine, "free_bytes", lambda folder: needed if str(folder) == "runs" else 3 * 4 * parameters - 1)
+    with pytest.raises(ConfigError, match=r"rollout.exports_dir=/fast: .* 1.5 GiB there"):
+        check_room(load_config(PRESET, ["rollout.exports_dir=/fast"]))
+    with pytest.raises(ConfigError, match=r"run.root=runs"):
+        monkeypatch.setattr(machine, "free_bytes", lambda folder: parameters)
+        check_room(load_config(PRESET, ["rollout.exports_dir=/fast"]))
 
 
 def test_a_folder_that_is_only_served_is_checked_too(folder: Path) -> None:

@@ -69,8 +69,10 @@ def _main(run: Callable[[Config, str | None], None], preset: str | None, full: s
         check_places(config)
         if arguments.dry_run:
             from pact_nemo.training.plan import describe_plan
-            from pact_nemo.training.preflight import look_at_data, preflight
+            from pact_nemo.training.preflight import check_room, look_at_data, preflight
 
+            if config.model.recipe is None:  # a recipe is explained on machines that it is not for
+                check_room(config)
             config, notes = look_at_data(config, preflight(config))
             print(to_yaml(config))
             print("\n".join([describe_plan(config), "data", *(f"  {note}" for note in notes)]))

@@ -7,10 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pact_nemo import strict_json
+from pact_nemo import machine, strict_json
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import FOLDER_NAME, convert_gguf, find_embedded_gguf
 from pact_nemo.errors import ConfigError
+from pact_nemo.planning import disk
 from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
@@ -75,6 +76,32 @@ def check_layout(config: Config, world: int | None) -> None:
         raise ConfigError(f"{where}: {'; '.join(found)}; change these settings of the layout, or take another model")
     if world is not None:
         policy.validate(cuda=devices.use_cuda(), world_size=world)
+
+
+def check_room(config: Config) -> None:
+    """Refuse a run whose weights and checkpoints have no room on their disks. Not for a resumed run, whose disk holds most of them already.
+
+    Raises:
+        ConfigError: names the setting of the folder, what is needed and what is free.
+    """
+    parameters, rollout = model_shape(config).parameters, config.rollout
+    precision = config.policy.resolved_precision(cuda=devices.use_cuda())
+    reference = config.warmup.steps > 0 and config.objective.kl_coef > 0
+    own = disk.checkpoint_bytes(parameters, precision, config.trainer.keep_checkpoints)
+    own += disk.final_bytes(parameters, precision, reference=reference)
+    exports = disk.export_bytes(parameters, rollout.export_dtype, rollout.keep_exports) if config.trainer.replay is None else 0.0
+    needs = {"run.root": (config.run.root, own), "rollout.exports_dir": (rollout.exports_dir or config.run.root, exports)}
+    by_disk: dict[int, list[str]] = {}
+    for key, (folder, _) in needs.items():
+        by_disk.setdefault(machine.disk_of(folder), []).append(key)
+    for keys in by_disk.values():
+        needed, free = sum(needs[key][1] for key in keys), machine.free_bytes(needs[keys[0]][0])
+        if needed > free:
+            where, gib = needs[keys[0]][0], 2**30
+            raise ConfigError(
+                f"{keys[0]}={where}: the run's weights and checkpoints take {needed / gib:.1f} GiB there, {free / gib:.1f} GiB are free; make "
+                "room, lower trainer.keep_checkpoints or rollout.keep_exports, or set run.root or rollout.exports_dir to another disk"
+            )
 
 
 def _server_problems(shape: ModelShape, ranks: int) -> list[str]:

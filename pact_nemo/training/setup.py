@@ -25,7 +25,7 @@ from pact_nemo.training.generation import Generator
 from pact_nemo.training.interrupt import stop_request
 from pact_nemo.training.metrics import MetricsLog
 from pact_nemo.training.plan import brief, run_plan
-from pact_nemo.training.preflight import chat_format, preflight
+from pact_nemo.training.preflight import chat_format, check_room, preflight
 from pact_nemo.training.progress import RunProgress
 from pact_nemo.training.workspace import Workspace
 
@@ -50,6 +50,8 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
         progress.message(f"run folder {folder}")
         with progress.phase("set-up"):
             on_rank_zero(space.check_exports)
+            if resume is None:
+                on_rank_zero(lambda: check_room(config))
             checked: list[ChatFormat | None] = []
             on_rank_zero(lambda: checked.append(preflight(config, dist.get_world_size())))
             source = model_path(config)
