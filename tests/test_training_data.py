@@ -11,13 +11,14 @@ import pytest
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import tool_format
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG, materialise_embedded_model
+from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.quarantine import Quarantine
 from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.schema import ReasoningSegment, Trace, write_traces
 from pact_nemo.traces.spans import OTHER
 from pact_nemo.training.config import Config, load_config
-from pact_nemo.training.data import Dataset, build_dataset, build_environment, check_server_length, prompts_of_step
+from pact_nemo.training.data import Dataset, build_dataset, build_environment, check_server_length, load_tasks, prompts_of_step
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -188,3 +189,14 @@ def test_held_out_traces_are_measured_and_never_among_those_that_are_trained_on(
 def _written(folder: Path, traces: list[Trace]) -> str:
     write_traces(folder / "traces.jsonl", traces)
     return str(folder / "traces.jsonl")
+
+
+def test_a_request_that_is_held_out_is_not_trained_on_in_another_scenario(data: tuple[Config, Dataset, ChatFormat]) -> None:
+    _, _, chat = data
+    config = load_config(REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml")
+    environment = build_environment(config)
+    train, held_out = split(environment.tasks(), held_out=config.tasks.held_out, seed=config.tasks.split_seed)
+    twice = {str(task.user_turns) for task in train} & {str(task.user_turns) for task in held_out}
+    assert len(twice) == 1, "BFCL has such a request"
+    train, held_out, dropped = load_tasks(config, environment, chat, Quarantine("strict"))
+    assert dropped["held_out_too"] == 1 and not twice & {str(task.user_turns) for task in train}

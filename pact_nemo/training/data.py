@@ -157,16 +157,17 @@ def load_tasks(config: Config, environment: Environment, chat: ChatFormat, quara
 
     if config.tasks.eval_path is not None and isinstance(environment, FTRLEnvironment | ToolHopEnvironment):
         held_out = short_enough(replace(environment, path=config.tasks.eval_path).tasks())
-        asked = {str(task.user_turns) for task in held_out}
-        everything = short_enough(environment.tasks())
-        train = [task for task in everything if str(task.user_turns) not in asked]
-        dropped["held_out_too"] = len(everything) - len(train)
+        train = short_enough(environment.tasks())
     else:
         usable = short_enough(environment.tasks())
         try:
             train, held_out = split(usable, held_out=config.tasks.held_out, seed=config.tasks.split_seed)
         except ConfigError as error:
             raise ConfigError(f"{error}{_quarantined(quarantine)}") from error
+    asked = {str(task.user_turns) for task in held_out}
+    unseen = [task for task in train if str(task.user_turns) not in asked]
+    if len(unseen) < len(train):  # the same request in another row, or in another scenario
+        dropped["held_out_too"], train = len(train) - len(unseen), unseen
     if config.objective.outcome == "answer_f1":
         train = [task for task in train if quarantine.guard(lambda: _answerable(config, task), _rows_of(task)) is not None]  # noqa: B023
     train, held_out = limited(config, train, held_out)
