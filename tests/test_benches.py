@@ -80,6 +80,7 @@ def test_without_trl_the_error_says_how_to_get_it(tmp_path: Path) -> None:
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_packing_runs_on_synthetic_prompts_and_ends_with_one_object(tmp_path: Path) -> None:
     words = ["--rounds", "1", "--prompts", "2", "--random", "2", "64", "--lengths", "24", "16", "16", "--data-parallel", "1", "4"]
     settings = ["policy.micro_batch_tokens=256", f"run.cache_dir={tmp_path}"]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,8 +16,8 @@ from pact_nemo.planning.timing import ServerPlan, forward_operations, model_oper
 from pact_nemo.planning.workload import Lengths, Row, StepWork, causal_pairs
 from pact_nemo.policy.config import PolicyConfig
 from pact_nemo.training.recipes import RECIPES, recipe
+from tools import plan as plan_tool
 
-REPO = Path(__file__).resolve().parents[1]
 H100 = gpu("H100")
 LLAMA_70B = ModelShape.from_hf(recipe("llama3p1_70b_64xh100_bf16").shape)
 LLAMA_8B = ModelShape(
@@ -147,9 +145,14 @@ def test_this_machine_is_measured() -> None:
         gpu("V100")
 
 
-def test_the_tool_prints_one_json_object_last_and_its_exit_code_is_the_verdict() -> None:
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(REPO / "tools" / "plan.py"), *words], capture_output=True, text=True, timeout=120)
+def test_the_tool_prints_one_json_object_last_and_its_exit_code_is_the_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: str) -> SimpleNamespace:
+        monkeypatch.setattr("sys.argv", ["plan.py", *words])
+        code = plan_tool.main()
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
     done = run("--recipe", "llama3p1_70b_64xh100_bf16", "--json")
     plan = json.loads(done.stdout.splitlines()[-1])

@@ -112,7 +112,8 @@ def recipe(benchmark: str, name: str, arguments: list[str]) -> tuple[Path, list[
 
 
 @needs_data
-@pytest.mark.parametrize("benchmark", ["ftrl", pytest.param("toolhop", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("benchmark", FILES)
 def test_a_recipe_trains_on_rollouts_that_called_real_tools(stage: dict[str, Any], benchmark: str) -> None:
     preset = REPO / "conf" / f"pact_{benchmark}-smollm2_135m-cpu.yaml"
     replay = stage["folder"] / f"replay-{benchmark}"

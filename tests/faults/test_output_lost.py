@@ -22,7 +22,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         yield opened
 
 
-@pytest.mark.parametrize("output", ["full", *(pytest.param(how, marks=pytest.mark.slow) for how in ("broken", "closed"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["full", "broken", "closed"])
 def test_a_run_goes_on_without_its_output(stage: dict[str, Any], output: str, tmp_path: Path) -> None:
     code, _ = stage["runner"].play([*stage["words"], f"run.root={tmp_path}"], None, output=output)
     run = (tmp_path / "latest").resolve()
