@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the redirecti
 device.prepare_megatron()
 
 CPU = torch.device("cpu")
+REPO = Path(__file__).resolve().parents[1]
 
 
 def test_installing_twice_changes_nothing() -> None:
@@ -195,6 +198,18 @@ def test_megatron_imported_before_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(device, "_prepared", False)
     with pytest.raises(RuntimeError, match="imported before .*prepare_megatron"):
         device.prepare_megatron()
+
+
+def test_megatron_is_prepared_in_every_module_that_imports_it() -> None:
+    importing = []
+    for path in sorted((REPO / "pact_nemo").rglob("*.py")):
+        body = ast.parse(path.read_text()).body
+        names = [ast.unparse(line) for line in body]
+        first = next((i for i, name in enumerate(names) if name.startswith(("import megatron", "from megatron"))), None)
+        if first is not None:
+            importing.append(path.stem)
+            assert "prepare_megatron()" in names[:first], path
+    assert {"model", "optimizer", "engine", "bridge", "attention"} <= {*importing}
 
 
 def test_a_module_imported_alone_prepares_megatron_itself() -> None:

@@ -6,7 +6,7 @@ to have been filled: the bridge itself passes over what it can't find, and leave
 It lacks, and gets here: norm names of layer specs without Transformer Engine in the Qwen mappings; names of biases;
 a model's settings from its architecture alone (its own readers differ from version to version); vocabularies that don't
 divide by the tensor-parallel size; tied embeddings under virtual pipeline stages; expert parallelism over experts that are
-separate modules (it loads every rank's experts from the first rank's, silently). Import after ``device.prepare_megatron()``.
+separate modules (it loads every rank's experts from the first rank's, silently).
 """
 
 from __future__ import annotations
@@ -23,23 +23,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.bridge import AutoBridge
-from megatron.bridge.models.conversion import model_bridge, param_mapping
-from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
-from megatron.bridge.models.conversion.param_mapping import (
+
+from pact_nemo.collective import raise_together
+from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.policy.architectures import Architecture
+from pact_nemo.policy.device import prepare_megatron
+from pact_nemo.policy.model_folder import ModelFolder, WeightReader, check_model_folder
+
+prepare_megatron()
+
+from megatron.bridge import AutoBridge  # noqa: E402
+from megatron.bridge.models.conversion import model_bridge, param_mapping  # noqa: E402
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry  # noqa: E402
+from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
     AutoMapping,
     ColumnParallelMapping,
     GatedMLPMapping,
     MegatronParamMapping,
     QKVMapping,
 )
-from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.core import parallel_state
-
-from pact_nemo.collective import raise_together
-from pact_nemo.errors import CheckpointError, ConfigError
-from pact_nemo.policy.architectures import Architecture
-from pact_nemo.policy.model_folder import ModelFolder, WeightReader, check_model_folder
+from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 
 LOCAL_NORM_NAMES = {
     "decoder.layers.*.input_layernorm.weight": "model.layers.*.input_layernorm.weight",

@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from pact_nemo.hangs import beat
 from pact_nemo.policy.attention import TreeBatch, plan_attention
 from pact_nemo.policy.config import PolicyConfig
+from pact_nemo.policy.device import prepare_megatron
 from pact_nemo.policy.packing import PackedMicroBatch, pack, zigzag_positions
 from pact_nemo.policy.trees import TokenTree
+
+prepare_megatron()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 LossFn = Callable[[torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 MAX_PREFIX = "max/"

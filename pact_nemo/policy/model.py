@@ -1,7 +1,7 @@
 """The policy network: Megatron-core's GPT model on packed token trees.
 
 Differences to ``GPTModel``: rotary angles come from each token's depth in its tree, core attention is :class:`TreeCoreAttention`, and the
-last stage returns log-probabilities of the scored tokens instead of logits. Import after ``device.prepare_megatron()``.
+last stage returns log-probabilities of the scored tokens instead of logits.
 """
 
 from __future__ import annotations
@@ -14,13 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
-from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage, is_vp_first_stage, is_vp_last_stage
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -29,10 +22,20 @@ from pact_nemo.policy import fused
 from pact_nemo.policy.architectures import Architecture
 from pact_nemo.policy.attention import TreeBatch, TreeCoreAttention
 from pact_nemo.policy.config import PolicyConfig
-from pact_nemo.policy.device import local_device, patience
+from pact_nemo.policy.device import local_device, patience, prepare_megatron
 from pact_nemo.policy.fp8 import HISTORY, emulate, number_format
 from pact_nemo.policy.fused import SwiGLU
 from pact_nemo.policy.heads import vocab_parallel_logprobs_and_entropies
+
+prepare_megatron()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec  # noqa: E402
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage, is_vp_first_stage, is_vp_last_stage  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
 
 
 class PlainRMSNorm(torch.nn.Module):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from pact_nemo.digests import FileEntry
 from pact_nemo.errors import ConfigError, DataError, NumericsError
+from pact_nemo.policy import bridge, engine, fp8, model, optimizer
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
@@ -22,10 +23,6 @@ from pact_nemo.policy.export_layout import LayoutSettings, check_dtype
 from pact_nemo.policy.fp8 import ALIGNMENT
 from pact_nemo.policy.hf_folder import write_folder
 from pact_nemo.policy.trees import TokenTree
-
-devices.prepare_megatron()
-
-from pact_nemo.policy import bridge, engine, fp8, model, optimizer  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
