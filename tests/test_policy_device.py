@@ -212,9 +212,11 @@ def test_megatron_is_prepared_in_every_module_that_imports_it() -> None:
     assert {"model", "optimizer", "engine", "bridge", "attention"} <= {*importing}
 
 
-def test_a_module_imported_alone_prepares_megatron_itself() -> None:
+def test_a_module_imported_alone_prepares_megatron_itself_and_leaves_logging_alone() -> None:
     program = (
+        "import logging; before = (list(logging.root.handlers), logging.root.level)\n"
         "import pact_nemo.policy.attention; from megatron.core import jit\n"
+        "assert (logging.root.handlers, logging.root.level) == before\n"
         "def function(x): return x\n"
         "assert jit.jit_fuser(function) is function"
     )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,17 @@ def test_recorded_traces_bring_every_recorded_answer_in(benchmark: str) -> None:
             session.next_user_turn(task.reference_answer or "")
             assert session.outcome().success
             session.close()
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize(("benchmark", "count"), [("ftrl", 11), ("toolhop", 52)])
+def test_how_many_of_a_hundred_tasks_get_a_recorded_trace(benchmark: str, count: int) -> None:
+    """The figures of docs/traces.md."""
+    with Sandbox(2, Limits(seconds=3.0)) as sandbox, ThreadPoolExecutor(2) as threads:
+        environment: Any = FTRLEnvironment(FILES["ftrl"], sandbox) if benchmark == "ftrl" else ToolHopEnvironment(FILES["toolhop"], sandbox)
+        made = list(threads.map(lambda task: recorded_trace(environment, task, "compact"), environment.tasks()[:100]))
+    assert sum(trace is not None for trace in made) == count
 
 
 @pytest.fixture(scope="module")

@@ -178,8 +178,8 @@ def test_sigterm_leaves_a_checkpoint_and_the_resumed_run_is_the_uncut_one(stage:
     command = [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=environment) as process:
         assert process.stdout is not None and process.stderr is not None
-        for line in process.stdout:  # in the middle of step 1
-            if "step 1" in line or "rl step" in line or "score" in line:
+        for line in process.stdout:  # the warm-up is done, and step 1 begins
+            if "warmup step 1 " in line or "rl step" in line:
                 break
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=200)

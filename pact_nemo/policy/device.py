@@ -268,15 +268,18 @@ def _redirect_tensor_methods() -> None:
 def _without_remarks() -> Iterator[None]:
     """Imports without log lines about packages that are absent on purpose, tracebacks of failed optional imports included; ``--verbose`` has them.
 
-    Afterwards megatron's loggers obey the process's own settings: Megatron-Bridge gives one of them a handler and a level of its own.
+    Afterwards megatron's loggers obey the process's own settings, which are as before: Megatron-Bridge gives one of them a handler and a level of
+    its own, and where nobody has configured logging yet, a package of megatron-core 0.19's has the root logger write to standard output.
     """
-    disabled = logging.root.manager.disable
+    disabled, handlers, level = logging.root.manager.disable, list(logging.root.handlers), logging.root.level
     if not logging.getLogger().isEnabledFor(logging.INFO):
         logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(disabled)
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
         for name, found in list(logging.root.manager.loggerDict.items()):
             if name.startswith("megatron.") and isinstance(found, logging.Logger) and found.handlers:
                 found.handlers.clear()

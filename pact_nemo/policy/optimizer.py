@@ -146,12 +146,19 @@ def gradient_norm(optimizer: Any) -> float:
     return float(optimizer.get_grad_norm())
 
 
+def _own_gradients(part: Any) -> list[torch.Tensor]:
+    """This rank's gradients, each parameter's on one of the ranks that norms are summed over. Its name changed with megatron-core 0.19."""
+    find = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
+    found: list[torch.Tensor] = find()
+    return found
+
+
 class KeptGradient:
     """This rank's share of the gradient that :func:`gradient_norm` was called for, copied, to compare a later one with."""
 
     def __init__(self, optimizer: Any):
         self._optimizer = optimizer
-        self._parts = [[grad.detach().clone() for grad in part.get_main_grads_for_grad_norm()] for part in optimizer.chained_optimizers]
+        self._parts = [[grad.detach().clone() for grad in _own_gradients(part)] for part in optimizer.chained_optimizers]
 
     @torch.no_grad()
     def dot(self, device: torch.device) -> float:
@@ -159,7 +166,7 @@ class KeptGradient:
         total = 0.0
         for part, kept in zip(self._optimizer.chained_optimizers, self._parts, strict=True):
             local = torch.zeros((), dtype=torch.float64, device=device)
-            for before, now in zip(kept, part.get_main_grads_for_grad_norm(), strict=True):
+            for before, now in zip(kept, _own_gradients(part), strict=True):
                 local += (before.double() * now).sum()
             torch.distributed.all_reduce(local, group=part.get_grad_stats_parallel_group())  # the ranks that grad norms are summed over
             total += float(local)
