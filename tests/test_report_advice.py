@@ -79,3 +79,4 @@ def test_the_page_shows_it() -> None:
     page = render(run_of({"groups/zero_advantage": 6}))
     assert "What the numbers say" in page and "60% of the groups had no advantage" in page
     assert "What the numbers say" not in render(run_of())
+    assert "in the last step, at" in advice(run_of({"groups/zero_advantage": 6}, steps=1))[0].finding

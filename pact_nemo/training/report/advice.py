@@ -50,6 +50,11 @@ def advice(run: Run) -> list[Advice]:
     return [found for rule in rules if (found := rule(run, late)) is not None]
 
 
+def last(steps: int) -> str:
+    """``the last step``, ``the last 5 steps``."""
+    return "the last step" if steps == 1 else f"the last {steps} steps"
+
+
 def groups_of(run: Run, record: Record) -> float:
     """Prompts of a step."""
     return float(run.setting("trainer.batch_size") or record["rollout/count"] / (run.setting("objective.group_size") or 1))
@@ -62,7 +67,7 @@ def same_scores(run: Run, late: list[Record]) -> Advice | None:
     if not shares or not successes or mean(shares) <= SAME_SCORES:
         return None
     share, success = mean(shares), mean(successes)
-    finding = f"{share:.0%} of the groups had no advantage in the last {len(shares)} steps, at a success rate of {success:.0%}."
+    finding = f"{share:.0%} of the groups had no advantage in {last(len(shares))}, at a success rate of {success:.0%}."
     if success < FEW_SUCCESSES:
         change = "The policy hardly ever succeeds: start from a better one (warmup.steps, more traces), or sample more (objective.group_size)."
     elif success > MANY_SUCCESSES:
@@ -87,7 +92,7 @@ def cut_rollouts(run: Run, late: list[Record]) -> Advice | None:
         return None
     worst = max(counts, key=lambda name: counts[name])
     where, what = causes[worst]
-    finding = f"{sum(counts.values()) / total:.0%} of the rollouts were cut in the last {len(late)} steps, most of them {where}."
+    finding = f"{sum(counts.values()) / total:.0%} of the rollouts were cut in {last(len(late))}, most of them {where}."
     return Advice("cut_rollouts", finding, f"Raise {what}.")
 
 
