@@ -39,11 +39,8 @@ _FOLDER_NAME = "pact-"  #: and eight random characters
 
 def writable(folder: str | os.PathLike[str]) -> bool:
     """Whether files can be made in a folder, or in one that can be made there."""
-    place = Path(os.path.abspath(folder))
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=_existing(folder)):
             return True
     except OSError:
         return False
@@ -58,7 +55,7 @@ def check_writable(folder: str | os.PathLike[str], key: str) -> None:
 def _existing(folder: str | os.PathLike[str]) -> Path:
     """The folder, or the nearest one above it that is there."""
     place = Path(os.path.abspath(folder))
-    while not place.exists() and place != place.parent:
+    while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     return place
 

@@ -262,12 +262,7 @@ class MegatronPolicy:
         """
         if self.optimizer is None:
             raise ConfigError("this policy was built with trainable=False")
-        self._check_ids(trees)
-        batches, tokens = self._local_batches(trees, entropy=entropy)
-        for chunk in self.wrapped:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        collected = engine.run_schedule(self.wrapped, batches, loss_fn, forward_only=False)
+        collected, tokens = self._backward(trees, loss_fn, entropy=entropy)
         fp8.end_pass(self.chunks)
         loss, metrics = engine.gather_metrics(collected)
         grad_norm = optimizer.gradient_norm(self.optimizer)
@@ -306,21 +301,22 @@ class MegatronPolicy:
         if self.optimizer is None:
             raise ConfigError("this policy was built with trainable=False")
         with self._without_fp8():
-            norm = self._gradient(first, loss_fn)
+            self._backward(first, loss_fn)
+            norm = optimizer.gradient_norm(self.optimizer)
             kept = optimizer.KeptGradient(self.optimizer)
-            other = self._gradient(second, loss_fn)
+            self._backward(second, loss_fn)
+            other = optimizer.gradient_norm(self.optimizer)
         dot = kept.dot(self.device)
         return dot / (norm * other) if norm * other > 0 else math.nan, norm, other
 
-    def _gradient(self, trees: list[TokenTree], loss_fn: engine.LossFn) -> float:
-        """Leave the gradient of the loss in the optimizer. Returns its global norm."""
+    def _backward(self, trees: list[TokenTree], loss_fn: engine.LossFn, *, entropy: bool = False) -> tuple[engine.Collected, int]:
+        """Leave the gradient of the loss in the buffers, in place of what was there. Returns what was collected, and the tree tokens of all ranks."""
         self._check_ids(trees)
-        batches, _ = self._local_batches(trees, entropy=False)
+        batches, tokens = self._local_batches(trees, entropy=entropy)
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        engine.run_schedule(self.wrapped, batches, loss_fn, forward_only=False)
-        return optimizer.gradient_norm(self.optimizer)
+        return engine.run_schedule(self.wrapped, batches, loss_fn, forward_only=False), tokens
 
     # ----------------------------------------------------------------- export
 
