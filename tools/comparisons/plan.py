@@ -163,17 +163,17 @@ def run_plan(plan: Plan, root: Path, results: Path, *, keep_weights: bool = Fals
     started = time.monotonic()
     todo = [cell for cell in cells(plan) if not (results / f"{cell.id}.json").is_file()]
     spent = sum(result.seconds for result in read_results(results)) if results.is_dir() else 0.0
+    folders: dict[str, Path] = {}  # of the starting policies that were looked at
     for number, cell in enumerate(todo, 1):
         if plan.hours is not None and spent > plan.hours * 3600:
             note(f"{spent / 3600:.1f} of {plan.hours} hours are spent: {len(todo) - number + 1} runs are left; raise hours to make them")
             break
-        folder = None
-        if cell.start != PUBLISHED:
-            folder, seconds = _start(plan, cell.start, root, results, note)
+        if cell.start != PUBLISHED and cell.start not in folders:
+            folders[cell.start], seconds = _start(plan, cell.start, root, results, note)
             spent += seconds
         note(f"[{time.monotonic() - started:6.0f} s] run {number}/{len(todo)}: {cell.id}")
         arm = plan.arms[cell.arm]
-        words = [*plan.set, *start_words(cell.start, folder), *arm.set]
+        words = [*plan.set, *start_words(cell.start, folders.get(cell.start)), *arm.set]
         run = run_one(config_of(arm.method, plan.benchmark, plan.preset), plan.benchmark, cell.seed, root / cell.id, words)
         spent += _keep(plan, cell, run, words, results)
         if not keep_weights:
