@@ -161,6 +161,12 @@ def test_without_a_trace_the_boundary_closes_an_empty_assistant_message(data: tu
     )
 
 
+def test_an_empty_message_in_an_opened_thought_is_refused(data: tuple[Config, Dataset, ChatFormat], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ChatFormat, "opens_thought", True)
+    with pytest.raises(ConfigError, match="traces.control=none: the generation prompt of .* opens a thought"):
+        data[2].boundary_after_nothing_ids()
+
+
 def test_few_traces_are_those_of_the_first_tasks_and_the_same_tasks_are_trained_on(data: tuple[Config, Dataset, ChatFormat]) -> None:
     config, own, chat = data
     few = replace(config, traces=replace(config.traces, max_tasks=3))

@@ -303,7 +303,13 @@ class ChatFormat:
         return self._encoder.after(whole.removesuffix(tail) + end, tail.removeprefix(end))[0]
 
     def boundary_after_nothing_ids(self, text: str = BOUNDARY_TEXT) -> list[int]:
-        """:meth:`boundary_ids` where no trace stands before it: closes x's assistant message, in which nothing is said."""
+        """:meth:`boundary_ids` where no trace stands before it: closes x's assistant message, in which nothing is said.
+
+        Raises:
+            ConfigError: the generation prompt opens a thought, which an empty message would leave open.
+        """
+        if self.opens_thought:
+            raise ConfigError(f"traces.control=none: the generation prompt of {self.source} opens a thought; take traces.control=other_task")
         return self.continuation_ids([{"role": "user", "content": text}], after_eos=False)
 
     def generation_ids(self) -> list[int]:

@@ -116,7 +116,10 @@ def _server_problems(shape: ModelShape, ranks: int) -> list[str]:
 def chat_format(config: Config, source: Path) -> ChatFormat:
     """Template and tokenizer of the model folder ``source``, with the settings of ``model``."""
     settings = config.model
-    return ChatFormat.from_pretrained(source, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
+    chat = ChatFormat.from_pretrained(source, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
+    if config.traces.control == "none":
+        chat.boundary_after_nothing_ids()  # raises where the template can't have it
+    return chat
 
 
 def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[str]]:
