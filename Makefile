@@ -36,6 +36,7 @@ test-faults: install
 	$(BIN)/python -m tests.faults.tally $(FAULTS) || status=1; exit $$status
 
 lint: install
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

@@ -37,7 +37,13 @@ def raise_together(error: Exception | None) -> None:
         PactError: this rank's own, as it is.
         CheckpointError: this rank's own of another type, or the first failing rank's, by its text.
     """
-    texts = gather(f"{error}" if isinstance(error, PactError) else f"{type(error).__name__}: {error}" if error is not None else None)
+    texts = gather(
+        f"{error}"
+        if isinstance(error, PactError)
+        else f"{type(error).__name__}: {error}"
+        if error is not None
+        else None
+    )
     failed = [(index, text) for index, text in enumerate(texts) if text is not None]
     if not failed:
         return
@@ -48,7 +54,9 @@ def raise_together(error: Exception | None) -> None:
 
 
 def from_rank_zero(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 and hand its result to every rank; its exception is raised on rank 0 as it is, elsewhere as CheckpointError."""
+    """Run ``action`` on rank 0 and hand its result to every rank; its exception is raised on rank 0 as it is, elsewhere
+    as CheckpointError.
+    """
     result, error = None, None
     if rank() == 0:
         try:

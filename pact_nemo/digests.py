@@ -1,8 +1,10 @@
-"""Digests of files in parts, so that a file can be written in any order, by several threads, and checked by several threads.
+"""Digests of files in parts, so that a file can be written in any order, by several threads, and checked by several
+threads.
 
-A file's digest is a list of consecutive parts, each with the BLAKE3 of its bytes; together they cover the file. Whoever writes a file knows the
-digests of its parts from memory and needs no second look at the disk. BLAKE3 instead of SHA-256 because it is the cheaper of two
-cryptographic hashes: 4.7 against 1.35 GB/s on one core that has the SHA instructions (docs/refit.md).
+A file's digest is a list of consecutive parts, each with the BLAKE3 of its bytes; together they cover the file. Whoever
+writes a file knows the digests of its parts from memory and needs no second look at the disk. BLAKE3 instead of SHA-256
+because it is the cheaper of two cryptographic hashes: 4.7 against 1.35 GB/s on one core that has the SHA instructions
+(docs/refit.md).
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class FileEntry:
 
     Attributes:
         size: bytes.
-        parts: (end of the part, exclusive, in bytes from the file's start; hex digest of its bytes), ascending; the last end is ``size``.
+        parts: (end of the part, exclusive, in bytes from the file's start; hex digest of its bytes), ascending; the
+            last end is ``size``.
         algorithm: of the digests, ``blake3`` or (manifests of schema 1) ``sha256``.
     """
 
@@ -42,7 +45,12 @@ class FileEntry:
 
     def __post_init__(self) -> None:
         ends = [0, *(end for end, _ in self.parts)]
-        if self.algorithm not in _ALGORITHMS or ends[-1] != self.size or any(a >= b for a, b in pairwise(ends)) and self.size:
+        if (
+            self.algorithm not in _ALGORITHMS
+            or ends[-1] != self.size
+            or any(a >= b for a, b in pairwise(ends))
+            and self.size
+        ):
             raise ValueError(f"parts {ends[1:3]}… do not make up a file of {self.size} bytes")
 
 
@@ -51,7 +59,9 @@ def file_entry(path: str | os.PathLike[str]) -> FileEntry:
     size = os.stat(path).st_size
     ends = [*range(PART_BYTES, size, PART_BYTES), size]
     with open(path, "rb", buffering=0) as handle:
-        return FileEntry(size, tuple((end, part_digest(handle.fileno(), start, end)) for start, end in pairwise([0, *ends])))
+        return FileEntry(
+            size, tuple((end, part_digest(handle.fileno(), start, end)) for start, end in pairwise([0, *ends]))
+        )
 
 
 def part_digest(fd: int, start: int, end: int, algorithm: str = "blake3") -> str:
@@ -102,7 +112,9 @@ def check_files(base: Path, entries: dict[str, FileEntry], remedy: str) -> None:
         for name, same in pool.map(check, jobs()):
             if not same:
                 algorithm = entries[name].algorithm.upper().replace("SHA", "SHA-")
-                raise CheckpointError(f"{base / name} is corrupt: its {algorithm} differs from the manifest's; {remedy}")
+                raise CheckpointError(
+                    f"{base / name} is corrupt: its {algorithm} differs from the manifest's; {remedy}"
+                )
 
 
 def threads() -> int:

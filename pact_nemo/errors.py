@@ -1,6 +1,7 @@
 """Typed failures, raised at the boundary where they happen.
 
-Every message names the file, row and key concerned (where there is one) and the remedy. The core never sees a half-parsed row.
+Every message names the file, row and key concerned (where there is one) and the remedy. The core never sees a
+half-parsed row.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class DataError(PactError):
 
 
 class ToolCallError(PactError):
-    """A policy-written tool call can't be parsed or names no known tool. Data, not a crash: shown to the model as an observation."""
+    """A policy-written tool call can't be parsed or names no known tool. Data, not a crash: shown to the model as an
+    observation.
+    """
 
 
 class EnvironmentFailure(PactError):
@@ -48,7 +51,9 @@ class ServerError(PactError):
 
 
 class ServerLost(PactError):
-    """The rollout server is given up after its last restart: no ServerError, because it ends the run and not just one episode."""
+    """The rollout server is given up after its last restart: no ServerError, because it ends the run and not just one
+    episode.
+    """
 
 
 class CheckpointError(PactError):
@@ -70,7 +75,9 @@ class NumericsError(PactError):
 
 
 class TooManyFailures(PactError):
-    """More episodes than the configuration allows failed for reasons that aren't the policy's; what was finished is checkpointed."""
+    """More episodes than the configuration allows failed for reasons that aren't the policy's; what was finished is
+    checkpointed.
+    """
 
 
 class Interrupted(PactError):

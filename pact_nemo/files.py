@@ -26,7 +26,9 @@ def _fsync_dir(path: Path) -> None:
 
 
 def temporary_beside(target: Path) -> Path:
-    """A name beside ``target`` that no other process writes to: on a shared disk, another machine's or container's has the same process id."""
+    """A name beside ``target`` that no other process writes to: on a shared disk, another machine's or container's has
+    the same process id.
+    """
     return target.with_name(f".{target.name}.{os.getpid()}{_SALT:010d}.tmp")
 
 
@@ -60,7 +62,8 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
 
 @contextmanager
 def new_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling folder that becomes ``final`` in one rename when the block ends well, and vanishes when it doesn't.
+    """Yield a temporary sibling folder that becomes ``final`` in one rename when the block ends well, and vanishes when
+    it doesn't.
 
     Raises:
         FileExistsError: ``final`` exists already (folders written this way are never overwritten).
@@ -91,7 +94,9 @@ def stays_inside(folder: str | os.PathLike[str], name: str) -> bool:
     """Whether a file's name from a manifest or the like, symbolic links followed, leads to a place below ``folder``."""
     base = Path(folder).resolve()
     try:
-        fits = len(os.fsencode(name)) < 4096 and all(len(os.fsencode(part)) < 256 for part in Path(name).parts)  # longer ones are no file's name
+        fits = len(os.fsencode(name)) < 4096 and all(
+            len(os.fsencode(part)) < 256 for part in Path(name).parts
+        )  # longer ones are no file's name
         return bool(name) and fits and base in (base / name).resolve().parents
     except (OSError, ValueError, RuntimeError):  # a name with a NUL byte, a circle of links
         return False
@@ -107,7 +112,9 @@ _UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> list[Path]:
-    """Delete what writers of this module that were killed left directly in ``folder``; to be called while nobody writes there. Returns it."""
+    """Delete what writers of this module that were killed left directly in ``folder``; to be called while nobody writes
+    there. Returns it.
+    """
     base = Path(folder)
     found = [path for path in base.iterdir() if _UNFINISHED.fullmatch(path.name)] if base.is_dir() else []
     for path in found:

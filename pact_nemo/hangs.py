@@ -1,7 +1,8 @@
 """A run in which no rank gets on any more ends, and says which rank the others wait for.
 
-Collectives of gloo and nccl end by a timeout that names nobody, and a rank that generates for an hour is no hang. So every rank tells the job's
-store what its main thread is doing and since when; when no rank has got on for the limit, all of them print who is missing and leave.
+Collectives of gloo and nccl end by a timeout that names nobody, and a rank that generates for an hour is no hang. So
+every rank tells the job's store what its main thread is doing and since when; when no rank has got on for the limit,
+all of them print who is missing and leave.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _last: tuple[float, str] = (time.monotonic(), "start")
 
 
 def beat(place: str | None = None) -> None:
-    """This rank got on: a phase, an episode, a micro-batch. ``place`` is what it does from now on; None = still the same. Any thread, no cost."""
+    """This rank got on: a phase, an episode, a micro-batch. ``place`` is what it does from now on; None = still the
+    same. Any thread, no cost.
+    """
     global _last
     _last = (time.monotonic(), _last[1] if place is None else place)
 
@@ -65,7 +68,9 @@ class Sign:
 
 
 def whereabouts(frame: FrameType | None) -> tuple[str, bool]:
-    """``file:line in function`` of our own innermost frame (else the innermost of all), and whether the innermost waits in torch.distributed."""
+    """``file:line in function`` of our own innermost frame (else the innermost of all), and whether the innermost waits
+    in torch.distributed.
+    """
     waiting, found = False, frame
     if frame is not None:
         waiting = f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.f_code.co_filename
@@ -75,7 +80,11 @@ def whereabouts(frame: FrameType | None) -> tuple[str, bool]:
     if found is None:
         return "unknown", False
     name = found.f_code.co_filename
-    short = name[len(os.path.dirname(_HERE)) + 1 :] if name.startswith(_HERE) else name.rpartition(f"site-packages{os.sep}")[2]
+    short = (
+        name[len(os.path.dirname(_HERE)) + 1 :]
+        if name.startswith(_HERE)
+        else name.rpartition(f"site-packages{os.sep}")[2]
+    )
     return f"{short}:{found.f_lineno} in {found.f_code.co_name}", waiting
 
 
@@ -92,12 +101,22 @@ def verdict(signs: dict[int, Sign | None], silent: set[int], limit_s: float) -> 
         return None
     missing = [f"rank {rank} never came" for rank, sign in signs.items() if sign is None]
     missing += [
-        f"rank {rank} gives no sign of life (stopped, swapped out, or its machine is gone); it was last seen at {sign.place}, {sign.line}"
+        f"rank {rank} gives no sign of life (stopped, swapped out, or its machine is gone); it was last seen at"
+        f" {sign.place}, {sign.line}"
         for rank, sign in signs.items()
         if sign is not None and rank in silent
     ]
-    busy = [f"rank {rank} is not waiting for the others but at {sign}" for rank, sign in heard.items() if not sign.waiting]
-    found = missing or busy or [f"all ranks wait for each other, at different places: {'; '.join(f'rank {r}: {s}' for r, s in heard.items())}"]
+    busy = [
+        f"rank {rank} is not waiting for the others but at {sign}" for rank, sign in heard.items() if not sign.waiting
+    ]
+    found = (
+        missing
+        or busy
+        or [
+            "all ranks wait for each other, at different places:"
+            f" {'; '.join(f'rank {r}: {s}' for r, s in heard.items())}"
+        ]
+    )
     waiting = [f"rank {rank}: {sign}" for rank, sign in heard.items() if sign.waiting]
     text = f"no rank got on for {limit_s:g} s (policy.init_timeout_s): {'; '.join(found)}"
     return text + (f". Waiting: {'; '.join(waiting[:4])}{'; …' if len(waiting) > 4 else ''}" if missing or busy else "")
@@ -126,7 +145,9 @@ class HangWatch(threading.Thread):
                 number += 1
                 sign = self._sign(number)
                 self._store.set(f"sign/{self._rank}", json.dumps(asdict(sign)))
-                if sign.quiet_s >= self._limit_s - (_SILENT_PERIODS + 1) * self._period:  # look a little earlier: silence takes time to see
+                if (
+                    sign.quiet_s >= self._limit_s - (_SILENT_PERIODS + 1) * self._period
+                ):  # look a little earlier: silence takes time to see
                     self._look()
                 time.sleep(self._period)
         except Exception as error:  # the store is gone: the job is ending, or will by the collectives' own timeout
@@ -149,8 +170,14 @@ class HangWatch(threading.Thread):
         problem = verdict(signs, silent, self._limit_s)
         if problem is not None:
             with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
-                print(f"rank {self._rank}: {problem}. This process ends here; what was checkpointed stands: --resume", file=sys.stderr, flush=True)
-            time.sleep(3 * self._period)  # the others see it too, before connections that break tell them something else
+                print(
+                    f"rank {self._rank}: {problem}. This process ends here; what was checkpointed stands: --resume",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            time.sleep(
+                3 * self._period
+            )  # the others see it too, before connections that break tell them something else
             os._exit(EXIT_CODE)  # the main thread can't be woken
 
     def _read(self, rank: int) -> Sign | None:

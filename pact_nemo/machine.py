@@ -1,7 +1,8 @@
 """What a process needs of the machine around it: places for caches and locks, and for sockets, whose paths are short.
 
-Libraries put both below ``$HOME`` and ``$TMPDIR`` without asking. Users without a home, homes that are read-only (containers), and the long temporary
-folders of schedulers are common; :func:`prepare` makes them work, for this process and for every process that it starts.
+Libraries put both below ``$HOME`` and ``$TMPDIR`` without asking. Users without a home, homes that are read-only
+(containers), and the long temporary folders of schedulers are common; :func:`prepare` makes them work, for this process
+and for every process that it starts.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def writable(folder: str | os.PathLike[str]) -> bool:
 def check_writable(folder: str | os.PathLike[str], key: str) -> None:
     """Raises ConfigError where no files can be made in the folder that the setting ``key`` names. Makes nothing."""
     if not writable(folder):
-        raise ConfigError(f"{key}={folder}: no files can be made there; give a folder on a disk that this user may write to")
+        raise ConfigError(
+            f"{key}={folder}: no files can be made there; give a folder on a disk that this user may write to"
+        )
 
 
 def _existing(folder: str | os.PathLike[str]) -> Path:
@@ -71,10 +74,11 @@ def free_bytes(folder: str | os.PathLike[str]) -> int:
 
 
 def prepare() -> None:
-    """Give this process, and through its environment those that it starts, places to write to where the user's own can't be written. Idempotent.
+    """Give this process, and through its environment those that it starts, places to write to where the user's own
+    can't be written. Idempotent.
 
-    Only what can't be used is replaced: a private folder stands in for the home, and for each place of :data:`PLACES`. Call it before libraries are
-    imported that look at these variables when they are.
+    Only what can't be used is replaced: a private folder stands in for the home, and for each place of :data:`PLACES`.
+    Call it before libraries are imported that look at these variables when they are.
 
     Raises:
         ConfigError: there is no temporary folder to write to, or none whose path is short enough for a socket.
@@ -89,9 +93,16 @@ def prepare() -> None:
         said = os.environ.get(variable)
         if said:
             place = os.path.expanduser(said)
-        elif variable != "MEGATRON_CONFIG_LOCK_DIR" and default.startswith((".cache", ".config")) and variable[:4] != "XDG_":
+        elif (
+            variable != "MEGATRON_CONFIG_LOCK_DIR"
+            and default.startswith((".cache", ".config"))
+            and variable[:4] != "XDG_"
+        ):
             base, _, rest = default.partition("/")  # most of them ask XDG's variable first
-            place = os.path.join(os.environ.get("XDG_CACHE_HOME" if base == ".cache" else "XDG_CONFIG_HOME") or os.path.join(home, base), rest)
+            place = os.path.join(
+                os.environ.get("XDG_CACHE_HOME" if base == ".cache" else "XDG_CONFIG_HOME") or os.path.join(home, base),
+                rest,
+            )
         else:
             place = os.path.join(home, default)
         if not writable(place):
@@ -100,7 +111,11 @@ def prepare() -> None:
             Path(os.environ[variable]).mkdir(parents=True, exist_ok=True)
     try:
         getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a user id without a name, as containers have them: torch asks for the name
+    except (
+        KeyError,
+        OSError,
+        ImportError,
+    ):  # a user id without a name, as containers have them: torch asks for the name
         os.environ["USER"] = os.environ["LOGNAME"] = f"user{os.getuid()}"
     if moved and os.environ.get("RANK", "0") == "0":
         log.warning("%s can't be written: caches and locks go below %s", ", ".join(moved), _stand_in())
@@ -117,17 +132,25 @@ def _stand_in() -> Path:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077 and writable(folder):
+        if (
+            stat.S_ISDIR(found.st_mode)
+            and found.st_uid == os.getuid()
+            and not found.st_mode & 0o077
+            and writable(folder)
+        ):
             return folder
         problem = "it belongs to another user, is open to others or can't be written"
     except OSError as error:
         problem = str(error)
-    raise ConfigError(f"neither HOME={os.environ.get('HOME', '(not set)')} nor {folder} can be used for caches ({problem}); set HOME or TMPDIR to a "
-                      "folder of your own")  # fmt: skip
+    raise ConfigError(
+        f"neither HOME={os.environ.get('HOME', '(not set)')} nor {folder} can be used for caches ({problem}); "
+        "set HOME or TMPDIR to a folder of your own"
+    )
 
 
 def temporary_base() -> Path:
-    """The folder that folders with sockets are made in: the temporary one, or where its path is too long another that can be written.
+    """The folder that folders with sockets are made in: the temporary one, or where its path is too long another that
+    can be written.
 
     Raises:
         ConfigError: there is none.
@@ -142,7 +165,8 @@ def temporary_base() -> Path:
         if len(os.fsencode(place)) <= room and os.path.isdir(place) and writable(place):
             return Path(place)
     raise ConfigError(
-        f"TMPDIR={own} is too long for sockets (at most {room} bytes), and none of {', '.join(others)} can be written; set TMPDIR to a shorter folder"
+        f"TMPDIR={own} is too long for sockets (at most {room} bytes), and none of {', '.join(others)} can be written;"
+        " set TMPDIR to a shorter folder"
     )
 
 

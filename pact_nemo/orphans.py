@@ -11,8 +11,10 @@ _POLL_SECONDS = 0.5
 
 
 def leave_with(parent: int, remove: str | None = None) -> None:
-    """End this process once ``parent`` is no longer its parent; watched by a daemon thread. (``PR_SET_PDEATHSIG`` would fire when the *thread*
-    that started the process ends, which is no reason to leave.) ``remove``: a folder of theirs that nobody needs any more then."""
+    """End this process once ``parent`` is no longer its parent; watched by a daemon thread. (``PR_SET_PDEATHSIG`` would
+    fire when the *thread* that started the process ends, which is no reason to leave.) ``remove``: a folder of theirs
+    that nobody needs any more then.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:

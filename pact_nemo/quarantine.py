@@ -1,7 +1,8 @@
 """Bad rows: kept apart and counted, or the end of the run. Which of the two is ``run.bad_rows`` of the configuration.
 
-A reader hands every row it can't use to a :class:`Quarantine` as the error that says why. What can't be parted into rows at all (a torn JSON
-list, a parquet file that isn't one) has no good rest to go on with, so it stops the run under either policy.
+A reader hands every row it can't use to a :class:`Quarantine` as the error that says why. What can't be parted into
+rows at all (a torn JSON list, a parquet file that isn't one) has no good rest to go on with, so it stops the run under
+either policy.
 """
 
 from __future__ import annotations
@@ -40,7 +41,13 @@ class BadRow:
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         raw = text if len(text) <= _RAW_CHARS else f"{text[:_RAW_CHARS]} … {len(text) - _RAW_CHARS} more characters"
         message = str(self.error).encode("utf-8", "backslashreplace").decode("utf-8")
-        return {"file": self.error.file, "row": self.error.line, "field": self.error.field, "error": message, "raw": raw}
+        return {
+            "file": self.error.file,
+            "row": self.error.line,
+            "field": self.error.field,
+            "error": message,
+            "raw": raw,
+        }
 
 
 def _text(value: Any) -> str:
@@ -67,7 +74,8 @@ class Quarantine:
             raise error
         if len(self.rows) < _SAID:
             log.warning("a row is left out: %s", str(error))
-        # what it was raised from holds the frames of the reader, and with them the file; a hundred thousand bad rows must not
+        # what it was raised from holds the frames of the reader, and with them the file; a hundred thousand bad rows
+        # must not
         error.__traceback__ = error.__cause__ = error.__context__ = None
         self.rows.append(BadRow(error, raw))
 
@@ -87,7 +95,9 @@ class Quarantine:
         return dict(Counter(Path(row.error.file or "?").name for row in self.rows))
 
     def write(self, folder: str | os.PathLike[str]) -> Path | None:
-        """Write ``quarantine.jsonl`` into a run folder: one object a bad row (file, row, field, error, raw). None and no file when there is none."""
+        """Write ``quarantine.jsonl`` into a run folder: one object a bad row (file, row, field, error, raw). None and
+        no file when there is none.
+        """
         path = Path(folder) / FILE
         if not self.rows:
             path.unlink(missing_ok=True)  # of an earlier attempt of the same run, whose data has been repaired since

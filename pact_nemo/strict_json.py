@@ -1,6 +1,7 @@
 """JSON as its standard has it, and no deeper than anything here needs: what every file of rows is read with.
 
-Python's own reader takes ``NaN`` and ``1e999``, makes strings that no file or tokenizer can hold (lone surrogates), and nests until the stack ends.
+Python's own reader takes ``NaN`` and ``1e999``, makes strings that no file or tokenizer can hold (lone surrogates), and
+nests until the stack ends.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import json
 import math
 from typing import Any
 
-MAX_DEPTH = 64  #: levels of lists and objects; everything that walks a row recursively stays far from Python's own limit
+MAX_DEPTH = (
+    64  #: levels of lists and objects; everything that walks a row recursively stays far from Python's own limit
+)
 
 MAX_BITS = 1000  #: of a whole number: what is longer can't be made a float
 
@@ -39,7 +42,9 @@ _UNIQUE = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite,
 
 
 def check(value: Any) -> None:
-    """Raises ValueError where a value, wherever it came from, is nested too deeply, holds a lone surrogate, or a number that isn't finite."""
+    """Raises ValueError where a value, wherever it came from, is nested too deeply, holds a lone surrogate, or a number
+    that isn't finite.
+    """
     todo: list[tuple[Any, int]] = [(value, 1)]
     while todo:
         item, depth = todo.pop()
@@ -69,7 +74,8 @@ def loads(text: str, *, unique: bool = False) -> Any:
         unique: an object may hold no key twice. Rows of data are read so: the last value would win without a word.
 
     Raises:
-        ValueError: not JSON, not finite, nested too deeply, a text in it can't be written as UTF-8, or a key is there twice; says which.
+        ValueError: not JSON, not finite, nested too deeply, a text in it can't be written as UTF-8, or a key is there
+            twice; says which.
     """
     try:
         value = (_UNIQUE if unique else _DECODER).decode(text.removeprefix("\ufeff"))

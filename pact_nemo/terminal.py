@@ -1,8 +1,8 @@
 """Standard output and error that can get lost without ending what a process does.
 
-A reader can be gone, a disk full, a descriptor closed, a terminal hung up, and training for days must not depend on who reads its lines.
-:func:`guarded_output` puts streams in place of ``sys.stdout`` and ``sys.stderr`` whose writes never raise. The first loss is told once, on the other
-stream and to whoever :func:`on_loss` names (the run folder's log).
+A reader can be gone, a disk full, a descriptor closed, a terminal hung up, and training for days must not depend on who
+reads its lines. :func:`guarded_output` puts streams in place of ``sys.stdout`` and ``sys.stderr`` whose writes never
+raise. The first loss is told once, on the other stream and to whoever :func:`on_loss` names (the run folder's log).
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class GuardedStream:
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def drain(self) -> None:
-        """Before the process ends: what still can't be written is dropped, or the interpreter would end with exit code 120 over it."""
+        """Before the process ends: what still can't be written is dropped, or the interpreter would end with exit code
+        120 over it.
+        """
         self.flush()
         if self.lost is not None:
             self._drop()
@@ -85,7 +87,9 @@ class GuardedStream:
         if problem.errno not in _MAY_COME_BACK:
             self._drop()
         if first:
-            text = f"{self._name} can't be written ({problem.strerror or problem}); what it would have shown is left out"
+            text = (
+                f"{self._name} can't be written ({problem.strerror or problem}); what it would have shown is left out"
+            )
             for listener in list(_listeners):
                 listener(text)
             if self._name == "standard output" and problem.errno != errno.EPIPE:  # `| head` means it
@@ -93,7 +97,9 @@ class GuardedStream:
                     print(text, file=sys.stderr, flush=True)
 
     def _drop(self) -> None:
-        """Lead the descriptor to /dev/null, for the bytes that Python still holds and for whatever else writes to it."""
+        """Lead the descriptor to /dev/null, for the bytes that Python still holds and for whatever else writes to
+        it.
+        """
         with contextlib.suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -120,7 +126,9 @@ def guarded_output() -> Iterator[None]:
 
 
 def _occupy_descriptors() -> None:
-    """Closed standard descriptors lead to /dev/null: the next file that is opened would get their number, and strangers' lines with it."""
+    """Closed standard descriptors lead to /dev/null: the next file that is opened would get their number, and
+    strangers' lines with it.
+    """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -139,7 +147,10 @@ def on_loss(listener: Callable[[str], None]) -> Iterator[None]:
     try:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, GuardedStream) and stream.lost is not None:
-                listener(f"{stream._name} can't be written ({stream.lost.strerror or stream.lost}); what it would have shown is left out")
+                listener(
+                    f"{stream._name} can't be written ({stream.lost.strerror or stream.lost}); what it would have shown"
+                    " is left out"
+                )
         yield
     finally:
         _listeners.remove(listener)
@@ -156,7 +167,8 @@ def expendable_output() -> Iterator[None]:
 def command(main: Callable[[], Any]) -> None:
     """Run a command line's ``main`` with guarded output and leave with the exit code that it returns or raises.
 
-    A reader that has seen enough (``| head``) is no failure. Output that a full disk refused is one: exit code 1, with the reason on standard error.
+    A reader that has seen enough (``| head``) is no failure. Output that a full disk refused is one: exit code 1, with
+    the reason on standard error.
     """
     code: Any = 0
     with guarded_output():
@@ -166,7 +178,13 @@ def command(main: Callable[[], Any]) -> None:
             code = end.code
         out = sys.stdout
         out.flush()
-        if not code and isinstance(out, GuardedStream) and out.lost is not None and out.lost.errno != errno.EPIPE and not out.expendable:
+        if (
+            not code
+            and isinstance(out, GuardedStream)
+            and out.lost is not None
+            and out.lost.errno != errno.EPIPE
+            and not out.expendable
+        ):
             code = 1  # told on standard error when it happened
         if isinstance(code, str):
             print(code, file=sys.stderr)
@@ -175,14 +193,18 @@ def command(main: Callable[[], Any]) -> None:
 
 
 class RunLog:
-    """``run.log`` of a run folder: every line that a run shows, with the time of day, also those that no terminal got. Never raises."""
+    """``run.log`` of a run folder: every line that a run shows, with the time of day, also those that no terminal got.
+    Never raises.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._handle: Any = None
 
     def write(self, line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a full disk is met, with its remedy, where something is written that a run needs
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # a full disk is met, with its remedy, where something is written that a run needs
             if self._handle is None:
                 self._handle = open(self.path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by close()
             elif self._handle.tell() > _LOG_BYTES:

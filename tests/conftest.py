@@ -6,10 +6,23 @@ import pytest
 
 #: files of more than half a minute on two cores, the longest first; a file that is not named here only comes later
 LONG = (
-    "test_training_runs", "test_rollouts_server", "test_policy_parallel", "test_checkpoints_resume", "test_policy_export_parallel",
-    "test_question_runs", "test_planning_activations", "test_output_lost", "test_traces_spans", "test_saves", "test_training_fast_paths",
-    "test_planning_timing", "test_hangs", "test_policy_model_folder", "test_benches", "test_terminal",
-)  # fmt: skip
+    "test_training_runs",
+    "test_rollouts_server",
+    "test_policy_parallel",
+    "test_checkpoints_resume",
+    "test_policy_export_parallel",
+    "test_question_runs",
+    "test_planning_activations",
+    "test_output_lost",
+    "test_traces_spans",
+    "test_saves",
+    "test_training_fast_paths",
+    "test_planning_timing",
+    "test_hangs",
+    "test_policy_model_folder",
+    "test_benches",
+    "test_terminal",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

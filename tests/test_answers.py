@@ -45,7 +45,11 @@ def published_f1(message: str, reference: str) -> float:
         ("x <answer>\nRome\n</answer> y", "rome.", 1.0),
         ("<think>Is it <answer>Rome</answer>?</think> It is Rome.", "Rome", 0.0),  # a tag in the thought
         ("<think>Paris or Rome?</think>\n\n<answer>Rome</answer>", "Rome", 1.0),
-        ("Paris or <answer>Paris</answer>?</think>\n\n<answer>Rome</answer>", "Rome", 1.0),  # the generation prompt opened it
+        (
+            "Paris or <answer>Paris</answer>?</think>\n\n<answer>Rome</answer>",
+            "Rome",
+            1.0,
+        ),  # the generation prompt opened it
         ("<think>I think <answer>Rome</answer>", "Rome", 0.0),  # never closed
     ],
 )

@@ -45,7 +45,9 @@ def test_the_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
 def tree(*lengths: int) -> TokenTree:
     """A root of the first length with one scored leaf of each other length."""
     root, *leaves = lengths
-    return TokenTree([Segment([1] * root, -1, [False] * root), *(Segment([2] * size, 0, [True] * size) for size in leaves)])
+    return TokenTree(
+        [Segment([1] * root, -1, [False] * root), *(Segment([2] * size, 0, [True] * size) for size in leaves)]
+    )
 
 
 def test_a_layout_counts_padding_empty_rows_and_repeated_prefixes() -> None:
@@ -54,7 +56,8 @@ def test_a_layout_counts_padding_empty_rows_and_repeated_prefixes() -> None:
     even = packing.layout([[tree(4, 16), tree(2, 8), tree(3, 7)]], config, 2, 8)
     assert (even["rows"], even["empty"], even["bound"], even["imbalance"]) == (2, 0, 2, 1.0)
     assert even["real"] == 40 / 48 and even["fill"] == 40 / 64 and even["repeated"] == 0.0
-    # 24 + 2 x 4 tokens are the budget; with 24 + 2 x 8 the prefix is computed twice, and the third rank has an empty row of 8
+    # 24 + 2 x 4 tokens are the budget; with 24 + 2 x 8 the prefix is computed twice, and the third rank has an empty
+    # row of 8
     cut = packing.layout([[tree(24, 8, 8)]], config, 3, 8)
     assert (cut["rows"], cut["empty"]) == (3, 1)
     assert cut["repeated"] == 24 / 64 and cut["real"] == 64 / 72 and cut["worst"] == pytest.approx(32 * 3 / 72)
@@ -67,10 +70,14 @@ def test_a_peer_gets_the_tokens_that_our_step_scores_with_their_turns_advantages
     samples = trl_peer.sequences_of(groups, config)
     assert len(samples) == 2 * config.objective.group_size - 1
     trees = [grow_tree(group, [], config.objective, contexts=(PROMPT_ONLY,)).tree for group in groups]
-    scored = [token for t in trees for s in t.segments for token, flag in zip(s.token_ids, s.scored, strict=True) if flag]
+    scored = [
+        token for t in trees for s in t.segments for token, flag in zip(s.token_ids, s.scored, strict=True) if flag
+    ]
     assert [token for s in samples for token, flag in zip(s.completion, s.mask, strict=True) if flag] == scored
     last = samples[-1]
-    assert [value for value, flag in zip(last.advantages, last.mask, strict=True) if not flag] == [0.0] * last.mask.count(0)
+    assert [value for value, flag in zip(last.advantages, last.mask, strict=True) if not flag] == [
+        0.0
+    ] * last.mask.count(0)
     assert last.advantages[0] == groups[1].advantages[-1][0] and last.advantages[-1] == groups[1].advantages[-1][1]
 
 
@@ -82,9 +89,35 @@ def test_without_trl_the_error_says_how_to_get_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_packing_runs_on_synthetic_prompts_and_ends_with_one_object(tmp_path: Path) -> None:
-    words = ["--rounds", "1", "--prompts", "2", "--random", "2", "64", "--lengths", "24", "16", "16", "--data-parallel", "1", "4"]
+    words = [
+        "--rounds",
+        "1",
+        "--prompts",
+        "2",
+        "--random",
+        "2",
+        "64",
+        "--lengths",
+        "24",
+        "16",
+        "16",
+        "--data-parallel",
+        "1",
+        "4",
+    ]
     settings = ["policy.micro_batch_tokens=256", f"run.cache_dir={tmp_path}"]
-    command = [sys.executable, "tools/bench.py", "packing", "--json", "--multiples", "1", "8", *words, "--set", *settings]
+    command = [
+        sys.executable,
+        "tools/bench.py",
+        "packing",
+        "--json",
+        "--multiples",
+        "1",
+        "8",
+        *words,
+        "--set",
+        *settings,
+    ]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,6 @@
-"""The ``growth`` bench: exponents of known curves, what is planned for a point, the picture of a saved result, and a point measured for real."""
+"""The ``growth`` bench: exponents of known curves, what is planned for a point, the picture of a saved result, and a
+point measured for real.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +42,23 @@ def test_the_plan_grows_with_every_length_and_a_trace_costs_pact_alone() -> None
 
 
 def saved() -> dict[str, Any]:
-    """A result as a sweep leaves it, of measurements that follow a law: PACT twice GRPO, time linear in K, memory constant."""
+    """A result as a sweep leaves it, of measurements that follow a law: PACT twice GRPO, time linear in K, memory
+    constant.
+    """
 
     def entry(name: str, value: int) -> dict[str, Any]:
         point = Point(**{AXES[name].field: value})  # type: ignore[arg-type]
         size = float(max(value, 1))
-        methods = {method: {"seconds": times * size, "bytes": 2e8 * times, "tokens": 1.0} for method, times in (("grpo", 1.0), ("pact", 2.0))}
+        methods = {
+            method: {"seconds": times * size, "bytes": 2e8 * times, "tokens": 1.0}
+            for method, times in (("grpo", 1.0), ("pact", 2.0))
+        }
         return {"value": value, "point": vars(point), **methods}
 
-    axes = {name: {"label": AXES[name].label, "points": [entry(name, value) for value in AXES[name].values[:3]]} for name in ("K", "trace")}
+    axes = {
+        name: {"label": AXES[name].label, "points": [entry(name, value) for value in AXES[name].values[:3]]}
+        for name in ("K", "trace")
+    }
     return {"cores": 1, "hardware": {"1": vars(CPU)}, "axes": axes}
 
 
@@ -76,13 +86,26 @@ def test_ticks_are_few_and_lie_within() -> None:
 @pytest.mark.slow
 def test_a_tiny_point_is_measured_through_the_command_line(tmp_path: Path) -> None:
     sizes = ["vocabulary=256", "hidden=64", "layers=1", "prompt=32", "response=16", "trace=16"]
-    command = [sys.executable, str(ROOT / "tools" / "bench.py"), "growth", "--json", "--axes", "K", "--points", "1", "--rounds", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "bench.py"),
+        "growth",
+        "--json",
+        "--axes",
+        "K",
+        "--points",
+        "1",
+        "--rounds",
+        "1",
+    ]
     command += ["--base", *sizes, "--out", str(tmp_path / "growth.json"), "--picture", str(tmp_path / "growth.svg")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
     [row] = result["rows"]
-    assert row["axis"] == "K" and row["value"] == 2 and row["PACT s"] > 0 and row["planned s"] > 0 and row["PACT MiB"] > 0
+    assert (
+        row["axis"] == "K" and row["value"] == 2 and row["PACT s"] > 0 and row["planned s"] > 0 and row["PACT MiB"] > 0
+    )
     kept = json.loads((tmp_path / "growth.json").read_text())["axes"]["K"]["points"][0]
     assert kept["pact"]["tokens"] > kept["grpo"]["tokens"] and kept["point"]["hidden"] == 64
     ET.parse(tmp_path / "growth.svg")

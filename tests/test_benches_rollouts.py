@@ -22,7 +22,9 @@ def test_gauges_are_summed_over_engines_and_no_other_is_taken_for_them() -> None
 
 
 def phase() -> Record:
-    """Ten episodes, two slots. 0..1: one request; 1..9: two; from 5 to 6 one of them is with its tool instead; 9..10: one, the last tenth."""
+    """Ten episodes, two slots. 0..1: one request; 1..9: two; from 5 to 6 one of them is with its tool instead; 9..10:
+    one, the last tenth.
+    """
     record = Record(start=0.0)
     record.requests = [(0.0, 10.0), (1.0, 5.0), (6.0, 9.0)]
     record.code["environment"] = [(5.0, 6.0), (3.0, 4.0)]  # the second is hidden: both slots are asked for meanwhile
@@ -34,7 +36,9 @@ def phase() -> Record:
 def test_shares_of_a_known_phase() -> None:
     found = analyse(phase(), limit=2, concurrency=2, episodes=10)
     assert found["phase s"] == 10.0
-    assert found["busy"] == pytest.approx(15 / 16)  # from 1, when both slots are taken, to 9, when nine of ten have ended
+    assert found["busy"] == pytest.approx(
+        15 / 16
+    )  # from 1, when both slots are taken, to 9, when nine of ten have ended
     assert found["busy from 0"] == pytest.approx(16 / 18)
     assert found["before drain"] == pytest.approx(15 / 16)  # with 9 ended one episode is left for two slots
     assert found["asked"] == pytest.approx(15 / 16)
@@ -49,6 +53,10 @@ def test_slots_without_open_episodes_are_not_asked_to_be_filled() -> None:
 
 
 def test_the_fewest_open_episodes_that_do_are_chosen() -> None:
-    rows = [{"concurrency": 32.0, "busy": 0.95}, {"concurrency": 16.0, "busy": 0.7}, {"concurrency": 24.0, "busy": 0.85}]
+    rows = [
+        {"concurrency": 32.0, "busy": 0.95},
+        {"concurrency": 16.0, "busy": 0.7},
+        {"concurrency": 24.0, "busy": 0.85},
+    ]
     assert choose(rows)["concurrency"] == 24.0
     assert choose(rows[1:2])["busy"] == 0.7

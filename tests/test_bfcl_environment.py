@@ -1,4 +1,6 @@
-"""BFCL: ground truth passes, nothing else does by accident, sessions don't touch one another, call text holds literals only."""
+"""BFCL: ground truth passes, nothing else does by accident, sessions don't touch one another, call text holds literals
+only.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def test_ground_truth_of_every_task_passes_the_official_checker(window: str, cou
     env = environment(window)
     tasks = env.tasks()
     assert len(tasks) == count and len({task.id for task in tasks}) == count
-    failed = {task.id: outcome.reason for task in tasks if not (outcome := _play(env, task, _reference(task))[0]).success}
+    failed = {
+        task.id: outcome.reason for task in tasks if not (outcome := _play(env, task, _reference(task))[0]).success
+    }
     assert failed == {}
     assert _globals() == []
 
@@ -108,9 +112,14 @@ def test_turn_window_filters() -> None:
     for task in env.tasks():
         assert 1 <= len(task.reference_calls[0]) <= 2 and len(task.user_turns) == 1
         if len(task.reference_calls[0]) == 1:
-            schema = {tool["name"]: tool["parameters"]["properties"] for tool in task.tools}[task.reference_calls[0][0].name]
+            schema = {tool["name"]: tool["parameters"]["properties"] for tool in task.tools}[
+                task.reference_calls[0][0].name
+            ]
             for key, value in task.reference_calls[0][0].arguments.items():
-                assert value == schema[key].get("default") or is_grounded(value, task.user_turns[0][0]["content"]), (task.id, key)
+                assert value == schema[key].get("default") or is_grounded(value, task.user_turns[0][0]["content"]), (
+                    task.id,
+                    key,
+                )
     loose = BFCLEnvironment(("multi_turn_base",), window="turn", grounded_only=False, max_calls=None).tasks()
     assert len(loose) > len(env.tasks()) and max(len(task.reference_calls[0]) for task in loose) > 2
     short = BFCLEnvironment(("multi_turn_base",), window="turn", max_user_chars=80).tasks()
@@ -118,7 +127,10 @@ def test_turn_window_filters() -> None:
 
 
 def test_groups_are_scenarios_shared_by_the_categories() -> None:
-    groups = {category: {task.group for task in environment("full").tasks() if task.category == category} for category in CATEGORIES}
+    groups = {
+        category: {task.group for task in environment("full").tasks() if task.category == category}
+        for category in CATEGORIES
+    }
     assert all(group == {str(number) for number in range(200)} for group in groups.values())
     task = environment("turn", "multi_turn_base").tasks()[0]
     assert task.id.startswith(f"multi_turn_base_{task.group}#")
@@ -132,7 +144,11 @@ def test_unknown_tools_are_answered_and_not_executed() -> None:
     [text] = session.execute([ToolCall("rm_everything", {"x": 1})])
     assert text.startswith("Error: unknown function 'rm_everything'. Available: ")
     assert all(tool["name"] in text for tool in task.tools)
-    hidden = next(tool["name"] for tool in function_documents()["GorillaFileSystem"] if tool["name"] not in {t["name"] for t in task.tools})
+    hidden = next(
+        tool["name"]
+        for tool in function_documents()["GorillaFileSystem"]
+        if tool["name"] not in {t["name"] for t in task.tools}
+    )
     assert "unknown function" in session.execute([ToolCall(hidden, {})])[0]
     assert session.steps == before
     session.close()
@@ -141,7 +157,9 @@ def test_unknown_tools_are_answered_and_not_executed() -> None:
 def test_wrong_arguments_get_the_benchmark_error_text() -> None:
     env = environment("full", "multi_turn_base")
     session = env.start(env.tasks()[0])
-    texts = session.execute([ToolCall("ls", {"colour": "red"}), ToolCall("cd", {}), ToolCall("cd", {"folder": "nowhere"})])
+    texts = session.execute(
+        [ToolCall("ls", {"colour": "red"}), ToolCall("cd", {}), ToolCall("cd", {"folder": "nowhere"})]
+    )
     assert "unexpected keyword argument 'colour'" in texts[0]
     assert "missing 1 required positional argument: 'folder'" in texts[1]
     assert "nowhere" in texts[2]
@@ -250,7 +268,12 @@ def test_miss_func_reveals_its_tools_at_the_right_turn() -> None:
             assert sorted(names) == sorted(expected)
             assert not offered & set(names)
             if names:
-                assert messages == [{"role": "user", "content": "I have updated some more functions you can choose from. What about now?"}]
+                assert messages == [
+                    {
+                        "role": "user",
+                        "content": "I have updated some more functions you can choose from. What about now?",
+                    }
+                ]
                 seen += 1
         session.close()
     assert seen == 200
@@ -258,7 +281,11 @@ def test_miss_func_reveals_its_tools_at_the_right_turn() -> None:
 
 def test_irrelevance_check_is_a_setting() -> None:
     strict = BFCLEnvironment(("multi_turn_miss_func",), irrelevance_check=True)
-    task = next(task for task in strict.tasks() if task.category == "multi_turn_miss_func" and any(t["name"] == "pwd" for t in task.tools))
+    task = next(
+        task
+        for task in strict.tasks()
+        if task.category == "multi_turn_miss_func" and any(t["name"] == "pwd" for t in task.tools)
+    )
     empty = next(turn for turn, calls in enumerate(task.reference_calls) if not calls)
     calls = _reference(task)
     calls[empty] = [ToolCall("pwd", {})]
@@ -341,19 +368,22 @@ def test_interleaved_sessions_of_one_task_do_not_see_each_other() -> None:
 
 
 def test_settings_are_checked() -> None:
-    for settings in ({"categories": ("nope",)}, {"categories": "multi_turn_base"}, {"window": "half"}, {"max_tools": 0}):
+    for settings in (
+        {"categories": ("nope",)},
+        {"categories": "multi_turn_base"},
+        {"window": "half"},
+        {"max_tools": 0},
+    ):
         with pytest.raises(ConfigError):
             BFCLEnvironment(**settings)
 
 
 def test_importing_is_quiet_and_drags_in_no_vendor_sdk() -> None:
     code = (
-        "import sys\n"
-        "from pact_nemo.environments.bfcl import BFCLEnvironment\n"
-        "env = BFCLEnvironment(('multi_turn_base',))\n"
-        "session = env.start(env.tasks()[0]); session.next_user_turn(); session.outcome(); session.close()\n"
-        "bad = {'openai', 'anthropic', 'cohere', 'mistralai', 'boto3', 'google.genai', 'torch', 'transformers'} & set(sys.modules)\n"
-        "assert not bad, bad\n"
+        "import sys\nfrom pact_nemo.environments.bfcl import BFCLEnvironment\nenv ="
+        " BFCLEnvironment(('multi_turn_base',))\nsession = env.start(env.tasks()[0]); session.next_user_turn();"
+        " session.outcome(); session.close()\nbad = {'openai', 'anthropic', 'cohere', 'mistralai', 'boto3',"
+        " 'google.genai', 'torch', 'transformers'} & set(sys.modules)\nassert not bad, bad\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -29,7 +29,9 @@ def test_split_depends_on_seed_and_groups_only() -> None:
     tasks = _tasks(30)
     train, held_out = split(tasks, 7, seed=0)
     again_train, again_held = split(list(reversed(tasks)), 7, seed=0)
-    assert {t.id for t in held_out} == {t.id for t in again_held} and {t.id for t in train} == {t.id for t in again_train}
+    assert {t.id for t in held_out} == {t.id for t in again_held} and {t.id for t in train} == {
+        t.id for t in again_train
+    }
     assert {t.id for t in split(tasks, 7, seed=1)[1]} != {t.id for t in held_out}
     assert len({t.group for t in held_out}) == 7
     assert [t.id for t in train] == [t.id for t in tasks if t in train]

@@ -1,4 +1,6 @@
-"""Calls as models drift to them and thoughts around them: read with what was written, an error that the policy sees, or data; nothing else."""
+"""Calls as models drift to them and thoughts around them: read with what was written, an error that the policy sees, or
+data; nothing else.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ NAMES = ("pythonic", "hermes", "llama3_json")
 
 def tool(name: str, *arguments: str, required: tuple[str, ...] = ()) -> dict[str, Any]:
     properties = {key: {"type": "integer"} for key in arguments}
-    return {"name": name, "description": "", "parameters": {"type": "object", "properties": properties, "required": list(required)}}
+    return {
+        "name": name,
+        "description": "",
+        "parameters": {"type": "object", "properties": properties, "required": list(required)},
+    }
 
 
 TOOLS = [tool("f", "a", required=("a",)), tool("g"), tool("write", "text")]
@@ -26,9 +32,16 @@ F, G = ToolCall("f", {"a": 1}), ToolCall("g", {})
 ODD = {
     "name": "flights.search-v2",
     "description": "Find flights.",
-    "parameters": {"type": "object", "properties": {"from": {"type": "string"}, "content-type": {"type": "string"}}, "required": ["from"]},
+    "parameters": {
+        "type": "object",
+        "properties": {"from": {"type": "string"}, "content-type": {"type": "string"}},
+        "required": ["from"],
+    },
 }
-ODD_CALL = ToolCall("flights.search-v2", {"from": "Paris", "content-type": "x", "filter[name]": "größe", "$filter": [1, 1.0, True, None]})
+ODD_CALL = ToolCall(
+    "flights.search-v2",
+    {"from": "Paris", "content-type": "x", "filter[name]": "größe", "$filter": [1, 1.0, True, None]},
+)
 
 
 def written(name: str, *calls: ToolCall) -> str:
@@ -40,7 +53,8 @@ def dress(name: str, text: str) -> str:
     return f"<tool_call>\n{text}\n</tool_call>" if name == "hermes" else text
 
 
-# -- keys that aren't the format's ---------------------------------------------------------------------------------------------------------
+# -- keys that aren't the format's
+# ---------------------------------------------------------------------------------------------------------
 
 READ = [
     ('{"name": "f", "arguments": {"a": 1}}', [F]),
@@ -63,7 +77,10 @@ READ = [
     ('{"name": "f", "arguments": {}}', [ToolCall("f", {})]),  # written so: the tool answers
     ('{"name": "f", "arguments": {"a": 1.0}}', [ToolCall("f", {"a": 1.0})]),
     ('{"name": "f", "arguments": {"a": true}}', [ToolCall("f", {"a": True})]),
-    ('{"name": "nothing", "arguments": {"a": 1}}', [ToolCall("nothing", {"a": 1})]),  # the environment says that it has no such tool
+    (
+        '{"name": "nothing", "arguments": {"a": 1}}',
+        [ToolCall("nothing", {"a": 1})],
+    ),  # the environment says that it has no such tool
 ]
 REFUSED = [
     ('{"name": "f"}', "needs arguments: a"),
@@ -173,7 +190,11 @@ def test_a_call_in_another_formats_dress_is_an_error(names: tuple[str, ...], tex
 
 def test_markers_within_data_of_an_answer_break_nothing() -> None:
     for name in NAMES:
-        for text in ('{"tag": "</think>"}', '{"tag": "</think>"}\n</think>\n{"tag": "<think>"}', '["</think>",\n{"a": "</think>"}]'):
+        for text in (
+            '{"tag": "</think>"}',
+            '{"tag": "</think>"}\n</think>\n{"tag": "<think>"}',
+            '["</think>",\n{"a": "</think>"}]',
+        ):
             parsed = TOOL_FORMATS[name].parse(text, TOOLS)
             assert (parsed.calls, parsed.errors) == ([], []), (name, text)
 
@@ -190,7 +211,11 @@ def test_data_before_a_llama_call_are_passed_over_and_what_follows_it_is_not() -
 
 def test_a_broken_hermes_block_hides_neither_the_next_one_nor_executes_its_text() -> None:
     form, good = TOOL_FORMATS["hermes"], written("hermes", F)
-    for text in (f"<tool_call>\n{{bad\n</tool_call>\n{good}", f"<tool_call>\n{{bad\n{good}", f"<tool_call> is the tag. {good}"):
+    for text in (
+        f"<tool_call>\n{{bad\n</tool_call>\n{good}",
+        f"<tool_call>\n{{bad\n{good}",
+        f"<tool_call> is the tag. {good}",
+    ):
         parsed = form.parse(text, TOOLS)
         assert parsed.calls == [F] and len(parsed.errors) == 1, text
     quoted = json.dumps(f"x {good}")[:-1]  # the text is never closed
@@ -198,7 +223,8 @@ def test_a_broken_hermes_block_hides_neither_the_next_one_nor_executes_its_text(
     assert parsed.calls == [] and parsed.errors
 
 
-# -- thoughts ------------------------------------------------------------------------------------------------------------------------------
+# -- thoughts
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -257,12 +283,18 @@ def test_calls_in_a_thought_are_neither_made_nor_malformed(name: str) -> None:
 @pytest.mark.parametrize("between", ["", " ", "\n", "\n\n"])
 def test_a_call_may_follow_the_closing_marker_on_its_line(name: str, between: str) -> None:
     text = f"<think>Not {written(name, G)}.</think>{between}{written(name, F)}"
-    for parsed in (TOOL_FORMATS[name].parse(text, TOOLS), TOOL_FORMATS[name].parse(text.removeprefix("<think>"), TOOLS, in_thought=True)):
+    for parsed in (
+        TOOL_FORMATS[name].parse(text, TOOLS),
+        TOOL_FORMATS[name].parse(text.removeprefix("<think>"), TOOLS, in_thought=True),
+    ):
         assert (parsed.calls, parsed.errors) == ([F], [])
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("data", ["<think>", "</think>", "<think>x</think>", "a</think>b<think>", "</tool_call>", "<tool_call>\n{}", "'\"\n[f()]"])
+@pytest.mark.parametrize(
+    "data",
+    ["<think>", "</think>", "<think>x</think>", "a</think>b<think>", "</tool_call>", "<tool_call>\n{}", "'\"\n[f()]"],
+)
 def test_markers_and_tags_within_an_argument_are_data(name: str, data: str) -> None:
     calls = [ToolCall("write", {"text": data}), F]
     for text, opened in (
@@ -277,8 +309,26 @@ def test_markers_and_tags_within_an_argument_are_data(name: str, data: str) -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reading_takes_time_linear_in_the_length(name: str) -> None:
-    units = ["<tool_call>", '<tool_call>{"', "<think>", "</think>", "\n", " ", '{"a":\n', '{"\n', "[\n", "[f('", "`", "```\n", "<|python_tag|>",
-             '{"a":1,"a":1}\n', '{"name": "f"\n', "[f(x='''", "\\'", written(name, G) + "</think>\n"]  # fmt: skip
+    units = [
+        "<tool_call>",
+        '<tool_call>{"',
+        "<think>",
+        "</think>",
+        "\n",
+        " ",
+        '{"a":\n',
+        '{"\n',
+        "[\n",
+        "[f('",
+        "`",
+        "```\n",
+        "<|python_tag|>",
+        '{"a":1,"a":1}\n',
+        '{"name": "f"\n',
+        "[f(x='''",
+        "\\'",
+        written(name, G) + "</think>\n",
+    ]
     for unit in units:
         text = unit * (60_000 // len(unit))
         started = time.perf_counter()
@@ -286,7 +336,8 @@ def test_reading_takes_time_linear_in_the_length(name: str) -> None:
         assert time.perf_counter() - started < 5, unit  # what is quadratic takes minutes
 
 
-# -- names -------------------------------------------------------------------------------------------------------------------------------
+# -- names
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["hermes", "llama3_json"])
@@ -298,7 +349,9 @@ def test_json_formats_carry_names_that_python_cannot_write(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pythonic", "pythonic_schema"])
-@pytest.mark.parametrize("odd", [ODD, tool("from"), tool("f", "class"), tool("f", "content-type"), tool("größe"), tool("2d")])
+@pytest.mark.parametrize(
+    "odd", [ODD, tool("from"), tool("f", "class"), tool("f", "content-type"), tool("größe"), tool("2d")]
+)
 def test_python_text_refuses_the_tools_that_it_cannot_call_and_names_the_remedy(name: str, odd: dict[str, Any]) -> None:
     TOOL_FORMATS[name].check_tools(TOOLS)
     with pytest.raises(ToolCallError, match=f"{odd['name']}.*plain identifier.*model.tool_format=hermes"):

@@ -1,4 +1,6 @@
-"""Chat templates and tokenizers as users have them: every piece of a conversation comes out exactly, or the template is refused by name."""
+"""Chat templates and tokenizers as users have them: every piece of a conversation comes out exactly, or the template is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -48,26 +50,59 @@ def only(condition: str) -> str:
         (only("m.role != 'system'"), "drops the (system message|tools)"),
         (only("m.role != 'user' or loop.index0 < 3"), "drops what a user says"),
         (CHATML.replace("m['content']", "m['content'] | upper"), "alters|drops"),
-        (CHATML.replace("m['content']", "(m['content'] | e if m.role == 'tool' else m['content'])"), "alters the results of tools"),
-        (CHATML.replace("m['content']", "(m['content'] | e if m.role == 'user' else m['content'])"), "alters what a user says"),
-        (CHATML.replace("m['content']", "(m['content'][:20] if m.role == 'tool' else m['content'])"), "alters the results of tools"),
+        (
+            CHATML.replace("m['content']", "(m['content'] | e if m.role == 'tool' else m['content'])"),
+            "alters the results of tools",
+        ),
+        (
+            CHATML.replace("m['content']", "(m['content'] | e if m.role == 'user' else m['content'])"),
+            "alters what a user says",
+        ),
+        (
+            CHATML.replace("m['content']", "(m['content'][:20] if m.role == 'tool' else m['content'])"),
+            "alters the results of tools",
+        ),
         (CHATML.replace("m['content']", "m['content'] | replace('\\n\\n', '\\n')"), "alters"),
-        (CHATML.replace("m['content']", "m['content'] + (m['content'] if m.role == 'tool' else '')"), "repeats the results of tools"),
+        (
+            CHATML.replace("m['content']", "m['content'] + (m['content'] if m.role == 'tool' else '')"),
+            "repeats the results of tools",
+        ),
         (CHATML.replace("m['content']", "m['content'][0]['text']"), "drops|can't be used|alters or repeats"),
         ("{{ messages[-1].content }}" + CHATML, "repeats|otherwise than its pieces"),
         ("{{ messages | length }}" + CHATML, "otherwise than its pieces|not a suffix|opens"),
-        ("{%- if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{%- endif %}" + CHATML, "no system role"),
-        (only("loop.index0 == 0 or m.role != messages[loop.index0 - 1].role or raise_exception('must alternate')"), "must alternate|drops"),
-        (CHATML.replace("m['content'] +", "m['content'] + (range(1000) | random | string) +"), "otherwise than|each time|not a suffix"),
+        (
+            "{%- if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{%- endif %}" + CHATML,
+            "no system role",
+        ),
+        (
+            only("loop.index0 == 0 or m.role != messages[loop.index0 - 1].role or raise_exception('must alternate')"),
+            "must alternate|drops",
+        ),
+        (
+            CHATML.replace("m['content'] +", "m['content'] + (range(1000) | random | string) +"),
+            "otherwise than|each time|not a suffix",
+        ),
         ("{{ strftime_now('%d %b %Y') }}" + CHATML, "today's date"),
         (CHATML.replace("'<|im_end|>", "'"), "special token"),
-        (CHATML.replace("m['content']", "(m['content'][:2000] if m.role == 'tool' else m['content'])"), "long.*alters the results of tools"),
+        (
+            CHATML.replace("m['content']", "(m['content'][:2000] if m.role == 'tool' else m['content'])"),
+            "long.*alters the results of tools",
+        ),
         (CHATML.replace("m['content']", "m['content'] | truncate(50000)"), "long.*alters the system message"),
-        (CHATML.replace("in messages", "in (messages if messages | length < 30 else messages[-30:])"), "in a long conversation, drops"),
-        (CHATML.replace("m['content'] +", "m['content'] + ('' if m.role != 'tool' else m.name | string) +"), "writes the 'name' of a message"),
-        ("{%- for m in messages if m.role == 'tool' %}" + MESSAGE + "{%- endfor %}" + only("m.role != 'tool'"), "before what came|than its pieces"),
+        (
+            CHATML.replace("in messages", "in (messages if messages | length < 30 else messages[-30:])"),
+            "in a long conversation, drops",
+        ),
+        (
+            CHATML.replace("m['content'] +", "m['content'] + ('' if m.role != 'tool' else m.name | string) +"),
+            "writes the 'name' of a message",
+        ),
+        (
+            "{%- for m in messages if m.role == 'tool' %}" + MESSAGE + "{%- endfor %}" + only("m.role != 'tool'"),
+            "before what came|than its pieces",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_template_drops_alters_or_repeats_is_refused_by_name(template: str, message: str, form: str) -> None:
     if form == "pythonic" and "alternate" in message:
         pytest.skip("one message holds all results of a turn, so roles do alternate")
@@ -80,21 +115,33 @@ def test_the_word_tools_in_a_comment_is_no_support_for_tools() -> None:
     for form in ("hermes", "llama3_json"):
         chat = chat_of("{#- plain ChatML, no tools #}" + CHATML, form)
         assert not chat.shows_tools and "MARKTOOL" in chat.render([USER], TOOLS)
-    tools, whole = "{%- if tools %}{{ '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}" + CHATML, "(tools | tojson)"
+    tools, whole = (
+        "{%- if tools %}{{ '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}" + CHATML,
+        "(tools | tojson)",
+    )
     assert chat_of(tools).shows_tools
     for half in (
-        "{%- for t in tools or [] %}{{ t.function.name }}{%- endfor %}" + CHATML,  # names only: the project's text says it all
+        "{%- for t in tools or [] %}{{ t.function.name }}{%- endfor %}"
+        + CHATML,  # names only: the project's text says it all
         tools.replace(whole, "(tools[0] | tojson)"),
         tools.replace(whole, "(tools | tojson)[:3000]"),
         tools.replace("if tools", "if tools and messages[0].role != 'system'"),
     ):
-        assert not chat_of(half).shows_tools and "MARKTOOL" in chat_of(half).render([{"role": "system", "content": "Be."}, USER], TOOLS)
+        assert not chat_of(half).shows_tools and "MARKTOOL" in chat_of(half).render(
+            [{"role": "system", "content": "Be."}, USER], TOOLS
+        )
 
 
 def test_results_of_one_turn_keep_their_order() -> None:
     behind = "{%- if m.role != 'tool' %}{{ ns.held }}{%- set ns.held = '' %}" + MESSAGE
     held = "{%- else %}{%- set ns.held = '<|im_start|>tool\\n' + m.content + '<|im_end|>\\n' + ns.held %}{%- endif %}"
-    template = "{%- set ns = namespace(held='') %}{%- for m in messages %}" + behind + held + "{%- endfor %}{{ ns.held }}" + OPEN
+    template = (
+        "{%- set ns = namespace(held='') %}{%- for m in messages %}"
+        + behind
+        + held
+        + "{%- endfor %}{{ ns.held }}"
+        + OPEN
+    )
     with pytest.raises(ConfigError, match="writes the results of tools .*before what came earlier"):
         chat_of(template)
 
@@ -110,7 +157,10 @@ def test_a_message_that_only_some_conversations_lose_is_refused_with_its_prompt(
 
 @pytest.mark.parametrize("value", ["false", "True", "no", "0", "1.5", "null"])
 def test_a_switch_given_as_a_text_is_refused(value: str) -> None:
-    switch = CHATML + "{%- if add_generation_prompt and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    switch = (
+        CHATML
+        + "{%- if add_generation_prompt and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    )
     with pytest.raises(ConfigError, match=f"model.template_kwargs.enable_thinking='{value}' is a text.*without quotes"):
         chat_of(switch, enable_thinking=value)
     assert chat_of(switch, enable_thinking=False).generation_thought
@@ -119,17 +169,28 @@ def test_a_switch_given_as_a_text_is_refused(value: str) -> None:
 
 def test_one_named_template_serves_every_piece() -> None:
     tool_use = (
-        "{{- '<|im_start|>system\\n<tools>' }}{%- for t in tools %}{{ t | tojson }}{%- endfor %}{{ '</tools><|im_end|>\\n' }}"
-        + CHATML.replace("m['content']", "('<tool_response>' + m['content'] + '</tool_response>' if m.role == 'tool' else m['content'])")
-    )  # fmt: skip
+        "{{- '<|im_start|>system\\n<tools>' }}{%- for t in tools %}{{ t | tojson }}{%- endfor %}"
+        "{{ '</tools><|im_end|>\\n' }}"
+        + CHATML.replace(
+            "m['content']",
+            "('<tool_response>' + m['content'] + '</tool_response>' if m.role == 'tool' else m['content'])",
+        )
+    )
     tool_use = tool_use.replace("{%- for m in", "{%- set messages = messages %}{%- for m in")
     chat = chat_of({"default": CHATML, "tool_use": tool_use})
     observation = [{"role": "tool", "content": "MARKOBS"}]
-    pieces = chat.prompt_ids([USER], TOOLS) + chat.encode_assistant("Use ls.")[0] + [chat.end_of_turn_id] + chat.continuation_ids(observation, True)
+    pieces = (
+        chat.prompt_ids([USER], TOOLS)
+        + chat.encode_assistant("Use ls.")[0]
+        + [chat.end_of_turn_id]
+        + chat.continuation_ids(observation, True)
+    )
     assert pieces == chat.prompt_ids([USER, {"role": "assistant", "content": "Use ls."}, *observation], TOOLS)
     assert "<tool_response>MARKOBS" in chat.tokenizer.decode(pieces)
     assert "tool_use" in chat.source
-    assert chat_of({"default": CHATML, "tool_use": tool_use}, "pythonic").source.endswith("'default'")  # its tools stand in the system message
+    assert chat_of({"default": CHATML, "tool_use": tool_use}, "pythonic").source.endswith(
+        "'default'"
+    )  # its tools stand in the system message
     with pytest.raises(ConfigError, match="named rag, none of them 'default'"):
         chat_of({"rag": CHATML})
 
@@ -147,7 +208,9 @@ def test_a_generation_prompt_that_opens_a_thought_is_closed_before_the_call() ->
     turn = f"Think.\n</think>\n\n{call}<|im_end|>\n<|im_start|>tool\nMARKOBS<|im_end|>\n"
     assert chat.tokenizer.decode(tokens.token_ids) == f"{turn}<|im_start|>assistant\n<think>\n{turn}"
     taught = [i for i, c in zip(tokens.token_ids, tokens.component, strict=True) if c in (CALL, REASONING)]
-    assert chat.tokenizer.decode(taught) == f"Think.\n</think>\n\n{call}" * 2  # the opening marker belongs to the prompt
+    assert (
+        chat.tokenizer.decode(taught) == f"Think.\n</think>\n\n{call}" * 2
+    )  # the opening marker belongs to the prompt
 
 
 def test_a_word_about_thoughts_makes_no_thinking_model() -> None:
@@ -161,11 +224,14 @@ def test_a_template_that_closes_an_empty_thought_leaves_none_to_the_policy() -> 
     assert text.startswith("Think.\n<tool_call>") and text.count("<think>\n\n</think>\n\nThink.\n<tool_call>") == 1
 
 
-# --- tokenizers -------------------------------------------------------------------------------------------------------------------------------
+# --- tokenizers
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def sentencepiece(kind: str, special_end: bool = True) -> Any:
-    """A Llama-2-like tokenizer: word boundaries as U+2581, byte fallback; ``kind`` says how the boundary comes before a text."""
+    """A Llama-2-like tokenizer: word boundaries as U+2581, byte fallback; ``kind`` says how the boundary comes before a
+    text.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -180,7 +246,9 @@ def sentencepiece(kind: str, special_end: bool = True) -> Any:
     state = json.loads(base.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in ("<unk>", "<s>", "</s>")]
     base = Tokenizer.from_str(json.dumps(state))
-    base.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    base.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if not special_end:
         base.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
@@ -208,7 +276,12 @@ def test_marks_of_a_call_may_be_special_tokens_that_only_the_assistant_writes() 
     from tokenizers import AddedToken
 
     made = tokenizer("smollm")
-    made.add_tokens([AddedToken(text, special=True, normalized=False) for text in ("<tool_call>", "</tool_call>", "<think>", "</think>", "</s>")])
+    made.add_tokens(
+        [
+            AddedToken(text, special=True, normalized=False)
+            for text in ("<tool_call>", "</tool_call>", "<think>", "</think>", "</s>")
+        ]
+    )
     made.chat_template = CHATML
     chat = ChatFormat(made, TOOL_FORMATS["hermes"])
     mark, end = made.convert_tokens_to_ids(["<tool_call>", "</s>"])
@@ -227,10 +300,21 @@ def test_a_word_boundary_at_the_start_of_a_text_is_in_no_piece(kind: str) -> Non
     user, text = {"role": "user", "content": "list files"}, "Use ls.\n[ls(a=True)]"
     observation = chat.tool_format.render_observation(["hidden files"])
     ids, offsets = chat.encode_assistant(text)
-    pieces = chat.prompt_ids([user]) + ids + chat.continuation_ids(observation, after_eos=False) + chat.encode_assistant("Use it.")[0]
-    whole = chat.prompt_ids([user, {"role": "assistant", "content": text}, *observation, {"role": "assistant", "content": "Use it."}])
+    pieces = (
+        chat.prompt_ids([user])
+        + ids
+        + chat.continuation_ids(observation, after_eos=False)
+        + chat.encode_assistant("Use it.")[0]
+    )
+    whole = chat.prompt_ids(
+        [user, {"role": "assistant", "content": text}, *observation, {"role": "assistant", "content": "Use it."}]
+    )
     assert whole[: len(pieces)] == pieces
-    assert chat.decode(ids) == text and min(start for start, _ in offsets) == 0 and max(end for _, end in offsets) == len(text)
+    assert (
+        chat.decode(ids) == text
+        and min(start for start, _ in offsets) == 0
+        and max(end for _, end in offsets) == len(text)
+    )
     tokens = encode_trace(_trace(), chat)
     whole = [user]
     for _ in range(2):

@@ -1,4 +1,6 @@
-"""Tool formats: what is written reads back the same, and no policy text can run code, crash the parser or smuggle in a name."""
+"""Tool formats: what is written reads back the same, and no policy text can run code, crash the parser or smuggle in a
+name.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ NAMES = ["pythonic", "hermes", "llama3_json"]
 PYTHONIC = TOOL_FORMATS["pythonic"]
 LS = {
     "name": "ls",
-    "description": "This tool belongs to the file system. Simple. Tool description: List the contents of the current directory. And more.",
+    "description": (
+        "This tool belongs to the file system. Simple. Tool description: List the contents of the current directory."
+        " And more."
+    ),
     "parameters": {"type": "object", "properties": {"a": {"type": "boolean", "default": False}}, "required": []},
 }
 TOUCH = {
@@ -34,10 +39,16 @@ TOOLS = [LS, TOUCH]
 
 identifiers = st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_]{0,8}", fullmatch=True).filter(lambda name: _is_plain(name))
 scalars = (
-    st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20)
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**12), 10**12)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20)
 )
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
 )
 calls = st.builds(ToolCall, identifiers, st.dictionaries(identifiers, values, max_size=3))
 
@@ -55,7 +66,9 @@ def _same(left: object, right: object) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=60, deadline=None)
-@given(turn=st.lists(calls, min_size=1, max_size=3), reasoning=st.sampled_from(["", "Use it.", "Two lines\nhere: a=1."]))
+@given(
+    turn=st.lists(calls, min_size=1, max_size=3), reasoning=st.sampled_from(["", "Use it.", "Two lines\nhere: a=1."])
+)
 def test_calls_read_back_as_written(name: str, turn: list[ToolCall], reasoning: str) -> None:
     form = TOOL_FORMATS[name]
     text = f"{reasoning}\n{form.render_calls(turn)}" if reasoning else form.render_calls(turn)
@@ -105,7 +118,9 @@ def test_no_text_makes_the_parser_raise(name: str, text: str) -> None:
 
 def test_positional_arguments_get_the_schema_names() -> None:
     assert PYTHONIC.parse("[touch('a.txt', 5)]", TOOLS).calls == [ToolCall("touch", {"file_name": "a.txt", "size": 5})]
-    assert PYTHONIC.parse("[touch('a.txt', size=5)]", TOOLS).calls == [ToolCall("touch", {"file_name": "a.txt", "size": 5})]
+    assert PYTHONIC.parse("[touch('a.txt', size=5)]", TOOLS).calls == [
+        ToolCall("touch", {"file_name": "a.txt", "size": 5})
+    ]
 
 
 @pytest.mark.parametrize(
@@ -203,12 +218,17 @@ def test_compact_tool_lines() -> None:
     assert first_sentence("Convert 1.5 miles. Then stop.") == "Convert 1.5 miles."
     text = PYTHONIC.render_tools(TOOLS)
     assert signature_line(LS) in text and "[name(argument=value)]" in text
-    assert "belongs to" not in "".join(signature_line(tool) for tools in function_documents().values() for tool in tools)
+    assert "belongs to" not in "".join(
+        signature_line(tool) for tools in function_documents().values() for tool in tools
+    )
 
 
 def test_observations_become_tool_messages() -> None:
     assert PYTHONIC.render_observation(["a", "b"]) == [{"role": "tool", "content": "a\nb"}]
-    assert TOOL_FORMATS["hermes"].render_observation(["a", "b"]) == [{"role": "tool", "content": "a"}, {"role": "tool", "content": "b"}]
+    assert TOOL_FORMATS["hermes"].render_observation(["a", "b"]) == [
+        {"role": "tool", "content": "a"},
+        {"role": "tool", "content": "b"},
+    ]
 
 
 def test_unknown_format_names_the_known_ones() -> None:

@@ -26,7 +26,13 @@ def test_is_reused_and_verified(folder, monkeypatch):
     monkeypatch.setattr(embedded, "convert_gguf", lambda *args: pytest.fail("converted again"))
     assert embedded.materialise_embedded_model(CACHE) == folder
     manifest = verify_manifest(folder)
-    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= set(manifest.files)
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    } <= set(manifest.files)
     assert not list(CACHE.glob(".*tmp"))
 
 

@@ -63,7 +63,9 @@ def test_unlisted_weights_are_refused(tmp_path):
         m.verify_manifest(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 99, "version": 0, "files": {}, "extra": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"schema": 1}', '{"schema": 99, "version": 0, "files": {}, "extra": {}}']
+)
 def test_unreadable_manifest(tmp_path, text):
     folder = make_export(tmp_path, 0)
     (folder / m.MANIFEST_NAME).write_text(text)
@@ -116,7 +118,10 @@ def test_prune_keeps_newest_and_protected(tmp_path):
 def test_manifest_is_plain_json(tmp_path):
     folder = make_export(tmp_path, 2)
     row = json.loads((folder / m.MANIFEST_NAME).read_text())
-    assert row["schema"] == 2 and row["files"]["config.json"] == {"size": 8, "blake3": [[8, blake3(b'{"a": 1}').hexdigest()]]}
+    assert row["schema"] == 2 and row["files"]["config.json"] == {
+        "size": 8,
+        "blake3": [[8, blake3(b'{"a": 1}').hexdigest()]],
+    }
 
 
 def test_manifests_of_schema_1_are_still_read_and_checked(tmp_path):

@@ -28,7 +28,9 @@ OPTIMIZER = {"lr": 1e-3, "eps": 1e-5, "lr_schedule": "linear", "warmup_steps": 1
 
 def build(path: Path, *, keep_reference: bool = False, **config: Any) -> MegatronPolicy:
     settings = PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 96, "logprob_chunk": 16, **config})
-    return MegatronPolicy(settings, OptimizerConfig(**OPTIMIZER), path, seed=1, total_steps=4, keep_reference=keep_reference)
+    return MegatronPolicy(
+        settings, OptimizerConfig(**OPTIMIZER), path, seed=1, total_steps=4, keep_reference=keep_reference
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,9 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("distributed_optimizer", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_steps_are_one_step_and_one_resumed(precision: str, distributed_optimizer: bool, hf: Path, tmp_path: Path) -> None:
+def test_two_steps_are_one_step_and_one_resumed(
+    precision: str, distributed_optimizer: bool, hf: Path, tmp_path: Path
+) -> None:
     config: dict[str, Any] = {"precision": precision, "distributed_optimizer": distributed_optimizer}
     straight = build(hf, **config)
     initial = straight.logprobs(TREES)
@@ -54,9 +58,18 @@ def test_two_steps_are_one_step_and_one_resumed(precision: str, distributed_opti
     assert resume.load(resumed, folder) == {"sampler": [1, 2], "x": None}
     assert torch.equal(torch.rand(4), drawn), "random-number state"
     result = resumed.update(TREES, loss_fn)
-    assert (result.loss, result.grad_norm, result.lr, resumed.step) == (expected.loss, expected.grad_norm, expected.lr, 2)
-    assert all(torch.equal(a, b) for a, b in zip(resumed.chunks[0].parameters(), straight.chunks[0].parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(resumed.reference_logprobs(TREES), initial, strict=True)), "the reference is not the checkpoint"
+    assert (result.loss, result.grad_norm, result.lr, resumed.step) == (
+        expected.loss,
+        expected.grad_norm,
+        expected.lr,
+        2,
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(resumed.chunks[0].parameters(), straight.chunks[0].parameters(), strict=True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(resumed.reference_logprobs(TREES), initial, strict=True)), (
+        "the reference is not the checkpoint"
+    )
 
 
 def test_a_step_after_resuming_differs_if_adam_forgot_its_past(hf: Path, tmp_path: Path) -> None:
@@ -68,14 +81,19 @@ def test_a_step_after_resuming_differs_if_adam_forgot_its_past(hf: Path, tmp_pat
     forgetful.step = 1
     straight.update(TREES, loss_fn)
     forgetful.update(TREES, loss_fn)
-    assert not all(torch.equal(a, b) for a, b in zip(forgetful.chunks[0].parameters(), straight.chunks[0].parameters(), strict=True))
+    assert not all(
+        torch.equal(a, b)
+        for a, b in zip(forgetful.chunks[0].parameters(), straight.chunks[0].parameters(), strict=True)
+    )
 
 
 DENSE_ROUTES = [("one", "tp2"), ("tp2", "tp2"), ("pp2", "one"), ("pp2vp2", "one"), ("dp2", "pp2vp2"), ("cp2", "dp2")]
 MOE_ROUTES = [("one", "ep2"), ("ep2", "tp2sp"), ("tp2sp", "pp2"), ("tp2sp", "tp2sp")]
 
 
-@pytest.mark.parametrize(("family", "routes"), [("llama", DENSE_ROUTES), pytest.param("qwen3_moe", MOE_ROUTES, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "routes"), [("llama", DENSE_ROUTES), pytest.param("qwen3_moe", MOE_ROUTES, marks=pytest.mark.slow)]
+)
 def test_resuming_under_other_layouts(family: str, routes: list[tuple[str, str]], tmp_path: Path) -> None:
     hf = make_model(tmp_path / "hf", family)
     layouts: dict[str, dict[str, Any]] = {
@@ -95,15 +113,23 @@ def test_resuming_under_other_layouts(family: str, routes: list[tuple[str, str]]
     saves = {source: [["update", None], ["save", str(tmp_path / source)], ["update", None]] for source, _ in routes}
     saves.setdefault("one", [["update", None], ["update", None]]).append(["export", str(tmp_path / "straight")])
     loads = {
-        (source, target): [["load", str(tmp_path / source / "step_000001")], ["update", None], ["export", str(tmp_path / f"{source}-{target}")]]
+        (source, target): [
+            ["load", str(tmp_path / source / "step_000001")],
+            ["update", None],
+            ["export", str(tmp_path / f"{source}-{target}")],
+        ]
         for source, target in routes
     }
     straight = run_jobs([job("one", "one", saves["one"])])
     many = [job(source, source, actions) for source, actions in saves.items() if source != "one"]
-    many += [job(f"{source}-{target}", target, actions) for (source, target), actions in loads.items() if target != "one"]
+    many += [
+        job(f"{source}-{target}", target, actions) for (source, target), actions in loads.items() if target != "one"
+    ]
     answers = launch(2, many, tmp_path)
     straight |= {source: answers.pop(source) for source in saves if source != "one"}
-    resumed = answers | run_jobs([job(f"{source}-one", "one", actions) for (source, target), actions in loads.items() if target == "one"])
+    resumed = answers | run_jobs(
+        [job(f"{source}-one", "one", actions) for (source, target), actions in loads.items() if target == "one"]
+    )
     assert len(resumed) == len(routes)
     expected = load_file(tmp_path / "straight" / "model.safetensors")
     for name, got in resumed.items():
@@ -151,7 +177,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_torn_checkpoints_are_refused_and_the_older_one_is_found_on_request(kind: str, saved: Path, hf: Path, tmp_path: Path) -> None:
+def test_torn_checkpoints_are_refused_and_the_older_one_is_found_on_request(
+    kind: str, saved: Path, hf: Path, tmp_path: Path
+) -> None:
     damage, message = DAMAGE[kind]
     root = tmp_path / "root"
     shutil.copytree(saved, root)
@@ -175,7 +203,9 @@ def test_checkpoints_of_another_model_are_refused(saved: Path, tmp_path: Path) -
         resume.load(other, saved / "step_000002")
 
 
-def test_of_large_checkpoints_only_small_files_are_hashed(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_large_checkpoints_only_small_files_are_hashed(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(resume, "HASH_TOTAL", 1000)
     monkeypatch.setattr(resume, "HASH_LIMIT", 1000)
     folder = resume.save(build(hf), tmp_path, {})
@@ -186,7 +216,9 @@ def test_of_large_checkpoints_only_small_files_are_hashed(hf: Path, tmp_path: Pa
         resume.verify(folder)
 
 
-def test_a_step_is_saved_once_and_a_failed_save_leaves_nothing_behind(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_saved_once_and_a_failed_save_leaves_nothing_behind(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = build(hf)
     resume.save(policy, tmp_path, {})
     with pytest.raises(CheckpointError, match="exists already"):
@@ -213,7 +245,9 @@ def slow_writer(monkeypatch: pytest.MonkeyPatch, then: Callable[[], None] = lamb
     monkeypatch.setattr(filesystem_async, "_write_item", write_item)
 
 
-def test_a_save_in_the_background_has_the_weights_of_its_step(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_in_the_background_has_the_weights_of_its_step(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not those of the steps that are made while it is being written."""
     policy = build(hf)
     policy.update(TREES, loss_fn)
@@ -235,7 +269,9 @@ def test_a_save_in_the_background_has_the_weights_of_its_step(hf: Path, tmp_path
     assert [again.update(TREES, loss_fn).loss for _ in range(2)] == losses, "moments and main weights, too"
 
 
-def test_a_failed_save_in_the_background_is_told_and_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_in_the_background_is_told_and_leaves_nothing(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = build(hf)
 
     def full() -> None:
@@ -252,7 +288,9 @@ def test_a_failed_save_in_the_background_is_told_and_leaves_nothing(hf: Path, tm
 
 
 def test_policies_without_an_optimizer_cannot_be_saved(hf: Path, tmp_path: Path) -> None:
-    policy = MegatronPolicy(PolicyConfig(precision="fp32"), OptimizerConfig(), hf, seed=1, total_steps=1, trainable=False)
+    policy = MegatronPolicy(
+        PolicyConfig(precision="fp32"), OptimizerConfig(), hf, seed=1, total_steps=1, trainable=False
+    )
     with pytest.raises(ConfigError, match="export it instead"):
         resume.save(policy, tmp_path, {})
 

@@ -22,7 +22,9 @@ def test_the_interval_covers_the_difference_and_shrinks_with_pairing() -> None:
     easy = rng.random(200)
     baseline = {str(i): [float(value)] for i, value in enumerate(easy)}
     better = {str(i): [float(value) + 0.1, float(value) + 0.1] for i, value in enumerate(easy)}
-    assert paired_bootstrap(better, baseline) == pytest.approx((0.1, 0.1))  # every task gains the same: nothing is left to chance
+    assert paired_bootstrap(better, baseline) == pytest.approx(
+        (0.1, 0.1)
+    )  # every task gains the same: nothing is left to chance
     noisy = {key: [value[0] + 0.1 + float(rng.normal(0, 0.2))] for key, value in baseline.items()}
     low, high = paired_bootstrap(noisy, baseline)
     expected = 1.96 * np.std([noisy[key][0] - baseline[key][0] for key in baseline]) / np.sqrt(200)
@@ -32,7 +34,9 @@ def test_the_interval_covers_the_difference_and_shrinks_with_pairing() -> None:
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "compare.py"), *words], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "compare.py"), *words], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_collecting_makes_a_table_and_replaces_it_in_place(tmp_path: Path) -> None:
@@ -41,7 +45,10 @@ def test_collecting_makes_a_table_and_replaces_it_in_place(tmp_path: Path) -> No
         make_run(tmp_path / "runs", method="grpo", seed=seed, passed=(0, 3, 5))
     make_run(tmp_path / "runs", seed=3, finished=False)
     out = tmp_path / "results.md"
-    assert run("--collect", str(tmp_path / "runs"), "--out", str(out), "--picture", str(tmp_path / "c.svg")).returncode == 0
+    assert (
+        run("--collect", str(tmp_path / "runs"), "--out", str(out), "--picture", str(tmp_path / "c.svg")).returncode
+        == 0
+    )
     text = out.read_text()
     picture = ElementTree.parse(tmp_path / "c.svg").getroot()
     shapes = {kind: list(picture.iter(f"{{http://www.w3.org/2000/svg}}{kind}")) for kind in ("circle", "path")}
@@ -62,7 +69,9 @@ def test_collecting_makes_a_table_and_replaces_it_in_place(tmp_path: Path) -> No
 def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     for method in ("pact", "grpo"):
         folder = make_run(tmp_path / f"{method}-seed1", method=method, seed=1)
-        (folder / "config.yaml").write_text(to_yaml(load_config(ROOT / "conf" / f"{method}_bfcl-smollm2_135m-cpu.yaml", ["run.seed=1"])))
+        (folder / "config.yaml").write_text(
+            to_yaml(load_config(ROOT / "conf" / f"{method}_bfcl-smollm2_135m-cpu.yaml", ["run.seed=1"]))
+        )
     done = run("--root", str(tmp_path), "--seeds", "1")
     assert done.returncode == 0, done.stderr
     assert "run 2/2: grpo, seed 1" in done.stdout and "| pact | 1 |" in done.stdout
@@ -73,6 +82,9 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
 def test_unknown_methods_and_empty_folders_are_refused_by_name(tmp_path: Path) -> None:
     unknown = run("--methods", "ppo", "--root", str(tmp_path))
     assert unknown.returncode == 1
-    assert "methods with one: chord, chord_phi, ftrl, grpo, luffy, matchtir, pact, sft, sft_matchtir, toolrl" in unknown.stderr
+    assert (
+        "methods with one: chord, chord_phi, ftrl, grpo, luffy, matchtir, pact, sft, sft_matchtir, toolrl"
+        in unknown.stderr
+    )
     empty = run("--collect", str(tmp_path))
     assert empty.returncode == 1 and "no finished run" in empty.stderr

@@ -1,4 +1,6 @@
-"""A plan of runs: what it refuses before anything runs, its order, and what is kept of runs when their weights are gone."""
+"""A plan of runs: what it refuses before anything runs, its order, and what is kept of runs when their weights are
+gone.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +61,15 @@ def test_a_wrong_plan_is_refused_before_anything_runs(text: str, says: str, tmp_
 
 def test_runs_come_seed_by_seed_and_once() -> None:
     assert [cell.id for cell in cells(PLAN)] == [
-        "sft4-pact-seed1", "sft4-sft-seed1", "sft12-sft-seed1", "sft12-pact-seed1",
-        "sft4-sft-seed2", "sft4-pact-seed2", "sft12-sft-seed2", "sft12-pact-seed2",
-    ]  # fmt: skip
+        "sft4-pact-seed1",
+        "sft4-sft-seed1",
+        "sft12-sft-seed1",
+        "sft12-pact-seed1",
+        "sft4-sft-seed2",
+        "sft4-pact-seed2",
+        "sft12-sft-seed2",
+        "sft12-pact-seed2",
+    ]
 
 
 def place(root: Path, cell: Cell, passed: int, plan: Plan = PLAN) -> None:
@@ -72,7 +80,9 @@ def place(root: Path, cell: Cell, passed: int, plan: Plan = PLAN) -> None:
         hf = next((root / "starts" / cell.start).glob("*/hf"))
         arm, folder, words = plan.arms[cell.arm], root / cell.id, start_words(cell.start, hf.resolve())
     run = make_run(folder, seed=cell.seed, passed=(0, 3, passed))
-    config = load_config([config_of(arm.method, plan.benchmark, plan.preset)], [f"run.seed={cell.seed}", *words, *arm.set])
+    config = load_config(
+        [config_of(arm.method, plan.benchmark, plan.preset)], [f"run.seed={cell.seed}", *words, *arm.set]
+    )
     (run / "config.yaml").write_text(to_yaml(config))
     for name in plans.WEIGHTS:
         (run / name).mkdir(exist_ok=True)
@@ -91,8 +101,14 @@ def test_results_stay_when_the_weights_are_gone(tmp_path: Path, monkeypatch: pyt
     assert not list(root.glob("sft*/*/hf")) and len(list(root.glob("starts/*/*/hf"))) == 2
     assert not list(root.glob("**/checkpoints")) and not list(root.glob("**/exports"))
     found = {(r.start, r.arm, r.seed): r for r in read_results(kept)}
-    assert found["sft12", "pact", 2].score() == pytest.approx(16 / 24) and found["published", "sft4", 1].score() == pytest.approx(4 / 24)
-    assert len(found["sft4", "pact", 1].curves["reward/success"]) == len(found["sft4", "pact", 1].curves["reward/mean"]) > 0
+    assert found["sft12", "pact", 2].score() == pytest.approx(16 / 24) and found[
+        "published", "sft4", 1
+    ].score() == pytest.approx(4 / 24)
+    assert (
+        len(found["sft4", "pact", 1].curves["reward/success"])
+        == len(found["sft4", "pact", 1].curves["reward/mean"])
+        > 0
+    )
     text = table(results, "sft")
     assert "| sft12 | 0.375 | pact | 2 | **0.646** | 0.029 | +0.083 [" in text
     assert text.index("| sft4 | 0.167 | pact") < text.index("| sft12 | 0.375 | pact")
@@ -106,7 +122,9 @@ def test_results_stay_when_the_weights_are_gone(tmp_path: Path, monkeypatch: pyt
         read_results(kept)
 
 
-def test_no_run_starts_when_the_budget_is_spent_and_a_failure_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_run_starts_when_the_budget_is_spent_and_a_failure_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, kept = tmp_path / "runs", tmp_path / "evidence"
     for name in PLAN.starts:
         place(root, Cell("published", name, 1), 5)

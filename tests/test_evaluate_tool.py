@@ -1,4 +1,6 @@
-"""``tools/evaluate.py``: a chat server's verdicts are bfcl-eval's own, item by item; it resumes; an HF folder goes through vLLM."""
+"""``tools/evaluate.py``: a chat server's verdicts are bfcl-eval's own, item by item; it resumes; an HF folder goes
+through vLLM.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ class ChatServer:
 
 def tool_calls(calls: list[ToolCall]) -> list[dict[str, Any]]:
     return [
-        {"id": str(i), "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments)}} for i, call in enumerate(calls)
+        {"id": str(i), "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments)}}
+        for i, call in enumerate(calls)
     ]
 
 
@@ -71,7 +74,9 @@ def bfcl_tasks() -> list[Task]:
 
 @pytest.fixture(scope="module")
 def solver(bfcl_tasks: list[Task]) -> Iterator[ChatServer]:
-    """Solves every other task; in the others it says nothing in the last user turn that needs a call, or writes a broken one first."""
+    """Solves every other task; in the others it says nothing in the last user turn that needs a call, or writes a
+    broken one first.
+    """
     by_request = {task.user_turns[0][-1]["content"]: (index, task) for index, task in enumerate(bfcl_tasks)}
 
     def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -83,7 +88,10 @@ def solver(bfcl_tasks: list[Task]) -> Iterator[ChatServer]:
         if index % 2 and turn == last:
             return {"content": "I leave that out."}
         if index == 4 and turn == 0 and not since:
-            return {"content": "", "tool_calls": [{"id": "x", "type": "function", "function": {"name": "ls", "arguments": "{broken"}}]}
+            return {
+                "content": "",
+                "tool_calls": [{"id": "x", "type": "function", "function": {"name": "ls", "arguments": "{broken"}}],
+            }
         done = len(since) - (index == 4 and turn == 0)
         return {"content": "", "tool_calls": tool_calls(calls)} if calls and done == 0 else {"content": "Done."}
 
@@ -95,22 +103,41 @@ def solver(bfcl_tasks: list[Task]) -> Iterator[ChatServer]:
 def test_verdicts_are_bfcl_evals_own_item_by_item(tmp_path: Path, solver: ChatServer, bfcl_tasks: list[Task]) -> None:
     from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker import multi_turn_checker
 
-    words = ["--model", solver.url, "--name", "scripted", "--out", str(tmp_path), "--limit", "6", "tasks.categories=[multi_turn_base]"]
+    words = [
+        "--model",
+        solver.url,
+        "--name",
+        "scripted",
+        "--out",
+        str(tmp_path),
+        "--limit",
+        "6",
+        "tasks.categories=[multi_turn_base]",
+    ]
     result = evaluate(*words)
     assert (result["score"], result["n"], result["failed"]) == (0.5, 6, 0)
     episodes = {row["task_id"]: row for row in map(json.loads, (tmp_path / "episodes.jsonl").read_text().splitlines())}
-    questions = {row["id"]: row for row in map(json.loads, (data_dir() / "BFCL_v4_multi_turn_base.json").read_text().splitlines())}
+    questions = {
+        row["id"]: row
+        for row in map(json.loads, (data_dir() / "BFCL_v4_multi_turn_base.json").read_text().splitlines())
+    }
     answers = {
         row["id"]: row["ground_truth"]
-        for row in map(json.loads, (data_dir() / "possible_answer" / "BFCL_v4_multi_turn_base.json").read_text().splitlines())
+        for row in map(
+            json.loads, (data_dir() / "possible_answer" / "BFCL_v4_multi_turn_base.json").read_text().splitlines()
+        )
     }
     for number, task in enumerate(bfcl_tasks):
         steps: dict[int, list[list[str]]] = defaultdict(list)
         for turn in episodes[task.id]["turns"]:
             if turn["calls"]:
-                steps[turn["user_turn"]].append([call_text(ToolCall(call["name"], call["arguments"])) for call in turn["calls"]])
+                steps[turn["user_turn"]].append(
+                    [call_text(ToolCall(call["name"], call["arguments"])) for call in turn["calls"]]
+                )
         decoded = [steps[index] for index in range(len(answers[task.id]))]
-        official = multi_turn_checker(decoded, answers[task.id], questions[task.id], "multi_turn_base", f"check{number}")
+        official = multi_turn_checker(
+            decoded, answers[task.id], questions[task.id], "multi_turn_base", f"check{number}"
+        )
         assert episodes[task.id]["outcome"]["success"] is official["valid"] is (number % 2 == 0), task.id
     score_file = tmp_path / "score" / "scripted" / "multi_turn" / "BFCL_v4_multi_turn_base_score.json"
     lines = [json.loads(line) for line in score_file.read_text().splitlines()]
@@ -123,15 +150,36 @@ def test_verdicts_are_bfcl_evals_own_item_by_item(tmp_path: Path, solver: ChatSe
 def test_a_toolhop_answer_by_url(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(toolhop_row(id=i)) + "\n" for i in range(3)))
     server = ChatServer(lambda messages: {"content": "<answer>2161000</answer>"})
-    words = ["--model", server.url, "--benchmark", "toolhop", "--out", str(tmp_path / "out"), f"tasks.path={tmp_path / 'rows.jsonl'}"]
+    words = [
+        "--model",
+        server.url,
+        "--benchmark",
+        "toolhop",
+        "--out",
+        str(tmp_path / "out"),
+        f"tasks.path={tmp_path / 'rows.jsonl'}",
+    ]
     result = evaluate(*words)
     server.server.shutdown()
-    assert result["score"] == 1.0 and result["metrics"]["answer_correctness"] == 1.0 and result["categories"]["2 hops"]["n"] == 3
+    assert (
+        result["score"] == 1.0
+        and result["metrics"]["answer_correctness"] == 1.0
+        and result["categories"]["2 hops"]["n"] == 3
+    )
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--model", "http://127.0.0.1:9/v1", "--limit", "2", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "evaluate.py"),
+        "--model",
+        "http://127.0.0.1:9/v1",
+        "--limit",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 1 and "127.0.0.1:9" in done.stderr
 
@@ -142,7 +190,14 @@ def test_an_hf_folder_is_served_and_scored(tmp_path: Path) -> None:
 
     model = materialise_embedded_model(ROOT / ".cache" / "pact_nemo")
     result = evaluate(
-        "--model", str(model), "--config", str(ROOT / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml"),
-        "--held-out", "--limit", "4", "--out", str(tmp_path),
-    )  # fmt: skip
+        "--model",
+        str(model),
+        "--config",
+        str(ROOT / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml"),
+        "--held-out",
+        "--limit",
+        "4",
+        "--out",
+        str(tmp_path),
+    )
     assert result["n"] == 4 and result["failed"] == 0 and result["name"] == model.name

@@ -25,7 +25,11 @@ from pact_nemo.training.data import build_dataset, build_environment
 from tests.test_question_environments import ftrl_row, write
 
 REPO = Path(__file__).resolve().parents[1]
-FRANCE, PERU, PARIS = ToolCall("find", {"place": "France"}), ToolCall("find", {"place": "Peru"}), ToolCall("population", {"city": "Paris"})
+FRANCE, PERU, PARIS = (
+    ToolCall("find", {"place": "France"}),
+    ToolCall("find", {"place": "Peru"}),
+    ToolCall("population", {"city": "Paris"}),
+)
 
 
 def written(*calls: ToolCall) -> list[dict[str, Any]]:
@@ -61,7 +65,9 @@ def settings(path: Path, *words: str) -> Any:
 
 def test_training_tasks_have_their_rows_calls_and_an_answer_to_compare_with(tmp_path: Path) -> None:
     def row(place: str, **changes: Any) -> dict[str, Any]:
-        return ftrl_row(messages=[{"role": "user", "content": f"Please call tools.\nQuestion: who lives in {place}?"}], **changes)
+        return ftrl_row(
+            messages=[{"role": "user", "content": f"Please call tools.\nQuestion: who lives in {place}?"}], **changes
+        )
 
     path = write(
         tmp_path / "rows.jsonl",
@@ -102,7 +108,9 @@ def test_training_tasks_have_their_rows_calls_and_an_answer_to_compare_with(tmp_
         ("<answer>2161000</answer>", "truncated", 0.0),
     ],
 )
-def test_the_final_turn_is_paid_the_f1_of_its_tagged_answer(tmp_path: Path, text: str, status: Any, reward: float) -> None:
+def test_the_final_turn_is_paid_the_f1_of_its_tagged_answer(
+    tmp_path: Path, text: str, status: Any, reward: float
+) -> None:
     (task,) = FTRLEnvironment(write(tmp_path / "x.jsonl", ftrl_row(ground_truth=written(FRANCE, PARIS))), None).tasks()  # type: ignore[arg-type]
     turns = [Turn(0, 1, "[find(...)]", calls=[FRANCE], observations=["x"]), Turn(1, 2, text)]
     rollout = Rollout(task.id, 0, [1], [1, 1], [1, 1], [0.0, 0.0], turns, Outcome(False, 0.3), 0, status=status)

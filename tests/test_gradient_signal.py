@@ -1,4 +1,6 @@
-"""How much of a mini-batch's gradient is signal: against drawn gradients whose true share is known, and against the terms' own gradients."""
+"""How much of a mini-batch's gradient is signal: against drawn gradients whose true share is known, and against the
+terms' own gradients.
+"""
 
 from __future__ import annotations
 
@@ -40,18 +42,32 @@ def test_halves_have_every_prompt_once_and_as_many_anchored_ones() -> None:
 
 def test_a_term_is_measured_as_if_it_were_alone(tmp_path: Path) -> None:
     prompts = make_pact_prompts(8)
-    policy = MegatronPolicy(PolicyConfig(precision="fp32"), OptimizerConfig(lr=1e-3), make_model(tmp_path / "m", "llama"), seed=1, total_steps=2)
+    policy = MegatronPolicy(
+        PolicyConfig(precision="fp32"),
+        OptimizerConfig(lr=1e-3),
+        make_model(tmp_path / "m", "llama"),
+        seed=1,
+        total_steps=2,
+    )
     record = measure(policy, prompts, pact_terms, seed=1, step=2)
     first, second = halves(prompts, seed=1, step=2)
     for term, names in TERMS.items():
         # the loss of the term alone, written down from the streams that have weight in it
-        def alone(logprobs: torch.Tensor, streams: dict[str, torch.Tensor], names: tuple[str, ...] = names) -> tuple[torch.Tensor, dict]:  # type: ignore[type-arg]
-            zero = {name: torch.zeros_like(value) for name, value in streams.items() if name.startswith("w_") and name not in names}
+        def alone(
+            logprobs: torch.Tensor, streams: dict[str, torch.Tensor], names: tuple[str, ...] = names
+        ) -> tuple[torch.Tensor, dict]:  # type: ignore[type-arg]
+            zero = {
+                name: torch.zeros_like(value)
+                for name, value in streams.items()
+                if name.startswith("w_") and name not in names
+            }
             return pact_terms(logprobs, {**streams, **zero, "entropy": torch.zeros_like(logprobs)})
 
         cosine, norm, other = policy.gradient_cosine([p.tree for p in first], [p.tree for p in second], alone)
         assert record[f"signal/{term}_cosine"] == pytest.approx(cosine, abs=1e-5)
-        assert record[f"signal/{term}_norm"] == pytest.approx(math.sqrt(norm**2 + other**2 + 2 * cosine * norm * other), rel=1e-4)
+        assert record[f"signal/{term}_norm"] == pytest.approx(
+            math.sqrt(norm**2 + other**2 + 2 * cosine * norm * other), rel=1e-4
+        )
     assert term_of([p for p in prompts if p.group.anchored], TERMS["sft"]) == []
     anchored = [p for p in prompts if p.group.anchored]
     assert not any(key.startswith("signal/sft") for key in measure(policy, anchored, pact_terms, seed=1, step=2))

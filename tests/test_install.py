@@ -27,18 +27,32 @@ def interpreter(folder: Path, version: str, name: str = "python") -> Path:
 
 def check(python: Path, venv: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": str(python), "VENV": str(venv)}
-    return subprocess.run(["bash", "tools/install.sh", "check"], cwd=REPO, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["bash", "tools/install.sh", "check"], cwd=REPO, env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize(
-    ("version", "words"), [("3.10", "too old"), ("3.11", None), ("3.12", None), ("3.13", "Megatron-Bridge ends at Python 3.12"), ("3.20", "too new")]
+    ("version", "words"),
+    [
+        ("3.10", "too old"),
+        ("3.11", None),
+        ("3.12", None),
+        ("3.13", "Megatron-Bridge ends at Python 3.12"),
+        ("3.20", "too new"),
+    ],
 )
 def test_the_interpreter_is_one_that_every_package_has(tmp_path: Path, version: str, words: str | None) -> None:
     done = check(interpreter(tmp_path, version), tmp_path / "venv")
     if words is None:
         assert (done.returncode, done.stderr) == (0, "")
     else:
-        assert done.returncode == 1 and words in done.stderr and f"Python {version}" in done.stderr and "PYTHON=python3.12" in done.stderr
+        assert (
+            done.returncode == 1
+            and words in done.stderr
+            and f"Python {version}" in done.stderr
+            and "PYTHON=python3.12" in done.stderr
+        )
 
 
 def test_an_environment_of_another_version_is_not_taken_for_the_one_asked_for(tmp_path: Path) -> None:
@@ -49,7 +63,9 @@ def test_an_environment_of_another_version_is_not_taken_for_the_one_asked_for(tm
 
 def find(version: str, path: list[Path], pyenv: Path) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.pathsep.join([*map(str, path), "/usr/bin", "/bin"]), "PYENV_ROOT": str(pyenv)}
-    return subprocess.run(["bash", ".ci/find_python", version], cwd=REPO, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["bash", ".ci/find_python", version], cwd=REPO, env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_a_shim_that_only_complains_is_no_interpreter(tmp_path: Path) -> None:
@@ -67,7 +83,9 @@ def test_without_the_interpreter_the_checks_of_a_change_fail_aloud(tmp_path: Pat
     assert done.returncode == 1 and not done.stdout and "no Python 3.19 found" in done.stderr
     lines = (REPO / ".ci" / "run").read_text().splitlines()
     assert "set -euo pipefail" in lines
-    assert any(line.startswith('other="$(.ci/find_python 3.12)"') for line in lines)  # an assignment alone, so that its failure ends the script
+    assert any(
+        line.startswith('other="$(.ci/find_python 3.12)"') for line in lines
+    )  # an assignment alone, so that its failure ends the script
 
 
 def test_the_package_metadata_agree() -> None:

@@ -1,4 +1,6 @@
-"""Homes that can't be written, long temporary folders: what libraries and sockets need is found elsewhere, or the variable is named."""
+"""Homes that can't be written, long temporary folders: what libraries and sockets need is found elsewhere, or the
+variable is named.
+"""
 
 from __future__ import annotations
 
@@ -65,24 +67,42 @@ def shared() -> Iterator[Path]:
 def as_user(user: int, folder: Path, program: str = ASK, **environment: str) -> subprocess.CompletedProcess[str]:
     """The program with nothing in its environment, as another user where the tests may become one.
 
-    An interpreter in a home that the other user can't enter is replaced by the system's of the same version, with this one's packages.
+    An interpreter in a home that the other user can't enter is replaced by the system's of the same version, with this
+    one's packages.
     """
     words = []
     if os.getuid() == 0:
         words = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
         os.chown(folder, user, user)
     packages = sysconfig.get_path("purelib")
-    words += ["env", "-i", "PATH=/usr/bin:/bin", f"PYTHONPATH={REPO}:{packages}", f"TMPDIR={folder}", "PYTHONDONTWRITEBYTECODE=1"]
+    words += [
+        "env",
+        "-i",
+        "PATH=/usr/bin:/bin",
+        f"PYTHONPATH={REPO}:{packages}",
+        f"TMPDIR={folder}",
+        "PYTHONDONTWRITEBYTECODE=1",
+    ]
     words += [f"{name}={value}" for name, value in environment.items()]
-    same = f"import sys; open({str(REPO / 'pyproject.toml')!r}); import psutil; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
+    same = (
+        f"import sys; open({str(REPO / 'pyproject.toml')!r}); import psutil; sys.exit(sys.version_info[:2] !="
+        f" {sys.version_info[:2]})"
+    )
     for interpreter in (sys.executable, "/usr/bin/python3"):
-        if os.getuid() != 0 or subprocess.run([*words, interpreter, "-c", same], capture_output=True, cwd="/").returncode == 0:
-            return subprocess.run([*words, interpreter, "-c", program], capture_output=True, text=True, timeout=120, cwd="/")
+        if (
+            os.getuid() != 0
+            or subprocess.run([*words, interpreter, "-c", same], capture_output=True, cwd="/").returncode == 0
+        ):
+            return subprocess.run(
+                [*words, interpreter, "-c", program], capture_output=True, text=True, timeout=120, cwd="/"
+            )
     pytest.skip("another user can't reach an interpreter of this version and this project")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
-@pytest.mark.parametrize(("user", "home"), [(NOBODY, None), (54321, None), (54321, "/"), (NOBODY, "/nonexistent"), (NOBODY, "relative")])
+@pytest.mark.parametrize(
+    ("user", "home"), [(NOBODY, None), (54321, None), (54321, "/"), (NOBODY, "/nonexistent"), (NOBODY, "relative")]
+)
 def test_without_a_home_everything_has_a_private_place(user: int, home: str | None, shared: Path) -> None:
     done = as_user(user, shared, **({} if home is None else {"HOME": home}))
     assert done.returncode == 0, done.stderr
@@ -104,7 +124,9 @@ def test_a_home_that_works_is_left_alone(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", machine.PLACES)
-def test_one_place_that_can_not_be_written_is_replaced_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_place_that_can_not_be_written_is_replaced_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for place in machine.PLACES:
         monkeypatch.delenv(place, raising=False)
     (tmp_path / "home").mkdir()
@@ -137,7 +159,9 @@ def test_somebody_elses_folder_is_not_used(tmp_path: Path, monkeypatch: pytest.M
         machine.prepare()
 
 
-def test_sockets_have_short_private_places_below_any_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sockets_have_short_private_places_below_any_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = tmp_path / ("x" * 120)
     long.mkdir()
     for place in (str(tmp_path), str(long)):
@@ -162,9 +186,19 @@ def test_where_no_short_place_is_left_the_variable_is_named(tmp_path: Path, monk
 
 
 def test_a_dry_run_names_it_too(tmp_path: Path) -> None:
-    program = "from pact_nemo import machine; machine.writable = lambda folder: False\nfrom recipes.pact_bfcl import *; main(run, PRESET, FULL, '')"
+    program = (
+        "from pact_nemo import machine; machine.writable = lambda folder: False\nfrom recipes.pact_bfcl import *;"
+        " main(run, PRESET, FULL, '')"
+    )
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    done = subprocess.run([sys.executable, "-c", program, "--dry-run"], capture_output=True, text=True, timeout=120, env=environment, cwd=REPO)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--dry-run"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        cwd=REPO,
+    )
     assert done.returncode == 2 and "TMPDIR" in done.stderr and not done.stdout
 
 
@@ -190,11 +224,17 @@ def test_the_server_gets_such_a_place_and_leaves_nothing(tmp_path: Path, monkeyp
                 break
             time.sleep(0.05)
         sockets, temporary = (tmp_path / "said").read_text().split(" ")
-        assert sockets == temporary and len(sockets) + 40 <= machine.SOCKET_PATH_BYTES and Path(sockets).stat().st_mode & 0o777 == 0o700
+        assert (
+            sockets == temporary
+            and len(sockets) + 40 <= machine.SOCKET_PATH_BYTES
+            and Path(sockets).stat().st_mode & 0o777 == 0o700
+        )
     finally:
         server.close()
     assert not Path(sockets).exists()
-    assert SOCKETS_ENV == "VLLM_RPC_BASE_PATH" and launch.engine_environment(RolloutServerConfig(device="cpu"), ServerEndpoint("http://h", "k"))
+    assert SOCKETS_ENV == "VLLM_RPC_BASE_PATH" and launch.engine_environment(
+        RolloutServerConfig(device="cpu"), ServerEndpoint("http://h", "k")
+    )
 
 
 POLICY = """

@@ -1,4 +1,6 @@
-"""Making traces: a teacher over real HTTP, filters, resumption after the endpoint or the run died, and the quality report."""
+"""Making traces: a teacher over real HTTP, filters, resumption after the endpoint or the run died, and the quality
+report.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Teacher:
-    """An OpenAI-compatible endpoint that plays a part per question: solves it, leaks the answer, writes broken calls, or is down."""
+    """An OpenAI-compatible endpoint that plays a part per question: solves it, leaks the answer, writes broken calls,
+    or is down.
+    """
 
     def __init__(self) -> None:
         self.down = False
@@ -41,7 +45,9 @@ class Teacher:
                     self.send_error(503)
                     return
                 message = teacher.answer(body)
-                data = json.dumps({"choices": [{"message": message}], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}).encode()
+                data = json.dumps(
+                    {"choices": [{"message": message}], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}
+                ).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -60,7 +66,10 @@ class Teacher:
         done = sum(message["role"] == "tool" for message in body["messages"])
         part = next(part for part in ("solves", "leaks", "breaks", "is wrong") if part in question)
         if part == "breaks":
-            return {"content": "", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "find", "arguments": "{oops"}}]}
+            return {
+                "content": "",
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "find", "arguments": "{oops"}}],
+            }
         if done == 2 or (part == "is wrong" and done == 1):
             return {"content": "2,161,000" if part != "is wrong" else "no idea"}
         name, arguments = [("find", {"place": "France"}), ("population", {"city": "Paris"})][done]
@@ -77,12 +86,27 @@ def teacher() -> Iterator[Teacher]:
 
 
 def make(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "make_traces.py"), "--out", str(tmp_path / "traces.jsonl"), "tasks.benchmark=toolhop"]
-    return subprocess.run([*command, f"tasks.path={tmp_path / 'rows.jsonl'}", *words], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "make_traces.py"),
+        "--out",
+        str(tmp_path / "traces.jsonl"),
+        "tasks.benchmark=toolhop",
+    ]
+    return subprocess.run(
+        [*command, f"tasks.path={tmp_path / 'rows.jsonl'}", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
 
 
 def rows(tmp_path: Path, *parts: str) -> None:
-    made = [toolhop_row(id=index, question=f"The teacher {part}: how many live in the capital of France?") for index, part in enumerate(parts)]
+    made = [
+        toolhop_row(id=index, question=f"The teacher {part}: how many live in the capital of France?")
+        for index, part in enumerate(parts)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
 
 
@@ -97,11 +121,16 @@ def test_what_a_teacher_solves_is_kept_and_the_rest_is_named(tmp_path: Path, tea
     assert quality["attempts"] == {"kept": 1, "answer_leaked": 2, "no_solution": 2, "unverified": 2}
     assert quality["coverage"] == {"2 hops": {"tasks": 4, "kept": 1, "share": 0.25}}
     assert quality["tokens"] == {"prompt": 10 * teacher.asked, "completion": 3 * teacher.asked}
-    # the teacher labels two paragraphs whatever there is: right for its own two, unusable for the one of the leaking part, tried twice
+    # the teacher labels two paragraphs whatever there is: right for its own two, unusable for the one of the leaking
+    # part, tried twice
     assert quality["annotator"]["fallbacks_to_rules"] == 4 < quality["annotator"]["turns"]
     show = [sys.executable, str(ROOT / "tools" / "make_traces.py"), "--show", str(tmp_path / "traces.jsonl")]
     shown = subprocess.run(show, capture_output=True, text=True, timeout=60)
-    assert "[tool_selection]" in shown.stdout and "population(city='Paris')" in shown.stdout and "about 2,161,000 people" in shown.stdout
+    assert (
+        "[tool_selection]" in shown.stdout
+        and "population(city='Paris')" in shown.stdout
+        and "about 2,161,000 people" in shown.stdout
+    )
 
 
 THOUGHTS: dict[str, Any] = {
@@ -133,7 +162,9 @@ def test_a_teacher_that_goes_away_costs_no_attempt_and_the_run_goes_on_later(tmp
     rows(tmp_path, "solves", "solves", "breaks")
     teacher.down = True
     failed = make(tmp_path, "--teacher", teacher.url)
-    assert failed.returncode == 1 and "start again to go on" in failed.stderr and not (tmp_path / "traces.jsonl").exists()
+    assert (
+        failed.returncode == 1 and "start again to go on" in failed.stderr and not (tmp_path / "traces.jsonl").exists()
+    )
     teacher.down = False
     assert make(tmp_path, "--teacher", teacher.url, "--limit", "1").returncode == 0
     with open(tmp_path / "traces.jsonl.attempts.jsonl", "a") as journal:
@@ -141,7 +172,9 @@ def test_a_teacher_that_goes_away_costs_no_attempt_and_the_run_goes_on_later(tmp
     asked = teacher.asked
     done = make(tmp_path, "--teacher", teacher.url, "--attempts", "1", "--concurrency", "1")
     assert done.returncode == 0, done.stderr
-    assert teacher.asked - asked == 3 + 1  # the kept task is not asked again; one is solved in three answers, one breaks at once
+    assert (
+        teacher.asked - asked == 3 + 1
+    )  # the kept task is not asked again; one is solved in three answers, one breaks at once
     assert [trace.task_id for trace in read_traces(tmp_path / "traces.jsonl")] == ["toolhop_0", "toolhop_1"]
     again = make(tmp_path, "--teacher", teacher.url, "--attempts", "1")
     assert again.returncode == 0 and teacher.asked - asked == 4
@@ -153,7 +186,10 @@ def test_recorded_answers_need_no_teacher(tmp_path: Path) -> None:
     done = make(tmp_path, "--recorded")
     assert done.returncode == 0, done.stderr
     (trace,) = read_traces(tmp_path / "traces.jsonl")
-    assert (trace.source, [call.name for turn in trace.turns for call in turn.calls]) == ("recorded", ["find", "population"])
+    assert (trace.source, [call.name for turn in trace.turns for call in turn.calls]) == (
+        "recorded",
+        ["find", "population"],
+    )
     neither = make(tmp_path)
     assert neither.returncode == 2 and "--teacher URL, --recorded, or --extend" in neither.stderr
 

@@ -30,7 +30,11 @@ def board(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def test_records_come_back_as_written_with_gaps(tmp_path: Path) -> None:
-    rows = [record("warmup", 1), record("rl", 1, **{"latent/gap_success": None}), record("rl", 2, **{"latent/gap_success": 0.5})]
+    rows = [
+        record("warmup", 1),
+        record("rl", 1, **{"latent/gap_success": None}),
+        record("rl", 2, **{"latent/gap_success": 0.5}),
+    ]
     fill(tmp_path, None, rows)
     assert read_metrics(tmp_path) == rows
     assert board(tmp_path, "loss/total") == [(1, 0.1), (2, 0.2)]
@@ -45,7 +49,11 @@ def test_each_line_is_on_disk_as_soon_as_it_is_appended(tmp_path: Path) -> None:
 
 
 def test_resume_drops_what_the_checkpoint_does_not_know_in_each_stage_and_in_tensorboard(tmp_path: Path) -> None:
-    fill(tmp_path, None, [*(record("warmup", step) for step in range(1, 6)), *(record("rl", step) for step in range(1, 5))])
+    fill(
+        tmp_path,
+        None,
+        [*(record("warmup", step) for step in range(1, 6)), *(record("rl", step) for step in range(1, 5))],
+    )
     fill(tmp_path, (5, 2), [record("rl", 3, **{"loss/total": 9.0})])
     assert [(r["stage"], r["step"]) for r in read_metrics(tmp_path)] == [("warmup", s) for s in range(1, 6)] + [
         ("rl", s) for s in (1, 2, 3)
@@ -65,9 +73,17 @@ def test_a_torn_last_line_is_left_out_and_overwritten_on_resume(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("line", "field"),
-    [("{broken", None), ("[1]", None), ('{"step": 1}', "stage"), ('{"stage": "rl"}', "step"), ('{"stage": "rl", "step": true}', "step")],
+    [
+        ("{broken", None),
+        ("[1]", None),
+        ('{"step": 1}', "stage"),
+        ('{"stage": "rl"}', "step"),
+        ('{"stage": "rl", "step": true}', "step"),
+    ],
 )
-def test_another_malformed_line_is_refused_and_the_file_left_alone(tmp_path: Path, line: str, field: str | None) -> None:
+def test_another_malformed_line_is_refused_and_the_file_left_alone(
+    tmp_path: Path, line: str, field: str | None
+) -> None:
     fill(tmp_path, None, [record("rl", 1)])
     path = tmp_path / "metrics.jsonl"
     text = path.read_text() + line + "\n" + json.dumps(record("rl", 2)) + "\n"

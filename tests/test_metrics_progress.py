@@ -22,14 +22,20 @@ class Clock:
 
 def plain(total_steps: int = 10, enabled: bool = True) -> tuple[RunProgress, Clock, io.StringIO]:
     clock, out = Clock(), io.StringIO()
-    return RunProgress(total_steps=total_steps, enabled=enabled, console=Console(file=out, width=60), now=clock), clock, out
+    return (
+        RunProgress(total_steps=total_steps, enabled=enabled, console=Console(file=out, width=60), now=clock),
+        clock,
+        out,
+    )
 
 
 def step(number: int, seconds: float = 30.0, **values: Any) -> dict[str, Any]:
     return {"step": number, "stage": "rl", "time/total": seconds, **values}
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (7325, "2:02:05")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (7325, "2:02:05")]
+)
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -42,7 +48,9 @@ def test_without_a_terminal_a_phase_speaks_at_its_start_and_then_at_most_every_f
             phase.advance(note="120 tokens/s")
     lines = out.getvalue().splitlines()
     assert lines[0] == "[0:00] evaluation before (100)"
-    assert [line.split(" · ")[0] for line in lines[1:]] == [f"[0:{s:02d}] evaluation before: {4 * s}/100" for s in (5, 10, 15, 20, 25)]
+    assert [line.split(" · ")[0] for line in lines[1:]] == [
+        f"[0:{s:02d}] evaluation before: {4 * s}/100" for s in (5, 10, 15, 20, 25)
+    ]
     assert lines[1].endswith("120 tokens/s · about 0:20 left in this phase")
 
 

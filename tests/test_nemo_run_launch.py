@@ -26,7 +26,18 @@ def test_without_nemo_run_the_other_ways_are_named() -> None:
 
 @pytest.mark.skipif(not INSTALLED, reason="NeMo-Run is not installed")
 def test_slurm_and_local_launch_the_recipe(tmp_path: Path) -> None:
-    slurm = launch("--recipe", "qwen3_4b_4xh100_bf16", "--executor", "slurm", "--partition", "p", "--job-dir", str(tmp_path), "--print", "a.b=1")
+    slurm = launch(
+        "--recipe",
+        "qwen3_4b_4xh100_bf16",
+        "--executor",
+        "slurm",
+        "--partition",
+        "p",
+        "--job-dir",
+        str(tmp_path),
+        "--print",
+        "a.b=1",
+    )
     assert slurm.returncode == 0, slurm.stderr
     assert "--gpus-per-node=4" in slurm.stdout and "--ntasks-per-node=4" in slurm.stdout
     refused = launch("--recipe", "llama3p1_70b_64xh100_bf16", "--print")

@@ -57,7 +57,9 @@ def test_it_resumes_where_it_was_and_with_the_settings_of_now() -> None:
         again.load(StepClock(3).state())
 
 
-@pytest.mark.parametrize("wrong", [{"success_target": 0.0}, {"success_target": 1.5}, {"smoothing": 1.0}, {"smoothing": -0.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"success_target": 0.0}, {"success_target": 1.5}, {"smoothing": 1.0}, {"smoothing": -0.1}]
+)
 def test_settings_outside_their_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="success_target"):
         AdaptiveClock(**wrong)

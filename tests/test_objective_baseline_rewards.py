@@ -1,4 +1,6 @@
-"""FTRL's and ToolRL's rewards against cases worked out by hand from the papers' formulas, and through the training step's own door."""
+"""FTRL's and ToolRL's rewards against cases worked out by hand from the papers' formulas, and through the training
+step's own door.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ from pact_nemo.training.config import ObjectiveConfig
 
 
 def ftrl(solved: list[list[bool]], questions: int = 2, **words: Any) -> list[float]:
-    settings = {"malformed": [0] * len(solved), "empty": [False] * len(solved), "answered": [False] * len(solved), **words}
+    settings = {
+        "malformed": [0] * len(solved),
+        "empty": [False] * len(solved),
+        "answered": [False] * len(solved),
+        **words,
+    }
     return ftrl_rewards(solved, groups=[0] * len(solved), questions={0: questions}, **settings).tolist()
 
 
@@ -58,7 +65,9 @@ def test_a_reference_call_is_solved_once_and_in_its_own_group() -> None:
 
 def toolrl(predicted: list[ToolCall], reference: list[ToolCall], well_formed: bool = True, **settings: Any) -> float:
     settings = {"readable": True, **settings}
-    return toolrl_reward(predicted, [0] * len(predicted), reference, [0] * len(reference), well_formed=well_formed, **settings)
+    return toolrl_reward(
+        predicted, [0] * len(predicted), reference, [0] * len(reference), well_formed=well_formed, **settings
+    )
 
 
 def test_toolrl_by_hand() -> None:
@@ -85,7 +94,10 @@ def test_an_unreadable_call_gives_the_lowest_correctness() -> None:
 
 def some_calls(draw: random.Random) -> list[ToolCall]:
     count = draw.randint(1, 4)
-    return [ToolCall(draw.choice("fg"), {k: draw.randint(0, 1) for k in draw.sample("abc", draw.randint(0, 3))}) for _ in range(count)]
+    return [
+        ToolCall(draw.choice("fg"), {k: draw.randint(0, 1) for k in draw.sample("abc", draw.randint(0, 3))})
+        for _ in range(count)
+    ]
 
 
 def test_toolrl_greedy_serves_reference_calls_in_their_order() -> None:
@@ -133,7 +145,9 @@ def test_toolrl_takes_the_best_matching_of_all() -> None:
             for call, index in zip(predicted, chosen, strict=True):
                 if index is not None and call.name == reference[index].name:
                     wanted = reference[index].arguments
-                    total += jaccard(list(call.arguments), list(wanted)) + sum(call.arguments.get(k) == v for k, v in wanted.items())
+                    total += jaccard(list(call.arguments), list(wanted)) + sum(
+                        call.arguments.get(k) == v for k, v in wanted.items()
+                    )
             best = max(best, total)
         names = jaccard([c.name for c in predicted], [c.name for c in reference])
         most = 1 + sum(1 + len(c.arguments) for c in reference)
@@ -151,14 +165,22 @@ def test_rollouts_are_rewarded_by_the_methods_own_rule() -> None:
     rollout = played(turns, Outcome(True, 1.0))
     assert turn_rewards_of(task, rollout, ObjectiveConfig(method="ftrl")).tolist() == pytest.approx([2 / 3, 1.0])
     # names 1/2, best match 1 + 1, S = 3
-    assert turn_rewards_of(task, rollout, ObjectiveConfig(method="toolrl")).tolist() == pytest.approx([0.0, 1 + 6 * 2.5 / 3 - 3])
+    assert turn_rewards_of(task, rollout, ObjectiveConfig(method="toolrl")).tolist() == pytest.approx(
+        [0.0, 1 + 6 * 2.5 / 3 - 3]
+    )
     assert turn_rewards_of(task, rollout, ObjectiveConfig(method="grpo")).tolist() == [0.0, 1.0]
     truncated = played(turns, Outcome(True, 1.0), "truncated")
     assert turn_rewards_of(task, truncated, ObjectiveConfig(method="toolrl"))[-1] == pytest.approx(6 * 2.5 / 3 - 3)
     for method in ("ftrl", "toolrl"):
-        assert np.array_equal(turn_rewards_of(task, played([], None, "failed"), ObjectiveConfig(method=method)), np.zeros(0))
+        assert np.array_equal(
+            turn_rewards_of(task, played([], None, "failed"), ObjectiveConfig(method=method)), np.zeros(0)
+        )
     # a benchmark with sub-questions says itself which calls solved one; a call that a limit cut off was not executed
     own = Outcome(False, 0.5, metrics={"questions": 3.0}, solved=(True, True))
-    assert turn_rewards_of(task, played(turns, own), ObjectiveConfig(method="ftrl")).tolist() == pytest.approx([4 / 3, 1 / 2])
+    assert turn_rewards_of(task, played(turns, own), ObjectiveConfig(method="ftrl")).tolist() == pytest.approx(
+        [4 / 3, 1 / 2]
+    )
     cut = Outcome(False, 0.5, metrics={"questions": 3.0}, solved=(True,))
-    assert turn_rewards_of(task, played(turns, cut), ObjectiveConfig(method="ftrl")).tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert turn_rewards_of(task, played(turns, cut), ObjectiveConfig(method="ftrl")).tolist() == pytest.approx(
+        [2 / 3, 1 / 3]
+    )

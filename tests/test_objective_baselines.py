@@ -18,7 +18,8 @@ TAUGHT = (0, 1, 2, 3)  # reasoning and call tokens of TRACE
 
 
 @pytest.mark.parametrize(
-    ("step", "linear", "cosine"), [(0, 0.9, 0.9), (2, 0.74, 0.8236068), (5, 0.5, 0.5), (8, 0.26, 0.1763932), (10, 0.1, 0.1), (50, 0.1, 0.1)]
+    ("step", "linear", "cosine"),
+    [(0, 0.9, 0.9), (2, 0.74, 0.8236068), (5, 0.5, 0.5), (8, 0.26, 0.1763932), (10, 0.1, 0.1), (50, 0.1, 0.1)],
 )
 def test_mu_goes_down_and_stays(step: int, linear: float, cosine: float) -> None:
     assert chord_mu(step, 0.9, 0.1, 10, "linear") == pytest.approx(linear)
@@ -46,7 +47,10 @@ def test_phi_is_a_constant_for_the_gradient() -> None:
 
 def test_shaping_lifts_unlikely_tokens_and_its_gradient_is_that_of_f() -> None:
     logprobs = torch.tensor([-0.1, -4.0, float("nan")], dtype=torch.float64, requires_grad=True)
-    advantages, weights = torch.tensor([1.5, 1.5, 1.0], dtype=torch.float64), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    advantages, weights = (
+        torch.tensor([1.5, 1.5, 1.0], dtype=torch.float64),
+        torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64),
+    )
 
     def f(value: float) -> float:
         return math.exp(value) / (math.exp(value) + 0.1)
@@ -83,9 +87,18 @@ def prompt_only_terms(group: PromptGroup, objective: ObjectiveConfig) -> tuple[f
 
 
 def test_luffy_as_its_public_code_has_it() -> None:
-    """No clip, no division by the deviation, every token over one constant length, K + 1 samples a group; written down token by token."""
-    objective = load_config(None, ["objective.method=luffy", "objective.group_size=4", "rollout.sampling.max_response_tokens=50"]).objective
-    assert (objective.clip, objective.advantage_std, objective.kl_coef, objective.constant_length) == (False, False, 0.0, 50)
+    """No clip, no division by the deviation, every token over one constant length, K + 1 samples a group; written down
+    token by token.
+    """
+    objective = load_config(
+        None, ["objective.method=luffy", "objective.group_size=4", "rollout.sampling.max_response_tokens=50"]
+    ).objective
+    assert (objective.clip, objective.advantage_std, objective.kl_coef, objective.constant_length) == (
+        False,
+        False,
+        0.0,
+        50,
+    )
     groups = make_groups(objective)
     expected = 0.0
     for group in groups:
@@ -99,17 +112,25 @@ def test_luffy_as_its_public_code_has_it() -> None:
             for n in np.flatnonzero(rollout.loss_mask):
                 context, token = [*rollout.prompt_ids, *rollout.token_ids[:n]], rollout.token_ids[n]
                 old, current = fake_logprob(context, token, "old"), fake_logprob(context, token)
-                total -= min(math.exp(old - rollout.sampler_logprobs[n]), 2.0) * math.exp(current - old) * (scores[k] - mean)
+                total -= (
+                    min(math.exp(old - rollout.sampler_logprobs[n]), 2.0) * math.exp(current - old) * (scores[k] - mean)
+                )
         if group.trace is not None:
             total -= sum(math.exp(v) / (math.exp(v) + 0.1) for v in trace_logprobs(group)) * (1.0 - mean)
         expected += total / (50 * samples * len(groups))
     trees = [p.tree for p in built(groups, objective, TraceSchedule(clock=StepClock(5)), 1)]
-    assert sum(float(loss_of(objective)(score(tree), tree.streams)[0]) for tree in trees) == pytest.approx(expected, rel=1e-6)
+    assert sum(float(loss_of(objective)(score(tree), tree.streams)[0]) for tree in trees) == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_chord_as_its_public_code_has_it() -> None:
-    """(1 - mu) times the token mean of the surrogate plus mu times the token mean of the traces' NLL, each over its own tokens of the mini-batch."""
-    objective = load_config(None, ["objective.method=chord", "objective.group_size=4", "objective.mu_decay_steps=8"]).objective
+    """(1 - mu) times the token mean of the surrogate plus mu times the token mean of the traces' NLL, each over its own
+    tokens of the mini-batch.
+    """
+    objective = load_config(
+        None, ["objective.method=chord", "objective.group_size=4", "objective.mu_decay_steps=8"]
+    ).objective
     groups = make_groups(objective)
     rl, rl_tokens, sft, sft_tokens = 0.0, 0, 0.0, 0
     for group in groups:
@@ -141,9 +162,16 @@ def trace_logprobs(group: PromptGroup) -> list[float]:
 @pytest.mark.parametrize("step", [0, 3, 20])
 @pytest.mark.parametrize("method", ["chord", "chord_phi", "luffy"])
 def test_the_summed_loss_is_the_papers(method: str, step: int) -> None:
-    objective = ObjectiveConfig(method=method, group_size=4, kl_coef=0.01, anchor_prob=0.7, mu_start=0.9, mu_end=0.1, mu_decay_steps=8)
+    objective = ObjectiveConfig(
+        method=method, group_size=4, kl_coef=0.01, anchor_prob=0.7, mu_start=0.9, mu_end=0.1, mu_decay_steps=8
+    )
     groups = make_groups(objective)
-    assert [g.anchored for g in groups] == [False, False, False, True], "the gate is PACT's; only a missing trace is left out"
+    assert [g.anchored for g in groups] == [
+        False,
+        False,
+        False,
+        True,
+    ], "the gate is PACT's; only a missing trace is left out"
     expected = 0.0
     for group in groups:
         rl, kl, usable = prompt_only_terms(group, objective)
@@ -162,5 +190,8 @@ def test_the_summed_loss_is_the_papers(method: str, step: int) -> None:
             rl = (1 - mu) * rl + mu * sft
         expected += (rl + objective.kl_coef * kl) / len(groups)
     loss_fn = loss_of(objective)
-    total = sum(float(loss_fn(score(p.tree), p.tree.streams)[0]) for p in built(groups, objective, TraceSchedule(clock=StepClock(5)), step))
+    total = sum(
+        float(loss_fn(score(p.tree), p.tree.streams)[0])
+        for p in built(groups, objective, TraceSchedule(clock=StepClock(5)), step)
+    )
     assert total == pytest.approx(expected, rel=1e-6)

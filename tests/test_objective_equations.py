@@ -1,4 +1,6 @@
-"""The whole objective, eq. 4-14 and 24-32, written once more as naive loops from the paper and compared with the parts put together."""
+"""The whole objective, eq. 4-14 and 24-32, written once more as naive loops from the paper and compared with the parts
+put together.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ K, BETA, KL, EPSILON, GAMMA, HORIZON = 4, 0.1, 0.05, 0.2, 0.9, 10
 
 @dataclass
 class Rollout:
-    """Log-probs per token as [x, h] pairs: current, old; under x only: reference. ``turn`` says which turn a token belongs to."""
+    """Log-probs per token as [x, h] pairs: current, old; under x only: reference. ``turn`` says which turn a token
+    belongs to.
+    """
 
     turn: list[int]
     rewards: list[float]
@@ -54,7 +58,9 @@ def make_batch(seed: int) -> list[Prompt]:
             turn = [t for t in range(turns) for _ in range(r.randint(1, 4))]
             current = {c: [-3 * r.random() for _ in turn] for c in "xh"}
             old = {c: [v + r.gauss(0, 0.3) for v in current[c]] for c in "xh"}
-            failed = (k == 0 and i == 1) or i == 3  # one failed rollout in prompt 1; prompt 3 is dead and still counts in |B|
+            failed = (
+                k == 0 and i == 1
+            ) or i == 3  # one failed rollout in prompt 1; prompt 3 is dead and still counts in |B|
             rewards = [r.random() for _ in range(turns)]
             reference, importance = [-3 * r.random() for _ in turn], [2 * r.random() for _ in turn]
             rollouts.append(Rollout(turn, rewards, current, old, reference, importance, failed))
@@ -127,7 +133,9 @@ def ours(batch: list[Prompt], step: int, aggregation: str) -> float:
             column.append(values.get(name, 1.0 if name == "importance" else 0.0))
 
     for i, prompt in enumerate(batch):
-        advantages = group_advantages([np.array(r.rewards) for r in prompt.rollouts], gamma=GAMMA, mask=usable[i]).combined
+        advantages = group_advantages(
+            [np.array(r.rewards) for r in prompt.rollouts], gamma=GAMMA, mask=usable[i]
+        ).combined
         for k, rollout in enumerate(prompt.rollouts):
             for n, t in enumerate(rollout.turn):
                 shared: dict[str, Any] = {"advantages": advantages[k][t], "importance": rollout.importance[n]}
@@ -139,7 +147,9 @@ def ours(batch: list[Prompt], step: int, aggregation: str) -> float:
                         values |= {"w_kl": KL * rl[i][k], "ref_logprobs": rollout.reference[n]}
                     token(**shared, **values)
         for n, component in enumerate(prompt.component):
-            token(logprobs=prompt.trace[n], **{"w_sft_call" if component == CALL else "w_sft_reasoning": float(sft[i][n])})
+            token(
+                logprobs=prompt.trace[n], **{"w_sft_call" if component == CALL else "w_sft_reasoning": float(sft[i][n])}
+            )
     streams = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
     logprobs = streams.pop("logprobs")
     return pact_loss(logprobs, streams, clip=Clip(EPSILON, EPSILON))[0].item()
@@ -165,7 +175,10 @@ def test_privilege_gap_is_per_token_over_all_tokens_of_a_set_and_adds_up() -> No
     under_x = [log_likelihood(np.array(v)) for v in ([-2.0, -4.0], [-3.0], [-1.0, -1.0])]
     gap = privilege_gap(under_h, under_x, [True, True, False])
     assert gap["success"] == TokenSum(6.0, 3) and gap["success"].mean == 2.0 and gap["failure"].mean == -2.0
-    first, rest = privilege_gap(under_h[:1], under_x[:1], [True]), privilege_gap(under_h[1:], under_x[1:], [True, False])
+    first, rest = (
+        privilege_gap(under_h[:1], under_x[:1], [True]),
+        privilege_gap(under_h[1:], under_x[1:], [True, False]),
+    )
     assert {key: first[key] + rest[key] for key in gap} == gap and first["failure"].mean is None
     with pytest.raises(ValueError, match="tokens under c_h"):
         privilege_gap(under_h[:1], under_x[1:2], [True])

@@ -61,7 +61,9 @@ def test_equals_a_naive_loop_in_float64(seed: int) -> None:
 
 def test_gradient_equals_finite_differences() -> None:
     logprobs, streams = random_case(24, 11)
-    assert torch.autograd.gradcheck(lambda lp: pact_loss(lp, streams, **CLIP)[0], (logprobs.requires_grad_(),), eps=1e-7, atol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda lp: pact_loss(lp, streams, **CLIP)[0], (logprobs.requires_grad_(),), eps=1e-7, atol=1e-6
+    )
 
 
 def test_first_on_policy_step_has_ratio_one_and_the_policy_gradient() -> None:
@@ -73,7 +75,9 @@ def test_first_on_policy_step_has_ratio_one_and_the_policy_gradient() -> None:
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert float(metrics["max/ratio_h"]) == 1.0 and float(metrics["clip/h"]) == 0.0
     expected = -(streams["w_rl_x"] + streams["w_rl_h"]) * streams["importance"] * streams["advantages"]
-    torch.testing.assert_close(gradient, expected, rtol=1e-14, atol=0)  # r is 1 exactly; products are taken in another order
+    torch.testing.assert_close(
+        gradient, expected, rtol=1e-14, atol=0
+    )  # r is 1 exactly; products are taken in another order
     explicit = dict(streams, old_logprobs=logprobs.detach().clone())
     (again,) = torch.autograd.grad(pact_loss(logprobs, explicit, **CLIP)[0], logprobs)
     assert torch.equal(again, gradient)
@@ -93,7 +97,9 @@ def test_any_split_of_the_tokens_adds_up(seed: int, part_of: list[int], old: boo
     torch.testing.assert_close(torch.autograd.grad(total, logprobs)[0], gradient, rtol=0, atol=1e-15)
     for key, value in metrics.items():
         values = [float(p[1][key]) for p in parts]
-        assert (max if key.startswith("max/") else sum)(values) == pytest.approx(float(value), rel=1e-12, abs=1e-12), key
+        assert (max if key.startswith("max/") else sum)(values) == pytest.approx(float(value), rel=1e-12, abs=1e-12), (
+            key
+        )
         assert not value.requires_grad and value.shape == () and value.dtype == logprobs.dtype
 
 
@@ -110,7 +116,9 @@ def test_tokens_without_weight_are_exactly_nothing_even_when_not_finite() -> Non
 
 
 @pytest.mark.parametrize("bad", ["old_logprobs", "ref_logprobs", "advantages", "importance"])
-def test_garbage_in_any_stream_of_an_unweighted_token_does_no_harm_and_on_a_weighted_one_names_the_term(bad: str) -> None:
+def test_garbage_in_any_stream_of_an_unweighted_token_does_no_harm_and_on_a_weighted_one_names_the_term(
+    bad: str,
+) -> None:
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     base = {name: torch.zeros(3) for name in (*STREAMS, "old_logprobs")}
     base |= {"importance": torch.ones(3), "advantages": torch.ones(3)}
@@ -145,26 +153,49 @@ def test_metrics_by_hand() -> None:
     streams["w_sft_reasoning"] = torch.tensor([0.0, 0.0, 0.0, 0.5], dtype=torch.float64)
     loss, metrics = pact_loss(logprobs, streams, **CLIP)
     expected = {
-        "loss/rl_x": 0.5 * -1.3 + 0.5 * 0.8, "clip/x": 2, "tokens/x": 2, "max/ratio_x": 2,
+        "loss/rl_x": 0.5 * -1.3 + 0.5 * 0.8,
+        "clip/x": 2,
+        "tokens/x": 2,
+        "max/ratio_x": 2,
         "approx_kl/x": (2 - 1 - math.log(2)) + (0.25 - 1 + math.log(4)),
-        "loss/rl_h": 0.25 * -2 * 0.5, "clip/h": 0, "tokens/h": 1, "max/ratio_h": 0.5, "approx_kl/h": 0.5 - 1 + math.log(2),
-        "loss/sft_reasoning": 0.5 * math.log(4), "tokens/sft_reasoning": 1, "loss/sft_call": 0, "tokens/sft_call": 0,
-        "loss/kl": 0.1 * (2 - 1 - math.log(2)), "kl/sum": 2 - 1 - math.log(2), "kl/count": 2,
-        "nonfinite/rl_x": 0, "nonfinite/rl_h": 0, "nonfinite/sft_reasoning": 0, "nonfinite/sft_call": 0, "nonfinite/kl": 0,
-    }  # fmt: skip
+        "loss/rl_h": 0.25 * -2 * 0.5,
+        "clip/h": 0,
+        "tokens/h": 1,
+        "max/ratio_h": 0.5,
+        "approx_kl/h": 0.5 - 1 + math.log(2),
+        "loss/sft_reasoning": 0.5 * math.log(4),
+        "tokens/sft_reasoning": 1,
+        "loss/sft_call": 0,
+        "tokens/sft_call": 0,
+        "loss/kl": 0.1 * (2 - 1 - math.log(2)),
+        "kl/sum": 2 - 1 - math.log(2),
+        "kl/count": 2,
+        "nonfinite/rl_x": 0,
+        "nonfinite/rl_h": 0,
+        "nonfinite/sft_reasoning": 0,
+        "nonfinite/sft_call": 0,
+        "nonfinite/kl": 0,
+    }
     assert {key: float(value) for key, value in metrics.items()} == pytest.approx(expected, rel=1e-12, abs=1e-15)
-    assert loss.item() == pytest.approx(sum(value for key, value in expected.items() if key.startswith("loss/")), rel=1e-12)
+    assert loss.item() == pytest.approx(
+        sum(value for key, value in expected.items() if key.startswith("loss/")), rel=1e-12
+    )
 
 
 def test_wild_tokens_stay_finite_in_float32() -> None:
     logprobs = torch.tensor([-0.01, -300.0, -0.01, -300.0], requires_grad=True)
     streams = {name: torch.zeros(4) for name in (*STREAMS, "old_logprobs")} | {"importance": torch.ones(4)}
     streams |= {"advantages": torch.tensor([1.0, 1.0, -1.0, -1.0]), "w_rl_h": torch.ones(4), "w_kl": torch.ones(4)}
-    streams |= {"old_logprobs": torch.tensor([-300.0, -0.01, -300.0, -0.01]), "ref_logprobs": torch.tensor([-300.0, -0.01, -300.0, -0.01])}
+    streams |= {
+        "old_logprobs": torch.tensor([-300.0, -0.01, -300.0, -0.01]),
+        "ref_logprobs": torch.tensor([-300.0, -0.01, -300.0, -0.01]),
+    }
     loss, metrics = pact_loss(logprobs, streams, **CLIP)
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert torch.isfinite(loss) and torch.isfinite(gradient).all() and all(torch.isfinite(v) for v in metrics.values())
-    assert float(metrics["max/ratio_h"]) == pytest.approx(math.exp(20), rel=1e-6) and float(metrics["max/ratio_x"]) == 0.0
+    assert (
+        float(metrics["max/ratio_h"]) == pytest.approx(math.exp(20), rel=1e-6) and float(metrics["max/ratio_x"]) == 0.0
+    )
     # a log-prob of -Inf gives a finite surrogate (its ratio is 0), and is counted all the same
     impossible = torch.tensor([-math.inf, -300.0, -0.01, -300.0])
     loss, metrics = pact_loss(impossible, streams | {"w_kl": torch.zeros(4)}, **CLIP)
@@ -206,7 +237,9 @@ def test_importance_is_truncated_and_detached() -> None:
     old = torch.tensor([0.0, -1.0], requires_grad=True)
     weights = truncated_importance(old, torch.tensor([-3.0, -1.5]), 2.0)
     assert weights.tolist() == pytest.approx([2.0, math.exp(0.5)]) and not weights.requires_grad
-    assert truncated_importance(torch.tensor([-math.inf]), torch.tensor([-1.0]), 2.0).item() == pytest.approx(math.exp(-20))
+    assert truncated_importance(torch.tensor([-math.inf]), torch.tensor([-1.0]), 2.0).item() == pytest.approx(
+        math.exp(-20)
+    )
     with pytest.raises(FloatingPointError, match="NaN"):
         truncated_importance(torch.tensor([math.nan]), torch.tensor([-1.0]), 2.0)
     with pytest.raises(ValueError, match="cap"):
@@ -214,20 +247,32 @@ def test_importance_is_truncated_and_detached() -> None:
 
 
 def test_kl_estimators_in_expectation_and_by_finite_differences() -> None:
-    logits, q = torch.tensor([0.1, -0.4, 0.7, 0.0], dtype=torch.float64, requires_grad=True), torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
+    logits, q = (
+        torch.tensor([0.1, -0.4, 0.7, 0.0], dtype=torch.float64, requires_grad=True),
+        torch.tensor([0.4, 0.3, 0.2, 0.1]).double(),
+    )
     p = torch.softmax(logits, 0)
     exact = (p * (p / q).log()).sum()
     for estimator in ("k1", "k3"):  # unbiased
         assert (p * kl_estimate(p.log(), q.log(), estimator)).sum().item() == pytest.approx(exact.item(), rel=1e-6)
     true_gradient = torch.autograd.grad(exact, logits, retain_graph=True)[0]
-    for estimator, expected in (("k1", torch.zeros(4).double()), ("k2", true_gradient)):  # what the docstring says of their gradients
+    for estimator, expected in (
+        ("k1", torch.zeros(4).double()),
+        ("k2", true_gradient),
+    ):  # what the docstring says of their gradients
         surrogate = (p.detach() * kl_estimate(p.log(), q.log(), estimator)).sum()
-        torch.testing.assert_close(torch.autograd.grad(surrogate, logits, retain_graph=True)[0], expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            torch.autograd.grad(surrogate, logits, retain_graph=True)[0], expected, rtol=1e-9, atol=1e-12
+        )
     current = -torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).mul(3).requires_grad_()
     reference = -torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 3
     for estimator in ("k1", "k2", "k3"):
-        assert torch.autograd.gradcheck(lambda lp, e=estimator: kl_estimate(lp, reference, e), (current.detach().requires_grad_(),))
-    assert (kl_estimate(current, reference) >= 0).all() and torch.equal(kl_estimate(current, current.detach()), torch.zeros(12).double())
+        assert torch.autograd.gradcheck(
+            lambda lp, e=estimator: kl_estimate(lp, reference, e), (current.detach().requires_grad_(),)
+        )
+    assert (kl_estimate(current, reference) >= 0).all() and torch.equal(
+        kl_estimate(current, current.detach()), torch.zeros(12).double()
+    )
     with pytest.raises(ValueError, match="k9"):
         kl_estimate(current, reference, "k9")
 
@@ -235,15 +280,21 @@ def test_kl_estimators_in_expectation_and_by_finite_differences() -> None:
 def test_surrogate_gradients_equal_finite_differences() -> None:
     g = torch.Generator().manual_seed(5)
     old = -torch.rand(40, generator=g, dtype=torch.float64) * 3
-    current, advantages = old + torch.randn(40, generator=g, dtype=torch.float64) * 0.4, torch.randn(40, generator=g, dtype=torch.float64)
+    current, advantages = (
+        old + torch.randn(40, generator=g, dtype=torch.float64) * 0.4,
+        torch.randn(40, generator=g, dtype=torch.float64),
+    )
     ratio = (current - old).exp()
     smooth = ((ratio - 0.8).abs() > 1e-4) & ((ratio - 1.3).abs() > 1e-4)  # a kink has no derivative to compare with
     assert smooth.sum() > 35
     assert torch.autograd.gradcheck(
-        lambda lp: clipped_surrogate(lp, old[smooth], advantages[smooth], Clip(0.2, 0.3))[0], (current[smooth].requires_grad_(),)
+        lambda lp: clipped_surrogate(lp, old[smooth], advantages[smooth], Clip(0.2, 0.3))[0],
+        (current[smooth].requires_grad_(),),
     )
     _, clipped = clipped_surrogate(current, old, advantages, Clip(0.2, 0.3))
-    naive = [(r > 1.3 and a > 0) or (r < 0.8 and a < 0) for r, a in zip(ratio.tolist(), advantages.tolist(), strict=True)]
+    naive = [
+        (r > 1.3 and a > 0) or (r < 0.8 and a < 0) for r, a in zip(ratio.tolist(), advantages.tolist(), strict=True)
+    ]
     assert clipped.tolist() == naive and 0 < sum(naive) < 40
 
 
@@ -251,14 +302,21 @@ def test_token_nll_is_weighted_and_masked() -> None:
     logprobs = torch.tensor([-0.5, -math.inf, math.nan, -2.0], dtype=torch.float64, requires_grad=True)
     values = token_nll(logprobs, torch.tensor([0.5, 0.0, 0.0, 0.25], dtype=torch.float64))
     values.sum().backward()
-    assert values.tolist() == [0.25, 0.0, 0.0, 0.5] and logprobs.grad is not None and logprobs.grad.tolist() == [-0.5, 0.0, 0.0, -0.25]
+    assert (
+        values.tolist() == [0.25, 0.0, 0.0, 0.5]
+        and logprobs.grad is not None
+        and logprobs.grad.tolist() == [-0.5, 0.0, 0.0, -0.25]
+    )
 
 
 def test_rl_weights_by_hand() -> None:
     counts, usable = [[2, 3], [5, 4]], [[True, True], [True, False]]
     assert rl_weights(counts, usable, num_prompts=2) == [[1 / 8, 1 / 12], [1 / 10, 0.0]]
     assert rl_weights(counts, usable, num_prompts=2, aggregation="token-mean") == [[0.1, 0.1], [0.1, 0.0]]
-    assert rl_weights(counts, usable, num_prompts=2, aggregation="constant-length", constant_length=10) == [[1 / 40, 1 / 40], [1 / 20, 0.0]]
+    assert rl_weights(counts, usable, num_prompts=2, aggregation="constant-length", constant_length=10) == [
+        [1 / 40, 1 / 40],
+        [1 / 20, 0.0],
+    ]
     with pytest.raises(ValueError, match="median"):
         rl_weights(counts, usable, num_prompts=2, aggregation="median")
 
@@ -286,7 +344,20 @@ def test_sft_weights_are_a_weighted_mean_and_z_zero_is_skipped() -> None:
 
 def test_gate_is_a_function_of_its_key_with_the_right_frequency() -> None:
     # literal draws: a resumed run, another process or another platform must see these same ones
-    assert [int(anchored(7, step, "multi_turn_base_3", 0.4)) for step in range(12)] == [0, 1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1]
+    assert [int(anchored(7, step, "multi_turn_base_3", 0.4)) for step in range(12)] == [
+        0,
+        1,
+        0,
+        0,
+        1,
+        1,
+        0,
+        0,
+        1,
+        0,
+        0,
+        1,
+    ]
     share = np.mean([anchored(1, s, f"p{i}", 0.4) for s in range(40) for i in range(100)])
     assert abs(share - 0.4) < 4 * math.sqrt(0.24 / 4000)
     assert not any(anchored(1, s, "p", 0.0) for s in range(50)) and all(anchored(1, s, "p", 1.0) for s in range(50))
@@ -302,7 +373,9 @@ def test_gate_is_the_same_in_another_process_and_in_any_order() -> None:
     root = Path(__file__).resolve().parents[1]
     for hash_seed in ("1", "2"):
         environment = dict(os.environ, PYTHONHASHSEED=hash_seed)
-        there = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True, check=True)
+        there = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True, check=True
+        )
         assert there.stdout == f"{here}\n"
     assert len({uniform("gate", *key) for key in keys}) == len(keys) and uniform("a", 1, 23) != uniform("a", 12, 3)
     with pytest.raises(ValueError, match="q=1.5"):
@@ -326,7 +399,9 @@ def test_the_gate_is_not_biased_along_steps_or_prompts() -> None:
 def test_the_package_imports_nothing_of_ours() -> None:
     package = Path(__file__).resolve().parents[1] / "pact_nemo" / "objective"
     files = list(package.glob("*.py"))
-    assert {"rewards", "advantages", "surrogate", "kl", "sft", "schedules", "gate", "weights", "latent", "loss"} <= {f.stem for f in files}
+    assert {"rewards", "advantages", "surrogate", "kl", "sft", "schedules", "gate", "weights", "latent", "loss"} <= {
+        f.stem for f in files
+    }
     allowed = sys.stdlib_module_names | {"numpy", "scipy", "torch"}
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -337,7 +412,9 @@ def test_the_package_imports_nothing_of_ours() -> None:
                 assert node.level == 0, f"{file.name}: a relative import"
                 names = [node.module or ""]
             for name in names:
-                assert name.startswith("pact_nemo.objective.") or name.split(".")[0] in allowed, f"{file.name} imports {name}"
+                assert name.startswith("pact_nemo.objective.") or name.split(".")[0] in allowed, (
+                    f"{file.name} imports {name}"
+                )
 
 
 @pytest.mark.parametrize("dual", [1.5, 3.0])
@@ -396,6 +473,12 @@ def test_the_entropy_bonus_is_weighted_masked_and_finite_differenced() -> None:
 def test_sft_tokens_can_share_one_denominator_over_the_mini_batch() -> None:
     masks = [np.array([1.0, 0.5, 0.0]), np.array([1.0]), np.array([2.0]), np.zeros(2), np.zeros(0)]
     found = sft_weights(masks, [False, False, True, False, True], num_prompts=5, beta=0.4, aggregation="token-mean")
-    assert [row.tolist() for row in found] == [pytest.approx([0.16, 0.08, 0.0]), pytest.approx([0.16]), [0.0], [0.0, 0.0], []]
+    assert [row.tolist() for row in found] == [
+        pytest.approx([0.16, 0.08, 0.0]),
+        pytest.approx([0.16]),
+        [0.0],
+        [0.0, 0.0],
+        [],
+    ]
     with pytest.raises(ValueError, match="SFT aggregation"):
         sft_weights(masks, [False] * 5, num_prompts=5, beta=0.4, aggregation="mean")

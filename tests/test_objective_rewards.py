@@ -70,12 +70,16 @@ def test_each_reference_call_pays_once_and_only_within_its_user_turn() -> None:
 
 
 VALUES = st.sampled_from([1, 1.0, True, "a", [1, 2], {"k": [True]}, None])
-CALLS = st.lists(st.builds(Call, st.sampled_from("fg"), st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3)), max_size=4)
+CALLS = st.lists(
+    st.builds(Call, st.sampled_from("fg"), st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3)), max_size=4
+)
 
 
 @settings(max_examples=100, deadline=None)
 @given(CALLS, CALLS, st.data())
-def test_matched_calls_equal_brute_force_over_all_assignments(predicted: list[Call], reference: list[Call], data: st.DataObject) -> None:
+def test_matched_calls_equal_brute_force_over_all_assignments(
+    predicted: list[Call], reference: list[Call], data: st.DataObject
+) -> None:
     left = data.draw(st.lists(st.integers(0, 1), min_size=len(predicted), max_size=len(predicted)))
     right = data.draw(st.lists(st.integers(0, 1), min_size=len(reference), max_size=len(reference)))
 
@@ -132,9 +136,16 @@ def test_the_final_turn_gets_the_outcome_even_when_it_is_a_tool_turn() -> None:
 def test_turn_rewards_by_hand() -> None:
     f, g = Call("f", {"a": 1}), Call("g", {})
     rewards = turn_rewards(
-        [[f], [f, g], [], []], [0, 0, 0, 0], [f, g], [0, 0], is_tool_turn=[True, True, True, False], malformed=[0, 0, 2, 0], outcome=1.0,
-        penalty=0.5, outcome_weight=2.0,
-    )  # fmt: skip
+        [[f], [f, g], [], []],
+        [0, 0, 0, 0],
+        [f, g],
+        [0, 0],
+        is_tool_turn=[True, True, True, False],
+        malformed=[0, 0, 2, 0],
+        outcome=1.0,
+        penalty=0.5,
+        outcome_weight=2.0,
+    )
     assert rewards.tolist() == [1.0, (-0.5 + 1.0) / 2, -0.5, 2.0]
     assert turn_rewards([], [], [f], [0], is_tool_turn=[], malformed=[], outcome=0.0).tolist() == []
 
@@ -151,11 +162,14 @@ def test_advantages_by_hand() -> None:
     assert result.combined[0] == pytest.approx(result.trajectory[0] + result.turn[0])
     halved = group_advantages(rewards, gamma=0.5, normalise=Normalisation(0.0), combine="mean")
     assert halved.combined[1] == pytest.approx(result.combined[1] / 2)
-    assert group_advantages(rewards, turn_level=False).combined[2] == pytest.approx(group_advantages(rewards).trajectory[2:3])
+    assert group_advantages(rewards, turn_level=False).combined[2] == pytest.approx(
+        group_advantages(rewards).trajectory[2:3]
+    )
 
 
 def test_equal_rewards_lone_turns_and_failed_rollouts_carry_nothing() -> None:
-    # 0.1 three times has a mean of 0.10000000000000002: without care, and without eps, that noise becomes an advantage of order 1
+    # 0.1 three times has a mean of 0.10000000000000002: without care, and without eps, that noise becomes an advantage
+    # of order 1
     same = group_advantages([np.array([0.1])] * 3, normalise=Normalisation(0.0))
     assert [a.tolist() for a in same.combined] == [[0.0]] * 3
     lone = group_advantages([np.array([1.0, 5.0]), np.array([0.0])], normalise=Normalisation(0.0))
@@ -170,7 +184,9 @@ def test_equal_rewards_lone_turns_and_failed_rollouts_carry_nothing() -> None:
 
 def test_standard_deviation_is_the_sample_one_unless_told() -> None:
     rewards = [np.array([r]) for r in (3.0, 1.0, 1.0, 3.0)]
-    assert group_advantages(rewards, normalise=Normalisation(0.0)).trajectory == pytest.approx(np.array([1, -1, -1, 1]) * math.sqrt(3 / 4))
+    assert group_advantages(rewards, normalise=Normalisation(0.0)).trajectory == pytest.approx(
+        np.array([1, -1, -1, 1]) * math.sqrt(3 / 4)
+    )
     assert group_advantages(rewards, normalise=Normalisation(0.0, ddof=0)).trajectory == pytest.approx([1, -1, -1, 1])
     values = torch.tensor([0.3, 1.9, -0.4, 0.0], dtype=torch.float64)
     assert Normalisation()(values.numpy()) == pytest.approx(((values - values.mean()) / (values.std() + 1e-6)).numpy())
@@ -197,6 +213,7 @@ def test_advantages_equal_a_naive_double_loop(rows: list[list[float]], gamma: fl
     result = group_advantages(rewards, gamma=gamma, normalise=Normalisation(1e-3))
     for k, row in enumerate(rows):
         for t in range(len(row)):
+
             def to_go(r: list[float], t: int = t) -> float:
                 return sum(gamma ** (u - t) * r[u] for u in range(t, len(r)))
 
@@ -227,4 +244,6 @@ def test_without_division_advantages_are_differences_from_the_mean() -> None:
     rewards = [np.array([1.0]), np.array([0.0]), np.array([0.25, 0.25])]
     result = group_advantages(rewards, turn_level=False, normalise=Normalisation(divide=False))
     assert result.trajectory == pytest.approx([0.5, -0.5, 0.0])
-    assert group_advantages([np.array([3.0])] * 3, normalise=Normalisation(divide=False)).trajectory.tolist() == [0.0] * 3
+    assert (
+        group_advantages([np.array([3.0])] * 3, normalise=Normalisation(divide=False)).trajectory.tolist() == [0.0] * 3
+    )

@@ -22,7 +22,9 @@ from pact_nemo.objective.schedules import (
     TraceSchedule,
 )
 
-COMPONENT = np.array([REASONING, REASONING, REASONING, REASONING, CALL, CALL, OTHER, OBSERVATION, REASONING, CALL, CALL])
+COMPONENT = np.array(
+    [REASONING, REASONING, REASONING, REASONING, CALL, CALL, OTHER, OBSERVATION, REASONING, CALL, CALL]
+)
 LEVEL = np.array([0, 1, 4, -1, -1, -1, -1, -1, 2, -1, -1])
 TURN = np.array([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1])
 
@@ -33,8 +35,22 @@ def weights(step: int, **kwargs: object) -> list[float]:
 
 def test_levels_fall_in_five_equal_stretches() -> None:
     assert [TraceSchedule(clock=StepClock(10)).level(s) for s in range(13)] == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0, 0, 0, 0]
-    assert [TraceSchedule(clock=StepClock(24)).level(s) for s in (0, 4, 5, 9, 10, 14, 15, 19, 20, 23)] == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
-    assert [TraceSchedule(clock=StepClock(24), reasoning=r).level(23) for r in ("none", "fixed", "token", "whole_trace_token")] == [-1, 4, 4, 4]
+    assert [TraceSchedule(clock=StepClock(24)).level(s) for s in (0, 4, 5, 9, 10, 14, 15, 19, 20, 23)] == [
+        4,
+        4,
+        3,
+        3,
+        2,
+        2,
+        1,
+        1,
+        0,
+        0,
+    ]
+    assert [
+        TraceSchedule(clock=StepClock(24), reasoning=r).level(23)
+        for r in ("none", "fixed", "token", "whole_trace_token")
+    ] == [-1, 4, 4, 4]
     assert [TraceSchedule(clock=StepClock(3)).level(s) for s in range(4)] == [4, 3, 1, 0]
 
 
@@ -126,7 +142,18 @@ def test_weights_equal_a_naive_loop(reasoning: str, call: str, tokens: list[tupl
 
 
 def test_annealing_state() -> None:
-    assert [AnnealState(p).level for p in (0.0, 0.1999, 0.2, 0.3999, 0.4, 0.5999, 0.6, 0.7999, 0.8, 1.0)] == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
+    assert [AnnealState(p).level for p in (0.0, 0.1999, 0.2, 0.3999, 0.4, 0.5999, 0.6, 0.7999, 0.8, 1.0)] == [
+        4,
+        4,
+        3,
+        3,
+        2,
+        2,
+        1,
+        1,
+        0,
+        0,
+    ]
     assert [AnnealState(p).scale(0.8, 0.2) for p in (0.0, 0.25, 1.0)] == pytest.approx([0.8, 0.65, 0.2])
     assert [AnnealState(0.7).kept(n) for n in (0, 1, 10, 11)] == [0, 1, 3, 4]
     for progress in (-0.1, 1.1, math.nan):

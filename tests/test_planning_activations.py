@@ -1,4 +1,6 @@
-"""Planned against measured: peaks of the CPU allocator over forward and backward of small models, to 5 %; weights and optimizer, exactly."""
+"""Planned against measured: peaks of the CPU allocator over forward and backward of small models, to 5 %; weights and
+optimizer, exactly.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +28,45 @@ SHORT, BRANCHY = (100, 150, 80, 3), (300, 40, 60, 8)  # prompt, response, trace,
 def planned(found: dict[str, Any], case: dict[str, Any], *, world: int = 1, stage: int = 0) -> float:
     policy = PolicyConfig(**{"logprob_chunk": 128, **case["policy"]})
     prompt, response, trace, group = case["tree"]
-    row = tree(Lengths(prompt, response, trace, policy_share=1.0, boundary=0), group, prompt_only=True, conditioned=bool(trace))
+    row = tree(
+        Lengths(prompt, response, trace, policy_share=1.0, boundary=0), group, prompt_only=True, conditioned=bool(trace)
+    )
     shape, layout, numbers = ModelShape.from_hf(found["hf"]), Layout.of(policy, world), Numbers.of(policy.precision)
     rows = case.get("trees", 1)
-    peak = training_peak(shape, layout, numbers, row, stage=stage, micro_batches=rows, recompute=policy.recompute, chunk=policy.logprob_chunk)
-    between = communication_bytes(shape, layout, numbers, row, cuda=False, flying=in_flight(layout, stage, rows)) if layout.pipeline > 1 else 0.0
+    peak = training_peak(
+        shape,
+        layout,
+        numbers,
+        row,
+        stage=stage,
+        micro_batches=rows,
+        recompute=policy.recompute,
+        chunk=policy.logprob_chunk,
+    )
+    between = (
+        communication_bytes(shape, layout, numbers, row, cuda=False, flying=in_flight(layout, stage, rows))
+        if layout.pipeline > 1
+        else 0.0
+    )
     return peak.total + between
 
 
 CASES = [
-    *[("llama", "narrow", SHORT, precision, recompute) for precision in ("fp32", "bf16") for recompute in ("none", "selective", "full")],
-    *[("llama", "deep", BRANCHY, precision, recompute) for precision in ("fp32", "bf16") for recompute in ("none", "full")],
-    *[(family, "wide", SHORT, precision, "none") for family in ("qwen2", "qwen3", "tied", "qwen3_moe") for precision in ("fp32", "bf16")],
+    *[
+        ("llama", "narrow", SHORT, precision, recompute)
+        for precision in ("fp32", "bf16")
+        for recompute in ("none", "selective", "full")
+    ],
+    *[
+        ("llama", "deep", BRANCHY, precision, recompute)
+        for precision in ("fp32", "bf16")
+        for recompute in ("none", "full")
+    ],
+    *[
+        (family, "wide", SHORT, precision, "none")
+        for family in ("qwen2", "qwen3", "tied", "qwen3_moe")
+        for precision in ("fp32", "bf16")
+    ],
     *[("qwen3_moe", "wide", SHORT, precision, "full") for precision in ("fp32", "bf16")],
 ]
 
@@ -45,15 +74,26 @@ CASES = [
 # products in bf16 are slow on a CPU; one case of them tells that the dtype is counted
 @pytest.mark.parametrize(
     "family,shape,lengths,precision,recompute",
-    [pytest.param(*case, marks=pytest.mark.slow if case[3] == "bf16" and case[1:] != CASES[3][1:] else ()) for case in CASES],
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case[3] == "bf16" and case[1:] != CASES[3][1:] else ())
+        for case in CASES
+    ],
 )
 def test_the_activation_peak_is_within_5_percent_of_the_measured_one(
     family: str, shape: str, lengths: tuple[int, ...], precision: str, recompute: str
 ) -> None:
-    case = {"family": family, "shape": shape, "tree": lengths, "policy": {"precision": precision, "recompute": recompute}}
+    case = {
+        "family": family,
+        "shape": shape,
+        "tree": lengths,
+        "policy": {"precision": precision, "recompute": recompute},
+    }
     found = run(case)
     error = planned(found, case) / found["peak"] - 1
-    print(f"{family} {shape} {lengths} {precision} {recompute}: measured {found['peak'] / 1e6:.2f} MB, planned {100 * error:+.2f} %")
+    print(
+        f"{family} {shape} {lengths} {precision} {recompute}: measured {found['peak'] / 1e6:.2f} MB, planned"
+        f" {100 * error:+.2f} %"
+    )
     assert abs(error) < 0.05
 
 
@@ -61,7 +101,12 @@ def test_the_activation_peak_is_within_5_percent_of_the_measured_one(
 @pytest.mark.parametrize("distributed", [True, False])
 @pytest.mark.parametrize("family", ["tied", "qwen3_moe"])
 def test_weights_gradients_and_optimizer_are_exact(family: str, precision: str, distributed: bool) -> None:
-    case = {"family": family, "shape": "deep", "tree": (8, 4, 0, 1), "policy": {"precision": precision, "distributed_optimizer": distributed}}
+    case = {
+        "family": family,
+        "shape": "deep",
+        "tree": (8, 4, 0, 1),
+        "policy": {"precision": precision, "distributed_optimizer": distributed},
+    }
     found = run(case)
     policy, layout = PolicyConfig(**case["policy"]), Layout(1)
     state = state_bytes(rank_parameters(ModelShape.from_hf(found["hf"]), layout, 0), layout, policy)
@@ -89,8 +134,9 @@ def launched(cases: list[dict[str, Any]], ranks: int, folder: Path) -> list[list
 def test_two_ranks_peaks_and_state(tmp_path: Path) -> None:
     """TP 2 with sequence parallelism, PP 2 with two micro-batches in flight, DP 2 with sharded optimizer state.
 
-    Gloo keeps copies of what it gathers until its threads come to releasing them, another amount in every run: a few percent of these peaks, which
-    is why TP gets 10 %, and a fifth of the small one of TP 2 with full recompute, which is not here.
+    Gloo keeps copies of what it gathers until its threads come to releasing them, another amount in every run: a few
+    percent of these peaks, which is why TP gets 10 %, and a fifth of the small one of TP 2 with full recompute, which
+    is not here.
     """
     layouts: list[dict[str, Any]] = [
         {"tensor_parallel": 2, "sequence_parallel": True, "recompute": "none"},
@@ -116,7 +162,9 @@ def test_two_ranks_peaks_and_state(tmp_path: Path) -> None:
             assert abs(error) < (0.1 if layout.tensor > 1 else 0.05)
             state = state_bytes(rank_parameters(shape, layout, stage), layout, policy)
             assert state.weights == mine["weights"]
-            assert abs(state.optimizer / mine["optimizer"] - 1) < (0.001 if layout.data > 1 else 1e-12)  # shards begin at padded boundaries
+            assert abs(state.optimizer / mine["optimizer"] - 1) < (
+                0.001 if layout.data > 1 else 1e-12
+            )  # shards begin at padded boundaries
             optimizer += mine["optimizer"]
         if layout.data == 2:
             whole = state_bytes(rank_parameters(shape, Layout(1), 0), Layout(1), policy)

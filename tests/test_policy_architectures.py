@@ -35,9 +35,14 @@ IDS = torch.randint(0, VOCAB, (LENGTH,), generator=torch.Generator().manual_seed
 SAMPLE = 2  #: computed changes of each model that `make test` runs; refusals cost nothing and all run
 
 _SIZES: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
     max_position_embeddings=512,
-)  # fmt: skip
+)
 _EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 _WINDOW: dict[str, Any] = dict(use_sliding_window=True, sliding_window=8)
 MODELS: dict[str, dict[str, Any]] = {
@@ -49,7 +54,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2, window": {"model_type": "qwen2", "max_window_layers": 1, **_WINDOW},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
-    "qwen3, biases, window": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True, "max_window_layers": 2, **_WINDOW},
+    "qwen3, biases, window": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "attention_bias": True,
+        "max_window_layers": 2,
+        **_WINDOW,
+    },
     "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 16, "norm_topk_prob": True, **_EXPERTS},
     "qwen3_moe, biases, window": {"model_type": "qwen3_moe", "attention_bias": True, **_EXPERTS, **_WINDOW},
 }
@@ -62,14 +73,24 @@ MORE: dict[str, list[Any]] = {
         LLAMA3_ROPE,
         {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
         {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 16},
-        {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+        },
         {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
         {"full_attention": {"rope_type": "default", "rope_theta": 500.0}},
     ],
     "layer_types": [
-        ["sliding_attention"] * 3, ["full_attention"] * 3, ["full_attention", "sliding_attention", "full_attention"],
-        ["chunked_attention"] * 3, ["linear_attention", "full_attention", "full_attention"], ["full_attention"],
+        ["sliding_attention"] * 3,
+        ["full_attention"] * 3,
+        ["full_attention", "sliding_attention", "full_attention"],
+        ["chunked_attention"] * 3,
+        ["linear_attention", "full_attention", "full_attention"],
+        ["full_attention"],
     ],
     "sliding_window": [1, 8, 0, 600],
     "max_window_layers": [0, 2, 3],
@@ -81,19 +102,48 @@ MORE: dict[str, list[Any]] = {
     "attention_dropout": [0.1],
     "architectures": [["LlamaForSequenceClassification"], ["GemmaForCausalLM"], ["LlamaModel"], []],
     "dtype": ["bfloat16", "float16"],
-}  # fmt: skip
+}
 #: keys that the classes lack, with values that would change numbers if they were read, and spellings of older folders
 UNKNOWN: dict[str, list[Any]] = {
-    "attention_multiplier": [0.5], "attn_logit_softcapping": [50.0], "attn_output_gate": [True],
+    "attention_multiplier": [0.5],
+    "attn_logit_softcapping": [50.0],
+    "attn_output_gate": [True],
     "auto_map": [{"AutoModelForCausalLM": "modeling.Model"}],
-    "embedding_multiplier": [2.0], "final_logit_softcapping": [30.0], "is_causal": [False, True], "logit_scale": [0.5], "logits_scaling": [8.0],
-    "mup_scale": [2.0], "num_nextn_predict_layers": [1], "partial_rotary_factor": [0.5, 1.0], "per_layer_config": [{"0": {"sliding_window": 4}}],
-    "qk_layernorm": [True], "qkv_bias": [True], "query_pre_attn_scalar": [64], "residual_multiplier": [0.5], "rope_interleaved": [True, False],
-    "scale_embeddings": [True], "scoring_func": ["sigmoid"], "text_config": [{"hidden_size": 8}], "use_bidirectional_attention": [True],
-    "use_mrope": [False, True], "rope_theta": [500.0], "rope_scaling": [{"type": "linear", "factor": 2.0}, {"type": "dynamic", "factor": 2.0}],
-    "torch_dtype": ["bfloat16"], "temperature": [0.6], "tokenizer_class": ["PreTrainedTokenizerFast"], "_name_or_path": ["somewhere"],
-}  # fmt: skip
-CLASS_KEYS_ELSEWHERE = ("attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "layer_types", "norm_topk_prob", "head_dim")
+    "embedding_multiplier": [2.0],
+    "final_logit_softcapping": [30.0],
+    "is_causal": [False, True],
+    "logit_scale": [0.5],
+    "logits_scaling": [8.0],
+    "mup_scale": [2.0],
+    "num_nextn_predict_layers": [1],
+    "partial_rotary_factor": [0.5, 1.0],
+    "per_layer_config": [{"0": {"sliding_window": 4}}],
+    "qk_layernorm": [True],
+    "qkv_bias": [True],
+    "query_pre_attn_scalar": [64],
+    "residual_multiplier": [0.5],
+    "rope_interleaved": [True, False],
+    "scale_embeddings": [True],
+    "scoring_func": ["sigmoid"],
+    "text_config": [{"hidden_size": 8}],
+    "use_bidirectional_attention": [True],
+    "use_mrope": [False, True],
+    "rope_theta": [500.0],
+    "rope_scaling": [{"type": "linear", "factor": 2.0}, {"type": "dynamic", "factor": 2.0}],
+    "torch_dtype": ["bfloat16"],
+    "temperature": [0.6],
+    "tokenizer_class": ["PreTrainedTokenizerFast"],
+    "_name_or_path": ["somewhere"],
+}
+CLASS_KEYS_ELSEWHERE = (
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+    "sliding_window",
+    "layer_types",
+    "norm_topk_prob",
+    "head_dim",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +186,11 @@ def changes(name: str) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for field in dataclasses.fields(family.config_class):
         present = getattr(resolved, field.name)
-        values = [value for value in MORE.get(field.name, []) if value != present or isinstance(value, bool) != isinstance(present, bool)]
+        values = [
+            value
+            for value in MORE.get(field.name, [])
+            if value != present or isinstance(value, bool) != isinstance(present, bool)
+        ]
         if field.name not in ("dtype", "architectures", "layer_types"):
             values += other_values(field.name, present, field.type)
         found += [(field.name, value) for index, value in enumerate(values) if value not in values[:index]]
@@ -236,7 +290,10 @@ def test_a_model_and_a_sample_of_its_changed_settings_are_computed_or_refused(na
 def test_every_changed_setting_is_computed_or_refused(name: str, tmp_path: Path) -> None:
     chosen = changes(name)
     counts = run(name, chosen, tmp_path)
-    print(f"\n{name}: {len(chosen)} changes of {len({key for key, _ in chosen})} keys, {counts['equal']} equal, {counts['refused']} refused")
+    print(
+        f"\n{name}: {len(chosen)} changes of {len({key for key, _ in chosen})} keys, {counts['equal']} equal,"
+        f" {counts['refused']} refused"
+    )
 
 
 def test_every_field_of_every_supported_class_is_classified() -> None:
@@ -258,7 +315,9 @@ def test_weights_go_in_and_out_bit_for_bit_and_are_counted(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["mistral, window", "qwen3, biases, window"])
-@pytest.mark.parametrize("settings", [{}, {"share_prefix": False}, {"fused_elementwise": False}], ids=["plain", "separate", "unfused"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"share_prefix": False}, {"fused_elementwise": False}], ids=["plain", "separate", "unfused"]
+)
 def test_windows_along_a_tree_are_those_of_its_sequences(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     write_model(tmp_path, config_of(name))
     trees = make_trees(4, seed=5)
@@ -273,7 +332,9 @@ def test_windows_along_a_tree_are_those_of_its_sequences(name: str, settings: di
 
 @pytest.mark.parametrize("window", [1, 3, 8, 100])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_windowed_plan_shows_each_token_the_last_positions_of_its_path(window: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_windowed_plan_shows_each_token_the_last_positions_of_its_path(
+    window: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "WINDOW_BLOCK", 4)
     (row,) = pack(make_trees(2, seed=8), 10_000, multiple=2 * ranks)[0]
     length = row.tokens.shape[0]
@@ -301,7 +362,9 @@ def test_a_windowed_plan_shows_each_token_the_last_positions_of_its_path(window:
 
 
 def test_defaults_of_absent_keys_are_those_of_the_class() -> None:
-    moe = check_architecture({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **_SIZES, **_EXPERTS})
+    moe = check_architecture(
+        {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **_SIZES, **_EXPERTS}
+    )
     assert not moe.normalise_top_k and not moe.tied and moe.windows == (None,) * 3 and moe.head_dim == 8
     mistral = check_architecture({"architectures": ["MistralForCausalLM"], "model_type": "mistral"})
     assert mistral.windows == (4096,) * 32 and mistral.kv_heads == 8
@@ -310,7 +373,13 @@ def test_defaults_of_absent_keys_are_those_of_the_class() -> None:
 
 def test_keys_that_say_what_the_family_computes_anyway_are_accepted_and_no_other_values() -> None:
     said: dict[str, dict[str, Any]] = {
-        "qwen3_moe": {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0, "scoring_func": "softmax", "n_group": 1},
+        "qwen3_moe": {
+            "use_qk_norm": True,
+            "qkv_bias": False,
+            "shared_expert_intermediate_size": 0,
+            "scoring_func": "softmax",
+            "n_group": 1,
+        },
         "qwen2": {"qkv_bias": True, "use_qk_norm": False},
         "llama": {"qkv_bias": False, "qk_norm": False, "routed_scaling_factor": 1.0},
     }

@@ -19,7 +19,9 @@ from pact_nemo.policy.optimizer import learning_rate  # noqa: E402
 def test_both_are_omegaconf_structured_configs() -> None:
     merged = OmegaConf.merge(OmegaConf.structured(PolicyConfig), {"tensor_parallel": 2, "virtual_pipeline": None})
     assert OmegaConf.to_object(merged) == PolicyConfig(tensor_parallel=2)
-    assert OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OptimizerConfig), {"betas": [0.8, 0.9]})) == OptimizerConfig(betas=[0.8, 0.9])
+    assert OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(OptimizerConfig), {"betas": [0.8, 0.9]})
+    ) == OptimizerConfig(betas=[0.8, 0.9])
 
 
 def test_every_field_is_documented() -> None:
@@ -51,13 +53,18 @@ def test_contradictions_are_refused_with_a_remedy(fields: dict[str, Any], messag
         PolicyConfig(**fields).validate(cuda=False, world_size=4)
 
 
-@pytest.mark.parametrize("fields", [{"lr_schedule": "step"}, {"betas": [0.9]}, {"betas": [0.9, 1.0]}, {"lr": -1.0}, {"lr": 1e-6, "min_lr": 1e-5}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"lr_schedule": "step"}, {"betas": [0.9]}, {"betas": [0.9, 1.0]}, {"lr": -1.0}, {"lr": 1e-6, "min_lr": 1e-5}],
+)
 def test_optimizer_settings_out_of_range_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         OptimizerConfig(**fields).validate()
 
 
-def test_transformer_engine_attention_knows_neither_trees_nor_our_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformer_engine_attention_knows_neither_trees_nor_our_context_parallelism(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(ConfigError, match="share_prefix=false"):
         PolicyConfig(attention="te").validate(cuda=True)

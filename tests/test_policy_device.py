@@ -164,7 +164,11 @@ def test_stand_ins_are_gone_after_the_import() -> None:
 
 def test_scatter_makes_its_chunks_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    monkeypatch.setattr(dist, "scatter", lambda tensor, chunks=None, *a, **k: seen.extend(chunk.is_contiguous() for chunk in chunks or []))
+    monkeypatch.setattr(
+        dist,
+        "scatter",
+        lambda tensor, chunks=None, *a, **k: seen.extend(chunk.is_contiguous() for chunk in chunks or []),
+    )
     device._patch_gloo_scatter()
     dist.scatter(torch.empty(2, 2), list(torch.ones(2, 4).chunk(2, dim=1)))
     dist.scatter(torch.empty(2, 2))
@@ -183,13 +187,20 @@ def test_a_plain_process_is_a_job_of_one_rank() -> None:
 
 
 def test_importing_megatron_says_nothing() -> None:
-    program = "import logging; logging.basicConfig(); from pact_nemo.policy.device import prepare_megatron; prepare_megatron()"
+    program = (
+        "import logging; logging.basicConfig(); from pact_nemo.policy.device import prepare_megatron;"
+        " prepare_megatron()"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_megatrons_loggers_obey_the_process() -> None:
-    loggers = [found for name, found in logging.root.manager.loggerDict.items() if name.startswith("megatron.") and isinstance(found, logging.Logger)]
+    loggers = [
+        found
+        for name, found in logging.root.manager.loggerDict.items()
+        if name.startswith("megatron.") and isinstance(found, logging.Logger)
+    ]
     assert loggers and not [logger.name for logger in loggers if logger.handlers]
     assert logging.root.manager.disable == 0
 

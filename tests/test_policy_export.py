@@ -33,20 +33,32 @@ from tests.workers.policy_kit import make_model
 
 def weights_of(count: int, size: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {f"model.layers.{i}.mlp.down_proj.weight": torch.randn(size, size, generator=generator) for i in range(count)}
+    return {
+        f"model.layers.{i}.mlp.down_proj.weight": torch.randn(size, size, generator=generator) for i in range(count)
+    }
 
 
 def shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------------- layout
+# -------------------------------------------------------------------------------------------------------------------
+# layout
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 9), st.integers(50, 2000), st.sampled_from(["bfloat16", "fp8_block"]))
-def test_every_tensor_has_one_place_and_writers_are_balanced(rows: list[int], ranks: int, file_bytes: int, dtype: str) -> None:
-    shapes = {f"model.layers.{i}.{kind}.weight": (n, 3) for i, n in enumerate(rows) for kind in ("mlp.down_proj", "norm")}
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=60),
+    st.integers(1, 9),
+    st.integers(50, 2000),
+    st.sampled_from(["bfloat16", "fp8_block"]),
+)
+def test_every_tensor_has_one_place_and_writers_are_balanced(
+    rows: list[int], ranks: int, file_bytes: int, dtype: str
+) -> None:
+    shapes = {
+        f"model.layers.{i}.{kind}.weight": (n, 3) for i, n in enumerate(rows) for kind in ("mlp.down_proj", "norm")
+    }
     layout = plan_layout(shapes, dtype, ranks, LayoutSettings(file_bytes=file_bytes, min_writer_bytes=1))
     assert sorted(name for plan in layout.files for name in plan.weights) == sorted(shapes)
     loads: dict[int, int] = {}
@@ -59,30 +71,50 @@ def test_every_tensor_has_one_place_and_writers_are_balanced(rows: list[int], ra
         assert position == plan.size and (plan.size - len(plan.header) <= file_bytes or len(plan.weights) == 1)
         loads[plan.writer] = loads.get(plan.writer, 0) + plan.size - len(plan.header)
     largest = max(sum(t.size for t in tensors) for plan in layout.files for tensors in plan.weights.values())
-    assert sum(loads.values()) == layout.tensor_bytes and max(loads.values()) - min(loads.values()) <= largest or len(loads) < ranks
+    assert (
+        sum(loads.values()) == layout.tensor_bytes
+        and max(loads.values()) - min(loads.values()) <= largest
+        or len(loads) < ranks
+    )
     assert layout == plan_layout(shapes, dtype, ranks, LayoutSettings(file_bytes=file_bytes, min_writer_bytes=1))
 
 
 def test_parts_of_a_fused_matrix_stay_with_one_writer_and_small_models_in_one_file() -> None:
-    names = [f"model.layers.{i}.{part}_proj.weight" for i in range(8) for part in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")]
+    names = [
+        f"model.layers.{i}.{part}_proj.weight"
+        for i in range(8)
+        for part in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
+    ]
     layout = plan_layout(dict.fromkeys(names, (64, 64)), "bfloat16", 4, LayoutSettings(min_writer_bytes=1))
     for i in range(8):
         assert len({layout.weights[name].writer for name in names if f".{i}.self_attn" in name}) == 1
         assert len({layout.weights[name].writer for name in names if f".{i}.mlp" in name}) == 1
     assert len({plan.writer for plan in layout.files}) == 4
-    assert [plan.name for plan in plan_layout(dict.fromkeys(names, (64, 64)), "bfloat16", 4, LayoutSettings()).files] == ["model.safetensors"]
+    assert [
+        plan.name for plan in plan_layout(dict.fromkeys(names, (64, 64)), "bfloat16", 4, LayoutSettings()).files
+    ] == ["model.safetensors"]
 
 
-# ------------------------------------------------------------------------------------------------------------------- writer
+# -------------------------------------------------------------------------------------------------------------------
+# writer
 
 
 def write(
-    folder: Path, weights: dict[str, torch.Tensor], *, file_bytes: int = 1 << 30, previous: Path | None = None, dtype: str = "bfloat16"
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    *,
+    file_bytes: int = 1 << 30,
+    previous: Path | None = None,
+    dtype: str = "bfloat16",
 ) -> FolderWriter:
     """Export with a manifest of the digests from memory."""
     layout = plan_layout(shapes_of(weights), dtype, 1, LayoutSettings(file_bytes=file_bytes))
     folder.mkdir()
-    known = (previous, {plan.name: file_entry_of(previous, plan.name) for plan in layout.files}) if previous is not None else None
+    known = (
+        (previous, {plan.name: file_entry_of(previous, plan.name) for plan in layout.files})
+        if previous is not None
+        else None
+    )
     writer = FolderWriter(folder, layout.files, dtype, previous=known)
     for name, tensor in weights.items():
         writer.put(name, tensor)
@@ -102,16 +134,25 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
-def test_files_hold_what_safetensors_would_write_whatever_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_hold_what_safetensors_would_write_whatever_the_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(export_writer._CHUNK_BYTES, "cpu", 1000)
     monkeypatch.setattr(export_writer, "PART_BYTES", 3000)
     monkeypatch.setattr(export_writer, "_FLUSH_BYTES", 2000)
-    weights = {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "view": torch.randn(9, 70).t(), "odd": torch.randn(7, 11, 13)}
+    weights = {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "view": torch.randn(9, 70).t(),
+        "odd": torch.randn(7, 11, 13),
+    }
     weights |= weights_of(3, 50)
     write(tmp_path / "a", weights, file_bytes=6000)
     assert len(list((tmp_path / "a").glob("*.safetensors"))) == 4
     got = loaded(tmp_path / "a")
-    assert got.keys() == weights.keys() and all(torch.equal(got[name], value.bfloat16()) for name, value in weights.items())
+    assert got.keys() == weights.keys() and all(
+        torch.equal(got[name], value.bfloat16()) for name, value in weights.items()
+    )
     for path in (tmp_path / "a").glob("*.safetensors"):
         entry = file_entry_of(tmp_path / "a", path.name)
         export_writer.check_files(tmp_path / "a", {path.name: entry}, "")
@@ -119,7 +160,9 @@ def test_files_hold_what_safetensors_would_write_whatever_the_chunks(tmp_path: P
 
 
 def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that stands still, a stream that makes each weight when asked: never more alive than the queue and one waiting to get in."""
+    """A disk that stands still, a stream that makes each weight when asked: never more alive than the queue and one
+    waiting to get in.
+    """
     alive, peak, size = 0, 0, 256 * 256 * 4
     lock = threading.Lock()
     moves = threading.Event()
@@ -157,7 +200,9 @@ def test_unchanged_files_become_links_and_partly_changed_ones_are_whole(tmp_path
     weights = weights_of(6, 64)
     write(tmp_path / "v1", weights, file_bytes=2 * 64 * 64 * 2)
     changed = dict(weights)
-    changed["model.layers.3.mlp.down_proj.weight"] = changed["model.layers.3.mlp.down_proj.weight"] + 1  # the second weight of the second file
+    changed["model.layers.3.mlp.down_proj.weight"] = (
+        changed["model.layers.3.mlp.down_proj.weight"] + 1
+    )  # the second weight of the second file
     writer = write(tmp_path / "v2", changed, file_bytes=2 * 64 * 64 * 2, previous=tmp_path / "v1")
     files = sorted(path.name for path in (tmp_path / "v2").glob("*.safetensors"))
     assert [(tmp_path / "v1" / name).samefile(tmp_path / "v2" / name) for name in files] == [True, False, True]
@@ -180,7 +225,9 @@ def test_a_corrupt_previous_version_is_not_linked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_fails_in_the_middle_is_named_and_nothing_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_disk_that_fails_in_the_middle_is_named_and_nothing_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     writes: list[int] = []
     original = os.pwrite
 
@@ -217,14 +264,19 @@ def test_weights_that_differ_from_the_source_are_refused(tmp_path: Path) -> None
         write_folder(rows, model, tmp_path / "out", "int8", shapes=shapes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- FP8
+# ----------------------------------------------------------------------------------------------------------------------
+# FP8
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384), (200, 130), (1, 1), (127, 257)])
 def test_fp8_values_are_within_the_types_rounding_and_scales_are_exact(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, shape[1])
     values, scale = fp8_block.quantise(weight)
-    assert values.dtype == torch.float8_e4m3fn and values.shape == weight.shape and tuple(scale.shape) == fp8_block.scale_shape(shape)
+    assert (
+        values.dtype == torch.float8_e4m3fn
+        and values.shape == weight.shape
+        and tuple(scale.shape) == fp8_block.scale_shape(shape)
+    )
     for i in range(scale.shape[0]):
         for j in range(scale.shape[1]):
             block = weight[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
@@ -246,20 +298,31 @@ def test_an_fp8_folder_holds_the_public_format(family: str, tmp_path: Path) -> N
 
     source = make_model(tmp_path / "model", family)
     folder = materialise(source, tmp_path / "cache", "fp8_block")
-    assert materialise(source, tmp_path / "cache", "fp8_block") == folder and verify_manifest(folder).extra["dtype"] == "fp8_block"
+    assert (
+        materialise(source, tmp_path / "cache", "fp8_block") == folder
+        and verify_manifest(folder).extra["dtype"] == "fp8_block"
+    )
     weights, stored = load_file(source / "model.safetensors"), loaded(folder)
     converted = {name.removesuffix("_scale_inv") for name in stored if name.endswith("_scale_inv")}
     assert converted == {name for name in weights if "_proj.weight" in name} and converted
     for name, weight in weights.items():
         if name in converted:
             values, scale = fp8_block.quantise(weight)
-            assert torch.equal(stored[name].view(torch.uint8), values.view(torch.uint8)) and torch.equal(stored[name + "_scale_inv"], scale)
+            assert torch.equal(stored[name].view(torch.uint8), values.view(torch.uint8)) and torch.equal(
+                stored[name + "_scale_inv"], scale
+            )
         else:
             assert torch.equal(stored[name], weight.bfloat16())
     settings = AutoConfig.from_pretrained(folder).quantization_config
-    assert settings["quant_method"] == "fp8" and settings["weight_block_size"] == [128, 128] and settings["activation_scheme"] == "dynamic"
+    assert (
+        settings["quant_method"] == "fp8"
+        and settings["weight_block_size"] == [128, 128]
+        and settings["activation_scheme"] == "dynamic"
+    )
     kept = set(settings["modules_to_not_convert"])
-    assert {"lm_head", "model.embed_tokens", "model.norm"} <= kept and not {name.removesuffix(".weight") for name in converted} & kept
+    assert {"lm_head", "model.embed_tokens", "model.norm"} <= kept and not {
+        name.removesuffix(".weight") for name in converted
+    } & kept
     assert family != "qwen3_moe" or "model.layers.0.mlp.gate" in kept, "a router is not converted"
 
     # a server that was started from FP8 takes FP8 only, and the other way round
@@ -286,16 +349,21 @@ def test_transformers_computes_with_an_fp8_folder_what_the_dequantised_weights_g
     with torch.no_grad():
         for name, param in expected.named_parameters():
             value = stored[name]
-            param.copy_(fp8_block.dequantise(value, stored[name + "_scale_inv"]) if name + "_scale_inv" in stored else value)
+            param.copy_(
+                fp8_block.dequantise(value, stored[name + "_scale_inv"]) if name + "_scale_inv" in stored else value
+            )
     from transformers import FineGrainedFP8Config
 
-    got = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)).eval()
+    got = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
+    ).eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(got(ids).logits, expected(ids).logits, rtol=0.05, atol=0.05)
 
 
-# ---------------------------------------------------------------------------------------------------------------- placement
+# ----------------------------------------------------------------------------------------------------------------
+# placement
 
 
 def test_exports_go_to_the_disk_that_was_asked_for(tmp_path: Path) -> None:
@@ -304,7 +372,9 @@ def test_exports_go_to_the_disk_that_was_asked_for(tmp_path: Path) -> None:
         assert space.exports == space.folder / "exports"
         space.place_exports(str(tmp_path / "nvme"))
         space.check_exports()
-    assert len({space.exports for space in spaces}) == 2 and all(space.exports.parent == tmp_path / "nvme" for space in spaces)
+    assert len({space.exports for space in spaces}) == 2 and all(
+        space.exports.parent == tmp_path / "nvme" for space in spaces
+    )
     spaces[0].place_exports(None)
     (tmp_path / "file").write_text("")
     spaces[0].place_exports(str(tmp_path / "file"))
@@ -312,7 +382,10 @@ def test_exports_go_to_the_disk_that_was_asked_for(tmp_path: Path) -> None:
         spaces[0].check_exports()
     with pytest.raises(ConfigError, match="absolute"):
         load_config(None, ["rollout.exports_dir=nvme/exports"])
-    assert load_config(None, ["rollout.exports_dir=/nvme", "rollout.export_dtype=fp8_block"]).rollout.exports_dir == "/nvme"
+    assert (
+        load_config(None, ["rollout.exports_dir=/nvme", "rollout.export_dtype=fp8_block"]).rollout.exports_dir
+        == "/nvme"
+    )
     with pytest.raises(ConfigError, match="export_writers"):
         load_config(None, ["policy.export_writers=0"]).policy.validate(cuda=False)
 

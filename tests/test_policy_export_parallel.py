@@ -47,10 +47,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def job(base: Path, family: str, layout: str, config: dict[str, Any], ranks: int) -> dict[str, Any]:
     """v1, v2 of the same weights, v3 in FP8, and after an update v4, at first on a full disk."""
     root = str(base / f"{family}-{layout}")
-    actions: list[Any] = [["export_version", {"root": root, "version": 1}], ["export_version", {"root": root, "version": 2}]]
+    actions: list[Any] = [
+        ["export_version", {"root": root, "version": 1}],
+        ["export_version", {"root": root, "version": 2}],
+    ]
     actions += [["export_version", {"root": root, "version": 3, "dtype": "fp8_block"}], ["update", None]]
     if ranks > 1:
-        actions += [["export_version", {"root": root, "version": 4, "full_rank": rank}] for rank in (0, writers(layout) - 1)]
+        actions += [
+            ["export_version", {"root": root, "version": 4, "full_rank": rank}] for rank in (0, writers(layout) - 1)
+        ]
         actions += [["export_version", {"root": root, "version": 4}]]
     return {"name": f"{family}-{layout}", "hf_path": str(base / family), "config": config, "actions": actions}
 
@@ -59,7 +64,13 @@ def made(results: dict[str, Any], family: str, layout: str) -> Any:
     """A case's answers; the first one asked for runs all that are as fast and have its number of ranks, in one job."""
     if f"{family}-{layout}" not in results:
         base, ranks, fast = results["base"], LAYOUTS[layout][0], (family, layout) in FAST
-        alike = [(f, name) for name, (needed, _, families) in LAYOUTS.items() if needed == ranks for f in families if ((f, name) in FAST) == fast]
+        alike = [
+            (f, name)
+            for name, (needed, _, families) in LAYOUTS.items()
+            if needed == ranks
+            for f in families
+            if ((f, name) in FAST) == fast
+        ]
         results.update(launch(ranks, [job(base, f, name, LAYOUTS[name][1], ranks) for f, name in alike], base))
     return results[f"{family}-{layout}"]
 
@@ -75,15 +86,21 @@ def test_the_ranks_write_together_what_one_process_writes(family: str, layout: s
         ours, reference = (results["base"] / f"{family}-{name}" / f"v{version:06d}" for name in (layout, "one"))
         verify_manifest(ours, expect_version=version)
         got, want = tensors(ours), tensors(reference)
-        assert got.keys() == want.keys() and all(torch.equal(got[name].view(torch.uint8), want[name].view(torch.uint8)) for name in want)
-        assert {name: entry.shape for name, entry in read_tensors(ours).items()} == {name: tuple(t.shape) for name, t in want.items()}, "the index"
+        assert got.keys() == want.keys() and all(
+            torch.equal(got[name].view(torch.uint8), want[name].view(torch.uint8)) for name in want
+        )
+        assert {name: entry.shape for name, entry in read_tensors(ours).items()} == {
+            name: tuple(t.shape) for name, t in want.items()
+        }, "the index"
     initial = load_file(results["base"] / family / "model.safetensors")
     exported = tensors(results["base"] / f"{family}-{layout}" / "v000001")
     assert initial.keys() == exported.keys() and all(torch.equal(initial[name], exported[name]) for name in initial)
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
-def test_a_full_disk_of_one_rank_fails_all_ranks_and_leaves_nothing(family: str, layout: str, results: dict[str, Any]) -> None:
+def test_a_full_disk_of_one_rank_fails_all_ranks_and_leaves_nothing(
+    family: str, layout: str, results: dict[str, Any]
+) -> None:
     """The worker checks that every rank gives the same answer; a rank that waited for ever would time out."""
     *failures, last = made(results, family, layout)[4:]
     assert failures == [["CheckpointError", True, ["v000001", "v000002", "v000003"]]] * 2

@@ -1,4 +1,6 @@
-"""FP8: the rounding itself, and what it does to log-probs, ratios and gradients of a PACT batch, by emulation on the CPU."""
+"""FP8: the rounding itself, and what it does to log-probs, ratios and gradients of a PACT batch, by emulation on the
+CPU.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(path: Path, **config: Any) -> MegatronPolicy:
     fp8 = {"fp8_bf16_layers": 0} if config.get("fp8") == "delayed" else {}
-    settings = PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 256, "logprob_chunk": 64, "fp8_emulate": True, **fp8, **config})
+    settings = PolicyConfig(
+        **{"precision": "fp32", "micro_batch_tokens": 256, "logprob_chunk": 64, "fp8_emulate": True, **fp8, **config}
+    )
     return MegatronPolicy(settings, OptimizerConfig(lr=1e-3), path, seed=1, total_steps=4, keep_reference=True)
 
 
@@ -51,14 +55,21 @@ def joined(rows: list[torch.Tensor]) -> torch.Tensor:
 def test_rounding_errs_by_half_a_step_of_the_mantissa_and_saturates(dtype: torch.dtype, bits: int) -> None:
     values = torch.exp2(torch.linspace(-4.0, 6.0, 10001))
     rounded = round_to_fp8(values, torch.ones(()), dtype)
-    assert ((rounded - values).abs() / values).max() == pytest.approx(2.0 ** -(bits + 1) / (1 + 2.0 ** -(bits + 1)), rel=0.01)
+    assert ((rounded - values).abs() / values).max() == pytest.approx(
+        2.0 ** -(bits + 1) / (1 + 2.0 ** -(bits + 1)), rel=0.01
+    )
     assert torch.equal(round_to_fp8(rounded, torch.ones(()), dtype), rounded)
-    assert round_to_fp8(torch.tensor([1e9, -1e9]), torch.ones(()), dtype).tolist() == [torch.finfo(dtype).max, -torch.finfo(dtype).max]
+    assert round_to_fp8(torch.tensor([1e9, -1e9]), torch.ones(()), dtype).tolist() == [
+        torch.finfo(dtype).max,
+        -torch.finfo(dtype).max,
+    ]
 
 
 def test_the_scale_takes_the_largest_magnitude_to_the_largest_value() -> None:
     values = torch.tensor([-3.7, 0.01, 2.0])
-    assert round_to_fp8(values, scale_for(values.abs().amax(), E4M3, power_of_two=False), E4M3)[0] == pytest.approx(-3.7, rel=1e-6)
+    assert round_to_fp8(values, scale_for(values.abs().amax(), E4M3, power_of_two=False), E4M3)[0] == pytest.approx(
+        -3.7, rel=1e-6
+    )
     scale = scale_for(torch.tensor([3.7, 448.0, 449.0, 0.0, float("inf")]), E4M3, power_of_two=True)
     assert scale.tolist() == [64.0, 1.0, 0.5, 1.0, 1.0]
     broken = round_in_blocks(torch.tensor([[1.0, float("inf"), float("nan")]]), 1, 32, E4M3)
@@ -75,7 +86,9 @@ def test_blocks_do_not_see_each_other() -> None:
         block = slice(130 // columns * columns, (130 // columns + 1) * columns)
         untouched = torch.ones_like(values, dtype=torch.bool)
         untouched[1, block] = False
-        assert torch.equal(plain[untouched], disturbed[untouched]) and not torch.equal(plain[1, block], disturbed[1, block])
+        assert torch.equal(plain[untouched], disturbed[untouched]) and not torch.equal(
+            plain[1, block], disturbed[1, block]
+        )
         assert (plain - values).abs().max() / values.abs().max() < 2.0**-4
     square = round_in_blocks(lone, 128, 128, E4M3)
     assert torch.equal(square[:, :128], round_in_blocks(values, 128, 128, E4M3)[:, :128])
@@ -132,7 +145,11 @@ def test_ratios_of_an_on_policy_step_are_exactly_1(recipe: str, hf: Path) -> Non
     for tree, now in zip(trees, policy.logprobs(trees), strict=True):
         tree.streams["old_logprobs"] = now
     metrics = policy.update(trees, pact_terms).metrics
-    assert metrics["max/ratio_h"] == 1.0 and metrics["max/ratio_x"] == 1.0 and metrics["clip/h"] == metrics["clip/x"] == 0.0
+    assert (
+        metrics["max/ratio_h"] == 1.0
+        and metrics["max/ratio_x"] == 1.0
+        and metrics["clip/h"] == metrics["clip/x"] == 0.0
+    )
 
 
 def test_old_policy_in_another_precision_would_bend_the_ratios(hf: Path) -> None:
@@ -149,7 +166,10 @@ def test_old_policy_in_another_precision_would_bend_the_ratios(hf: Path) -> None
 def test_what_fp8_does_to_a_pact_batch(recipe: str, hf: Path) -> None:
     """Log-probs move, but by little; the gradient keeps its direction; the reference is not touched."""
     policy, exact = build(hf, fp8=recipe), build(hf)
-    for either in (policy, exact):  # a pass without effect on the weights, from which the delayed recipe takes its scales
+    for either in (
+        policy,
+        exact,
+    ):  # a pass without effect on the weights, from which the delayed recipe takes its scales
         either.update(plain_trees(), pact_terms, lr=0.0)
     trees = plain_trees()
     rounded, plain = joined(policy.logprobs(trees)), joined(exact.logprobs(trees))
@@ -176,7 +196,10 @@ def test_the_gradient_keeps_its_direction(hf: Path) -> None:
 def test_layers_kept_in_bf16_are_untouched(hf: Path) -> None:
     trees = plain_trees(3)
     exact = joined(build(hf).logprobs(trees))
-    errors = [float((joined(build(hf, fp8="tensorwise", fp8_bf16_layers=kept).logprobs(trees)) - exact).abs().mean()) for kept in (0, 1)]
+    errors = [
+        float((joined(build(hf, fp8="tensorwise", fp8_bf16_layers=kept).logprobs(trees)) - exact).abs().mean())
+        for kept in (0, 1)
+    ]
     assert errors[0] > errors[1] > 0
     with pytest.raises(ConfigError, match="leaves none of 4 layers"):
         build(hf, fp8="tensorwise", fp8_bf16_layers=2)
@@ -184,7 +207,9 @@ def test_layers_kept_in_bf16_are_untouched(hf: Path) -> None:
 
 @pytest.mark.parametrize("recipe", FP8_RECIPES)
 def test_padding_changes_nothing(recipe: str, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scales are taken over real tokens: rows padded to 512 tokens give the log-probs and the loss of rows padded to the recipe's multiple."""
+    """Scales are taken over real tokens: rows padded to 512 tokens give the log-probs and the loss of rows padded to
+    the recipe's multiple.
+    """
     trees = plain_trees(5)
     policy = build(hf, fp8=recipe)
     plain, result = joined(policy.logprobs(trees)), build(hf, fp8=recipe).update(trees, pact_terms)
@@ -193,7 +218,9 @@ def test_padding_changes_nothing(recipe: str, hf: Path, monkeypatch: pytest.Monk
     assert padded.alignment == 512
     torch.testing.assert_close(joined(padded.logprobs(trees)), plain, rtol=0, atol=2e-6)
     again = padded.update(trees, pact_terms)
-    assert again.loss == pytest.approx(result.loss, abs=1e-6) and again.grad_norm == pytest.approx(result.grad_norm, rel=1e-5)
+    assert again.loss == pytest.approx(result.loss, abs=1e-6) and again.grad_norm == pytest.approx(
+        result.grad_norm, rel=1e-5
+    )
 
 
 def test_without_transformer_engine_it_says_so_and_goes_on(hf: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -206,15 +233,22 @@ def test_without_transformer_engine_it_says_so_and_goes_on(hf: Path, caplog: pyt
 @pytest.mark.parametrize(
     ("capability", "asked", "runs"),
     [
-        ((8, 0), "auto", None), ((8, 0), "tensorwise", None), ((8, 9), "auto", "tensorwise"), ((9, 0), "auto", "blockwise"),
-        ((9, 0), "delayed", "delayed"), ((10, 0), "auto", "mxfp8"), (None, "auto", None),
+        ((8, 0), "auto", None),
+        ((8, 0), "tensorwise", None),
+        ((8, 9), "auto", "tensorwise"),
+        ((9, 0), "auto", "blockwise"),
+        ((9, 0), "delayed", "delayed"),
+        ((10, 0), "auto", "mxfp8"),
+        (None, "auto", None),
     ],
-)  # fmt: skip
+)
 def test_the_hardware_decides(capability: tuple[int, int] | None, asked: str, runs: str | None) -> None:
     assert PolicyConfig(fp8=asked).resolved_fp8(capability=capability, has_te=True) == runs
     assert PolicyConfig(fp8=asked).resolved_fp8(capability=capability, has_te=False) is None
 
 
 def test_a_recipe_that_this_gpu_has_not_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"mxfp8 has no kernels on compute capability \(9, 0\); it has delayed, tensorwise, blockwise"):
+    with pytest.raises(
+        ConfigError, match=r"mxfp8 has no kernels on compute capability \(9, 0\); it has delayed, tensorwise, blockwise"
+    ):
         PolicyConfig(fp8="mxfp8").resolved_fp8(capability=(9, 0), has_te=True)

@@ -1,4 +1,6 @@
-"""Norm, SwiGLU, rotation and embedding as single functions: values and gradients of torch's own operators, in float64 and in lower precision."""
+"""Norm, SwiGLU, rotation and embedding as single functions: values and gradients of torch's own operators, in float64
+and in lower precision.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.
 
 
 def angles(tokens: int, half: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    found = torch.outer(torch.arange(tokens, dtype=torch.float64), torch.rand(half, dtype=torch.float64))[:, None, None, :]
+    found = torch.outer(torch.arange(tokens, dtype=torch.float64), torch.rand(half, dtype=torch.float64))[
+        :, None, None, :
+    ]
     return found.cos().to(dtype), found.sin().to(dtype)
 
 
@@ -30,7 +34,9 @@ def swiglu(both: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def cases(dtype: torch.dtype) -> dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], list[torch.Tensor]]]:
+def cases(
+    dtype: torch.dtype,
+) -> dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], list[torch.Tensor]]]:
     """name -> ours, torch's, differentiable inputs."""
     generator = torch.Generator().manual_seed(5)
 
@@ -48,9 +54,11 @@ def cases(dtype: torch.dtype) -> dict[str, tuple[Callable[..., torch.Tensor], Ca
         "swiglu": (module, swiglu, [random(6, 1, 14)]),
         "rotation": (lambda x: fused.rotate(x, *whole), lambda x: rotated(x, *whole), [random(6, 1, 3, 8)]),
         "partial rotation of a strided tensor": (
-            lambda x: fused.rotate(x.transpose(0, 2), *part), lambda x: rotated(x.transpose(0, 2), *part), [random(3, 1, 6, 8)],
+            lambda x: fused.rotate(x.transpose(0, 2), *part),
+            lambda x: rotated(x.transpose(0, 2), *part),
+            [random(3, 1, 6, 8)],
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", list(cases(torch.float64)))

@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pact_nemo.policy.heads import vocab_parallel_logprobs, vocab_parallel_logprobs_and_entropies
 
 
-def inputs(rows: int = 11, hidden: int = 6, vocab: int = 17, padded: int = 20, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+def inputs(
+    rows: int = 11, hidden: int = 6, vocab: int = 17, padded: int = 20, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(rows, hidden, generator=generator, dtype=dtype).requires_grad_()
     w = torch.randn(padded, hidden, generator=generator, dtype=dtype).requires_grad_()
@@ -42,10 +44,14 @@ def test_gradients_written_in_place_are_the_same(dtype: torch.dtype) -> None:
     want_h, want_w = torch.autograd.grad(plain, (h, w))
     main_grad = torch.ones(w.shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     gathered = h.index_select(0, torch.arange(11))
-    ours = vocab_parallel_logprobs(gathered, w, target, vocab_size=17, chunk=4, overwrite_hidden=True, main_grad=main_grad, placeholder=True)
+    ours = vocab_parallel_logprobs(
+        gathered, w, target, vocab_size=17, chunk=4, overwrite_hidden=True, main_grad=main_grad, placeholder=True
+    )
     (ours * upstream).sum().backward()
     torch.testing.assert_close(h.grad, want_h, rtol=0, atol=0)
-    torch.testing.assert_close((main_grad - 1).to(dtype), want_w, rtol=2e-2, atol=1e-12 if dtype == torch.float64 else 2e-2)
+    torch.testing.assert_close(
+        (main_grad - 1).to(dtype), want_w, rtol=2e-2, atol=1e-12 if dtype == torch.float64 else 2e-2
+    )
     assert w.grad is not None and w.grad.shape == w.shape  # something for hooks; its values mean nothing
 
 
@@ -84,7 +90,9 @@ def test_bf16_inputs_give_float32_logprobs() -> None:
     assert ours.dtype == torch.float32
     expected = reference(h.double(), w.double(), target, 17, 1.0)
     torch.testing.assert_close(ours.double(), expected, rtol=0, atol=0.1)
-    for got, want in zip(torch.autograd.grad(ours.sum(), (h, w)), torch.autograd.grad(expected.sum(), (h, w)), strict=True):
+    for got, want in zip(
+        torch.autograd.grad(ours.sum(), (h, w)), torch.autograd.grad(expected.sum(), (h, w)), strict=True
+    ):
         assert got.dtype == torch.bfloat16
         torch.testing.assert_close(got.float(), want.float(), rtol=0.05, atol=0.05)
 
@@ -96,7 +104,9 @@ def test_entropies_and_their_gradients_equal_log_softmax_of_the_true_vocabulary(
     temperature = torch.linspace(0.5, 2.0, 11, dtype=torch.float64) if per_token else 0.7
     divisor = temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature
     g, e = torch.linspace(-2, 3, 11, dtype=torch.float64), torch.linspace(1, -1.5, 11, dtype=torch.float64)
-    logprobs, entropy = vocab_parallel_logprobs_and_entropies(h, w, target, vocab_size=17, chunk=chunk, temperature=temperature)
+    logprobs, entropy = vocab_parallel_logprobs_and_entropies(
+        h, w, target, vocab_size=17, chunk=chunk, temperature=temperature
+    )
     log_p = (h @ w[:17].t() / divisor).log_softmax(-1)
     expected, expected_entropy = log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     assert entropy is not None
@@ -129,7 +139,9 @@ def test_entropies_change_no_bit_of_log_probs_and_gradients() -> None:
     plain = vocab_parallel_logprobs(h, w, target, vocab_size=17, chunk=4)
     beside, _ = vocab_parallel_logprobs_and_entropies(h, w, target, vocab_size=17, chunk=4)
     assert torch.equal(plain, beside)
-    for got, want in zip(torch.autograd.grad(beside.sum(), (h, w)), torch.autograd.grad(plain.sum(), (h, w)), strict=True):
+    for got, want in zip(
+        torch.autograd.grad(beside.sum(), (h, w)), torch.autograd.grad(plain.sum(), (h, w)), strict=True
+    ):
         assert torch.equal(got, want)
 
 

@@ -40,9 +40,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-def build(path: Path, *, optimizer: dict[str, Any] | None = None, policy: dict[str, Any] | None = None, **config: Any) -> MegatronPolicy:
+def build(
+    path: Path, *, optimizer: dict[str, Any] | None = None, policy: dict[str, Any] | None = None, **config: Any
+) -> MegatronPolicy:
     settings = PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 96, "logprob_chunk": 16, **config})
-    return MegatronPolicy(settings, OptimizerConfig(**{"lr": 1e-3, "eps": 1e-5, **(optimizer or {})}), path, seed=1, total_steps=4, **(policy or {}))
+    return MegatronPolicy(
+        settings,
+        OptimizerConfig(**{"lr": 1e-3, "eps": 1e-5, **(optimizer or {})}),
+        path,
+        seed=1,
+        total_steps=4,
+        **(policy or {}),
+    )
 
 
 def hf_logprobs(hf: Any, trees: list[TokenTree]) -> torch.Tensor:
@@ -57,7 +66,9 @@ def hf_logprobs(hf: Any, trees: list[TokenTree]) -> torch.Tensor:
                 parent = tree.segments[parent].parent
             ids = torch.tensor(prefix + segment.token_ids)
             logprobs = hf(ids[None]).logits[0].log_softmax(-1)
-            values += [logprobs[len(prefix) + i - 1, ids[len(prefix) + i]] for i, scored in enumerate(segment.scored) if scored]
+            values += [
+                logprobs[len(prefix) + i - 1, ids[len(prefix) + i]] for i, scored in enumerate(segment.scored) if scored
+            ]
     return torch.stack(values)
 
 
@@ -68,7 +79,9 @@ def load_hf(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_equal_transformers_and_weights_come_back_bit_for_bit(family: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_logprobs_equal_transformers_and_weights_come_back_bit_for_bit(
+    family: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
     policy = build(models(family), policy={"trainable": False})
     trees = make_trees(5, seed=11, scale=3)
     with torch.no_grad():
@@ -79,16 +92,25 @@ def test_logprobs_equal_transformers_and_weights_come_back_bit_for_bit(family: s
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (models(family) / name).read_bytes()
-    assert load_hf(tmp_path / "out").config.to_dict() | {"_name_or_path": ""} == load_hf(models(family)).config.to_dict() | {"_name_or_path": ""}
+    assert load_hf(tmp_path / "out").config.to_dict() | {"_name_or_path": ""} == load_hf(
+        models(family)
+    ).config.to_dict() | {"_name_or_path": ""}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
-def test_an_update_equals_autograd_and_adamw_on_separate_sequences(family: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_update_equals_autograd_and_adamw_on_separate_sequences(
+    family: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
     trees = make_trees(5, seed=12)
     hf = load_hf(models(family))
     plain = [p for name, p in hf.named_parameters() if p.dim() == 1]
     decayed = [p for name, p in hf.named_parameters() if p.dim() > 1]
-    adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1e-3, eps=1e-5, betas=(0.8, 0.9))
+    adamw = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=1e-3,
+        eps=1e-5,
+        betas=(0.8, 0.9),
+    )
     streams = {"weight": torch.cat([tree.streams["weight"] for tree in trees])}
     policy = build(models(family), optimizer={"weight_decay": 0.1, "betas": [0.8, 0.9], "clip_grad": 0.5})
     for _ in range(2):
@@ -111,7 +133,9 @@ def test_an_update_equals_autograd_and_adamw_on_separate_sequences(family: str, 
 
 
 @pytest.mark.parametrize("distributed", [True, False])
-def test_the_cosine_of_two_gradients_equals_autograd_and_changes_no_update(distributed: bool, models: Callable[[str], Path]) -> None:
+def test_the_cosine_of_two_gradients_equals_autograd_and_changes_no_update(
+    distributed: bool, models: Callable[[str], Path]
+) -> None:
     first = make_trees(3, seed=12)
     second = [first[0], *make_trees(2, seed=13)]  # something in common, so that the cosine is not 0
     hf = load_hf(models("llama"))
@@ -119,11 +143,16 @@ def test_the_cosine_of_two_gradients_equals_autograd_and_changes_no_update(distr
     for trees in (first, second):
         hf.zero_grad()
         loss_fn(hf_logprobs(hf, trees), {"weight": torch.cat([tree.streams["weight"] for tree in trees])})[0].backward()
-        gradients.append(torch.cat([param.grad.flatten().double() for param in hf.parameters() if param.grad is not None]))
+        gradients.append(
+            torch.cat([param.grad.flatten().double() for param in hf.parameters() if param.grad is not None])
+        )
     norms = [gradient.norm().item() for gradient in gradients]
     policy, untouched = (build(models("llama"), distributed_optimizer=distributed) for _ in range(2))
     cosine, *found = policy.gradient_cosine(first, second, loss_fn)
-    assert cosine == pytest.approx((gradients[0] @ gradients[1]).item() / (norms[0] * norms[1]), abs=1e-5) and 0.01 < abs(cosine) < 0.99
+    assert (
+        cosine == pytest.approx((gradients[0] @ gradients[1]).item() / (norms[0] * norms[1]), abs=1e-5)
+        and 0.01 < abs(cosine) < 0.99
+    )
     assert found == pytest.approx(norms, rel=1e-5)
     assert policy.gradient_cosine(first, first, loss_fn)[0] == pytest.approx(1.0, abs=1e-6)
     for _ in range(2):
@@ -148,11 +177,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def baseline(models: Callable[[str], Path]) -> dict[str, Any]:
     policy, trees = build(models("qwen3")), make_trees(6, seed=13)
-    return {"trees": trees, "results": [policy.update(trees, loss_fn) for _ in range(2)], "after": policy.logprobs(trees)}
+    return {
+        "trees": trees,
+        "results": [policy.update(trees, loss_fn) for _ in range(2)],
+        "after": policy.logprobs(trees),
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_result_depends_on_no_setting_of_how_it_is_computed(variant: str, baseline: dict[str, Any], models: Callable[[str], Path]) -> None:
+def test_the_result_depends_on_no_setting_of_how_it_is_computed(
+    variant: str, baseline: dict[str, Any], models: Callable[[str], Path]
+) -> None:
     policy = build(models("qwen3"), **VARIANTS[variant])
     for expected in baseline["results"]:
         result = policy.update(baseline["trees"], loss_fn)
@@ -164,7 +199,9 @@ def test_the_result_depends_on_no_setting_of_how_it_is_computed(variant: str, ba
 
 
 def rewound_trees(count: int, *, seed: int) -> list[TokenTree]:
-    """x -> {tau_k, h -> b -> tau_k} where every tau and h has several contexts, each cut back to some length, now and then into x or b."""
+    """x -> {tau_k, h -> b -> tau_k} where every tau and h has several contexts, each cut back to some length, now and
+    then into x or b.
+    """
     draw = random.Random(seed)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -229,10 +266,14 @@ def test_trees_equal_separate_sequences_to_the_last_digits_in_float64(models: Ca
             torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def test_the_cut_of_the_loss_over_calls_does_not_matter_and_empty_calls_never_happen(models: Callable[[str], Path]) -> None:
+def test_the_cut_of_the_loss_over_calls_does_not_matter_and_empty_calls_never_happen(
+    models: Callable[[str], Path],
+) -> None:
     sizes: list[int] = []
 
-    def counting(logprob: torch.Tensor, streams: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def counting(
+        logprob: torch.Tensor, streams: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         sizes.append(logprob.shape[0])
         return loss_fn(logprob, streams)
 
@@ -256,9 +297,13 @@ def test_temperature_and_entropy(models: Callable[[str], Path]) -> None:
     segments = [Segment(ids[:3], -1, [False, True, True]), Segment(ids[3:], 0, [True] * 3)]
     with torch.no_grad():
         logits = load_hf(models("llama"))(torch.tensor([ids])).logits[0, :-1]
-    logprobs, entropies = policy.logprobs_and_entropies([TokenTree(segments, temperatures=temperatures), TokenTree(segments)])
+    logprobs, entropies = policy.logprobs_and_entropies(
+        [TokenTree(segments, temperatures=temperatures), TokenTree(segments)]
+    )
     plain = torch.distributions.Categorical(logits=logits)
-    torch.testing.assert_close(logprobs[1], plain.log_prob(torch.tensor(ids[1:])), rtol=0, atol=1e-5)  # 1 where a tree says nothing
+    torch.testing.assert_close(
+        logprobs[1], plain.log_prob(torch.tensor(ids[1:])), rtol=0, atol=1e-5
+    )  # 1 where a tree says nothing
     distribution = torch.distributions.Categorical(logits=logits / temperatures[:, None])
     torch.testing.assert_close(logprobs[0], distribution.log_prob(torch.tensor(ids[1:])), rtol=0, atol=1e-5)
     torch.testing.assert_close(entropies[0], distribution.entropy(), rtol=0, atol=1e-5)
@@ -272,7 +317,9 @@ def test_reference_logprobs_stay_those_of_the_initial_weights(models: Callable[[
     trained = policy.logprobs(trees)
     before = [param.detach().clone() for param in policy.chunks[0].parameters()]
     assert all(torch.equal(a, b) for a, b in zip(policy.reference_logprobs(trees), initial, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(policy.chunks[0].parameters(), before, strict=True)), "restored bit for bit"
+    assert all(torch.equal(a, b) for a, b in zip(policy.chunks[0].parameters(), before, strict=True)), (
+        "restored bit for bit"
+    )
     assert not any(torch.equal(a, b) for a, b in zip(trained, initial, strict=True))
     policy.update(trees, loss_fn)
     assert not torch.equal(policy.logprobs(trees)[0], trained[0]), "the optimizer still reaches the weights"
@@ -291,7 +338,9 @@ def test_another_checkpoint_can_become_the_reference(models: Callable[[str], Pat
     assert all(torch.equal(a, b) for a, b in zip(policy.logprobs(trees), before, strict=True))
     result = policy.update(trees, loss_fn, lr=0.0)
     assert result.lr == 0.0
-    assert all(torch.equal(a, b) for a, b in zip(policy.logprobs(trees), before, strict=True)), "a learning rate of 0 changes nothing"
+    assert all(torch.equal(a, b) for a, b in zip(policy.logprobs(trees), before, strict=True)), (
+        "a learning rate of 0 changes nothing"
+    )
 
 
 @pytest.mark.parametrize("kind", ["loss", "metric", "gradient"])
@@ -314,7 +363,9 @@ def test_non_finite_numbers_are_refused_and_change_nothing(kind: str, models: Ca
         policy.update(trees, broken)
     assert policy.step == 0
     assert all(torch.equal(a, b) for a, b in zip(policy.chunks[0].parameters(), before, strict=True))
-    assert policy.update(trees, loss_fn).grad_norm == untouched.update(trees, loss_fn).grad_norm, "no trace of it in the next step"
+    assert policy.update(trees, loss_fn).grad_norm == untouched.update(trees, loss_fn).grad_norm, (
+        "no trace of it in the next step"
+    )
 
 
 def test_bf16_trains_with_float32_main_weights(models: Callable[[str], Path]) -> None:
@@ -323,7 +374,12 @@ def test_bf16_trains_with_float32_main_weights(models: Callable[[str], Path]) ->
     policy = build(models("llama"), precision="bf16", optimizer={"lr": 1e-5})
     assert {param.dtype for param in policy.chunks[0].parameters()} == {torch.bfloat16}
     torch.testing.assert_close(policy.logprobs(trees), exact, rtol=0, atol=0.25)
-    mains = [param for part in policy.optimizer.chained_optimizers for group in part.param_groups for param in group["params"]]
+    mains = [
+        param
+        for part in policy.optimizer.chained_optimizers
+        for group in part.param_groups
+        for param in group["params"]
+    ]
     before = [main.clone() for main in mains]
     result = policy.update(trees, loss_fn)
     assert all(main.dtype == torch.float32 for main in mains)
@@ -348,7 +404,11 @@ def test_what_cannot_be_built_is_refused_with_a_reason(models: Callable[[str], P
     with pytest.raises(ConfigError, match=r"config\.json"):
         build(tmp_path)
     policy = build(models("llama"), policy={"trainable": False})
-    refusals = {"expert_parallel": "dense models need 1", "pipeline_parallel": "4 layers", "tensor_parallel": "8 attention heads"}
+    refusals = {
+        "expert_parallel": "dense models need 1",
+        "pipeline_parallel": "4 layers",
+        "tensor_parallel": "8 attention heads",
+    }
     for field, message in refusals.items():
         provider = bridges.build_provider(policy.architecture)
         with pytest.raises(ConfigError, match=message):

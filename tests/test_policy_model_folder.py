@@ -1,7 +1,7 @@
 """The tensors of a model folder: every one is used, harmless or refused by name, and no parameter is left without one.
 
-The property, for each mutation of each tensor of each family: the policy computes what transformers computes with that very folder (to 1e-4), or
-refuses the folder in one line that names the tensor. Nothing else.
+The property, for each mutation of each tensor of each family: the policy computes what transformers computes with that
+very folder (to 1e-4), or refuses the folder in one line that names the tensor. Nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,17 @@ from tests.workers.policy_kit import VOCAB, launch, make_model
 
 from pact_nemo.policy import bridge as bridges  # isort: skip
 
-FAMILIES = ("llama", "llama3", "llama_biases", "mistral", "qwen2", "qwen3", "qwen3_window", "qwen3_moe", "qwen3_moe_window")
+FAMILIES = (
+    "llama",
+    "llama3",
+    "llama_biases",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_window",
+    "qwen3_moe",
+    "qwen3_moe_window",
+)
 IDS = torch.randint(0, VOCAB, (48,), generator=torch.Generator().manual_seed(3)).tolist()
 Weights = dict[str, torch.Tensor]
 
@@ -65,7 +75,9 @@ def theirs(path: Path, **settings: Any) -> torch.Tensor:
     """The same by transformers."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", **settings).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", **settings
+    ).eval()
     with torch.no_grad():
         return model(torch.tensor([IDS])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
 
@@ -77,7 +89,11 @@ def copy(source: Path, target: Path, weights: Weights | None = None, **config: A
         row = json.loads((target / "config.json").read_text()) | config
         (target / "config.json").write_text(json.dumps({key: value for key, value in row.items() if value is not ...}))
     if weights is not None:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, target / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            target / "model.safetensors",
+            metadata={"format": "pt"},
+        )
     return target
 
 
@@ -114,7 +130,16 @@ FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("Mistral", {"sliding_window": None, "head_dim": 24}),
     ("Qwen2", {"tie_word_embeddings": True}),
     ("Qwen3", {"attention_bias": True, "head_dim": 24}),
-    ("Qwen3Moe", {"attention_bias": True, "head_dim": 24, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 40}),
+    (
+        "Qwen3Moe",
+        {
+            "attention_bias": True,
+            "head_dim": 24,
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+        },
+    ),
 ]
 
 
@@ -122,15 +147,25 @@ FLAGS: list[tuple[str, dict[str, Any]]] = [
 def test_the_expected_weights_follow_the_configuration(family: str, flags: dict[str, Any], tmp_path: Path) -> None:
     import transformers
 
-    common = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**{**common, **flags}))
+    common = dict(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**{**common, **flags})
+    )
     model.save_pretrained(tmp_path)
     saved = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     assert expected_weights(check_architecture(tmp_path)) == saved
     assert check_model_folder(tmp_path).shapes == saved
 
 
-# ------------------------------------------------------------------------------------------- every tensor, every mutation
+# ------------------------------------------------------------------------------------------- every tensor, every
+# mutation
 
 
 def _drop(weights: Weights, name: str) -> Weights:
@@ -151,14 +186,24 @@ def _added(new: Callable[[str], str]) -> Callable[[Weights, str], Weights]:
 
 MUTATIONS: dict[str, Callable[[Weights, str], Weights]] = {
     "drop": _drop,
-    "rename": _renamed(lambda name: name.replace("model.", "backbone.", 1) if name.startswith("model.") else f"x.{name}"),
-    "lose the prefix": _renamed(lambda name: name.removeprefix("model.") if name.startswith("model.") else f"model.{name}"),
+    "rename": _renamed(
+        lambda name: name.replace("model.", "backbone.", 1) if name.startswith("model.") else f"x.{name}"
+    ),
+    "lose the prefix": _renamed(
+        lambda name: name.removeprefix("model.") if name.startswith("model.") else f"model.{name}"
+    ),
     "double the prefix": _renamed(lambda name: f"model.{name}"),
     "wrap": _renamed(lambda name: f"_orig_mod.{name}"),
     "add a bias": _added(lambda name: name.replace(".weight", ".bias") if name.endswith(".weight") else f"{name}.bias"),
-    "add an adapter": _added(lambda name: name.replace(".weight", ".lora_A.weight") if name.endswith(".weight") else f"{name}.lora_A.weight"),
-    "add a layer": _added(lambda name: f"model.layers.2.{name.rpartition('.layers.')[2].partition('.')[2] or 'eh_proj.weight'}"),
-    "add packed parts": _added(lambda name: name.replace("weight", "qweight") if "weight" in name else f"{name}.qweight"),
+    "add an adapter": _added(
+        lambda name: name.replace(".weight", ".lora_A.weight") if name.endswith(".weight") else f"{name}.lora_A.weight"
+    ),
+    "add a layer": _added(
+        lambda name: f"model.layers.2.{name.rpartition('.layers.')[2].partition('.')[2] or 'eh_proj.weight'}"
+    ),
+    "add packed parts": _added(
+        lambda name: name.replace("weight", "qweight") if "weight" in name else f"{name}.qweight"
+    ),
     "add scales": _added(lambda name: f"{name}_scale_inv"),
     "empty": _changed(lambda tensor: tensor.new_zeros(0)),
     "no rows": _changed(lambda tensor: tensor[:0]),
@@ -181,9 +226,17 @@ def tally() -> Iterator[dict[str, int]]:
 
 
 def _mutate(
-    family: str, mutation: str, names: list[str], models: Callable[[str], Path], tmp_path: Path, tally: dict[str, int], computed: int
+    family: str,
+    mutation: str,
+    names: list[str],
+    models: Callable[[str], Path],
+    tmp_path: Path,
+    tally: dict[str, int],
+    computed: int,
 ) -> None:
-    """Check the property for these tensors, in one file and in shards by turns; compute at most ``computed`` of the accepted folders."""
+    """Check the property for these tensors, in one file and in shards by turns; compute at most ``computed`` of the
+    accepted folders.
+    """
     source = load_file(models(family) / "model.safetensors")
     for number, name in enumerate(names):
         weights = MUTATIONS[mutation](source, name)
@@ -194,7 +247,10 @@ def _mutate(
         except CheckpointError as error:
             text = str(error)
             assert mutation not in HARMLESS, text
-            concerned = {name, *(key for key in weights.keys() | source.keys() if weights.get(key) is not source.get(key))}
+            concerned = {
+                name,
+                *(key for key in weights.keys() | source.keys() if weights.get(key) is not source.get(key)),
+            }
             assert "\n" not in text and str(folder) in text and any(tensor in text for tensor in concerned), text
             tally["refused"] += 1
         else:
@@ -256,8 +312,12 @@ def test_a_value_that_is_not_finite_is_refused_with_the_weights_name(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_parameter_is_left_without_a_weight(family: str, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the check of the folder: a weight that disappears there, and one that no mapping asks for, are found at the load."""
+def test_no_parameter_is_left_without_a_weight(
+    family: str, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the check of the folder: a weight that disappears there, and one that no mapping asks for, are found at
+    the load.
+    """
     bridge = bridges.load_bridge(models(family))
     folder = bridges.folder_of(bridge)
     chunks = build(models(family)).chunks
@@ -276,8 +336,15 @@ def test_no_parameter_is_left_without_a_weight(family: str, models: Callable[[st
 def test_token_ids_without_a_row_are_refused(models: Callable[[str], Path]) -> None:
     policy = build(models("llama"))
     for token in (VOCAB, -1):
-        with pytest.raises(DataError, match=f"tree 1: the model has no row for token id {token}, only for 0 to {VOCAB - 1}"):
-            policy.logprobs([TokenTree([Segment([1, VOCAB - 1], -1, [False, True])]), TokenTree([Segment([1, token], -1, [False, True])])])
+        with pytest.raises(
+            DataError, match=f"tree 1: the model has no row for token id {token}, only for 0 to {VOCAB - 1}"
+        ):
+            policy.logprobs(
+                [
+                    TokenTree([Segment([1, VOCAB - 1], -1, [False, True])]),
+                    TokenTree([Segment([1, token], -1, [False, True])]),
+                ]
+            )
 
 
 # ------------------------------------------------------------------------------------------------------ layouts
@@ -301,8 +368,17 @@ def test_every_rank_refuses_what_a_single_stage_or_expert_sees(models: Callable[
         broken[name][-1, -1] = torch.nan
         folders = {"missing": _drop(source, name), "nan": broken, "lost": source}
         for fault, weights in folders.items():
-            folder = shard(copy(models(family), tmp_path / f"{layout}-{fault}", weights), tmp_path / f"{layout}-{fault}-sharded")
-            jobs.append({"name": f"{layout}-{fault}", "hf_path": str(folder), "config": config, "refused": name if fault == "lost" else ""})
+            folder = shard(
+                copy(models(family), tmp_path / f"{layout}-{fault}", weights), tmp_path / f"{layout}-{fault}-sharded"
+            )
+            jobs.append(
+                {
+                    "name": f"{layout}-{fault}",
+                    "hf_path": str(folder),
+                    "config": config,
+                    "refused": name if fault == "lost" else "",
+                }
+            )
             named[f"{layout}-{fault}"] = name
     answers = launch(2, jobs, tmp_path)
     for job, name in named.items():
@@ -317,18 +393,31 @@ def test_every_rank_refuses_what_a_single_stage_or_expert_sees(models: Callable[
 # ------------------------------------------------------------------------------------------------ names, files, heads
 
 
-@pytest.mark.parametrize("prefix", ["", "model.model.", "module.model.", "_orig_mod.model.", "base_model.model.model.", "language_model.model."])
-def test_a_folder_whose_names_are_all_prefixed_otherwise_is_refused_by_name(prefix: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "model.model.", "module.model.", "_orig_mod.model.", "base_model.model.model.", "language_model.model."],
+)
+def test_a_folder_whose_names_are_all_prefixed_otherwise_is_refused_by_name(
+    prefix: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = load_file(models("qwen3") / "model.safetensors")
-    weights = {name.replace("model.", prefix, 1) if name.startswith("model.") else name: tensor for name, tensor in source.items()}
+    weights = {
+        name.replace("model.", prefix, 1) if name.startswith("model.") else name: tensor
+        for name, tensor in source.items()
+    }
     folder = copy(models("qwen3"), tmp_path, weights)
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {prefix}embed_tokens\.weight should be model\.embed_tokens\.weight.*; .*save"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"model\.safetensors: {prefix}embed_tokens\.weight should be model\.embed_tokens\.weight.*; .*save",
+    ):
         check_model_folder(folder)
 
 
 def test_rotary_buffers_are_passed_over_and_not_exported(models: Callable[[str], Path], tmp_path: Path) -> None:
     weights = load_file(models("llama3") / "model.safetensors")
-    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(4) for i in range(2)} | {"model.rotary_emb.inv_freq": torch.rand(4)}
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(4) for i in range(2)} | {
+        "model.rotary_emb.inv_freq": torch.rand(4)
+    }
     folder = copy(models("llama3"), tmp_path / "old", weights | buffers)
     policy = build(folder)
     torch.testing.assert_close(ours(folder), theirs(folder), rtol=0, atol=1e-4)
@@ -337,7 +426,9 @@ def test_rotary_buffers_are_passed_over_and_not_exported(models: Callable[[str],
     check_same_tensors(tmp_path / "new", folder)  # a server that was started from the old folder takes the export
 
 
-def test_a_tied_head_of_its_own_is_refused_unless_it_is_the_embedding(models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_tied_head_of_its_own_is_refused_unless_it_is_the_embedding(
+    models: Callable[[str], Path], tmp_path: Path
+) -> None:
     weights = load_file(models("llama") / "model.safetensors")
     same = copy(models("llama"), tmp_path / "same", weights | {HEAD: weights[EMBEDDING].clone()})
     torch.testing.assert_close(ours(same), theirs(same), rtol=0, atol=1e-4)
@@ -346,7 +437,9 @@ def test_a_tied_head_of_its_own_is_refused_unless_it_is_the_embedding(models: Ca
     check_same_tensors(tmp_path / "out", same)
     other = weights[EMBEDDING].clone()
     other[-1, -1] += 1e-3
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight, yet .*tie_word_embeddings"):
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight, yet .*tie_word_embeddings"
+    ):
         check_model_folder(copy(models("llama"), tmp_path / "other", weights | {HEAD: other}))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is no weight .*tie_word_embeddings"):
         check_model_folder(copy(models("llama"), tmp_path / "short", weights | {HEAD: other[:-1]}))
@@ -363,17 +456,27 @@ NORM = "model.norm.weight"
 #: message -> what is done to a folder of three files, given it and the map of its index
 CONTRADICTIONS: dict[str, Callable[[Path, dict[str, str]], Any]] = {
     f"{LAST} is missing": lambda folder, index: (folder / LAST).unlink(),
-    "model-00002-of-00003.safetensors is no safetensors file": lambda folder, index: _cut(folder / "model-00002-of-00003.safetensors"),
-    f"{LAST} is a pointer of Git LFS": lambda folder, index: (folder / LAST).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    "model-00002-of-00003.safetensors is no safetensors file": lambda folder, index: _cut(
+        folder / "model-00002-of-00003.safetensors"
+    ),
+    f"{LAST} is a pointer of Git LFS": (
+        lambda folder, index: (folder / LAST).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    ),
     f"says that {FIRST} holds ghost, which it doesn't": lambda folder, index: index.update(ghost=FIRST),
     f"says that {LAST} holds {NORM}, which is in {FIRST}": lambda folder, index: index.update({NORM: LAST}),
     f"doesn't name {NORM}, which {FIRST} holds": lambda folder, index: index.pop(NORM),
     f"{LAST} and {FIRST} both hold {NORM}": lambda folder, index: save_file(
         load_file(folder / LAST) | {NORM: load_file(folder / FIRST)[NORM]}, folder / LAST
     ),
-    f"model.safetensors stands beside {INDEX_NAME}": lambda folder, index: save_file({"a": torch.ones(1)}, folder / "model.safetensors"),
-    "adapter_model.safetensors stands beside model.safetensors without an index": lambda folder, index: _without_index(folder),
-    "adapter_config.json: the folder is a PEFT adapter": lambda folder, index: (folder / "adapter_config.json").write_text("{}"),
+    f"model.safetensors stands beside {INDEX_NAME}": lambda folder, index: save_file(
+        {"a": torch.ones(1)}, folder / "model.safetensors"
+    ),
+    "adapter_model.safetensors stands beside model.safetensors without an index": lambda folder, index: _without_index(
+        folder
+    ),
+    "adapter_config.json: the folder is a PEFT adapter": (
+        lambda folder, index: (folder / "adapter_config.json").write_text("{}")
+    ),
 }
 
 
@@ -384,7 +487,9 @@ def _without_index(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("message", CONTRADICTIONS)
-def test_files_that_contradict_each_other_are_refused_by_name(message: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_files_that_contradict_each_other_are_refused_by_name(
+    message: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = load_file(models("qwen2") / "model.safetensors")
     ordered = {NORM: source[NORM], **source}  # in the first file
     folder = write_shards(ordered, copy(models("qwen2"), tmp_path))
@@ -414,9 +519,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=40, intermediate_size=200,
+        vocab_size=VOCAB,
+        hidden_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=40,
+        intermediate_size=200,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     folder = tmp_path_factory.mktemp("wide")
     AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
     return folder
@@ -449,7 +560,9 @@ def test_block_fp8_is_dequantised_whatever_the_shapes(sharded: bool, wide: Path,
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_block_fp8_gives_what_transformers_dequantises(family: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_block_fp8_gives_what_transformers_dequantises(
+    family: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
     """As published folders have it: scales in bfloat16."""
     from transformers import FineGrainedFP8Config
 
@@ -472,7 +585,9 @@ def test_exports_of_an_fp8_source_are_right_in_every_dtype(wide: Path, tmp_path:
         check_same_tensors(folder, started)
         assert ("quantization_config" in json.loads((folder / "config.json").read_text())) == (dtype == "fp8_block")
         got, served = load_file(folder / "model.safetensors"), load_file(started / "model.safetensors")
-        assert got.keys() == served.keys() and all(torch.equal(got[name].float(), served[name].float()) for name in got), dtype
+        assert got.keys() == served.keys() and all(
+            torch.equal(got[name].float(), served[name].float()) for name in got
+        ), dtype
         if dtype != "fp8_block":
             kind = getattr(torch, dtype)
             assert got.keys() == meant.keys() and all(torch.equal(got[name], meant[name].to(kind)) for name in got)
@@ -493,31 +608,50 @@ def test_scales_that_do_not_fit_are_refused_by_name(wide: Path, tmp_path: Path) 
     stored = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     scale = f"{name}_scale_inv"
-    for number, (match, weights) in enumerate({
-        f"{name} is F8_E4M3 without scales": _drop(stored, scale),
-        f"{scale} has shape": stored | {scale: stored[scale][:1]},
-        f"{scale} stands beside": stored | {name: stored[name].bfloat16()},
-        f"{scale} is I8": stored | {scale: stored[scale].to(torch.int8)},
-        r"model\.norm\.weight_scale_inv stands beside": stored | {"model.norm.weight_scale_inv": torch.ones(1, 1)},
-        f"lacks {name}": _drop(stored, name),
-    }.items()):  # fmt: skip
+    for number, (match, weights) in enumerate(
+        {
+            f"{name} is F8_E4M3 without scales": _drop(stored, scale),
+            f"{scale} has shape": stored | {scale: stored[scale][:1]},
+            f"{scale} stands beside": stored | {name: stored[name].bfloat16()},
+            f"{scale} is I8": stored | {scale: stored[scale].to(torch.int8)},
+            r"model\.norm\.weight_scale_inv stands beside": stored | {"model.norm.weight_scale_inv": torch.ones(1, 1)},
+            f"lacks {name}": _drop(stored, name),
+        }.items()
+    ):
         with pytest.raises(CheckpointError, match=match):
             check_model_folder(copy(source, tmp_path / str(number), weights))
     with pytest.raises(CheckpointError, match=r"_scale_inv is no weight .*quantization_config"):
         check_model_folder(copy(source, tmp_path / "unsaid", stored, quantization_config=...))
     said = json.loads((source / "config.json").read_text())["quantization_config"]
     with pytest.raises(CheckpointError, match="quantization_config says FP8, yet no weight"):
-        check_model_folder(copy(wide, tmp_path / "stale", load_file(wide / "model.safetensors"), quantization_config=said))
+        check_model_folder(
+            copy(wide, tmp_path / "stale", load_file(wide / "model.safetensors"), quantization_config=said)
+        )
 
 
-@pytest.mark.parametrize("settings", [
-    {"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_8bit": True},
-    {"quant_method": "compressed-tensors"}, {"quant_method": "mxfp4"}, {"quant_method": "fp8"}, {"quant_method": "fp8", "weight_block_size": [128]},
-    {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"},
-    {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}, {"quant_method": "fp8", "weight_block_size": [True, 128]}, {}, [], 0,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"load_in_8bit": True},
+        {"quant_method": "compressed-tensors"},
+        {"quant_method": "mxfp4"},
+        {"quant_method": "fp8"},
+        {"quant_method": "fp8", "weight_block_size": [128]},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"},
+        {"quant_method": "fp8", "weight_block_size": [True, 128]},
+        {},
+        [],
+        0,
+    ],
+)
 def test_other_quantisations_are_refused_by_name(settings: Any, models: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = copy(models("qwen3"), tmp_path, load_file(models("qwen3") / "model.safetensors"), quantization_config=settings)
+    folder = copy(
+        models("qwen3"), tmp_path, load_file(models("qwen3") / "model.safetensors"), quantization_config=settings
+    )
     with pytest.raises(ConfigError, match=r"config\.json: quantization_config.*unquantised weights"):
         check_model_folder(folder)
 
@@ -538,7 +672,9 @@ def test_what_only_servers_or_transformers_refuse_is_refused_before_they_start(
         raise AttributeError("no such thing")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
-    with pytest.raises(ConfigError, match=r"config\.json: transformers can't read it \(AttributeError: no such thing\)"):
+    with pytest.raises(
+        ConfigError, match=r"config\.json: transformers can't read it \(AttributeError: no such thing\)"
+    ):
         check_model_folder(folder)
 
 
@@ -554,11 +690,19 @@ def test_values_that_the_policys_precision_cannot_hold_are_refused(
 
 
 def test_a_shape_names_the_settings_that_ask_for_it(models: Callable[[str], Path], tmp_path: Path) -> None:
-    for number, (family, key, value) in enumerate([
-        ("llama", "num_key_value_heads", 2), ("llama", "vocab_size", VOCAB + 1), ("llama", "intermediate_size", 8), ("qwen3_moe", "head_dim", 8),
-        ("qwen3_moe", "moe_intermediate_size", 8), ("llama", "num_attention_heads", 4),
-    ]):  # fmt: skip
-        folder = copy(models(family), tmp_path / str(number), load_file(models(family) / "model.safetensors"), **{key: value})
+    for number, (family, key, value) in enumerate(
+        [
+            ("llama", "num_key_value_heads", 2),
+            ("llama", "vocab_size", VOCAB + 1),
+            ("llama", "intermediate_size", 8),
+            ("qwen3_moe", "head_dim", 8),
+            ("qwen3_moe", "moe_intermediate_size", 8),
+            ("llama", "num_attention_heads", 4),
+        ]
+    ):
+        folder = copy(
+            models(family), tmp_path / str(number), load_file(models(family) / "model.safetensors"), **{key: value}
+        )
         with pytest.raises(CheckpointError, match=rf"instead of .*{key}"):
             check_model_folder(folder)
 
@@ -577,9 +721,16 @@ def test_fp8_blocks_of_another_size() -> None:
 def test_exports_carry_templates_licences_and_notices(models: Callable[[str], Path], tmp_path: Path) -> None:
     source = copy(models("llama"), tmp_path / "source", load_file(models("llama") / "model.safetensors"))
     carried = [
-        "additional_chat_templates/tool_use.jinja", "LICENSE", "LICENSE.txt", "license.md", "NOTICE", "Notice.txt", "COPYING", "USE_POLICY.md",
+        "additional_chat_templates/tool_use.jinja",
+        "LICENSE",
+        "LICENSE.txt",
+        "license.md",
+        "NOTICE",
+        "Notice.txt",
+        "COPYING",
+        "USE_POLICY.md",
         "THIRD_PARTY_LICENSES/one.txt",
-    ]  # fmt: skip
+    ]
     for name in (*carried, "README.md", "notes.txt"):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(name)

@@ -25,7 +25,9 @@ def model_parallel_of_one() -> None:
 
 
 def scored_contexts(trees: list[TokenTree]) -> list[tuple[tuple[int, ...], int]]:
-    """Per scored token of all trees, in flat order: (all tokens before it on its path, the token). Straight from the definition."""
+    """Per scored token of all trees, in flat order: (all tokens before it on its path, the token). Straight from the
+    definition.
+    """
     found = []
     for tree in trees:
         for index, segment in enumerate(tree.segments):
@@ -59,7 +61,9 @@ def contexts_of(batch: PackedMicroBatch) -> dict[int, tuple[tuple[int, ...], int
     """Flat index -> (tokens visible to the predicting position, target), through the attention plan."""
     mask = plan_to_mask(plan_attention(batch.runs))
     found = {}
-    for source, target, flat in zip(batch.source_index.tolist(), batch.target_ids.tolist(), batch.flat_index.tolist(), strict=True):
+    for source, target, flat in zip(
+        batch.source_index.tolist(), batch.target_ids.tolist(), batch.flat_index.tolist(), strict=True
+    ):
         visible = mask[source].nonzero()[:, 0]
         assert batch.position_ids[visible].tolist() == list(range(len(visible))), "positions count up along the path"
         found[flat] = (tuple(batch.tokens[visible].tolist()), target)
@@ -68,7 +72,9 @@ def contexts_of(batch: PackedMicroBatch) -> dict[int, tuple[tuple[int, ...], int
 
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize(("budget", "ranks", "multiple"), [(1, 1, 1), (60, 1, 1), (200, 3, 8), (10_000, 2, 4)])
-def test_each_scored_token_sees_exactly_its_own_sequence(share_prefix: bool, budget: int, ranks: int, multiple: int) -> None:
+def test_each_scored_token_sees_exactly_its_own_sequence(
+    share_prefix: bool, budget: int, ranks: int, multiple: int
+) -> None:
     trees = make_trees(9, seed=3)
     packed = pack(trees, budget, share_prefix=share_prefix, data_parallel=ranks, multiple=multiple)
     seen: dict[int, tuple[tuple[int, ...], int]] = {}
@@ -115,7 +121,10 @@ def test_a_tree_over_the_budget_is_cut_and_only_a_single_sequence_may_exceed_it(
         assert max(row.used for row in rows) <= max(budget, longest)
         assert all(row.used <= budget or len([run for run in row.runs if run.parent < 0]) == 1 for row in rows)
     (rows,) = pack(trees, 60)
-    whole, chains = sum(tree.num_tokens for tree in trees), sum(chain.num_tokens for tree in trees for chain, _ in tree.chains())
+    whole, chains = (
+        sum(tree.num_tokens for tree in trees),
+        sum(chain.num_tokens for tree in trees for chain, _ in tree.chains()),
+    )
     assert whole <= sum(row.used for row in rows) < chains, "cut pieces still share what they can"
 
 
@@ -178,9 +187,17 @@ def test_rows_of_plain_sequences_for_kernels_without_trees() -> None:
     batch = to_local(row, device=torch.device("cpu"), mask_dtype=None, varlen=True).tree
     lengths = [chain.num_tokens for tree in trees for chain in tree.unshared() if chain.num_scored]
     boundaries = batch.cu_seqlens_q.tolist()
-    assert batch.qkv_format == "thd" and boundaries[0] == 0 and boundaries[-1] == len(row.tokens) and len(row.tokens) % 16 == 0
+    assert (
+        batch.qkv_format == "thd"
+        and boundaries[0] == 0
+        and boundaries[-1] == len(row.tokens)
+        and len(row.tokens) % 16 == 0
+    )
     found = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]
-    padding, first = len(row.tokens) - row.used, row.runs[0].length  # of the row's first sequence again, as often as it fits
+    padding, first = (
+        len(row.tokens) - row.used,
+        row.runs[0].length,
+    )  # of the row's first sequence again, as often as it fits
     again = [first] * (padding // first) + [padding % first] * (padding % first > 0)
     assert sorted(found) == sorted(lengths + again) and batch.max_seqlen_q == max(found)
     assert all(batch.position_ids[start] == 0 for start in boundaries[:-1])

@@ -1,8 +1,10 @@
-"""Every parallel layout gives the step of one process: real gloo processes under torchrun, tiny models with an odd vocabulary.
+"""Every parallel layout gives the step of one process: real gloo processes under torchrun, tiny models with an odd
+vocabulary.
 
-Compared: log-probs, loss, gradient norm, metrics and weights after two steps, the second of which is a PACT mini-batch with all four terms,
-ragged lengths and empty micro-batches (weights through the Hugging Face export, so the round trip under that layout is part of it); the round
-trip of untouched weights; a refusal of non-finite numbers on all ranks together.
+Compared: log-probs, loss, gradient norm, metrics and weights after two steps, the second of which is a PACT mini-batch
+with all four terms, ragged lengths and empty micro-batches (weights through the Hugging Face export, so the round trip
+under that layout is part of it); the round trip of untouched weights; a refusal of non-finite numbers on all ranks
+together.
 """
 
 from __future__ import annotations
@@ -40,22 +42,47 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "pp2_dp2": (4, {"pipeline_parallel": 2}, ["llama"]),
     "pp2_vp2_dp2_overlap": (4, {"pipeline_parallel": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True}, ["llama"]),
     "cp2_dp2": (4, {"context_parallel": 2}, ["llama"]),
-    "tp2_sp_pp2_cp2": (8, {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "context_parallel": 2}, ["llama", "qwen3"]),
+    "tp2_sp_pp2_cp2": (
+        8,
+        {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "context_parallel": 2},
+        ["llama", "qwen3"],
+    ),
     "tp2_pp2_dp2": (8, {"tensor_parallel": 2, "pipeline_parallel": 2}, ["qwen2"]),
     "tp2_pp2_vp2_dp2_overlap": (
-        8, {"tensor_parallel": 2, "pipeline_parallel": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True}, ["llama"],
-    ),  # fmt: skip
+        8,
+        {"tensor_parallel": 2, "pipeline_parallel": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True},
+        ["llama"],
+    ),
     "pp2_vp2_cp2_dp2": (8, {"pipeline_parallel": 2, "virtual_pipeline": 2, "context_parallel": 2}, ["qwen3"]),
     "pp4_dp2": (8, {"pipeline_parallel": 4}, ["llama"]),
-    "tp4_sp_dp2_overlap": (8, {"tensor_parallel": 4, "sequence_parallel": True, "overlap_grad_reduce": True}, ["qwen3"]),
+    "tp4_sp_dp2_overlap": (
+        8,
+        {"tensor_parallel": 4, "sequence_parallel": True, "overlap_grad_reduce": True},
+        ["qwen3"],
+    ),
     "ep4_dp2": (8, {"expert_parallel": 4}, [MOE]),
-    "tp2_sp_ep2_pp2": (8, {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2, "pipeline_parallel": 2}, [MOE]),
+    "tp2_sp_ep2_pp2": (
+        8,
+        {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2, "pipeline_parallel": 2},
+        [MOE],
+    ),
 }
 #: of at most four ranks; all others are slow
 FAST = {
-    ("llama", "tp2"), (BIASES, "tp2_sp"), (MOE, "ep2"), (MOE_WINDOW, "moe_tp2_sp"), ("qwen2", "pp2"), ("llama", "pp2_vp2"), ("qwen3", "cp2"),
-    (WINDOW, "cp2"), ("llama", "dp2"), ("llama", "dp2_plain_optimizer"), ("llama", "dp2_overlap"), ("llama", "tp2_pp2"), ("qwen3", "tp2_sp_cp2"),
-}  # fmt: skip
+    ("llama", "tp2"),
+    (BIASES, "tp2_sp"),
+    (MOE, "ep2"),
+    (MOE_WINDOW, "moe_tp2_sp"),
+    ("qwen2", "pp2"),
+    ("llama", "pp2_vp2"),
+    ("qwen3", "cp2"),
+    (WINDOW, "cp2"),
+    ("llama", "dp2"),
+    ("llama", "dp2_plain_optimizer"),
+    ("llama", "dp2_overlap"),
+    ("llama", "tp2_pp2"),
+    ("qwen3", "tp2_sp_cp2"),
+}
 CASES = [
     pytest.param(family, layout, marks=() if (family, layout) in FAST else pytest.mark.slow)
     for layout, (_, _, families) in LAYOUTS.items()
@@ -70,13 +97,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for family in [*ALL, MOE, BIASES, WINDOW, MOE_WINDOW]:
         make_model(base / family, family)
 
-    return {"base": base, **run_jobs([job(base, family, "one", {}) for family in [*ALL, MOE, BIASES, WINDOW, MOE_WINDOW]])}
+    return {
+        "base": base,
+        **run_jobs([job(base, family, "one", {}) for family in [*ALL, MOE, BIASES, WINDOW, MOE_WINDOW]]),
+    }
 
 
 def job(base: Path, family: str, layout: str, config: dict[str, Any]) -> dict[str, Any]:
     export = ["export", str(base / f"trained-{family}-{layout}")]
     actions = [["export", str(base / f"initial-{family}-{layout}")], ["broken_update", None]]
-    actions += [["logprobs", None], ["entropies", None], ["update", None], ["pact_update", PROMPTS], export, ["gradient_cosine", None]]
+    actions += [
+        ["logprobs", None],
+        ["entropies", None],
+        ["update", None],
+        ["pact_update", PROMPTS],
+        export,
+        ["gradient_cosine", None],
+    ]
     return {"name": f"{family}-{layout}", "hf_path": str(base / family), "config": config, "actions": actions}
 
 
@@ -84,7 +121,13 @@ def made(results: dict[str, Any], family: str, layout: str) -> Any:
     """A case's results; the first one asked for runs all that are as fast and have its number of ranks, in one job."""
     if f"{family}-{layout}" not in results:
         base, ranks, fast = results["base"], LAYOUTS[layout][0], (family, layout) in FAST
-        alike = [(f, name) for name, (needed, _, families) in LAYOUTS.items() if needed == ranks for f in families if ((f, name) in FAST) == fast]
+        alike = [
+            (f, name)
+            for name, (needed, _, families) in LAYOUTS.items()
+            if needed == ranks
+            for f in families
+            if ((f, name) in FAST) == fast
+        ]
         jobs = [job(base, f, name, LAYOUTS[name][1]) for f, name in alike]
         results.update(launch(ranks, jobs, base, timeout=500))
     return results[f"{family}-{layout}"]
@@ -106,7 +149,10 @@ def test_a_layout_gives_the_same_step(family: str, layout: str, results: dict[st
         torch.testing.assert_close(flat(got["logprobs"]), flat(want["logprobs"]), rtol=0, atol=1e-5)
     terms = reference[5]["metrics"]
     assert ours[7] == pytest.approx(reference[7], rel=1e-4)  # cosine of two gradients, their norms
-    assert all(terms[f"loss/{name}"] != 0 for name in ("rl_x", "rl_h", "sft_reasoning", "sft_call", "kl", "entropy")) and terms["clip/h"] > 0
+    assert (
+        all(terms[f"loss/{name}"] != 0 for name in ("rl_x", "rl_h", "sft_reasoning", "sft_call", "kl", "entropy"))
+        and terms["clip/h"] > 0
+    )
     torch.testing.assert_close(flat(ours[5]["entropies"]), flat(reference[5]["entropies"]), rtol=0, atol=1e-5)
     base: Path = results["base"]
     trained, expected = (load_file(base / f"trained-{family}-{name}" / "model.safetensors") for name in (layout, "one"))
@@ -120,13 +166,20 @@ def test_a_layout_gives_the_same_step(family: str, layout: str, results: dict[st
 def test_untouched_weights_come_back_bit_for_bit(family: str, layout: str, results: dict[str, Any]) -> None:
     made(results, family, layout)
     base: Path = results["base"]
-    before, after = load_file(base / family / "model.safetensors"), load_file(base / f"initial-{family}-{layout}" / "model.safetensors")
+    before, after = (
+        load_file(base / family / "model.safetensors"),
+        load_file(base / f"initial-{family}-{layout}" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
-def test_non_finite_numbers_are_refused_on_all_ranks_together(family: str, layout: str, results: dict[str, Any]) -> None:
-    """Only one micro-batch on one rank sees them; the worker checks that every rank gives the same answer and goes on."""
+def test_non_finite_numbers_are_refused_on_all_ranks_together(
+    family: str, layout: str, results: dict[str, Any]
+) -> None:
+    """Only one micro-batch on one rank sees them; the worker checks that every rank gives the same answer and goes
+    on.
+    """
     message = made(results, family, layout)[1]
     assert message == "update 1: not finite: loss, bad; the weights were not changed"

@@ -21,11 +21,18 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the published sample files are not beside the project")
 
 FIND = "def find(place):\n    return {'capital': {'France': 'Paris', 'Peru': 'Lima'}.get(place, 'unknown')}\n"
-POP = "def population(city, year=2020):\n    if city == 'Paris': return 'about 2,161,000 people'\n    raise KeyError(city)\n"
+POP = (
+    "def population(city, year=2020):\n    if city == 'Paris': return 'about 2,161,000 people'\n    raise"
+    " KeyError(city)\n"
+)
 
 
 def function(name: str, **properties: str) -> dict[str, Any]:
-    schema = {"type": "object", "properties": {key: {"type": kind} for key, kind in properties.items()}, "required": list(properties)[:1]}
+    schema = {
+        "type": "object",
+        "properties": {key: {"type": kind} for key, kind in properties.items()},
+        "required": list(properties)[:1],
+    }
     return {"type": "function", "function": {"name": name, "description": f"{name} it", "parameters": schema}}
 
 
@@ -72,7 +79,13 @@ def sandbox() -> Iterator[Sandbox]:
 
 @pytest.mark.parametrize(
     ("solved", "calls", "questions", "expected"),
-    [(0, 0, 3, (1.0, 0.0, 0.0)), (2, 4, 3, (0.5, 2 / 3, 4 / 7)), (3, 3, 3, (1.0, 1.0, 1.0)), (0, 5, 2, (0.0, 0.0, 0.0)), (1, 1, 4, (1.0, 0.25, 0.4))],
+    [
+        (0, 0, 3, (1.0, 0.0, 0.0)),
+        (2, 4, 3, (0.5, 2 / 3, 4 / 7)),
+        (3, 3, 3, (1.0, 1.0, 1.0)),
+        (0, 5, 2, (0.0, 0.0, 0.0)),
+        (1, 1, 4, (1.0, 0.25, 0.4)),
+    ],
 )
 def test_solve_metrics_by_hand(solved: int, calls: int, questions: int, expected: tuple[float, float, float]) -> None:
     metrics = solve_metrics(solved, calls, questions)
@@ -82,17 +95,29 @@ def test_solve_metrics_by_hand(solved: int, calls: int, questions: int, expected
 def test_an_ftrl_episode_is_scored_by_hand(tmp_path: Path, sandbox: Sandbox) -> None:
     environment = FTRLEnvironment(write(tmp_path / "x.jsonl", ftrl_row()), sandbox)
     (task,) = environment.tasks()
-    assert (task.id, task.category, [tool["name"] for tool in task.tools]) == ("x_0", "multi_hop", ["find", "population"])
+    assert (task.id, task.category, [tool["name"] for tool in task.tools]) == (
+        "x_0",
+        "multi_hop",
+        ["find", "population"],
+    )
     session = environment.start(task)
     assert session.outcome().metrics["solve_p"] == 1.0 and session.outcome().score == 0.0
-    texts = session.execute([ToolCall("find", {"place": "France"}), ToolCall("find", {"place": "France"}), ToolCall("population", {"city": "Rome"})])
+    texts = session.execute(
+        [
+            ToolCall("find", {"place": "France"}),
+            ToolCall("find", {"place": "France"}),
+            ToolCall("population", {"city": "Rome"}),
+        ]
+    )
     assert texts == ['{"capital": "Paris"}', '{"capital": "Paris"}', "Error: KeyError: 'Rome'"]
     outcome = session.outcome()  # 1 of 3 solved by 3 calls: the second find brings nothing new
     assert outcome.metrics == pytest.approx(
         {"solve_p": 1 / 3, "solve_r": 1 / 3, "solve_f1": 1 / 3, "questions": 3, "calls": 3, "invocation_errors": 1}
     )
     assert outcome.solved == (True, False, False)
-    session.execute([ToolCall("find", {"place": "Peru"}), ToolCall("population", {"city": "Paris"}), ToolCall("nothing", {})])
+    session.execute(
+        [ToolCall("find", {"place": "Peru"}), ToolCall("population", {"city": "Paris"}), ToolCall("nothing", {})]
+    )
     outcome = session.outcome()
     assert outcome.success and outcome.score == pytest.approx(2 * 0.5 / 1.5)  # 3 of 3 by 6 calls
     assert outcome.solved == (True, False, False, True, True, False)
@@ -108,13 +133,19 @@ def test_an_ftrl_episode_is_scored_by_hand(tmp_path: Path, sandbox: Sandbox) -> 
         ("I don't know", [ToolCall("population", {"city": "Paris"}), ToolCall("find", {"place": "Peru"})], False),
         ("", [ToolCall("population", {"city": "Paris"})], False),
         ("wrong", [], False),
-        ("<think>2161000 or 3? I say 3.</think> <answer>3</answer>", [], False),  # what a thought weighs up is no answer
+        (
+            "<think>2161000 or 3? I say 3.</think> <answer>3</answer>",
+            [],
+            False,
+        ),  # what a thought weighs up is no answer
         ("2161000 or 3?</think>\n\n<answer>3</answer>", [], False),  # the generation prompt opened the thought
         ("<think>3?</think>\n\n<answer>2161000</answer>", [], True),
         ("<think>2161000", [ToolCall("population", {"city": "Paris"})], False),  # never closed: nothing is said
     ],
 )
-def test_a_toolhop_answer_is_judged_by_hand(tmp_path: Path, sandbox: Sandbox, message: str, calls: list[ToolCall], correct: bool) -> None:
+def test_a_toolhop_answer_is_judged_by_hand(
+    tmp_path: Path, sandbox: Sandbox, message: str, calls: list[ToolCall], correct: bool
+) -> None:
     environment = ToolHopEnvironment(write(tmp_path / "x.jsonl", toolhop_row()), sandbox)
     (task,) = environment.tasks()
     assert (task.id, task.category, task.tags) == ("toolhop_7", "2 hops", ("answer type: number",))
@@ -140,13 +171,17 @@ def test_toolhop_scenarios(tmp_path: Path, sandbox: Sandbox) -> None:
             assert "unknown function" in session.execute([ToolCall("find", {"place": "Peru"})])[0]
         assert prompts[scenario] == INSTRUCTIONS[scenario] + toolhop_row()["question"]  # type: ignore[index]
     assert prompts["direct"] == (  # as published
-        "You will be asked a question, and should provide a short answer.\nIf the answer is a date, format is as follows: YYYY-MM-DD (ISO "
-        "standard)\nIf the answer is a name, format it as follows: Firstname Lastname\nIf the answer contains any number, format it as a number, "
-        "not a word, and only output that number. Do not include leading 0s.\n\nPlease provide the answer in the following format: "
-        "<answer>your answer here</answer>\nAnswer as short as possible.\nQuestion: How many people live in the capital of France?"
+        "You will be asked a question, and should provide a short answer.\nIf the answer is a date, format is as"
+        " follows: YYYY-MM-DD (ISO standard)\nIf the answer is a name, format it as follows: Firstname Lastname\nIf the"
+        " answer contains any number, format it as a number, not a word, and only output that number. Do not include"
+        " leading 0s.\n\nPlease provide the answer in the following format: <answer>your answer here</answer>\nAnswer"
+        " as short as possible.\nQuestion: How many people live in the capital of France?"
     )
     every_step = "Please note that you must call the tool at every step, you must not use your own knowledge. "
-    assert prompts["mandatory"].replace(f"{every_step}Your final answer must also be returned from the tool.\n", "") == prompts["free"]
+    assert (
+        prompts["mandatory"].replace(f"{every_step}Your final answer must also be returned from the tool.\n", "")
+        == prompts["free"]
+    )
     assert "<answer>final answer here</answer>\nAnswer as short as possible.\nQuestion: " in prompts["free"]
     with pytest.raises(ConfigError, match="scenario"):
         ToolHopEnvironment(path, sandbox, "other")  # type: ignore[arg-type]
@@ -163,13 +198,22 @@ def test_toolhop_scenarios(tmp_path: Path, sandbox: Sandbox) -> None:
         (ftrl_row(messages=[{"role": "assistant", "content": "x"}]), r"messages\[0\]"),
         (ftrl_row(messages=None), "messages"),
         (ftrl_row(ground_truth="find()"), "ground_truth"),
-        (ftrl_row(ground_truth="7"), "expected a list of calls, found int.*ground_truth|ground_truth.*expected a list of calls"),
+        (
+            ftrl_row(ground_truth="7"),
+            "expected a list of calls, found int.*ground_truth|ground_truth.*expected a list of calls",
+        ),
         (ftrl_row(ground_truth=["find"]), r"ground_truth\[0\]"),
         (ftrl_row(ground_truth=[{"parameters": {}}]), r"ground_truth\[0\]"),
-        (ftrl_row(ground_truth=[{"name": "find", "parameters": {}}, {"name": "gone", "parameters": {}}]), r"ground_truth\[1\].name"),
+        (
+            ftrl_row(ground_truth=[{"name": "find", "parameters": {}}, {"name": "gone", "parameters": {}}]),
+            r"ground_truth\[1\].name",
+        ),
         (ftrl_row(ground_truth=[{"name": "find", "parameters": [1]}]), r"ground_truth\[0\].parameters"),
         (ftrl_row(ground_truth=[{"name": "find", "parameters": "{"}]), r"ground_truth\[0\].parameters"),
-        (ftrl_row(ground_truth=[{"name": "find", "parameters": {}, "arguments": {"place": "Peru"}}]), r"ground_truth\[0\]"),
+        (
+            ftrl_row(ground_truth=[{"name": "find", "parameters": {}, "arguments": {"place": "Peru"}}]),
+            r"ground_truth\[0\]",
+        ),
         (ftrl_row(ground_truth=[{"name": "find", "parameter": {"place": "Peru"}}]), r"ground_truth\[0\]"),
         (ftrl_row(ground_truth={"name": ["find"], "parameters": []}), "ground_truth"),
     ],
@@ -192,17 +236,28 @@ WANTED = (ToolCall("find", {"place": "France"}), ToolCall("population", {"city":
         (CALLS, WANTED),
         ([{"name": call["name"], "arguments": json.dumps(call["parameters"])} for call in CALLS], WANTED),
         ({"name": [call["name"] for call in CALLS], "parameters": [call["parameters"] for call in CALLS]}, WANTED),
-        ({"name": [call["name"] for call in CALLS], "parameters": [json.dumps(call["parameters"]) for call in CALLS]}, WANTED),
+        (
+            {
+                "name": [call["name"] for call in CALLS],
+                "parameters": [json.dumps(call["parameters"]) for call in CALLS],
+            },
+            WANTED,
+        ),
         (CALLS[0], WANTED[:1]),
         (json.dumps(CALLS[0]), WANTED[:1]),
-        ([{"name": "find", "parameters": {"place": "France", "city": None}, "arguments": None}], WANTED[:1]),  # a struct's nulls
+        (
+            [{"name": "find", "parameters": {"place": "France", "city": None}, "arguments": None}],
+            WANTED[:1],
+        ),  # a struct's nulls
         ([{"name": "find", "parameters": None}], (ToolCall("find", {}),)),
         ([], ()),
         ("[]", ()),
         (None, ()),
     ],
 )
-def test_reference_calls_come_from_the_row_in_every_form(tmp_path: Path, sandbox: Sandbox, written: Any, wanted: tuple[ToolCall, ...]) -> None:
+def test_reference_calls_come_from_the_row_in_every_form(
+    tmp_path: Path, sandbox: Sandbox, written: Any, wanted: tuple[ToolCall, ...]
+) -> None:
     (task,) = FTRLEnvironment(write(tmp_path / "x.jsonl", ftrl_row(ground_truth=written)), sandbox).tasks()
     assert task.reference_calls == (wanted,)
 
@@ -222,22 +277,33 @@ def test_rows_without_reference_calls_and_rows_of_a_parquet_file(tmp_path: Path,
 
 def test_a_row_with_bad_reference_calls_is_quarantined_by_name(tmp_path: Path, sandbox: Sandbox) -> None:
     quarantine = Quarantine("quarantine")
-    path = write(tmp_path / "x.jsonl", ftrl_row(ground_truth=CALLS), ftrl_row(ground_truth=[{"name": "gone", "parameters": {}}]))
+    path = write(
+        tmp_path / "x.jsonl", ftrl_row(ground_truth=CALLS), ftrl_row(ground_truth=[{"name": "gone", "parameters": {}}])
+    )
     tasks = FTRLEnvironment(path, sandbox, quarantine=quarantine).tasks()
     assert [task.reference_calls for task in tasks] == [(WANTED,)]
     (bad,) = quarantine.rows
-    assert (bad.error.file, bad.error.line, bad.error.field) == (str(path), 2, "ground_truth[0].name") and "'gone'" in str(bad.error)
+    assert (bad.error.file, bad.error.line, bad.error.field) == (
+        str(path),
+        2,
+        "ground_truth[0].name",
+    ) and "'gone'" in str(bad.error)
 
 
 def test_the_prompt_asks_for_a_tagged_answer_once(tmp_path: Path, sandbox: Sandbox) -> None:
-    asked = "Please call given tools to answer the question.\nIf the call fails, you need to try to correct it.\nQuestion: who?"
+    asked = (
+        "Please call given tools to answer the question.\nIf the call fails, you need to try to correct it.\nQuestion:"
+        " who?"
+    )
     tagged = f"Please call given tools. {ANSWER_RULE}\nQuestion: who?"
     rows = [ftrl_row(messages=[{"role": "user", "content": text}]) for text in (asked, tagged, "who?")]
     rows.append(ftrl_row(messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "who?"}]))
     path = write(tmp_path / "x.jsonl", *rows)
     prompts = [task.user_turns[0] for task in FTRLEnvironment(path, sandbox).tasks()]
-    assert prompts[0][0]["content"] == (
-        f"Please call given tools to answer the question.\nIf the call fails, you need to try to correct it. {ANSWER_RULE}\nQuestion: who?"
+    assert (
+        prompts[0][0]["content"]
+        == "Please call given tools to answer the question.\nIf the call fails, you need to try to correct it."
+        f" {ANSWER_RULE}\nQuestion: who?"
     )
     assert prompts[1][0]["content"] == tagged  # the published training prompts have it
     assert prompts[2][0]["content"] == f"who?\n{ANSWER_RULE}" == with_answer_rule("who?")
@@ -276,7 +342,9 @@ def test_the_published_ftrl_file_loads_and_its_tools_run(sandbox: Sandbox) -> No
     for task in tasks[::40]:
         session = environment.start(task)
         tool = task.tools[0]
-        (text,) = session.execute([ToolCall(tool["name"], {key: "x" for key in tool["parameters"].get("required", [])})])
+        (text,) = session.execute(
+            [ToolCall(tool["name"], {key: "x" for key in tool["parameters"].get("required", [])})]
+        )
         assert text
         assert session.outcome().metrics["calls"] == 1
         session.close()
@@ -286,6 +354,8 @@ def test_the_published_ftrl_file_loads_and_its_tools_run(sandbox: Sandbox) -> No
 def test_the_published_toolhop_sample_loads_and_every_tool_has_a_source(sandbox: Sandbox) -> None:
     tasks = ToolHopEnvironment(DATA / "toolhop_100.jsonl", sandbox).tasks()
     assert len(tasks) == 100
-    missing = [(task.id, tool["name"]) for task in tasks for tool in task.tools if tool["name"] not in task.data["functions"]]
+    missing = [
+        (task.id, tool["name"]) for task in tasks for tool in task.tools if tool["name"] not in task.data["functions"]
+    ]
     assert len(missing) <= 2, missing
     assert all(len(task.data["sub_task"]) >= 2 for task in tasks)

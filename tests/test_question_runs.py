@@ -1,4 +1,6 @@
-"""The FTRL and ToolHop recipes on published rows: recorded traces, training on scripted rollouts, and the whole run with a server."""
+"""The FTRL and ToolHop recipes on published rows: recorded traces, training on scripted rollouts, and the whole run
+with a server.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,23 @@ def test_sub_questions_are_ordered_by_what_they_name() -> None:
         "Who publishes it?": "Vassar College",
     }
     order = in_order(questions)
-    assert order.index("Who publishes it?") < order.index("When was Vassar College founded?") < order.index("What is the second digit of 1861?")
+    assert (
+        order.index("Who publishes it?")
+        < order.index("When was Vassar College founded?")
+        < order.index("What is the second digit of 1861?")
+    )
     assert order[-1] == "Join 8 and 6."
-    assert sorted(in_order({"a names b": "b", "b names a": "a"})) == ["a names b", "b names a"]  # a circle ends all the same
+    assert sorted(in_order({"a names b": "b", "b names a": "a"})) == [
+        "a names b",
+        "b names a",
+    ]  # a circle ends all the same
 
 
 def test_candidate_arguments_come_from_the_source_and_the_question() -> None:
-    source = "def find(name, kind='a', n=1):\n    if name == 'Ada Lovelace': return 1815\nprint(find('Alan Turing', n=-2))\nfind(name=open('x'))\n"
+    source = (
+        "def find(name, kind='a', n=1):\n    if name == 'Ada Lovelace': return 1815\nprint(find('Alan Turing',"
+        " n=-2))\nfind(name=open('x'))\n"
+    )
     assert list(example_calls(source, "find")) == [{"name": "Alan Turing", "n": -2}]
     assert list(example_calls("def (", "find")) == []
     tool = {"name": "find", "parameters": {"properties": {"name": {"type": ["string", "null"]}}, "required": ["name"]}}
@@ -57,7 +69,11 @@ def test_candidate_arguments_come_from_the_source_and_the_question() -> None:
 @pytest.mark.parametrize("benchmark", FILES)
 def test_recorded_traces_bring_every_recorded_answer_in(benchmark: str) -> None:
     with Sandbox(2, Limits(seconds=3.0)) as sandbox:
-        environment: Any = FTRLEnvironment(FILES["ftrl"], sandbox) if benchmark == "ftrl" else ToolHopEnvironment(FILES["toolhop"], sandbox)
+        environment: Any = (
+            FTRLEnvironment(FILES["ftrl"], sandbox)
+            if benchmark == "ftrl"
+            else ToolHopEnvironment(FILES["toolhop"], sandbox)
+        )
         tasks: list[Task] = environment.tasks()[:20]
         made = {task.id: recorded_trace(environment, task, "compact") for task in tasks}
         traces = [trace for trace in made.values() if trace is not None]
@@ -81,7 +97,11 @@ def test_recorded_traces_bring_every_recorded_answer_in(benchmark: str) -> None:
 def test_how_many_of_a_hundred_tasks_get_a_recorded_trace(benchmark: str, count: int) -> None:
     """The figures of docs/traces.md."""
     with Sandbox(2, Limits(seconds=3.0)) as sandbox, ThreadPoolExecutor(2) as threads:
-        environment: Any = FTRLEnvironment(FILES["ftrl"], sandbox) if benchmark == "ftrl" else ToolHopEnvironment(FILES["toolhop"], sandbox)
+        environment: Any = (
+            FTRLEnvironment(FILES["ftrl"], sandbox)
+            if benchmark == "ftrl"
+            else ToolHopEnvironment(FILES["toolhop"], sandbox)
+        )
         made = list(threads.map(lambda task: recorded_trace(environment, task, "compact"), environment.tasks()[:100]))
     assert sum(trace is not None for trace in made) == count
 
@@ -117,9 +137,14 @@ def recipe(benchmark: str, name: str, arguments: list[str]) -> tuple[Path, list[
     command = [sys.executable, str(REPO / "recipes" / f"pact_{benchmark}.py"), *arguments, f"run.name={name}"]
     preset = str(REPO / "conf" / f"pact_{benchmark}-smollm2_135m-cpu.yaml")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--config", preset], capture_output=True, text=True, timeout=400, cwd=REPO, env=environment)
+    done = subprocess.run(
+        [*command, "--config", preset], capture_output=True, text=True, timeout=400, cwd=REPO, env=environment
+    )
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-    run = Path(next(word for word in arguments if word.startswith("run.root=")).removeprefix("run.root=")) / f"{name}-pact-seed1234-1"
+    run = (
+        Path(next(word for word in arguments if word.startswith("run.root=")).removeprefix("run.root="))
+        / f"{name}-pact-seed1234-1"
+    )
     return run, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -131,7 +156,11 @@ def test_a_recipe_trains_on_rollouts_that_called_real_tools(stage: dict[str, Any
     replay = stage["folder"] / f"replay-{benchmark}"
     settings = [*words(stage, benchmark), f"trainer.replay={replay}"]
     write_replay(load_config(preset, settings), stage["model"], replay, 2)
-    rollouts = [json.loads(line) for path in sorted((replay / "rollouts").glob("*.jsonl")) for line in path.read_text().splitlines()]
+    rollouts = [
+        json.loads(line)
+        for path in sorted((replay / "rollouts").glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
     assert len(rollouts) == 16
     called = [r for r in rollouts if any(turn["calls"] for turn in r["turns"])]
     assert called and all(r["outcome"]["metrics"]["calls"] > 0 for r in called)

@@ -13,9 +13,14 @@ from pact_nemo.training.report.page import render
 
 CONFIG: dict[str, Any] = {"trainer": {"batch_size": 10, "mini_batch_size": 10}, "objective": {"group_size": 4}}
 STEP: dict[str, Any] = {
-    "stage": "rl", "rollout/count": 40, "groups/zero_advantage": 2, "reward/success": 0.5, "rollout/truncated_turn_tokens": 0,
-    "rollout/truncated_turns": 0, "rollout/truncated_response_tokens": 0,
-}  # fmt: skip
+    "stage": "rl",
+    "rollout/count": 40,
+    "groups/zero_advantage": 2,
+    "reward/success": 0.5,
+    "rollout/truncated_turn_tokens": 0,
+    "rollout/truncated_turns": 0,
+    "rollout/truncated_response_tokens": 0,
+}
 
 
 def run_of(*changes: dict[str, Any], steps: int = 8, warmup: list[dict[str, Any]] | None = None) -> Run:
@@ -33,11 +38,16 @@ def test_a_healthy_run_is_told_nothing_and_one_without_steps_neither() -> None:
 
 
 @pytest.mark.parametrize(
-    ("success", "says"), [(0.0, "start from a better one"), (0.5, "objective.group_size"), (0.95, "The tasks are solved")]
+    ("success", "says"),
+    [(0.0, "start from a better one"), (0.5, "objective.group_size"), (0.95, "The tasks are solved")],
 )
 def test_groups_without_an_advantage(success: float, says: str) -> None:
     found = advice(run_of({"groups/zero_advantage": 6, "reward/success": success}))
-    assert [a.key for a in found] == ["same_scores"] and says in found[0].change and found[0].finding.startswith("60% of the groups")
+    assert (
+        [a.key for a in found] == ["same_scores"]
+        and says in found[0].change
+        and found[0].finding.startswith("60% of the groups")
+    )
     assert keys(run_of({"groups/zero_advantage": 5, "reward/success": success})) == []
 
 
@@ -54,14 +64,20 @@ def test_rollouts_that_were_cut(limit: str, says: str) -> None:
 def test_a_batch_that_is_mostly_noise_is_told_with_the_prompts_that_it_would_need() -> None:
     found = advice(run_of({"signal/rl_cosine": 0.05, "signal/sft_cosine": 0.6}))
     assert [a.key for a in found] == ["rl_noise"]
-    assert "10% of the RL gradient is signal at 10 prompts" in found[0].finding and "about 95 prompts" in found[0].finding  # 5 * 0.95 / 0.05
+    assert (
+        "10% of the RL gradient is signal at 10 prompts" in found[0].finding and "about 95 prompts" in found[0].finding
+    )  # 5 * 0.95 / 0.05
     assert "no number of prompts" in advice(run_of({"signal/sft_cosine": -0.1}))[0].finding
-    assert keys(run_of({"signal/rl_cosine": 0.2}, {"signal/rl_cosine": 0.1}, {"signal/rl_cosine": None})) == []  # mean 0.15: 26 %
+    assert (
+        keys(run_of({"signal/rl_cosine": 0.2}, {"signal/rl_cosine": 0.1}, {"signal/rl_cosine": None})) == []
+    )  # mean 0.15: 26 %
 
 
 def test_imitation_that_is_saturated_or_forgotten() -> None:
     def with_traces(values: list[float]) -> Run:
-        warmup = [{"step": i + 1, "stage": "warmup", "held_out/trace_call": value} for i, value in enumerate(values[:-1])]
+        warmup = [
+            {"step": i + 1, "stage": "warmup", "held_out/trace_call": value} for i, value in enumerate(values[:-1])
+        ]
         return run_of({}, {}, {"held_out/trace_call": values[-1]}, {}, steps=4, warmup=warmup)
 
     assert keys(with_traces([-1.0, -0.5, -0.2])) == []

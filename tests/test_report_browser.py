@@ -56,8 +56,9 @@ def test_pointing_at_a_chart_reads_its_values_and_leaving_it_ends_that(phone: Br
 def test_arrow_keys_walk_through_a_chart(phone: Browser) -> None:
     keys = "['Home', 'ArrowRight', 'ArrowRight', 'ArrowLeft']"
     at = phone.evaluate(
-        f"(() => {{ const f = document.querySelector('.chart'); const s = f.querySelector('svg'); for (const key of {keys}) "
-        "s.dispatchEvent(new KeyboardEvent('keydown', { key })); return f.querySelector('.at').textContent; })()"
+        "(() => { const f = document.querySelector('.chart'); const s = f.querySelector('svg'); for (const key of"
+        f" {keys}) s.dispatchEvent(new KeyboardEvent('keydown', {{ key }})); return f.querySelector('.at').textContent;"
+        " })()"
     )
     assert at == "step 2"
 
@@ -66,10 +67,15 @@ def test_filters_show_what_they_say(phone: Browser) -> None:
     def click(group: str, value: str) -> int:
         phone.evaluate(f"document.querySelector('[data-filter={group}] [data-value=\"{value}\"]').click()")
         visible = "[...document.querySelectorAll('.episode')].filter((e) => !e.hidden)"
-        stages, outcomes = (phone.evaluate(f"[...new Set({visible}.map((e) => e.dataset.{key}))]") for key in ("stage", "outcome"))
+        stages, outcomes = (
+            phone.evaluate(f"[...new Set({visible}.map((e) => e.dataset.{key}))]") for key in ("stage", "outcome")
+        )
         if value:
             assert (stages if group == "stage" else outcomes) == [value]
-        empty = "[...document.querySelectorAll('.card')].filter((c) => !c.hidden && !c.querySelector('.episode:not([hidden])')).length"
+        empty = (
+            "[...document.querySelectorAll('.card')].filter((c) => !c.hidden &&"
+            " !c.querySelector('.episode:not([hidden])')).length"
+        )
         assert phone.evaluate(empty) == 0
         return phone.evaluate(f"{visible}.length")
 

@@ -147,7 +147,15 @@ def test_pairs_are_by_task_and_sample_and_a_failed_episode_did_not_pass() -> Non
         return {"task_id": task, "sample": sample, "outcome": None if success is None else {"success": success}}
 
     before = [row("a", True), row("b", False), row("c", None), row("d", True), row("e", True), row("a", False, 1)]
-    after = [row("e", None), row("d", True), row("c", True), row("b", False), row("a", False), row("a", True, 1), row("f", True)]
+    after = [
+        row("e", None),
+        row("d", True),
+        row("c", True),
+        row("b", False),
+        row("a", False),
+        row("a", True, 1),
+        row("f", True),
+    ]
     assert pair(before, after) == Paired(gained=2, lost=2, kept=1, failed=1)
 
 

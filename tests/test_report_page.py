@@ -106,7 +106,9 @@ def test_every_required_curve_is_there_with_a_title_and_a_description(page: Page
     ids = {attributes["id"] for _, attributes in page.tags if attributes.get("id")}
     assert all(title in page.text for title in titles)
     assert len(charts) == len(drawings) >= len(titles)
-    assert all(drawing["role"] == "img" and set((drawing["aria-labelledby"] or "").split()) <= ids for drawing in drawings)
+    assert all(
+        drawing["role"] == "img" and set((drawing["aria-labelledby"] or "").split()) <= ids for drawing in drawings
+    )
     for chart in charts:
         data = json.loads(chart["data-chart"] or "")
         assert len(data["x"]) == len(data["step"]) == len(data["text"][0]) == len(data["y"][0])
@@ -133,7 +135,9 @@ def test_nothing_is_loaded_and_only_this_script_may_run(page: Page) -> None:
         assert not any(name.startswith("on") for name in attributes), (tag, attributes)
     assert len(page.scripts) == 1
     digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
-    policy = next(a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy is not None and f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
     style = (ROOT / "pact_nemo/training/report/style.css").read_text()
     assert "url(" not in style and "@import" not in style
@@ -158,7 +162,14 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
         edit(file, poison)
     edit(
         folder / "traces.jsonl",
-        lambda row: row | {"turns": [t | {"observations": [EVIL], "segments": [{"type": "other", "text": EVIL}]} for t in row["turns"]]},
+        lambda row: (
+            row
+            | {
+                "turns": [
+                    t | {"observations": [EVIL], "segments": [{"type": "other", "text": EVIL}]} for t in row["turns"]
+                ]
+            }
+        ),
     )
     summary = json.loads((folder / "summary.json").read_text())
     summary["versions"][EVIL] = EVIL
@@ -211,7 +222,8 @@ def test_stage_names_follow_what_was_evaluated(run: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("file", "remedy"), [("eval/after.jsonl", "after.jsonl:25"), ("summary.json", "summary.json"), ("config.yaml", "config.yaml")]
+    ("file", "remedy"),
+    [("eval/after.jsonl", "after.jsonl:25"), ("summary.json", "summary.json"), ("config.yaml", "config.yaml")],
 )
 def test_a_broken_file_is_named(tmp_path: Path, file: str, remedy: str) -> None:
     folder = make_run(tmp_path)
@@ -229,8 +241,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_messages_are_split_where_the_tool_format_splits_them() -> None:
     text = "I look first.\n[cat(file_name='a')]"
     turn = {"text": text, "calls": [{"name": "cat", "arguments": {"file_name": "a"}}], "call_errors": []}
-    assert [(p.kind, p.text) for p in parts_of(turn, "pythonic")] == [("reasoning", "I look first."), ("call", "[cat(file_name='a')]")]
-    assert [p.kind for p in parts_of(turn | {"calls": [], "call_errors": ["bad"]}, "pythonic")] == ["reasoning", "error"]
+    assert [(p.kind, p.text) for p in parts_of(turn, "pythonic")] == [
+        ("reasoning", "I look first."),
+        ("call", "[cat(file_name='a')]"),
+    ]
+    assert [p.kind for p in parts_of(turn | {"calls": [], "call_errors": ["bad"]}, "pythonic")] == [
+        "reasoning",
+        "error",
+    ]
     assert [p.kind for p in parts_of(turn | {"calls": []}, "pythonic")] == ["answer"]
     hermes = 'Think.\n<tool_call>\n{"name": "cat", "arguments": {}}\n</tool_call>'
     assert [p.text for p in parts_of(turn | {"text": hermes}, "hermes")] == ["Think.", hermes.partition("\n")[2]]
@@ -248,7 +266,8 @@ def test_turns_show_reward_advantage_and_the_users_later_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "outcome", "verdict"), [("failed", None, "failed to run"), ("truncated", False, "cut off"), ("ok", False, "not passed")]
+    ("status", "outcome", "verdict"),
+    [("failed", None, "failed to run"), ("truncated", False, "cut off"), ("ok", False, "not passed")],
 )
 def test_verdicts_tell_whose_fault_it_was(status: str, outcome: bool | None, verdict: str) -> None:
     row = episode(0, success=False) | {"status": status}
@@ -307,7 +326,11 @@ def test_comparison_has_mean_and_spread_per_method(tmp_path: Path) -> None:
 
 
 def test_comparison_warns_of_unlike_evaluations_and_unfinished_runs(tmp_path: Path) -> None:
-    folders = [make_run(tmp_path, seed=1), make_run(tmp_path, seed=2, tasks=12), make_run(tmp_path, seed=3, finished=False)]
+    folders = [
+        make_run(tmp_path, seed=1),
+        make_run(tmp_path, seed=2, tasks=12),
+        make_run(tmp_path, seed=3, finished=False),
+    ]
     warnings = " ".join(compare([load_run(folder) for folder in folders]).warnings)
     assert "different numbers of episodes" in warnings and "pact_bfcl-pact-seed3-1" in warnings
 
@@ -320,7 +343,11 @@ def test_command_line(tmp_path: Path) -> None:
     assert other.name in (folder / "report.html").read_text()
     assert re.search(r"report: .*report\.html", done.stdout)
     without_browser = subprocess.run(
-        [*tool, str(folder), "--png", str(tmp_path / "a.png")], capture_output=True, text=True, timeout=60, env={"PATH": ""}
+        [*tool, str(folder), "--png", str(tmp_path / "a.png")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": ""},
     )
     assert without_browser.returncode == 1
     assert "MissingDependency" in without_browser.stderr and "apt-get install chromium" in without_browser.stderr

@@ -1,4 +1,6 @@
-"""The client against a server that misbehaves in every way we can think of. (The real server: test_rollouts_server.py.)"""
+"""The client against a server that misbehaves in every way we can think of. (The real server:
+test_rollouts_server.py.)
+"""
 
 import asyncio
 import json
@@ -20,7 +22,13 @@ REQUEST = GenerationRequest((1, 2, 3), max_tokens=4, temperature=1.0, top_p=1.0,
 def answer(ids=(7, 2), logprobs=(-1.0, -0.5), version="5", finish="stop", logprobs_of=None, **more):
     content = [{"token_id": i, "logprob": p} for i, p in zip(logprobs_of or ids, logprobs, strict=False)]
     spans = [{"version": version, "start": 0, "end": len(ids)}] if version is not None else None
-    choice = {"index": 0, "token_ids": list(ids), "logprobs": {"content": content}, "finish_reason": finish, "weight_versions": spans}
+    choice = {
+        "index": 0,
+        "token_ids": list(ids),
+        "logprobs": {"content": content},
+        "finish_reason": finish,
+        "weight_versions": spans,
+    }
     return {"choices": [choice | more]}
 
 
@@ -82,7 +90,14 @@ def generate(client):
 
 
 def test_a_request_has_no_field_for_a_trace():
-    assert [f.name for f in fields(GenerationRequest)] == ["prompt_ids", "max_tokens", "temperature", "top_p", "stop_token_ids", "seed"]
+    assert [f.name for f in fields(GenerationRequest)] == [
+        "prompt_ids",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "stop_token_ids",
+        "seed",
+    ]
 
 
 def test_what_is_sent_and_what_comes_back():
@@ -94,7 +109,11 @@ def test_what_is_sent_and_what_comes_back():
     assert authorization == "Bearer secret" and recorded == [body]
     assert set(body) == {"model", "token_ids", "sampling_params"} and body["token_ids"] == [1, 2, 3]
     sampling = body["sampling_params"]
-    assert (sampling["top_k"], sampling["min_p"], sampling["repetition_penalty"]) == (0, 0.0, 1.0)  # no default may shape the distribution
+    assert (sampling["top_k"], sampling["min_p"], sampling["repetition_penalty"]) == (
+        0,
+        0.0,
+        1.0,
+    )  # no default may shape the distribution
     assert (sampling["seed"], sampling["stop_token_ids"], sampling["max_tokens"]) == (9, [2], 4)
 
 

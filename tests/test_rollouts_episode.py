@@ -17,19 +17,33 @@ from pact_nemo.rollouts.client import Completion, StaleWeights
 from pact_nemo.rollouts.config import EpisodeLimits, Sampling
 from pact_nemo.rollouts.episode import SeedPath, run_episode
 
-LS = {"name": "ls", "description": "List a folder.", "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}}}
-CD = {"name": "cd", "description": "Enter a folder.", "parameters": {"type": "object", "properties": {"to": {"type": "string"}}}}
-LIMITS = EpisodeLimits(max_turns_per_user_turn=4, max_turns=8, max_turn_tokens=64, max_response_tokens=1024, max_model_len=2048)
+LS = {
+    "name": "ls",
+    "description": "List a folder.",
+    "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}},
+}
+CD = {
+    "name": "cd",
+    "description": "Enter a folder.",
+    "parameters": {"type": "object", "properties": {"to": {"type": "string"}}},
+}
+LIMITS = EpisodeLimits(
+    max_turns_per_user_turn=4, max_turns=8, max_turn_tokens=64, max_response_tokens=1024, max_model_len=2048
+)
 SEEDS = SeedPath(run_seed=1, step=0)
 
 
 def make_task(task_id="t0", text="What is in here?"):
-    return Task(task_id, task_id, "scripted", (({"role": "user", "content": text},),), (LS,), ((ToolCall("ls", {"a": True}),),))
+    return Task(
+        task_id, task_id, "scripted", (({"role": "user", "content": text},),), (LS,), ((ToolCall("ls", {"a": True}),),)
+    )
 
 
 @pytest.fixture(scope="module")
 def chat():
-    return ChatFormat.from_pretrained(materialise_embedded_model(Path(__file__).parents[1] / ".cache" / "pact_nemo"), "pythonic")
+    return ChatFormat.from_pretrained(
+        materialise_embedded_model(Path(__file__).parents[1] / ".cache" / "pact_nemo"), "pythonic"
+    )
 
 
 @dataclass
@@ -160,7 +174,9 @@ def test_a_malformed_call_is_answered_not_raised(chat):
 
 
 def test_calls_that_the_environment_refuses_are_observations(chat):
-    rollout = play(chat, ScriptedPolicy(chat, ["[ls(), ls()]", "Done."]), ScriptedEnvironment(fail=ToolCallError("no such tool")))
+    rollout = play(
+        chat, ScriptedPolicy(chat, ["[ls(), ls()]", "Done."]), ScriptedEnvironment(fail=ToolCallError("no such tool"))
+    )
     assert rollout.turns[0].observations == ["Error: no such tool"] * 2
     assert rollout.status == "ok"
 
@@ -177,7 +193,11 @@ def test_a_broken_start_or_close_is_survived(chat):
     environment.start = lambda task: 1 / 0
     assert play(chat, ScriptedPolicy(chat, []), environment).status == "failed"
     environment = ScriptedEnvironment()
-    rollout = asyncio.run(run_episode(make_task(), 0, NoClose(environment), chat, ScriptedPolicy(chat, ["Hi."]), LIMITS, Sampling(), SEEDS))
+    rollout = asyncio.run(
+        run_episode(
+            make_task(), 0, NoClose(environment), chat, ScriptedPolicy(chat, ["Hi."]), LIMITS, Sampling(), SEEDS
+        )
+    )
     assert rollout.status == "ok"
 
 
@@ -214,9 +234,30 @@ def test_weights_that_change_within_an_episode_fail_it(chat):
 @pytest.mark.parametrize(
     "limits, texts, cut, turns, reason, limit",
     [
-        (replace(LIMITS, max_turns_per_user_turn=2), ["[ls()]"] * 3, (), 2, "2 assistant turns in one user turn", "turns"),
-        (replace(LIMITS, max_turns=3, max_turns_per_user_turn=9), ["[ls()]"] * 4, (), 3, "more than 3 assistant turns", "turns"),
-        (replace(LIMITS, max_turn_tokens=4), ["A rather long sentence about nothing."], (), 1, "turn 1 was cut after 4 tokens", "turn_tokens"),
+        (
+            replace(LIMITS, max_turns_per_user_turn=2),
+            ["[ls()]"] * 3,
+            (),
+            2,
+            "2 assistant turns in one user turn",
+            "turns",
+        ),
+        (
+            replace(LIMITS, max_turns=3, max_turns_per_user_turn=9),
+            ["[ls()]"] * 4,
+            (),
+            3,
+            "more than 3 assistant turns",
+            "turns",
+        ),
+        (
+            replace(LIMITS, max_turn_tokens=4),
+            ["A rather long sentence about nothing."],
+            (),
+            1,
+            "turn 1 was cut after 4 tokens",
+            "turn_tokens",
+        ),
         (LIMITS, ["[ls()]", "[ls("], (1,), 2, "assistant turn 2 was cut", "turn_tokens"),
     ],
 )
@@ -237,7 +278,11 @@ def test_a_cut_message_is_not_acted_on(chat):
 def test_token_limits_hold_exactly(chat, room):
     texts = ["[ls()]", "[ls(a=True)]", "[ls()]", "Done."]
     response = play(chat, ScriptedPolicy(chat, texts), limits=replace(LIMITS, max_response_tokens=room))
-    assert len(response.token_ids) <= room and response.status == "truncated" and response.limit in ("turn_tokens", "response_tokens")
+    assert (
+        len(response.token_ids) <= room
+        and response.status == "truncated"
+        and response.limit in ("turn_tokens", "response_tokens")
+    )
     prompt = len(response.prompt_ids)
     whole = play(chat, ScriptedPolicy(chat, texts), limits=replace(LIMITS, max_model_len=prompt + room))
     assert len(whole.prompt_ids) + len(whole.token_ids) <= prompt + room
@@ -252,7 +297,9 @@ def test_a_prompt_that_fills_the_model_is_truncated_without_a_request(chat):
 
 def test_request_seeds_depend_on_every_part_of_the_path():
     base = (5, 3, "task_1", 2, 4)
-    paths = [base] + [tuple("x" if j == i and j == 2 else v + (j == i) if j != 2 else v for j, v in enumerate(base)) for i in range(5)]
+    paths = [base] + [
+        tuple("x" if j == i and j == 2 else v + (j == i) if j != 2 else v for j, v in enumerate(base)) for i in range(5)
+    ]
     seeds = [SeedPath(run, step).seed(task, sample, turn) for run, step, task, sample, turn in paths]
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**63 for seed in seeds)
     assert SeedPath(5, 3).seed("task_1", 2, 4) == seeds[0]
@@ -294,7 +341,10 @@ def test_a_batch_is_ordered_limited_and_reported(chat):
     assert [(r.task_id, r.sample) for r in rollouts] == [(f"t{i}", k) for i in range(5) for k in range(3)]
     assert [r.status for r in rollouts] == ["ok"] * 6 + ["failed"] * 3 + ["ok"] * 6
     assert 1 < peak <= 4
-    assert [done for done, _, _ in reports] == list(range(1, 16)) and reports[-1][1:] == (15, sum(sum(r.loss_mask) for r in rollouts))
+    assert [done for done, _, _ in reports] == list(range(1, 16)) and reports[-1][1:] == (
+        15,
+        sum(sum(r.loss_mask) for r in rollouts),
+    )
 
 
 def test_a_batch_is_broken_off_when_the_check_says_so_and_leaves_no_session_open(chat):
@@ -348,7 +398,9 @@ def test_tools_that_wait_hold_up_no_other_episode(chat):
         async def generate(self, request):
             raise ServerError("no policy needed")
 
-    settings = dict(environment=Environment(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SEEDS, concurrency=open_episodes)
+    settings = dict(
+        environment=Environment(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SEEDS, concurrency=open_episodes
+    )
     rollouts = asyncio.run(run_batch([make_task()], open_episodes, clients=[Cut(chat, [])], **settings))
     assert {rollout.error for rollout in rollouts} == {"ServerError: no policy needed"}
 
@@ -367,7 +419,9 @@ def test_tasks_go_to_the_servers_in_turn_and_stay_there(chat):
             return Completion(ids, [-1.0] * len(ids), "stop", 3)
 
     tasks = [make_task(f"t{i}", f"This is task {i}.") for i in range(5)]
-    settings = dict(environment=ScriptedEnvironment(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SEEDS, concurrency=4)
+    settings = dict(
+        environment=ScriptedEnvironment(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SEEDS, concurrency=4
+    )
     rollouts = asyncio.run(run_batch(tasks, 2, clients=[Policy(0), Policy(1)], **settings))
     assert [(r.task_id, r.sample) for r in rollouts] == [(f"t{i}", k) for i in range(5) for k in range(2)]
     assert asked == {0: {"0", "2", "4"}, 1: {"1", "3"}}
@@ -391,7 +445,10 @@ def test_environments_see_what_a_message_says_outside_of_its_thought(chat, monke
     rollout = play(chat, ScriptedPolicy(chat, texts), environment)
     assert environment.sessions[0].executed == [ToolCall("ls", {"a": True})] and rollout.turns[0].call_errors == []
     assert heard == ["Rome"] == [rollout.turns[1].visible] and rollout.turns[1].text == texts[1]
-    for thought in (f"{head}Only a thought", f"{head}[ls(a=True)]"):  # never closed: nothing is acted on, nothing is said
+    for thought in (
+        f"{head}Only a thought",
+        f"{head}[ls(a=True)]",
+    ):  # never closed: nothing is acted on, nothing is said
         heard.clear()
         rollout = play(chat, ScriptedPolicy(chat, [thought]), Listening())
         assert (rollout.status, heard, rollout.turns[0].calls, rollout.turns[0].visible) == ("ok", [""], [], "")

@@ -54,7 +54,9 @@ def test_restarts_are_bounded(event: Event) -> None:
 
 @settings(deadline=None)
 @given(STEPS)
-@example([(Event.READY, 0.0, 0), (Event.LOADED, 0.0, 0), (Event.RESTART, 0.0, 0)])  # nobody restarts a healthy server: it serves on
+@example(
+    [(Event.READY, 0.0, 0), (Event.LOADED, 0.0, 0), (Event.RESTART, 0.0, 0)]
+)  # nobody restarts a healthy server: it serves on
 def test_whatever_happens(steps: list[tuple[Event, float, int]]) -> None:
     health, now, loaded = Health(), 0.0, None
     for event, passed, version in steps:
@@ -69,7 +71,9 @@ def test_whatever_happens(steps: list[tuple[Event, float, int]]) -> None:
         assert health.restarts <= LIMITS.max_restarts and before.restarts <= health.restarts <= before.restarts + 1
         assert health.heard <= now and health.since <= now
         if before.state is State.DEAD:
-            assert health.state in (State.DEAD, State.LOST, State.STARTING) and (health == before or event is Event.RESTART)
+            assert health.state in (State.DEAD, State.LOST, State.STARTING) and (
+                health == before or event is Event.RESTART
+            )
         if before.state is State.LOST:
             assert health == before
         if event is Event.MISS and before.state in (State.HEALTHY, State.SUSPECT):

@@ -33,13 +33,24 @@ def arguments(config):
 def test_cpu(monkeypatch):
     words = arguments(CPU)
     # prompts prefilled in chunks kill vLLM's CPU engine when requests are seeded
-    assert {"--enforce-eager", "--no-enable-chunked-prefill", "--enable-prefix-caching", "--logprobs-mode=processed_logprobs"} <= set(words)
-    assert "--max-num-batched-tokens=4096" in words and "--max-num-batched-tokens=9000" in arguments(replace(CPU, max_model_len=9000))
+    assert {
+        "--enforce-eager",
+        "--no-enable-chunked-prefill",
+        "--enable-prefix-caching",
+        "--logprobs-mode=processed_logprobs",
+    } <= set(words)
+    assert "--max-num-batched-tokens=4096" in words and "--max-num-batched-tokens=9000" in arguments(
+        replace(CPU, max_model_len=9000)
+    )
     assert not any("gpu-memory" in word for word in words)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("RANK", "1")
     environment = launch.engine_environment(replace(CPU, cpu_threads=1, cpu_kv_cache_gib=3), ENDPOINT)
-    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3" and environment["OMP_NUM_THREADS"] == "1" and "RANK" not in environment
+    assert (
+        environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
+        and environment["OMP_NUM_THREADS"] == "1"
+        and "RANK" not in environment
+    )
     assert environment["VLLM_API_KEY"] == "the-key" and environment["HF_HUB_OFFLINE"] == "1"
     assert environment[launch.PARENT_ENV] == str(os.getpid())
 
@@ -59,7 +70,9 @@ def test_the_engine_is_forked_with_intels_openmp_only(monkeypatch, tmp_path):
 def test_gpu(with_cuda):
     words = arguments(GPU)
     assert {"--tensor-parallel-size=4", "--gpu-memory-utilization=0.7"} <= set(words)
-    assert not {"--enforce-eager", "--no-enable-chunked-prefill"} & set(words) and not any("batched-tokens" in word for word in words)
+    assert not {"--enforce-eager", "--no-enable-chunked-prefill"} & set(words) and not any(
+        "batched-tokens" in word for word in words
+    )
     assert "--enforce-eager" in arguments(replace(GPU, enforce_eager=True))
     names = launch.engine_environment(GPU, ENDPOINT)
     assert not any(name.startswith(("VLLM_CPU", "OMP_", "KMP_", launch.FORK_ENGINE_ENV)) for name in names)
@@ -111,7 +124,9 @@ def test_settings_are_an_omegaconf_schema():
     class Outer:
         server: RolloutServerConfig = field(default_factory=RolloutServerConfig)
 
-    merged = OmegaConf.merge(OmegaConf.structured(Outer), OmegaConf.from_dotlist(["server.max_num_seqs=4", "server.extra_args=[--x]"]))
+    merged = OmegaConf.merge(
+        OmegaConf.structured(Outer), OmegaConf.from_dotlist(["server.max_num_seqs=4", "server.extra_args=[--x]"])
+    )
     server = OmegaConf.to_object(merged).server
     assert (server.max_num_seqs, server.extra_args, server.url) == (4, ["--x"], None)
 

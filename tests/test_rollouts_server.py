@@ -1,4 +1,6 @@
-"""The real server with the real small model: exact log-probs, refit, stale weights, and that nothing of it outlives its trainer."""
+"""The real server with the real small model: exact log-probs, refit, stale weights, and that nothing of it outlives its
+trainer.
+"""
 
 import asyncio
 import contextlib
@@ -35,8 +37,12 @@ from tests.faults.sockets import foreign, listening
 pytest.importorskip("vllm")
 ROOT = Path(__file__).parents[1]
 # float32 so that log-probs can be compared exactly, not to bfloat16's two digits
-CONFIG = RolloutServerConfig(device="cpu", dtype="float32", max_model_len=1024, max_num_seqs=16, max_num_batched_tokens=1024)
-LIMITS = EpisodeLimits(max_turns_per_user_turn=3, max_turns=6, max_turn_tokens=24, max_response_tokens=200, max_model_len=1024)
+CONFIG = RolloutServerConfig(
+    device="cpu", dtype="float32", max_model_len=1024, max_num_seqs=16, max_num_batched_tokens=1024
+)
+LIMITS = EpisodeLimits(
+    max_turns_per_user_turn=3, max_turns=6, max_turn_tokens=24, max_response_tokens=200, max_model_len=1024
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,9 @@ def server(model_dir, tmp_path_factory):
 
 
 def client_of(server, **changes):
-    settings = dict(endpoint=server.endpoint, weight_version=0, request_timeout_s=120.0, connect_retries=1, admin_timeout_s=120.0)
+    settings = dict(
+        endpoint=server.endpoint, weight_version=0, request_timeout_s=120.0, connect_retries=1, admin_timeout_s=120.0
+    )
     return RolloutClient(**(settings | changes))
 
 
@@ -79,7 +87,9 @@ def request(chat, text="Name three colours.", **changes):
 
 @torch.no_grad()
 def reference_logprobs(folder, prompt, sampled, temperature=1.0, top_p=1.0):
-    """transformers' log-probs of the sampled tokens under the distribution that a sampler with these settings draws from."""
+    """transformers' log-probs of the sampled tokens under the distribution that a sampler with these settings draws
+    from.
+    """
     torch.set_num_threads(2)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     logits = model(torch.tensor([[*prompt, *sampled]])).logits[0, len(prompt) - 1 : -1] / temperature
@@ -114,15 +124,27 @@ def test_a_seed_decides_what_is_drawn(server, chat):
 
 
 def test_many_long_seeded_prompts_at_once(server, chat):
-    """More prompt tokens than one engine step takes: a prompt prefilled in chunks with a seeded generator kills vLLM's CPU engine."""
+    """More prompt tokens than one engine step takes: a prompt prefilled in chunks with a seeded generator kills vLLM's
+    CPU engine.
+    """
     requests = [request(chat, f"{i}: " + "Tell me about rivers. " * 110, max_tokens=2, seed=i) for i in range(4)]
-    assert sum(len(r.prompt_ids) for r in requests) > 2 * CONFIG.max_num_batched_tokens > len(requests[0].prompt_ids) * 2
+    assert (
+        sum(len(r.prompt_ids) for r in requests) > 2 * CONFIG.max_num_batched_tokens > len(requests[0].prompt_ids) * 2
+    )
     assert [len(completion.token_ids) for completion in sample(client_of(server), *requests)] == [2] * 4
 
 
 def test_every_path_but_health_asks_for_the_key(server):
     url, http = server.endpoint.url, httpx.Client(timeout=60)
-    for path in ("/v1/models", "/inference/v1/generate", "/collective_rpc", "/pause", "/weight_info", "/metrics", "//collective_rpc"):
+    for path in (
+        "/v1/models",
+        "/inference/v1/generate",
+        "/collective_rpc",
+        "/pause",
+        "/weight_info",
+        "/metrics",
+        "//collective_rpc",
+    ):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": server.endpoint.api_key}):
             assert http.get(url + path, headers=headers).status_code == 401
             assert http.post(url + path, headers=headers, json={}).status_code == 401
@@ -131,11 +153,25 @@ def test_every_path_but_health_asks_for_the_key(server):
     with pytest.raises(ServerError, match="401"):
         sample(client_of(server, endpoint=ServerEndpoint(url, "wrong")), REQUEST)
     described = http.get(url + "/openapi.json", headers=server.endpoint.headers).json()["paths"]
-    routes = [(method, path.replace("{", "").replace("}", "")) for path, methods in described.items() for method in methods]
-    assert len(routes) > 20 and {"/collective_rpc", "/pause", "/reset_prefix_cache", "/inference/v1/generate"} <= described.keys()
+    routes = [
+        (method, path.replace("{", "").replace("}", "")) for path, methods in described.items() for method in methods
+    ]
+    assert (
+        len(routes) > 20
+        and {"/collective_rpc", "/pause", "/reset_prefix_cache", "/inference/v1/generate"} <= described.keys()
+    )
     asked = [(method, path) for method, path in routes if path not in OPEN_PATHS]
-    asked += [(method, path) for path in ("/docs", "/openapi.json", "/metrics", "/server_info", "/sleep", "/health/") for method in ("GET", "POST")]
-    asked += [(method, path) for _, path in routes[:5] for method in ("HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE") if path not in OPEN_PATHS]
+    asked += [
+        (method, path)
+        for path in ("/docs", "/openapi.json", "/metrics", "/server_info", "/sleep", "/health/")
+        for method in ("GET", "POST")
+    ]
+    asked += [
+        (method, path)
+        for _, path in routes[:5]
+        for method in ("HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE")
+        if path not in OPEN_PATHS
+    ]
     answers = {(method, path): http.request(method, url + path).status_code for method, path in asked}
     assert {key: status for key, status in answers.items() if status != 401} == {}
     print(f"{len(answers)} requests without the key on {len(routes)} routes: all 401")
@@ -144,7 +180,9 @@ def test_every_path_but_health_asks_for_the_key(server):
             assert server.endpoint.api_key.encode() not in (process / "cmdline").read_bytes()
     assert server.endpoint.api_key not in server.log_file.read_text()
     members = group_members(server.pid)
-    assert listening(members) and foreign(members) == {}  # everything of it, the engine's own sockets included, is on the loopback
+    assert (
+        listening(members) and foreign(members) == {}
+    )  # everything of it, the engine's own sockets included, is on the loopback
 
 
 REQUEST = GenerationRequest((1, 2, 3), 2, 1.0, 1.0, (2,), 1)
@@ -176,8 +214,17 @@ class TwoTurns:
 
 def play(server, chat, client, tasks=2, samples=2, concurrency=8):
     texts = [f"Name a number larger than {i}." for i in range(tasks)]
-    items = [Task(f"t{i}", f"t{i}", "c", (({"role": "user", "content": text},),), (), ((),)) for i, text in enumerate(texts)]
-    settings = dict(environment=TwoTurns(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SeedPath(3, 1), concurrency=concurrency)
+    items = [
+        Task(f"t{i}", f"t{i}", "c", (({"role": "user", "content": text},),), (), ((),)) for i, text in enumerate(texts)
+    ]
+    settings = dict(
+        environment=TwoTurns(),
+        chat=chat,
+        limits=LIMITS,
+        sampling=Sampling(),
+        seeds=SeedPath(3, 1),
+        concurrency=concurrency,
+    )
     return asyncio.run(run_batch(items, samples, clients=client if isinstance(client, list) else [client], **settings))
 
 
@@ -187,7 +234,9 @@ def test_episodes_are_token_in_token_out_and_repeatable(server, chat, model_dir)
     assert {r.status for r in rollouts} <= {"ok", "truncated"} and any(len(r.turns) == 2 for r in rollouts)
     assert len({tuple(r.token_ids) for r in rollouts}) == 4
     expected = sorted(r.prompt_ids + r.token_ids[: turn.start] for r in rollouts for turn in r.turns)
-    assert sorted(body["token_ids"] for body in sent) == expected  # the server saw the prompt and what it sampled itself, nothing else
+    assert (
+        sorted(body["token_ids"] for body in sent) == expected
+    )  # the server saw the prompt and what it sampled itself, nothing else
     longest = max(rollouts, key=lambda r: len(r.turns))
     reference = reference_logprobs(model_dir, longest.prompt_ids, longest.token_ids)
     mask = torch.tensor(longest.loss_mask, dtype=torch.bool)
@@ -198,11 +247,16 @@ def test_episodes_are_token_in_token_out_and_repeatable(server, chat, model_dir)
 
 @pytest.fixture(scope="module")
 def exports(model_dir, tmp_path_factory):
-    """v1: the model with every matrix disturbed. Small ones that are no model: v2 has a flipped bit, v3 lost its weights, v4 is whole."""
+    """v1: the model with every matrix disturbed. Small ones that are no model: v2 has a flipped bit, v3 lost its
+    weights, v4 is whole.
+    """
     root = tmp_path_factory.mktemp("exports")
     state = load_file(model_dir / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    moved = {name: t + 0.02 * t.std() * torch.randn(t.shape, generator=generator) if t.dim() == 2 else t for name, t in state.items()}
+    moved = {
+        name: t + 0.02 * t.std() * torch.randn(t.shape, generator=generator) if t.dim() == 2 else t
+        for name, t in state.items()
+    }
     for version in range(1, 5):
         with new_export(root, version) as folder:
             for path in model_dir.iterdir():
@@ -234,9 +288,15 @@ def test_torn_exports_are_refused_before_the_server_hears_of_them(server, chat, 
 
 
 def test_refit_equals_a_fresh_server_and_old_weights_are_noticed(server, chat, exports, model_dir, tmp_path):
-    """Then the fresh server's front end is killed: requests fail, rollouts are marked, and the rest of its group goes by itself."""
+    """Then the fresh server's front end is killed: requests fail, rollouts are marked, and the rest of its group goes
+    by itself.
+    """
     client, late = client_of(server), client_of(server)
-    wanted = [request(chat, temperature=0.0), request(chat, "Count to five."), request(chat, "Tell me about rivers. " * 40)]
+    wanted = [
+        request(chat, temperature=0.0),
+        request(chat, "Count to five."),
+        request(chat, "Tell me about rivers. " * 40),
+    ]
     old = sample(client, *wanted)  # also fills the prefix cache with the old weights' keys and values
     report = refit(client, exports / "v000001", 1, like=model_dir)
     assert client.weight_version == 1 and server.admin().weight_version() == "1"
@@ -295,11 +355,9 @@ def test_a_failed_reload_leaves_no_valid_version(server, chat, exports, model_di
 
 def test_a_killed_trainer_takes_its_server_along(model_dir, tmp_path):
     script = (
-        "import sys, time\n"
-        "from pact_nemo.rollouts.config import RolloutServerConfig\n"
-        "from pact_nemo.rollouts.server import RolloutServer\n"
-        f"server = RolloutServer(RolloutServerConfig(device='cpu'), {str(model_dir)!r}, log_file={str(tmp_path / 'log')!r})\n"
-        "server.launch(); print(server.pid, flush=True); time.sleep(100)\n"
+        "import sys, time\nfrom pact_nemo.rollouts.config import RolloutServerConfig\nfrom pact_nemo.rollouts.server"
+        f" import RolloutServer\nserver = RolloutServer(RolloutServerConfig(device='cpu'), {str(model_dir)!r},"
+        f" log_file={str(tmp_path / 'log')!r})\nserver.launch(); print(server.pid, flush=True); time.sleep(100)\n"
     )
     trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     group = int(trainer.stdout.readline())
@@ -335,7 +393,9 @@ def test_a_server_that_is_not_healthy_in_time_is_stopped(model_dir, tmp_path):
     assert seen and group_members(group) == []
 
 
-def test_attaching_uses_the_key_of_the_environment_and_leaves_the_server_running(server, model_dir, tmp_path, monkeypatch):
+def test_attaching_uses_the_key_of_the_environment_and_leaves_the_server_running(
+    server, model_dir, tmp_path, monkeypatch
+):
     config = RolloutServerConfig(url=server.endpoint.url + "/", request_timeout_s=60)
     monkeypatch.delenv(config.api_key_env, raising=False)
     with pytest.raises(ConfigError, match=config.api_key_env):

@@ -12,12 +12,32 @@ from pact_nemo.rollouts.types import Rollout, Turn
 
 def rollout(sample=0):
     turns = [
-        Turn(0, 3, "[ls(a=True)]", [ToolCall("ls", {"a": True, "deep": {"x": [1, None, "é"]}})], ["bad"], ["out", "Error"], 0, "stop"),
+        Turn(
+            0,
+            3,
+            "[ls(a=True)]",
+            [ToolCall("ls", {"a": True, "deep": {"x": [1, None, "é"]}})],
+            ["bad"],
+            ["out", "Error"],
+            0,
+            "stop",
+        ),
         Turn(5, 6, "Done\u2028here.", [], [], [], 1, "length"),
     ]
     logprobs = [-0.1234567891234, -2.0, -1e-9, 0.0, 0.0, -3.5]
     return Rollout(
-        "task_1", sample, [1, 2], [3, 4, 5, 6, 7, 8], [1, 1, 1, 0, 0, 1], logprobs, turns, Outcome(True, 0.5, "ok"), 4, "ok", None, 1.5
+        "task_1",
+        sample,
+        [1, 2],
+        [3, 4, 5, 6, 7, 8],
+        [1, 1, 1, 0, 0, 1],
+        logprobs,
+        turns,
+        Outcome(True, 0.5, "ok"),
+        4,
+        "ok",
+        None,
+        1.5,
     )
 
 

@@ -1,4 +1,6 @@
-"""The sandbox against tools that mean harm: none reaches the trainer, the disk outside its scratch folder, the network or another call."""
+"""The sandbox against tools that mean harm: none reaches the trainer, the disk outside its scratch folder, the network
+or another call.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def test_arguments_and_examples_under_the_definition(sandbox: Sandbox) -> None:
         ("def f(): raise ValueError('too bad')", {}, "raised", "ValueError: too bad"),
     ],
 )
-def test_ordinary_errors_are_named(sandbox: Sandbox, source: str, arguments: dict[str, int], kind: str, words: str) -> None:
+def test_ordinary_errors_are_named(
+    sandbox: Sandbox, source: str, arguments: dict[str, int], kind: str, words: str
+) -> None:
     result = sandbox.call(source, "f", arguments)
     assert result.kind == kind
     assert words in result.text
@@ -110,7 +114,7 @@ HOSTILE = {
     "raises a BaseException": "raise KeyboardInterrupt('x')",
     "exception that can't be printed": "class E(Exception):\n  def __str__(self): raise RuntimeError('no')\n raise E()",
     "result that can't be printed": "class E:\n  def __str__(self): raise RuntimeError('no')\n return E()",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -122,7 +126,10 @@ def test_a_hostile_tool_harms_its_own_call_only(sandbox: Sandbox, name: str) -> 
     if result.ok:
         assert name == "daemon that stays", result
     after = sandbox.call(
-        "def f():\n import os\n return [sorted(p for p in os.listdir('/proc') if p.isdigit()), os.listdir('/tmp'), len('four'), os.getcwd()]", "f", {}
+        "def f():\n import os\n return [sorted(p for p in os.listdir('/proc') if p.isdigit()), os.listdir('/tmp'),"
+        " len('four'), os.getcwd()]",
+        "f",
+        {},
     )
     assert after.kind == "ok", after
     processes, scratch, four, folder = json.loads(after.text)
@@ -198,14 +205,15 @@ def test_workers_end_with_a_trainer_that_is_killed() -> None:
 
 
 def test_a_system_that_cannot_confine_is_refused_unless_told_by_name() -> None:
-    """A process limit of zero new namespaces stands for such a system: an unprivileged worker under a seccomp filter that denies unshare."""
+    """A process limit of zero new namespaces stands for such a system: an unprivileged worker under a seccomp filter
+    that denies unshare.
+    """
     program = (
-        "import pyseccomp, errno, sys\n"
-        "rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW); rules.add_rule(pyseccomp.ERRNO(errno.EPERM), 'unshare'); rules.load()\n"
-        "from pact_nemo.errors import MissingDependency\n"
-        "from pact_nemo.sandbox import Sandbox\n"
-        "try:\n    Sandbox(1).start()\n    sys.exit('it ran')\nexcept MissingDependency as error:\n    print(error)\n"
-        "with Sandbox(1, unconfined=True) as box:\n    print(box.call('def f(): return 5', 'f', {}).text, box.enforced()['network'])\n"
+        "import pyseccomp, errno, sys\nrules = pyseccomp.SyscallFilter(pyseccomp.ALLOW);"
+        " rules.add_rule(pyseccomp.ERRNO(errno.EPERM), 'unshare'); rules.load()\nfrom pact_nemo.errors import"
+        " MissingDependency\nfrom pact_nemo.sandbox import Sandbox\ntry:\n    Sandbox(1).start()\n    sys.exit('it"
+        " ran')\nexcept MissingDependency as error:\n    print(error)\nwith Sandbox(1, unconfined=True) as box:\n   "
+        " print(box.call('def f(): return 5', 'f', {}).text, box.enforced()['network'])\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "sandbox.unconfined=true" in done.stdout, done.stderr
@@ -220,16 +228,17 @@ def test_confinement_as_an_ordinary_user() -> None:
         pytest.skip("no system interpreter")
     worker = ROOT / "pact_nemo" / "sandbox"
     check = (
-        f"import sys; sys.path.insert(0, {str(worker)!r})\nimport confine, os\n"
-        "confine.enter(['/usr'])\nconfine.drop(dict(seconds=1, cpu_seconds=2, memory_mb=512, processes=8, scratch_mb=4, uid=7), True)\n"
-        "import socket\n"
-        "try: socket.create_connection(('1.1.1.1', 53), timeout=1); print('connected')\n"
-        "except OSError as error: print('network:', error.errno)\n"
-        "print(os.listdir('/tmp'), os.path.exists('/etc/passwd'), open('/proc/self/status').read().split('CapEff:')[1].split()[0])\n"
+        f"import sys; sys.path.insert(0, {str(worker)!r})\nimport confine,"
+        " os\nconfine.enter(['/usr'])\nconfine.drop(dict(seconds=1, cpu_seconds=2, memory_mb=512, processes=8,"
+        " scratch_mb=4, uid=7), True)\nimport socket\ntry: socket.create_connection(('1.1.1.1', 53), timeout=1);"
+        " print('connected')\nexcept OSError as error: print('network:', error.errno)\nprint(os.listdir('/tmp'),"
+        " os.path.exists('/etc/passwd'), open('/proc/self/status').read().split('CapEff:')[1].split()[0])\n"
     )
     try:
         nobody = {"user": 65534, "group": 65534, "extra_groups": []}
-        done = subprocess.run([python, "-I", "-c", check], **nobody, capture_output=True, text=True, timeout=60, cwd="/")  # type: ignore[call-overload]
+        done = subprocess.run(
+            [python, "-I", "-c", check], **nobody, capture_output=True, text=True, timeout=60, cwd="/"
+        )  # type: ignore[call-overload]
     except PermissionError:
         pytest.skip("the project folder can't be read by other users")
     if "unshare" in done.stderr or "uid_map" in done.stderr or "ModuleNotFoundError" in done.stderr:

@@ -1,4 +1,6 @@
-"""The job scripts on a real Slurm: two slurmd on this host, a job over both, requeued in mid-step, a node that dies, and what is printed dry."""
+"""The job scripts on a real Slurm: two slurmd on this host, a job over both, requeued in mid-step, a node that dies,
+and what is printed dry.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,17 @@ LACKS = missing()
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_dry_run_prints_the_resources_and_the_command_and_starts_nothing(name: str, tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | {"RUN_ROOT": str(tmp_path / "runs")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | {
+        "RUN_ROOT": str(tmp_path / "runs")
+    }
     command = ["bash", str(REPO / "slurm" / name), "--dry-run", "trainer.steps=5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "#SBATCH --nodes=" in done.stdout and "#SBATCH --signal=TERM@" in done.stdout and "#SBATCH --requeue" in done.stdout
+    assert (
+        "#SBATCH --nodes=" in done.stdout
+        and "#SBATCH --signal=TERM@" in done.stdout
+        and "#SBATCH --requeue" in done.stdout
+    )
     (launch,) = [line for line in done.stdout.splitlines() if line.startswith("srun ")]
     assert "trainer.steps=5" in launch and f"run.root={tmp_path}" in launch and "--recipe" in launch
     assert not list(tmp_path.iterdir())
@@ -37,18 +45,31 @@ def test_a_dry_run_prints_the_resources_and_the_command_and_starts_nothing(name:
 
 @pytest.mark.parametrize(("code", "requeues"), [(75, 5), (76, 2), (137, 2), (1, 0), (2, 0), (0, 0)])
 def test_what_a_job_makes_of_the_ranks_exit_code(code: int, requeues: int, tmp_path: Path) -> None:
-    """``srun`` ends at once with ``code`` and no checkpoint; how many of five attempts put the job back into the queue."""
+    """``srun`` ends at once with ``code`` and no checkpoint; how many of five attempts put the job back into the
+    queue.
+    """
     asked = tmp_path / "asked"
     scontrol = f'if [ "$1" = requeue ]; then echo "$2" >> {asked}; else echo NodeAddr=127.0.0.1; fi'
     for name, body in {"srun": f"exit {code}", "scontrol": scontrol}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node0", "SLURM_JOB_NUM_NODES": "1", "RUN_ROOT": str(tmp_path / "runs")}
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | job | {"PACT_REPOSITORY": str(REPO)}
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node0",
+        "SLURM_JOB_NUM_NODES": "1",
+        "RUN_ROOT": str(tmp_path / "runs"),
+    }
+    environment = (
+        {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+        | job
+        | {"PACT_REPOSITORY": str(REPO)}
+    )
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
     for attempt in range(5):
         command = ["bash", str(REPO / "slurm" / "pact_bfcl.sh")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment | {"SLURM_RESTART_COUNT": str(attempt)})
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, env=environment | {"SLURM_RESTART_COUNT": str(attempt)}
+        )
         requeued = asked.read_text().splitlines() if asked.exists() else []
         assert requeued == ["7"] * min(attempt + 1, requeues), done.stdout + done.stderr
         assert done.returncode == (0 if attempt < requeues else code)
@@ -75,7 +96,15 @@ def submit(cluster: Cluster, stage: dict[str, Any], root: Path, *words: str) -> 
         "PACT_REPOSITORY": str(REPO),
     }
     resources = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", f"--output={root}.log"]
-    command = ["sbatch", "--parsable", *resources, str(REPO / "slurm" / "pact_bfcl.sh"), *stage["words"], f"run.root={root}", *words]
+    command = [
+        "sbatch",
+        "--parsable",
+        *resources,
+        str(REPO / "slurm" / "pact_bfcl.sh"),
+        *stage["words"],
+        f"run.root={root}",
+        *words,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=root.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -94,25 +123,39 @@ def metrics(root: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_job_over_two_nodes_is_requeued_in_mid_step_and_ends_as_if_it_never_was(cluster: Cluster, stage: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_a_job_over_two_nodes_is_requeued_in_mid_step_and_ends_as_if_it_never_was(
+    cluster: Cluster,
+    stage: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
     uncut = recipe(stage, "uncut", "policy.pipeline_parallel=2", ranks=2)
     root = tmp_path / "requeued"
     job = submit(cluster, stage, root, "policy.pipeline_parallel=2", "run.name=uncut")
-    wait_for(lambda: len(metrics(root)) == 2, 240, Path(f"{root}.log"))  # the warm-up and the first RL step are done, the second is under way
+    wait_for(
+        lambda: len(metrics(root)) == 2, 240, Path(f"{root}.log")
+    )  # the warm-up and the first RL step are done, the second is under way
     assert cluster.state(job) == "RUNNING"
     cluster.ask("scontrol", "requeue", job)
     cluster.wait_state(job, ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"), 400)
     said = Path(f"{root}.log").read_text()
     assert cluster.state(job) == "COMPLETED", said[-3000:]
     assert f"job {job} attempt 0 on n[1-2]" in said and f"job {job} attempt 1 on n[1-2]" in said and "--resume" in said
-    assert len(list((root / "logs").glob("attempt-0-rank-*.log"))) == 2 == len(list((root / "logs").glob("attempt-1-rank-*.log")))
+    assert (
+        len(list((root / "logs").glob("attempt-0-rank-*.log")))
+        == 2
+        == len(list((root / "logs").glob("attempt-1-rank-*.log")))
+    )
     assert records((root / "latest").resolve()) == records(uncut)
     one, other = load_file(root / "latest" / "hf" / "model.safetensors"), load_file(uncut / "hf" / "model.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.slow
-def test_the_schedulers_notice_is_a_checkpoint_and_the_job_requeues_itself(cluster: Cluster, stage: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_the_schedulers_notice_is_a_checkpoint_and_the_job_requeues_itself(
+    cluster: Cluster,
+    stage: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
     root = tmp_path / "noticed"
     job = submit(cluster, stage, root, "trainer.checkpoint_every=0")
     wait_for(lambda: len(metrics(root)) >= 1, 240, Path(f"{root}.log"))
@@ -125,7 +168,11 @@ def test_the_schedulers_notice_is_a_checkpoint_and_the_job_requeues_itself(clust
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_takes_the_job_with_it_and_it_goes_on_when_the_node_is_back(cluster: Cluster, stage: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_a_node_that_dies_takes_the_job_with_it_and_it_goes_on_when_the_node_is_back(
+    cluster: Cluster,
+    stage: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
     root = tmp_path / "died"
     job = submit(cluster, stage, root)
     wait_for(lambda: len(metrics(root)) >= 2, 240, Path(f"{root}.log"))
@@ -147,11 +194,19 @@ def test_a_rollout_server_on_a_node_of_its_own(
 ) -> None:
     root = tmp_path / "apart"
     monkeypatch.setitem(cluster.env, "SERVER_NODES", "1")
-    words = ["trainer.replay=null", "trainer.steps=1", "trainer.batch_size=2", "trainer.mini_batch_size=2", "rollout.sampling.max_turn_tokens=24"]
+    words = [
+        "trainer.replay=null",
+        "trainer.steps=1",
+        "trainer.batch_size=2",
+        "trainer.mini_batch_size=2",
+        "rollout.sampling.max_turn_tokens=24",
+    ]
     job = submit(cluster, stage, root, *words)
     cluster.wait_state(job, ("COMPLETED", "FAILED", "CANCELLED"), 500)
     said = Path(f"{root}.log").read_text()
-    assert cluster.state(job) == "COMPLETED", said[-3000:] + "".join(path.read_text()[-1500:] for path in (root / "logs").glob("*"))
+    assert cluster.state(job) == "COMPLETED", said[-3000:] + "".join(
+        path.read_text()[-1500:] for path in (root / "logs").glob("*")
+    )
     assert (root / "logs" / "attempt-0-server-0.url").read_text().startswith("http://127.0.0.1:")
     summary = json.loads((root / "latest" / "summary.json").read_text())
     assert [summary["eval"][name]["weight_version"] for name in ("base", "before", "after")] == [0, 1, 2]

@@ -1,4 +1,6 @@
-"""Standard output and error that are lost, full or closed end nothing and hide no failure. Each case is a real process with a real descriptor."""
+"""Standard output and error that are lost, full or closed end nothing and hide no failure. Each case is a real process
+with a real descriptor.
+"""
 
 from __future__ import annotations
 
@@ -46,20 +48,32 @@ def shell(line: str, folder: Path, program: str = RUN, code: int = 0) -> tuple[s
     """Run the program with a shell's redirections; the log that it leaves."""
     (folder / "program.py").write_text(program)
     environment = {
-        **os.environ, "PYTHONPATH": str(REPO), "LOG": str(folder / "run.log"), "DONE": str(folder / "done"), "CODE": str(code), "P": sys.executable,
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(REPO),
+        "LOG": str(folder / "run.log"),
+        "DONE": str(folder / "done"),
+        "CODE": str(code),
+        "P": sys.executable,
+    }
     line = "set -o pipefail; " + line.replace("RUN", f'"$P" {folder / "program.py"}')
-    done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=120, cwd=folder)
+    done = subprocess.run(
+        ["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=120, cwd=folder
+    )
     return done, (folder / "run.log").read_text() if (folder / "run.log").exists() else ""
 
 
 @pytest.mark.parametrize(
     ("line", "code"),
     [
-        ("RUN | head -3", 0), ("RUN | true", 75), ("RUN > /dev/full", 0), ("RUN >&-", 0), ("RUN >&- 2>&-", 75), ("RUN > /dev/full 2>&1", 0),
+        ("RUN | head -3", 0),
+        ("RUN | true", 75),
+        ("RUN > /dev/full", 0),
+        ("RUN >&-", 0),
+        ("RUN >&- 2>&-", 75),
+        ("RUN > /dev/full 2>&1", 0),
         ("RUN 2>&1 | head -1", 0),
     ],
-)  # fmt: skip
+)
 def test_a_run_goes_on_and_keeps_its_exit_code(line: str, code: int, tmp_path: Path) -> None:
     done, log = shell(line, tmp_path, code=code)
     assert done.returncode == code, done.stderr
@@ -77,7 +91,10 @@ def test_a_closed_descriptor_is_not_given_to_the_next_file(tmp_path: Path) -> No
     assert (tmp_path / "data").read_text() == ""
 
 
-PRINTS = "import sys\nfrom pact_nemo.terminal import command\ndef main():\n    print('a line\\n' * 50000)\n    return {code}\ncommand(main)\n"
+PRINTS = (
+    "import sys\nfrom pact_nemo.terminal import command\ndef main():\n    print('a line\\n' * 50000)\n    return"
+    " {code}\ncommand(main)\n"
+)
 
 
 def test_a_commands_product_that_a_full_disk_refused_is_a_failure_with_a_reason(tmp_path: Path) -> None:
@@ -102,7 +119,9 @@ def test_an_error_is_still_told_on_standard_error(tmp_path: Path) -> None:
 def test_commands_that_print_much_are_quiet_about_head(line: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     command = f'set -o pipefail; "{sys.executable}" {REPO}/{line} | head -1'
-    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
     assert done.returncode == 0 and done.stdout and not done.stderr
 
 
@@ -121,12 +140,20 @@ class Broken(io.StringIO):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left"), OSError(5, "I/O error"), ValueError("closed")])
-def test_progress_survives_its_console(error: Exception, terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left"), OSError(5, "I/O error"), ValueError("closed")],
+)
+def test_progress_survives_its_console(
+    error: Exception, terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = Broken(error, terminal)
     monkeypatch.setattr(os, "dup2", lambda *args: None)  # rich would lead the tests' own output to /dev/null
     log = RunLog(tmp_path / "run.log")
-    with RunProgress(total_steps=1, console=Console(file=stream, force_terminal=terminal), log=log) as progress, progress.phase("work", 2) as phase:
+    with (
+        RunProgress(total_steps=1, console=Console(file=stream, force_terminal=terminal), log=log) as progress,
+        progress.phase("work", 2) as phase,
+    ):
         phase.advance()
         progress.message("a line")
         phase.advance()

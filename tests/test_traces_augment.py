@@ -1,4 +1,6 @@
-"""Variants of traces are verified by execution, the policy's own solutions become traces, and beaten traces lose weight."""
+"""Variants of traces are verified by execution, the policy's own solutions become traces, and beaten traces lose
+weight.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,12 @@ def test_variants_say_what_execution_gives(bfcl: tuple[BFCLEnvironment, list[tup
         for variant in made:
             observations, success = executed_alone(environment, task, variant)
             assert success and observations == [text for turn in variant.turns for text in turn.observations]
-            before = sorted(repr(sorted(call.arguments.items())) + call.name for turn in trace.turns for call in turn.calls)
-            after = sorted(repr(sorted(call.arguments.items())) + call.name for turn in variant.turns for call in turn.calls)
+            before = sorted(
+                repr(sorted(call.arguments.items())) + call.name for turn in trace.turns for call in turn.calls
+            )
+            after = sorted(
+                repr(sorted(call.arguments.items())) + call.name for turn in variant.turns for call in turn.calls
+            )
             assert before == after and variant.verified
         swapped += any(variant.source.endswith("call_order") for variant in made)
         reordered += any(variant.source.endswith("argument_order") for variant in made)
@@ -73,10 +79,15 @@ def test_a_reordering_that_changes_what_happens_is_no_variant() -> None:
             break
     else:
         pytest.skip("no such task")
-    backwards = replace(trace.turns[0], calls=trace.turns[0].calls[::-1], observations=trace.turns[0].observations[::-1])
+    backwards = replace(
+        trace.turns[0], calls=trace.turns[0].calls[::-1], observations=trace.turns[0].observations[::-1]
+    )
     result = replay(environment, task, replace(trace, turns=(backwards, *trace.turns[1:])))
     assert result is None or not result.outcome.success or result.observations[0] != backwards.observations
-    assert all(variant.turns[0].calls[0].name == "cd" for variant in variants(environment, task, trace, ["call_order"], 9, seed=0))
+    assert all(
+        variant.turns[0].calls[0].name == "cd"
+        for variant in variants(environment, task, trace, ["call_order"], 9, seed=0)
+    )
 
 
 def test_reasoning_that_speaks_of_an_order_keeps_it() -> None:
@@ -116,11 +127,15 @@ def test_one_file_may_hold_several_traces_of_a_task(tmp_path: Path) -> None:
     first = Trace("t", "x", (TraceTurn((), (ToolCall("f", {"a": 1, "b": 2}),), ("3",)),), True)
     second = Trace("t", "y", (TraceTurn((), (ToolCall("f", {"b": 2, "a": 1}),), ("3",)),), True)
     write_traces(tmp_path / "t.jsonl", [first, second])
-    assert [list(trace.turns[0].calls[0].arguments) for trace in read_traces(tmp_path / "t.jsonl")] == [["a", "b"], ["b", "a"]]
+    assert [list(trace.turns[0].calls[0].arguments) for trace in read_traces(tmp_path / "t.jsonl")] == [
+        ["a", "b"],
+        ["b", "a"],
+    ]
 
 
 @pytest.mark.parametrize(
-    ("rollout", "trace", "wins"), [((1.0, 1), (1.0, 2), True), ((1.0, 2), (1.0, 2), False), ((0.5, 0), (1.0, 2), False), ((1.0, 9), (0.5, 2), True)]
+    ("rollout", "trace", "wins"),
+    [((1.0, 1), (1.0, 2), True), ((1.0, 2), (1.0, 2), False), ((0.5, 0), (1.0, 2), False), ((1.0, 9), (0.5, 2), True)],
 )
 def test_what_beats_a_trace(rollout: tuple[float, int], trace: tuple[float, int], wins: bool) -> None:
     assert beats(*rollout, *trace) is wins
@@ -164,14 +179,31 @@ def test_the_weight_scales_the_sft_term_and_nothing_else() -> None:
 
 
 def test_the_tool_extends_a_trace_file(tmp_path: Path) -> None:
-    words = ["tasks.window=turn", "tasks.max_calls=2", "tasks.max_tools=4", "traces.calls_per_turn=all", "traces.style=compact"]
+    words = [
+        "tasks.window=turn",
+        "tasks.max_calls=2",
+        "tasks.max_tools=4",
+        "traces.calls_per_turn=all",
+        "traces.style=compact",
+    ]
     tool = [sys.executable, str(REPO / "tools" / "make_traces.py")]
     base = [*tool, "--out", str(tmp_path / "a.jsonl"), "--recorded", "--limit", "20", *words]
     assert subprocess.run(base, capture_output=True, text=True, timeout=300).returncode == 0
-    more = ["--out", str(tmp_path / "b.jsonl"), "--extend", str(tmp_path / "a.jsonl"), "--augment", "argument_order", "--augment", "call_order"]
+    more = [
+        "--out",
+        str(tmp_path / "b.jsonl"),
+        "--extend",
+        str(tmp_path / "a.jsonl"),
+        "--augment",
+        "argument_order",
+        "--augment",
+        "call_order",
+    ]
     done = subprocess.run([*tool, *more, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     one, other = read_traces(tmp_path / "a.jsonl"), read_traces(tmp_path / "b.jsonl")
-    assert found["traces"] == len(other) > len(one) == found["read"] and {trace.task_id for trace in other} == {trace.task_id for trace in one}
+    assert found["traces"] == len(other) > len(one) == found["read"] and {trace.task_id for trace in other} == {
+        trace.task_id for trace in one
+    }
     assert found["argument_order"] + found.get("call_order", 0) == len(other) - len(one)

@@ -1,4 +1,6 @@
-"""Ground-truth and teacher traces: real observations, verified, no answer in them, reasoning that says where arguments come from."""
+"""Ground-truth and teacher traces: real observations, verified, no answer in them, reasoning that says where arguments
+come from.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ SEARCH = {
     "description": "This tool belongs to a library. Tool description: Finds all books of a writer in the catalogue.",
     "parameters": {
         "type": "object",
-        "properties": {"writer": {"type": "string"}, "limit": {"type": "integer", "default": 10}, "exact": {"type": "boolean"}},
+        "properties": {
+            "writer": {"type": "string"},
+            "limit": {"type": "integer", "default": 10},
+            "exact": {"type": "boolean"},
+        },
         "required": ["writer"],
     },
 }
@@ -45,7 +51,9 @@ def traces(window: str, style: str) -> list[Trace]:
     return made
 
 
-@pytest.mark.parametrize(("window", "style", "count"), [("full", "compact", 800), ("turn", "compact", 912), ("turn", "full", 912)])
+@pytest.mark.parametrize(
+    ("window", "style", "count"), [("full", "compact", 800), ("turn", "compact", 912), ("turn", "full", 912)]
+)
 def test_every_task_has_a_verified_trace_of_its_reference_calls(window: str, style: str, count: int) -> None:
     made = traces(window, style)
     assert len(made) == count
@@ -62,7 +70,9 @@ def test_observations_are_what_the_environment_answers() -> None:
     env = environment("turn")
     for task, trace in list(zip(env.tasks(), traces("turn", "compact"), strict=True))[::10]:
         session = env.start(task)
-        assert [session.execute(list(turn.calls)) for turn in trace.turns] == [list(turn.observations) for turn in trace.turns]
+        assert [session.execute(list(turn.calls)) for turn in trace.turns] == [
+            list(turn.observations) for turn in trace.turns
+        ]
         session.close()
 
 
@@ -146,16 +156,21 @@ def test_full_style_does_not_reject_a_tool_that_is_used_later() -> None:
     other = {**SEARCH, "name": "borrow"}
     context = Context([other, SEARCH], words="x", needed_later=frozenset({"borrow"}))
     assert all(
-        segment.type != "irrelevant_tool_rejection" for segment in annotate_turn([ToolCall("search", {"writer": "x"})], context, "full")
+        segment.type != "irrelevant_tool_rejection"
+        for segment in annotate_turn([ToolCall("search", {"writer": "x"})], context, "full")
     )
     assert purpose(SEARCH, 30) == "find all books of a writer in the catalogue"
 
 
-# --- teacher -----------------------------------------------------------------------------------------------------------------------------
+# --- teacher
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _message(content: str, *calls: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    rows = [{"id": f"c{i}", "type": "function", "function": {"name": n, "arguments": json.dumps(a)}} for i, (n, a) in enumerate(calls)]
+    rows = [
+        {"id": f"c{i}", "type": "function", "function": {"name": n, "arguments": json.dumps(a)}}
+        for i, (n, a) in enumerate(calls)
+    ]
     return {"role": "assistant", "content": content, "tool_calls": rows}
 
 
@@ -173,7 +188,10 @@ def test_a_teacher_that_follows_the_reference_gives_a_verified_trace_without_its
         seen: list[str] = []
 
         def complete(
-            messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], steps: Any = steps, seen: Any = seen
+            messages: Sequence[Mapping[str, Any]],
+            tools: Sequence[Mapping[str, Any]],
+            steps: Any = steps,
+            seen: Any = seen,
         ) -> Any:
             seen.append(json.dumps([list(messages), list(tools)]))
             return next(steps)
@@ -181,7 +199,9 @@ def test_a_teacher_that_follows_the_reference_gives_a_verified_trace_without_its
         trace = teacher_trace(env, task, complete, max_turns=12)
         assert trace is not None and trace.verified and trace.source == "teacher"
         assert "42" not in "".join(turn.reasoning for turn in trace.turns)
-        assert [call for turn in trace.turns for call in turn.calls] == [call for turn in task.reference_calls for call in turn]
+        assert [call for turn in trace.turns for call in turn.calls] == [
+            call for turn in task.reference_calls for call in turn
+        ]
         acting = next(turn for turn in trace.turns if turn.calls)
         assert {segment.type for segment in acting.segments} == {"task_restate", "tool_selection"}
         assert Trace.from_dict(json.loads(json.dumps(trace.to_dict()))) == trace

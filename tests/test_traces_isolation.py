@@ -15,7 +15,9 @@ FORBIDDEN = "pact_nemo.traces"
 
 
 def _imports(source: str, package: str) -> Iterator[str]:
-    """Absolute names of everything imported in ``source`` (a module of ``package``), literal dynamic imports included."""
+    """Absolute names of everything imported in ``source`` (a module of ``package``), literal dynamic imports
+    included.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -38,7 +40,11 @@ def _touches(source: str, package: str) -> bool:
 def test_no_module_below_the_traces_imports_them(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files, f"package {package} is gone: this test would prove nothing"
-    offenders = [str(path.relative_to(ROOT)) for path in files if _touches(path.read_text(encoding="utf-8"), f"pact_nemo.{package}")]
+    offenders = [
+        str(path.relative_to(ROOT))
+        for path in files
+        if _touches(path.read_text(encoding="utf-8"), f"pact_nemo.{package}")
+    ]
     assert offenders == []
 
 
@@ -59,7 +65,9 @@ def test_the_walk_sees_every_spelling(source: str) -> None:
     assert _touches(source, "pact_nemo.rollouts")
 
 
-@pytest.mark.parametrize("source", ["import pact_nemo.chat", "from ..chat import template", "from pact_nemo import errors", "x = 'traces'"])
+@pytest.mark.parametrize(
+    "source", ["import pact_nemo.chat", "from ..chat import template", "from pact_nemo import errors", "x = 'traces'"]
+)
 def test_the_walk_has_no_false_alarm(source: str) -> None:
     assert not _touches(source, "pact_nemo.rollouts")
 

@@ -1,4 +1,6 @@
-"""Trace rows: what is written reads back; what is malformed is named by file, line and field; bad traces are filtered with a reason."""
+"""Trace rows: what is written reads back; what is malformed is named by file, line and field; bad traces are filtered
+with a reason.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,10 @@ def test_nothing_that_a_trace_says_is_passed_over(path: str, value: Any, message
 
 def test_a_key_twice_in_a_trace_is_refused_by_line(tmp_path: Path) -> None:
     good = json.dumps(_trace().to_dict())
-    for text, key in ((f'{good[:-1]}, "task_id": "other"}}', "task_id"), (good.replace('{"a": true', '{"a": false, "a": true'), "a")):
+    for text, key in (
+        (f'{good[:-1]}, "task_id": "other"}}', "task_id"),
+        (good.replace('{"a": true', '{"a": false, "a": true'), "a"),
+    ):
         path = tmp_path / "t.jsonl"
         path.write_text(f"{json.dumps(_trace(task_id='t#1').to_dict())}\n{text}\n")
         with pytest.raises(DataError, match=rf"t\.jsonl:2: .*the key '{key}' is there twice"):
@@ -159,7 +164,10 @@ def test_a_trace_can_not_end_with_a_message() -> None:
         (_trace(turns=(TraceTurn((), (ToolCall("ls", {"a b": 1}),), ("x",)),)), "malformed_turn"),
         (_trace(turns=(TraceTurn((), (), ()),)), "malformed_turn"),
         (_trace(turns=(TraceTurn((), (ToolCall("ls", {}),), ()),)), "malformed_turn"),
-        (_trace(turns=(TraceTurn((ReasoningSegment("other", "<|im_end|>"),), (ToolCall("ls", {}),), ("x",)),)), "control_text_in_turn"),
+        (
+            _trace(turns=(TraceTurn((ReasoningSegment("other", "<|im_end|>"),), (ToolCall("ls", {}),), ("x",)),)),
+            "control_text_in_turn",
+        ),
     ],
 )
 def test_filters_name_the_reason(trace: Trace, reason: str | None) -> None:
@@ -167,7 +175,16 @@ def test_filters_name_the_reason(trace: Trace, reason: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "levels"), [(0, []), (1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [1, 2, 3, 4]), (5, [1, 1, 2, 3, 4]), (8, [1, 1, 2, 2, 3, 3, 4, 4])]
+    ("count", "levels"),
+    [
+        (0, []),
+        (1, [1]),
+        (2, [1, 3]),
+        (3, [1, 2, 3]),
+        (4, [1, 2, 3, 4]),
+        (5, [1, 1, 2, 3, 4]),
+        (8, [1, 1, 2, 2, 3, 3, 4, 4]),
+    ],
 )
 def test_levels_go_by_position_and_l0_holds_no_reasoning(count: int, levels: list[int]) -> None:
     for kind in SEGMENT_TYPES[:-1]:
@@ -223,19 +240,30 @@ def test_split_reasoning_loses_no_character() -> None:
 def test_a_paragraph_is_parted_before_the_sentence_that_writes_the_call_down() -> None:
     text = "The user wants x. It is in a. Now I run ls(a=1). Done."
     pieces = split_reasoning(text, ["ls"])
-    assert pieces == [("task_restate", "The user wants x. It is in a."), ("explicit_call_preview", " Now I run ls(a=1). Done.")]
+    assert pieces == [
+        ("task_restate", "The user wants x. It is in a."),
+        ("explicit_call_preview", " Now I run ls(a=1). Done."),
+    ]
     assert split_reasoning("Run ls(a=1) now.", ["ls"]) == [("explicit_call_preview", "Run ls(a=1) now.")]
 
 
 def test_a_trace_may_call_tools_whose_names_python_cannot_write() -> None:
-    odd = {"name": "flights.search-v2", "description": "", "parameters": {"type": "object", "properties": {"from": {}, "content-type": {}}}}
+    odd = {
+        "name": "flights.search-v2",
+        "description": "",
+        "parameters": {"type": "object", "properties": {"from": {}, "content-type": {}}},
+    }
     turn = TraceTurn((), (ToolCall("flights.search-v2", {"from": "a", "content-type": "b"}),), ("x",))
     assert reject_reason(_trace(turns=(turn,)), [odd]) is None
 
 
 CHAT = [
     {"role": "user", "content": "Where am I?"},
-    {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "pwd", "arguments": "{}"}}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "pwd", "arguments": "{}"}}],
+    },
     {"role": "tool", "tool_call_id": "1", "content": "/a"},
 ]
 BLOCKS = [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "pwd", "input": {}}]}]
@@ -255,7 +283,10 @@ BLOCKS = [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "nam
         (json.dumps({"messages": json.dumps(CHAT)}), "OpenAI format"),
         (json.dumps({"version": "1", "turns": CHAT}), "OpenAI format .*under 'turns'"),
         (json.dumps({"custom_id": "1", "body": {"messages": CHAT}}), "OpenAI format"),
-        (json.dumps({"input": "Where?", "output": [{"type": "function_call", "name": "pwd", "arguments": "{}"}]}), "OpenAI's responses"),
+        (
+            json.dumps({"input": "Where?", "output": [{"type": "function_call", "name": "pwd", "arguments": "{}"}]}),
+            "OpenAI's responses",
+        ),
         (json.dumps({"text": "<|im_start|>user\nWhere?<|im_end|>"}), "a rendered chat"),
         ("PAR1", "parquet"),
     ],
@@ -264,5 +295,7 @@ def test_a_file_in_another_format_is_refused_with_its_name_and_what_to_do(tmp_pa
     path = tmp_path / "chats.jsonl"
     path.write_text(f"\n{text}\n")
     for quarantine in (None, Quarantine("quarantine")):  # it isn't a matter of bad rows
-        with pytest.raises(DataError, match=rf"(?s)chats\.jsonl.*{name}.*docs/traces\.md.*importer is planned.*tools/make_traces\.py"):
+        with pytest.raises(
+            DataError, match=rf"(?s)chats\.jsonl.*{name}.*docs/traces\.md.*importer is planned.*tools/make_traces\.py"
+        ):
             read_traces(path, quarantine)

@@ -1,4 +1,6 @@
-"""Component masks: in every supported chat template, CALL tokens are the call text and REASONING tokens the reasoning text."""
+"""Component masks: in every supported chat template, CALL tokens are the call text and REASONING tokens the reasoning
+text.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,11 @@ def _messages(task: Task, trace: Trace, chat: ChatFormat) -> list[dict[str, str]
 
 
 def _text(chat: ChatFormat, tokens: TraceTokens, turn: int, *components: int) -> str:
-    ids = [i for i, t, c in zip(tokens.token_ids, tokens.turn, tokens.component, strict=True) if t == turn and c in components]
+    ids = [
+        i
+        for i, t, c in zip(tokens.token_ids, tokens.turn, tokens.component, strict=True)
+        if t == turn and c in components
+    ]
     return str(chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
@@ -67,11 +73,14 @@ def _check(task: Task, trace: Trace, chat: ChatFormat) -> TraceTokens:
     assert all(len(values) == len(tokens.token_ids) for values in lists)
     for index, turn in enumerate(trace.turns):
         calls = chat.tool_format.render_calls(turn.calls) if turn.calls else ""
-        opening, switch = ("<think>\n", "\n</think>\n\n") if chat.thought is not None else ("", "\n" if turn.reasoning else "")
+        opening, switch = (
+            ("<think>\n", "\n</think>\n\n") if chat.thought is not None else ("", "\n" if turn.reasoning else "")
+        )
         reasoning = turn.reasoning if chat.thought is None else turn.reasoning.strip()
         # every token that the policy has to produce, in its order
         assert not calls or _text(chat, tokens, index, REASONING, CALL) == opening + reasoning + switch + calls
-        # the switch to the call is CALL, with the reasoning's last characters where one token holds both; so is the marker that opens a thought
+        # the switch to the call is CALL, with the reasoning's last characters where one token holds both; so is the
+        # marker that opens a thought
         assert not calls or _text(chat, tokens, index, CALL).endswith(switch + calls)
         assert not calls or _text(chat, tokens, index, CALL).startswith(opening)
         assert reasoning.startswith(_text(chat, tokens, index, REASONING))
@@ -121,7 +130,9 @@ def test_observation_tokens_are_the_observations(kind: str) -> None:
         for index, turn in enumerate(trace.turns):
             text = _text(chat, tokens, index, OBSERVATION)
             written = json.dumps(turn.observations[0]) if kind.startswith("llama") else turn.observations[0]
-            assert written.strip() in text and len(text) <= len(written) + 2  # a token may also cover a neighbouring line break
+            assert (
+                written.strip() in text and len(text) <= len(written) + 2
+            )  # a token may also cover a neighbouring line break
 
 
 def test_end_of_turn_and_roles_are_other_unless_asked() -> None:
@@ -154,7 +165,11 @@ def test_levels_select_growing_prefixes_without_the_preview(kind: str) -> None:
 
     def text(level: int) -> str:
         return chat.tokenizer.decode(
-            [i for i, have, t in zip(tokens.token_ids, tokens.segment_level, tokens.turn, strict=True) if t == 1 and 0 <= have <= level],
+            [
+                i
+                for i, have, t in zip(tokens.token_ids, tokens.segment_level, tokens.turn, strict=True)
+                if t == 1 and 0 <= have <= level
+            ],
             clean_up_tokenization_spaces=False,
         )
 
@@ -167,7 +182,9 @@ def test_the_switch_to_the_call_is_part_of_the_call_unless_it_is_left_unsupervis
     chat = chat_format(kind)
     taught, literal = (encode_trace(_segmented(), chat, switch=switch) for switch in (CALL, OTHER))
     assert taught.token_ids == literal.token_ids
-    different = [index for index, pair in enumerate(zip(taught.component, literal.component, strict=True)) if pair[0] != pair[1]]
+    different = [
+        index for index, pair in enumerate(zip(taught.component, literal.component, strict=True)) if pair[0] != pair[1]
+    ]
     assert {(taught.component[index], literal.component[index]) for index in different} == {(CALL, OTHER)}
     for turn in range(3):
         written = chat.decode([taught.token_ids[index] for index in different if taught.turn[index] == turn])
@@ -223,8 +240,14 @@ def test_truncation_keeps_whole_turns_that_render_on_their_own(kind: str) -> Non
         cut = truncate_at_turn(whole, limit)
         shorter = Trace("t", "ground_truth", _segmented().turns[:keep], True)
         expected = encode_trace(shorter, chat)
-        assert cut.token_ids == expected.token_ids and cut.component == expected.component and cut.turn_ends == expected.turn_ends
-        assert cut.segment_level == expected.segment_level and cut.turn == expected.turn and cut.turns_dropped == 3 - keep
+        assert (
+            cut.token_ids == expected.token_ids
+            and cut.component == expected.component
+            and cut.turn_ends == expected.turn_ends
+        )
+        assert (
+            cut.segment_level == expected.segment_level and cut.turn == expected.turn and cut.turns_dropped == 3 - keep
+        )
 
 
 def _percentile(values: Sequence[int], share: float) -> int:

@@ -1,4 +1,6 @@
-"""The batch: token trees and streams against the objective written down naively, prompt by prompt and token by token."""
+"""The batch: token trees and streams against the objective written down naively, prompt by prompt and token by
+token.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.traces.spans import CALL, OBSERVATION, OTHER, REASONING, TraceTokens
-from pact_nemo.training.batch import PromptGroup, PromptTree, contexts_needed, fill_streams, form_group, grow_tree, loss_of, set_temperature
+from pact_nemo.training.batch import (
+    PromptGroup,
+    PromptTree,
+    contexts_needed,
+    fill_streams,
+    form_group,
+    grow_tree,
+    loss_of,
+    set_temperature,
+)
 from pact_nemo.training.config import ObjectiveConfig
 from pact_nemo.training.data import prompts_of_step
 from pact_nemo.training.loop import spread
@@ -53,7 +64,9 @@ def score(tree: TokenTree, salt: str = "") -> torch.Tensor:
 
 
 def make_task(name: str) -> Task:
-    return Task(name, name, "c", (({"role": "user", "content": "u"},),), (), ((ToolCall("f", {"a": 1}), ToolCall("g", {})),))
+    return Task(
+        name, name, "c", (({"role": "user", "content": "u"},),), (), ((ToolCall("f", {"a": 1}), ToolCall("g", {})),)
+    )
 
 
 def make_rollout(task: Task, k: int, calls: list[ToolCall], success: bool, status: Any = "ok") -> Rollout:
@@ -68,7 +81,9 @@ def make_rollout(task: Task, k: int, calls: list[ToolCall], success: bool, statu
     return Rollout(task.id, k, [1, 2, 3], tokens, mask, [float(x) for x in logprobs], turns, outcome, 0, status=status)
 
 
-def make_groups(objective: ObjectiveConfig, seed: int = 5, step: int = 2, control: TraceTokens | None = None) -> list[PromptGroup]:
+def make_groups(
+    objective: ObjectiveConfig, seed: int = 5, step: int = 2, control: TraceTokens | None = None
+) -> list[PromptGroup]:
     groups = []
     for i, name in enumerate(("p0", "p1", "p2", "p3")):
         task = make_task(name)
@@ -78,7 +93,11 @@ def make_groups(objective: ObjectiveConfig, seed: int = 5, step: int = 2, contro
             make_rollout(task, 2, [], i % 2 == 0),
             make_rollout(task, 3, [], False, status="failed" if i == 1 else "truncated"),
         ]
-        groups.append(form_group(task, rollouts, None if name == "p3" else TRACE, objective, seed=seed, step=step, control=control))
+        groups.append(
+            form_group(
+                task, rollouts, None if name == "p3" else TRACE, objective, seed=seed, step=step, control=control
+            )
+        )
     return groups
 
 
@@ -87,7 +106,9 @@ def naive_loss(groups: list[PromptGroup], objective: ObjectiveConfig, schedule: 
     total = 0.0
     for group in groups:
         x = group.rollouts[0].prompt_ids
-        prefix = x if group.anchored else [*x, *(TRACE if group.control is None else group.control).token_ids, *BOUNDARY]
+        prefix = (
+            x if group.anchored else [*x, *(TRACE if group.control is None else group.control).token_ids, *BOUNDARY]
+        )
         usable = [k for k, r in enumerate(group.rollouts) if r.status != "failed"]
         rl, kl = 0.0, 0.0
         for k in usable:
@@ -115,15 +136,22 @@ def naive_loss(groups: list[PromptGroup], objective: ObjectiveConfig, schedule: 
     return total
 
 
-def built(groups: list[PromptGroup], objective: ObjectiveConfig, schedule: TraceSchedule, step: int) -> list[PromptTree]:
-    prompts = [grow_tree(g, BOUNDARY, objective, contexts=contexts_needed(g, objective, diagnostics=True)) for g in groups]
+def built(
+    groups: list[PromptGroup], objective: ObjectiveConfig, schedule: TraceSchedule, step: int
+) -> list[PromptTree]:
+    prompts = [
+        grow_tree(g, BOUNDARY, objective, contexts=contexts_needed(g, objective, diagnostics=True)) for g in groups
+    ]
     bare = [grow_tree(g, BOUNDARY, objective, contexts=("x",)) for g in groups]
     fill_streams(
-        prompts, objective, schedule, step,
+        prompts,
+        objective,
+        schedule,
+        step,
         old=[score(p.tree, "old") for p in prompts],
         reference=[spread(b, p, score(b.tree, "ref")) for b, p in zip(bare, prompts, strict=True)],
         importance_cap=2.0,
-    )  # fmt: skip
+    )
     for prompt in prompts:
         prompt.tree.streams = {name: value.double() for name, value in prompt.tree.streams.items()}
     return prompts
@@ -137,7 +165,9 @@ def test_the_summed_loss_is_equation_14(q: float, step: int) -> None:
     groups = make_groups(objective)
     loss_fn = loss_of(objective)
     total = sum(float(loss_fn(score(p.tree), p.tree.streams)[0]) for p in built(groups, objective, schedule, step))
-    assert total == pytest.approx(naive_loss(groups, objective, schedule, step), rel=1e-6)  # streams are stored in float32
+    assert total == pytest.approx(
+        naive_loss(groups, objective, schedule, step), rel=1e-6
+    )  # streams are stored in float32
 
 
 @pytest.mark.parametrize("shown", [[], [60, 61, 62]])
@@ -154,7 +184,9 @@ def test_a_control_changes_what_rl_is_conditioned_on_and_not_what_is_taught(show
     own = built(make_groups(objective), objective, schedule, 2)
     assert total != pytest.approx(sum(float(loss_fn(score(p.tree), p.tree.streams)[0]) for p in own), rel=1e-3)
     for key in ("w_sft_reasoning", "w_sft_call"):
-        assert sum(float(p.tree.streams[key].sum()) for p in prompts) == pytest.approx(sum(float(p.tree.streams[key].sum()) for p in own))
+        assert sum(float(p.tree.streams[key].sum()) for p in prompts) == pytest.approx(
+            sum(float(p.tree.streams[key].sum()) for p in own)
+        )
 
 
 def test_gate_and_missing_trace_decide_the_contexts() -> None:
@@ -170,7 +202,10 @@ def test_gate_and_missing_trace_decide_the_contexts() -> None:
 
 
 def test_grpo_is_the_group_normalised_outcome_and_matchtir_is_pact_without_traces() -> None:
-    groups = {method: make_groups(ObjectiveConfig(method=method, group_size=4, anchor_prob=0.0)) for method in ("pact", "matchtir", "grpo")}
+    groups = {
+        method: make_groups(ObjectiveConfig(method=method, group_size=4, anchor_prob=0.0))
+        for method in ("pact", "matchtir", "grpo")
+    }
     for pact, matchtir, grpo in zip(*groups.values(), strict=True):
         assert matchtir.anchored and grpo.anchored and matchtir.trace is None is grpo.trace
         for a, b in zip(pact.advantages, matchtir.advantages, strict=True):
@@ -179,7 +214,9 @@ def test_grpo_is_the_group_normalised_outcome_and_matchtir_is_pact_without_trace
         outcomes = np.array([grpo.rollouts[k].outcome.score for k in usable])  # type: ignore[union-attr]
         expected = (outcomes - outcomes.mean()) / (outcomes.std(ddof=1) + 1e-6)
         for k, value in zip(usable, expected, strict=True):
-            np.testing.assert_allclose(grpo.advantages[k], value, rtol=1e-5, atol=1e-6)  # one advantage for the whole rollout
+            np.testing.assert_allclose(
+                grpo.advantages[k], value, rtol=1e-5, atol=1e-6
+            )  # one advantage for the whole rollout
 
 
 def test_nothing_is_computed_that_no_term_reads() -> None:
@@ -188,7 +225,9 @@ def test_nothing_is_computed_that_no_term_reads() -> None:
     assert contexts_needed(group, objective, diagnostics=False) == ["h"]
     assert contexts_needed(group, objective, diagnostics=True) == ["x", "h"]
     no_trace_rl = ObjectiveConfig(group_size=4, anchor_prob=0.0, kl_coef=0.0, trace_rl=False)
-    spans = grow_tree(group, BOUNDARY, no_trace_rl, contexts=contexts_needed(group, no_trace_rl, diagnostics=False)).spans
+    spans = grow_tree(
+        group, BOUNDARY, no_trace_rl, contexts=contexts_needed(group, no_trace_rl, diagnostics=False)
+    ).spans
     assert {context for context, _ in spans} == {"x", "sft"}
 
 
@@ -213,7 +252,9 @@ def test_a_prompt_whose_rollouts_all_failed_still_teaches_its_trace_and_counts()
     assert tree.streams["w_sft_call"].any() and not tree.streams["w_rl_h"].any() and not tree.streams["w_rl_x"].any()
     # |B| is what the caller says where prompts with nothing to compute were left out
     before = tree.streams["w_sft_call"].clone()
-    fill_streams(prompts, objective, schedule, 1, old=None, reference=None, importance_cap=None, num_prompts=2 * len(groups))
+    fill_streams(
+        prompts, objective, schedule, 1, old=None, reference=None, importance_cap=None, num_prompts=2 * len(groups)
+    )
     assert torch.allclose(tree.streams["w_sft_call"].double(), before / 2)
 
 
@@ -230,7 +271,9 @@ def test_trace_conditioned_and_prompt_only_share_tokens_and_advantages() -> None
 def test_prompt_order_is_a_function_of_seed_and_step_and_visits_all() -> None:
     tasks = [make_task(f"t{i}") for i in range(10)]
     seen = [t.id for step in range(5) for t in prompts_of_step(tasks, step, 4, seed=3)]
-    assert len(set(seen[:8])) == 8 and len(set(seen[8:16])) == 8  # two batches an epoch, what is left over waits for the next one
+    assert (
+        len(set(seen[:8])) == 8 and len(set(seen[8:16])) == 8
+    )  # two batches an epoch, what is left over waits for the next one
     assert {t.id for step in range(40) for t in prompts_of_step(tasks, step, 4, seed=3)} == {t.id for t in tasks}
     assert seen[8:12] == [t.id for t in prompts_of_step(tasks, 2, 4, seed=3)]
     assert seen != [t.id for step in range(5) for t in prompts_of_step(tasks, step, 4, seed=4)]
@@ -247,13 +290,19 @@ def test_rollouts_are_scored_at_the_sampling_temperature_and_the_trace_at_one() 
             assert prompt.tree.temperatures is not None and len(prompt.tree.temperatures) == prompt.tree.num_scored
             for (context, _), (start, end) in prompt.spans.items():
                 expected = trace if context == "sft" else 0.7
-                assert torch.equal(prompt.tree.temperatures[start:end], torch.full((end - start,), expected)), (method, context)
+                assert torch.equal(prompt.tree.temperatures[start:end], torch.full((end - start,), expected)), (
+                    method,
+                    context,
+                )
 
 
 def test_the_entropy_bonus_is_on_policy_tokens_under_the_prompt_with_the_weights_of_the_kl_term() -> None:
     objective = ObjectiveConfig(group_size=4, anchor_prob=0.5, kl_coef=0.01, entropy_coef=0.02)
     conditioned = make_groups(ObjectiveConfig(group_size=4, anchor_prob=0.0))[0]
-    assert contexts_needed(conditioned, ObjectiveConfig(entropy_coef=0.02, kl_coef=0.0), diagnostics=False) == ["x", "h"]
+    assert contexts_needed(conditioned, ObjectiveConfig(entropy_coef=0.02, kl_coef=0.0), diagnostics=False) == [
+        "x",
+        "h",
+    ]
     for prompt in built(make_groups(objective), objective, TraceSchedule(clock=StepClock(5)), 0):
         streams = prompt.tree.streams
         torch.testing.assert_close(streams["w_entropy"], 2.0 * streams["w_kl"], rtol=1e-6, atol=0)

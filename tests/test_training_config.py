@@ -31,10 +31,16 @@ def test_every_shipped_config_resolves_and_round_trips(path: Path, tmp_path: Pat
 def test_every_ablation_changes_the_run_it_is_laid_over_by_what_it_says(path: Path) -> None:
     base_file = CONF / "pact_bfcl-smollm2_135m-cpu.yaml"
     base, ablated = to_yaml(load_config(base_file)).split("\n"), to_yaml(load_config([base_file, path])).split("\n")
-    said = [line.split("#")[0].strip() for line in path.read_text().split("\n") if line.strip() and not line.startswith("#")]
+    said = [
+        line.split("#")[0].strip() for line in path.read_text().split("\n") if line.strip() and not line.startswith("#")
+    ]
     changed = [line.strip() for line in ablated if line not in base]
     assert len(changed) <= len(said)
-    if path.stem not in ("table4-reasoning_segment", "table6-call_scale", "figure4-q_0.4"):  # the paper's own choice is the default
+    if path.stem not in (
+        "table4-reasoning_segment",
+        "table6-call_scale",
+        "figure4-q_0.4",
+    ):  # the paper's own choice is the default
         assert ablated != base
 
 
@@ -119,19 +125,27 @@ def test_epochs_or_steps_say_how_long_a_run_is(tmp_path: Path) -> None:
 
 def test_an_epoch_is_the_batches_it_fills() -> None:
     paper = load_config(None, ["trainer.epochs=3"])
-    assert steps_of(paper, 2215) == 24 == steps_of(load_config(None), 7)  # the paper: about 2.2k prompts, 24 steps, 3 epochs
+    assert (
+        steps_of(paper, 2215) == 24 == steps_of(load_config(None), 7)
+    )  # the paper: about 2.2k prompts, 24 steps, 3 epochs
     for tasks, batch, epochs in ((12, 4, 1), (13, 4, 2), (15, 4, 3), (4, 4, 5)):
-        config = load_config(None, [f"trainer.epochs={epochs}", f"trainer.batch_size={batch}", f"trainer.mini_batch_size={batch}"])
+        config = load_config(
+            None, [f"trainer.epochs={epochs}", f"trainer.batch_size={batch}", f"trainer.mini_batch_size={batch}"]
+        )
         names: list[Any] = list(range(tasks))
         steps = steps_of(config, tasks)
         seen = Counter(task for step in range(steps) for task in prompts_of_step(names, step, batch, 1))
         assert max(seen.values()) <= epochs and sum(seen.values()) == epochs * batch * (tasks // batch)
-        once_more = Counter(seen) + Counter(task for step in range(steps, steps + tasks // batch) for task in prompts_of_step(names, step, batch, 1))
+        once_more = Counter(seen) + Counter(
+            task for step in range(steps, steps + tasks // batch) for task in prompts_of_step(names, step, batch, 1)
+        )
         assert max(once_more.values()) == epochs + 1
         resolved = settled(config, tasks)
         assert (resolved.trainer.steps, resolved.trainer.epochs) == (steps, None) and settled(resolved, 1) is resolved
         assert config.trainer.steps is None
-    with pytest.raises(ConfigError, match="trainer.epochs=3: 255 training tasks fill no batch of trainer.batch_size=256"):
+    with pytest.raises(
+        ConfigError, match="trainer.epochs=3: 255 training tasks fill no batch of trainer.batch_size=256"
+    ):
         steps_of(paper, 255)
 
 
@@ -140,18 +154,24 @@ def test_naming_a_method_brings_its_own_defaults_and_what_is_said_beside_it_wins
     luffy = load_config(None, ["objective.method=luffy"]).objective
     assert {name: getattr(luffy, name) for name in METHODS["luffy"].defaults} == METHODS["luffy"].defaults
     assert (plain.objective.clip, plain.objective.kl_coef, plain.objective.aggregation) == (True, 0.001, "rollout-mean")
-    for words in (["objective.kl_coef=0.5", "objective.method=luffy"], ["objective.method=luffy", "objective.kl_coef=0.5"]):
+    for words in (
+        ["objective.kl_coef=0.5", "objective.method=luffy"],
+        ["objective.method=luffy", "objective.kl_coef=0.5"],
+    ):
         assert load_config(None, words).objective.kl_coef == 0.5  # the order of words says nothing
     parent = tmp_path / "parent.yaml"
     parent.write_text("objective: {kl_coef: 0.25}\n")
     child = tmp_path / "child.yaml"
     child.write_text("defaults: [parent.yaml]\nobjective: {method: luffy}\n")
     assert load_config(child).objective.kl_coef == 0.25 and load_config(child).objective.clip is False
-    # a finished run's file, whose every setting is spelled out, trained with another method: that method's defaults, not the old one's
+    # a finished run's file, whose every setting is spelled out, trained with another method: that method's defaults,
+    # not the old one's
     saved = tmp_path / "saved.yaml"
     saved.write_text(to_yaml(load_config(child)))
     assert load_config(saved) == load_config(child) == load_config(saved, ["objective.method=luffy"])
-    assert load_config(saved, ["objective.method=pact"]).objective == dataclasses.replace(plain.objective, kl_coef=0.001)
+    assert load_config(saved, ["objective.method=pact"]).objective == dataclasses.replace(
+        plain.objective, kl_coef=0.001
+    )
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -186,33 +206,86 @@ def test_rollouts_that_were_sampled_at_another_temperature_are_not_replayed(tmp_
     workspace.check_replay(load_config(None, [f"trainer.replay={first.folder}", "rollout.sampling.temperature=0.7"]))
     with pytest.raises(ConfigError, match="rollout.sampling.temperature=0.7"):
         workspace.check_replay(load_config(None, [f"trainer.replay={first.folder}"]))
-    workspace.check_replay(load_config(None, [f"trainer.replay={tmp_path / 'made_elsewhere'}"]))  # dumps without a config say nothing of it
+    workspace.check_replay(
+        load_config(None, [f"trainer.replay={tmp_path / 'made_elsewhere'}"])
+    )  # dumps without a config say nothing of it
 
 
-@pytest.mark.parametrize("word", ["--generation-config=auto", "--override_generation_config", "--logprobs-mode=raw_logprobs", "--hf-overrides"])
+@pytest.mark.parametrize(
+    "word",
+    ["--generation-config=auto", "--override_generation_config", "--logprobs-mode=raw_logprobs", "--hf-overrides"],
+)
 def test_words_that_change_what_the_server_samples_are_refused(word: str) -> None:
     with pytest.raises(ConfigError, match="rollout.server.extra_args"):
         load_config(None, [f"rollout.server.extra_args=['{word}']"])
-    assert load_config(None, ["rollout.server.extra_args=['--max-num-seqs=2']"]).rollout.server.extra_args == ["--max-num-seqs=2"]
+    assert load_config(None, ["rollout.server.extra_args=['--max-num-seqs=2']"]).rollout.server.extra_args == [
+        "--max-num-seqs=2"
+    ]
 
 
 TEXTS = (
-    "2024_01", "007", "1e3", "0x10", "0b11", "0o7", "12:30", "1:2:3.5", "2024-01-01", "no", "Yes", "on", "OFF", "true", "n", ".inf", ".NaN", "1_000",
-    "+1", "-5", "a=b", "a #b", "[x", "{y", "- x", "? x", "a: b", "&a", "*a", "!t", "!!int 3", "%d", "@q", "`w", "|", ">", '"half', "it's", "٣",
-)  # fmt: skip
+    "2024_01",
+    "007",
+    "1e3",
+    "0x10",
+    "0b11",
+    "0o7",
+    "12:30",
+    "1:2:3.5",
+    "2024-01-01",
+    "no",
+    "Yes",
+    "on",
+    "OFF",
+    "true",
+    "n",
+    ".inf",
+    ".NaN",
+    "1_000",
+    "+1",
+    "-5",
+    "a=b",
+    "a #b",
+    "[x",
+    "{y",
+    "- x",
+    "? x",
+    "a: b",
+    "&a",
+    "*a",
+    "!t",
+    "!!int 3",
+    "%d",
+    "@q",
+    "`w",
+    "|",
+    ">",
+    '"half',
+    "it's",
+    "٣",
+)
 NOT_PLAIN = ("a #b", "[x", "{y", "- x", "? x", "a: b", "&a", "*a", "!t", "!!int 3", "%d", "@q", "`w", "|", ">", '"half')
 WORDS_OF_YAML = [text for text in TEXTS if text not in NOT_PLAIN]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_setting_is_what_is_typed(text: str) -> None:
-    config = load_config(None, [f"run.name={text}", f"run.label={text}", f"traces.path=/data/{text}.jsonl", f"warmup.closing={text}"])
-    assert (config.run.name, config.run.label, config.traces.path, config.warmup.closing) == (text, text, f"/data/{text}.jsonl", text)
+    config = load_config(
+        None, [f"run.name={text}", f"run.label={text}", f"traces.path=/data/{text}.jsonl", f"warmup.closing={text}"]
+    )
+    assert (config.run.name, config.run.label, config.traces.path, config.warmup.closing) == (
+        text,
+        text,
+        f"/data/{text}.jsonl",
+        text,
+    )
 
 
 @pytest.mark.parametrize("text", WORDS_OF_YAML)
 def test_a_text_in_a_file_is_what_is_written(text: str, tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text(f"run:\n  name: {text}\n  label: {text} # a remark\ntasks: {{categories: [{text}, x]}}\n")
+    (tmp_path / "a.yaml").write_text(
+        f"run:\n  name: {text}\n  label: {text} # a remark\ntasks: {{categories: [{text}, x]}}\n"
+    )
     config = load_config(tmp_path / "a.yaml")
     assert (config.run.name, config.run.label, config.tasks.categories) == (text, text, [text, "x"])
     (tmp_path / "saved.yaml").write_text(to_yaml(config))

@@ -18,7 +18,14 @@ from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.schema import ReasoningSegment, Trace, write_traces
 from pact_nemo.traces.spans import OTHER
 from pact_nemo.training.config import Config, load_config
-from pact_nemo.training.data import Dataset, build_dataset, build_environment, check_server_length, load_tasks, prompts_of_step
+from pact_nemo.training.data import (
+    Dataset,
+    build_dataset,
+    build_environment,
+    check_server_length,
+    load_tasks,
+    prompts_of_step,
+)
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -27,7 +34,9 @@ REPO = Path(__file__).resolve().parents[1]
 def data() -> tuple[Config, Dataset, ChatFormat]:
     words = ["tasks.max_train=12", "tasks.max_eval=2", "rollout.server.max_model_len=480"]
     config = load_config(REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml", words)
-    chat = ChatFormat.from_pretrained(materialise_embedded_model(REPO / ".cache" / "pact_nemo"), config.model.tool_format)
+    chat = ChatFormat.from_pretrained(
+        materialise_embedded_model(REPO / ".cache" / "pact_nemo"), config.model.tool_format
+    )
     return config, build_dataset(config, build_environment(config), chat), chat
 
 
@@ -37,30 +46,40 @@ def with_positions(config: Config, folder: Path, positions: int) -> Config:
     return replace(config, model=replace(config.model, path=str(folder)))
 
 
-def test_a_server_longer_than_the_model_is_refused_by_name(data: tuple[Config, Dataset, ChatFormat], tmp_path: Path) -> None:
+def test_a_server_longer_than_the_model_is_refused_by_name(
+    data: tuple[Config, Dataset, ChatFormat], tmp_path: Path
+) -> None:
     config, _, _ = data
     check_server_length(config)
     with pytest.raises(ConfigError, match=r"max_model_len=480 exceeds the model's 256 positions"):
         check_server_length(with_positions(config, tmp_path / "m", 256))
 
 
-def test_a_trace_is_cut_where_prompt_trace_and_response_exceed_the_positions(data: tuple[Config, Dataset, ChatFormat], tmp_path: Path) -> None:
+def test_a_trace_is_cut_where_prompt_trace_and_response_exceed_the_positions(
+    data: tuple[Config, Dataset, ChatFormat], tmp_path: Path
+) -> None:
     config, dataset, chat = data
     longest = {}
     for task in dataset.train:
         prompt = len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools)))
-        longest[task.id] = min(prompt + config.rollout.sampling.max_response_tokens, config.rollout.server.max_model_len)
+        longest[task.id] = min(
+            prompt + config.rollout.sampling.max_response_tokens, config.rollout.server.max_model_len
+        )
     whole = {task_id: longest[task_id] + len(tokens) for task_id, tokens in dataset.trace_tokens.items()}
     positions = sorted(whole.values())[len(whole) // 2]
     short = build_dataset(with_positions(config, tmp_path / "m", positions), build_environment(config), chat)
     for task_id, total in whole.items():
         kept = len(short.trace_tokens.get(task_id, ()))
-        assert (kept == len(dataset.trace_tokens[task_id])) if total <= positions else longest[task_id] + kept <= positions
+        assert (
+            (kept == len(dataset.trace_tokens[task_id])) if total <= positions else longest[task_id] + kept <= positions
+        )
     too_long = sum(total > positions for total in whole.values())
     assert too_long and short.dropped["trace_cut"] == dataset.dropped["trace_cut"] + too_long
 
 
-def test_a_batch_holds_no_prompt_twice_and_none_is_asked_for_more_than_there_are(data: tuple[Config, Dataset, ChatFormat]) -> None:
+def test_a_batch_holds_no_prompt_twice_and_none_is_asked_for_more_than_there_are(
+    data: tuple[Config, Dataset, ChatFormat],
+) -> None:
     _, dataset, _ = data
     for step in range(9):
         ids = [task.id for task in prompts_of_step(dataset.train, step, 5, seed=1)]
@@ -69,35 +88,51 @@ def test_a_batch_holds_no_prompt_twice_and_none_is_asked_for_more_than_there_are
         prompts_of_step(dataset.train, 0, 13, seed=1)
 
 
-def test_traces_that_name_the_answer_are_left_out_of_a_run_too(data: tuple[Config, Dataset, ChatFormat], tmp_path: Path) -> None:
+def test_traces_that_name_the_answer_are_left_out_of_a_run_too(
+    data: tuple[Config, Dataset, ChatFormat], tmp_path: Path
+) -> None:
     config, dataset, chat = data
     trace = next(iter(dataset.traces.values()))
-    leaking = replace(trace, turns=(replace(trace.turns[0], segments=(ReasoningSegment("other", "It is Xanadu."),)), *trace.turns[1:]))
+    leaking = replace(
+        trace, turns=(replace(trace.turns[0], segments=(ReasoningSegment("other", "It is Xanadu."),)), *trace.turns[1:])
+    )
     tasks = {task.id: task for task in dataset.train}
     assert why_not(trace, replace(tasks[trace.task_id], reference_answer="Xanadu")) is None
     assert why_not(leaking, replace(tasks[trace.task_id], reference_answer="Xanadu")) == "answer_leaked"
 
 
-def test_a_trace_file_that_gives_no_task_a_trace_is_refused(data: tuple[Config, Dataset, ChatFormat], tmp_path: Path) -> None:
+def test_a_trace_file_that_gives_no_task_a_trace_is_refused(
+    data: tuple[Config, Dataset, ChatFormat], tmp_path: Path
+) -> None:
     config, dataset, chat = data
     stranger = replace(next(iter(dataset.traces.values())), task_id="another_task")
     unverified = replace(next(iter(dataset.traces.values())), verified=False)
     write_traces(tmp_path / "t.jsonl", [stranger, unverified])
     given = replace(config, traces=replace(config.traces, path=str(tmp_path / "t.jsonl")))
-    with pytest.raises(ConfigError, match=r"gives none of the 12 training tasks a trace.*'trace_rejected_unverified': 1.*task_id") as caught:
+    with pytest.raises(
+        ConfigError, match=r"gives none of the 12 training tasks a trace.*'trace_rejected_unverified': 1.*task_id"
+    ) as caught:
         build_dataset(given, build_environment(given), chat)
     assert "make_traces" in str(caught.value)
 
 
-def test_the_share_of_tasks_without_a_trace_is_told_and_limited(data: tuple[Config, Dataset, ChatFormat], tmp_path: Path) -> None:
+def test_the_share_of_tasks_without_a_trace_is_told_and_limited(
+    data: tuple[Config, Dataset, ChatFormat], tmp_path: Path
+) -> None:
     config, dataset, chat = data
     write_traces(tmp_path / "t.jsonl", [dataset.traces[task_id] for task_id in dataset.trace_tokens][:9])
     told: list[str] = []
     given = replace(config, traces=replace(config.traces, path=str(tmp_path / "t.jsonl"), max_missing=0.25))
     fewer = build_dataset(given, build_environment(given), chat, note=told.append)
-    assert fewer.without_trace == 3 and fewer.without_reference_calls == 0 and "3 of 12 training tasks (25%) have no trace" in told
+    assert (
+        fewer.without_trace == 3
+        and fewer.without_reference_calls == 0
+        and "3 of 12 training tasks (25%) have no trace" in told
+    )
     limited = replace(given, traces=replace(given.traces, max_missing=0.2))
-    with pytest.raises(ConfigError, match=r"3 of 12 training tasks \(25%\) have no trace, more than traces.max_missing=0.2"):
+    with pytest.raises(
+        ConfigError, match=r"3 of 12 training tasks \(25%\) have no trace, more than traces.max_missing=0.2"
+    ):
         build_dataset(limited, build_environment(limited), chat)
 
 
@@ -108,7 +143,12 @@ def test_a_tool_that_the_format_cannot_call_is_refused_when_its_task_is_loaded(
     config, _, chat = data
     schema = {"name": "flights.search", "parameters": {"type": "object", "properties": {"from": {"type": "string"}}}}
     source = "def flights_search(**given):\n    return given\n"
-    row = {"messages": [{"role": "user", "content": "Fly."}], "tools": [schema], "codes": {"flights.search": source}, "unsolved_set": {}}
+    row = {
+        "messages": [{"role": "user", "content": "Fly."}],
+        "tools": [schema],
+        "codes": {"flights.search": source},
+        "unsolved_set": {},
+    }
     (tmp_path / "odd.json").write_text(json.dumps([row, row]))
     tasks = replace(config.tasks, benchmark="ftrl", path=str(tmp_path / "odd.json"))
     config = replace(config, tasks=tasks, run=replace(config.run, bad_rows=bad_rows))
@@ -120,7 +160,9 @@ def test_a_tool_that_the_format_cannot_call_is_refused_when_its_task_is_loaded(
     tool_format("hermes").check_tools(build_environment(config).tasks()[0].tools)
 
 
-def test_a_control_is_the_whole_trace_of_another_group_and_the_same_whenever_it_is_drawn(data: tuple[Config, Dataset, ChatFormat]) -> None:
+def test_a_control_is_the_whole_trace_of_another_group_and_the_same_whenever_it_is_drawn(
+    data: tuple[Config, Dataset, ChatFormat],
+) -> None:
     config, own, chat = data
     config = replace(config, traces=replace(config.traces, control="other_task"))
     dataset = build_dataset(config, build_environment(config), chat)
@@ -141,7 +183,9 @@ def test_a_control_is_the_whole_trace_of_another_group_and_the_same_whenever_it_
     assert own.control_for(own.train[0].id, 3, 0) is None
 
 
-def test_a_control_that_no_trace_fits_and_one_that_would_change_nothing_are_refused(data: tuple[Config, Dataset, ChatFormat]) -> None:
+def test_a_control_that_no_trace_fits_and_one_that_would_change_nothing_are_refused(
+    data: tuple[Config, Dataset, ChatFormat],
+) -> None:
     config, own, chat = data
     one = replace(config, traces=replace(config.traces, control="other_task"), tasks=replace(config.tasks, max_train=1))
     with pytest.raises(ConfigError, match=r"traces.control=other_task: no whole trace"):
@@ -151,45 +195,61 @@ def test_a_control_that_no_trace_fits_and_one_that_would_change_nothing_are_refu
             load_config(REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml", ["traces.control=none", word])
 
 
-def test_without_a_trace_the_boundary_closes_an_empty_assistant_message(data: tuple[Config, Dataset, ChatFormat]) -> None:
+def test_without_a_trace_the_boundary_closes_an_empty_assistant_message(
+    data: tuple[Config, Dataset, ChatFormat],
+) -> None:
     _, own, chat = data
     prompt = chat.prompt_ids(list(own.train[0].user_turns[0]), list(own.train[0].tools))
     text = chat.tokenizer.decode([*prompt, *chat.boundary_after_nothing_ids()])
     assert text.endswith(
-        "<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\nThe reference attempt ends here. Now solve the task yourself from the start."
-        "<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\nThe reference attempt ends here. Now solve the task"
+        " yourself from the start.<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
-def test_an_empty_message_in_an_opened_thought_is_refused(data: tuple[Config, Dataset, ChatFormat], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_message_in_an_opened_thought_is_refused(
+    data: tuple[Config, Dataset, ChatFormat], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ChatFormat, "opens_thought", True)
     with pytest.raises(ConfigError, match="traces.control=none: the generation prompt of .* opens a thought"):
         data[2].boundary_after_nothing_ids()
 
 
-def test_few_traces_are_those_of_the_first_tasks_and_the_same_tasks_are_trained_on(data: tuple[Config, Dataset, ChatFormat]) -> None:
+def test_few_traces_are_those_of_the_first_tasks_and_the_same_tasks_are_trained_on(
+    data: tuple[Config, Dataset, ChatFormat],
+) -> None:
     config, own, chat = data
     few = replace(config, traces=replace(config.traces, max_tasks=3))
     dataset = build_dataset(few, build_environment(few), chat)
     assert [task.id for task in dataset.train] == [task.id for task in own.train]
     asked_for = [task.id for task in own.train if task.id in own.traces][:3]  # one of them may be too long to be used
-    assert [*dataset.traces] == asked_for and [*dataset.trace_tokens] == [name for name in asked_for if name in own.trace_tokens]
+    assert [*dataset.traces] == asked_for and [*dataset.trace_tokens] == [
+        name for name in asked_for if name in own.trace_tokens
+    ]
     assert all(dataset.trace_tokens[name] == own.trace_tokens[name] for name in dataset.trace_tokens)
     assert dataset.dropped["trace_not_asked_for"] == len(own.traces) - 3
 
 
-def test_held_out_traces_are_measured_and_never_among_those_that_are_trained_on(data: tuple[Config, Dataset, ChatFormat], tmp_path: Path) -> None:
+def test_held_out_traces_are_measured_and_never_among_those_that_are_trained_on(
+    data: tuple[Config, Dataset, ChatFormat], tmp_path: Path
+) -> None:
     config, own, chat = data
     assert own.held_out_traces == []
     measuring = replace(config, diagnostics=replace(config.diagnostics, trace_every=2, trace_tasks=2))
     dataset = build_dataset(measuring, build_environment(measuring), chat)
     measured = [task.id for task, _ in dataset.held_out_traces]
-    assert measured and set(measured) <= {task.id for task in own.held_out} and not set(measured) & set(own.trace_tokens)
+    assert (
+        measured and set(measured) <= {task.id for task in own.held_out} and not set(measured) & set(own.trace_tokens)
+    )
     assert (dataset.traces, dataset.trace_tokens, dataset.dropped) == (own.traces, own.trace_tokens, own.dropped)
     assert all(sum(token != OTHER for token in trace.component) > 5 for _, trace in dataset.held_out_traces)
     # from a file: one that names held-out tasks as well changes nothing but the measurement
     held = [dataset.traces[name] for name in dataset.traces]
-    made = build_dataset(replace(measuring, traces=replace(config.traces, path=_written(tmp_path, held))), build_environment(config), chat)
+    made = build_dataset(
+        replace(measuring, traces=replace(config.traces, path=_written(tmp_path, held))),
+        build_environment(config),
+        chat,
+    )
     assert made.held_out_traces == [] and made.trace_tokens == own.trace_tokens
 
 
@@ -198,7 +258,9 @@ def _written(folder: Path, traces: list[Trace]) -> str:
     return str(folder / "traces.jsonl")
 
 
-def test_a_request_that_is_held_out_is_not_trained_on_in_another_scenario(data: tuple[Config, Dataset, ChatFormat]) -> None:
+def test_a_request_that_is_held_out_is_not_trained_on_in_another_scenario(
+    data: tuple[Config, Dataset, ChatFormat],
+) -> None:
     _, _, chat = data
     config = load_config(REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml")
     environment = build_environment(config)

@@ -1,4 +1,6 @@
-"""Every shortcut of a step against the same step without it: loss, gradients, log-probs before and after, with all four terms."""
+"""Every shortcut of a step against the same step without it: loss, gradients, log-probs before and after, with all four
+terms.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +36,23 @@ def settings(mini_batch: int, **objective: Any) -> Config:
 
 
 def batch(config: Config) -> list[PromptGroup]:
-    groups = synthetic_groups(config, Lengths(12, 18, 9), config.trainer.batch_size, vocabulary=VOCAB, seed=3, spread=0.8)
+    groups = synthetic_groups(
+        config, Lengths(12, 18, 9), config.trainer.batch_size, vocabulary=VOCAB, seed=3, spread=0.8
+    )
     for k in range(3):  # one prompt whose rollouts all failed, one rollout at the mean
         groups[1].advantages[k][:] = 0.0
     groups[2].advantages[0][:] = 0.0
     return groups
 
 
-def one_step(model: Path, config: Config, *, share_prefix: bool = True, fused_elementwise: bool = True, **trainer: bool) -> dict[str, Any]:
+def one_step(
+    model: Path, config: Config, *, share_prefix: bool = True, fused_elementwise: bool = True, **trainer: bool
+) -> dict[str, Any]:
     policy_config = replace(config.policy, share_prefix=share_prefix, fused_elementwise=fused_elementwise)
     config = replace(config, policy=policy_config, trainer=replace(config.trainer, **trainer))  # type: ignore[arg-type]
-    policy = MegatronPolicy(config.policy, OptimizerConfig(lr=1e-3, eps=1e-5), model, seed=1, total_steps=4, keep_reference=True)
+    policy = MegatronPolicy(
+        config.policy, OptimizerConfig(lr=1e-3, eps=1e-5), model, seed=1, total_steps=4, keep_reference=True
+    )
     with torch.no_grad():
         for parameter in policy.chunks[0].parameters():
             parameter.mul_(1.02)  # away from the reference, so that the KL term is not 0
@@ -67,10 +75,22 @@ def test_fast_and_plain_steps_agree(family: str, mini_batch: int, models: dict[s
     config = settings(mini_batch)
     assert config.rollout.importance == "tis"
     plain = one_step(models[family], config, **PLAIN)
-    assert all(plain["record"][f"loss/{term}"] for term in ("rl_x", "rl_h", "sft_reasoning", "sft_call", "kl", "entropy"))
+    assert all(
+        plain["record"][f"loss/{term}"] for term in ("rl_x", "rl_h", "sft_reasoning", "sft_call", "kl", "entropy")
+    )
     for name in [*PLAIN, "all"]:
-        fast = one_step(models[family], config, **{key: value != (name in (key, "all")) for key, value in PLAIN.items()})
-        compared = ("loss/total", "policy/grad_norm", "loss/rl_h", "loss/rl_x", "loss/kl", "loss/entropy", "policy/entropy")
+        fast = one_step(
+            models[family], config, **{key: value != (name in (key, "all")) for key, value in PLAIN.items()}
+        )
+        compared = (
+            "loss/total",
+            "policy/grad_norm",
+            "loss/rl_h",
+            "loss/rl_x",
+            "loss/kl",
+            "loss/entropy",
+            "policy/entropy",
+        )
         for key in (*compared, "mismatch/mean_abs", "latent/trace_call"):
             assert fast["record"][key] == pytest.approx(plain["record"][key], rel=1e-5, abs=1e-6), (name, key)
         torch.testing.assert_close(fast["gradient"], plain["gradient"], rtol=0, atol=1e-5)
@@ -87,7 +107,10 @@ def test_without_a_kl_term_the_prompt_only_pass_of_conditioned_prompts_can_be_le
         assert one["record"][key] == pytest.approx(both["record"][key], rel=1e-5, abs=1e-6), key
     torch.testing.assert_close(one["gradient"], both["gradient"], rtol=0, atol=1e-5)
     config.rollout.importance = "tis"  # which needs pi_old(tau | x)
-    assert one_step(models["llama"], config, both_contexts=False)["record"]["tokens/trained"] == both["record"]["tokens/trained"]
+    assert (
+        one_step(models["llama"], config, both_contexts=False)["record"]["tokens/trained"]
+        == both["record"]["tokens/trained"]
+    )
 
 
 def test_only_rollouts_with_an_advantage_are_computed_under_the_trace(models: dict[str, Path]) -> None:
@@ -98,15 +121,23 @@ def test_only_rollouts_with_an_advantage_are_computed_under_the_trace(models: di
     conditioned = [sorted(k for context, k in p.spans if context == "h") for p in found]
     assert conditioned == [[k for k in range(3) if has_advantage(g, k)] for g in groups]
     assert conditioned[1] == [] and 0 not in conditioned[2] and len(conditioned[0]) == 3
-    assert all(("sft", 0) in p.spans and len([1 for context, _ in p.spans if context == "x"]) == 3 for p in found)  # SFT and KL go on
-    assert found[1].tree.num_tokens < grow_tree(groups[1], [5, 5], config.objective, contexts=("x", "h")).tree.num_tokens
+    assert all(
+        ("sft", 0) in p.spans and len([1 for context, _ in p.spans if context == "x"]) == 3 for p in found
+    )  # SFT and KL go on
+    assert (
+        found[1].tree.num_tokens < grow_tree(groups[1], [5, 5], config.objective, contexts=("x", "h")).tree.num_tokens
+    )
     record = one_step(models["llama"], config)["record"]
     assert record["rollout/not_conditioned"] == 12 - sum(len(c) for c in conditioned)
     assert record["groups/zero_advantage"] == 1
 
 
-def test_a_temperature_is_a_steeper_output_matrix_for_rollouts_and_changes_nothing_for_the_trace(models: dict[str, Path], tmp_path: Path) -> None:
-    """Sampling at 1/2 is sampling at 1 from logits twice as large: pi_theta, pi_old, reference, entropies and mismatch all see it."""
+def test_a_temperature_is_a_steeper_output_matrix_for_rollouts_and_changes_nothing_for_the_trace(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Sampling at 1/2 is sampling at 1 from logits twice as large: pi_theta, pi_old, reference, entropies and mismatch
+    all see it.
+    """
     steeper = tmp_path / "steeper"
     shutil.copytree(models["qwen3"], steeper)  # whose output matrix is its own
     weights = load_file(steeper / "model.safetensors")
@@ -117,7 +148,16 @@ def test_a_temperature_is_a_steeper_output_matrix_for_rollouts_and_changes_nothi
     cool = one_step(models["qwen3"], config, score_first_update=True)["record"]
     config.rollout.sampling.temperature = 1.0
     plain, steep = (one_step(model, config, score_first_update=True)["record"] for model in (models["qwen3"], steeper))
-    for key in ("loss/rl_x", "loss/rl_h", "loss/kl", "loss/entropy", "policy/entropy", "mismatch/mean_abs", "latent/gap_success", "max/ratio_h"):
+    for key in (
+        "loss/rl_x",
+        "loss/rl_h",
+        "loss/kl",
+        "loss/entropy",
+        "policy/entropy",
+        "mismatch/mean_abs",
+        "latent/gap_success",
+        "max/ratio_h",
+    ):
         assert cool[key] == pytest.approx(steep[key], rel=1e-4, abs=1e-6), key
     assert abs(cool["policy/entropy"] - plain["policy/entropy"]) > 1e-3
     assert cool["latent/trace_call"] == pytest.approx(plain["latent/trace_call"], rel=1e-4)

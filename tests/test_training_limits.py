@@ -37,8 +37,12 @@ def test_the_cpu_preset_is_evaluated_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(("steps", "passes"), [(20, True), (21, False)])
-def test_bfcls_twenty_steps_and_a_closing_message_pass_and_one_step_more_is_force_terminated(steps: int, passes: bool) -> None:
-    """``count > MAXIMUM_STEP_LIMIT`` after a step with calls ends bfcl-eval's inference, and its runner fails what was cut."""
+def test_bfcls_twenty_steps_and_a_closing_message_pass_and_one_step_more_is_force_terminated(
+    steps: int, passes: bool
+) -> None:
+    """``count > MAXIMUM_STEP_LIMIT`` after a step with calls ends bfcl-eval's inference, and its runner fails what was
+    cut.
+    """
     from bfcl_eval.constants.default_prompts import MAXIMUM_STEP_LIMIT
 
     assert MAXIMUM_STEP_LIMIT == 20
@@ -53,7 +57,9 @@ def test_bfcls_twenty_steps_and_a_closing_message_pass_and_one_step_more_is_forc
         users = [index for index, message in enumerate(messages) if message["role"] == "user"]
         since = sum(message["role"] == "assistant" for message in messages[users[-1] :])
         wanted = task.reference_calls[len(users) - 1]
-        idle = steps - 1 if len(users) == len(task.reference_calls) else 0  # in the last user turn, after the calls that matter
+        idle = (
+            steps - 1 if len(users) == len(task.reference_calls) else 0
+        )  # in the last user turn, after the calls that matter
         if since == 0:
             return {"content": "", "tool_calls": [call(each.name, each.arguments) for each in wanted]}
         return {"content": "", "tool_calls": [call("pwd", {})]} if since <= idle else {"content": "Done."}

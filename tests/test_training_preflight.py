@@ -55,7 +55,15 @@ def add_token(folder: Path, token: str, *, special: bool = True) -> int:
     """One token more than the model has rows; its id."""
 
     def change(row: dict[str, Any]) -> None:
-        entry = {"id": ROWS, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+        entry = {
+            "id": ROWS,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": special,
+        }
         row["added_tokens"].append(entry)
 
     edit(folder / "tokenizer.json", change)
@@ -70,7 +78,9 @@ def test_a_whole_folder_passes_and_none_has_nothing_to_check(folder: Path) -> No
 @pytest.mark.parametrize("special", [True, False])
 def test_a_tokenizer_larger_than_the_model_is_refused_with_token_id_and_rows(special: bool, folder: Path) -> None:
     add_token(folder, "<|end_of_turn|>", special=special)
-    with pytest.raises(ConfigError, match=rf"'<\|end_of_turn\|>' as id {ROWS}, the model has {ROWS} rows .*resize_token_embeddings"):
+    with pytest.raises(
+        ConfigError, match=rf"'<\|end_of_turn\|>' as id {ROWS}, the model has {ROWS} rows .*resize_token_embeddings"
+    ):
         preflight(config_of(folder))
 
 
@@ -84,11 +94,19 @@ def test_padding_rows_are_fine(folder: Path) -> None:
     check_token_ids(folder, Small(), VOCAB)
 
 
-@pytest.mark.parametrize(("file", "key", "value"), [
-    ("config.json", "eos_token_id", ROWS), ("config.json", "pad_token_id", ROWS + 5), ("config.json", "bos_token_id", 10**9),
-    ("generation_config.json", "eos_token_id", [2, ROWS]), ("generation_config.json", "pad_token_id", ROWS),
-])  # fmt: skip
-def test_ids_in_the_settings_beyond_the_rows_are_refused_by_file_and_key(file: str, key: str, value: Any, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config.json", "eos_token_id", ROWS),
+        ("config.json", "pad_token_id", ROWS + 5),
+        ("config.json", "bos_token_id", 10**9),
+        ("generation_config.json", "eos_token_id", [2, ROWS]),
+        ("generation_config.json", "pad_token_id", ROWS),
+    ],
+)
+def test_ids_in_the_settings_beyond_the_rows_are_refused_by_file_and_key(
+    file: str, key: str, value: Any, folder: Path
+) -> None:
     if not (folder / file).is_file():
         (folder / file).write_text("{}")
     edit(folder / file, lambda row: row.update({key: value}))
@@ -97,7 +115,10 @@ def test_ids_in_the_settings_beyond_the_rows_are_refused_by_file_and_key(file: s
 
 
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "architecture": (lambda folder: edit(folder / "config.json", lambda row: row.update(architectures=["GemmaForCausalLM"])), "GemmaForCausalLM"),
+    "architecture": (
+        lambda folder: edit(folder / "config.json", lambda row: row.update(architectures=["GemmaForCausalLM"])),
+        "GemmaForCausalLM",
+    ),
     "setting": (lambda folder: edit(folder / "config.json", lambda row: row.update(hidden_act="gelu")), "hidden_act"),
     "tensor": (lambda folder: without(folder, "model.layers.0.mlp.up_proj.weight"), "up_proj"),
     "value": (lambda folder: spoil(folder, "model.norm.weight"), r"model\.norm\.weight holds NaN or Inf"),
@@ -120,7 +141,9 @@ def spoil(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_found_before_anything_is_started(fault: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_are_found_before_anything_is_started(
+    fault: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     change, match = FAULTS[fault]
     change(folder)
 
@@ -161,30 +184,52 @@ def test_a_dry_run_refuses_the_folder_and_explains_without_one(folder: Path, dry
 
 
 def test_a_dry_run_refuses_settings_of_the_policy_that_no_run_can_have(dry: Dry) -> None:
-    for word in ("policy.tensor_parallel=0", "policy.precision=fp17", "optimizer.lr=-1", "rollout.server.max_num_seqs=0"):
+    for word in (
+        "policy.tensor_parallel=0",
+        "policy.precision=fp17",
+        "optimizer.lr=-1",
+        "rollout.server.max_num_seqs=0",
+    ):
         code, out, err = dry(word)
         assert code == 2 and word.partition("=")[0] in err and not out and len(err.splitlines()) == 1, err
     code, _, err = dry("policy.pipeline_parallel=4")  # the embedded model has 30 layers
     assert code == 2 and "the embedded model" in err and "policy.pipeline_parallel" in err
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["policy.tensor_parallel=4"], "2 attention heads can't be split over TP = 4 (policy.tensor_parallel has to divide num_attention_heads)"),
-    (["policy.tensor_parallel=4"], "2 key/value heads"),
-    (["policy.pipeline_parallel=2"], "policy.pipeline_parallel has to divide num_hidden_layers"),
-    (["policy.expert_parallel=2"], "policy.expert_parallel has to be 1 for a dense model"),
-    (["rollout.server.tensor_parallel_size=3"], "rollout.server.tensor_parallel_size=3 (it has to divide num_attention_heads)"),
-    (["rollout.server.max_model_len=9000"], "rollout.server.max_model_len=8192 or less"),
-    (["policy.fp8=tensorwise", "policy.fp8_emulate=true", "policy.fp8_bf16_layers=1"], "policy.fp8_bf16_layers=1"),
-])  # fmt: skip
-def test_a_layout_that_the_model_cannot_be_cut_into_is_refused_by_its_settings(words: list[str], said: str, chat_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["policy.tensor_parallel=4"],
+            "2 attention heads can't be split over TP = 4 (policy.tensor_parallel has to divide num_attention_heads)",
+        ),
+        (["policy.tensor_parallel=4"], "2 key/value heads"),
+        (["policy.pipeline_parallel=2"], "policy.pipeline_parallel has to divide num_hidden_layers"),
+        (["policy.expert_parallel=2"], "policy.expert_parallel has to be 1 for a dense model"),
+        (
+            ["rollout.server.tensor_parallel_size=3"],
+            "rollout.server.tensor_parallel_size=3 (it has to divide num_attention_heads)",
+        ),
+        (["rollout.server.max_model_len=9000"], "rollout.server.max_model_len=8192 or less"),
+        (["policy.fp8=tensorwise", "policy.fp8_emulate=true", "policy.fp8_bf16_layers=1"], "policy.fp8_bf16_layers=1"),
+    ],
+)
+def test_a_layout_that_the_model_cannot_be_cut_into_is_refused_by_its_settings(
+    words: list[str], said: str, chat_model: Path
+) -> None:
     with pytest.raises(ConfigError) as caught:
         preflight(load_config(None, [f"model.path={chat_model}", *words]))
-    assert said in str(caught.value) and ("max_model_len" in said or str(chat_model / "config.json") in str(caught.value))
+    assert said in str(caught.value) and (
+        "max_model_len" in said or str(chat_model / "config.json") in str(caught.value)
+    )
 
 
 def test_a_layout_that_fits_passes_whatever_the_number_of_processes(chat_model: Path) -> None:
-    preflight(load_config(None, [f"model.path={chat_model}", "policy.tensor_parallel=2", "rollout.server.tensor_parallel_size=2"]))
+    preflight(
+        load_config(
+            None, [f"model.path={chat_model}", "policy.tensor_parallel=2", "rollout.server.tensor_parallel_size=2"]
+        )
+    )
 
 
 def test_ranks_that_a_layout_does_not_divide_are_refused_in_a_job(chat_model: Path) -> None:
@@ -194,15 +239,21 @@ def test_ranks_that_a_layout_does_not_divide_are_refused_in_a_job(chat_model: Pa
         preflight(config, 3)
 
 
-@pytest.mark.parametrize(("file", "text"), [("tokenizer_config.json", "[]"), ("tokenizer.json", "{"), ("tokenizer.json", "")])
+@pytest.mark.parametrize(
+    ("file", "text"), [("tokenizer_config.json", "[]"), ("tokenizer.json", "{"), ("tokenizer.json", "")]
+)
 def test_tokenizer_files_that_cannot_be_read_are_refused_in_one_line(file: str, text: str, folder: Path) -> None:
     (folder / file).write_text(text)
-    with pytest.raises(ConfigError, match=rf"^{folder}: no tokenizer could be loaded \(.*; copy tokenizer\.json") as caught:
+    with pytest.raises(
+        ConfigError, match=rf"^{folder}: no tokenizer could be loaded \(.*; copy tokenizer\.json"
+    ) as caught:
         preflight(config_of(folder))
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     edit(folder / "tokenizer_config.json", lambda row: row.update(own))
     with pytest.raises(ConfigError, match="trust_remote_code"):
@@ -211,7 +262,13 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(folder: 
 
 
 def test_a_dry_run_reads_tasks_and_traces(dry: Dry, tmp_path: Path) -> None:
-    code, out, _ = dry("tasks.max_train=9", "trainer.steps=null", "trainer.epochs=4", "trainer.batch_size=2", "trainer.mini_batch_size=2")
+    code, out, _ = dry(
+        "tasks.max_train=9",
+        "trainer.steps=null",
+        "trainer.epochs=4",
+        "trainer.batch_size=2",
+        "trainer.mini_batch_size=2",
+    )
     assert code == 0 and "9 training tasks with 9 verified traces" in out and "16 steps x" in out
     (tmp_path / "traces.jsonl").write_text('{"task_id": "multi_turn_base_0", "turns": 3}\n')
     for words, said in (
@@ -224,14 +281,19 @@ def test_a_dry_run_reads_tasks_and_traces(dry: Dry, tmp_path: Path) -> None:
 
 def test_batches_that_the_tasks_cannot_fill_are_refused_by_their_setting() -> None:
     def config(*words: str) -> Config:
-        return load_config(None, ["trainer.batch_size=4", "trainer.mini_batch_size=4", "warmup.steps=1", "warmup.batch_size=3", *words])
+        return load_config(
+            None, ["trainer.batch_size=4", "trainer.mini_batch_size=4", "warmup.steps=1", "warmup.batch_size=3", *words]
+        )
 
     tasks: list[Any] = ["a", "b", "c", "d"]
     check_batches(config(), tasks, tasks[1:])
     check_batches(config("warmup.steps=0"), tasks, [])
     check_batches(config(), tasks, None)
     check_batches(config("objective.method=sft", "trainer.steps=0"), tasks[1:], tasks[1:])
-    for given, warmup, said in ((tasks[1:], tasks[1:], "there are 3: lower trainer.batch_size"), (tasks, tasks[:2], "lower warmup.batch_size")):
+    for given, warmup, said in (
+        (tasks[1:], tasks[1:], "there are 3: lower trainer.batch_size"),
+        (tasks, tasks[:2], "lower warmup.batch_size"),
+    ):
         with pytest.raises(ConfigError, match=said):
             check_batches(config(), given, warmup)
     with pytest.raises(ConfigError, match="warmup.steps > 0 needs training tasks with traces"):
@@ -245,8 +307,11 @@ def test_a_folder_that_cannot_be_written_is_refused_by_its_setting(key: str, dry
     assert code == 2 and f"{key}={tmp_path}" in err and not out
 
 
-def test_a_disk_without_room_for_the_run_is_refused_with_what_it_takes(dry: Dry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters = 134_515_008  # of the preset's model; float32: exports and 16 bytes a parameter in a checkpoint, two more copies of the weights
+def test_a_disk_without_room_for_the_run_is_refused_with_what_it_takes(
+    dry: Dry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # of the preset's model; float32: exports and 16 bytes a parameter in a checkpoint, two more copies of the weights
+    parameters = 134_515_008
     needed = parameters * (3 * 4 + 2 * 16 + 2 * 4)
     monkeypatch.setattr(machine, "free_bytes", lambda folder: needed - 1)
     code, out, err = dry(f"run.root={tmp_path}")
@@ -256,7 +321,9 @@ def test_a_disk_without_room_for_the_run_is_refused_with_what_it_takes(dry: Dry,
     check_room(load_config(PRESET))
     # exports on a disk of their own: each disk for itself
     monkeypatch.setattr(machine, "disk_of", lambda folder: len(str(folder)))
-    monkeypatch.setattr(machine, "free_bytes", lambda folder: needed if str(folder) == "runs" else 3 * 4 * parameters - 1)
+    monkeypatch.setattr(
+        machine, "free_bytes", lambda folder: needed if str(folder) == "runs" else 3 * 4 * parameters - 1
+    )
     with pytest.raises(ConfigError, match=r"rollout.exports_dir=/fast: .* 1.5 GiB there"):
         check_room(load_config(PRESET, ["rollout.exports_dir=/fast"]))
     with pytest.raises(ConfigError, match=r"run.root=runs"):

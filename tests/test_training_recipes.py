@@ -1,4 +1,6 @@
-"""Recipes at scale: exact parameter counts, layouts that divide and fit, and one definition behind every way to launch."""
+"""Recipes at scale: exact parameter counts, layouts that divide and fit, and one definition behind every way to
+launch.
+"""
 
 from __future__ import annotations
 
@@ -52,40 +54,72 @@ def test_a_layout_divides_model_and_ranks_and_fits_its_gpus_by_the_plan(name: st
     policy.validate(cuda=False, world_size=found.world_size)
     for size in (policy.tensor_parallel, found.server.tensor_parallel_size):
         assert shape.heads % size == 0 and shape.kv_heads % size == 0 and found.gpus_per_node % size == 0
-    assert shape.layers % policy.pipeline_parallel == 0 and (not shape.experts or shape.experts % policy.expert_parallel == 0)
+    assert shape.layers % policy.pipeline_parallel == 0 and (
+        not shape.experts or shape.experts % policy.expert_parallel == 0
+    )
     assert found.server.max_model_len <= shape.positions
     data = found.world_size // (policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel)
     assert config.trainer.mini_batch_size % data == 0
     plan = run_plan(config)
-    assert plan.fits and plan.hardware.memory == found.gpu_gib * 1e9 and plan.layout.world == found.world_size, plan.memory
+    assert plan.fits and plan.hardware.memory == found.gpu_gib * 1e9 and plan.layout.world == found.world_size, (
+        plan.memory
+    )
     card = found.gpu_gib * 1e9 / GIB
     server = found.server.gpu_memory_utilization * card
     assert plan.memory.server == pytest.approx(server * GIB)
     weights = 2 * shape.parameters / found.server.tensor_parallel_size / GIB
-    token = 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim / found.server.tensor_parallel_size / GIB  # K and V, bf16
-    assert weights + 2.0 + 4 * found.server.max_model_len * token < server  # at least four of the longest sequences at once
+    token = (
+        2 * 2 * shape.layers * shape.kv_heads * shape.head_dim / found.server.tensor_parallel_size / GIB
+    )  # K and V, bf16
+    assert (
+        weights + 2.0 + 4 * found.server.max_model_len * token < server
+    )  # at least four of the longest sequences at once
 
 
 @every_recipe
 def test_the_name_says_model_gpus_hardware_and_precision(name: str) -> None:
     found = recipe(name)
-    assert found.name == name and f"_{found.world_size}xh100_" in name and name.endswith("_fp8" if found.policy.fp8 else f"_{found.policy.precision}")
+    assert (
+        found.name == name
+        and f"_{found.world_size}xh100_" in name
+        and name.endswith("_fp8" if found.policy.fp8 else f"_{found.policy.precision}")
+    )
 
 
 def test_the_papers_runs_are_recipes_setting_for_setting() -> None:
     for name in ("qwen3_1p7b_4xh100_bf16", "qwen3_4b_4xh100_bf16"):
         config = load_config([FULL, recipe(name)])
         objective, trainer, sampling = config.objective, config.trainer, config.rollout.sampling
-        assert (recipe(name).world_size, trainer.batch_size, trainer.mini_batch_size, objective.group_size) == (4, 256, 32, 8)
-        assert (config.optimizer.lr, trainer.steps, objective.sft_coef, sampling.max_response_tokens) == (1e-6, 24, 0.1, 23000)
-        assert config.rollout.server.max_model_len == 30000 == config.tasks.max_prompt_tokens + sampling.max_response_tokens
-        assert (config.optimizer.weight_decay, config.optimizer.betas, config.optimizer.clip_grad) == (0.01, [0.9, 0.999], 1.0)
+        assert (recipe(name).world_size, trainer.batch_size, trainer.mini_batch_size, objective.group_size) == (
+            4,
+            256,
+            32,
+            8,
+        )
+        assert (config.optimizer.lr, trainer.steps, objective.sft_coef, sampling.max_response_tokens) == (
+            1e-6,
+            24,
+            0.1,
+            23000,
+        )
+        assert (
+            config.rollout.server.max_model_len
+            == 30000
+            == config.tasks.max_prompt_tokens + sampling.max_response_tokens
+        )
+        assert (config.optimizer.weight_decay, config.optimizer.betas, config.optimizer.clip_grad) == (
+            0.01,
+            [0.9, 0.999],
+            1.0,
+        )
 
 
 @every_recipe
 @pytest.mark.parametrize("benchmark", ["bfcl", "ftrl", "toolhop"])
 def test_no_limit_cuts_a_thought_that_the_papers_setting_allows(name: str, benchmark: str) -> None:
-    """One turn may take the whole response; the server holds a prompt and it, and waits for it at a tenth of a usual decoding speed."""
+    """One turn may take the whole response; the server holds a prompt and it, and waits for it at a tenth of a usual
+    decoding speed.
+    """
     words = [] if benchmark == "bfcl" else ["tasks.path=rows.jsonl"]
     config = load_config([REPO / "conf" / f"pact_{benchmark}.yaml", recipe(name)], words)
     for limits in (training_limits(config), evaluation_limits(config)):
@@ -93,7 +127,11 @@ def test_no_limit_cuts_a_thought_that_the_papers_setting_allows(name: str, bench
         assert limits.max_model_len >= config.tasks.max_prompt_tokens + limits.max_response_tokens
     assert config.rollout.server.max_model_len <= model_shape(config).positions
     assert limits.max_turn_tokens / config.rollout.server.request_timeout_s < 8
-    assert expected_lengths(config).longest == 23000 and config.trainer.steps == 24 and config.optimizer.weight_decay == 0.01
+    assert (
+        expected_lengths(config).longest == 23000
+        and config.trainer.steps == 24
+        and config.optimizer.weight_decay == 0.01
+    )
 
 
 def test_files_and_overrides_win_over_a_recipe_and_it_round_trips(tmp_path: Path) -> None:

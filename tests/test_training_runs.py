@@ -1,4 +1,6 @@
-"""Whole runs of the real recipe, replayed from dumped rollouts: resume is bit for bit, and no layout changes a number."""
+"""Whole runs of the real recipe, replayed from dumped rollouts: resume is bit for bit, and no layout changes a
+number.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A tiny random model with the embedded model's tokenizer, the shipped CPU preset made small, and dumped rollouts of it."""
+    """A tiny random model with the embedded model's tokenizer, the shipped CPU preset made small, and dumped rollouts
+    of it.
+    """
     folder = tmp_path_factory.mktemp("runs")
     embedded = materialise_embedded_model(REPO / ".cache" / "pact_nemo")
     model = make_model(folder / "model", "llama", layers=2, vocabulary=49152, heads=2)
@@ -64,8 +68,16 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def recipe(stage: dict[str, Any], name: str, *words: str, ranks: int = 1, resume: Path | None = None) -> Path:
     """Run the recipe as a user does; returns its run folder."""
-    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    source = ["--config", stage["preset"], *stage["words"], f"run.name={name}"] if resume is None else ["--resume", str(resume)]
+    launcher = (
+        [sys.executable]
+        if ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    )
+    source = (
+        ["--config", stage["preset"], *stage["words"], f"run.name={name}"]
+        if resume is None
+        else ["--resume", str(resume)]
+    )
     command = [*launcher, str(REPO / "recipes" / "pact_bfcl.py"), *source, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=REPO, env=environment)
@@ -75,7 +87,9 @@ def recipe(stage: dict[str, Any], name: str, *words: str, ranks: int = 1, resume
 
 def records(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "rollout/tokens_per_second"} for r in lines]
+    return [
+        {k: v for k, v in r.items() if not k.startswith("time/") and k != "rollout/tokens_per_second"} for r in lines
+    ]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -95,7 +109,14 @@ def test_a_replayed_run_trains_and_leaves_what_it_promises(plain: Path) -> None:
     assert any(r["loss/rl_h"] != 0 for r in rows) and any(r["loss/sft_call"] > 0 for r in rows)
     summary = json.loads((plain / "summary.json").read_text())
     assert (summary["method"], summary["steps"], summary["warmup_steps"]) == ("pact", 2, 1)
-    for name in ("config.yaml", "report.html", "traces.jsonl", "hf/config.json", "hf/tokenizer.json", "hf/chat_template.jinja"):
+    for name in (
+        "config.yaml",
+        "report.html",
+        "traces.jsonl",
+        "hf/config.json",
+        "hf/tokenizer.json",
+        "hf/chat_template.jinja",
+    ):
         assert (plain / name).is_file(), name
 
 
@@ -104,13 +125,17 @@ def test_the_export_loads_in_transformers_as_it_is(plain: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(plain / "hf")
     tokenizer = AutoTokenizer.from_pretrained(plain / "hf")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
+    )
     assert text.endswith("assistant\n")
     assert torch.isfinite(model(**tokenizer(text, return_tensors="pt")).logits).all()
 
 
 def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any]) -> None:
-    """With everything that has a state on: the shipped adaptive annealing and gate, drawn and weighed traces. No horizon is set."""
+    """With everything that has a state on: the shipped adaptive annealing and gate, drawn and weighed traces. No
+    horizon is set.
+    """
     beyond = [
         "--config",
         str(REPO / "conf" / "ablations" / "adaptive.yaml"),
@@ -118,15 +143,28 @@ def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any]) -
         "traces.quality=true",
         "traces.augment=[argument_order,call_order]",
     ]
-    whole = recipe(stage, "whole", *beyond, "trainer.async_checkpoint=true", "trainer.checkpoint_every=1", "trainer.keep_checkpoints=2")
+    whole = recipe(
+        stage,
+        "whole",
+        *beyond,
+        "trainer.async_checkpoint=true",
+        "trainer.checkpoint_every=1",
+        "trainer.keep_checkpoints=2",
+    )
     saved = sorted((whole / "checkpoints").iterdir())
-    assert [path.name for path in saved] == ["latest", "step_000003", "step_000005"]  # the first of them written beside the second step
+    assert [path.name for path in saved] == [
+        "latest",
+        "step_000003",
+        "step_000005",
+    ]  # the first of them written beside the second step
     for path in saved[1:]:
         verify(path)
     first = recipe(stage, "halves", *beyond, "trainer.steps=1")
     assert [r["step"] for r in records(first)] == [1, 1]
     assert load_config(first / "config.yaml").objective.schedule.kind == "adaptive"
-    resumed = recipe(stage, "halves", f"trainer.steps={STEPS}", resume=first)  # more steps than the first part was told of
+    resumed = recipe(
+        stage, "halves", f"trainer.steps={STEPS}", resume=first
+    )  # more steps than the first part was told of
     assert records(resumed) == records(whole)
     one, other = weights(whole), weights(resumed)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -138,17 +176,26 @@ def test_two_steps_are_one_plus_one_resumed_bit_for_bit(stage: dict[str, Any]) -
 
 @pytest.mark.slow
 def test_a_run_by_epochs_has_its_steps_wherever_they_are_read(stage: dict[str, Any]) -> None:
-    """Twelve training tasks, four a step: an epoch has three steps. Annealing, learning rate, checkpoints and report go by them."""
+    """Twelve training tasks, four a step: an epoch has three steps. Annealing, learning rate, checkpoints and report go
+    by them.
+    """
     replay, words = stage["folder"] / "replay-epoch", [*stage["words"], "trainer.steps=null", "trainer.epochs=1"]
     write_replay(load_config(stage["preset"], words), Path(words[0].removeprefix("model.path=")), replay, 3)
-    further = ["objective.schedule.horizon=null", "optimizer.lr_schedule=linear", "trainer.checkpoint_every=0", f"trainer.replay={replay}"]
+    further = [
+        "objective.schedule.horizon=null",
+        "optimizer.lr_schedule=linear",
+        "trainer.checkpoint_every=0",
+        f"trainer.replay={replay}",
+    ]
     run = recipe(stage, "epoch", "trainer.steps=null", "trainer.epochs=1", *further)
     rows = [row for row in records(run) if row["stage"] == "rl"]
     assert [row["step"] for row in rows] == [1, 2, 3]
     resolved = load_config(run / "config.yaml")
     assert (resolved.trainer.steps, resolved.trainer.epochs) == (3, None)
     schedule = TraceSchedule(reasoning="segment", call="scale", clock=StepClock(3))
-    assert [row["anneal/call_weight"] for row in rows] == pytest.approx([schedule.call_weight(step) for step in range(3)])
+    assert [row["anneal/call_weight"] for row in rows] == pytest.approx(
+        [schedule.call_weight(step) for step in range(3)]
+    )
     updates = 1 + 3 * 2  # the warm-up's step, and two updates a step
     assert rows[-1]["policy/lr"] == pytest.approx(learning_rate(resolved.optimizer, updates, updates)) == 0.0
     assert rows[0]["policy/lr"] == pytest.approx(learning_rate(resolved.optimizer, 3, updates))
@@ -162,8 +209,11 @@ def test_what_a_longer_or_a_cut_run_resumes_from(stage: dict[str, Any]) -> None:
     longer = recipe(stage, "longer", "trainer.steps=2", resume=first)
     weight = [r["anneal/call_weight"] for r in records(longer) if r["stage"] == "rl"]
     annealed = load_config(longer / "config.yaml").objective.schedule.call_end
-    assert weight[0] >= weight[1] == pytest.approx(annealed)  # step 2 of a horizon of 1, not of 2: more steps bring nothing back
-    # cut between step 2 and its checkpoint, then resumed with another learning rate: the attempt's weights of the same version are not taken
+    assert (
+        weight[0] >= weight[1] == pytest.approx(annealed)
+    )  # step 2 of a horizon of 1, not of 2: more steps bring nothing back
+    # cut between step 2 and its checkpoint, then resumed with another learning rate: the attempt's weights of the same
+    # version are not taken
     shutil.rmtree(max((longer / "checkpoints").glob("step_*")))
     stale = weights(longer)
     recipe(stage, "longer", "optimizer.lr=1e-5", resume=longer)
@@ -176,7 +226,9 @@ def test_sigterm_leaves_a_checkpoint_and_the_resumed_run_is_the_uncut_one(stage:
     run = stage["folder"] / "runs" / "term-pact-seed1234-1"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=environment
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:  # the warm-up is done, and step 1 begins
             if "warmup step 1 " in line or "rl step" in line:
@@ -201,11 +253,21 @@ def test_replay_of_another_runs_rollouts_is_refused(stage: dict[str, Any]) -> No
         replayed(path, [*found, *found[:4]])
 
 
-@pytest.mark.parametrize("layout", ["pipeline_parallel", *(pytest.param(f"{kind}_parallel", marks=SLOW) for kind in ("tensor", "context", "data"))])
+@pytest.mark.parametrize(
+    "layout",
+    ["pipeline_parallel", *(pytest.param(f"{kind}_parallel", marks=SLOW) for kind in ("tensor", "context", "data"))],
+)
 def test_two_processes_give_the_numbers_of_one(stage: dict[str, Any], plain: Path, layout: str) -> None:
     words = () if layout == "data_parallel" else (f"policy.{layout}=2",)
     for row, expected in zip(records(recipe(stage, layout, *words, ranks=2)), records(plain), strict=True):
-        for key in ("loss/total", "policy/grad_norm", "loss/rl_h", "loss/sft_call", "latent/gap_failure", "policy/kl_ref"):
+        for key in (
+            "loss/total",
+            "policy/grad_norm",
+            "loss/rl_h",
+            "loss/sft_call",
+            "latent/gap_failure",
+            "policy/kl_ref",
+        ):
             if expected.get(key) is not None:
                 assert row[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), (row["stage"], row["step"], key)
 
@@ -218,25 +280,46 @@ def test_another_seed_is_refused_on_resume(stage: dict[str, Any], plain: Path) -
 
 def test_a_wrong_setting_and_a_dry_run_start_nothing(tmp_path: Path) -> None:
     recipe_file = str(REPO / "recipes" / "pact_bfcl.py")
-    wrong = subprocess.run([sys.executable, recipe_file, "trainer.stepz=3"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    wrong = subprocess.run(
+        [sys.executable, recipe_file, "trainer.stepz=3"], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
     assert wrong.returncode == 2 and "stepz" in wrong.stderr
-    dry = subprocess.run([sys.executable, recipe_file, "--dry-run", "trainer.steps=7"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    dry = subprocess.run(
+        [sys.executable, recipe_file, "--dry-run", "trainer.steps=7"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
     assert dry.returncode == 0 and "steps: 7" in dry.stdout and "GiB" in dry.stdout and "7 steps x" in dry.stdout
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_with_its_own_server(stage: dict[str, Any]) -> None:
-    """The real thing at its smallest: server, evaluation, refit by export, version stamps, and no trace in any request."""
-    words = ["trainer.replay=null", "trainer.steps=1", "rollout.sampling.max_turn_tokens=24", "rollout.server.max_model_len=512"]
+    """The real thing at its smallest: server, evaluation, refit by export, version stamps, and no trace in any
+    request.
+    """
+    words = [
+        "trainer.replay=null",
+        "trainer.steps=1",
+        "rollout.sampling.max_turn_tokens=24",
+        "rollout.server.max_model_len=512",
+    ]
     run = recipe(stage, "served", *words)
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["eval"]) == {"base", "before", "after"}
     assert [summary["eval"][name]["weight_version"] for name in ("base", "before", "after")] == [0, 1, 2]
     assert all(summary["eval"][name]["n"] == 2 and summary["eval"][name]["failed"] == 0 for name in summary["eval"])
     rollouts = [json.loads(line) for line in (run / "rollouts" / "step_000000.jsonl").read_text().splitlines()]
-    assert len(rollouts) == 16 and {r["weight_version"] for r in rollouts} == {1} and all(r["status"] != "failed" for r in rollouts)
+    assert (
+        len(rollouts) == 16
+        and {r["weight_version"] for r in rollouts} == {1}
+        and all(r["status"] != "failed" for r in rollouts)
+    )
     (row,) = [r for r in records(run) if r["stage"] == "rl"]
-    assert row["mismatch/mean_abs"] < 2e-3  # sampler and trainer compute in float32: what was sampled is what is trained on
+    assert (
+        row["mismatch/mean_abs"] < 2e-3
+    )  # sampler and trainer compute in float32: what was sampled is what is trained on
     assert summary["peak_memory_bytes"]["server"] > 0 and summary["seconds"]["rollout"] > 0
 
     from pact_nemo.chat.template import ChatFormat
@@ -273,14 +356,30 @@ def test_a_run_with_its_own_server(stage: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_generation_ahead_is_one_version_behind_and_survives_a_cut(stage: dict[str, Any]) -> None:
-    """``trainer.overlap``: the first step samples from the weights it trains, later ones from those before; a checkpoint holds what was sampled."""
-    words = ["trainer.replay=null", "trainer.overlap=true", "trainer.steps=3", "objective.schedule.horizon=3", "warmup.steps=0"]
-    words += ["rollout.sampling.max_turn_tokens=24", "rollout.server.max_model_len=512", "evaluation.before=false", "evaluation.after=false"]
+    """``trainer.overlap``: the first step samples from the weights it trains, later ones from those before; a
+    checkpoint holds what was sampled.
+    """
+    words = [
+        "trainer.replay=null",
+        "trainer.overlap=true",
+        "trainer.steps=3",
+        "objective.schedule.horizon=3",
+        "warmup.steps=0",
+    ]
+    words += [
+        "rollout.sampling.max_turn_tokens=24",
+        "rollout.server.max_model_len=512",
+        "evaluation.before=false",
+        "evaluation.after=false",
+    ]
     words += ["trainer.keep_checkpoints=2"]
     run = recipe(stage, "ahead", *words)
     rows = [row for row in records(run) if row["stage"] == "rl"]
     assert [row["rollout/lag"] for row in rows] == [0, 1, 1]
-    dumped = [[json.loads(line) for line in (run / "rollouts" / f"step_{i:06d}.jsonl").read_text().splitlines()] for i in range(3)]
+    dumped = [
+        [json.loads(line) for line in (run / "rollouts" / f"step_{i:06d}.jsonl").read_text().splitlines()]
+        for i in range(3)
+    ]
     assert [{row["weight_version"] for row in step} for step in dumped] == [{0}, {0}, {1}]
     whole, trained = weights(run), rows[-1]
 
@@ -289,7 +388,9 @@ def test_generation_ahead_is_one_version_behind_and_survives_a_cut(stage: dict[s
     shutil.rmtree(run / "hf")
     again = recipe(stage, "ahead", *words, resume=run)
     last = [row for row in records(again) if row["stage"] == "rl"][-1]
-    assert {k: v for k, v in last.items() if not k.startswith("refit/")} == {k: v for k, v in trained.items() if not k.startswith("refit/")}
+    assert {k: v for k, v in last.items() if not k.startswith("refit/")} == {
+        k: v for k, v in trained.items() if not k.startswith("refit/")
+    }
     after = weights(again)
     assert all(torch.equal(after[name], value) for name, value in whole.items())
 
@@ -299,9 +400,18 @@ def test_two_servers_that_run_elsewhere_are_shared_and_refitted_together(stage: 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PACT_ROLLOUT_API_KEY": "a key of this run"}
     folder = stage["folder"] / "servers"
     folder.mkdir()
-    serve = [sys.executable, str(REPO / "tools" / "serve.py"), "--config", stage["preset"], f"model.path={stage['folder'] / 'model'}"]
+    serve = [
+        sys.executable,
+        str(REPO / "tools" / "serve.py"),
+        "--config",
+        stage["preset"],
+        f"model.path={stage['folder'] / 'model'}",
+    ]
     servers = [
-        subprocess.Popen([*serve, "--ready", str(folder / f"{i}.url"), "--log", str(folder / f"{i}.log")], env=environment, cwd=REPO) for i in (0, 1)
+        subprocess.Popen(
+            [*serve, "--ready", str(folder / f"{i}.url"), "--log", str(folder / f"{i}.log")], env=environment, cwd=REPO
+        )
+        for i in (0, 1)
     ]
     try:
         deadline = time.monotonic() + 240
@@ -309,8 +419,20 @@ def test_two_servers_that_run_elsewhere_are_shared_and_refitted_together(stage: 
             assert time.monotonic() < deadline and all(server.poll() is None for server in servers)
             time.sleep(0.5)
         urls = ",".join(path.read_text().strip() for path in sorted(folder.glob("*.url")))
-        words = ["--config", stage["preset"], *stage["words"], "run.name=shared", "trainer.replay=null", f"rollout.server.url={urls}"]
-        short = ["trainer.steps=1", "trainer.batch_size=2", "trainer.mini_batch_size=2", "rollout.sampling.max_turn_tokens=24"]
+        words = [
+            "--config",
+            stage["preset"],
+            *stage["words"],
+            "run.name=shared",
+            "trainer.replay=null",
+            f"rollout.server.url={urls}",
+        ]
+        short = [
+            "trainer.steps=1",
+            "trainer.batch_size=2",
+            "trainer.mini_batch_size=2",
+            "rollout.sampling.max_turn_tokens=24",
+        ]
         command = [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), *words, *short]
         done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=REPO, env=environment)
         assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
@@ -320,7 +442,9 @@ def test_two_servers_that_run_elsewhere_are_shared_and_refitted_together(stage: 
         assert [summary["eval"][name]["weight_version"] for name in ("base", "before", "after")] == [0, 1, 2]
         assert all(summary["eval"][name]["failed"] == 0 for name in summary["eval"])
         (row,) = [r for r in records(run) if r["stage"] == "rl"]
-        assert row["mismatch/mean_abs"] < 2e-3 and row["rollout/failed"] == 0  # both servers sample what the trainer computes
+        assert (
+            row["mismatch/mean_abs"] < 2e-3 and row["rollout/failed"] == 0
+        )  # both servers sample what the trainer computes
         assert "a key of this run" not in (run / "config.yaml").read_text() + done.stdout + done.stderr
         assert all(server.poll() is None for server in servers)  # an attached server is left running
     finally:

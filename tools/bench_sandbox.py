@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Calls per second of the sandbox against plain ``exec`` in this process, at 1 and 8 workers, interleaved, medians.
 
-    python tools/bench_sandbox.py --rounds 7 --calls 200
+python tools/bench_sandbox.py --rounds 7 --calls 200
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pact_nemo.sandbox import Sandbox  # noqa: E402
 from pact_nemo.terminal import command  # noqa: E402
 
-SOURCE = '''
+SOURCE = """
 def find(place, kind="capital", limit=5):
     rows = [{"place": "France", "capital": "Paris"}, {"place": "Peru", "capital": "Lima"}]
     found = [row[kind] for row in rows if row["place"] == place]
     return {"results": found[:limit]} if found else {"error": "nothing found"}
 print(find("France"))
-'''
+"""
 
 
 def plain(calls: int) -> float:
@@ -59,7 +59,10 @@ def main() -> None:
             seconds["sandbox, 1 worker"].append(sandboxed(one, thread, arguments.calls))
             seconds["sandbox, 8 workers"].append(sandboxed(eight, threads, arguments.calls))
         enforced = one.enforced()
-    print(f"{platform.machine()}, Python {platform.python_version()}, {arguments.calls} calls a round, {arguments.rounds} interleaved rounds")
+    print(
+        f"{platform.machine()}, Python {platform.python_version()}, {arguments.calls} calls a round, {arguments.rounds}"
+        " interleaved rounds"
+    )
     print("enforced: " + ", ".join(name for name, on in enforced.items() if on))
     print("| | calls/s (median) | range |\n|---|---|---|")
     for name, values in seconds.items():

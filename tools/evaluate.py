@@ -1,12 +1,15 @@
 #!/usr/bin/env python
-"""Score any model on a benchmark with its official check: a Hugging Face folder (served by vLLM here) or a chat-completions server by URL.
+"""Score any model on a benchmark with its official check: a Hugging Face folder (served by vLLM here) or a
+chat-completions server by URL.
 
     python tools/evaluate.py --model runs/latest/hf --benchmark bfcl --out eval/mine
-    python tools/evaluate.py --model http://127.0.0.1:8000/v1 --name Qwen3-4B --benchmark toolhop tasks.path=ToolHop.json tasks.scenario=free
+    python tools/evaluate.py --model http://127.0.0.1:8000/v1 --name Qwen3-4B --benchmark toolhop \\
+        tasks.path=ToolHop.json tasks.scenario=free
     python tools/evaluate.py --model /models/Qwen3-4B --benchmark bfcl --json model.tool_format=hermes
 
-Every task of the benchmark is played, or with ``--held-out`` the run's held-out split only. Episodes are kept in ``OUT/episodes.jsonl`` as they
-are finished, so that an evaluation that was cut goes on where it stopped. BFCL's score files are written in the layout of its leaderboard.
+Every task of the benchmark is played, or with ``--held-out`` the run's held-out split only. Episodes are kept in
+``OUT/episodes.jsonl`` as they are finished, so that an evaluation that was cut goes on where it stopped. BFCL's score
+files are written in the layout of its leaderboard.
 """
 
 from __future__ import annotations
@@ -50,12 +53,16 @@ from pact_nemo.training.records import dump_evaluation  # noqa: E402
 
 
 @contextmanager
-def player(config: Config, options: argparse.Namespace, environment: Environment, progress: RunProgress) -> Iterator[Any]:
+def player(
+    config: Config, options: argparse.Namespace, environment: Environment, progress: RunProgress
+) -> Iterator[Any]:
     """A function tasks -> rollouts, for either kind of model."""
     sampling = config.rollout.sampling
     if options.model.startswith(("http://", "https://")):
         key = os.environ.get("OPENAI_API_KEY", "none")
-        complete = chat_endpoint(options.model, options.name, key, config.rollout.server.request_timeout_s, config.evaluation.temperature)
+        complete = chat_endpoint(
+            options.model, options.name, key, config.rollout.server.request_timeout_s, config.evaluation.temperature
+        )
         limits = evaluation_limits(config)
 
         def by_chat(tasks: list[Task]) -> list[Rollout]:
@@ -68,7 +75,9 @@ def player(config: Config, options: argparse.Namespace, environment: Environment
         yield by_chat
         return
     settings = config.model
-    chat = ChatFormat.from_pretrained(Path(options.model), settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
+    chat = ChatFormat.from_pretrained(
+        Path(options.model), settings.tool_format, settings.template_kwargs, settings.earlier_thoughts
+    )
     check_served_folder(Path(options.model), chat.tokenizer)
     generator = Generator(config, chat, environment, progress, options.out / "server.log")
     try:
@@ -80,7 +89,9 @@ def player(config: Config, options: argparse.Namespace, environment: Environment
 
 
 def bfcl_score_files(folder: Path, name: str, tasks: list[Task], rollouts: list[Rollout]) -> None:
-    """``score/<model>/multi_turn/BFCL_v4_<category>_score.json``: the header line and one line per failed task, as bfcl-eval writes them."""
+    """``score/<model>/multi_turn/BFCL_v4_<category>_score.json``: the header line and one line per failed task, as
+    bfcl-eval writes them.
+    """
     from bfcl_eval.utils import get_directory_structure_by_category, get_file_name_by_category
 
     by_id = {rollout.task_id: rollout for rollout in rollouts}
@@ -91,9 +102,20 @@ def bfcl_score_files(folder: Path, name: str, tasks: list[Task], rollouts: list[
         for task_id, rollout in rows:
             if rollout.outcome is None or not rollout.outcome.success:
                 reason = rollout.error if rollout.outcome is None else rollout.outcome.reason
-                lines.append({"id": task_id, "model_name": name, "test_category": category, "valid": False, "error": {"error_type": reason}})
+                lines.append(
+                    {
+                        "id": task_id,
+                        "model_name": name,
+                        "test_category": category,
+                        "valid": False,
+                        "error": {"error_type": reason},
+                    }
+                )
         path = folder / "score" / name.replace("/", "_") / get_directory_structure_by_category(category)
-        write_text_atomic(path / get_file_name_by_category(category, is_score_file=True), "".join(json.dumps(line) + "\n" for line in lines))
+        write_text_atomic(
+            path / get_file_name_by_category(category, is_score_file=True),
+            "".join(json.dumps(line) + "\n" for line in lines),
+        )
 
 
 def identity(config: Config, options: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +148,10 @@ def open_folder(config: Config, options: argparse.Namespace) -> Path:
         found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         different = [key for key in mine if found.get(key) != mine[key]]
         if different:
-            raise ConfigError(f"{episodes} holds episodes with another {', '.join(different)}; name another folder with --out, or delete this one")
+            raise ConfigError(
+                f"{episodes} holds episodes with another {', '.join(different)}; name another folder with --out, or"
+                " delete this one"
+            )
     write_json_atomic(note, mine)
     return episodes
 
@@ -151,7 +176,12 @@ def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
                     for start in range(0, len(left), options.chunk):
                         rollouts += play(left[start : start + options.chunk])
                         played = {rollout.task_id for rollout in rollouts}
-                        dump_evaluation(episodes, [t for t in tasks if t.id in played], rollouts, episode_rewards(config, tasks, rollouts)[0])
+                        dump_evaluation(
+                            episodes,
+                            [t for t in tasks if t.id in played],
+                            rollouts,
+                            episode_rewards(config, tasks, rollouts)[0],
+                        )
     finally:
         environment.close()
     wanted = {task.id for task in tasks}
@@ -168,12 +198,21 @@ def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="HF folder, or base URL of a chat-completions server (key in OPENAI_API_KEY)")
+    parser.add_argument(
+        "--model", required=True, help="HF folder, or base URL of a chat-completions server (key in OPENAI_API_KEY)"
+    )
     parser.add_argument("--name", default="default", help="the model's name at that server")
     parser.add_argument("--benchmark", choices=["bfcl", "ftrl", "toolhop"], default="bfcl")
-    parser.add_argument("--config", action="append", metavar="YAML", help="settings as for the recipes; default: the benchmark's full settings")
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar="YAML",
+        help="settings as for the recipes; default: the benchmark's full settings",
+    )
     parser.add_argument("--out", type=Path, default=Path("eval"))
-    parser.add_argument("--held-out", action="store_true", help="only the tasks that a run with these settings is evaluated on")
+    parser.add_argument(
+        "--held-out", action="store_true", help="only the tasks that a run with these settings is evaluated on"
+    )
     parser.add_argument("--limit", type=int, help="only the first tasks")
     parser.add_argument("--chunk", type=int, default=256, help="tasks between two saves")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -188,7 +227,9 @@ def main() -> int:
     if options.json:
         print(json.dumps(result))
         return 0
-    table = Table("category", "tasks", "score", title=f"{result['name']} on {result['benchmark']}: {result['score']:.4f}")
+    table = Table(
+        "category", "tasks", "score", title=f"{result['name']} on {result['benchmark']}: {result['score']:.4f}"
+    )
     for category, row in result["categories"].items():
         table.add_row(category, str(row["n"]), f"{row['score']:.4f}")
     for metric, value in result["metrics"].items():

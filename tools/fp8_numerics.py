@@ -1,11 +1,13 @@
-"""What FP8 does to a real PACT step: every recipe, emulated, on the rollouts that a run dumped, against the same policy without FP8.
+"""What FP8 does to a real PACT step: every recipe, emulated, on the rollouts that a run dumped, against the same policy
+without FP8.
 
     python tools/fp8_numerics.py --run runs/latest                     # step 0 of a finished run
     python tools/fp8_numerics.py --run runs/latest --step 3 --recipes tensorwise blockwise
 
-Columns: mean and 99th percentile of |log-prob - log-prob without FP8| in nats over all scored tokens; the largest ratio and the share of tokens
-outside the clip range [1 - 0.2, 1 + 0.2] if the old policy were scored without FP8 and updated with it (what is avoided: scored alike, the
-ratios are exactly 1); the gradient's norm and its direction (cosine) against those without FP8.
+Columns: mean and 99th percentile of |log-prob - log-prob without FP8| in nats over all scored tokens; the largest ratio
+and the share of tokens outside the clip range [1 - 0.2, 1 + 0.2] if the old policy were scored without FP8 and updated
+with it (what is avoided: scored alike, the ratios are exactly 1); the gradient's norm and its direction (cosine)
+against those without FP8.
 """
 
 from __future__ import annotations
@@ -35,12 +37,17 @@ from pact_nemo.training.setup import open_experiment
 
 
 def step_trees(config: Config, step: int) -> list[TokenTree]:
-    """The trees of a dumped step's on-policy update, with all of the objective's terms but those that need a reference."""
+    """The trees of a dumped step's on-policy update, with all of the objective's terms but those that need a
+    reference.
+    """
     with open_experiment(config, None) as experiment:
         experiment.step = step
         groups = collect(experiment)
         objective = config.objective
-        prompts = [grow_tree(g, experiment.boundary_ids, objective, contexts=contexts_needed(g, objective, diagnostics=True)) for g in groups]
+        prompts = [
+            grow_tree(g, experiment.boundary_ids, objective, contexts=contexts_needed(g, objective, diagnostics=True))
+            for g in groups
+        ]
         prompts = [prompt for prompt in prompts if prompt.tree.num_scored]
         fill_streams(prompts, objective, experiment.schedule, step, old=None, reference=None, importance_cap=None)
     for prompt in prompts:
@@ -48,7 +55,9 @@ def step_trees(config: Config, step: int) -> list[TokenTree]:
     return [prompt.tree for prompt in prompts]
 
 
-def measure(config: Config, policy_config: PolicyConfig, model: Path, trees: list[TokenTree]) -> tuple[torch.Tensor, torch.Tensor, float]:
+def measure(
+    config: Config, policy_config: PolicyConfig, model: Path, trees: list[TokenTree]
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Log-probs [S], gradient of the step and its norm under one precision."""
     policy = MegatronPolicy(policy_config, config.optimizer, model, seed=0, total_steps=1)
     loss = loss_of(config.objective)
@@ -69,7 +78,9 @@ def main() -> None:
     parser.add_argument("--model", help="HF folder to measure; default: the run's final weights")
     parser.add_argument("--prompts", type=int, help="only the first so many prompts of the step")
     parser.add_argument("--recipes", nargs="+", default=list(FP8_RECIPES), choices=FP8_RECIPES)
-    parser.add_argument("--bf16-layers", type=int, default=1, help="layers at each end that stay out of FP8 (delayed: 0)")
+    parser.add_argument(
+        "--bf16-layers", type=int, default=1, help="layers at each end that stay out of FP8 (delayed: 0)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object last")
     arguments = parser.parse_args()
     run = Path(arguments.run).resolve()
@@ -81,7 +92,12 @@ def main() -> None:
     plain = measure(config, config.policy, model, trees)
     rows = []
     for recipe in arguments.recipes:
-        settings = replace(config.policy, fp8=recipe, fp8_emulate=True, fp8_bf16_layers=0 if recipe == "delayed" else arguments.bf16_layers)
+        settings = replace(
+            config.policy,
+            fp8=recipe,
+            fp8_emulate=True,
+            fp8_bf16_layers=0 if recipe == "delayed" else arguments.bf16_layers,
+        )
         logprobs, gradient, norm = measure(config, settings, model, trees)
         error = (logprobs - plain[0]).abs()
         ratio = (logprobs - plain[0]).exp()

@@ -1,14 +1,18 @@
 #!/usr/bin/env python
-"""Expert traces for any benchmark: a teacher behind an OpenAI-compatible endpoint, the recorded sub-answers, or BFCL's ground truth.
+"""Expert traces for any benchmark: a teacher behind an OpenAI-compatible endpoint, the recorded sub-answers, or BFCL's
+ground truth.
 
     python tools/make_traces.py --out traces.jsonl tasks.benchmark=toolhop tasks.path=ToolHop.json --recorded
-    TEACHER_API_KEY=... python tools/make_traces.py --out traces.jsonl --teacher http://127.0.0.1:8000/v1 --model NAME --attempts 4 \\
+    TEACHER_API_KEY=... python tools/make_traces.py --out traces.jsonl --teacher http://127.0.0.1:8000/v1 \\
+        --model NAME --attempts 4 \\
         tasks.benchmark=ftrl tasks.path=ftrl_train.parquet
-    python tools/make_traces.py --out more.jsonl --extend traces.jsonl --augment argument_order --promote runs/latest tasks.benchmark=...
+    python tools/make_traces.py --out more.jsonl --extend traces.jsonl --augment argument_order --promote \\
+        runs/latest tasks.benchmark=...
     python tools/make_traces.py --show traces.jsonl --limit 3
 
-Each task is tried up to ``--attempts`` times; what passes the benchmark's own check and the filters is kept. Every attempt is appended to
-``OUT.attempts.jsonl`` at once, so that a run that was cut goes on where it stopped. ``OUT.quality.json`` says what was kept and dropped, and why.
+Each task is tried up to ``--attempts`` times; what passes the benchmark's own check and the filters is kept. Every
+attempt is appended to ``OUT.attempts.jsonl`` at once, so that a run that was cut goes on where it stopped.
+``OUT.quality.json`` says what was kept and dropped, and why.
 """
 
 from __future__ import annotations
@@ -77,7 +81,11 @@ class Journal:
             lines = path.read_text(encoding="utf-8").split("\n")
             for number, line in enumerate(lines[:-1], start=1):
                 row = json.loads(line)
-                self._note(row["task_id"], row["verdict"], Trace.from_dict(row["trace"], file=str(path), line=number) if row["trace"] else None)
+                self._note(
+                    row["task_id"],
+                    row["verdict"],
+                    Trace.from_dict(row["trace"], file=str(path), line=number) if row["trace"] else None,
+                )
             if lines[-1]:
                 path.write_text("\n".join(lines[:-1]) + "\n" if len(lines) > 1 else "", encoding="utf-8")
 
@@ -88,28 +96,42 @@ class Journal:
             self.kept[task_id] = trace
 
     def add(self, task_id: str, reason: str, trace: Trace | None) -> None:
-        row = {"task_id": task_id, "verdict": reason, "trace": trace.to_dict() if trace is not None and reason == "kept" else None}
+        row = {
+            "task_id": task_id,
+            "verdict": reason,
+            "trace": trace.to_dict() if trace is not None and reason == "kept" else None,
+        }
         with self._lock:
             with open(self._path, "a", encoding="utf-8") as out:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._note(task_id, reason, trace)
 
 
-def quality(tasks: list[Task], journal: Journal, tokens: Counter[str], annotator: ModelAnnotator | None) -> dict[str, Any]:
+def quality(
+    tasks: list[Task], journal: Journal, tokens: Counter[str], annotator: ModelAnnotator | None
+) -> dict[str, Any]:
     """What came of it: over tasks, and over attempts by reason."""
     categories: dict[str, Counter[str]] = defaultdict(Counter)
     for task in tasks:
         categories[task.category]["tasks"] += 1
         categories[task.category]["kept"] += task.id in journal.kept
-    bare = {task.id: count for task in tasks if task.id in journal.kept and (count := turns_without_reasoning(journal.kept[task.id]))}
+    bare = {
+        task.id: count
+        for task in tasks
+        if task.id in journal.kept and (count := turns_without_reasoning(journal.kept[task.id]))
+    }
     return {
         "tasks": len(tasks),
         "kept": sum(task.id in journal.kept for task in tasks),
         "attempts": dict(Counter(reason for task in tasks for reason in journal.reasons[task.id])),
-        "coverage": {name: {**count, "share": count["kept"] / count["tasks"]} for name, count in sorted(categories.items())},
+        "coverage": {
+            name: {**count, "share": count["kept"] / count["tasks"]} for name, count in sorted(categories.items())
+        },
         "calls_without_reasoning": {"traces": len(bare), "turns": sum(bare.values()), "tasks": sorted(bare)[:NAMED]},
         "tokens": dict(tokens),
-        "annotator": None if annotator is None else {"turns": annotator.turns, "fallbacks_to_rules": annotator.fallbacks},
+        "annotator": (
+            None if annotator is None else {"turns": annotator.turns, "fallbacks_to_rules": annotator.fallbacks}
+        ),
     }
 
 
@@ -132,6 +154,7 @@ def make(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
             def attempt(task: Task) -> Trace | None:
                 return teacher_trace(environment, task, complete, options.max_turns, annotator or split_reasoning)
+
         else:
             attempt = without_teacher(config, environment)
         journal = Journal(Path(f"{options.out}.attempts.jsonl"))
@@ -145,7 +168,9 @@ def make(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def extend(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """A trace file with more traces per task: verified variants of what it has, and solutions of the policy's own rollouts."""
+    """A trace file with more traces per task: verified variants of what it has, and solutions of the policy's own
+    rollouts.
+    """
     environment = build_environment(config)
     counts: Counter[str] = Counter()
     try:
@@ -170,7 +195,14 @@ def extend(config: Config, options: argparse.Namespace) -> dict[str, Any]:
                 counts["promoted_but_failed_replay"] += len(fresh) - len(checked)
         for task_id, traces in known.items():
             if options.augment and task_id in tasks and traces:
-                made = variants(environment, tasks[task_id], traces[0], options.augment, config.traces.variants, config.tasks.split_seed)
+                made = variants(
+                    environment,
+                    tasks[task_id],
+                    traces[0],
+                    options.augment,
+                    config.traces.variants,
+                    config.tasks.split_seed,
+                )
                 traces += made
                 counts.update(trace.source.rpartition("+")[2] for trace in made)
     finally:
@@ -181,7 +213,9 @@ def extend(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def reasoning_of(config: Config, task: Task) -> Callable[[str], str]:
-    """The text before the calls of an assistant message, in the tool format of the config: its thought, and what else it says, without markers."""
+    """The text before the calls of an assistant message, in the tool format of the config: its thought, and what else
+    it says, without markers.
+    """
     parse = tool_format(config.model.tool_format).parse
     return lambda text: "\n\n".join(part for part in thoughts_and_visible(parse(text, task.tools).reasoning) if part)
 
@@ -194,7 +228,10 @@ def rollouts_of(run: Path) -> list[Rollout]:
     """Every dumped training rollout of a run, in order of steps."""
     files = sorted((run / "rollouts").glob("step_*.jsonl"))
     if not files:
-        raise DataError("no dumped rollouts (rollouts/step_*.jsonl); was the run made with trainer.dump_rollouts=false?", file=str(run))
+        raise DataError(
+            "no dumped rollouts (rollouts/step_*.jsonl); was the run made with trainer.dump_rollouts=false?",
+            file=str(run),
+        )
     return [rollout for path in files for rollout in read_rollouts(path)]
 
 
@@ -206,7 +243,9 @@ def without_teacher(config: Config, environment: Environment) -> Attempt:
 
 
 def run_attempts(tasks: list[Task], journal: Journal, attempt: Attempt, attempts: int, concurrency: int) -> None:
-    """Every task without a kept trace, until one is kept or its attempts are used up. A teacher that is away counts as no attempt."""
+    """Every task without a kept trace, until one is kept or its attempts are used up. A teacher that is away counts as
+    no attempt.
+    """
     open_tasks = [task for task in tasks if task.id not in journal.kept and journal.tries[task.id] < attempts]
     failure: list[ServerError] = []
     with RunProgress(total_steps=1) as progress, progress.phase("traces", total=len(open_tasks)) as phase:
@@ -234,7 +273,9 @@ def show(path: Path, limit: int | None) -> None:
         console.rule(f"{trace.task_id} · {trace.source} · {'verified' if trace.verified else 'NOT verified'}")
         for turn in trace.turns:
             for segment in turn.segments:
-                console.print(Text(f"[{segment.type}] ", style="dim") + Text(segment.text.strip(), style=COLOURS["reasoning"]))
+                console.print(
+                    Text(f"[{segment.type}] ", style="dim") + Text(segment.text.strip(), style=COLOURS["reasoning"])
+                )
             for call, observation in zip(turn.calls, turn.observations, strict=True):
                 console.print(Text(shown(call), style=COLOURS["call"]))
                 console.print(Text(observation, style=COLOURS["observation"]))
@@ -248,21 +289,44 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("traces.jsonl"))
     parser.add_argument("--config", action="append", metavar="YAML", help="settings files as for the recipes")
-    parser.add_argument("--teacher", metavar="URL", help="OpenAI-compatible base URL, e.g. http://127.0.0.1:8000/v1; the key is in TEACHER_API_KEY")
+    parser.add_argument(
+        "--teacher",
+        metavar="URL",
+        help="OpenAI-compatible base URL, e.g. http://127.0.0.1:8000/v1; the key is in TEACHER_API_KEY",
+    )
     parser.add_argument("--model", default="default", help="the teacher's name at that endpoint")
-    parser.add_argument("--recorded", action="store_true", help="no teacher: recorded sub-answers (FTRL, ToolHop) or ground truth (BFCL)")
+    parser.add_argument(
+        "--recorded",
+        action="store_true",
+        help="no teacher: recorded sub-answers (FTRL, ToolHop) or ground truth (BFCL)",
+    )
     parser.add_argument("--extend", type=Path, metavar="TRACES", help="start from these traces and add more to them")
-    parser.add_argument("--augment", action="append", choices=KINDS, default=[], help="(repeatable) add variants that execution verified")
+    parser.add_argument(
+        "--augment",
+        action="append",
+        choices=KINDS,
+        default=[],
+        help="(repeatable) add variants that execution verified",
+    )
     parser.add_argument("--promote", type=Path, metavar="RUN", help="add the solutions that a run's own rollouts found")
-    parser.add_argument("--annotate", action="store_true", help="let the teacher type its reasoning's paragraphs; rules where it can't")
+    parser.add_argument(
+        "--annotate", action="store_true", help="let the teacher type its reasoning's paragraphs; rules where it can't"
+    )
     parser.add_argument("--attempts", type=int, default=4)
     parser.add_argument("--max-turns", type=int, default=10, help="assistant turns per user turn")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds per answer")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--limit", type=int, help="only the first tasks (or traces to show)")
-    parser.add_argument("--show", type=Path, metavar="TRACES", help="print traces, components coloured, and do nothing else")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, e.g. tasks.benchmark=ftrl tasks.path=rows.parquet")
+    parser.add_argument(
+        "--show", type=Path, metavar="TRACES", help="print traces, components coloured, and do nothing else"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="any setting, e.g. tasks.benchmark=ftrl tasks.path=rows.parquet",
+    )
     options = parser.parse_intermixed_args()
     try:
         if options.show is not None:
@@ -270,7 +334,9 @@ def main() -> int:
             return 0
         more = bool(options.promote is not None or (options.extend is not None and options.augment))
         if (options.teacher is not None) + options.recorded + more != 1:
-            parser.error("say where traces come from: --teacher URL, --recorded, or --extend TRACES with --augment or --promote")
+            parser.error(
+                "say where traces come from: --teacher URL, --recorded, or --extend TRACES with --augment or --promote"
+            )
         config = load_config(options.config, options.overrides)
         found = extend(config, options) if more else make(config, options)
     except PactError as error:

@@ -1,10 +1,14 @@
 #!/usr/bin/env python
-"""Launch a recipe through NeMo-Run, on this machine or on a Slurm cluster; the same definition that ``torchrun`` and ``sbatch`` launch.
+"""Launch a recipe through NeMo-Run, on this machine or on a Slurm cluster; the same definition that ``torchrun`` and
+``sbatch`` launch.
 
     python tools/nemo_run_launch.py --recipe qwen3_4b_4xh100_bf16 model.path=/models/Qwen3-4B
-    python tools/nemo_run_launch.py --recipe llama3p1_70b_64xh100_bf16 --executor slurm --account A --partition P model.path=...
-    python tools/nemo_run_launch.py --config conf/pact_bfcl-smollm2_135m-cpu.yaml trainer.steps=2       # one process here
-    ... --print                                                                       # NeMo-Run's own dry run: what it would do
+    python tools/nemo_run_launch.py --recipe llama3p1_70b_64xh100_bf16 --executor slurm --account A --partition \\
+        P model.path=...
+    # one process here
+    python tools/nemo_run_launch.py --config conf/pact_bfcl-smollm2_135m-cpu.yaml trainer.steps=2
+    # NeMo-Run's own dry run: what it would do
+    ... --print
 
 NeMo-Run is optional: ``pip install -r requirements-nemo-run.txt``. The trainer's
 environment is ``--python``'s, which need not be this one.
@@ -59,7 +63,11 @@ def task(options: argparse.Namespace) -> Any:
     if options.executor == "local" and ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [str(REPOSITORY / options.script), *source, *options.words]
-    lines = [f"cd {shlex.quote(str(REPOSITORY))}", *([SLURM_RANK] if options.executor == "slurm" else []), f"exec {shlex.join(command)}"]
+    lines = [
+        f"cd {shlex.quote(str(REPOSITORY))}",
+        *([SLURM_RANK] if options.executor == "slurm" else []),
+        f"exec {shlex.join(command)}",
+    ]
     return nemo_run().Script(inline="\n".join(lines))
 
 
@@ -94,7 +102,11 @@ def main() -> int:
     source.add_argument("--recipe", metavar="NAME", help="a name of pact_nemo/training/recipes.py")
     source.add_argument("--config", metavar="YAML", help="a settings file, run as one process")
     parser.add_argument("--script", default="recipes/pact_bfcl.py", help="which benchmark")
-    parser.add_argument("--python", default=str(REPOSITORY / ".venv" / "bin" / "python"), help="interpreter of the trainer's environment")
+    parser.add_argument(
+        "--python",
+        default=str(REPOSITORY / ".venv" / "bin" / "python"),
+        help="interpreter of the trainer's environment",
+    )
     parser.add_argument("--executor", choices=["local", "slurm"], default="local")
     parser.add_argument("--account", default="default")
     parser.add_argument("--partition")
@@ -112,7 +124,9 @@ def main() -> int:
             if options.print:
                 experiment.dryrun()
             else:
-                experiment.run(sequential=True, detach=options.executor == "slurm", tail_logs=options.executor == "local")
+                experiment.run(
+                    sequential=True, detach=options.executor == "slurm", tail_logs=options.executor == "local"
+                )
     except PactError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -2,13 +2,18 @@
 """Memory, time and layout of a run before there are GPUs to run it on.
 
     python tools/plan.py --recipe llama3p1_70b_64xh100_bf16                               # the recipe as it stands
-    python tools/plan.py --recipe llama3p1_70b_64xh100_bf16 --gpus 128 --gpu H200 --search # the best layouts of other hardware
-    python tools/plan.py --model /models/Qwen3-8B/config.json --gpus 8 policy.tensor_parallel=4 policy.sequence_parallel=true
-    python tools/plan.py --recipe qwen3_4b_4xh100_bf16 --prompt-tokens 3000 --response-tokens 1500 --trace-tokens 2000 --json
-    python tools/plan.py --recipe llama3p1_70b_64xh100_bf16 --servers 2 --server-gpus 8     # rollout servers on nodes of their own
+    python tools/plan.py --recipe llama3p1_70b_64xh100_bf16 --gpus 128 --gpu H200 --search # the best layouts \\
+        of other hardware
+    python tools/plan.py --model /models/Qwen3-8B/config.json --gpus 8 policy.tensor_parallel=4 \\
+        policy.sequence_parallel=true
+    python tools/plan.py --recipe qwen3_4b_4xh100_bf16 --prompt-tokens 3000 --response-tokens 1500 \\
+        --trace-tokens 2000 --json
+    # rollout servers on nodes of their own
+    python tools/plan.py --recipe llama3p1_70b_64xh100_bf16 --servers 2 --server-gpus 8
 
-Lengths are means over a run's prompts; without them the limits of the config are scaled (``training/plan.py: expected_lengths``). What the
-numbers rest on: docs/planner.md. Exit codes: 0, 2 when the asked-for layout is impossible or nothing fits, 1 when it does not fit.
+Lengths are means over a run's prompts; without them the limits of the config are scaled
+(``training/plan.py: expected_lengths``). What the numbers rest on: docs/planner.md. Exit codes: 0, 2 when the asked-for
+layout is impossible or nothing fits, 1 when it does not fit.
 """
 
 from __future__ import annotations
@@ -31,7 +36,15 @@ from pact_nemo.planning.plan import Plan, make_plan, search
 from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.terminal import command
 from pact_nemo.training.config import Config, load_config
-from pact_nemo.training.plan import describe, expected_lengths, hardware_of, model_shape, planned_world, server_plan, step_work
+from pact_nemo.training.plan import (
+    describe,
+    expected_lengths,
+    hardware_of,
+    model_shape,
+    planned_world,
+    server_plan,
+    step_work,
+)
 from pact_nemo.training.recipes import RECIPES, recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -42,13 +55,24 @@ def parse() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
     source.add_argument("--config", metavar="YAML", help="a settings file, e.g. a run's config.yaml")
-    source.add_argument("--model", metavar="FOLDER", help="HF folder or config.json, with the paper's settings (conf/pact_bfcl.yaml)")
+    source.add_argument(
+        "--model", metavar="FOLDER", help="HF folder or config.json, with the paper's settings (conf/pact_bfcl.yaml)"
+    )
     parser.add_argument("--gpus", type=int, help="trainer GPUs; default: the recipe's")
     parser.add_argument("--gpu", choices=[*GPUS, "cpu"], help="default: the recipe's, or what is here")
-    parser.add_argument("--disk", type=float, metavar="GB/S", help="bandwidth of a node to the file system of exports and checkpoints")
+    parser.add_argument(
+        "--disk", type=float, metavar="GB/S", help="bandwidth of a node to the file system of exports and checkpoints"
+    )
     for name in ("prompt", "response", "trace", "longest"):
-        parser.add_argument(f"--{name}-tokens", type=int, metavar="N", help="mean length" if name != "longest" else "longest response of a step")
-    parser.add_argument("--servers", type=int, default=0, help="rollout servers on GPUs of their own; 0: one, on trainer GPUs")
+        parser.add_argument(
+            f"--{name}-tokens",
+            type=int,
+            metavar="N",
+            help="mean length" if name != "longest" else "longest response of a step",
+        )
+    parser.add_argument(
+        "--servers", type=int, default=0, help="rollout servers on GPUs of their own; 0: one, on trainer GPUs"
+    )
     parser.add_argument("--server-gpus", type=int, help="GPUs that a server is split over")
     parser.add_argument("--search", action="store_true", help="layouts that fit, the fastest step first")
     parser.add_argument("--top", type=int, default=10, help="how many of them")
@@ -74,7 +98,17 @@ def resolve(arguments: argparse.Namespace) -> tuple[Config, ModelShape]:
 
 def show_search(plans: list[Plan], top: int) -> None:
     table = Table(title=f"{len(plans)} layouts fit; the fastest of them")
-    for column in ("layout", "recompute", "GiB of a GPU", "rollout", "scoring", "update", "refit", "step s", "bottleneck"):
+    for column in (
+        "layout",
+        "recompute",
+        "GiB of a GPU",
+        "rollout",
+        "scoring",
+        "update",
+        "refit",
+        "step s",
+        "bottleneck",
+    ):
         table.add_column(column)
     for plan in plans[:top]:
         scoring = sum(value for name, value in plan.phases.items() if name.endswith("scoring"))
@@ -82,7 +116,10 @@ def show_search(plans: list[Plan], top: int) -> None:
             plan.layout.describe(),
             plan.policy.recompute,
             f"{plan.memory.total / GIB:.1f}",
-            *(f"{value:.1f}" for value in (plan.phases["rollout"], scoring, plan.phases["update"], plan.phases["refit"], plan.step)),
+            *(
+                f"{value:.1f}"
+                for value in (plan.phases["rollout"], scoring, plan.phases["update"], plan.phases["refit"], plan.step)
+            ),
             plan.bottleneck,
         )
     Console(width=150).print(table)
@@ -92,12 +129,16 @@ def main() -> int:
     arguments = parse()
     try:
         config, shape = resolve(arguments)
-        hardware = this_cpu() if arguments.gpu == "cpu" else gpu(arguments.gpu) if arguments.gpu else hardware_of(config)
+        hardware = (
+            this_cpu() if arguments.gpu == "cpu" else gpu(arguments.gpu) if arguments.gpu else hardware_of(config)
+        )
         if arguments.disk:
             hardware = dataclasses.replace(hardware, disk_bandwidth=arguments.disk * 1e9)
         world = arguments.gpus or planned_world(config)
         said = {name: getattr(arguments, f"{name}_tokens") for name in ("prompt", "response", "trace", "longest")}
-        lengths = dataclasses.replace(expected_lengths(config), **{name: value for name, value in said.items() if value is not None})
+        lengths = dataclasses.replace(
+            expected_lengths(config), **{name: value for name, value in said.items() if value is not None}
+        )
         work, server = step_work(config, lengths), server_plan(config, hardware, shape)
         if arguments.server_gpus:
             server = dataclasses.replace(server, gpus=arguments.server_gpus)
@@ -110,13 +151,21 @@ def main() -> int:
             if arguments.json:
                 print(json.dumps({"layouts": [plan.as_json() for plan in plans[: arguments.top]]}))
             return 0
-        plan = make_plan(shape, Layout.of(config.policy, world), config.policy, hardware, work, server, shares_gpus=shares)
+        plan = make_plan(
+            shape, Layout.of(config.policy, world), config.policy, hardware, work, server, shares_gpus=shares
+        )
     except ConfigError as error:
         print(f"configuration error: {error}", file=sys.stderr)
         return 2
-    print(f"{shape.parameters / 1e6:,.0f} M parameters on {world} x {hardware.name}: {plan.layout.describe()}, recompute {plan.policy.recompute}")
+    print(
+        f"{shape.parameters / 1e6:,.0f} M parameters on {world} x {hardware.name}: {plan.layout.describe()}, recompute"
+        f" {plan.policy.recompute}"
+    )
     print("\n".join(describe(plan)))
-    print(f"  update at {plan.update_tflops:,.0f} model TFLOP/s a GPU; refit: {', '.join(f'{k} {v:.1f} s' for k, v in plan.refit.items())}")
+    print(
+        f"  update at {plan.update_tflops:,.0f} model TFLOP/s a GPU; refit:"
+        f" {', '.join(f'{k} {v:.1f} s' for k, v in plan.refit.items())}"
+    )
     if arguments.json:
         print(json.dumps(plan.as_json()))
     return 0 if plan.fits else 1

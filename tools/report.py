@@ -22,11 +22,19 @@ from pact_nemo.training.report import write_report  # noqa: E402
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="run folder that report.html is written into, and others to compare with"
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="run folder that report.html is written into, and others to compare with",
     )
-    parser.add_argument("--compare", type=Path, nargs="+", default=[], metavar="RUN", help="more run folders to compare with")
+    parser.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="RUN", help="more run folders to compare with"
+    )
     parser.add_argument("--png", type=Path, metavar="OUT", help="also draw the page, by a headless Chromium")
-    parser.add_argument("--width", type=int, default=1280, help="of the picture in CSS pixels (default 1280; a phone has about 390)")
+    parser.add_argument(
+        "--width", type=int, default=1280, help="of the picture in CSS pixels (default 1280; a phone has about 390)"
+    )
     parser.add_argument("--dark", action="store_true", help="draw the dark version")
     options = parser.parse_args(arguments)
     try:

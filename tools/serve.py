@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""A rollout server by itself, for trainers on other nodes (or other processes) to attach to with ``rollout.server.url=...``.
+"""A rollout server by itself, for trainers on other nodes (or other processes) to attach to with
+``rollout.server.url=...``.
 
-    PACT_ROLLOUT_API_KEY=... python tools/serve.py --recipe qwen3_8b_8xh100_bf16 --host 0.0.0.0 --address $(hostname -i) --ready server-0.url \\
+    PACT_ROLLOUT_API_KEY=... python tools/serve.py --recipe qwen3_8b_8xh100_bf16 --host 0.0.0.0 --address \\
+        $(hostname -i) --ready server-0.url \\
         model.path=/models/Qwen3-8B rollout.server.tensor_parallel_size=8 rollout.server.gpu_memory_utilization=0.9
 
-It serves ``model.path`` as weight version 0 until it is told otherwise, with the very arguments that a trainer starts its own server with. When it
-answers, its address is written to ``--ready``. SIGTERM or Ctrl-C stops it and everything it started. The key comes from the variable that
-``rollout.server.api_key_env`` names, the same as the trainer's.
+It serves ``model.path`` as weight version 0 until it is told otherwise, with the very arguments that a trainer starts
+its own server with. When it answers, its address is written to ``--ready``. SIGTERM or Ctrl-C stops it and everything
+it started. The key comes from the variable that ``rollout.server.api_key_env`` names, the same as the trainer's.
 """
 
 from __future__ import annotations
@@ -49,11 +51,18 @@ def main() -> int:
         config = load_config(sources, options.overrides)
         settings = replace(config.rollout.server, host=options.host, url=None)
         if not os.environ.get(settings.api_key_env):
-            raise ConfigError(f"put a key for the server into the environment variable {settings.api_key_env}, the same as the trainers'")
+            raise ConfigError(
+                f"put a key for the server into the environment variable {settings.api_key_env}, the same as the"
+                " trainers'"
+            )
         preflight(config)
         with RolloutServer(settings, served_path(config, model_path(config)), log_file=options.log) as server:
-            url = f"http://{options.address or urlsplit(server.endpoint.url).hostname}:{urlsplit(server.endpoint.url).port}"
-            print(f"serving {config.model.path or 'the embedded model'} at {url} after {server.start_seconds:.0f} s", flush=True)
+            parts = urlsplit(server.endpoint.url)
+            url = f"http://{options.address or parts.hostname}:{parts.port}"
+            print(
+                f"serving {config.model.path or 'the embedded model'} at {url} after {server.start_seconds:.0f} s",
+                flush=True,
+            )
             if options.ready is not None:
                 write_text_atomic(options.ready, url + "\n")
             while True:

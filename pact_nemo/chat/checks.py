@@ -1,4 +1,6 @@
-"""The check of a chat format when it is made: a whole conversation, rendered by the template at once, against the pieces that runs use."""
+"""The check of a chat format when it is made: a whole conversation, rendered by the template at once, against the
+pieces that runs use.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,9 @@ class _Turn:
 
 
 def check_conversation(chat: ChatFormat) -> None:
-    """System text, tools, thoughts, calls, several observations in a turn and a second user turn: everything is in the rendering, once and as it is,
-    in order, and the pieces concatenate to it, as text and as tokens. So it is with long messages and with many. Tokens say what the text says.
+    """System text, tools, thoughts, calls, several observations in a turn and a second user turn: everything is in the
+    rendering, once and as it is, in order, and the pieces concatenate to it, as text and as tokens. So it is with long
+    messages and with many. Tokens say what the text says.
 
     Raises:
         ConfigError: they don't; names the template and what it drops, alters, repeats or asks for.
@@ -80,7 +83,12 @@ def _turns(chat: ChatFormat, users: list[dict[str, str]]) -> list[_Turn]:
 
     def answer(after: list[dict[str, str]]) -> _Turn:
         i = next(numbered)
-        return _Turn(f"MARK-ANSWER-{i}", "" if chat.thought is None else f"MARK-THOUGHT-{i} {HARD}", f"MARK-ANSWER-{i} {HARD}", after)
+        return _Turn(
+            f"MARK-ANSWER-{i}",
+            "" if chat.thought is None else f"MARK-THOUGHT-{i} {HARD}",
+            f"MARK-ANSWER-{i} {HARD}",
+            after,
+        )
 
     return [call_turn(2), call_turn(1), answer([users[1]]), call_turn(2), answer([users[2]])]
 
@@ -93,10 +101,15 @@ def _check_prefix(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Tu
     if chat.render(messages, [TOOL]) != whole:
         raise ConfigError(f"{chat.source} writes another text each time; take out what is random in it")
     if not whole.endswith(chat.generation):
-        raise ConfigError(f"{chat.source} opens an assistant message behind {turns[-1].after[-1]['role']!r} otherwise than at the start; {_APPENDS}")
+        raise ConfigError(
+            f"{chat.source} opens an assistant message behind {turns[-1].after[-1]['role']!r} otherwise than at the"
+            f" start; {_APPENDS}"
+        )
     check_marks(chat.source, whole, _marks(chat, start, turns))
     later_user = [any(after.user_follows for after in turns[index:]) for index in range(len(turns))]
-    dropped = [chat.earlier_thoughts == "dropped" or (chat.earlier_thoughts == "until_user" and later) for later in later_user]
+    dropped = [
+        chat.earlier_thoughts == "dropped" or (chat.earlier_thoughts == "until_user" and later) for later in later_user
+    ]
     text, ids = _pieces(chat, start, turns, dropped)
     if text != whole:
         raise ConfigError(
@@ -104,7 +117,10 @@ def _check_prefix(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Tu
             f"training needs exactly what the model sees; {_APPENDS}"
         )
     if ids != chat.encode_whole(whole):
-        raise ConfigError(f"the tokenizer makes other tokens of a whole conversation of {chat.source} than of its pieces; use another tokenizer")
+        raise ConfigError(
+            f"the tokenizer makes other tokens of a whole conversation of {chat.source} than of its pieces; use another"
+            " tokenizer"
+        )
 
 
 def _check_long(chat: ChatFormat, start: list[dict[str, str]]) -> None:
@@ -116,23 +132,33 @@ def _check_long(chat: ChatFormat, start: list[dict[str, str]]) -> None:
         more = 3 if index == 1 else 0
         text = f"MARK-LATE-{index}. {fill if index == 0 else ''}END"
         after = observe([f"MARK-LATE-RESULT-{index}-{k} {fill if index == 0 else ''}END" for k in range(1 + more)])
-        messages += [{"role": "assistant", "content": text if chat.thought is None else chat.assistant_parts("", text).text}, *after]
+        messages += [
+            {"role": "assistant", "content": text if chat.thought is None else chat.assistant_parts("", text).text},
+            *after,
+        ]
         marks += [("what the assistant writes (text and calls)", f"MARK-LATE-{index}.", [text]), *map(_mark, after)]
     check_marks(f"{chat.source}, in a long conversation,", chat.render(messages, [TOOL]), marks)
 
 
 def _check_tokens(chat: ChatFormat, written: str) -> None:
-    """A tokenizer that folds case, accents or blanks, or has no token for a quote or bracket, would show and teach another text."""
+    """A tokenizer that folds case, accents or blanks, or has no token for a quote or bracket, would show and teach
+    another text.
+    """
     told = chat.decode(chat.encode_assistant(written)[0])
     if told != written:
-        raise ConfigError(f"the tokenizer changes what is written: {first_difference(written, told)}; use one that keeps every character")
+        raise ConfigError(
+            f"the tokenizer changes what is written: {first_difference(written, told)}; use one that keeps every"
+            " character"
+        )
 
 
 def _written(chat: ChatFormat, turn: _Turn) -> str:
     return turn.visible if chat.thought is None else chat.assistant_parts(turn.thought, turn.visible).text
 
 
-def _pieces(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Turn], dropped: list[bool]) -> tuple[str, list[int]]:
+def _pieces(
+    chat: ChatFormat, start: list[dict[str, str]], turns: list[_Turn], dropped: list[bool]
+) -> tuple[str, list[int]]:
     """The conversation put together as runs and traces do it; turns whose thought is ``dropped`` without it."""
     tail = chat.generation_thought
     text = chat.render(start, [TOOL])
@@ -153,7 +179,10 @@ def _marks(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Turn]) ->
     """What has to be in the rendering: (what, its word, accepted forms) each, in order."""
     found = [_mark(message) for message in start]
     if not chat.shows_tools:  # at the end of the system message
-        found.insert(len(start) - 1, ("the tools (in the system message)", "MARK-DESCRIPTION", [chat.tool_format.render_tools([TOOL])]))
+        found.insert(
+            len(start) - 1,
+            ("the tools (in the system message)", "MARK-DESCRIPTION", [chat.tool_format.render_tools([TOOL])]),
+        )
     for turn in turns:
         found += [("what the assistant writes (text and calls)", turn.mark, [turn.visible]), *map(_mark, turn.after)]
     return found

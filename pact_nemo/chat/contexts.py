@@ -1,7 +1,8 @@
-"""What the model sees of its earlier messages when it speaks again: with their thoughts, or, where its chat template drops those, without.
+"""What the model sees of its earlier messages when it speaks again: with their thoughts, or, where its chat template
+drops those, without.
 
-Sampled ids stay as they came. A message that loses its thought keeps the sampled ids of what it said aloud, so the contexts of one episode
-share all but the thoughts that are gone.
+Sampled ids stay as they came. A message that loses its thought keeps the sampled ids of what it said aloud, so the
+contexts of one episode share all but the thoughts that are gone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class _Message:
     """An assistant message.
 
     Attributes:
-        start: tokens after x, in the present context, before the thought that the generation prompt opened, or before the message itself.
+        start: tokens after x, in the present context, before the thought that the generation prompt opened, or before
+            the message itself.
         sampled: its ids, end-of-turn token included.
         shown: the ids that stand for it without its thought; None = as sampled, opened thought included.
         after: ids from behind its end-of-turn token to the end of the next generation prompt.
@@ -42,7 +44,8 @@ class _Message:
 
 
 class Contexts:
-    """The contexts of one conversation, one after the other. Each is the one before, cut back to some length, and further tokens.
+    """The contexts of one conversation, one after the other. Each is the one before, cut back to some length, and
+    further tokens.
 
     Attributes:
         length: tokens after x in the present context.
@@ -70,8 +73,8 @@ class Contexts:
             user: whether a user speaks (else only tools).
 
         Returns:
-            (keep, ids): the first ``keep`` tokens after x stay, ``ids`` follow them. ``keep`` is negative where x itself loses the thought
-            that its generation prompt opened.
+            (keep, ids): the first ``keep`` tokens after x stay, ``ids`` follow them. ``keep`` is negative where x
+            itself loses the thought that its generation prompt opened.
         """
         messages = self._messages
         messages[-1].after = list(after)

@@ -1,4 +1,6 @@
-"""Text that stands inside a conversation as token ids: the same ids as in the whole, whatever the tokenizer does at the start of a text."""
+"""Text that stands inside a conversation as token ids: the same ids as in the whole, whatever the tokenizer does at the
+start of a text.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from typing import Any
 
 from pact_nemo.errors import ConfigError, DataError
 
-#: how assistant messages begin; white space is left out, because byte-level tokenizers join it to a line break before it
+#: how assistant messages begin; white space is left out, because byte-level tokenizers join it to a line break before
+#: it
 _BEGINNINGS = ("Use ls.", "[ls()]", '{"name": "ls"}', "<tool_call>", "<think>", "(a", "1", "é")
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
@@ -17,8 +20,8 @@ Encoded = tuple[list[int], list[tuple[int, int]]]
 class TextEncoder:
     """Token ids of pieces of a conversation.
 
-    SentencePiece-style tokenizers put a word boundary before a text. A piece that stands behind other text has none in the whole conversation. Such a
-    piece is encoded behind the text that precedes it, and cut off there.
+    SentencePiece-style tokenizers put a word boundary before a text. A piece that stands behind other text has none in
+    the whole conversation. Such a piece is encoded behind the text that precedes it, and cut off there.
 
     Attributes:
         context: text before an assistant message (a whole prompt), if the tokenizer needs one to be exact; else empty.
@@ -37,11 +40,13 @@ class TextEncoder:
         self.context = ""
         head = self.whole(prompt)[0]
         behind = {text: self.whole(prompt + text)[0] for text in _BEGINNINGS}
-        kept = [text for text, ids in behind.items() if ids[: len(head)] == head]  # "\n[" may be one token; sampled ids are never joined so
+        kept = [
+            text for text, ids in behind.items() if ids[: len(head)] == head
+        ]  # "\n[" may be one token; sampled ids are never joined so
         if not kept:
             raise ConfigError(
-                f"the tokenizer joins the end of the generation prompt {prompt[-20:]!r} and the start of an assistant message; "
-                "use a chat template whose generation prompt ends in a special token or a line break"
+                f"the tokenizer joins the end of the generation prompt {prompt[-20:]!r} and the start of an assistant"
+                " message; use a chat template whose generation prompt ends in a special token or a line break"
             )
         if any(behind[text][len(head) :] != self.whole(text)[0] for text in kept):
             self.context = prompt
@@ -71,7 +76,9 @@ class TextEncoder:
         head = self.whole(before)[0]
         ids, offsets = self.whole(before + text)
         if ids[: len(head)] != head:
-            raise DataError(f"the tokenizer joins {before[-20:]!r} and {text[:20]!r} into one token; they can't be told apart")
+            raise DataError(
+                f"the tokenizer joins {before[-20:]!r} and {text[:20]!r} into one token; they can't be told apart"
+            )
         return ids[len(head) :], [(max(a - len(before), 0), b - len(before)) for a, b in offsets[len(head) :]]
 
     def assistant(self, text: str) -> Encoded:

@@ -1,8 +1,10 @@
-"""Calls written as JSON, read where they are unambiguous: whatever names the keys have, nothing that was written is dropped.
+"""Calls written as JSON, read where they are unambiguous: whatever names the keys have, nothing that was written is
+dropped.
 
-One place for every format and endpoint that writes calls as JSON. A call is an object with a ``name`` and one object of arguments.
-Models drift from the keys of their own format, so all keys of :data:`ARGUMENT_KEYS` are read. Two of them with different values, a key
-that no call has, or a key written twice make an error, which the policy sees. The OpenAI wrapper and arguments as a JSON string are read.
+One place for every format and endpoint that writes calls as JSON. A call is an object with a ``name`` and one object of
+arguments. Models drift from the keys of their own format, so all keys of :data:`ARGUMENT_KEYS` are read. Two of them
+with different values, a key that no call has, or a key written twice make an error, which the policy sees. The OpenAI
+wrapper and arguments as a JSON string are read.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _IDS = ("id", "call_id", "tool_call_id", "index")
 _FENCE = re.compile(r"```[\w-]*[ \t]*\n?")
 _SPACE = re.compile(r"\s*")
 _Q = "[\"']?"  # keys and names as JSON has them, in Python's quotes, or in none
-_CALL_HEAD = re.compile(rf"[\[\s]{{0,40}}\{{\s{{0,40}}{_Q}(?:{'|'.join(_NAME_KEYS)}|type|id|tool_calls|arguments|parameters){_Q}\s{{0,40}}:")
+_CALL_HEAD = re.compile(
+    rf"[\[\s]{{0,40}}\{{\s{{0,40}}{_Q}(?:{'|'.join(_NAME_KEYS)}|type|id|tool_calls|arguments|parameters){_Q}\s{{0,40}}:"
+)
 _NAMED = re.compile(rf"{_Q}\b(?:{'|'.join(_NAME_KEYS)}){_Q}\s{{0,40}}:\s{{0,40}}{_Q}([^\"'\\\s,}}]{{1,200}})")
 _CALL_KEY = re.compile(r"""["'](?:arguments|parameters)["']\s{0,40}:""")
 _WINDOW = 4000  # of broken JSON, read to tell a call from data
@@ -46,7 +50,9 @@ def _arguments(value: Any, key: str) -> dict[str, Any] | None:
         try:
             text, (value, end) = value, strict_json.decode_at(value, skip_space(value, 0))
         except ValueError as error:
-            raise ToolCallError(f'the text of "{key}" is not valid JSON: {getattr(error, "msg", None) or error}') from None
+            raise ToolCallError(
+                f'the text of "{key}" is not valid JSON: {getattr(error, "msg", None) or error}'
+            ) from None
         if text[end:].strip():
             raise ToolCallError(f'the text of "{key}" is more than one JSON object')
     if value is not None and not isinstance(value, dict):
@@ -55,7 +61,15 @@ def _arguments(value: Any, key: str) -> dict[str, Any] | None:
 
 
 def _kind(value: Any) -> str:
-    names = {str: "a text", bool: "a truth value", int: "a number", float: "a number", list: "a list", type(None): "null", dict: "an object"}
+    names = {
+        str: "a text",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        type(None): "null",
+        dict: "an object",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -67,7 +81,8 @@ def call_from(value: Any, tools: Tools = ()) -> ToolCall:
     """One call from a decoded JSON object.
 
     Raises:
-        ToolCallError: it is none, is ambiguous, or names no arguments where its tool needs some. The text is meant for the policy.
+        ToolCallError: it is none, is ambiguous, or names no arguments where its tool needs some. The text is meant for
+            the policy.
     """
     if not isinstance(value, dict):
         raise ToolCallError(f'a call needs a "name": it is an object, not {_kind(value)}')
@@ -98,9 +113,13 @@ def call_from(value: Any, tools: Tools = ()) -> ToolCall:
 def _refuse_keys(rest: Mapping[str, Any]) -> None:
     """Refuse what is neither a call's own nor an envelope's: dropping it could drop an argument."""
     for key, value in rest.items():
-        harmless = (key == "type" and value in _TYPES) or (key in _IDS and (value is None or isinstance(value, str | int)))
+        harmless = (key == "type" and value in _TYPES) or (
+            key in _IDS and (value is None or isinstance(value, str | int))
+        )
         if not harmless and not (key == "type" and value is None):
-            raise ToolCallError(f'a call has a "name" and one object of arguments; the key {key[:60]!r} is none of these')
+            raise ToolCallError(
+                f'a call has a "name" and one object of arguments; the key {key[:60]!r} is none of these'
+            )
 
 
 def calls_from(value: Any, tools: Tools = ()) -> list[ToolCall]:
@@ -119,7 +138,8 @@ def calls_from(value: Any, tools: Tools = ()) -> list[ToolCall]:
 
 
 def is_attempt(value: Any, names: Collection[str]) -> bool:
-    """Whether a decoded JSON value is meant as a call: it names a known tool, or a name and arguments. ``{"name": "Bob", "age": 5}`` is data.
+    """Whether a decoded JSON value is meant as a call: it names a known tool, or a name and arguments.
+    ``{"name": "Bob", "age": 5}`` is data.
 
     Args:
         names: of the tools that are offered.
@@ -134,9 +154,14 @@ def is_attempt(value: Any, names: Collection[str]) -> bool:
     if isinstance(inner, dict) and ("name" in inner or is_attempt(inner, names)):
         return True
     said = [value[key] for key in _NAME_KEYS if isinstance(value.get(key), str)]
-    if any(name in names for name in said) or (len(value) == 1 and any(key in names and isinstance(value[key], dict) for key in value)):
+    if any(name in names for name in said) or (
+        len(value) == 1 and any(key in names and isinstance(value[key], dict) for key in value)
+    ):
         return True
-    return bool(said) and (any(key in value for key in _PLAIN_ARGUMENT_KEYS) or any(isinstance(value.get(key), dict) for key in ARGUMENT_KEYS))
+    return bool(said) and (
+        any(key in value for key in _PLAIN_ARGUMENT_KEYS)
+        or any(isinstance(value.get(key), dict) for key in ARGUMENT_KEYS)
+    )
 
 
 def calls_offered(value: Any, names: Collection[str]) -> bool:
@@ -147,11 +172,15 @@ def calls_offered(value: Any, names: Collection[str]) -> bool:
         return False
     if any(calls_offered(value.get(key), names) for key in ("function", "tool_calls")):
         return True
-    return any(isinstance(value.get(key), str) and value[key] in names for key in _NAME_KEYS) and any(key in value for key in ARGUMENT_KEYS)
+    return any(isinstance(value.get(key), str) and value[key] in names for key in _NAME_KEYS) and any(
+        key in value for key in ARGUMENT_KEYS
+    )
 
 
 def looks_like_attempt(text: str, position: int, names: Collection[str]) -> bool:
-    """:func:`is_attempt` for JSON at ``position`` that can't be read: it begins as a call does and names a known tool, or arguments."""
+    """:func:`is_attempt` for JSON at ``position`` that can't be read: it begins as a call does and names a known tool,
+    or arguments.
+    """
     head = text[position : position + _WINDOW]
     if _CALL_HEAD.match(head) is None:
         return False
@@ -176,7 +205,8 @@ def decode(text: str, position: int) -> tuple[Any, int]:
     """The JSON value at ``position`` and the position after it.
 
     Raises:
-        ToolCallError: not JSON as its standard has it, or a key is there twice in one object. Its ``__cause__`` knows the place, if anyone does.
+        ToolCallError: not JSON as its standard has it, or a key is there twice in one object. Its ``__cause__`` knows
+            the place, if anyone does.
     """
     try:
         return strict_json.decode_at(text, position)

@@ -2,10 +2,13 @@
 
 What the readers share:
 
-- Calls within a thought are neither made nor malformed (:mod:`pact_nemo.chat.thoughts`); thought markers within a call's arguments are data.
-- A call is made with exactly the arguments that were written, or it is an error that the policy sees (:mod:`pact_nemo.chat.json_calls`).
+- Calls within a thought are neither made nor malformed (:mod:`pact_nemo.chat.thoughts`); thought markers within a
+  call's arguments are data.
+- A call is made with exactly the arguments that were written, or it is an error that the policy sees
+  (:mod:`pact_nemo.chat.json_calls`).
 - A call in another format's dress is an error that shows the own format, not a final answer (:func:`foreign_attempt`).
-- The time is linear in the message's length. What fails over and over ends the reading after a fixed number of failures.
+- The time is linear in the message's length. What fails over and over ends the reading after a fixed number of
+  failures.
 """
 
 from __future__ import annotations
@@ -16,7 +19,15 @@ from dataclasses import dataclass, field
 from json import JSONDecodeError
 from typing import Any
 
-from pact_nemo.chat.json_calls import Tools, calls_from, calls_offered, decode, is_attempt, looks_like_attempt, skip_fence
+from pact_nemo.chat.json_calls import (
+    Tools,
+    calls_from,
+    calls_offered,
+    decode,
+    is_attempt,
+    looks_like_attempt,
+    skip_fence,
+)
 from pact_nemo.chat.thoughts import CLOSING, MARKER, OPENING, VisibleText, WasThought, visible_text
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.calls import parse_call, parse_call_list
@@ -30,9 +41,11 @@ _MAX_BROKEN = 200  # places of one message that look like JSON and are none
 _LINE = rf"(?:^|(?<={CLOSING}))[ \t]*"  # a line's start; what follows a thought begins one
 _LINE_OF_JSON = _LINE + r"(?:```[\w-]*[ \t]*\n[ \t]*)?[\[{]"
 _HERMES = re.compile(f"{MARKER}|{TOOL_CALL_OPENING}")
-# Where reading goes on after a block that can't be read. JSON escapes quotes and line ends in its texts, so neither form is within an argument.
+# Where reading goes on after a block that can't be read. JSON escapes quotes and line ends in its texts, so neither
+# form is within an argument.
 _AFTER_BROKEN = re.compile(
-    rf'{MARKER}|{TOOL_CALL_CLOSING}|^[ \t]*(?={TOOL_CALL_OPENING})|(?={TOOL_CALL_OPENING}\s{{0,40}}\{{\s{{0,40}}")', re.MULTILINE
+    rf'{MARKER}|{TOOL_CALL_CLOSING}|^[ \t]*(?={TOOL_CALL_OPENING})|(?={TOOL_CALL_OPENING}\s{{0,40}}\{{\s{{0,40}}")',
+    re.MULTILINE,
 )
 _LLAMA = re.compile(rf"{MARKER}|{re.escape(PYTHON_TAG)}|{_LINE_OF_JSON}", re.MULTILINE)
 _LLAMA_NEXT = re.compile(rf"{MARKER}|{re.escape(PYTHON_TAG)}|```[\w-]*|[^\s;]")
@@ -42,7 +55,7 @@ _QUOTE_OR_MARKER = re.compile(rf"{MARKER}|\'\'\'|\"\"\"|'|\"")
 _QUOTED = {  # the rest of a Python string literal, by its opening quote
     "'": re.compile(r"(?:[^'\\\n]|\\.)*+'", re.DOTALL),
     '"': re.compile(r'(?:[^"\\\n]|\\.)*+"', re.DOTALL),
-    "\'\'\'": re.compile(r"(?:[^'\\]|\\.|'(?!''))*+\'\'\'", re.DOTALL),
+    "'''": re.compile(r"(?:[^'\\]|\\.|'(?!''))*+\'\'\'", re.DOTALL),
     '"""': re.compile(r'(?:[^"\\]|\\.|"(?!""))*+"""', re.DOTALL),
 }
 _FOREIGN_TAG = re.compile(
@@ -62,7 +75,8 @@ class ParsedTurn:
     """What an assistant message says.
 
     Attributes:
-        reasoning: text before the calls (the whole message when there is none) as it was written, thoughts included, outer whitespace removed.
+        reasoning: text before the calls (the whole message when there is none) as it was written, thoughts included,
+            outer whitespace removed.
         calls: well-formed calls in order.
         errors: one message per malformed call text. With neither calls nor errors the message is a final answer.
     """
@@ -110,7 +124,9 @@ def _parameters(tools: Tools) -> dict[str, list[str]]:
     return {tool["name"]: list(tool["parameters"].get("properties", {})) for tool in tools}
 
 
-def parse(text: str, tools: Tools, in_thought: bool, reader: Callable[[_Reading, Tools], None], example: str) -> ParsedTurn:
+def parse(
+    text: str, tools: Tools, in_thought: bool, reader: Callable[[_Reading, Tools], None], example: str
+) -> ParsedTurn:
     """What an assistant message says.
 
     Args:
@@ -128,7 +144,8 @@ def parse(text: str, tools: Tools, in_thought: bool, reader: Callable[[_Reading,
     return turn if start is None else ParsedTurn(text[:start].strip(), [], [f"a call is written as {example}"])
 
 
-# -- Hermes ---------------------------------------------------------------------------------------------------------------------------
+# -- Hermes
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_hermes(reading: _Reading, tools: Tools) -> None:
@@ -157,7 +174,8 @@ def read_hermes(reading: _Reading, tools: Tools) -> None:
             reading.fail(str(error), start)
 
 
-# -- Llama 3 --------------------------------------------------------------------------------------------------------------------------
+# -- Llama 3
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_llama3_json(reading: _Reading, tools: Tools) -> None:
@@ -184,10 +202,13 @@ def read_llama3_json(reading: _Reading, tools: Tools) -> None:
         reading.fail(str(error), start)
 
 
-def _json_attempt(reading: _Reading, pattern: re.Pattern[str], names: frozenset[str]) -> tuple[int, Any, int | None] | None:
+def _json_attempt(
+    reading: _Reading, pattern: re.Pattern[str], names: frozenset[str]
+) -> tuple[int, Any, int | None] | None:
     """The first JSON value at a match of ``pattern`` that is meant as a call: (start of its line, value, end).
 
-    Where it can't be read: (start, what is wrong, None). A match that ends in no bracket is a mark of calls: what follows it has to be one.
+    Where it can't be read: (start, what is wrong, None). A match that ends in no bracket is a mark of calls: what
+    follows it has to be one.
     """
     broken = 0
     while (match := reading.search(pattern)) is not None:
@@ -208,14 +229,15 @@ def _json_attempt(reading: _Reading, pattern: re.Pattern[str], names: frozenset[
 
 
 def _after_broken(error: ToolCallError, position: int) -> int:
-    """Where to look on behind JSON at ``position`` that can't be read: a value within what the decoder has read before it gave up is a part of these
-    data, or breaks at the same place.
+    """Where to look on behind JSON at ``position`` that can't be read: a value within what the decoder has read before
+    it gave up is a part of these data, or breaks at the same place.
     """
     cause = error.__cause__
     return max(cause.pos if isinstance(cause, JSONDecodeError) else 0, position + 1)
 
 
-# -- Python call text -----------------------------------------------------------------------------------------------------------------
+# -- Python call text
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def read_pythonic(reading: _Reading, tools: Tools) -> None:
@@ -240,7 +262,9 @@ def read_pythonic(reading: _Reading, tools: Tools) -> None:
 
 
 def _first_marker(text: str, position: int) -> int:
-    """Where the first thought marker outside of quotes stands, from ``position`` on; the text's length where there is none."""
+    """Where the first thought marker outside of quotes stands, from ``position`` on; the text's length where there is
+    none.
+    """
     while (match := _QUOTE_OR_MARKER.search(text, position)) is not None:
         quote = match.group()
         if quote in (OPENING, CLOSING):
@@ -252,15 +276,17 @@ def _first_marker(text: str, position: int) -> int:
     return len(text)
 
 
-# -- calls in another format's dress --------------------------------------------------------------------------------------------------
+# -- calls in another format's dress
+# --------------------------------------------------------------------------------------------------
 
 
 def foreign_attempt(text: str, tools: Tools, first: int = 0) -> int | None:
-    """Where a message without a call of its own format begins to call a tool in another way; None where it doesn't: it is an answer then.
+    """Where a message without a call of its own format begins to call a tool in another way; None where it doesn't: it
+    is an answer then.
 
-    Ways: a JSON call at the start of a line, and one of an offered tool that ends the message; ``<tool_call>`` with JSON,
-    ``<function=name>``, ``<invoke name=...>``, the tags of Llama, Mistral and DeepSeek, ``[name(...)]`` at the start of a line, ``name(...)`` as
-    the last line, and ``Action: name``. A bare name counts for offered tools only.
+    Ways: a JSON call at the start of a line, and one of an offered tool that ends the message; ``<tool_call>`` with
+    JSON, ``<function=name>``, ``<invoke name=...>``, the tags of Llama, Mistral and DeepSeek, ``[name(...)]`` at the
+    start of a line, ``name(...)`` as the last line, and ``Action: name``. A bare name counts for offered tools only.
 
     Args:
         first: what is visible begins here.
@@ -295,7 +321,9 @@ def _foreign_tag(reading: _Reading, names: frozenset[str]) -> int | None:
 
 
 def _inline_json(reading: _Reading, names: frozenset[str]) -> int | None:
-    """Within a line JSON is mostly data, so only that counts which says an offered tool's name and arguments, and ends the message."""
+    """Within a line JSON is mostly data, so only that counts which says an offered tool's name and arguments, and ends
+    the message.
+    """
     broken = 0
     while broken < _MAX_BROKEN and (match := reading.search(_INLINE_JSON)) is not None:
         try:

@@ -1,6 +1,8 @@
-"""What a chat template makes of a conversation, found by rendering marks: what it drops, alters or repeats is refused by name.
+"""What a chat template makes of a conversation, found by rendering marks: what it drops, alters or repeats is refused
+by name.
 
-Templates are programs. What they do with a role, a tool or a thought is read from what they write, never from words in their source.
+Templates are programs. What they do with a role, a tool or a thought is read from what they write, never from words in
+their source.
 """
 
 from __future__ import annotations
@@ -42,14 +44,27 @@ _FURTHER_TOOL: dict[str, Any] = {
         "type": "object",
         "properties": {
             "mark_choice": {"type": "string", "enum": ["MARK-CHOICE-A", "MARK-CHOICE-B"]},
-            "mark_outer": {"type": "object", "properties": {"mark_inner": {"type": "integer", "description": "MARK-INNER"}}},
+            "mark_outer": {
+                "type": "object",
+                "properties": {"mark_inner": {"type": "integer", "description": "MARK-INNER"}},
+            },
         },
     },
 }
 _TOOL_PARTS = (
-    "mark_tool", "MARK-DESCRIPTION of the tool.", "mark_argument", "MARK-ARGUMENT-DESCRIPTION", "mark_further_tool", "MARK-FURTHER-END",
-    "mark_choice", "MARK-CHOICE-A", "MARK-CHOICE-B", "mark_outer", "mark_inner", "MARK-INNER",
-)  # fmt: skip
+    "mark_tool",
+    "MARK-DESCRIPTION of the tool.",
+    "mark_argument",
+    "MARK-ARGUMENT-DESCRIPTION",
+    "mark_further_tool",
+    "MARK-FURTHER-END",
+    "mark_choice",
+    "MARK-CHOICE-A",
+    "MARK-CHOICE-B",
+    "mark_outer",
+    "mark_inner",
+    "MARK-INNER",
+)
 _SYSTEM = {"role": "system", "content": "MARK-SYSTEM"}
 
 
@@ -59,12 +74,14 @@ def openai_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shows_tools(
-    render: Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None, bool], str], write_calls: Callable[[list[ToolCall]], str]
+    render: Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None, bool], str],
+    write_calls: Callable[[list[ToolCall]], str],
 ) -> bool:
-    """Whether the template itself shows tools that are passed to it (all of them, with every argument; with a system message and without
-    one), and calls are written as it writes them.
+    """Whether the template itself shows tools that are passed to it (all of them, with every argument; with a system
+    message and without one), and calls are written as it writes them.
 
-    A template that teaches another way to call would contradict the tool format: the project's own text shows the tools then.
+    A template that teaches another way to call would contradict the tool format: the project's own text shows the tools
+    then.
     """
     tools = [openai_tool(TOOL), openai_tool(_FURTHER_TOOL)]
     for conversation in ([USER], [_SYSTEM, USER]):
@@ -79,7 +96,11 @@ def shows_tools(
     call = ToolCall(TOOL["name"], {"mark_argument": "MARK-CALL"})
     function = {"name": call.name, "arguments": call.arguments}
     try:
-        text = render([USER, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}], tools, False)
+        text = render(
+            [USER, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}],
+            tools,
+            False,
+        )
     except DataError:
         return True  # it has its own rules for structured calls, which the project doesn't use
     return "MARK-CALL" not in text or write_calls([call]) in text
@@ -93,7 +114,9 @@ def generation_text(render: Render, source: str) -> str:
     """
     whole, head = render([USER], True), render([USER], False)
     if not whole.startswith(head):
-        raise ConfigError(f"{source}: its generation prompt is not a suffix of the conversation; take a template that only appends it")
+        raise ConfigError(
+            f"{source}: its generation prompt is not a suffix of the conversation; take a template that only appends it"
+        )
     return whole[len(head) :]
 
 
@@ -101,7 +124,8 @@ def find_thoughts(render: Render, source: str, generation: str) -> tuple[Thought
     """How the template lays out thoughts, and the part of its generation prompt that belongs to the thought.
 
     Returns:
-        (style, tail): style is None for a template that knows no thoughts, and where the generation prompt closes an empty thought (thinking is off).
+        (style, tail): style is None for a template that knows no thoughts, and where the generation prompt closes an
+        empty thought (thinking is off).
 
     Raises:
         ConfigError: thoughts stand between other markers than ``<think>`` and ``</think>``.
@@ -115,8 +139,9 @@ def find_thoughts(render: Render, source: str, generation: str) -> tuple[Thought
             opening, closing = found
             if OPENING not in opening or CLOSING not in closing:
                 raise ConfigError(
-                    f"{source} writes thoughts between {opening!r} and {closing!r}; only {OPENING} and {CLOSING} are known, so calls inside "
-                    "a thought could not be told from calls; use a model that marks its thoughts so"
+                    f"{source} writes thoughts between {opening!r} and {closing!r}; only {OPENING} and {CLOSING} are"
+                    " known, so calls inside a thought could not be told from calls; use a model that marks its"
+                    " thoughts so"
                 )
             return ThoughtStyle(opening, closing, bool(tail), field), tail
     if tail:
@@ -139,7 +164,10 @@ def _layout(render: Render, source: str, generation: str, tail: str, message: Me
     if start < 0 or visible < start:
         return None
     if not text.startswith(bare) or start < len(bare):
-        raise ConfigError(f"{source} opens an assistant message with a thought otherwise than its generation prompt does; repair the template")
+        raise ConfigError(
+            f"{source} opens an assistant message with a thought otherwise than its generation prompt does; repair the"
+            " template"
+        )
     return text[len(bare) : start], text[start + len(THOUGHT) : visible]
 
 
@@ -167,17 +195,24 @@ def check_marks(source: str, text: str, marks: Sequence[tuple[str, str, Sequence
     position = 0
     for what, word, forms in marks:
         if word not in text:
-            raise ConfigError(f"{source} drops {what}: the model would never see it; take a template that has a branch for it")
+            raise ConfigError(
+                f"{source} drops {what}: the model would never see it; take a template that has a branch for it"
+            )
         count = sum(text.count(form) for form in dict.fromkeys(forms))
         if count == 0:
             at = text.index(word)
             difference = first_difference(forms[0], text[at : at + len(forms[0])])
             raise ConfigError(f"{source} alters {what}: {difference}; take a template that writes it as it is")
         if count > 1:
-            raise ConfigError(f"{source} repeats {what} ({count} times), so it can't be cut out of the conversation; repair the template")
+            raise ConfigError(
+                f"{source} repeats {what} ({count} times), so it can't be cut out of the conversation; repair the"
+                " template"
+            )
         position, before = text.index(word), position
         if position < before:
-            raise ConfigError(f"{source} writes {what} before what came earlier; take a template that keeps the order of the messages")
+            raise ConfigError(
+                f"{source} writes {what} before what came earlier; take a template that keeps the order of the messages"
+            )
 
 
 def observation_forms(content: str) -> list[str]:
@@ -187,14 +222,21 @@ def observation_forms(content: str) -> list[str]:
 
 def first_difference(expected: str, rendered: str) -> str:
     """Where two texts part, with a little of both."""
-    at = next((i for i, (a, b) in enumerate(zip(expected, rendered, strict=False)) if a != b), min(len(expected), len(rendered)))
-    return f"after {rendered[max(0, at - 30) : at]!r} it writes {rendered[at : at + 40]!r} instead of {expected[at : at + 40]!r}"
+    at = next(
+        (i for i, (a, b) in enumerate(zip(expected, rendered, strict=False)) if a != b),
+        min(len(expected), len(rendered)),
+    )
+    return (
+        f"after {rendered[max(0, at - 30) : at]!r} it writes {rendered[at : at + 40]!r} instead of"
+        f" {expected[at : at + 40]!r}"
+    )
 
 
 def earlier_thoughts(
     render: Render, source: str, generation: str, tail: str, style: ThoughtStyle | None, observed: Sequence[Message]
 ) -> tuple[Earlier, str]:
-    """What the template does with the thought of an assistant message that others follow, and what it writes in the place of a dropped one.
+    """What the template does with the thought of an assistant message that others follow, and what it writes in the
+    place of a dropped one.
 
     Raises:
         ConfigError: it drops thoughts within a turn and brings them back later, or replaces them in more than one way.
@@ -202,13 +244,18 @@ def earlier_thoughts(
     literal = tail if style is None else style.opening + THOUGHT + style.closing
     if not literal:
         return "kept", ""
-    message: dict[str, str] = {"content": VISIBLE} if style is None else style.message(literal.removeprefix(tail) + VISIBLE)
+    message: dict[str, str] = (
+        {"content": VISIBLE} if style is None else style.message(literal.removeprefix(tail) + VISIBLE)
+    )
     bare = render([USER], False) + generation.removesuffix(tail)
 
     def lead(following: Sequence[Message]) -> str:
         text = render([USER, {"role": "assistant", **message}, *following], False)
         if not text.startswith(bare) or VISIBLE not in text:
-            raise ConfigError(f"{source} opens an earlier assistant message otherwise than its generation prompt does; repair the template")
+            raise ConfigError(
+                f"{source} opens an earlier assistant message otherwise than its generation prompt does; repair the"
+                " template"
+            )
         return text[len(bare) : text.index(VISIBLE)]
 
     within, later = lead(observed), lead([*observed, {"role": "assistant", "content": ANSWER}, USER])
@@ -218,4 +265,7 @@ def earlier_thoughts(
         return "until_user", later
     if within == later and THOUGHT not in within:
         return "dropped", within
-    raise ConfigError(f"{source} lays out an earlier thought as {within!r}, and as {later!r} once a user speaks again; repair the template")
+    raise ConfigError(
+        f"{source} lays out an earlier thought as {within!r}, and as {later!r} once a user speaks again; repair the"
+        " template"
+    )

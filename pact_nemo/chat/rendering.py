@@ -15,24 +15,35 @@ from pact_nemo.errors import ConfigError, DataError
 
 Message = Mapping[str, Any]
 
-#: what a template may raise: it is a program of its own that sees whatever the conversation holds, and Python may refuse what jinja makes of it
+#: what a template may raise: it is a program of its own that sees whatever the conversation holds, and Python may
+#: refuse what jinja makes of it
 _TEMPLATE_FAILS = (
-    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError, MemoryError
-)  # fmt: skip
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    SyntaxError,
+    MemoryError,
+)
 #: what the project itself says to the template or to the tokenizer
 _RESERVED = frozenset(
-    "messages conversation tools documents add_generation_prompt continue_final_message chat_template tokenize padding truncation max_length "
-    "return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
+    "messages conversation tools documents add_generation_prompt continue_final_message chat_template tokenize padding"
+    " truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
 )
-_NOT_GIVEN = re.compile(r"\{\{ no such element: dict object\['(\w+)'\] \}\}")  # how jinja shows a missing field when it is asked to
+_NOT_GIVEN = re.compile(
+    r"\{\{ no such element: dict object\['(\w+)'\] \}\}"
+)  # how jinja shows a missing field when it is asked to
 TODAY = "strftime_now"  #: the function by which templates write today's date
 
 
 class ChatTemplate:
     """The template that every piece of a conversation is cut from.
 
-    A folder may hold several named templates. transformers takes ``tool_use`` only where tools are passed, so that a prompt would come from one
-    template and what follows it from another. Here one is chosen for good.
+    A folder may hold several named templates. transformers takes ``tool_use`` only where tools are passed, so that a
+    prompt would come from one template and what follows it from another. Here one is chosen for good.
 
     Attributes:
         source: where the template stands, for messages.
@@ -40,12 +51,13 @@ class ChatTemplate:
 
     Args:
         tokenizer: the Hugging Face tokenizer that has it.
-        kwargs: ``model.template_kwargs``: constants that the template reads, e.g. ``{"enable_thinking": False}``. ``strftime_now`` takes the date,
-            as ``YYYY-MM-DD``, that a template which writes today's date shall write.
+        kwargs: ``model.template_kwargs``: constants that the template reads, e.g. ``{"enable_thinking": False}``.
+            ``strftime_now`` takes the date, as ``YYYY-MM-DD``, that a template which writes today's date shall write.
         tool_use: prefer the template named ``tool_use``.
 
     Raises:
-        ConfigError: no template, several without a usable name, one that can't be parsed, or a constant that it never reads.
+        ConfigError: no template, several without a usable name, one that can't be parsed, or a constant that it never
+            reads.
     """
 
     def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any], tool_use: bool):
@@ -67,15 +79,23 @@ class ChatTemplate:
             tree = environment.parse(self.text)
             read = set(meta.find_undeclared_variables(tree))
         except _TEMPLATE_FAILS as error:
-            raise ConfigError(f"{self.source} can't be used: {error!r}; repair it or take the template of the published model") from error
+            raise ConfigError(
+                f"{self.source} can't be used: {error!r}; repair it or take the template of the published model"
+            ) from error
         names = list(tree.find_all(nodes.Name))
-        asked = {test.node.name for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined") and isinstance(test.node, nodes.Name)}
-        internal = {name.name for name in names if name.ctx == "store"} - asked  # e.g. a variable that only some branches set
+        asked = {
+            test.node.name
+            for test in tree.find_all(nodes.Test)
+            if test.name in ("defined", "undefined") and isinstance(test.node, nodes.Name)
+        }
+        internal = {
+            name.name for name in names if name.ctx == "store"
+        } - asked  # e.g. a variable that only some branches set
         return (read - internal) | ({TODAY} & {name.name for name in names})
 
     def not_given(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str | None:
-        """A field of a message that the template writes down though messages don't have it, e.g. the tool's name in a result: jinja writes nothing
-        there. None where there is none.
+        """A field of a message that the template writes down though messages don't have it, e.g. the tool's name in a
+        result: jinja writes nothing there. None where there is none.
 
         Raises:
             DataError: as :meth:`render`.
@@ -86,15 +106,22 @@ class ChatTemplate:
         known = {**self._tokenizer.special_tokens_map, **self._kwargs}
         try:
             text = environment.from_string(self.text).render(
-                messages=[dict(message) for message in messages], tools=tools, documents=None, add_generation_prompt=True, **known
+                messages=[dict(message) for message in messages],
+                tools=tools,
+                documents=None,
+                add_generation_prompt=True,
+                **known,
             )
         except _TEMPLATE_FAILS as error:
-            raise DataError(f"{self.source} can't render this conversation: {error!r}; change the conversation or the template") from error
+            raise DataError(
+                f"{self.source} can't render this conversation: {error!r}; change the conversation or the template"
+            ) from error
         found = _NOT_GIVEN.search(text)
         return found.group(1) if found is not None else None
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, generation: bool) -> str:
-        """Text of a conversation as the template writes it. ``tools``: OpenAI-style, or None where they aren't passed to the template.
+        """Text of a conversation as the template writes it. ``tools``: OpenAI-style, or None where they aren't passed
+        to the template.
 
         Raises:
             DataError: the template refuses the conversation, or fails on it.
@@ -112,7 +139,9 @@ class ChatTemplate:
                 )
             )
         except _TEMPLATE_FAILS as error:
-            raise DataError(f"{self.source} can't render this conversation: {error!r}; change the conversation or the template") from error
+            raise DataError(
+                f"{self.source} can't render this conversation: {error!r}; change the conversation or the template"
+            ) from error
 
 
 def _chosen(templates: Any, tool_use: bool) -> tuple[str | None, str]:
@@ -123,7 +152,10 @@ def _chosen(templates: Any, tool_use: bool) -> tuple[str | None, str]:
         if name in templates:
             return name, str(templates[name])
     known = ", ".join(sorted(templates))
-    raise ConfigError(f"the tokenizer has chat templates named {known}, none of them 'default'; name the one to use chat_template.jinja")
+    raise ConfigError(
+        f"the tokenizer has chat templates named {known}, none of them 'default'; name the one to use"
+        " chat_template.jinja"
+    )
 
 
 def _source(folder: str, name: str | None) -> str:
@@ -140,12 +172,17 @@ def _check_kwargs(source: str, kwargs: Mapping[str, Any], read: set[str], tokeni
         if key in _RESERVED or key in tokenizer.special_tokens_map:
             raise ConfigError(f"model.template_kwargs.{key}: the project sets it itself; take it out")
         if key not in read:
-            known = sorted(read - _RESERVED - set(tokenizer.special_tokens_map) - {"raise_exception", "namespace", "range"})
-            raise ConfigError(f"model.template_kwargs.{key}: {source} never reads it; it reads {', '.join(known) or 'none'}")
+            known = sorted(
+                read - _RESERVED - set(tokenizer.special_tokens_map) - {"raise_exception", "namespace", "range"}
+            )
+            raise ConfigError(
+                f"model.template_kwargs.{key}: {source} never reads it; it reads {', '.join(known) or 'none'}"
+            )
         value = kwargs[key]
         if isinstance(value, str) and key != TODAY and _reads_as_other(value):
             raise ConfigError(
-                f"model.template_kwargs.{key}={value!r} is a text, which templates take for true whatever it says; write it without quotes"
+                f"model.template_kwargs.{key}={value!r} is a text, which templates take for true whatever it says;"
+                " write it without quotes"
             )
 
 
@@ -161,19 +198,24 @@ def _reads_as_other(text: str) -> bool:
 
 
 def _fixed_date(source: str, given: Any, read: set[str]) -> Callable[[str], str]:
-    """``strftime_now`` of the run: the date of the config, or a refusal. Today's date would make other prompts of a run that is resumed tomorrow."""
+    """``strftime_now`` of the run: the date of the config, or a refusal. Today's date would make other prompts of a run
+    that is resumed tomorrow.
+    """
     if given is None:
         others = sorted(name for name in read if "date" in name.lower())
 
         def refuse(_: str) -> str:
             remedy = f"model.template_kwargs.{others[0]} to the text to write, or " if others else ""
             raise ConfigError(
-                f"{source} writes today's date, so prompts would change from day to day; set {remedy}model.template_kwargs.{TODAY}=YYYY-MM-DD"
+                f"{source} writes today's date, so prompts would change from day to day; set"
+                f" {remedy}model.template_kwargs.{TODAY}=YYYY-MM-DD"
             )
 
         return refuse
     try:
         date = datetime.date.fromisoformat(str(given))
     except ValueError as error:
-        raise ConfigError(f"model.template_kwargs.{TODAY}={given}: expected the date to write, as YYYY-MM-DD") from error
+        raise ConfigError(
+            f"model.template_kwargs.{TODAY}={given}: expected the date to write, as YYYY-MM-DD"
+        ) from error
     return lambda form: datetime.datetime(date.year, date.month, date.day).strftime(form)

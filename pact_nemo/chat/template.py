@@ -1,8 +1,9 @@
 """Chat template to token ids: prompts, what comes between two assistant messages, and assistant text itself.
 
-Every piece is cut out of the model's own chat template, rendered on a dummy conversation. So ``prompt + sampled ids + continuation + …``
-is what the template would render for the whole conversation, while sampled ids are never re-tokenised. That this holds is checked when a
-:class:`ChatFormat` is made (:mod:`pact_nemo.chat.checks`); a template or tokenizer of which it doesn't hold is refused by name.
+Every piece is cut out of the model's own chat template, rendered on a dummy conversation. So
+``prompt + sampled ids + continuation + …`` is what the template would render for the whole conversation, while sampled
+ids are never re-tokenised. That this holds is checked when a :class:`ChatFormat` is made
+(:mod:`pact_nemo.chat.checks`); a template or tokenizer of which it doesn't hold is refused by name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from typing import Any
 from pact_nemo.chat import probing
 from pact_nemo.chat.contexts import EARLIER_THOUGHTS, KEEP, Contexts
 from pact_nemo.chat.encoding import TextEncoder
-from pact_nemo.chat.probing import TOOL, USER, Earlier, find_thoughts, generation_text, observation_forms, openai_tool, shows_tools
+from pact_nemo.chat.probing import (
+    TOOL,
+    USER,
+    Earlier,
+    find_thoughts,
+    generation_text,
+    observation_forms,
+    openai_tool,
+    shows_tools,
+)
 from pact_nemo.chat.rendering import ChatTemplate, Message
 from pact_nemo.chat.thoughts import CLOSING, OPENING, ThoughtStyle, split_thought
 from pact_nemo.chat.tool_formats import SEPARATOR, ToolFormat, Tools, tool_format
@@ -31,7 +41,16 @@ BOUNDARY_TEXT = "The reference attempt ends here. Now solve the task yourself fr
 _MARK, _OBSERVED = "\u2042MARK\u2042", "OBSERVED-MARK"
 _ASSISTANT = {"role": "assistant", "content": _MARK}
 #: end the turn where they are special tokens of the tokenizer
-_END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "</s>")
+_END_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+)
 _TAG = re.compile(r"</?[A-Za-z_][\w.:-]*>|<[|\uff5c][^<>\s]*[|\uff5c]>|\[/?[A-Z_]+\]")
 
 
@@ -80,26 +99,35 @@ class ChatFormat:
         source: where the chat template stands, for messages.
         end_of_turn_id: the token that the chat template puts after an assistant message.
         eos_ids: token ids that stop generation; the first one is ``end_of_turn_id``.
-        thought: how the policy writes thoughts; None for a template that knows none, and where the generation prompt closes an empty thought.
-        earlier_thoughts: what the template does with the thought of an assistant message before the last one: ``kept``; ``until_user``: kept
-            until a user speaks again; ``dropped`` as soon as anything follows. The empty thought of a generation prompt counts as one.
+        thought: how the policy writes thoughts; None for a template that knows none, and where the generation prompt
+            closes an empty thought.
+        earlier_thoughts: what the template does with the thought of an assistant message before the last one: ``kept``;
+            ``until_user``: kept until a user speaks again; ``dropped`` as soon as anything follows. The empty thought
+            of a generation prompt counts as one.
         generation: the generation prompt: what the template writes to open an assistant message.
-        generation_thought: the end of the generation prompt that belongs to a thought: its opening marker, or a whole empty thought; else empty.
-        shows_tools: whether tools are passed to the template; else the tool format's own text goes into the system message.
+        generation_thought: the end of the generation prompt that belongs to a thought: its opening marker, or a whole
+            empty thought; else empty.
+        shows_tools: whether tools are passed to the template; else the tool format's own text goes into the system
+            message.
         context_thoughts: ``earlier_thoughts`` as contexts have it: ``kept`` where that was asked for.
-        opened_ids: the tokens of ``generation_thought``, which contexts lose with the thought; empty where they keep it.
-        hidden_text: what the template writes in the place of a thought that it has dropped (between the role header and the visible text).
+        opened_ids: the tokens of ``generation_thought``, which contexts lose with the thought; empty where they keep
+            it.
+        hidden_text: what the template writes in the place of a thought that it has dropped (between the role header and
+            the visible text).
 
     Args:
         tokenizer: fast tokenizer with a chat template.
         tool_format: instance from :data:`pact_nemo.chat.tool_formats.TOOL_FORMATS`.
-        template_kwargs: constants handed to the chat template, e.g. ``{"enable_thinking": False}`` or ``{"date_string": "1 Jan 2026"}``.
+        template_kwargs: constants handed to the chat template, e.g. ``{"enable_thinking": False}`` or
+            ``{"date_string": "1 Jan 2026"}``.
         end_ids: further ids that stop generation, e.g. those of ``generation_config.json``.
-        earlier_thoughts: ``keep`` leaves thoughts of earlier messages in the context; ``template`` or None does as the template does.
+        earlier_thoughts: ``keep`` leaves thoughts of earlier messages in the context; ``template`` or None does as the
+            template does.
 
     Raises:
-        ConfigError: no chat template, no fast tokenizer, or a template that drops, alters or repeats what the project has to show, that the
-            conversation can't be cut from exactly, or that has no use for one of ``template_kwargs``. The message names template and remedy.
+        ConfigError: no chat template, no fast tokenizer, or a template that drops, alters or repeats what the project
+            has to show, that the conversation can't be cut from exactly, or that has no use for one of
+            ``template_kwargs``. The message names template and remedy.
     """
 
     thought: ThoughtStyle | None
@@ -145,13 +173,21 @@ class ChatFormat:
         except DataError as error:
             raise ConfigError(f"the model's chat template can't be used: {error}") from error
         if end_ids[0] not in tokenizer.convert_tokens_to_ids(sorted(special)):
-            raise ConfigError(f"{self.source} doesn't end an assistant message with a special token; take a template that does")
-        # an observation can't end itself, open a thought or write a call: neither as a token nor as the text that the template writes around it
+            raise ConfigError(
+                f"{self.source} doesn't end an assistant message with a special token; take a template that does"
+            )
+        # an observation can't end itself, open a thought or write a call: neither as a token nor as the text that the
+        # template writes around it
         thoughts = {OPENING, CLOSING} if self.thought is not None or self.generation_thought else set()
         self._forgeable = _any_of({*control, *thoughts, *_TAG.findall(after)})
         self.end_of_turn_id: int = end_ids[0]
-        extra = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids([token for token in _END_TOKENS if token in special])]
-        self.eos_ids: list[int] = list(dict.fromkeys([*end_ids[:1], *(i for i in extra if i is not None), *end_ids[1:]]))
+        extra = [
+            tokenizer.eos_token_id,
+            *tokenizer.convert_tokens_to_ids([token for token in _END_TOKENS if token in special]),
+        ]
+        self.eos_ids: list[int] = list(
+            dict.fromkeys([*end_ids[:1], *(i for i in extra if i is not None), *end_ids[1:]])
+        )
         self._continuation = lru_cache(maxsize=4096)(self._continuation_uncached)
         self._earlier_frame = lru_cache(maxsize=2)(self._earlier_frame_uncached)
         self.context_thoughts, self.opened_ids = self._context_thoughts(earlier_thoughts)
@@ -165,31 +201,39 @@ class ChatFormat:
         template_kwargs: Mapping[str, Any] | None = None,
         earlier_thoughts: str | None = None,
     ) -> ChatFormat:
-        """Load the tokenizer of a local Hugging Face folder. Raises ConfigError for an unknown tool format or an unfit tokenizer."""
+        """Load the tokenizer of a local Hugging Face folder. Raises ConfigError for an unknown tool format or an unfit
+        tokenizer.
+        """
         from transformers import AutoTokenizer  # takes seconds: not for --help and --dry-run
 
         form = tool_format(tool_format_name)
         try:
             # without the last word transformers asks on the terminal whether to run the folder's own code
-            tokenizer = AutoTokenizer.from_pretrained(os.fspath(model_dir), local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                os.fspath(model_dir), local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # files of any content: each reader of them raises what it likes
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(
                 f"{os.fspath(model_dir)}: no tokenizer could be loaded ({said}); "
                 "copy tokenizer.json and tokenizer_config.json of the published model there"
             ) from error
-        return cls(tokenizer, form, template_kwargs, _generation_end_ids(Path(model_dir), len(tokenizer)), earlier_thoughts)
+        return cls(
+            tokenizer, form, template_kwargs, _generation_end_ids(Path(model_dir), len(tokenizer)), earlier_thoughts
+        )
 
     @property
     def opens_thought(self) -> bool:
         """Whether the generation prompt leaves a thought open: what the policy writes begins inside it."""
         return self.thought is not None and self.thought.opened
 
-    # --- rendering -----------------------------------------------------------------------------------------------------------------
+    # --- rendering
+    # -----------------------------------------------------------------------------------------------------------------
 
     def _neutral(self, message: Message) -> dict[str, Any]:
-        """The message with control text in its content broken up (``<|im_end|>`` → ``< |im_end|>``): content can't forge a role or end a turn. Of a
-        tool's content, which strangers write, every marker is broken up; of other messages, special tokens.
+        """The message with control text in its content broken up (``<|im_end|>`` → ``< |im_end|>``): content can't
+        forge a role or end a turn. Of a tool's content, which strangers write, every marker is broken up; of other
+        messages, special tokens.
         """
         content = str(message["content"])
         pattern = self._forgeable if message["role"] == "tool" else self._special
@@ -206,11 +250,15 @@ class ChatFormat:
 
     def _laid_out(self, message: dict[str, Any]) -> dict[str, Any]:
         """An assistant message's thought where the template looks for it."""
-        return {**message, **self.thought.message(message["content"])} if self.thought is not None and message["role"] == "assistant" else message
+        return (
+            {**message, **self.thought.message(message["content"])}
+            if self.thought is not None and message["role"] == "assistant"
+            else message
+        )
 
     def render(self, messages: Sequence[Message], tools: Tools = (), generation: bool = True) -> str:
-        """Text of a conversation. Tools go to the template where the format prefers that and the template shows them; else into the system
-        message.
+        """Text of a conversation. Tools go to the template where the format prefers that and the template shows them;
+        else into the system message.
 
         Special tokens inside message contents are broken up first, assistant messages included.
 
@@ -229,36 +277,57 @@ class ChatFormat:
         return self._template.render(conversation, native, generation)
 
     def _check_shown(self, messages: Sequence[Message], text: str) -> None:
-        """Raises DataError unless every message is in the rendering: a template may pass over a second system message, say."""
+        """Raises DataError unless every message is in the rendering: a template may pass over a second system message,
+        say.
+        """
         for message in messages:
             content = self._neutral(message)["content"].strip()
-            if self.thought is not None and message["role"] == "assistant":  # a thought may be dropped: earlier_thoughts goes by that
+            if (
+                self.thought is not None and message["role"] == "assistant"
+            ):  # a thought may be dropped: earlier_thoughts goes by that
                 content = split_thought(content, self.opens_thought)[1]
-            if content not in text and not any(form.strip() in text for form in observation_forms(content) if message["role"] == "tool"):
-                raise DataError(f"{self.source} leaves out or alters a message of role {message['role']!r}: {content[:60]!r}; change the messages")
+            if content not in text and not any(
+                form.strip() in text for form in observation_forms(content) if message["role"] == "tool"
+            ):
+                raise DataError(
+                    f"{self.source} leaves out or alters a message of role {message['role']!r}: {content[:60]!r};"
+                    " change the messages"
+                )
 
     def check_fields(self, start: Sequence[Message]) -> None:
-        """Raises ConfigError where the template writes down a field of messages that the project doesn't tell, e.g. the name of the tool."""
+        """Raises ConfigError where the template writes down a field of messages that the project doesn't tell, e.g. the
+        name of the tool.
+        """
         conversation = [*start, _ASSISTANT, *self._observed(), _ASSISTANT]
         missing = self._template.not_given(conversation, [openai_tool(TOOL)] if self.shows_tools else None)
         if missing is not None:
-            raise ConfigError(f"{self.source} writes the {missing!r} of a message, which messages here don't have; take a template that doesn't")
+            raise ConfigError(
+                f"{self.source} writes the {missing!r} of a message, which messages here don't have; take a template"
+                " that doesn't"
+            )
 
     def _plain(self, messages: Sequence[Message], generation: bool) -> str:
-        """A conversation that pieces are cut from: with a tool where the template itself shows tools, for it may write other delimiters then."""
+        """A conversation that pieces are cut from: with a tool where the template itself shows tools, for it may write
+        other delimiters then.
+        """
         return self._template.render(messages, [openai_tool(TOOL)] if self.shows_tools else None, generation)
 
     def _observed(self) -> list[dict[str, str]]:
         return self.tool_format.render_observation([_OBSERVED])
 
     def _after_assistant(self, messages: Sequence[Message], generation: bool) -> str:
-        """Template text between the last character of an assistant message and the end (``generation``: the next assistant message)."""
+        """Template text between the last character of an assistant message and the end (``generation``: the next
+        assistant message).
+        """
         text = self._plain([USER, _ASSISTANT, *(self._neutral(message) for message in messages)], generation)
         if text.count(_MARK) != 1:
-            raise ConfigError(f"{self.source} alters or repeats assistant content; it can't be cut at a message boundary")
+            raise ConfigError(
+                f"{self.source} alters or repeats assistant content; it can't be cut at a message boundary"
+            )
         return text.partition(_MARK)[2]
 
-    # --- pieces of a conversation --------------------------------------------------------------------------------------------------
+    # --- pieces of a conversation
+    # --------------------------------------------------------------------------------------------------
 
     def prompt_ids(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """x: token ids of ``messages`` with the tool schemas, ending with the generation prompt.
@@ -281,11 +350,14 @@ class ChatFormat:
         return self._cut(messages, after_eos, new_tools, generation=True)
 
     def interlude_ids(self, messages: Sequence[Message], after_eos: bool, new_tools: Tools = ()) -> list[int]:
-        """:meth:`continuation_ids` without the closing generation prompt: ends after the last message's closing delimiter."""
+        """:meth:`continuation_ids` without the closing generation prompt: ends after the last message's closing
+        delimiter.
+        """
         return self._cut(messages, after_eos, new_tools, generation=False)
 
     def boundary_ids(self, text: str = BOUNDARY_TEXT) -> list[int]:
-        """Tokens from the end of h* to the start of the rollout: a user turn that closes the trace, and the generation prompt.
+        """Tokens from the end of h* to the start of the rollout: a user turn that closes the trace, and the generation
+        prompt.
 
         Raises:
             ConfigError: the template renders an earlier tool result differently once a user turn follows.
@@ -295,11 +367,15 @@ class ChatFormat:
             head = self._plain(conversation, generation=False)
             whole = self._plain([*conversation, {"role": "user", "content": text}], generation=True)
         except DataError as error:
-            raise ConfigError(f"a user turn that follows a tool result, as the end of a trace has it: {error}") from error
+            raise ConfigError(
+                f"a user turn that follows a tool result, as the end of a trace has it: {error}"
+            ) from error
         end = head.rpartition(_OBSERVED)[2]
         tail = whole.rpartition(_OBSERVED)[2]
         if not tail.startswith(end):
-            raise ConfigError(f"{self.source} rewrites tool results when a user turn follows; literal concatenation is impossible")
+            raise ConfigError(
+                f"{self.source} rewrites tool results when a user turn follows; literal concatenation is impossible"
+            )
         return self._encoder.after(whole.removesuffix(tail) + end, tail.removeprefix(end))[0]
 
     def boundary_after_nothing_ids(self, text: str = BOUNDARY_TEXT) -> list[int]:
@@ -309,7 +385,10 @@ class ChatFormat:
             ConfigError: the generation prompt opens a thought, which an empty message would leave open.
         """
         if self.opens_thought:
-            raise ConfigError(f"traces.control=none: the generation prompt of {self.source} opens a thought; take traces.control=other_task")
+            raise ConfigError(
+                f"traces.control=none: the generation prompt of {self.source} opens a thought; take"
+                " traces.control=other_task"
+            )
         return self.continuation_ids([{"role": "user", "content": text}], after_eos=False)
 
     def generation_ids(self) -> list[int]:
@@ -317,8 +396,8 @@ class ChatFormat:
         return self._encoder.after(self._plain([USER], False), self.generation)[0]
 
     def visible_generation_ids(self) -> list[int]:
-        """:meth:`generation_ids` without what belongs to the thought: the start of an earlier message whose thought the template drops; there
-        ``hidden_text`` and the visible text follow.
+        """:meth:`generation_ids` without what belongs to the thought: the start of an earlier message whose thought the
+        template drops; there ``hidden_text`` and the visible text follow.
         """
         return self._encoder.after(self._plain([USER], False), self.generation.removesuffix(self.generation_thought))[0]
 
@@ -344,7 +423,8 @@ class ChatFormat:
             raise ConfigError(f"{self.source} ends assistant messages differently depending on what follows")
         return Continuation(text, tuple(ids), tuple(offsets))
 
-    # --- thoughts of earlier messages ----------------------------------------------------------------------------------------------
+    # --- thoughts of earlier messages
+    # ----------------------------------------------------------------------------------------------
 
     def contexts(self) -> Contexts:
         """The contexts of a new conversation."""
@@ -352,19 +432,25 @@ class ChatFormat:
 
     def _context_thoughts(self, asked: str | None) -> tuple[Earlier, list[int]]:
         if asked not in (None, *EARLIER_THOUGHTS):
-            raise ConfigError(f"model.earlier_thoughts={asked!r}: must be one of {', '.join(EARLIER_THOUGHTS)}, or null")
+            raise ConfigError(
+                f"model.earlier_thoughts={asked!r}: must be one of {', '.join(EARLIER_THOUGHTS)}, or null"
+            )
         if asked == KEEP or self.earlier_thoughts == "kept":
             return "kept", []
         whole, visible = self.generation_ids(), self.visible_generation_ids()
         if whole[: len(visible)] != visible:
-            raise ConfigError(f"{self.source} opens a thought within a token of its generation prompt; set model.earlier_thoughts=keep")
+            raise ConfigError(
+                f"{self.source} opens a thought within a token of its generation prompt; set"
+                " model.earlier_thoughts=keep"
+            )
         return self.earlier_thoughts, whole[len(visible) :]
 
     def earlier_ids(self, ids: Sequence[int], user: bool) -> list[int] | None:
-        """How a sampled message is shown once the conversation goes on: None = as it was sampled, behind the whole generation prompt.
+        """How a sampled message is shown once the conversation goes on: None = as it was sampled, behind the whole
+        generation prompt.
 
-        Else the message without its thought: ``hidden_text``, and the sampled ids from behind the thought on. Only where the template's text
-        begins within a token, or is another than the sampled one, that text is tokenised.
+        Else the message without its thought: ``hidden_text``, and the sampled ids from behind the thought on. Only
+        where the template's text begins within a token, or is another than the sampled one, that text is tokenised.
 
         Args:
             ids: the message, end-of-turn token included.
@@ -374,7 +460,9 @@ class ChatFormat:
             return None
         text = self.decode(ids)
         shown, whole = self._earlier_text(text, user), self.generation_thought + text
-        if shown == whole or not (OPENING in whole or CLOSING in whole):  # without a thought, white space at most differs: ids stay as they came
+        if shown == whole or not (
+            OPENING in whole or CLOSING in whole
+        ):  # without a thought, white space at most differs: ids stay as they came
             return None
         said = len(ids)
         while said and ids[said - 1] in self.eos_ids:
@@ -400,7 +488,9 @@ class ChatFormat:
         """Template text before such a message, its thought included, and after it."""
         before = self._plain([USER], True).removesuffix(self.generation_thought)
         conversation = self._earlier_conversation("", user)
-        conversation[1] = _ASSISTANT  # as content: a template with a field for thoughts would take a message for an open one
+        conversation[1] = (
+            _ASSISTANT  # as content: a template with a field for thoughts would take a message for an open one
+        )
         _, mark, after = self._plain(conversation, False).partition(_MARK)
         if not mark:
             raise ConfigError(f"{self.source} drops what the assistant wrote earlier; take a template that shows it")
@@ -414,12 +504,15 @@ class ChatFormat:
         start = bisect_left(range(len(ids)), len(head), key=lambda count: len(self.decode(ids[:count])))
         return start if self.decode(ids[:start]) == head else None
 
-    # --- assistant text ------------------------------------------------------------------------------------------------------------
+    # --- assistant text
+    # ------------------------------------------------------------------------------------------------------------
 
     def assistant_parts(self, reasoning: str, calls: str) -> AssistantParts:
-        """An assistant message with this reasoning and call text (or answer) in the form that the policy samples behind the generation prompt.
+        """An assistant message with this reasoning and call text (or answer) in the form that the policy samples behind
+        the generation prompt.
 
-        A thinking model writes the reasoning as its thought, and an empty thought where there is none. Others put a line break between the two.
+        A thinking model writes the reasoning as its thought, and an empty thought where there is none. Others put a
+        line break between the two.
         """
         if self.thought is None:
             return AssistantParts("", reasoning, SEPARATOR if reasoning and calls else "", calls)
@@ -430,7 +523,8 @@ class ChatFormat:
         return self._encoder.whole(text)[0]
 
     def encode_assistant(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of an assistant message, end-of-turn left out, and each token's half-open character range in ``text``.
+        """Token ids of an assistant message, end-of-turn left out, and each token's half-open character range in
+        ``text``.
 
         Raises:
             DataError: the text holds half a surrogate pair.
@@ -438,15 +532,20 @@ class ChatFormat:
         return self._encoder.assistant(text)
 
     def check_assistant(self, ids: Sequence[int]) -> None:
-        """Raises DataError where an assistant message's ids, end-of-turn left out, hold a token that ends a turn or opens a role: text that a
-        message may quote, but the tokenizer makes such a token of it.
+        """Raises DataError where an assistant message's ids, end-of-turn left out, hold a token that ends a turn or
+        opens a role: text that a message may quote, but the tokenizer makes such a token of it.
         """
         found = next((token for token in ids if token in self._steering), None)
         if found is not None:
-            raise DataError(f"a message holds the text of the special token {self.tokenizer.convert_ids_to_tokens(found)!r}; take it out")
+            raise DataError(
+                f"a message holds the text of the special token {self.tokenizer.convert_ids_to_tokens(found)!r}; take"
+                " it out"
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens other than a trailing end-of-turn included (a model may write ``<tool_call>`` as one)."""
+        """Text of token ids, special tokens other than a trailing end-of-turn included (a model may write
+        ``<tool_call>`` as one).
+        """
         kept = list(ids)
         while kept and kept[-1] in self.eos_ids:
             kept.pop()
@@ -459,12 +558,14 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def _broken_up(pattern: re.Pattern[str], text: str, kept: Sequence[str] = ()) -> str:
-    return pattern.sub(lambda match: match.group() if match.group() in kept else f"{match.group()[0]} {match.group()[1:]}", text)
+    return pattern.sub(
+        lambda match: match.group() if match.group() in kept else f"{match.group()[0]} {match.group()[1:]}", text
+    )
 
 
 def _control_tokens(tokenizer: Any) -> tuple[set[str], set[str]]:
-    """(special tokens, all tokens that steer a conversation): added tokens with ``special=True``, and those that look like markers
-    (``<tool_call>``, ``[INST]``).
+    """(special tokens, all tokens that steer a conversation): added tokens with ``special=True``, and those that look
+    like markers (``<tool_call>``, ``[INST]``).
     """
     added = list(tokenizer.added_tokens_decoder.values())
     special = {str(token.content) for token in added if token.special} | set(tokenizer.all_special_tokens)

@@ -1,12 +1,16 @@
-"""The thought of an assistant message: what a thinking model writes between ``<think>`` and ``</think>`` before it speaks or calls.
+"""The thought of an assistant message: what a thinking model writes between ``<think>`` and ``</think>`` before it
+speaks or calls.
 
 The one place that knows the markers. A thought is never executed, never an answer and never read by a reward.
 
 Rules, which every reader of messages shares:
 
-- ``<think>`` opens a thought anywhere in a message; the first ``</think>`` after it closes it. An unclosed thought runs to the message's end.
-- ``</think>`` without an opening marker closes a thought that was open when the message began. Everything before it is thought.
-- A message that is thought only has an empty visible text. It asks for nothing, so it is a final message with an empty answer.
+- ``<think>`` opens a thought anywhere in a message; the first ``</think>`` after it closes it. An unclosed thought runs
+  to the message's end.
+- ``</think>`` without an opening marker closes a thought that was open when the message began. Everything before it is
+  thought.
+- A message that is thought only has an empty visible text. It asks for nothing, so it is a final message with an empty
+  answer.
 - A marker within an argument of a call is data (:class:`VisibleText` leaves that to the reader of calls).
 """
 
@@ -21,7 +25,9 @@ _MARKER = re.compile(MARKER)
 
 
 class WasThought(Exception):
-    """A closing marker without an opening one: everything before it was thought, and what was read of it doesn't count."""
+    """A closing marker without an opening one: everything before it was thought, and what was read of it doesn't
+    count.
+    """
 
 
 class VisibleText:
@@ -45,7 +51,8 @@ class VisibleText:
         self.position = len(self.text) if end < 0 else end + len(CLOSING)
 
     def search(self, pattern: re.Pattern[str] = _MARKER) -> re.Match[str] | None:
-        """The next match of ``pattern`` that is no marker. ``pattern`` has to match the markers, too: ``f"{MARKER}|..."``.
+        """The next match of ``pattern`` that is no marker. ``pattern`` has to match the markers, too:
+        ``f"{MARKER}|..."``.
 
         :attr:`position` is behind the match then, or at the text's end.
 
@@ -87,7 +94,8 @@ def _pieces(text: str, opened: bool) -> tuple[list[str], list[str]]:
 
 
 def thoughts_and_visible(text: str, opened: bool = False) -> tuple[str, str]:
-    """(thoughts, visible) of an assistant message, both without outer white space. Several thoughts are joined by blank lines.
+    """(thoughts, visible) of an assistant message, both without outer white space. Several thoughts are joined by blank
+    lines.
 
     Args:
         text: the message as the model wrote it.
@@ -98,20 +106,23 @@ def thoughts_and_visible(text: str, opened: bool = False) -> tuple[str, str]:
 
 
 def visible_text(text: str, opened: bool = False) -> str:
-    """What an assistant message says outside of its thoughts, without outer white space; arguments as in :func:`thoughts_and_visible`."""
+    """What an assistant message says outside of its thoughts, without outer white space; arguments as in
+    :func:`thoughts_and_visible`.
+    """
     return thoughts_and_visible(text, opened)[1]
 
 
 def split_thought(text: str, opened: bool = False) -> tuple[str, str]:
-    """(thought, visible) of an assistant message, both without outer white space: as chat templates part it, at the thought that it begins with.
+    """(thought, visible) of an assistant message, both without outer white space: as chat templates part it, at the
+    thought that it begins with.
 
-    Without a closing marker the rest of an open thought is all there is: nothing is visible. Markers further on stay where they are, because
-    they may be an argument's; :func:`visible_text` takes every thought out.
+    Without a closing marker the rest of an open thought is all there is: nothing is visible. Markers further on stay
+    where they are, because they may be an argument's; :func:`visible_text` takes every thought out.
 
     Args:
         text: the message as the model wrote it.
-        opened: the generation prompt has opened the thought already, so ``text`` begins inside it. A message with a closing marker and no
-            opening one before it is read in the same way.
+        opened: the generation prompt has opened the thought already, so ``text`` begins inside it. A message with a
+            closing marker and no opening one before it is read in the same way.
     """
     body = text.lstrip()
     if body.startswith(OPENING):
@@ -131,7 +142,8 @@ class ThoughtStyle:
         opening: text before a thought, e.g. ``<think>\\n``.
         closing: text between a thought and what is visible, e.g. ``\\n</think>\\n\\n``: the switch to the call.
         opened: the generation prompt ends with ``opening``, so the policy begins inside the thought.
-        field: the key of a chat message under which the template takes the thought apart from the content; None: it is part of the content.
+        field: the key of a chat message under which the template takes the thought apart from the content; None: it is
+            part of the content.
     """
 
     opening: str
@@ -145,7 +157,9 @@ class ThoughtStyle:
         return "" if self.opened else self.opening
 
     def message(self, content: str) -> dict[str, str]:
-        """The keys of a chat message for what the policy wrote: ``content``, and ``field`` where the template has one."""
+        """The keys of a chat message for what the policy wrote: ``content``, and ``field`` where the template has
+        one.
+        """
         whole = self.opening + content if self.opened and not content.startswith(self.opening) else content
         if self.field is None:
             return {"content": whole}

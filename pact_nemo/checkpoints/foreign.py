@@ -1,11 +1,14 @@
-"""What a checkpoint may make Python do when it is read: nothing but build tensors, numbers and the reader's own records.
+"""What a checkpoint may make Python do when it is read: nothing but build tensors, numbers and the reader's own
+records.
 
-Our own files are JSON and safetensors. Megatron's ``torch_dist`` format has pickles inside: ``weights/.metadata`` (torch reads it with
-``pickle.load``), ``common.pt``, and, in the ``.distcp`` files, objects beside the tensors (read with ``weights_only=False``). A pickle can name any
-function to be called. So before any of them is read, the names in it are listed without running it, and a name that isn't known stops the resume.
-The checksums of the manifest alone wouldn't: whoever can change a pickle can change the manifest beside it.
+Our own files are JSON and safetensors. Megatron's ``torch_dist`` format has pickles inside: ``weights/.metadata``
+(torch reads it with ``pickle.load``), ``common.pt``, and, in the ``.distcp`` files, objects beside the tensors (read
+with ``weights_only=False``). A pickle can name any function to be called. So before any of them is read, the names in
+it are listed without running it, and a name that isn't known stops the resume. The checksums of the manifest alone
+wouldn't: whoever can change a pickle can change the manifest beside it.
 
-What remains: with FP8 on a GPU, Transformer Engine keeps its scales as a byte tensor that it unpickles itself; its content is not looked into.
+What remains: with FP8 on a GPU, Transformer Engine keeps its scales as a byte tensor that it unpickles itself; its
+content is not looked into.
 """
 
 from __future__ import annotations
@@ -26,21 +29,50 @@ METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"
 #: what the index of a torch_dist checkpoint is made of
 _INDEX_NAMES = frozenset(
-    {f"{_DCP}.filesystem._StorageInfo", "torch.Size", "torch.serialization._get_layout", "torch.device", "collections.OrderedDict"}
+    {
+        f"{_DCP}.filesystem._StorageInfo",
+        "torch.Size",
+        "torch.serialization._get_layout",
+        "torch.device",
+        "collections.OrderedDict",
+    }
     | {
         f"{_DCP}.metadata.{name}"
         for name in (
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
             "_MEM_FORMAT_ENCODING",
         )
     }
-    | {f"{_DCP}.planner.{name}" for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType", "BytesIOWriteData")}
+    | {
+        f"{_DCP}.planner.{name}"
+        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType", "BytesIOWriteData")
+    }
     | {"pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath"}
-)  # fmt: skip
+)
 #: what plain values and tensors are made of
 _VALUE_NAMES = frozenset(
-    {"_codecs.encode", "_io.BytesIO", "builtins.bytearray", "builtins.set", "builtins.frozenset", "builtins.complex", "collections.OrderedDict"}
-    | {"argparse.Namespace", "torch.Size", "torch.device", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"}
+    {
+        "_codecs.encode",
+        "_io.BytesIO",
+        "builtins.bytearray",
+        "builtins.set",
+        "builtins.frozenset",
+        "builtins.complex",
+        "collections.OrderedDict",
+    }
+    | {
+        "argparse.Namespace",
+        "torch.Size",
+        "torch.device",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_parameter",
+    }
 )
 _TORCH_TYPE = re.compile(r"torch\.(?:u?int\d+|b?float\d+\w*|bool|complex\d+|\w+Storage|storage\.UntypedStorage)")
 _GETATTR = "builtins.getattr"
@@ -104,7 +136,9 @@ def _member(kind: Any, name: Any) -> Any:
 
 
 def _only_enum_members(pickled: bytes, allowed: frozenset[str]) -> bool:
-    """Whether ``getattr`` does nothing but fetch members of known enumerations: early Python 3.11 (3.11.2 is Debian 12's) pickles them so."""
+    """Whether ``getattr`` does nothing but fetch members of known enumerations: early Python 3.11 (3.11.2 is Debian
+    12's) pickles them so.
+    """
     try:
         _EnumMembers(pickled, allowed).load()
     except Exception:  # a pickle that is put together in a way that makes no sense raises anything
@@ -122,7 +156,10 @@ def check_pickle(pickled: bytes, allowed: frozenset[str], what: str) -> None:
     if strange == [_GETATTR] and _only_enum_members(pickled, allowed):
         return
     if strange:
-        raise CheckpointError(f"{what} would run {', '.join(strange[:3])} when it is read: no checkpoint needs that; delete it and take another one")
+        raise CheckpointError(
+            f"{what} would run {', '.join(strange[:3])} when it is read: no checkpoint needs that; delete it and take"
+            " another one"
+        )
 
 
 def check_archive(data: Any, what: str) -> None:
@@ -132,7 +169,9 @@ def check_archive(data: Any, what: str) -> None:
             pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
             parts = [archive.read(name) for name in pickles]
     except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, NotImplementedError) as error:
-        raise CheckpointError(f"{what} is not in torch's zip format ({error}); resume from another checkpoint") from error
+        raise CheckpointError(
+            f"{what} is not in torch's zip format ({error}); resume from another checkpoint"
+        ) from error
     if not parts:
         raise CheckpointError(f"{what} holds no data.pkl; resume from another checkpoint")
     for part in parts:
@@ -143,7 +182,8 @@ def check_weights(folder: Path) -> None:
     """Look through every pickle of a ``torch_dist`` folder before megatron reads it.
 
     Raises:
-        CheckpointError: one names something that no checkpoint needs, or a file outside the folder; the message names the file.
+        CheckpointError: one names something that no checkpoint needs, or a file outside the folder; the message names
+            the file.
     """
     index = folder / METADATA
     check_pickle(index.read_bytes(), _INDEX_NAMES, str(index))
@@ -152,13 +192,19 @@ def check_weights(folder: Path) -> None:
 
     try:
         metadata = FileSystemReader(folder).read_metadata()  # its names are known now
-        objects = {name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)}
-        places = [(key.fqn, place.relative_path, place.offset, place.length) for key, place in metadata.storage_data.items()]
+        objects = {
+            name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)
+        }
+        places = [
+            (key.fqn, place.relative_path, place.offset, place.length) for key, place in metadata.storage_data.items()
+        ]
     except Exception as error:  # known names, put together in a way that makes no sense
         raise CheckpointError(f"{index} can't be read ({error!r}); resume from another checkpoint") from error
     for name, file, offset, length in places:
         if not isinstance(file, str) or not stays_inside(folder, file):
-            raise CheckpointError(f"{index} names {file!r}, which is not in that folder; resume from another checkpoint")
+            raise CheckpointError(
+                f"{index} names {file!r}, which is not in that folder; resume from another checkpoint"
+            )
         if name in objects:
             with open(folder / file, "rb") as handle:
                 handle.seek(offset)

@@ -34,15 +34,16 @@ def export_to(
     extra: dict[str, Any] | None = None,
     previous: str | Path | None = None,
 ) -> Path:
-    """Write the policy's weights as a new HF ``folder`` with a manifest; visible only when whole. Collective: every rank that sees the
-    folder's disk writes its part, rank 0 the rest.
+    """Write the policy's weights as a new HF ``folder`` with a manifest; visible only when whole. Collective: every
+    rank that sees the folder's disk writes its part, rank 0 the rest.
 
     Args:
-        previous: export of an earlier version on the same disk, of the same dtype: weight files that come out equal are linked to its own.
+        previous: export of an earlier version on the same disk, of the same dtype: weight files that come out equal are
+            linked to its own.
 
     Raises:
-        CheckpointError: on all ranks: the export failed its checks or a rank could not write (the message names file and remedy). Nothing is
-            left behind.
+        CheckpointError: on all ranks: the export failed its checks or a rank could not write (the message names file
+            and remedy). Nothing is left behind.
         FileExistsError: the folder exists already (CheckpointError on ranks other than 0).
     """
     target = Path(folder)
@@ -58,7 +59,9 @@ def export_to(
     return target
 
 
-def export_version(policy: Exportable, root: str | Path, version: int, *, dtype: str = "bfloat16", extra: dict[str, Any] | None = None) -> Path:
+def export_version(
+    policy: Exportable, root: str | Path, version: int, *, dtype: str = "bfloat16", extra: dict[str, Any] | None = None
+) -> Path:
     """Write the policy's weights as ``<root>/v{version:06d}`` with a manifest; visible only when whole. Collective.
 
     Args:

@@ -1,8 +1,9 @@
 """Versioned HF export folders and the manifest that says a folder is whole.
 
-An export root holds ``v000000``, ``v000001``, …: one Hugging Face model folder a version. A folder is written under a temporary name and
-becomes visible in one rename, with ``manifest.json`` as the last file in it: size and BLAKE3 digests of every other file. A reader verifies the
-manifest before it lets the weights near a server or a trainer, so a torn, truncated or bit-flipped export is refused with the file's name.
+An export root holds ``v000000``, ``v000001``, …: one Hugging Face model folder a version. A folder is written under a
+temporary name and becomes visible in one rename, with ``manifest.json`` as the last file in it: size and BLAKE3 digests
+of every other file. A reader verifies the manifest before it lets the weights near a server or a trainer, so a torn,
+truncated or bit-flipped export is refused with the file's name.
 
 Schema 2 digests a file in parts (:mod:`pact_nemo.digests`); schema 1, one SHA-256 a file, is still read.
 """
@@ -37,7 +38,8 @@ class Manifest:
     """What an export folder must contain.
 
     Attributes:
-        version: weight version, a non-negative integer that grows by one with each export (the optimizer step in training).
+        version: weight version, a non-negative integer that grows by one with each export (the optimizer step in
+            training).
         files: path relative to the folder (forward slashes) -> entry; every file of the folder but the manifest.
         extra: free facts of the writer (step, dtype, source), JSON values.
     """
@@ -60,7 +62,9 @@ def export_path(root: str | Path, version: int) -> Path:
 
 
 def versions(root: str | Path) -> list[int]:
-    """All visible export versions under ``root``, ascending; empty when the root does not exist. Temporary folders don't count."""
+    """All visible export versions under ``root``, ascending; empty when the root does not exist. Temporary folders
+    don't count.
+    """
     folder = Path(root)
     if not folder.is_dir():
         return []
@@ -77,7 +81,8 @@ def latest_version(root: str | Path) -> int | None:
 def write_manifest(
     folder: str | Path, version: int, extra: dict[str, Any] | None = None, *, known: dict[str, FileEntry] | None = None
 ) -> Manifest:
-    """Digest every file of ``folder`` and write ``manifest.json``; to be called last, before the folder becomes visible.
+    """Digest every file of ``folder`` and write ``manifest.json``; to be called last, before the folder becomes
+    visible.
 
     Args:
         known: digests that the writers of these files know from memory; the others are read.
@@ -91,11 +96,16 @@ def write_manifest(
         raise CheckpointError(f"{base} holds no *.safetensors file; write the weights before the manifest")
     for name, entry in known.items():
         if name not in names or (base / name).stat().st_size != entry.size:
-            raise CheckpointError(f"{base / name} is not the file of {entry.size} bytes that was written there; export again")
+            raise CheckpointError(
+                f"{base / name} is not the file of {entry.size} bytes that was written there; export again"
+            )
     rest = [name for name in names if name not in known]
     files = known | dict(zip(rest, file_entries(base / name for name in rest), strict=True))
     manifest = Manifest(version, {name: files[name] for name in names}, dict(extra or {}))
-    rows = {name: {"size": entry.size, "blake3": [list(part) for part in entry.parts]} for name, entry in manifest.files.items()}
+    rows = {
+        name: {"size": entry.size, "blake3": [list(part) for part in entry.parts]}
+        for name, entry in manifest.files.items()
+    }
     # without indentation: a large model has thousands of parts
     row = {"schema": MANIFEST_SCHEMA, "version": version, "extra": manifest.extra, "files": rows}
     write_text_atomic(base / MANIFEST_NAME, json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -112,7 +122,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         row = strict_json.loads(path.read_bytes().decode("utf-8"))
         if row["schema"] not in (MANIFEST_SCHEMA, _SHA256_SCHEMA):
-            raise CheckpointError(f"{path}: schema {row['schema']!r}, this version reads {_SHA256_SCHEMA} and {MANIFEST_SCHEMA}; export again")
+            raise CheckpointError(
+                f"{path}: schema {row['schema']!r}, this version reads {_SHA256_SCHEMA} and {MANIFEST_SCHEMA}; export"
+                " again"
+            )
         files = {str(name): _file_entry(entry, row["schema"]) for name, entry in row["files"].items()}
         return Manifest(int(row["version"]), files, dict(row["extra"]))
     except FileNotFoundError:
@@ -131,8 +144,9 @@ def _file_entry(row: dict[str, Any], schema: int) -> FileEntry:
 def verify_manifest(folder: str | Path, *, expect_version: int | None = None, digests: bool = True) -> Manifest:
     """Check every file of an export against its manifest.
 
-    Sizes are compared first (cheap: a torn copy is found without hashing), then digests, part by part on several threads. A
-    ``*.safetensors`` file that the manifest doesn't list is refused as well, because weight loaders glob for them.
+    Sizes are compared first (cheap: a torn copy is found without hashing), then digests, part by part on several
+    threads. A ``*.safetensors`` file that the manifest doesn't list is refused as well, because weight loaders glob for
+    them.
 
     Args:
         expect_version: refuse a folder whose manifest says another version.
@@ -147,7 +161,8 @@ def verify_manifest(folder: str | Path, *, expect_version: int | None = None, di
     manifest = read_manifest(base)
     if expect_version is not None and manifest.version != expect_version:
         raise CheckpointError(
-            f"{base / MANIFEST_NAME} says version {manifest.version}, expected {expect_version}; give the folder of that version"
+            f"{base / MANIFEST_NAME} says version {manifest.version}, expected {expect_version}; give the folder of"
+            " that version"
         )
     for name, entry in manifest.files.items():
         if not stays_inside(base, name):
@@ -160,7 +175,9 @@ def verify_manifest(folder: str | Path, *, expect_version: int | None = None, di
             raise CheckpointError(f"{path} has {size} bytes, the manifest says {entry.size}; {_REMEDY}")
     strays = [name for name in _data_files(base) if name.endswith(".safetensors") and name not in manifest.files]
     if strays:
-        raise CheckpointError(f"{base / strays[0]} is not in the manifest, yet a weight loader would read it; remove it")
+        raise CheckpointError(
+            f"{base / strays[0]} is not in the manifest, yet a weight loader would read it; remove it"
+        )
     if digests:
         check_files(base, manifest.files, _REMEDY)
     return manifest
@@ -168,7 +185,8 @@ def verify_manifest(folder: str | Path, *, expect_version: int | None = None, di
 
 @contextmanager
 def new_export(root: str | Path, version: int, extra: dict[str, Any] | None = None) -> Iterator[Path]:
-    """Yield a temporary folder to write an HF model into; on a clean exit it gets its manifest and becomes ``<root>/v{version:06d}``.
+    """Yield a temporary folder to write an HF model into; on a clean exit it gets its manifest and becomes
+    ``<root>/v{version:06d}``.
 
     Raises:
         CheckpointError: that version exists already.
@@ -182,10 +200,12 @@ def new_export(root: str | Path, version: int, extra: dict[str, Any] | None = No
 
 
 def prune_exports(root: str | Path, keep: int, protect: Collection[int] = ()) -> list[int]:
-    """Delete old export versions; the ``keep`` newest and the ``protect`` ones stay. Returns the versions deleted, ascending.
+    """Delete old export versions; the ``keep`` newest and the ``protect`` ones stay. Returns the versions deleted,
+    ascending.
 
-    Each folder is renamed out of sight before it is deleted, so no reader finds a half-deleted version. What a killed process left half
-    written or half deleted goes too: to be called by the one process that exports there, between two exports.
+    Each folder is renamed out of sight before it is deleted, so no reader finds a half-deleted version. What a killed
+    process left half written or half deleted goes too: to be called by the one process that exports there, between two
+    exports.
     """
     if keep < 1:
         raise CheckpointError(f"keep={keep}: at least the newest export has to stay")

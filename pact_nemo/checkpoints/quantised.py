@@ -1,4 +1,6 @@
-"""A copy of a Hugging Face folder in another dtype: what a rollout server starts from, so that refits bring tensors of the same names."""
+"""A copy of a Hugging Face folder in another dtype: what a rollout server starts from, so that refits bring tensors of
+the same names.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ log = logging.getLogger(__name__)
 
 
 def materialise(source: str | Path, cache_dir: str | Path, dtype: str) -> Path:
-    """The folder under ``cache_dir`` that holds ``source`` in ``dtype``; converted tensor by tensor on the first call, verified and reused
-    afterwards. A torn one is replaced; a changed source gets a new one.
+    """The folder under ``cache_dir`` that holds ``source`` in ``dtype``; converted tensor by tensor on the first call,
+    verified and reused afterwards. A torn one is replaced; a changed source gets a new one.
 
     Args:
         dtype: one of ``export_layout.EXPORT_DTYPES``.

@@ -1,8 +1,10 @@
-"""Checkpoints to resume from: weights, optimizer, random-number state and the training loop's own state, under any parallel layout.
+"""Checkpoints to resume from: weights, optimizer, random-number state and the training loop's own state, under any
+parallel layout.
 
-``<root>/step_000012/`` holds ``weights/`` (megatron's torch_dist format), ``rng.json``, ``state.json`` and, written last, ``manifest.json`` with the
-size and (but for large files of large checkpoints) SHA-256 of every file. The folder appears in one rename; then ``<root>/latest`` is pointed at it.
-A folder that fails its manifest is refused. Falling back to an older one is the caller's explicit choice: :func:`latest_complete`.
+``<root>/step_000012/`` holds ``weights/`` (megatron's torch_dist format), ``rng.json``, ``state.json`` and, written
+last, ``manifest.json`` with the size and (but for large files of large checkpoints) SHA-256 of every file. The folder
+appears in one rename; then ``<root>/latest`` is pointed at it. A folder that fails its manifest is refused. Falling
+back to an older one is the caller's explicit choice: :func:`latest_complete`.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ MANIFEST_NAME = "manifest.json"
 POINTER_NAME = "latest"
 RNG_NAME = "rng.json"
 SCHEMA = 1
-HASH_TOTAL = 8 << 30  # of a larger checkpoint, files above HASH_LIMIT are checked by size only: a resume must not read terabytes twice
+HASH_TOTAL = (
+    8 << 30
+)  # of a larger checkpoint, files above HASH_LIMIT are checked by size only: a resume must not read terabytes twice
 HASH_LIMIT = 16 << 20
 _WATCH_SECONDS = 0.2
 _STANDS = "the previous checkpoint stands"
@@ -81,8 +85,9 @@ def save(policy: Resumable, root: str | Path, state: dict[str, Any]) -> Path:
         the folder, on every rank.
 
     Raises:
-        CheckpointError: a checkpoint of this step exists already, or the disk refused (full, read-only, no permission, I/O): the message names
-            the folder and the remedy, nothing of it is left behind, and older checkpoints stand.
+        CheckpointError: a checkpoint of this step exists already, or the disk refused (full, read-only, no permission,
+            I/O): the message names the folder and the remedy, nothing of it is left behind, and older checkpoints
+            stand.
     """
     return BackgroundSave(policy, root, state).finish()
 
@@ -90,7 +95,9 @@ def save(policy: Resumable, root: str | Path, state: dict[str, Any]) -> Path:
 def _free_path(policy: Resumable, root: str | Path) -> Path:
     final = checkpoint_path(root, policy.step)
     if from_rank_zero(final.exists):
-        raise CheckpointError(f"{final} exists already; a checkpoint is written once: remove it or save to another root")
+        raise CheckpointError(
+            f"{final} exists already; a checkpoint is written once: remove it or save to another root"
+        )
     return final
 
 
@@ -110,14 +117,16 @@ def _write(policy: Resumable, folder: Path, state: dict[str, Any]) -> Any:
     _start_results_queue()
     options: dict[str, Any] = {"async_sharded_save": True}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-        options["async_strategy"] = "mcore"  # megatron-core 0.19 would take NVIDIA's resiliency extension, which is for GPUs
+        options["async_strategy"] = (
+            "mcore"  # megatron-core 0.19 would take NVIDIA's resiliency extension, which is for GPUs
+        )
     request = dist_checkpointing.save(policy.state_dict(), str(folder / "weights"), **options)
     return request._replace(async_fn=partial(_watched, request.async_fn)) if request.async_fn is not None else request
 
 
 def _start_results_queue() -> None:
-    """Start the process through which writers hand over their results, as megatron does, but so that it leaves with this one: megatron's stays
-    for ever, with everything it imported, when the trainer is killed."""
+    """Start the process through which writers hand over their results, as megatron does, but so that it leaves with
+    this one: megatron's stays for ever, with everything it imported, when the trainer is killed."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
@@ -131,7 +140,9 @@ def _start_results_queue() -> None:
 
 @contextmanager
 def _bare_children() -> Iterator[None]:
-    """Spawned processes don't import the main module, for which they would need seconds and some hundred MB, and only then look whether we live."""
+    """Spawned processes don't import the main module, for which they would need seconds and some hundred MB, and only
+    then look whether we live.
+    """
     main = sys.modules["__main__"]
     hidden: dict[str, Any] = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
     vars(main).update(dict.fromkeys(hidden))
@@ -142,7 +153,9 @@ def _bare_children() -> Iterator[None]:
 
 
 def _watched(write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs in the process that megatron forks for a save, which forks one writer a file and waits for all of them: for ever, if one was killed."""
+    """Runs in the process that megatron forks for a save, which forks one writer a file and waits for all of them: for
+    ever, if one was killed.
+    """
     writers: list[Any] = []
     start = ForkProcess.start
 
@@ -170,9 +183,9 @@ def _publish(folder: Path, final: Path, stack: ExitStack) -> None:
 class BackgroundSave:
     """A checkpoint that is written while training goes on, by one child process a rank.
 
-    The child is forked when the object is made, after tensors on a GPU were copied to the host: it has the weights of that moment, whatever
-    the trainer does to its own. The folder appears when :meth:`finish` has written the manifest; a trainer that dies before leaves
-    nothing that could be taken for a checkpoint. Every method is collective.
+    The child is forked when the object is made, after tensors on a GPU were copied to the host: it has the weights of
+    that moment, whatever the trainer does to its own. The folder appears when :meth:`finish` has written the manifest;
+    a trainer that dies before leaves nothing that could be taken for a checkpoint. Every method is collective.
     """
 
     def __init__(self, policy: Resumable, root: str | Path, state: dict[str, Any]):
@@ -201,7 +214,8 @@ class BackgroundSave:
         """Wait for the writers, then make the folder visible and point ``latest`` at it.
 
         Raises:
-            CheckpointError: a writer failed or was killed (disk full, no permission, no memory); on all ranks, and nothing is left behind.
+            CheckpointError: a writer failed or was killed (disk full, no permission, no memory); on all ranks, and
+                nothing is left behind.
         """
         with self._closed_on_error():
             self._queue.maybe_finalize_async_calls(blocking=True)
@@ -252,7 +266,9 @@ def load(policy: Resumable, folder: str | Path) -> dict[str, Any]:
         policy.load_state_dict(loaded, step=int(facts["step"]))
     except (CheckpointException, CheckpointingException, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1:]
-        raise CheckpointError(f"{path} doesn't fit this model {reason}; resume with the model and optimizer it was saved from") from error
+        raise CheckpointError(
+            f"{path} doesn't fit this model {reason}; resume with the model and optimizer it was saved from"
+        ) from error
     states = _read_rng_states(path)
     _set_rng_state(states[dist.get_rank() if len(states) == dist.get_world_size() else 0])
     caller: dict[str, Any] = facts["caller"]
@@ -270,10 +286,14 @@ def verify(folder: str | Path) -> None:
     try:
         row = strict_json.loads((base / MANIFEST_NAME).read_bytes().decode("utf-8"))
         if row["schema"] != SCHEMA:
-            raise CheckpointError(f"{base / MANIFEST_NAME}: schema {row['schema']!r}, this version reads {SCHEMA}; {remedy}")
+            raise CheckpointError(
+                f"{base / MANIFEST_NAME}: schema {row['schema']!r}, this version reads {SCHEMA}; {remedy}"
+            )
         files = {name: (int(entry["size"]), entry["sha256"]) for name, entry in row["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{base / MANIFEST_NAME} is missing or unreadable ({error}): the checkpoint is incomplete; {remedy}") from error
+        raise CheckpointError(
+            f"{base / MANIFEST_NAME} is missing or unreadable ({error}): the checkpoint is incomplete; {remedy}"
+        ) from error
     for name, (expected, digest) in files.items():
         if not stays_inside(base, name):
             raise CheckpointError(f"{base / MANIFEST_NAME} names {name!r}, which is not in that folder; {remedy}")
@@ -285,9 +305,13 @@ def verify(folder: str | Path) -> None:
             raise CheckpointError(f"{path} has {size} bytes, the manifest says {expected}; {remedy}")
         if digest is not None and sha256_file(path) != digest:
             raise CheckpointError(f"{path} is corrupt: its SHA-256 differs from the manifest's; {remedy}")
-    strays = sorted({path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()} - {*files, MANIFEST_NAME})
+    strays = sorted(
+        {path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()} - {*files, MANIFEST_NAME}
+    )
     if strays:
-        raise CheckpointError(f"{base / strays[0]} is not in the manifest: nothing unchecked is read; remove it, or {remedy}")
+        raise CheckpointError(
+            f"{base / strays[0]} is not in the manifest: nothing unchecked is read; remove it, or {remedy}"
+        )
     if (base / "weights" / METADATA).is_file():
         check_weights(base / "weights")
 
@@ -300,7 +324,8 @@ def steps(root: str | Path) -> list[int]:
 
 
 def latest(root: str | Path) -> Path | None:
-    """The checkpoint that was finished last, by its pointer; None if nothing was ever saved. It is verified when loaded.
+    """The checkpoint that was finished last, by its pointer; None if nothing was ever saved. It is verified when
+    loaded.
 
     Raises:
         CheckpointError: the pointer names a folder that is gone, or is missing although there are checkpoints.
@@ -308,17 +333,23 @@ def latest(root: str | Path) -> Path | None:
     pointer = Path(root) / POINTER_NAME
     if not pointer.is_file():
         if steps(root):
-            raise CheckpointError(f"{pointer} is missing although there are checkpoints; name one, or use the latest complete one")
+            raise CheckpointError(
+                f"{pointer} is missing although there are checkpoints; name one, or use the latest complete one"
+            )
         return None
     name = pointer.read_bytes().decode("utf-8", "replace").strip()
     folder = Path(root) / name
     if not _FOLDER.fullmatch(name) or not folder.is_dir():
-        raise CheckpointError(f"{pointer} names {name[:60]!r}, which is not there; name a checkpoint, or use the latest complete one")
+        raise CheckpointError(
+            f"{pointer} names {name[:60]!r}, which is not there; name a checkpoint, or use the latest complete one"
+        )
     return folder
 
 
 def latest_complete(root: str | Path) -> Path | None:
-    """The newest checkpoint that passes :func:`verify`, whatever the pointer says; None if there is none. Refused ones are logged."""
+    """The newest checkpoint that passes :func:`verify`, whatever the pointer says; None if there is none. Refused ones
+    are logged.
+    """
     for step in reversed(steps(root)):
         folder = checkpoint_path(root, step)
         try:
@@ -340,7 +371,8 @@ def remove_unfinished(root: str | Path) -> None:
 def prune(root: str | Path, keep: int) -> list[int]:
     """Delete all but the ``keep`` newest checkpoints (call on rank 0). Returns the steps deleted, ascending.
 
-    Nothing is deleted unless the newest one passes :func:`verify`: until then an older one is what a resume would go on from.
+    Nothing is deleted unless the newest one passes :func:`verify`: until then an older one is what a resume would go on
+    from.
 
     Raises:
         CheckpointError: ``keep`` < 1; the newest checkpoint is not whole; or an old one can't be deleted.
@@ -365,7 +397,8 @@ def _write_manifest(base: Path) -> None:
     sizes = {path: path.stat().st_size for path in sorted(base.rglob("*")) if path.is_file()}
     limit = HASH_TOTAL if sum(sizes.values()) <= HASH_TOTAL else HASH_LIMIT
     files = {
-        path.relative_to(base).as_posix(): {"size": size, "sha256": sha256_file(path) if size <= limit else None} for path, size in sizes.items()
+        path.relative_to(base).as_posix(): {"size": size, "sha256": sha256_file(path) if size <= limit else None}
+        for path, size in sizes.items()
     }
     write_json_atomic(base / MANIFEST_NAME, {"schema": SCHEMA, "files": files})
 
@@ -377,7 +410,9 @@ def _from_rank_0(value: Any) -> Any:
 
 
 def _rng_state() -> dict[str, Any]:
-    """This rank's random-number generators as JSON values, exact: whole numbers, bytes in hexadecimal, a float that reads back as it was."""
+    """This rank's random-number generators as JSON values, exact: whole numbers, bytes in hexadecimal, a float that
+    reads back as it was.
+    """
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -399,7 +434,10 @@ def _from_hex(text: str) -> torch.Tensor:
 def _read_rng_states(folder: Path) -> list[dict[str, Any]]:
     path = folder / RNG_NAME
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: an earlier version of this program made that checkpoint; resume with that version, or start anew")
+        raise CheckpointError(
+            f"{path} is missing: an earlier version of this program made that checkpoint; resume with that version, or"
+            " start anew"
+        )
     try:
         states: list[dict[str, Any]] = strict_json.loads(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
 """How answers are found in a message, written alike and compared: the one place that knows it.
 
-What is compared is what a model says to its user. A thought (``<think>…</think>``) is none of it and is taken off here once more, whoever
-passes the message.
+What is compared is what a model says to its user. A thought (``<think>…</think>``) is none of it and is taken off here
+once more, whoever passes the message.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def plain(text: str) -> str:
 
 
 def contains_answer(text: str, answer: str) -> bool:
-    """The published ``answer_verify``: every ``", "``-separated part of the answer occurs in the text, both in :func:`plain` form."""
+    """The published ``answer_verify``: every ``", "``-separated part of the answer occurs in the text, both in
+    :func:`plain` form.
+    """
     found = plain(text)
     return all(plain(part) in found for part in answer.split(", "))
 
@@ -43,15 +45,18 @@ def tagged_answer(message: str) -> str | None:
 
 
 def answer_words(text: str) -> set[str]:
-    """The different words of an answer: lower case, every ASCII punctuation mark a blank (MatchTIR's ``preprocess_text``)."""
+    """The different words of an answer: lower case, every ASCII punctuation mark a blank (MatchTIR's
+    ``preprocess_text``).
+    """
     return set(text.lower().translate(_PUNCTUATION).split())
 
 
 def answer_f1(message: str, reference: str) -> float:
-    """F1 in [0, 1] of a message's tagged answer against the reference answer, as MatchTIR's public code computes it (arXiv 2601.10712).
+    """F1 in [0, 1] of a message's tagged answer against the reference answer, as MatchTIR's public code computes it
+    (arXiv 2601.10712).
 
-    Precision is over the different words of the answer, recall over those of the reference (:func:`answer_words`). It is 0 without the tag,
-    and 0 where either has no word.
+    Precision is over the different words of the answer, recall over those of the reference (:func:`answer_words`). It
+    is 0 without the tag, and 0 where either has no word.
     """
     said = tagged_answer(message)
     left, right = answer_words(said or ""), answer_words(reference)

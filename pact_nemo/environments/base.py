@@ -23,9 +23,11 @@ _NO_NAME = re.compile(r"""[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"'`()<>{};
 
 
 def name_fault(name: object, *, argument: bool = False) -> str | None:
-    """What is wrong with the name of a tool, or with ``argument`` of an argument; None where a call in JSON can carry it.
+    """What is wrong with the name of a tool, or with ``argument`` of an argument; None where a call in JSON can carry
+    it.
 
-    Names are data. So dots, dashes, Python's keywords and letters of any alphabet are fine; text that looks like source or markup is not.
+    Names are data. So dots, dashes, Python's keywords and letters of any alphabet are fine; text that looks like source
+    or markup is not.
     """
     if not isinstance(name, str) or not name:
         return "is not a text"
@@ -42,8 +44,9 @@ def name_fault(name: object, *, argument: bool = False) -> str | None:
 
 
 def check_schema(tool: Any) -> None:
-    """Raises ValueError where a tool schema isn't ``{"name": text, "description": text, "parameters": {"properties": {name: {…}}, …}}``:
-    everything that shows tools to a model or fills their arguments relies on it. The message names tool and property.
+    """Raises ValueError where a tool schema isn't
+    ``{"name": text, "description": text, "parameters": {"properties": {name: {…}}, …}}``: everything that shows tools
+    to a model or fills their arguments relies on it. The message names tool and property.
     """
     if not isinstance(tool, dict) or not isinstance(tool.get("parameters"), dict):
         raise ValueError("a tool has to be an object with parameters")
@@ -74,12 +77,14 @@ class Task:
     """One prompt of a benchmark.
 
     Attributes:
-        id: unique over the benchmark, e.g. ``multi_turn_base_12`` or, for a single-turn window, ``multi_turn_base_12#1``.
+        id: unique over the benchmark, e.g. ``multi_turn_base_12`` or, for a single-turn window,
+            ``multi_turn_base_12#1``.
         group: the id that splits are made by; every task of one group is on the same side of the held-out split.
         category: the benchmark's own category name (reported apart).
         tags: further groupings that are reported apart, e.g. ``answer type: date``.
         user_turns: chat messages of each user turn, in order. The first one, with ``tools``, is the prompt ``x``.
-        tools: the function schemas offered at the start (OpenAI style: ``{"name", "description", "parameters": JSON schema}``).
+        tools: the function schemas offered at the start (OpenAI style:
+            ``{"name", "description", "parameters": JSON schema}``).
         reference_calls: ground-truth calls per user turn; never shown to the policy.
         reference_answer: text of the expected final answer, where the benchmark has one.
         data: the benchmark's own record, for its environment and checker only.
@@ -105,7 +110,8 @@ class Outcome:
         score: outcome reward in [0, 1].
         reason: the checker's own error type, or ``"ok"``.
         metrics: the benchmark's further numbers by name (e.g. FTRL's ``solve_p``); evaluation reports their means.
-        solved: per executed call, in order, whether it solved a sub-question that was open; None where the benchmark has no sub-questions.
+        solved: per executed call, in order, whether it solved a sub-question that was open; None where the benchmark
+            has no sub-questions.
     """
 
     success: bool
@@ -125,7 +131,8 @@ class Session(Protocol):
     task: Task
 
     def execute(self, calls: list[ToolCall]) -> list[str]:
-        """Run the calls of one assistant turn in order; one observation string each. A failing tool is an observation, not an exception.
+        """Run the calls of one assistant turn in order; one observation string each. A failing tool is an observation,
+        not an exception.
 
         Raises:
             EnvironmentFailure: the environment itself broke.
@@ -133,8 +140,8 @@ class Session(Protocol):
         ...
 
     def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
-        """Close the current user turn with the assistant's ``message`` that asked for no tool. Returns (messages, newly revealed tools) of the
-        next one, or None when the task is over.
+        """Close the current user turn with the assistant's ``message`` that asked for no tool. Returns (messages, newly
+        revealed tools) of the next one, or None when the task is over.
         """
         ...
 

@@ -1,12 +1,14 @@
-"""BFCL multi-turn: whole episodes (``window="full"``) or one user turn at a time (``window="turn"``), judged by the official checkers.
+"""BFCL multi-turn: whole episodes (``window="full"``) or one user turn at a time (``window="turn"``), judged by the
+official checkers.
 
-In the reduced form each task is one user turn t of an entry: earlier turns are replayed from the ground truth, the prompt shows turn t
-only, and the official checker runs on turns 0…t with the ground truth standing in for what a model would have done before t.
+In the reduced form each task is one user turn t of an entry: earlier turns are replayed from the ground truth, the
+prompt shows turn t only, and the official checker runs on turns 0…t with the ground truth standing in for what a model
+would have done before t.
 
-Two differences from BFCL's own harness, both stricter: a tool that the episode never offers is answered with an error and not executed,
-and a call that would never end (:func:`~pact_nemo.environments.bfcl_backend.too_heavy`) is refused. As in BFCL, ``excluded_function`` in
-the data has no effect, and a function that is only revealed in a later turn already runs when it is called by name (one ground truth,
-``multi_turn_miss_func_49``, does that).
+Two differences from BFCL's own harness, both stricter: a tool that the episode never offers is answered with an error
+and not executed, and a call that would never end (:func:`~pact_nemo.environments.bfcl_backend.too_heavy`) is refused.
+As in BFCL, ``excluded_function`` in the data has no effect, and a function that is only revealed in a later turn
+already runs when it is called by name (one ground truth, ``multi_turn_miss_func_49``, does that).
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ FORCE_TERMINATED = "multi_turn:force_terminated"
 
 
 def official_turns() -> int:
-    """Assistant turns after one user turn under bfcl-eval's ``MAXIMUM_STEP_LIMIT``: that many with calls, and one without that ends the turn.
+    """Assistant turns after one user turn under bfcl-eval's ``MAXIMUM_STEP_LIMIT``: that many with calls, and one
+    without that ends the turn.
 
-    Its harness runs one step with calls more before it stops, and fails the entry then; so does the verdict here on what a limit cut.
+    Its harness runs one step with calls more before it stops, and fails the entry then; so does the verdict here on
+    what a limit cut.
     """
     from bfcl_eval.constants.default_prompts import MAXIMUM_STEP_LIMIT
 
@@ -57,16 +61,17 @@ class BFCLEnvironment:
     Attributes:
         categories: names out of :data:`~pact_nemo.environments.bfcl_data.CATEGORIES`.
         window: ``full`` episodes or single user turns (``turn``).
-        max_tools: at most this many tools are offered: those that the ground truth needs and seeded others, in seeded order. None: all,
-            in BFCL's order. Never fewer than the ground truth needs.
+        max_tools: at most this many tools are offered: those that the ground truth needs and seeded others, in seeded
+            order. None: all, in BFCL's order. Never fewer than the ground truth needs.
         max_calls: (turn) largest number of ground-truth calls. None: no limit.
-        grounded_only: (turn) keep a turn only if each argument value that is neither a boolean nor the schema's default occurs in its
-            user message or in the result of an earlier call of it.
+        grounded_only: (turn) keep a turn only if each argument value that is neither a boolean nor the schema's default
+            occurs in its user message or in the result of an earlier call of it.
         max_user_chars: (turn) longest user message. None: no limit.
         max_observation_chars: longer observations are cut for the policy; the checker sees them whole. None: no limit.
-        irrelevance_check: also fail episodes that call a tool in a user turn whose ground truth is empty. BFCL's runner ships that check
-            unused.
-        judge_unfinished: give the checker episodes that stopped before the last user turn was closed. BFCL fails them outright.
+        irrelevance_check: also fail episodes that call a tool in a user turn whose ground truth is empty. BFCL's runner
+            ships that check unused.
+        judge_unfinished: give the checker episodes that stopped before the last user turn was closed. BFCL fails them
+            outright.
         seed: of the tools' choice and order.
         quarantine: takes bad rows; as it comes, the first one is refused.
 
@@ -115,9 +120,12 @@ class BFCLEnvironment:
         """A new episode of ``task``; close it when done."""
         return BFCLSession(self, task)
 
-    # --- making tasks --------------------------------------------------------------------------------------------------------------
+    # --- making tasks
+    # --------------------------------------------------------------------------------------------------------------
 
-    def _offered(self, pool: Sequence[dict[str, Any]], calls: Sequence[ToolCall], task_id: str) -> tuple[dict[str, Any], ...]:
+    def _offered(
+        self, pool: Sequence[dict[str, Any]], calls: Sequence[ToolCall], task_id: str
+    ) -> tuple[dict[str, Any], ...]:
         if self.max_tools is None:
             return tuple(pool)
         rng = random.Random(f"{self.seed}:{task_id}")
@@ -132,7 +140,9 @@ class BFCLEnvironment:
         try:
             return self._turn_tasks(entry) if self.window == "turn" else [self._full_task(entry)]
         except EnvironmentFailure as error:  # making a task of one turn plays the turns before it
-            raise DataError(f"{error}; reinstall bfcl-eval", file=f"BFCL_v4_{entry.category}.json", field="initial_config") from error
+            raise DataError(
+                f"{error}; reinstall bfcl-eval", file=f"BFCL_v4_{entry.category}.json", field="initial_config"
+            ) from error
 
     def _full_task(self, entry: Entry) -> Task:
         turns = range(len(entry.ground_truth))
@@ -161,7 +171,10 @@ class BFCLEnvironment:
             if self._passes_idle(entry, turn):
                 continue
             task_id = f"{entry.id}#{turn}"
-            pool = [*entry.tools, *(tool for reveal, tools in entry.revealed.items() if reveal <= turn for tool in tools)]
+            pool = [
+                *entry.tools,
+                *(tool for reveal, tools in entry.revealed.items() if reveal <= turn for tool in tools),
+            ]
             tasks.append(
                 Task(
                     id=task_id,
@@ -177,8 +190,8 @@ class BFCLEnvironment:
 
     @staticmethod
     def _passes_idle(entry: Entry, turn: int) -> bool:
-        """Whether the checker passes turn ``turn`` for a call that does nothing, because earlier turns gave the same results already: no
-        task then.
+        """Whether the checker passes turn ``turn`` for a call that does nothing, because earlier turns gave the same
+        results already: no task then.
         """
         steps: list[list[list[str]]] = [[list(earlier)] if earlier else [] for earlier in entry.ground_truth[:turn]]
         backend = Backend(entry)
@@ -191,12 +204,15 @@ class BFCLEnvironment:
     def _turn_is_grounded(entry: Entry, turn: int, words: str) -> bool:
         calls = entry.reference_calls[turn]
         defaults = {
-            tool["name"]: tool["parameters"]["properties"] for tool in [*entry.tools, *(t for r in entry.revealed.values() for t in r)]
+            tool["name"]: tool["parameters"]["properties"]
+            for tool in [*entry.tools, *(t for r in entry.revealed.values() for t in r)]
         }
 
         def grounded(call: ToolCall, text: str) -> bool:
             schema = defaults[call.name]
-            stated = {key: value for key, value in call.arguments.items() if value != schema.get(key, {}).get("default")}
+            stated = {
+                key: value for key, value in call.arguments.items() if value != schema.get(key, {}).get("default")
+            }
             return is_grounded(list(stated.values()), text)
 
         if len(calls) == 1 or not grounded(calls[0], words):
@@ -215,7 +231,8 @@ class BFCLEnvironment:
 
 
 class BFCLSession:
-    """One episode. Sessions are independent of one another and may run in different threads; one session is for one thread at a time.
+    """One episode. Sessions are independent of one another and may run in different threads; one session is for one
+    thread at a time.
 
     Attributes:
         task: what is being solved.
@@ -245,8 +262,9 @@ class BFCLSession:
     def execute(self, calls: list[ToolCall]) -> list[str]:
         """Run the calls of one assistant turn in order; one observation string each.
 
-        A tool that the episode never offers, a call that can't be written as literals or one that would never end is answered with an
-        error text and not executed; wrong arguments are executed and answered with BFCL's own error text.
+        A tool that the episode never offers, a call that can't be written as literals or one that would never end is
+        answered with an error text and not executed; wrong arguments are executed and answered with BFCL's own error
+        text.
 
         Raises:
             EnvironmentFailure: the session is closed or its last user turn is, or BFCL itself broke.
@@ -257,7 +275,9 @@ class BFCLSession:
         observations = []
         for call in calls:
             if call.name not in self._offered and call.name not in self._hidden:
-                observations.append(f"Error: unknown function {call.name!r}. Available: {', '.join(sorted(self._offered))}")
+                observations.append(
+                    f"Error: unknown function {call.name!r}. Available: {', '.join(sorted(self._offered))}"
+                )
                 continue
             try:
                 text = protect_strings(call_text(call))
@@ -274,8 +294,8 @@ class BFCLSession:
         return [text if limit is None or len(text) <= limit else f"{text[:limit]} [cut]" for text in observations]
 
     def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
-        """Close the current user turn. Returns (messages, newly revealed tools) of the next one, or None when the task is over. BFCL's checkers
-        don't read what the assistant says.
+        """Close the current user turn. Returns (messages, newly revealed tools) of the next one, or None when the task
+        is over. BFCL's checkers don't read what the assistant says.
         """
         if self._turn >= self._last:
             self._finished = True
@@ -289,7 +309,8 @@ class BFCLSession:
     def outcome(self) -> Outcome:
         """Official verdict on everything executed so far; may be asked again.
 
-        An episode whose last user turn was not closed fails with BFCL's ``multi_turn:force_terminated`` unless ``judge_unfinished`` is set.
+        An episode whose last user turn was not closed fails with BFCL's ``multi_turn:force_terminated`` unless
+        ``judge_unfinished`` is set.
         """
         if not self._finished and not self._environment.judge_unfinished:
             return Outcome(False, 0.0, FORCE_TERMINATED)

@@ -1,8 +1,9 @@
 """Running calls on BFCL's own backends and judging with its own checkers.
 
-``bfcl-eval`` keeps backend instances in the globals of one of its modules, keyed by (run name, entry id, class), and evaluates call text
-there. So each :class:`Backend` has a run name that no other has, holds one process-wide lock while it is in there, and purges its keys.
-Call text comes from :func:`pact_nemo.environments.calls.call_text` or from the ground truth only: a name and literals.
+``bfcl-eval`` keeps backend instances in the globals of one of its modules, keyed by (run name, entry id, class), and
+evaluates call text there. So each :class:`Backend` has a run name that no other has, holds one process-wide lock while
+it is in there, and purges its keys. Call text comes from :func:`pact_nemo.environments.calls.call_text` or from the
+ground truth only: a name and literals.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ _CALL_LIKE = re.compile(r"(?<=\w)(\s*)\(")
 
 
 def protect_strings(text: str) -> str:
-    """Hide ``word(`` inside string literals of a call from BFCL's textual rewriting of method names; the values stay the same.
+    """Hide ``word(`` inside string literals of a call from BFCL's textual rewriting of method names; the values stay
+    the same.
 
-    BFCL prefixes every ``method(`` in the text with an instance name, also within quotes: ``echo(content='run ls()')`` would write
-    another text.
+    BFCL prefixes every ``method(`` in the text with an instance name, also within quotes: ``echo(content='run ls()')``
+    would write another text.
     """
     pieces = re.split(r"('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")", text)
     for index in range(1, len(pieces), 2):
@@ -40,7 +42,11 @@ def protect_strings(text: str) -> str:
 
 def too_heavy(call: ToolCall) -> bool:
     """Whether a call would keep the arithmetic backend busy without end: a huge power or precision."""
-    values = {key: value for key, value in call.arguments.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    values = {
+        key: value
+        for key, value in call.arguments.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
     if abs(values.get("precision", 0)) > _MAX_PRECISION:
         return True
     if call.name == "power" and {"base", "exponent"} <= values.keys():
@@ -98,10 +104,14 @@ class Backend:
         decoded = [[list(step) for step in turn] for turn in steps]
         with _LOCK:
             try:
-                verdict = self._checker.multi_turn_checker(decoded, truth, self.entry.record, self.entry.category, self._run_name)
+                verdict = self._checker.multi_turn_checker(
+                    decoded, truth, self.entry.record, self.entry.category, self._run_name
+                )
                 if verdict["valid"] and irrelevance:
                     verdict = self._checker.multi_turn_irrelevance_checker(decoded, truth)
-            except Exception as error:  # state that the policy made so odd that it can't be compared: its failure, not the benchmark's
+            except (
+                Exception
+            ) as error:  # state that the policy made so odd that it can't be compared: its failure, not the benchmark's
                 return Outcome(False, 0.0, f"checker_exception:{type(error).__name__}")
             finally:
                 self._purge("_eval_")

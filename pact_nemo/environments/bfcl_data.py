@@ -1,4 +1,6 @@
-"""Reading what the ``bfcl-eval`` package ships: multi-turn entries, ground truth, function documents, method signatures."""
+"""Reading what the ``bfcl-eval`` package ships: multi-turn entries, ground truth, function documents, method
+signatures.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ from pact_nemo.quarantine import BadRow, Quarantine
 
 CATEGORIES = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 
-_JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "list": "array", "any": "string", "bool": "boolean"}
+_JSON_TYPES = {
+    "dict": "object",
+    "float": "number",
+    "tuple": "array",
+    "list": "array",
+    "any": "string",
+    "bool": "boolean",
+}
 _SCHEMA_TYPES = {"string", "integer", "number", "boolean", "array", "object"}
 
 
@@ -66,7 +75,9 @@ def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 
 def json_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """A parameter schema with BFCL's Python type names (``dict``, ``float`` …) turned into JSON schema types, at every depth."""
+    """A parameter schema with BFCL's Python type names (``dict``, ``float`` …) turned into JSON schema types, at every
+    depth.
+    """
     result = copy.deepcopy(schema)
     kind = result.get("type", "string")
     if not isinstance(kind, str) or _JSON_TYPES.get(kind, kind) not in _SCHEMA_TYPES:
@@ -110,7 +121,9 @@ def method_parameters(class_name: str) -> dict[str, tuple[str, ...]]:
 
     backend = getattr(importlib.import_module(CLASS_FILE_PATH_MAPPING[class_name]), class_name)
     methods = inspect.getmembers(backend, inspect.isfunction)
-    return {name: tuple(inspect.signature(method).parameters)[1:] for name, method in methods if not name.startswith("_")}
+    return {
+        name: tuple(inspect.signature(method).parameters)[1:] for name, method in methods if not name.startswith("_")
+    }
 
 
 @dataclass(frozen=True)
@@ -162,11 +175,19 @@ def _check_record(record: dict[str, Any], ground_truth: Any, path: str, line: in
             raise DataError(f"{message}; {_REMEDY}", file=path, line=line, field=field)
 
     identifier, question, classes = record.get("id"), record.get("question"), record.get("involved_classes")
-    need(isinstance(identifier, str) and re.fullmatch(r"\w+_\w+", identifier) is not None, "expected an id such as multi_turn_base_0", "id")
+    need(
+        isinstance(identifier, str) and re.fullmatch(r"\w+_\w+", identifier) is not None,
+        "expected an id such as multi_turn_base_0",
+        "id",
+    )
     need(isinstance(question, list) and len(question) > 0, "expected a list of user turns", "question")
     assert isinstance(question, list)
     for index, turn in enumerate(question):
-        need(isinstance(turn, list) and all(map(_is_message, turn)), "expected messages with role and content", f"question[{index}]")
+        need(
+            isinstance(turn, list) and all(map(_is_message, turn)),
+            "expected messages with role and content",
+            f"question[{index}]",
+        )
     known = function_documents()
     need(
         isinstance(classes, list) and all(isinstance(name, str) and name in known for name in classes),
@@ -174,7 +195,11 @@ def _check_record(record: dict[str, Any], ground_truth: Any, path: str, line: in
         "involved_classes",
     )
     config = record.get("initial_config")
-    need(isinstance(config, dict) and all(isinstance(value, dict) for value in config.values()), "expected an object of objects", "initial_config")
+    need(
+        isinstance(config, dict) and all(isinstance(value, dict) for value in config.values()),
+        "expected an object of objects",
+        "initial_config",
+    )
     missed = record.get("missed_function", {})
     need(
         isinstance(missed, dict)
@@ -187,7 +212,9 @@ def _check_record(record: dict[str, Any], ground_truth: Any, path: str, line: in
         "expected a list of call texts per turn",
         "ground_truth",
     )
-    need(len(question) == len(ground_truth), "question and ground truth differ in their number of turns", "ground_truth")
+    need(
+        len(question) == len(ground_truth), "question and ground truth differ in their number of turns", "ground_truth"
+    )
 
 
 def _entry(record: dict[str, Any], ground_truth: list[list[str]], category: str, path: str, line: int) -> Entry:
@@ -204,7 +231,8 @@ def _entry(record: dict[str, Any], ground_truth: list[list[str]], category: str,
         raise DataError(f"{error}; {_REMEDY}", file=path, line=line, field="ground_truth") from error
     for turn in calls:
         for call in turn:
-            # BFCL evaluates these texts: a name that is no method would be looked up among Python's own, ``open(file=..., mode='w')`` for one
+            # BFCL evaluates these texts: a name that is no method would be looked up among Python's own,
+            # ``open(file=..., mode='w')`` for one
             if call.name not in parameters:
                 problem = f"{call.name} is no method of {', '.join(record['involved_classes'])}; {_REMEDY}"
                 raise DataError(problem, file=path, line=line, field="ground_truth")
@@ -246,7 +274,10 @@ def _load(folder: Path, category: str) -> tuple[tuple[Entry, ...], tuple[BadRow,
     """Entries and bad rows of a category; read once, whoever asks and with whatever policy."""
     file_name = f"BFCL_v4_{category}.json"
     path, found = folder / file_name, Quarantine("quarantine")
-    answers: dict[str, Any] = {str(row.get("id")): row.get("ground_truth") for _, row in _read_rows(folder / "possible_answer" / file_name, found)}
+    answers: dict[str, Any] = {
+        str(row.get("id")): row.get("ground_truth")
+        for _, row in _read_rows(folder / "possible_answer" / file_name, found)
+    }
     entries: dict[str, Entry] = {}
 
     def entry(record: dict[str, Any], line: int) -> Entry:
@@ -254,7 +285,9 @@ def _load(folder: Path, category: str) -> tuple[tuple[Entry, ...], tuple[BadRow,
         if not isinstance(name, str) or name not in answers:
             raise DataError(f"{name!r} has no ground truth; {_REMEDY}", file=str(path), line=line, field="id")
         if name in entries:
-            raise DataError(f"another row has the id {name!r} already; {_REMEDY}", file=str(path), line=line, field="id")
+            raise DataError(
+                f"another row has the id {name!r} already; {_REMEDY}", file=str(path), line=line, field="id"
+            )
         return _entry(record, answers[name], category, str(path), line)
 
     for line, record in _read_rows(path, found):

@@ -1,7 +1,8 @@
 """What a tool call may hold, and tool calls as Python call text: reading literals only, writing ``repr`` only.
 
-Nothing here evaluates anything. A call is data: names that Python can't write (``from``, ``content-type``, ``flights.search``) are fine in it
-(:func:`check_call`). Python call text has a rule of its own (:func:`check_plain`), and whoever evaluates text takes it from :func:`call_text`.
+Nothing here evaluates anything. A call is data: names that Python can't write (``from``, ``content-type``,
+``flights.search``) are fine in it (:func:`check_call`). Python call text has a rule of its own (:func:`check_plain`),
+and whoever evaluates text takes it from :func:`call_text`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def _check_value(value: Any, depth: int = 0) -> None:
 
 
 def check_call(call: ToolCall) -> None:
-    """Refuse a call whose names no tool can have (:func:`~pact_nemo.environments.base.name_fault`) or whose values aren't finite JSON values.
+    """Refuse a call whose names no tool can have (:func:`~pact_nemo.environments.base.name_fault`) or whose values
+    aren't finite JSON values.
 
     Raises:
         ToolCallError: says which part is wrong.
@@ -120,7 +122,11 @@ def literal(node: ast.expr, depth: int = 0) -> Any:
     if isinstance(node, ast.Constant) and (node.value is None or type(node.value) in (str, bool, int, float)):
         _check_value(node.value)
         return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd) and isinstance(node.operand, ast.Constant):
+    if (
+        isinstance(node, ast.UnaryOp)
+        and isinstance(node.op, ast.USub | ast.UAdd)
+        and isinstance(node.operand, ast.Constant)
+    ):
         value = literal(node.operand, depth + 1)
         if type(value) in (int, float):
             return -value if isinstance(node.op, ast.USub) else value
@@ -142,7 +148,8 @@ def call_from_node(node: ast.expr, parameters: Mapping[str, Sequence[str]]) -> T
     """One call from its syntax node; positional arguments get their names from ``parameters[function name]``.
 
     Raises:
-        ToolCallError: not a plain call of a bare name with literal arguments, or the positional arguments can't be named.
+        ToolCallError: not a plain call of a bare name with literal arguments, or the positional arguments can't be
+            named.
     """
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise ToolCallError("expected calls such as name(argument=value)")
@@ -153,7 +160,9 @@ def call_from_node(node: ast.expr, parameters: Mapping[str, Sequence[str]]) -> T
         if names is None:
             raise ToolCallError(f"unknown function {name!r}: its positional arguments have no names")
         if len(node.args) > len(names):
-            raise ToolCallError(f"{name} takes at most {len(names)} arguments, {len(node.args)} were given without a name")
+            raise ToolCallError(
+                f"{name} takes at most {len(names)} arguments, {len(node.args)} were given without a name"
+            )
         for key, argument in zip(names, node.args, strict=False):
             arguments[key] = literal(argument)
     for item in node.keywords:

@@ -1,10 +1,12 @@
-"""FTRL: multi-hop questions whose sub-answers have to be brought in by tool calls, in the format published with MatchTIR (arXiv 2601.10712).
+"""FTRL: multi-hop questions whose sub-answers have to be brought in by tool calls, in the format published with
+MatchTIR (arXiv 2601.10712).
 
-A call solves a sub-question if its observation contains one of the answers still open for that tool; one call solves at most one. With n
-sub-questions, p calls and q solved: Solve-R = q/n, Solve-P = q/p (1 if p = 0), Solve-F1 their harmonic mean.
+A call solves a sub-question if its observation contains one of the answers still open for that tool; one call solves at
+most one. With n sub-questions, p calls and q solved: Solve-R = q/n, Solve-P = q/p (1 if p = 0), Solve-F1 their harmonic
+mean.
 
-Training rows also carry ``ground_truth``, the reference calls of the matching reward, and a prompt that asks for the final answer inside
-``<answer></answer>`` only; the published test rows have neither.
+Training rows also carry ``ground_truth``, the reference calls of the matching reward, and a prompt that asks for the
+final answer inside ``<answer></answer>`` only; the published test rows have neither.
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ from typing import Any
 from pact_nemo.environments.answers import contains_answer, says_nothing
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.environments.calls import check_call
-from pact_nemo.environments.python_tools import Executed, PythonTools, as_schema, defined_functions, python_name, tool_schemas
+from pact_nemo.environments.python_tools import (
+    Executed,
+    PythonTools,
+    as_schema,
+    defined_functions,
+    python_name,
+    tool_schemas,
+)
 from pact_nemo.environments.rows import Row, number_text, read_rows
 from pact_nemo.errors import ConfigError, EnvironmentFailure, ToolCallError
 from pact_nemo.quarantine import Quarantine
@@ -24,7 +33,8 @@ from pact_nemo.sandbox import Sandbox
 
 #: the rule as the published training prompts have it, before the question
 ANSWER_RULE = (
-    "Only output the final answer (in words, numbers or phrase) inside the <answer></answer> tag, without any explanations or extra information."
+    "Only output the final answer (in words, numbers or phrase) inside the <answer></answer> tag, without any"
+    " explanations or extra information."
 )
 _QUESTION = "\nQuestion: "
 #: assistant turns that the public evaluation allows (MatchTIR's ``max_turns``), the answer among them
@@ -32,7 +42,9 @@ OFFICIAL_TURNS = 10
 
 
 def with_answer_rule(content: str) -> str:
-    """A prompt's text with :data:`ANSWER_RULE` where the published training prompts have it: before the question; else at the end."""
+    """A prompt's text with :data:`ANSWER_RULE` where the published training prompts have it: before the question; else
+    at the end.
+    """
     before, question, after = content.partition(_QUESTION)
     return f"{before.rstrip()} {ANSWER_RULE}{question}{after}" if question else f"{content.rstrip()}\n{ANSWER_RULE}"
 
@@ -40,9 +52,9 @@ def with_answer_rule(content: str) -> str:
 def reference_calls(row: Row, tools: dict[str, dict[str, Any]], field: str = "ground_truth") -> tuple[ToolCall, ...]:
     """The reference calls of a row, in order; none where the row has no such field, or null, or an empty list.
 
-    Read are a JSON string and plain values; a list of ``{"name", "parameters"}``, one such object, or an object of two lists of the same
-    length (what a sequence of objects becomes in some parquet writers). ``arguments`` stands for ``parameters`` too, and either may be a
-    JSON string.
+    Read are a JSON string and plain values; a list of ``{"name", "parameters"}``, one such object, or an object of two
+    lists of the same length (what a sequence of objects becomes in some parquet writers). ``arguments`` stands for
+    ``parameters`` too, and either may be a JSON string.
 
     Args:
         tools: the row's tools by name.
@@ -68,10 +80,16 @@ def reference_calls(row: Row, tools: dict[str, dict[str, Any]], field: str = "gr
 
 
 def _reference_call(row: Row, tools: dict[str, dict[str, Any]], call: Any, field: str) -> ToolCall:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not all(isinstance(key, str) for key in call):
+    if (
+        not isinstance(call, dict)
+        or not isinstance(call.get("name"), str)
+        or not all(isinstance(key, str) for key in call)
+    ):
         raise row.complain("expected an object with the name of a tool and its parameters", field)
     keys = [key for key in ("parameters", "arguments") if call.get(key) is not None]
-    unknown = sorted(key for key, value in call.items() if key not in ("name", "parameters", "arguments") and value is not None)
+    unknown = sorted(
+        key for key, value in call.items() if key not in ("name", "parameters", "arguments") and value is not None
+    )
     if len(keys) > 1 or unknown:
         raise row.complain(f"expected name and parameters, found {', '.join(sorted(call))}", field)
     if call["name"] not in tools:
@@ -82,7 +100,9 @@ def _reference_call(row: Row, tools: dict[str, dict[str, Any]], call: Any, field
     arguments = Row({label: call[keys[0]]}, row.file, row.number).json(label, dict)
     known = tools[call["name"]]["parameters"].get("properties", {})
     # a table of structs has the keys of every row; those that are another tool's are null here
-    written = {key: as_schema(value, known.get(key)) for key, value in arguments.items() if value is not None or key in known}
+    written = {
+        key: as_schema(value, known.get(key)) for key, value in arguments.items() if value is not None or key in known
+    }
     found = ToolCall(call["name"], written)
     try:
         check_call(found)
@@ -117,12 +137,12 @@ class FTRLEnvironment:
     """The tasks of one FTRL file.
 
     Attributes:
-        path: ``.parquet``, ``.jsonl`` or ``.json`` with messages, tools, codes, unsolved_set, solve_rate, data_source, split, answer and, in
-            training rows, ground_truth.
+        path: ``.parquet``, ``.jsonl`` or ``.json`` with messages, tools, codes, unsolved_set, solve_rate, data_source,
+            split, answer and, in training rows, ground_truth.
         sandbox: where the tools run.
         max_observation_chars: longer observations are cut for the policy; scoring sees them whole. None: no limit.
-        answer_rule: ask for the final answer inside ``<answer></answer>`` in prompts that don't (:func:`with_answer_rule`); False: prompts stay
-            as they are written.
+        answer_rule: ask for the final answer inside ``<answer></answer>`` in prompts that don't
+            (:func:`with_answer_rule`); False: prompts stay as they are written.
         quarantine: takes bad rows; as it comes, the first one is refused.
     """
 
@@ -142,14 +162,22 @@ class FTRLEnvironment:
         if not self._tasks:
             name = Path(self.path).stem
             rows = read_rows(self.path, self.quarantine)
-            found = (self.quarantine.guard(lambda: self._task(row, f"{name}_{row.number - 1}"), row.values) for row in rows)  # noqa: B023 - called at once
+            found = (
+                # called at once, so that the late binding of `row` does no harm
+                self.quarantine.guard(lambda: self._task(row, f"{name}_{row.number - 1}"), row.values)  # noqa: B023
+                for row in rows
+            )
             self._tasks[:] = [task for task in found if task is not None]
         return list(self._tasks)
 
     def _task(self, row: Row, name: str) -> Task:
         messages = row.json("messages", list)
         for index, message in enumerate(messages):
-            if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ("system", "user"):
+            if (
+                not isinstance(message, dict)
+                or not isinstance(message.get("content"), str)
+                or message.get("role") not in ("system", "user")
+            ):
                 raise row.complain("a prompt message needs a role (system or user) and text", f"messages[{index}]")
         tools, codes, unsolved = row.json("tools", list), row.mapping("codes"), row.mapping("unsolved_set")
         if not any(message["role"] == "user" and message["content"].strip() for message in messages):
@@ -157,16 +185,23 @@ class FTRLEnvironment:
         schemas = tool_schemas(row, ((f"tools[{index}]", tool) for index, tool in enumerate(tools)))
         for index, schema in enumerate(schemas):
             if any(schema["name"] == other["name"] for other in schemas[:index]):
-                raise row.complain(f"the tool {schema['name']!r} is there twice: a call of it could mean either", f"tools[{index}]")
+                raise row.complain(
+                    f"the tool {schema['name']!r} is there twice: a call of it could mean either", f"tools[{index}]"
+                )
             if not isinstance(codes.get(schema["name"]), str):
                 raise row.complain(f"no source for the tool {schema['name']!r}", "codes")
             wanted = python_name(schema["name"])
             if wanted != schema["name"] and wanted not in defined_functions(codes[schema["name"]]):
-                raise row.complain(f"the source of the tool {schema['name']!r} has to define the function {wanted}", "codes")
+                raise row.complain(
+                    f"the source of the tool {schema['name']!r} has to define the function {wanted}", "codes"
+                )
         answers: dict[str, list[str]] = {}
         for tool_name, values in unsolved.items():
             if not any(schema["name"] == tool_name for schema in schemas):
-                raise row.complain(f"the row offers no tool {tool_name!r}, so these sub-questions can't be solved", f"unsolved_set.{tool_name}")
+                raise row.complain(
+                    f"the row offers no tool {tool_name!r}, so these sub-questions can't be solved",
+                    f"unsolved_set.{tool_name}",
+                )
             if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
                 raise row.complain("expected a list of answers", f"unsolved_set.{tool_name}")
             answers[tool_name] = [value if isinstance(value, str) else number_text(value) for value in values]
@@ -187,7 +222,11 @@ class FTRLEnvironment:
             tools=tuple(schemas),
             reference_calls=(reference_calls(row, {schema["name"]: schema for schema in schemas}),),
             reference_answer=final,
-            data={"codes": {schema["name"]: codes[schema["name"]] for schema in schemas}, "unsolved": answers, "split": row.values.get("split")},
+            data={
+                "codes": {schema["name"]: codes[schema["name"]] for schema in schemas},
+                "unsolved": answers,
+                "split": row.values.get("split"),
+            },
         )
 
     def close(self) -> None:
@@ -214,7 +253,10 @@ class FTRLSession:
         if self._closed:
             raise EnvironmentFailure(f"{self.task.id}: a call after the episode's end")
         texts = self._tools.execute(calls)
-        return [text if self._limit is None or len(text) <= self._limit else f"{text[: self._limit]} [cut]" for text in texts]
+        return [
+            text if self._limit is None or len(text) <= self._limit else f"{text[: self._limit]} [cut]"
+            for text in texts
+        ]
 
     def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
         """There is one user turn."""

@@ -29,9 +29,10 @@ def _occurs(value: Any, text: str) -> bool:
 
 
 def is_grounded(value: Any, text: str) -> bool:
-    """Whether every scalar in ``value`` occurs literally in ``text``, case-insensitively; booleans and None need no ground.
+    """Whether every scalar in ``value`` occurs literally in ``text``, case-insensitively; booleans and None need no
+    ground.
 
-    Numbers match as whole numbers in any usual notation (``1,500`` for 1500, ``5`` for 5.0); strings shorter than three characters as
-    whole words. Punctuation alone is never grounded.
+    Numbers match as whole numbers in any usual notation (``1,500`` for 1500, ``5`` for 5.0); strings shorter than three
+    characters as whole words. Punctuation alone is never grounded.
     """
     return all(leaf is None or isinstance(leaf, bool) or _occurs(leaf, text) for leaf in leaves(value))

@@ -17,17 +17,22 @@ from pact_nemo.sandbox import CallResult, Sandbox
 
 _PARAMETERS = ("parameters", "input_schema", "inputSchema")
 _NO_PARAMETERS = ("arguments", "args", "params", "properties", "inputs", "input", "schema")
-_SCHEMA_WORDS = frozenset("$defs definitions patternProperties additionalProperties propertyNames dependentSchemas not if then else".split())
+_SCHEMA_WORDS = frozenset(
+    "$defs definitions patternProperties additionalProperties propertyNames dependentSchemas not if then else".split()
+)
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
-_VALUES = frozenset({"default", "const", "enum", "examples", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
+_VALUES = frozenset(
+    {"default", "const", "enum", "examples", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+)
 
 
 def tool_schema(function: Any) -> dict[str, Any]:
     """A published function description as ``{"name", "description", "parameters"}``.
 
-    Taken off or undone: the OpenAI wrapper ``{"type", "function"}``, descriptions and parameters that are JSON strings, null for what is absent
-    (``description: null``, ``parameters: null``, properties and keywords of other tools), whole numbers that a table made floats, and the names
-    that Anthropic and MCP have for parameters (``input_schema``, ``inputSchema``).
+    Taken off or undone: the OpenAI wrapper ``{"type", "function"}``, descriptions and parameters that are JSON strings,
+    null for what is absent (``description: null``, ``parameters: null``, properties and keywords of other tools), whole
+    numbers that a table made floats, and the names that Anthropic and MCP have for parameters (``input_schema``,
+    ``inputSchema``).
 
     Raises:
         ValueError: it is none; says why, and of which tool and property.
@@ -55,11 +60,18 @@ def _parameters(function: dict[str, Any]) -> dict[str, Any]:
     if parameters is None:
         odd = next((key for key in _NO_PARAMETERS if function.get(key)), None)
         if odd is not None:
-            raise ValueError(f"{function.get('name')!r} has {odd!r} and no parameters; its arguments are a JSON schema under 'parameters'")
+            raise ValueError(
+                f"{function.get('name')!r} has {odd!r} and no parameters; its arguments are a JSON schema under"
+                " 'parameters'"
+            )
         return {"type": "object", "properties": {}}
     loose = [key for key, value in parameters.items() if isinstance(value, dict) and key not in _SCHEMA_WORDS]
-    if parameters.get("type") in ("string", "integer", "number", "boolean", "array") or (loose and "properties" not in parameters):
-        raise ValueError(f"{what} are no JSON schema of an object: expected {{'type': 'object', 'properties': {{...}}}}")
+    if parameters.get("type") in ("string", "integer", "number", "boolean", "array") or (
+        loose and "properties" not in parameters
+    ):
+        raise ValueError(
+            f"{what} are no JSON schema of an object: expected {{'type': 'object', 'properties': {{...}}}}"
+        )
     return parameters
 
 
@@ -76,7 +88,9 @@ def _object(value: Any, what: str) -> dict[str, Any]:
 
 
 def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema without nulls that stand for what is absent (a default or constant may be null), its whole numbers as such."""
+    """A JSON schema without nulls that stand for what is absent (a default or constant may be null), its whole numbers
+    as such.
+    """
     kind = schema.get("type")
     kinds = kind if isinstance(kind, list) else [kind]
     whole = "integer" in kinds and "number" not in kinds
@@ -85,7 +99,11 @@ def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
         if value is None and key not in ("default", "const"):
             continue
         if key in ("properties", "$defs", "definitions", "patternProperties") and isinstance(value, dict):
-            value = {name: _tidy(part) if isinstance(part, dict) else part for name, part in value.items() if part is not None}
+            value = {
+                name: _tidy(part) if isinstance(part, dict) else part
+                for name, part in value.items()
+                if part is not None
+            }
         elif key in _COUNTS or (whole and key in _VALUES):
             value = [_whole(item) for item in value] if isinstance(value, list) else _whole(value)
         elif key not in _VALUES and isinstance(value, dict):
@@ -130,13 +148,23 @@ def tool_schemas(row: Row, tools: Iterable[tuple[str, Any]]) -> list[dict[str, A
 
 
 def python_name(name: str) -> str:
-    """The function that stands for a tool in Python source: of the tool's name, or, where Python can't write that, with ``_`` for what it can't."""
+    """The function that stands for a tool in Python source: of the tool's name, or, where Python can't write that, with
+    ``_`` for what it can't.
+    """
     plain_name = re.sub(r"\W", "_", name)
-    return name if is_plain(name) else f"_{plain_name}" if plain_name[:1].isdigit() or not is_plain(plain_name) else plain_name
+    return (
+        name
+        if is_plain(name)
+        else f"_{plain_name}"
+        if plain_name[:1].isdigit() or not is_plain(plain_name)
+        else plain_name
+    )
 
 
 def first_function(source: str) -> str:
-    """The name behind the first ``def`` of a source, as ToolHop's evaluation script tells its functions apart; empty where there is none."""
+    """The name behind the first ``def`` of a source, as ToolHop's evaluation script tells its functions apart; empty
+    where there is none.
+    """
     return source.partition("def")[2].partition("(")[0].strip()
 
 
@@ -176,7 +204,9 @@ class PythonTools:
         for call in calls:
             source = self._sources.get(call.name)
             if source is None:
-                result = CallResult(f"unknown function {call.name!r}. Available: {', '.join(sorted(self._sources))}", "invalid", 0.0)
+                result = CallResult(
+                    f"unknown function {call.name!r}. Available: {', '.join(sorted(self._sources))}", "invalid", 0.0
+                )
             else:
                 result = self._sandbox.call(source, python_name(call.name), call.arguments)
             done = Executed(call, result)

@@ -2,7 +2,8 @@
 
 What writers of tables make of Python values is undone, so that a row reads the same from every kind of file:
 
-- A parquet struct column has one set of keys for all rows. Keys that a row never had come back as null; they are passed over, at every depth.
+- A parquet struct column has one set of keys for all rows. Keys that a row never had come back as null; they are passed
+  over, at every depth.
 - An Arrow map comes back as a list of pairs; it is an object again.
 - Arrays and scalars of numpy are lists and numbers; decimals are numbers.
 - A column of whole numbers with gaps is written as floats. A text that is wanted where 6.0 stands is ``6``.
@@ -33,7 +34,8 @@ def read_rows(path: str | Path, quarantine: Quarantine | None = None) -> list[Ro
         quarantine: takes rows that are no objects; None: the first one is refused.
 
     Raises:
-        DataError: no such file, unknown ending, a file that can't be parted into rows, or a refused row (file and row named).
+        DataError: no such file, unknown ending, a file that can't be parted into rows, or a refused row (file and row
+            named).
     """
     file, quarantine = Path(path), quarantine if quarantine is not None else Quarantine()
     if not file.is_file():
@@ -45,7 +47,10 @@ def read_rows(path: str | Path, quarantine: Quarantine | None = None) -> list[Ro
     elif file.suffix == ".json":
         values = _of_list(file)
     else:
-        raise DataError(f"can't read {file.suffix or 'a file without ending'}; .parquet, .jsonl and .json can be read", file=str(file))
+        raise DataError(
+            f"can't read {file.suffix or 'a file without ending'}; .parquet, .jsonl and .json can be read",
+            file=str(file),
+        )
     if not isinstance(values, list):
         raise DataError("expected a list of rows at the top level; fetch the file again", file=str(file))
     rows = (quarantine.guard(lambda: _row(value, file, number), value) for number, value in enumerate(values, start=1))  # noqa: B023 - called at once
@@ -60,7 +65,9 @@ def _of_list(file: Path) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8: {error}; save it as UTF-8", file=str(file)) from error
     except ValueError as error:
-        raise DataError(f"not valid JSON: {error}; fetch the file again, or repair the row", file=str(file), line=_bad_row(text)) from error
+        raise DataError(
+            f"not valid JSON: {error}; fetch the file again, or repair the row", file=str(file), line=_bad_row(text)
+        ) from error
 
 
 def _bad_row(text: str) -> int | None:
@@ -80,7 +87,10 @@ def _of_lines(file: Path, quarantine: Quarantine) -> list[Row]:
     rows = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):  # bytes: U+2028 is no line end in JSON
         if line.strip():
-            row = quarantine.guard(lambda: _row(_line(line, file, number), file, number), line.decode("utf-8", "backslashreplace"))  # noqa: B023
+            row = quarantine.guard(
+                lambda: _row(_line(line, file, number), file, number),  # noqa: B023
+                line.decode("utf-8", "backslashreplace"),
+            )
             if row is not None:
                 rows.append(row)
     return rows
@@ -149,7 +159,9 @@ def as_json(value: Any) -> Any:
 
 
 def number_text(value: float) -> str:
-    """A number as a text that answers are compared with. A whole number is written without a point: tables make 6.0 of 6."""
+    """A number as a text that answers are compared with. A whole number is written without a point: tables make 6.0 of
+    6.
+    """
     return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else str(value)
 
 

@@ -19,8 +19,8 @@ def split(tasks: Sequence[Task], held_out: float | int, seed: int) -> tuple[list
     Args:
         tasks: tasks of one or more categories.
         held_out: a float in (0, 1): fraction of the groups; an int: number of groups.
-        seed: the order in which groups are picked. Every group's place in it depends on (seed, group) alone, so adding tasks moves no
-            other group across a fixed fraction by more than the change in count.
+        seed: the order in which groups are picked. Every group's place in it depends on (seed, group) alone, so adding
+            tasks moves no other group across a fixed fraction by more than the change in count.
 
     Raises:
         ConfigError: ``held_out`` leaves one side empty.

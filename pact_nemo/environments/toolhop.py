@@ -1,6 +1,7 @@
 """ToolHop (arXiv 2501.02506): multi-hop questions with locally executed functions, judged by the final answer.
 
-Scenarios as the benchmark defines them: ``direct`` (no tools), ``mandatory`` (tools must be used for every step), ``free`` (tools may be used).
+Scenarios as the benchmark defines them: ``direct`` (no tools), ``mandatory`` (tools must be used for every step),
+``free`` (tools may be used).
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from typing import Any, Literal
 
 from pact_nemo.environments.answers import contains_answer, says_nothing, visible
 from pact_nemo.environments.base import Outcome, Task, ToolCall
-from pact_nemo.environments.python_tools import PythonTools, defined_functions, first_function, python_name, tool_schemas
+from pact_nemo.environments.python_tools import (
+    PythonTools,
+    defined_functions,
+    first_function,
+    python_name,
+    tool_schemas,
+)
 from pact_nemo.environments.rows import Row, number_text, read_rows
 from pact_nemo.errors import ConfigError, EnvironmentFailure
 from pact_nemo.quarantine import Quarantine
@@ -26,20 +33,25 @@ _WITH_TOOLS = "You will be asked a question with some tools, and should provide 
 _FINAL_ANSWER = (
     "If the final answer is a date, format is as follows: YYYY-MM-DD (ISO standard)\n"
     "If the final nswer is a name, format it as follows: Firstname Lastname\n"  # so it is written
-    "If the final answer contains any number, format it as a number, not a word, and only output that number. Do not include leading 0s.\n\n"
+    "If the final answer contains any number, format it as a number, not a word, and only output that number. Do not"
+    " include leading 0s.\n\n"
     "Please provide the final answer in the following format: <answer>final answer here</answer>\n"
     "Answer as short as possible.\nQuestion: "
 )
-#: the user message before the question, to the letter as the benchmark's evaluation script has it (ByteDance, Apache-2.0)
+#: the user message before the question, to the letter as the benchmark's evaluation script has it (ByteDance,
+#: Apache-2.0)
 INSTRUCTIONS: dict[Scenario, str] = {
-    "direct": "You will be asked a question, and should provide a short answer.\n"
-    "If the answer is a date, format is as follows: YYYY-MM-DD (ISO standard)\n"
-    "If the answer is a name, format it as follows: Firstname Lastname\n"
-    "If the answer contains any number, format it as a number, not a word, and only output that number. Do not include leading 0s.\n\n"
-    "Please provide the answer in the following format: <answer>your answer here</answer>\n"
-    "Answer as short as possible.\nQuestion: ",
-    "mandatory": _WITH_TOOLS + "Please note that you must call the tool at every step, you must not use your own knowledge. "
-    "Your final answer must also be returned from the tool.\n" + _FINAL_ANSWER,
+    "direct": (
+        "You will be asked a question, and should provide a short answer.\nIf the answer is a date, format is as"
+        " follows: YYYY-MM-DD (ISO standard)\nIf the answer is a name, format it as follows: Firstname Lastname\nIf the"
+        " answer contains any number, format it as a number, not a word, and only output that number. Do not include"
+        " leading 0s.\n\nPlease provide the answer in the following format: <answer>your answer here</answer>\nAnswer"
+        " as short as possible.\nQuestion: "
+    ),
+    "mandatory": (
+        _WITH_TOOLS + "Please note that you must call the tool at every step, you must not use your own knowledge. "
+        "Your final answer must also be returned from the tool.\n" + _FINAL_ANSWER
+    ),
     "free": _WITH_TOOLS + _FINAL_ANSWER,
 }
 #: assistant turns that the benchmark's evaluation script allows (its ``max_turns``), the answer among them
@@ -47,8 +59,8 @@ OFFICIAL_TURNS = 9
 
 
 def _sources(functions: list[str]) -> dict[str, str]:
-    """The source that runs for each function name. Of several the last one, as in the benchmark's evaluation script; helpers of other sources
-    stand in where no source begins with the name."""
+    """The source that runs for each function name. Of several the last one, as in the benchmark's evaluation script;
+    helpers of other sources stand in where no source begins with the name."""
     helpers = {name: source for source in reversed(functions) for name in defined_functions(source)}
     return helpers | {first_function(source): source for source in functions}
 
@@ -59,7 +71,10 @@ def _oddity(schemas: list[dict[str, Any]], functions: list[str], sources: dict[s
     for name in dict.fromkeys(names):
         if python_name(name) not in sources:
             return f"no source for the tool {name!r}; its calls bring an error"
-        if names.count(name) > 1 or len({source for source in functions if first_function(source) == python_name(name)}) > 1:
+        if (
+            names.count(name) > 1
+            or len({source for source in functions if first_function(source) == python_name(name)}) > 1
+        ):
             return f"more than one tool {name!r}; calls of it run the last source"
     return None
 
@@ -69,7 +84,8 @@ class ToolHopEnvironment:
     """The tasks of one ToolHop file.
 
     Attributes:
-        path: the published ``.json`` list, or ``.jsonl`` / ``.parquet`` of the same rows: question, answer, sub_task, tools, functions.
+        path: the published ``.json`` list, or ``.jsonl`` / ``.parquet`` of the same rows: question, answer, sub_task,
+            tools, functions.
         sandbox: where the functions run.
         scenario: ``direct``, ``mandatory`` or ``free``.
         max_observation_chars: longer observations are cut for the policy. None: no limit.
@@ -95,11 +111,20 @@ class ToolHopEnvironment:
         """
         if not self._tasks:
             seen: dict[str, int] = {}
-            found = (self.quarantine.guard(lambda: self._task(row, seen), row.values) for row in read_rows(self.path, self.quarantine))  # noqa: B023
+            found = (
+                self.quarantine.guard(lambda: self._task(row, seen), row.values)  # noqa: B023
+                for row in read_rows(self.path, self.quarantine)
+            )
             self._tasks[:] = [task for task in found if task is not None]
             odd = [str(task.data["odd"]) for task in self._tasks if task.data["odd"] is not None]
             if odd and self.scenario != "direct":
-                log.warning("%s: %d of %d rows run as published, with tools that aren't clear: %s", self.path, len(odd), len(self._tasks), odd[0])
+                log.warning(
+                    "%s: %d of %d rows run as published, with tools that aren't clear: %s",
+                    self.path,
+                    len(odd),
+                    len(self._tasks),
+                    odd[0],
+                )
         return list(self._tasks)
 
     def _task(self, row: Row, seen: dict[str, int]) -> Task:
@@ -129,8 +154,14 @@ class ToolHopEnvironment:
             reference_calls=((),),
             reference_answer=answer,
             data={
-                "functions": {name: sources[python_name(name)] for name in (schema["name"] for schema in schemas) if python_name(name) in sources},
-                "sub_task": {str(key): value if isinstance(value, str) else number_text(value) for key, value in sub_task.items()},
+                "functions": {
+                    name: sources[python_name(name)]
+                    for name in (schema["name"] for schema in schemas)
+                    if python_name(name) in sources
+                },
+                "sub_task": {
+                    str(key): value if isinstance(value, str) else number_text(value) for key, value in sub_task.items()
+                },
                 "tool_of": tool_of,
                 "odd": odd if odd is None else f"row {row.number}: {odd}",
             },
@@ -154,7 +185,9 @@ class ToolHopSession:
         self.task = task
         self._limit = environment.max_observation_chars
         offered = {tool["name"] for tool in task.tools}
-        self._tools = PythonTools(environment.sandbox, {name: source for name, source in task.data["functions"].items() if name in offered})
+        self._tools = PythonTools(
+            environment.sandbox, {name: source for name, source in task.data["functions"].items() if name in offered}
+        )
         self._message: str | None = None
         self._closed = False
 
@@ -163,7 +196,10 @@ class ToolHopSession:
         if self._closed:
             raise EnvironmentFailure(f"{self.task.id}: a call after the episode's end")
         texts = self._tools.execute(calls)
-        return [text if self._limit is None or len(text) <= self._limit else f"{text[: self._limit]} [cut]" for text in texts]
+        return [
+            text if self._limit is None or len(text) <= self._limit else f"{text[: self._limit]} [cut]"
+            for text in texts
+        ]
 
     def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
         """There is one user turn; ``message``, without its thought, is the answer."""
@@ -171,7 +207,8 @@ class ToolHopSession:
         return None
 
     def outcome(self) -> Outcome:
-        """Answer correctness: the final message contains the reference answer, or it says something and the last observation contains it.
+        """Answer correctness: the final message contains the reference answer, or it says something and the last
+        observation contains it.
 
         A thought is no part of the message: what it weighs up is no answer.
         """
@@ -179,7 +216,9 @@ class ToolHopSession:
         executed = list(self._tools.executed)
         correct, reason = False, "no final message"
         if self._message:
-            correct = contains_answer(self._message, answer) or (bool(executed) and contains_answer(executed[-1].text, answer))
+            correct = contains_answer(self._message, answer) or (
+                bool(executed) and contains_answer(executed[-1].text, answer)
+            )
             reason = "ok" if correct else "wrong answer"
         metrics = {
             "answer_correctness": float(correct),

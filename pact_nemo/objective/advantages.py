@@ -29,10 +29,11 @@ class Normalisation:
 
     Attributes:
         eps: added to the standard deviation.
-        ddof: 1 (sample standard deviation, denominator K - 1) is what verl's GRPO and MatchTIR's public code compute with ``torch.std``; 0 is
-            the population's (denominator K).
-        std_floor: a standard deviation below it is taken as this much. Values that differ by next to nothing then give advantages of next to
-            nothing, in the same order, where dividing by their own deviation would blow the difference up to about 1. 0 = no floor.
+        ddof: 1 (sample standard deviation, denominator K - 1) is what verl's GRPO and MatchTIR's public code compute
+            with ``torch.std``; 0 is the population's (denominator K).
+        std_floor: a standard deviation below it is taken as this much. Values that differ by next to nothing then give
+            advantages of next to nothing, in the same order, where dividing by their own deviation would blow the
+            difference up to about 1. 0 = no floor.
         divide: False: v - mean alone, in units of the reward (LUFFY's public code, Dr. GRPO).
 
     Raises:
@@ -87,8 +88,8 @@ def group_advantages(
         combine: ``sum`` A^g + A^l (eq. 32) or ``mean`` of the two (MatchTIR's public code).
         mask: False for rollouts that failed through no fault of the policy: left out of every statistic, advantage 0.
 
-    The turn-level normalisation at turn t is over the unmasked rollouts that reach turn t; a turn reached by one rollout gets 0, and a
-    prompt with one unmasked rollout has no advantages at all.
+    The turn-level normalisation at turn t is over the unmasked rollouts that reach turn t; a turn reached by one
+    rollout gets 0, and a prompt with one unmasked rollout has no advantages at all.
 
     Raises:
         ValueError: ``combine`` is neither, ``mask`` has another length, or a reward is not finite.

@@ -1,4 +1,6 @@
-"""Rewards of the compared methods: FTRL's per-turn reward (arXiv 2508.08791) and ToolRL's per-answer reward (arXiv 2504.13958)."""
+"""Rewards of the compared methods: FTRL's per-turn reward (arXiv 2508.08791) and ToolRL's per-answer reward (arXiv
+2504.13958).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,23 @@ from pact_nemo.objective.rewards import Call, call_similarity, values_equal
 Groups = Sequence[Hashable]
 
 
-def solved_by_equality(calls: Sequence[Call], groups: Groups, reference: Sequence[Call], reference_groups: Groups) -> list[bool]:
-    """For benchmarks without sub-answers: whether each call equals a reference call of its group that no earlier call equalled."""
+def solved_by_equality(
+    calls: Sequence[Call], groups: Groups, reference: Sequence[Call], reference_groups: Groups
+) -> list[bool]:
+    """For benchmarks without sub-answers: whether each call equals a reference call of its group that no earlier call
+    equalled.
+    """
     remaining = list(zip(reference, reference_groups, strict=True))
     solved = []
     for call, group in zip(calls, groups, strict=True):
-        found = next((i for i, (wanted, label) in enumerate(remaining) if label == group and call_similarity(call, wanted) == 1.0), None)
+        found = next(
+            (
+                i
+                for i, (wanted, label) in enumerate(remaining)
+                if label == group and call_similarity(call, wanted) == 1.0
+            ),
+            None,
+        )
         solved.append(found is not None)
         if found is not None:
             del remaining[found]
@@ -37,9 +50,9 @@ def ftrl_rewards(
 ) -> np.ndarray:
     """[T] reward of each assistant turn, in [-0.5, 2].
 
-    A turn with p calls that solve q open sub-questions: 2q / (p + 1). Without a readable call: -0.5 if it says nothing, -0.3 if it holds a
-    malformed call, 1 / (1 + sub-questions still open) if it contains the answer, 0.5 if none is open, else 0. (The published
-    ``compute_solve_f1``, which its training scripts use.)
+    A turn with p calls that solve q open sub-questions: 2q / (p + 1). Without a readable call: -0.5 if it says nothing,
+    -0.3 if it holds a malformed call, 1 / (1 + sub-questions still open) if it contains the answer, 0.5 if none is
+    open, else 0. (The published ``compute_solve_f1``, which its training scripts use.)
 
     Args:
         solved: per turn and readable call, whether it solved a sub-question that was open.
@@ -47,7 +60,8 @@ def ftrl_rewards(
         empty, answered: whether each turn's text is blank, and contains the reference answer.
         groups: label of each turn; sub-questions are counted per label (BFCL: the user turn).
         questions: number of sub-questions of each label.
-        count_malformed: malformed calls beside readable ones count in p. The published parser drops them before p is counted.
+        count_malformed: malformed calls beside readable ones count in p. The published parser drops them before p is
+            counted.
     """
     left = dict(questions)
     rewards = np.zeros(len(solved))
@@ -87,16 +101,18 @@ def toolrl_reward(
 ) -> float:
     """R_format + R_correct in [-3, 4] of one rollout: 1 if ``well_formed``, and 6 R / S - 3.
 
-    R is the Jaccard similarity of the tool names plus, over a one-to-one matching of equal names, the Jaccard similarity of the argument names
-    and the number of equal arguments; S = 1 + sum over reference calls of (1 + number of arguments) is its maximum. Without a reference call
-    R_correct is 0. A name counts with its group, so calls of different groups never match.
+    R is the Jaccard similarity of the tool names plus, over a one-to-one matching of equal names, the Jaccard
+    similarity of the argument names and the number of equal arguments; S = 1 + sum over reference calls of (1 + number
+    of arguments) is its maximum. Without a reference call R_correct is 0. A name counts with its group, so calls of
+    different groups never match.
 
     Args:
         well_formed: the answer has the form that the format reward asks for.
         readable: every call that was written could be read.
-        method: ``greedy``: each reference call in its order takes the best call that is left, as in the public code; ``hungarian``: the matching
-            of the largest sum.
-        strict: an unreadable call makes R_correct -3, its minimum, as in the public code; False: the readable ones are scored.
+        method: ``greedy``: each reference call in its order takes the best call that is left, as in the public code;
+            ``hungarian``: the matching of the largest sum.
+        strict: an unreadable call makes R_correct -3, its minimum, as in the public code; False: the readable ones are
+            scored.
 
     Raises:
         ValueError: another ``method``.
@@ -116,7 +132,9 @@ def toolrl_reward(
     for a, (p, p_group) in enumerate(zip(predicted, groups, strict=True)):
         for b, (g, g_group) in enumerate(zip(reference, reference_groups, strict=True)):
             if p.name == g.name and p_group == g_group:
-                equal = sum(key in p.arguments and values_equal(p.arguments[key], value) for key, value in g.arguments.items())
+                equal = sum(
+                    key in p.arguments and values_equal(p.arguments[key], value) for key, value in g.arguments.items()
+                )
                 pairs[a, b] = _jaccard(list(p.arguments), list(g.arguments)) + equal
     score += _best_sum(pairs) if method == "hungarian" else _greedy_sum(pairs)
     most = 1.0 + sum(1 + len(call.arguments) for call in reference)
@@ -130,7 +148,9 @@ def _best_sum(pairs: np.ndarray) -> float:
 
 
 def _greedy_sum(pairs: np.ndarray) -> float:
-    """Sum of what each column, in order, takes of the rows that are left: its largest score, the first of equal ones."""
+    """Sum of what each column, in order, takes of the rows that are left: its largest score, the first of equal
+    ones.
+    """
     left = pairs.copy()
     total = 0.0
     for column in range(left.shape[1] if len(left) else 0):

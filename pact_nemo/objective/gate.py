@@ -1,4 +1,6 @@
-"""Prompt-only anchoring (eq. 13): one Bernoulli draw per prompt and step, a function of its arguments and of nothing else."""
+"""Prompt-only anchoring (eq. 13): one Bernoulli draw per prompt and step, a function of its arguments and of nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import json
 
 
 def uniform(*key: int | str) -> float:
-    """A number in [0, 1), a multiple of 2^-53, from a key; the same on every platform, in every process and in any order of calls.
+    """A number in [0, 1), a multiple of 2^-53, from a key; the same on every platform, in every process and in any
+    order of calls.
 
     The key's encoding (JSON, ASCII) is one-to-one, so that different keys never share a digest input.
     """
@@ -16,7 +19,8 @@ def uniform(*key: int | str) -> float:
 
 
 def anchored(seed: int, step: int, prompt_id: str, q: float) -> bool:
-    """z_i: True sends the prompt through prompt-only RL in this step. All K rollouts of the prompt share it. q = 0 never, q = 1 always.
+    """z_i: True sends the prompt through prompt-only RL in this step. All K rollouts of the prompt share it. q = 0
+    never, q = 1 always.
 
     Raises:
         ValueError: ``q`` is not a probability.

@@ -13,8 +13,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
 
     ``k1``: -d; unbiased, may be negative, and its gradient is 0 in expectation, so it measures and doesn't train.
     ``k2``: d^2 / 2; biased, but its gradient is that of the KL in expectation.
-    ``k3``: exp(d) - d - 1; unbiased and never negative. d is cut at ``MAX_LOG_RATIO`` from above, where exp would overflow: a token that
-    the policy finds e^20 times less likely than the reference has a large finite value and no gradient. Below 0 nothing is cut.
+    ``k3``: exp(d) - d - 1; unbiased and never negative. d is cut at ``MAX_LOG_RATIO`` from above, where exp would
+    overflow: a token that the policy finds e^20 times less likely than the reference has a large finite value and no
+    gradient. Below 0 nothing is cut.
 
     Args:
         logprobs: [S] natural-log probabilities under the policy, with gradient.

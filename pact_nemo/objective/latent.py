@@ -1,4 +1,6 @@
-"""Section 5's latent-trace view: log pi(tau | x) >= log p(h* | x) + log pi(tau | x, h*), as sums that add up over ranks and prompts."""
+"""Section 5's latent-trace view: log pi(tau | x) >= log p(h* | x) + log pi(tau | x, h*), as sums that add up over ranks
+and prompts.
+"""
 
 from __future__ import annotations
 
@@ -48,14 +50,18 @@ def trace_log_likelihood(logprobs: np.ndarray, component: np.ndarray) -> dict[st
     """
     if logprobs.shape != component.shape:
         raise ValueError(f"log-probs have shape {logprobs.shape}, components {component.shape}")
-    return {name: log_likelihood(logprobs[component == kind]) for name, kind in (("reasoning", REASONING), ("call", CALL))}
+    return {
+        name: log_likelihood(logprobs[component == kind]) for name, kind in (("reasoning", REASONING), ("call", CALL))
+    }
 
 
-def privilege_gap(conditioned: Sequence[TokenSum], prompt_only: Sequence[TokenSum], success: Sequence[bool]) -> dict[str, TokenSum]:
+def privilege_gap(
+    conditioned: Sequence[TokenSum], prompt_only: Sequence[TokenSum], success: Sequence[bool]
+) -> dict[str, TokenSum]:
     """log pi(tau | c_h) - log pi(tau | x) over rollouts scored in both contexts, ``success`` and ``failure`` apart.
 
-    ``.mean`` is in nats per policy token of that set of rollouts. Going to 0 on successes, the trace has been absorbed; growing, the policy
-    relies on it.
+    ``.mean`` is in nats per policy token of that set of rollouts. Going to 0 on successes, the trace has been absorbed;
+    growing, the policy relies on it.
 
     Args:
         conditioned, prompt_only: per rollout, its log-likelihood under c_h and under x.

@@ -1,7 +1,8 @@
 """The batch loss (eq. 14) as a plain sum over scored tokens; what the trainer hands to the policy.
 
-Gate, beta, coefficients and denominators are inside the ``w_*`` streams (:mod:`pact_nemo.objective.weights`), so the loss and all metrics
-add up exactly over any split of the tokens into micro-batches, ranks or packs. Everything stays on the device: no host synchronisation.
+Gate, beta, coefficients and denominators are inside the ``w_*`` streams (:mod:`pact_nemo.objective.weights`), so the
+loss and all metrics add up exactly over any split of the tokens into micro-batches, ranks or packs. Everything stays on
+the device: no host synchronisation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pact_nemo.objective.surrogate import Clip, clipped_surrogate, log_ratio
 
 #: (log-probs [S], streams) -> (scalar loss, metrics)
 LossFn = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-#: What every call needs; ``old_logprobs``, ``w_sft_phi`` (CHORD), ``w_off`` (LUFFY), ``w_entropy`` with ``entropy`` may come besides.
+#: What every call needs; ``old_logprobs``, ``w_sft_phi`` (CHORD), ``w_off`` (LUFFY), ``w_entropy`` with ``entropy`` may
+#: come besides.
 STREAMS = ("advantages", "importance", "ref_logprobs", "w_rl_x", "w_rl_h", "w_sft_reasoning", "w_sft_call", "w_kl")
 
 
@@ -29,22 +31,26 @@ def pact_loss(
 
     Args:
         logprobs: [S] current log-probs in nats, with gradient; S may be 0.
-        streams: [S] each, the names of ``STREAMS``; ``old_logprobs`` besides. Without ``old_logprobs`` the update is the single on-policy
-            one and the detached current log-probs are used: every ratio is exactly 1.
+        streams: [S] each, the names of ``STREAMS``; ``old_logprobs`` besides. Without ``old_logprobs`` the update is
+            the single on-policy one and the detached current log-probs are used: every ratio is exactly 1.
         clip: range of ratios, of both surrogates.
         shaping: gamma of the ``w_off`` term (:func:`pact_nemo.objective.baselines.shaped_off_policy`).
 
-    The terms of ``w_sft_phi`` and ``w_off``, where given, are added and reported as ``loss/sft_phi`` and ``loss/off``. ``w_entropy`` adds the
-    entropy bonus, -sum of w_entropy_n H_n, reported as ``loss/entropy``; ``entropy`` [S] then holds H_n in nats, with gradient.
+    The terms of ``w_sft_phi`` and ``w_off``, where given, are added and reported as ``loss/sft_phi`` and ``loss/off``.
+    ``w_entropy`` adds the entropy bonus, -sum of w_entropy_n H_n, reported as ``loss/entropy``; ``entropy`` [S] then
+    holds H_n in nats, with gradient.
 
-    A token whose weights are all 0 contributes exactly 0 to loss and gradient, whatever its log-probs are. A token with a weight and a
-    log-prob that isn't finite is not hidden: it is counted under ``nonfinite/<term>`` and, if NaN, makes ``loss/<term>`` NaN.
+    A token whose weights are all 0 contributes exactly 0 to loss and gradient, whatever its log-probs are. A token with
+    a weight and a log-prob that isn't finite is not hidden: it is counted under ``nonfinite/<term>`` and, if NaN, makes
+    ``loss/<term>`` NaN.
 
     Returns:
-        The scalar loss, attached to the graph also when S = 0 or nothing has a weight, and scalar metrics without gradient. Those are sums
-        over the given tokens and add up over splits, but ``max/*``, which are maxima (0 over no tokens). In rows: name, what, denominator.
+        The scalar loss, attached to the graph also when S = 0 or nothing has a weight, and scalar metrics without
+        gradient. Those are sums over the given tokens and add up over splits, but ``max/*``, which are maxima (0 over
+        no tokens). In rows: name, what, denominator.
 
-        - ``loss/rl_x|rl_h|sft_reasoning|sft_call|kl``: the terms as they enter the loss; denominators inside the weights; sum = loss.
+        - ``loss/rl_x|rl_h|sft_reasoning|sft_call|kl``: the terms as they enter the loss; denominators inside the
+          weights; sum = loss.
         - ``tokens/x|h|sft_reasoning|sft_call``: tokens with a weight in the term.
         - ``clip/x|h``: tokens on the clipped branch; over ``tokens/x|h``.
         - ``approx_kl/x|h``: r - 1 - log r, a sample of KL(pi_old || pi) in nats, unweighted; over ``tokens/x|h``.
@@ -80,7 +86,9 @@ def pact_loss(
         change = log_ratio(current, before).detach()  # 0 on tokens without a weight
         metrics[f"clip/{context}"] = _count(clipped, loss)
         metrics[f"approx_kl/{context}"] = (torch.expm1(change) - change).sum()
-        metrics[f"max/ratio_{context}"] = _only(active, change.exp()).max() if len(change) else loss.detach().new_zeros(())
+        metrics[f"max/ratio_{context}"] = (
+            _only(active, change.exp()).max() if len(change) else loss.detach().new_zeros(())
+        )
 
     for part in ("reasoning", "call"):
         weight = streams[f"w_sft_{part}"]
@@ -107,7 +115,9 @@ def pact_loss(
 
 
 def _only(active: Tensor, values: Tensor) -> Tensor:
-    """[S] values where active, else 0 with gradient 0. Before any exp or product, so that no Inf or NaN of an unused token gets through."""
+    """[S] values where active, else 0 with gradient 0. Before any exp or product, so that no Inf or NaN of an unused
+    token gets through.
+    """
     return values.masked_fill(~active, 0.0)
 
 

@@ -21,7 +21,8 @@ class Call(Protocol):
 
 
 def values_equal(left: Any, right: Any) -> bool:
-    """Exact equality of JSON-like values: 1 equals 1.0, True equals nothing but True, lists and objects are compared element by element.
+    """Exact equality of JSON-like values: 1 equals 1.0, True equals nothing but True, lists and objects are compared
+    element by element.
 
     A tuple equals a list of the same elements (calls written in Python syntax may have either).
     """
@@ -37,23 +38,27 @@ def values_equal(left: Any, right: Any) -> bool:
 def call_similarity(predicted: Call, reference: Call) -> float:
     """S_ab in [0, 1] of one predicted and one reference call.
 
-    0 if the names differ; else (1 + Jaccard of the argument names as multisets + number of reference arguments whose predicted value is
-    equal) / (2 + number of reference arguments). Two calls without arguments have Jaccard 1. Names are compared exactly: tools are called
-    by exact names (MatchTIR's public code ignores their case).
+    0 if the names differ; else (1 + Jaccard of the argument names as multisets + number of reference arguments whose
+    predicted value is equal) / (2 + number of reference arguments). Two calls without arguments have Jaccard 1. Names
+    are compared exactly: tools are called by exact names (MatchTIR's public code ignores their case).
     """
     if predicted.name != reference.name:
         return 0.0
     left, right = Counter(predicted.arguments.keys()), Counter(reference.arguments.keys())
     union = sum((left | right).values())
     jaccard = sum((left & right).values()) / union if union else 1.0
-    equal = sum(key in predicted.arguments and values_equal(predicted.arguments[key], value) for key, value in reference.arguments.items())
+    equal = sum(
+        key in predicted.arguments and values_equal(predicted.arguments[key], value)
+        for key, value in reference.arguments.items()
+    )
     return (1.0 + jaccard + equal) / (2.0 + len(reference.arguments))
 
 
 def assign(similarity: np.ndarray, method: str = "hungarian") -> list[tuple[int, int]]:
     """One-to-one pairs (predicted, reference) of [P, G] similarities, pairs of similarity 0 left out.
 
-    ``hungarian``: maximum total weight (eq. 24). ``greedy``: best remaining pair first, as in MatchTIR's public code; ties by index.
+    ``hungarian``: maximum total weight (eq. 24). ``greedy``: best remaining pair first, as in MatchTIR's public code;
+    ties by index.
 
     Raises:
         ValueError: another method.
@@ -90,19 +95,22 @@ def match_calls(
     """r(p_a) of each predicted call: its similarity if matched, else ``-penalty`` (eq. 25).
 
     Args:
-        groups: a label per predicted and per reference call; only calls of the same label may match (BFCL: the user turn).
+        groups: a label per predicted and per reference call; only calls of the same label may match (BFCL: the user
+            turn).
         method: see :func:`assign`.
         penalty: lambda_pen >= 0; the paper uses 0.
 
     Returns:
-        One reward per predicted call, in order. A pair of similarity 0 is no match. Of equally good matchings one is taken, always the same
-        for the same input.
+        One reward per predicted call, in order. A pair of similarity 0 is no match. Of equally good matchings one is
+        taken, always the same for the same input.
 
     Raises:
         ValueError: groups of other lengths than the calls, an unknown method, a negative penalty.
     """
     if groups is not None and (len(groups[0]), len(groups[1])) != (len(predicted), len(reference)):
-        raise ValueError(f"{len(groups[0])} and {len(groups[1])} group labels for {len(predicted)} and {len(reference)} calls")
+        raise ValueError(
+            f"{len(groups[0])} and {len(groups[1])} group labels for {len(predicted)} and {len(reference)} calls"
+        )
     if penalty < 0.0:
         raise ValueError(f"penalty {penalty} is negative: it would reward unmatched calls")
     similarity = np.zeros((len(predicted), len(reference)))
@@ -131,8 +139,9 @@ def turn_rewards(
 ) -> np.ndarray:
     """[T] reward of each assistant turn of one rollout (eq. 26-28).
 
-    A tool turn gets the mean of r over its calls, parsed and malformed; a malformed call counts as an unmatched one. A tool turn without
-    any call gets 0, as does a turn that isn't a tool turn. The final turn gets ``outcome_weight * outcome`` on top, whatever it is.
+    A tool turn gets the mean of r over its calls, parsed and malformed; a malformed call counts as an unmatched one. A
+    tool turn without any call gets 0, as does a turn that isn't a tool turn. The final turn gets
+    ``outcome_weight * outcome`` on top, whatever it is.
 
     Args:
         turn_calls: the parsed calls of each turn.
@@ -147,7 +156,9 @@ def turn_rewards(
     """
     lengths = {len(turn_calls), len(turn_groups), len(is_tool_turn), len(malformed)}
     if len(lengths) != 1:
-        raise ValueError(f"turn_calls, turn_groups, is_tool_turn and malformed have different lengths: {sorted(lengths)}")
+        raise ValueError(
+            f"turn_calls, turn_groups, is_tool_turn and malformed have different lengths: {sorted(lengths)}"
+        )
     flat = [call for calls in turn_calls for call in calls]
     flat_groups = [group for calls, group in zip(turn_calls, turn_groups, strict=True) for _ in calls]
     matched = iter(match_calls(flat, reference, groups=(flat_groups, reference_groups), method=method, penalty=penalty))

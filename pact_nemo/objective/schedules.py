@@ -15,7 +15,9 @@ CALL_SCHEDULES = ("none", "fixed", "token", "scale")
 
 
 class Clock(Protocol):
-    """How far annealing has come. A schedule reads it, the training loop tells it what happened, and a checkpoint keeps it."""
+    """How far annealing has come. A schedule reads it, the training loop tells it what happened, and a checkpoint keeps
+    it.
+    """
 
     adapts: ClassVar[bool]  #: progress depends on what was observed, not on the step alone
 
@@ -44,8 +46,8 @@ class StepClock:
 
     Attributes:
         horizon: S in steps.
-        given: somebody set the horizon. False: it is the length of the run, and :meth:`load` goes on with the horizon of the checkpoint. A run
-            that is made longer so brings nothing back that was annealed away.
+        given: somebody set the horizon. False: it is the length of the run, and :meth:`load` goes on with the horizon
+            of the checkpoint. A run that is made longer so brings nothing back that was annealed away.
 
     Raises:
         ValueError: a horizon below 1.
@@ -109,17 +111,20 @@ class AnnealState:
 
 @dataclass(frozen=True)
 class TraceSchedule:
-    """Which trace tokens are taught at step s, and how strongly. What is annealed is linear in the progress that ``clock`` tells.
+    """Which trace tokens are taught at step s, and how strongly. What is annealed is linear in the progress that
+    ``clock`` tells.
 
     With :class:`StepClock` that is min(s/S, 1), the paper's schedule; the attributes below are written for it.
 
     Attributes:
-        reasoning: ``none`` teaches no reasoning; ``fixed`` all of it up to ``fixed_level`` at every step; ``segment`` the prefix level
-            annealed L4 -> L0 in five equal stretches (the paper's choice); ``token`` the first ceil((1 - s/S) n) of each turn's n reasoning
-            tokens; ``whole_trace_token`` the first ceil((1 - s/S) n) of the n reasoning and call tokens of the whole trace.
-        call: ``none``; ``fixed`` weight ``call_start`` at every step; ``scale`` lambda_a(s) of eq. 11 (the paper's choice; calls are never
-            shortened); ``token`` the first ceil((1 - s/S) n) of each turn's n call tokens at weight ``call_start``. With
-            ``whole_trace_token`` the cut is the whole trace's and this only says the weight (``token`` like ``fixed``).
+        reasoning: ``none`` teaches no reasoning; ``fixed`` all of it up to ``fixed_level`` at every step; ``segment``
+            the prefix level annealed L4 -> L0 in five equal stretches (the paper's choice); ``token`` the first ceil((1
+            - s/S) n) of each turn's n reasoning tokens; ``whole_trace_token`` the first ceil((1 - s/S) n) of the n
+              reasoning and call tokens of the whole trace.
+        call: ``none``; ``fixed`` weight ``call_start`` at every step; ``scale`` lambda_a(s) of eq. 11 (the paper's
+            choice; calls are never shortened); ``token`` the first ceil((1 - s/S) n) of each turn's n call tokens at
+            weight ``call_start``. With ``whole_trace_token`` the cut is the whole trace's and this only says the weight
+            (``token`` like ``fixed``).
         reasoning_scale: weight of an active reasoning token.
         fixed_level: of ``reasoning=fixed``.
         call_start, call_end: lambda_start and lambda_end.
@@ -143,7 +148,9 @@ class TraceSchedule:
         if self.call not in CALL_SCHEDULES:
             raise ValueError(f"call schedule {self.call!r} is none of {', '.join(CALL_SCHEDULES)}")
         if min(self.reasoning_scale, self.call_start, self.call_end) < 0.0:
-            raise ValueError("a negative weight would unteach the trace: reasoning_scale, call_start and call_end must be >= 0")
+            raise ValueError(
+                "a negative weight would unteach the trace: reasoning_scale, call_start and call_end must be >= 0"
+            )
         if not 0 <= self.fixed_level <= TOP_LEVEL:
             raise ValueError(f"fixed_level is {self.fixed_level}; levels are 0 to {TOP_LEVEL}")
 
@@ -152,7 +159,9 @@ class TraceSchedule:
         return AnnealState(self.clock.progress(step))
 
     def level(self, step: int) -> int:
-        """Active prefix level; -1 when no reasoning is taught. Token schedules have no level and report ``TOP_LEVEL``."""
+        """Active prefix level; -1 when no reasoning is taught. Token schedules have no level and report
+        ``TOP_LEVEL``.
+        """
         if self.reasoning == "none":
             return -1
         if self.reasoning == "fixed":

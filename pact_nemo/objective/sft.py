@@ -10,7 +10,8 @@ def token_nll(logprobs: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         logprobs: [S] natural-log probabilities with gradient.
-        weights: [S] w_n = beta m_n(s) / (Z |B|) (:func:`pact_nemo.objective.weights.sft_weights`): the denominator is inside.
+        weights: [S] w_n = beta m_n(s) / (Z |B|) (:func:`pact_nemo.objective.weights.sft_weights`): the denominator is
+            inside.
 
     A token of weight 0 has value and gradient exactly 0, also where its log-prob is -Inf or NaN (0 * Inf would be NaN).
     """

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0  #: bound on log-ratios before exp, in nats; exp(20) = 4.9e8 is far outside every clip range and far inside float32
+#: bound on log-ratios before exp, in nats; exp(20) = 4.9e8 is far outside every clip range and far inside float32
+MAX_LOG_RATIO = 20.0
 
 
 def log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """[S] numerator - denominator in nats, clamped to +-``MAX_LOG_RATIO``.
 
-    A wild token so gives a large finite ratio and, outside the bound, no gradient, where exp would overflow to Inf. NaN stays NaN.
+    A wild token so gives a large finite ratio and, outside the bound, no gradient, where exp would overflow to Inf. NaN
+    stays NaN.
     """
     return (numerator - denominator).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
@@ -24,8 +26,8 @@ class Clip:
 
     Attributes:
         low, high: epsilon on either side, 0 <= low <= 1, high >= 0; both None = no clipping (LUFFY's public code).
-        dual: c > 1: a token of negative advantage loses at most c |A|, however far its ratio has grown (dual clip, arXiv 1912.09729; 3.0 in
-            verl). None = off.
+        dual: c > 1: a token of negative advantage loses at most c |A|, however far its ratio has grown (dual clip,
+            arXiv 1912.09729; 3.0 in verl). None = off.
 
     Raises:
         ValueError: the range is not a range around 1, one side alone is given, or ``dual`` is not above 1 + high.
@@ -41,18 +43,21 @@ class Clip:
         if self.low is not None and self.high is not None and not (0.0 <= self.low <= 1.0 and self.high >= 0.0):
             raise ValueError(f"clip range [1 - {self.low}, 1 + {self.high}] is not a range of ratios around 1")
         if self.dual is not None and not self.dual > 1.0 + (self.high or 0.0):
-            raise ValueError(f"dual clip {self.dual} must be above the clip range's upper end, {1.0 + (self.high or 0.0)}")
+            raise ValueError(
+                f"dual clip {self.dual} must be above the clip range's upper end, {1.0 + (self.high or 0.0)}"
+            )
 
 
 def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
-    """Per-token loss -min(r A, clip(r, 1 - low, 1 + high) A), r = exp(logprobs - old_logprobs). With a dual clip c and A < 0 it is at most
-    -c A: the loss is min(max(-r A, -clip(r) A), -c A).
+    """Per-token loss -min(r A, clip(r, 1 - low, 1 + high) A), r = exp(logprobs - old_logprobs). With a dual clip c and
+    A < 0 it is at most -c A: the loss is min(max(-r A, -clip(r) A), -c A).
 
     No reduction and no denominator: the caller weighs the tokens (:mod:`pact_nemo.objective.weights`).
 
     Args:
         logprobs: [S] natural-log probabilities of the policy being trained, with gradient.
-        old_logprobs: [S] the same under pi_old in the same context; no gradient flows into them. See :func:`log_ratio` for extreme values.
+        old_logprobs: [S] the same under pi_old in the same context; no gradient flows into them. See :func:`log_ratio`
+            for extreme values.
         advantages: [S].
         clip: range of ratios.
 
@@ -77,7 +82,8 @@ def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor
 def truncated_importance(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
     """[S] min(pi_old / pi_sampler, cap) of sampled tokens, detached.
 
-    The correction for a rollout engine whose log-probs differ from the trainer's (precision, kernels) for the same weights.
+    The correction for a rollout engine whose log-probs differ from the trainer's (precision, kernels) for the same
+    weights.
 
     Raises:
         ValueError: ``cap`` is not positive.

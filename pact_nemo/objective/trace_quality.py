@@ -1,7 +1,7 @@
 """Trace-quality weighting (beyond the paper): a trace that the policy's own rollouts consistently beat loses its say.
 
-One number per task, beta_SFT's factor for its trace: 1 - b, with b the exponential mean of the share of rollouts that beat the trace. What
-is better: a higher score, or the same score with fewer calls.
+One number per task, beta_SFT's factor for its trace: 1 - b, with b the exponential mean of the share of rollouts that
+beat the trace. What is better: a higher score, or the same score with fewer calls.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Denominators: every term's per-token weights, counted over a whole mini-batch before its first forward.
 
-With the denominators inside the weights the loss is a plain sum over tokens, so that no split of the tokens can change it.
+With the denominators inside the weights the loss is a plain sum over tokens, so that no split of the tokens can change
+it.
 """
 
 from __future__ import annotations
@@ -21,25 +22,28 @@ def rl_weights(
     aggregation: str = "rollout-mean",
     constant_length: int | None = None,
 ) -> list[list[float]]:
-    """The weight of each policy token of rollout k of prompt i, for both surrogates and (times its coefficient) the KL term.
+    """The weight of each policy token of rollout k of prompt i, for both surrogates and (times its coefficient) the KL
+    term.
 
-    K_i is the number of rollouts of prompt i that count: usable ones with at least one policy token. A failed rollout is no sample of the
-    policy, so it has weight 0 and the mean over K is over the remaining ones; a prompt whose rollouts all failed contributes 0 and still
-    counts in |B| if the caller counts it.
+    K_i is the number of rollouts of prompt i that count: usable ones with at least one policy token. A failed rollout
+    is no sample of the policy, so it has weight 0 and the mean over K is over the remaining ones; a prompt whose
+    rollouts all failed contributes 0 and still counts in |B| if the caller counts it.
 
     Args:
         token_counts: per prompt, per rollout: policy-written tokens |M(tau)|.
         usable: per prompt, per rollout: False for failed rollouts.
         num_prompts: |B|, the prompts of the mini-batch over all ranks.
-        aggregation: ``rollout-mean`` 1/(|B| K_i |M|): token mean per rollout, mean over rollouts, mean over prompts (eq. 14);
-            ``token-mean`` 1/(all policy tokens that count in the mini-batch); ``constant-length`` 1/(|B| K_i constant_length).
+        aggregation: ``rollout-mean`` 1/(|B| K_i |M|): token mean per rollout, mean over rollouts, mean over prompts
+            (eq. 14); ``token-mean`` 1/(all policy tokens that count in the mini-batch); ``constant-length`` 1/(|B| K_i
+            constant_length).
         constant_length: tokens; needed by ``constant-length`` only.
 
     Returns:
         Per prompt, per rollout: one number, the same for all of its policy tokens.
 
     Raises:
-        ValueError: an unknown aggregation, lists of different lengths, a negative count, ``num_prompts`` or ``constant_length`` below 1.
+        ValueError: an unknown aggregation, lists of different lengths, a negative count, ``num_prompts`` or
+            ``constant_length`` below 1.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation {aggregation!r} is none of {', '.join(AGGREGATIONS)}")
@@ -63,7 +67,12 @@ def rl_weights(
 
 
 def sft_weights(
-    masks: Sequence[np.ndarray], anchored: Sequence[bool], *, num_prompts: int, beta: float, aggregation: str = "trace-mean"
+    masks: Sequence[np.ndarray],
+    anchored: Sequence[bool],
+    *,
+    num_prompts: int,
+    beta: float,
+    aggregation: str = "trace-mean",
 ) -> list[np.ndarray]:
     """Per prompt [H], the weight of each trace token; zeros when z = 1 or nothing is taught.
 
@@ -72,11 +81,13 @@ def sft_weights(
         anchored: per prompt, the gate z.
         num_prompts: |B|, anchored prompts included.
         beta: beta_SFT.
-        aggregation: ``trace-mean`` (1 - z) beta m_n / (Z |B|) with Z = sum of m_n over the trace (eq. 9, 14); ``token-mean`` (1 - z) beta m_n /
-            sum of m_n over all traces of the mini-batch with z = 0 (CHORD's public code).
+        aggregation: ``trace-mean`` (1 - z) beta m_n / (Z |B|) with Z = sum of m_n over the trace (eq. 9, 14);
+            ``token-mean`` (1 - z) beta m_n / sum of m_n over all traces of the mini-batch with z = 0 (CHORD's public
+            code).
 
     Raises:
-        ValueError: an unknown aggregation, lists of different lengths, a weight that is negative or not finite, ``num_prompts`` below 1.
+        ValueError: an unknown aggregation, lists of different lengths, a weight that is negative or not finite,
+            ``num_prompts`` below 1.
     """
     if aggregation not in SFT_AGGREGATIONS:
         raise ValueError(f"SFT aggregation {aggregation!r} is none of {', '.join(SFT_AGGREGATIONS)}")

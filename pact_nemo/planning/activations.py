@@ -2,14 +2,16 @@
 
 What autograd keeps depends on the kernels, so there are two catalogues:
 
-- ``torch``: layers without Transformer Engine, on the CPU. Norms keep their input and output, SwiGLU its input and output, the rotation nothing
-  (``policy/fused.py``; with ``policy.fused_elementwise=false`` they keep more, which isn't planned), attention is torch's flash kernel for the
-  CPU (it keeps q, k, v, the output and a log-sum per query, never the scores) with stored masks. Read off the tensors that autograd saves, and
-  held against measured allocator peaks to 5 % (``tests/test_planning_activations.py``).
-- ``te``: Transformer Engine on CUDA. The same of norms and SwiGLU; masks are never stored, linear inputs are kept in FP8 (1 byte) under
-  ``policy.fp8``. From the kernels' sources, not measured here.
+- ``torch``: layers without Transformer Engine, on the CPU. Norms keep their input and output, SwiGLU its input and
+  output, the rotation nothing (``policy/fused.py``; with ``policy.fused_elementwise=false`` they keep more, which isn't
+  planned), attention is torch's flash kernel for the CPU (it keeps q, k, v, the output and a log-sum per query, never
+  the scores) with stored masks. Read off the tensors that autograd saves, and held against measured allocator peaks to
+  5 % (``tests/test_planning_activations.py``).
+- ``te``: Transformer Engine on CUDA. The same of norms and SwiGLU; masks are never stored, linear inputs are kept in
+  FP8 (1 byte) under ``policy.fp8``. From the kernels' sources, not measured here.
 
-The head never keeps logits; its chunk buffers are named in :func:`head_forward` and :func:`head_backward` as ``policy/heads.py`` allocates them.
+The head never keeps logits; its chunk buffers are named in :func:`head_forward` and :func:`head_backward` as
+``policy/heads.py`` allocates them.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ def norm_kept(numbers: Numbers, width: int) -> float:
 
 
 def norm_working(numbers: Numbers, width: int) -> float:
-    """Per token, while RMSNorm of ``width`` numbers is differentiated: its gradient, and on the CPU its float32 parts (``policy/fused.py``)."""
+    """Per token, while RMSNorm of ``width`` numbers is differentiated: its gradient, and on the CPU its float32 parts
+    (``policy/fused.py``).
+    """
     parts = 0 if numbers.fused else 2 if numbers.width == FP32 else 3
     return width * (numbers.width + parts * FP32)
 
@@ -113,14 +117,18 @@ def feed_forward_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: 
         return tokens * (norm_kept(numbers, own.hidden) + (2 * width + numbers.linear_input) * own.feed_forward)
     # each rank routes its own tokens and, evenly routed, computes as many
     copies = shape.experts_per_token
-    swiglu = 2 * width + numbers.linear_input + (0 if numbers.fused else width)  # unfused: the routing weight makes one more
+    swiglu = (
+        2 * width + numbers.linear_input + (0 if numbers.fused else width)
+    )  # unfused: the routing weight makes one more
     router = copies * (2 * INDEX + FP32) + shape.experts * (1 + width)
     routed = shape.hidden * numbers.linear_input + swiglu * shape.expert_intermediate + width
     return tokens / layout.hidden_split * (norm_kept(numbers, shape.hidden) + router + copies * routed)
 
 
 def layer_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, recompute: str) -> float:
-    """Per layer and row, under a recompute policy: everything, everything but the attention kernel's own, or the input alone."""
+    """Per layer and row, under a recompute policy: everything, everything but the attention kernel's own, or the input
+    alone.
+    """
     if recompute == "full":
         return row.tokens / layout.context * shape.hidden / layout.hidden_split * numbers.width
     kept = attention_kept(shape, layout, numbers, row) + feed_forward_kept(shape, layout, numbers, row)
@@ -128,15 +136,19 @@ def layer_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, re
 
 
 def row_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
-    """Once per row: token ids, positions, the rotation's cosines and sines, index and stream vectors of the scored tokens, masks on the CPU."""
+    """Once per row: token ids, positions, the rotation's cosines and sines, index and stream vectors of the scored
+    tokens, masks on the CPU.
+    """
     tokens, scored = row.tokens / layout.context, row.scored / layout.context
     masks = 0.0 if numbers.fused else row.masks / layout.context * numbers.width
     return tokens * (2 * INDEX + numbers.width * shape.head_dim) + scored * 3 * INDEX + masks
 
 
 def feed_forward_working(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
-    """Largest extra in a layer's feed-forward: SwiGLU differentiated (three gradients of its width less the freed output, and the residual's),
-    or, of a mixture of experts, all experts' outputs joined going forward, beside what the layer still holds of its attention."""
+    """Largest extra in a layer's feed-forward: SwiGLU differentiated (three gradients of its width less the freed
+    output, and the residual's), or, of a mixture of experts, all experts' outputs joined going forward, beside what the
+    layer still holds of its attention.
+    """
     own = Widths.of(shape, layout)
     tokens = row.tokens / layout.context
     if not shape.experts:
@@ -146,26 +158,40 @@ def feed_forward_working(shape: ModelShape, layout: Layout, numbers: Numbers, ro
     return tokens * numbers.width * max(backward, 2 * shape.hidden * copies + 2 * own.hidden)
 
 
-def head_forward(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int, *, entropies: bool = False) -> float:
-    """Extra of the vocabulary head going forward: one chunk of logits, and in float32 once more where that is another dtype. Entropies take
-    another quarter of a chunk in float32."""
+def head_forward(
+    shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int, *, entropies: bool = False
+) -> float:
+    """Extra of the vocabulary head going forward: one chunk of logits, and in float32 once more where that is another
+    dtype. Entropies take another quarter of a chunk in float32."""
     rows = padded_vocab(shape, layout) // layout.tensor
     length = min(chunk, row.scored / layout.context)
-    return length * rows * ((numbers.width if numbers.width == FP32 else numbers.width + FP32) + (FP32 / 4 if entropies else 0.0))
+    return (
+        length
+        * rows
+        * ((numbers.width if numbers.width == FP32 else numbers.width + FP32) + (FP32 / 4 if entropies else 0.0))
+    )
 
 
 def head_backward(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int) -> float:
-    """Extra of the vocabulary head going backward: a chunk of logits again. The gradient of its input takes the input's place, that of its weight
-    is added to megatron's buffer; only a tied head on a later stage keeps one of its own (``policy/model.py``)."""
+    """Extra of the vocabulary head going backward: a chunk of logits again. The gradient of its input takes the input's
+    place, that of its weight is added to megatron's buffer; only a tied head on a later stage keeps one of its own
+    (``policy/model.py``).
+    """
     weight = padded_vocab(shape, layout) // layout.tensor * shape.hidden
     own = FP32 * weight if shape.tied and layout.pipeline > 1 else 0.0
-    product = 0 if numbers.width == FP32 else numbers.width + (0 if numbers.fused else FP32)  # a chunk's; the CPU casts it before it is added
-    adding = own + product * weight + head_forward(shape, layout, numbers, row, chunk, entropies=True)  # they may be trained on
+    product = (
+        0 if numbers.width == FP32 else numbers.width + (0 if numbers.fused else FP32)
+    )  # a chunk's; the CPU casts it before it is added
+    adding = (
+        own + product * weight + head_forward(shape, layout, numbers, row, chunk, entropies=True)
+    )  # they may be trained on
     return max(adding, 0.0 if shape.tied else float(numbers.width * weight))  # untied: what megatron's hook waits for
 
 
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
-    """Micro-batches whose activations of all its layers a rank of ``stage`` holds at once: 1F1B, or interleaved (in units of all its chunks)."""
+    """Micro-batches whose activations of all its layers a rank of ``stage`` holds at once: 1F1B, or interleaved (in
+    units of all its chunks).
+    """
     if layout.pipeline == 1:
         return 1.0
     if layout.virtual == 1:
@@ -194,22 +220,37 @@ class ActivationPeak:
 
 
 def training_peak(
-    shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, *, stage: int, micro_batches: int, recompute: str, chunk: int
+    shape: ModelShape,
+    layout: Layout,
+    numbers: Numbers,
+    row: Row,
+    *,
+    stage: int,
+    micro_batches: int,
+    recompute: str,
+    chunk: int,
 ) -> ActivationPeak:
     """The larger of two moments: the last layer's backward pass, and (last stage) the head's."""
     layers = shape.layers // layout.pipeline
     flying = in_flight(layout, stage, micro_batches)
     own = Widths.of(shape, layout)
     tokens = row.tokens / layout.context
-    kept = flying * (layers * layer_kept(shape, layout, numbers, row, recompute) + row_kept(shape, layout, numbers, row))
+    kept = flying * (
+        layers * layer_kept(shape, layout, numbers, row, recompute) + row_kept(shape, layout, numbers, row)
+    )
     in_layer = feed_forward_working(shape, layout, numbers, row)
     if recompute == "full":
-        in_layer += layer_kept(shape, layout, numbers, row, "none")  # the layer is there whole; its norm's input is the kept one
+        in_layer += layer_kept(
+            shape, layout, numbers, row, "none"
+        )  # the layer is there whole; its norm's input is the kept one
     if stage < layout.pipeline - 1:
         return ActivationPeak(kept, in_layer, 0.0)
     final = tokens * norm_kept(numbers, own.hidden)
     scored = row.scored / layout.context * shape.hidden * numbers.width
-    head = scored + max(head_forward(shape, layout, numbers, row, chunk, entropies=True), head_backward(shape, layout, numbers, row, chunk))
+    head = scored + max(
+        head_forward(shape, layout, numbers, row, chunk, entropies=True),
+        head_backward(shape, layout, numbers, row, chunk),
+    )
     head = final + max(head, tokens * norm_working(numbers, own.hidden))
     return ActivationPeak(kept, 0.0, head) if head > in_layer else ActivationPeak(kept, in_layer, 0.0)
 
@@ -218,7 +259,9 @@ def scoring_peak(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, 
     """Bytes of a forward pass without gradients: one layer's widest moment, or the head."""
     own = Widths.of(shape, layout)
     tokens = row.tokens / layout.context
-    wide = 3 * (shape.expert_intermediate * shape.experts_per_token / layout.hidden_split if shape.experts else own.feed_forward)
+    wide = 3 * (
+        shape.expert_intermediate * shape.experts_per_token / layout.hidden_split if shape.experts else own.feed_forward
+    )
     layer = tokens * numbers.width * (2 * own.hidden + max(wide, 2 * own.queries + 2 * own.keys + own.hidden))
     head = 0.0
     if stage == layout.pipeline - 1:

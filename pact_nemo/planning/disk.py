@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-WIDTH = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8_block": 1.01}  #: of a weight in an export, scales of FP8 blocks included
+WIDTH = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "fp8_block": 1.01,
+}  #: of a weight in an export, scales of FP8 blocks included
 
 
 def export_bytes(parameters: int, dtype: str, keep: int) -> float:
@@ -11,7 +16,9 @@ def export_bytes(parameters: int, dtype: str, keep: int) -> float:
 
 
 def checkpoint_bytes(parameters: int, precision: str, keep: int) -> float:
-    """The newest ``keep`` checkpoints and the one that is being written: weights, their float32 copy and Adam's two float32 moments."""
+    """The newest ``keep`` checkpoints and the one that is being written: weights, their float32 copy and Adam's two
+    float32 moments.
+    """
     return (keep + 1) * parameters * (WIDTH["float32" if precision == "fp32" else "bfloat16"] + 3 * WIDTH["float32"])
 
 

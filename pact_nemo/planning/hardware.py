@@ -26,9 +26,11 @@ class Hardware:
         network_bandwidth: of one GPU to other nodes, one direction.
         disk_bandwidth: of one node to the file system that exports and checkpoints go to, shared by its GPUs.
         reached: fraction of the peak that matrix products of a decoder reach, by format.
-        reached_experts: of that, what a mixture of experts reaches: small products, routing, uneven loads, exchange in bursts.
+        reached_experts: of that, what a mixture of experts reaches: small products, routing, uneven loads, exchange in
+            bursts.
         memory_reached: fraction of the memory bandwidth that decoding reaches.
-        decode_overhead: seconds of a decoding step beyond reading weights and cache: kernel launches, scheduling, sampling.
+        decode_overhead: seconds of a decoding step beyond reading weights and cache: kernel launches, scheduling,
+            sampling.
     """
 
     name: str
@@ -48,13 +50,13 @@ class Hardware:
     cuda: bool = True
 
 
-# Peaks: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 (dense rates: half of the sparse ones). Node bandwidth: NVLink 3,
-# 4, 4 and 5, half of the bidirectional figure. Network: a NIC a GPU, 200 Gb/s (DGX A100) or 400 Gb/s (the others).
-# Disk: 10 GB/s a node to a parallel file system, assumed; `--disk` says otherwise.
+# Peaks: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 (dense rates: half of the sparse ones).
+# Node bandwidth: NVLink 3, 4, 4 and 5, half of the bidirectional figure. Network: a NIC a GPU, 200 Gb/s (DGX A100) or
+# 400 Gb/s (the others). Disk: 10 GB/s a node to a parallel file system, assumed; `--disk` says otherwise.
 # Fractions: ``reached_bf16`` is fitted to NeMo-RL v0.3's Llama-3.1-8B on 8 H100 (28 s of policy training),
 # ``reached_experts`` to its Qwen3-30B-A3B on 64 H100 (50 s), ``reached_fp8`` to Megatron-Bridge's
-# Llama-3-70B pre-training on 64 H100 (719 TFLOP/s), ``decode_overhead`` to the 58 s of generation of the same 8B run; ``memory_reached`` is assumed.
-# `tests/test_planning_timing.py` says what other public figures come out as.
+# Llama-3-70B pre-training on 64 H100 (719 TFLOP/s), ``decode_overhead`` to the 58 s of generation of the same 8B run;
+# ``memory_reached`` is assumed. `tests/test_planning_timing.py` says what other public figures come out as.
 GPUS: dict[str, Hardware] = {
     gpu.name: gpu
     for gpu in (
@@ -74,8 +76,8 @@ def gpu(name: str) -> Hardware:
 
 
 def this_cpu(seconds: float = 0.15) -> Hardware:
-    """This machine, its matrix-product rate and memory bandwidth measured for about ``seconds`` each. The fractions stand for smaller matrices
-    than the measured one, and for the elementary operations between them (an assumption)."""
+    """This machine, its matrix-product rate and memory bandwidth measured for about ``seconds`` each. The fractions
+    stand for smaller matrices than the measured one, and for the elementary operations between them (an assumption)."""
     import psutil
     import torch
 
@@ -94,6 +96,17 @@ def this_cpu(seconds: float = 0.15) -> Hardware:
     source, target = torch.empty(1 << 24), torch.empty(1 << 24)
     bandwidth = rate(2 * source.nbytes, lambda: target.copy_(source))
     return Hardware(
-        "this CPU", float(psutil.virtual_memory().total), flops, 0.0, bandwidth, bandwidth, bandwidth, 0.5e9, gpus_per_node=1,
-        reached_bf16=0.5, memory_reached=0.5, decode_overhead=0.02, cuda=False,
-    )  # fmt: skip
+        "this CPU",
+        float(psutil.virtual_memory().total),
+        flops,
+        0.0,
+        bandwidth,
+        bandwidth,
+        bandwidth,
+        0.5e9,
+        gpus_per_node=1,
+        reached_bf16=0.5,
+        memory_reached=0.5,
+        decode_overhead=0.02,
+        cuda=False,
+    )

@@ -11,17 +11,22 @@ from pact_nemo.policy.config import PolicyConfig
 
 GIB = 1024**3
 MOMENTS = 2  # Adam
-# Of a CUDA process before any tensor: context, kernels of torch and of cuBLAS, cuBLAS workspace. The usual size on H100, assumed.
+# Of a CUDA process before any tensor: context, kernels of torch and of cuBLAS, cuBLAS workspace. The usual size on
+# H100, assumed.
 CUDA_CONTEXT = 1.0 * GIB
 # Of one NCCL communicator: rings, trees and channels with their default buffer of 4 MiB. An assumption, not measured.
 NCCL_COMMUNICATOR = 0.25 * GIB
-LIBRARIES = 0.5 * GIB  # resident after all imports, before the model is built (measured on Linux with the CPU build of torch)
+LIBRARIES = (
+    0.5 * GIB
+)  # resident after all imports, before the model is built (measured on Linux with the CPU build of torch)
 USABLE = 0.95  # of a GPU: what the caching allocator may lose to fragmentation is left free
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What lasts from step to step on one rank; exact but for the padding of megatron's buffers (under 64 elements a parameter)."""
+    """What lasts from step to step on one rank; exact but for the padding of megatron's buffers (under 64 elements a
+    parameter).
+    """
 
     weights: int
     fp8_copies: int
@@ -34,10 +39,11 @@ class StateBytes:
 
 
 def state_bytes(parameters: RankParameters, layout: Layout, policy: PolicyConfig) -> StateBytes:
-    """Weights in the compute dtype, float32 gradients, Adam's two float32 moments and, under bf16, float32 main weights.
+    """Weights in the compute dtype, float32 gradients, Adam's two float32 moments and, under bf16, float32 main
+    weights.
 
-    The distributed optimizer cuts moments and main weights over DP x CP, those of experts over the ranks with the same experts. Under
-    ``policy.fp8`` Transformer Engine caches each weight in FP8 twice, as it is and transposed.
+    The distributed optimizer cuts moments and main weights over DP x CP, those of experts over the ranks with the same
+    experts. Under ``policy.fp8`` Transformer Engine caches each weight in FP8 twice, as it is and transposed.
     """
     fp32 = policy.precision == "fp32"
     each = FP32 * (MOMENTS if fp32 else MOMENTS + 1)
@@ -52,11 +58,13 @@ def state_bytes(parameters: RankParameters, layout: Layout, policy: PolicyConfig
     )
 
 
-def communication_bytes(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, *, cuda: bool, flying: float) -> float:
+def communication_bytes(
+    shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, *, cuda: bool, flying: float
+) -> float:
     """Gathered rows of sequence parallelism, rows and gradients between pipeline stages, and NCCL's own buffers.
 
-    A stage holds a row and a gradient that are under way, and on the CPU the outputs of the ``flying`` micro-batches too (on CUDA megatron
-    frees them once they are sent).
+    A stage holds a row and a gradient that are under way, and on the CPU the outputs of the ``flying`` micro-batches
+    too (on CUDA megatron frees them once they are sent).
     """
     tokens = row.tokens / layout.context
     gathered = tokens * shape.hidden * numbers.width if layout.sequence_parallel else 0.0
@@ -94,7 +102,14 @@ class MemoryPlan:
 
 
 def stage_memory(
-    shape: ModelShape, layout: Layout, policy: PolicyConfig, work: StepWork, *, stage: int, cuda: bool, row: Row | None = None
+    shape: ModelShape,
+    layout: Layout,
+    policy: PolicyConfig,
+    work: StepWork,
+    *,
+    stage: int,
+    cuda: bool,
+    row: Row | None = None,
 ) -> MemoryPlan:
     """Of a rank of one pipeline stage; ``policy.precision`` is fp32 or bf16, not auto."""
     numbers = Numbers.of(policy.precision, fp8=policy.fp8 is not None, kernels="te" if cuda else "torch")
@@ -141,9 +156,18 @@ def stage_memory(
 
 
 def memory_plan(
-    shape: ModelShape, layout: Layout, policy: PolicyConfig, work: StepWork, *, cuda: bool, server: float = 0.0, row: Row | None = None
+    shape: ModelShape,
+    layout: Layout,
+    policy: PolicyConfig,
+    work: StepWork,
+    *,
+    cuda: bool,
+    server: float = 0.0,
+    row: Row | None = None,
 ) -> MemoryPlan:
     """Of the stage that needs most; ``server`` is the rollout server's share of the GPU in bytes."""
-    stages = [stage_memory(shape, layout, policy, work, stage=stage, cuda=cuda, row=row) for stage in range(layout.pipeline)]
+    stages = [
+        stage_memory(shape, layout, policy, work, stage=stage, cuda=cuda, row=row) for stage in range(layout.pipeline)
+    ]
     worst = max(stages, key=lambda plan: plan.trainer)
     return MemoryPlan(worst.stage, worst.parts, worst.host, server, worst.row_tokens)

@@ -1,4 +1,6 @@
-"""A plan: memory of the fullest GPU by part, seconds of a step by phase, the bottleneck; and the search for the fastest layout."""
+"""A plan: memory of the fullest GPU by part, seconds of a step by phase, the bottleneck; and the search for the fastest
+layout.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.planning.hardware import Hardware
 from pact_nemo.planning.memory import GIB, USABLE, MemoryPlan, memory_plan
 from pact_nemo.planning.shape import Layout, ModelShape
-from pact_nemo.planning.timing import ServerPlan, checkpoint_seconds, export_bytes, model_operations, phases, refit_seconds
+from pact_nemo.planning.timing import (
+    ServerPlan,
+    checkpoint_seconds,
+    export_bytes,
+    model_operations,
+    phases,
+    refit_seconds,
+)
 from pact_nemo.planning.workload import StepWork
 from pact_nemo.policy.config import PolicyConfig
 
@@ -84,7 +93,14 @@ class Plan:
 
 
 def make_plan(
-    shape: ModelShape, layout: Layout, policy: PolicyConfig, hardware: Hardware, work: StepWork, server: ServerPlan, *, shares_gpus: bool
+    shape: ModelShape,
+    layout: Layout,
+    policy: PolicyConfig,
+    hardware: Hardware,
+    work: StepWork,
+    server: ServerPlan,
+    *,
+    shares_gpus: bool,
 ) -> Plan:
     """Plan one step.
 
@@ -119,12 +135,19 @@ def _divisors(number: int) -> list[int]:
 
 
 def search(
-    shape: ModelShape, world: int, policy: PolicyConfig, hardware: Hardware, work: StepWork, server: ServerPlan, *, shares_gpus: bool
+    shape: ModelShape,
+    world: int,
+    policy: PolicyConfig,
+    hardware: Hardware,
+    work: StepWork,
+    server: ServerPlan,
+    *,
+    shares_gpus: bool,
 ) -> list[Plan]:
     """Every layout of ``world`` ranks that fits, fastest step first; of each layout the least recompute that fits.
 
-    TP stays within a node, CP is tried up to 8; every update must give each data-parallel rank at least one prompt. Interleaved stages
-    are tried with two and four chunks.
+    TP stays within a node, CP is tried up to 8; every update must give each data-parallel rank at least one prompt.
+    Interleaved stages are tried with two and four chunks.
 
     Raises:
         ConfigError: nothing fits; the message says what comes closest.
@@ -158,9 +181,12 @@ def search(
                                 break
     if not found:
         if closest is None:
-            raise ConfigError(f"no layout divides this model over {world} ranks with {work.prompts // work.updates} prompts an update")
+            raise ConfigError(
+                f"no layout divides this model over {world} ranks with {work.prompts // work.updates} prompts an update"
+            )
         raise ConfigError(
-            f"nothing fits {world} x {hardware.name}: {closest.layout.describe()} comes closest and needs {closest.memory.total / GIB:.1f} of "
-            f"{closest.usable / GIB:.1f} GiB; take more GPUs, a smaller policy.micro_batch_tokens, shorter lengths or less for the server"
+            f"nothing fits {world} x {hardware.name}: {closest.layout.describe()} comes closest and needs"
+            f" {closest.memory.total / GIB:.1f} of {closest.usable / GIB:.1f} GiB; take more GPUs, a smaller"
+            " policy.micro_batch_tokens, shorter lengths or less for the server"
         )
     return sorted(found, key=lambda plan: plan.step)

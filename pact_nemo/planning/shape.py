@@ -1,4 +1,6 @@
-"""Exact sizes: a decoder's shape as Hugging Face configs name it, a parallel layout, and the parameters that each rank of it holds."""
+"""Exact sizes: a decoder's shape as Hugging Face configs name it, a parallel layout, and the parameters that each rank
+of it holds.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +85,12 @@ class ModelShape:
 
     @property
     def active_layer_parameters(self) -> int:
-        """Weights that one token goes through, over all layers, without embedding and head: what its matrix products cost."""
-        return self.layers * (self.layer_parameters + 3 * self.hidden * self.expert_intermediate * self.experts_per_token)
+        """Weights that one token goes through, over all layers, without embedding and head: what its matrix products
+        cost.
+        """
+        return self.layers * (
+            self.layer_parameters + 3 * self.hidden * self.expert_intermediate * self.experts_per_token
+        )
 
     def kv_bytes(self, width: int) -> int:
         """Keys and values of one token in all layers, at ``width`` bytes a number."""
@@ -150,10 +156,16 @@ class Layout:
             ("feed-forward columns", self.tensor if shape.experts else shape.intermediate, "intermediate_size"),
         ):
             if count % self.tensor:
-                found.append(f"{count} {what} can't be split over TP = {self.tensor} (policy.tensor_parallel has to divide {key})")
+                found.append(
+                    f"{count} {what} can't be split over TP = {self.tensor} (policy.tensor_parallel has to divide"
+                    f" {key})"
+                )
         if (shape.experts or 1) % self.expert:
             has_to = "divide num_experts" if shape.experts else "be 1 for a dense model"
-            found.append(f"{shape.experts or 1} expert(s) can't be split over EP = {self.expert} (policy.expert_parallel has to {has_to})")
+            found.append(
+                f"{shape.experts or 1} expert(s) can't be split over EP = {self.expert} (policy.expert_parallel has to"
+                f" {has_to})"
+            )
         if self.virtual > 1 and self.pipeline == 1:
             found.append("virtual pipeline stages (policy.virtual_pipeline) need PP > 1 (policy.pipeline_parallel)")
         if self.sequence_parallel and self.tensor == 1:
@@ -164,7 +176,11 @@ class Layout:
 
     def describe(self) -> str:
         words = f"TP {self.tensor} x PP {self.pipeline} x CP {self.context} x DP {self.data}"
-        return words + (f", EP {self.expert}" if self.expert > 1 else "") + (f", VP {self.virtual}" if self.virtual > 1 else "")
+        return (
+            words
+            + (f", EP {self.expert}" if self.expert > 1 else "")
+            + (f", VP {self.virtual}" if self.virtual > 1 else "")
+        )
 
 
 @dataclass(frozen=True)
@@ -195,8 +211,8 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> RankParame
     """Exactly what a rank of pipeline stage ``stage`` holds, as megatron builds it.
 
     Matrices and the biases of their columns are cut over TP. Norms, q/k norms, other biases and the router are on every
-    rank of it. The embedding is on the first stage, the final norm and the head on the last. A tied head is the embedding
-    on a pipeline of one, and a copy of it on the last stage of a longer one.
+    rank of it. The embedding is on the first stage, the final norm and the head on the last. A tied head is the
+    embedding on a pipeline of one, and a copy of it on the last stage of a longer one.
 
     Raises:
         ConfigError: the model can't be cut this way.
@@ -205,7 +221,11 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> RankParame
         raise ConfigError("; ".join(found))
     tensor, hidden = layout.tensor, shape.hidden
     queries, groups = shape.heads * shape.head_dim // tensor, shape.kv_heads * shape.head_dim // tensor
-    attention = hidden * (2 * queries + 2 * groups) + (queries + 2 * groups) * shape.qkv_bias + 2 * shape.head_dim * shape.qk_norm
+    attention = (
+        hidden * (2 * queries + 2 * groups)
+        + (queries + 2 * groups) * shape.qkv_bias
+        + 2 * shape.head_dim * shape.qk_norm
+    )
     feed_forward = hidden * shape.experts if shape.experts else 3 * hidden * shape.intermediate // tensor
     layers = shape.layers // layout.pipeline
     biases = hidden * shape.output_bias + (2 * shape.intermediate // tensor + hidden) * shape.mlp_bias
@@ -218,7 +238,9 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> RankParame
     if last:
         dense += hidden + (0 if shape.tied and first else rows)
     first_linear = 2 * (shape.expert_intermediate if shape.experts else shape.intermediate // tensor)
-    largest = max(hidden * first_linear, hidden * (queries + 2 * groups), hidden * shape.experts, rows if first or last else 0)
+    largest = max(
+        hidden * first_linear, hidden * (queries + 2 * groups), hidden * shape.experts, rows if first or last else 0
+    )
     return RankParameters(dense, expert, largest)
 
 

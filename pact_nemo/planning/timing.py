@@ -1,9 +1,11 @@
-"""Seconds of each phase of a step, from operations, bytes and the machine's rates. First principles with few fitted fractions
-(:mod:`pact_nemo.planning.hardware`): good for comparing layouts and finding the bottleneck, not for the last ten percent.
+"""Seconds of each phase of a step, from operations, bytes and the machine's rates. First principles with few fitted
+fractions (:mod:`pact_nemo.planning.hardware`): good for comparing layouts and finding the bottleneck, not for the last
+ten percent.
 
-Matrix products of a decoder cost 2 operations a weight and token forward and 4 backward; attention 4 x heads x head size an attended pair forward.
-Full recompute adds a forward pass; the chunked head recomputes its logits, too. Not overlapped with computation: what tensor parallelism gathers
-and scatters, what experts exchange, and the pipeline's bubble (PP - 1) / (VP x rows). Gradient reduction is not overlapped either.
+Matrix products of a decoder cost 2 operations a weight and token forward and 4 backward; attention 4 x heads x head
+size an attended pair forward. Full recompute adds a forward pass; the chunked head recomputes its logits, too. Not
+overlapped with computation: what tensor parallelism gathers and scatters, what experts exchange, and the pipeline's
+bubble (PP - 1) / (VP x rows). Gradient reduction is not overlapped either.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class ServerPlan:
 
 def forward_operations(shape: ModelShape, row: Row) -> tuple[float, float]:
     """(decoder, vocabulary head) of one forward pass over ``row``."""
-    layers = 2.0 * shape.active_layer_parameters * row.tokens + 4.0 * shape.layers * shape.heads * shape.head_dim * row.pairs
+    layers = (
+        2.0 * shape.active_layer_parameters * row.tokens + 4.0 * shape.layers * shape.heads * shape.head_dim * row.pairs
+    )
     return layers, 2.0 * shape.vocab * shape.hidden * row.scored
 
 
@@ -53,27 +57,54 @@ def compute_rate(shape: ModelShape, hardware: Hardware, *, fp8: bool) -> float:
 
 
 def _exchange(shape: ModelShape, layout: Layout, hardware: Hardware, tokens: float, passes: float) -> float:
-    """Seconds of tensor- and expert-parallel exchange for ``tokens`` through all layers of one pipeline stage, ``passes`` forward equivalents."""
+    """Seconds of tensor- and expert-parallel exchange for ``tokens`` through all layers of one pipeline stage,
+    ``passes`` forward equivalents.
+    """
     width, layers = 2.0, shape.layers / layout.pipeline
     within = layout.tensor <= hardware.gpus_per_node
     bandwidth = hardware.node_bandwidth if within else hardware.network_bandwidth
     part = (layout.tensor - 1) / layout.tensor
-    seconds = passes * layers * 4.0 * tokens * shape.hidden * width * part / bandwidth  # gather and scatter, twice a layer
+    seconds = (
+        passes * layers * 4.0 * tokens * shape.hidden * width * part / bandwidth
+    )  # gather and scatter, twice a layer
     if layout.context > 1:  # keys and values of the whole row on every rank
         pairs = 2.0 * shape.kv_heads * shape.head_dim / layout.tensor * width
-        link = hardware.node_bandwidth if layout.tensor * layout.context <= hardware.gpus_per_node else hardware.network_bandwidth
+        link = (
+            hardware.node_bandwidth
+            if layout.tensor * layout.context <= hardware.gpus_per_node
+            else hardware.network_bandwidth
+        )
         seconds += passes * layers * pairs * tokens * (layout.context - 1) / link
     if shape.experts and layout.expert > 1:
-        moved = 2.0 * tokens / layout.hidden_split * shape.experts_per_token * shape.hidden * width * (layout.expert - 1) / layout.expert
+        moved = (
+            2.0
+            * tokens
+            / layout.hidden_split
+            * shape.experts_per_token
+            * shape.hidden
+            * width
+            * (layout.expert - 1)
+            / layout.expert
+        )
         link = hardware.node_bandwidth if layout.expert <= hardware.gpus_per_node else hardware.network_bandwidth
         seconds += passes * layers * moved / link
     return seconds
 
 
 def pass_seconds(
-    shape: ModelShape, layout: Layout, policy: PolicyConfig, hardware: Hardware, row: Row, rows: int, *, train: bool, fp8: bool
+    shape: ModelShape,
+    layout: Layout,
+    policy: PolicyConfig,
+    hardware: Hardware,
+    row: Row,
+    rows: int,
+    *,
+    train: bool,
+    fp8: bool,
 ) -> float:
-    """Of ``row`` (all tokens of the pass, over all ranks) in ``rows`` micro-batches a data-parallel rank; ``train``: forward and backward."""
+    """Of ``row`` (all tokens of the pass, over all ranks) in ``rows`` micro-batches a data-parallel rank; ``train``:
+    forward and backward.
+    """
     layers, head = forward_operations(shape, row)
     passes = 1.0 if not train else 4.0 if policy.recompute == "full" else 3.0
     operations = passes * layers + (4.0 if train else 1.0) * head
@@ -82,23 +113,37 @@ def pass_seconds(
     return seconds * (1.0 + (layout.pipeline - 1) / (layout.virtual * max(rows, 1)))
 
 
-def update_seconds(shape: ModelShape, layout: Layout, policy: PolicyConfig, hardware: Hardware, work: StepWork) -> float:
+def update_seconds(
+    shape: ModelShape, layout: Layout, policy: PolicyConfig, hardware: Hardware, work: StepWork
+) -> float:
     """All optimizer updates of a step: passes, gradient reduction, Adam, parameter gathering."""
     row = work.mean_tree * (work.prompts / work.updates)
     rows = work.micro_batches(policy.micro_batch_tokens, layout.data)
     one = pass_seconds(shape, layout, policy, hardware, row, rows, train=True, fp8=policy.fp8 is not None)
-    held = max((rank_parameters(shape, layout, stage) for stage in range(layout.pipeline)), key=lambda found: found.total)
+    held = max(
+        (rank_parameters(shape, layout, stage) for stage in range(layout.pipeline)), key=lambda found: found.total
+    )
     replicas = layout.data * layout.context
     if replicas > 1:  # reduce-scatter in fp32, all-gather in the weights' dtype
         link = hardware.node_bandwidth if layout.world <= hardware.gpus_per_node else hardware.network_bandwidth
-        one += 6.0 * (held.dense * (replicas - 1) / replicas + held.expert * (layout.expert_data - 1) / layout.expert_data) / link
-    own = held.dense / replicas + held.expert / layout.expert_data if policy.distributed_optimizer else float(held.total)
+        one += (
+            6.0
+            * (held.dense * (replicas - 1) / replicas + held.expert * (layout.expert_data - 1) / layout.expert_data)
+            / link
+        )
+    own = (
+        held.dense / replicas + held.expert / layout.expert_data if policy.distributed_optimizer else float(held.total)
+    )
     one += 30.0 * own / (hardware.memory_bandwidth * hardware.memory_reached)
     return one * work.updates
 
 
-def scoring_seconds(shape: ModelShape, layout: Layout, policy: PolicyConfig, hardware: Hardware, work: StepWork) -> dict[str, float]:
-    """Forward passes without gradients: the old policy, in the update's precision and packing, and the reference in bf16."""
+def scoring_seconds(
+    shape: ModelShape, layout: Layout, policy: PolicyConfig, hardware: Hardware, work: StepWork
+) -> dict[str, float]:
+    """Forward passes without gradients: the old policy, in the update's precision and packing, and the reference in
+    bf16.
+    """
     found: dict[str, float] = {}
     rows = work.micro_batches(policy.micro_batch_tokens, layout.data)
     fp8 = policy.fp8 is not None
@@ -109,15 +154,18 @@ def scoring_seconds(shape: ModelShape, layout: Layout, policy: PolicyConfig, har
             seconds = pass_seconds(shape, layout, policy, hardware, row * share, passes, train=False, fp8=fp8)
             found["old-policy scoring"] = found.get("old-policy scoring", 0.0) + seconds
     if work.reference:
-        found["reference scoring"] = pass_seconds(shape, layout, policy, hardware, alone, rows * work.updates, train=False, fp8=False)
+        found["reference scoring"] = pass_seconds(
+            shape, layout, policy, hardware, alone, rows * work.updates, train=False, fp8=False
+        )
     return found
 
 
 def rollout_seconds(shape: ModelShape, hardware: Hardware, server: ServerPlan, work: StepWork) -> float:
-    """Decoding until the longest response is done, prefill included; episodes that don't fit together wait for their turn.
+    """Decoding until the longest response is done, prefill included; episodes that don't fit together wait for their
+    turn.
 
-    A decoding step reads the weights once and every sequence's cache, and costs a fixed overhead; on a machine without much compute per byte
-    the matrix products take longer than the reading, and the larger of the two counts.
+    A decoding step reads the weights once and every sequence's cache, and costs a fixed overhead; on a machine without
+    much compute per byte the matrix products take longer than the reading, and the larger of the two counts.
     """
     lengths = work.lengths
     episodes = work.episodes / server.servers
@@ -133,7 +181,10 @@ def rollout_seconds(shape: ModelShape, hardware: Hardware, server: ServerPlan, w
     token_operations = 2.0 * (shape.active_layer_parameters + shape.vocab * shape.hidden) / server.gpus
 
     def step(sequences: float) -> float:
-        return max((weights + cache * context * sequences) / bandwidth, token_operations * sequences / rate) + hardware.decode_overhead
+        return (
+            max((weights + cache * context * sequences) / bandwidth, token_operations * sequences / rate)
+            + hardware.decode_overhead
+        )
 
     # full batches while there is work, then a tail in which fewer and fewer are left until the longest ends
     written = lengths.written
@@ -151,7 +202,9 @@ def export_bytes(shape: ModelShape, width: int) -> float:
 
 
 def refit_seconds(shape: ModelShape, layout: Layout, hardware: Hardware, server: ServerPlan) -> dict[str, float]:
-    """Refit by export: gathered over TP and PP and written by all nodes, verified by one, read by each server's node."""
+    """Refit by export: gathered over TP and PP and written by all nodes, verified by one, read by each server's
+    node.
+    """
     nodes = max(1, -(-layout.world // hardware.gpus_per_node))
     size = export_bytes(shape, server.width)
     gather = size / hardware.network_bandwidth if layout.tensor * layout.pipeline > 1 else 0.0

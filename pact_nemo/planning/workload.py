@@ -1,6 +1,7 @@
 """What one step computes: token trees of given lengths as packed rows, in the numbers that memory and time depend on.
 
-The tree of a prompt is ``x -> {tau_1..tau_K, h* b -> tau_1..tau_K}`` (see ``policy/trees.py``); an anchored prompt has the first half only.
+The tree of a prompt is ``x -> {tau_1..tau_K, h* b -> tau_1..tau_K}`` (see ``policy/trees.py``); an anchored prompt has
+the first half only.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def causal_pairs(queries: float, keys: float) -> float:
     return queries * (keys - queries) + queries * (queries + 1) / 2
 
 
-def tree(lengths: Lengths, group: int, *, prompt_only: bool, conditioned: bool, trace_rl: bool = True, shared: bool = True) -> Row:
+def tree(
+    lengths: Lengths, group: int, *, prompt_only: bool, conditioned: bool, trace_rl: bool = True, shared: bool = True
+) -> Row:
     """One prompt's tree.
 
     Args:
@@ -76,7 +79,9 @@ def tree(lengths: Lengths, group: int, *, prompt_only: bool, conditioned: bool, 
         shared: False = every root-to-leaf sequence computed on its own (``policy.share_prefix=false``).
     """
     prompt, response = float(lengths.prompt), float(lengths.response)
-    branches: list[tuple[float, float, float, int]] = []  # tokens of the ancestors, own tokens, own scored tokens, how many
+    branches: list[
+        tuple[float, float, float, int]
+    ] = []  # tokens of the ancestors, own tokens, own scored tokens, how many
     if prompt_only:
         branches.append((prompt, response, lengths.written, group))
     if conditioned and lengths.trace:
@@ -88,15 +93,21 @@ def tree(lengths: Lengths, group: int, *, prompt_only: bool, conditioned: bool, 
         ends = [branch for branch in branches if branch[1] == response] or branches
         total = Row()
         for index, (before, own, scored, count) in enumerate(ends):
-            extra = lengths.trace / count if index == len(ends) - 1 and conditioned and len(branches) > len(ends) else 0.0
+            extra = (
+                lengths.trace / count if index == len(ends) - 1 and conditioned and len(branches) > len(ends) else 0.0
+            )
             total += Row(before + own, scored + extra, causal_pairs(before + own, before + own)) * count
         return total
-    if len(branches) == 1 and branches[0][3] == 1:  # an only child continues its parent's run: one kernel call, one piece
+    if (
+        len(branches) == 1 and branches[0][3] == 1
+    ):  # an only child continues its parent's run: one kernel call, one piece
         before, own, scored, _ = branches[0]
         return Row(before + own, scored, causal_pairs(before + own, before + own))
     total = Row(prompt, 0.0, causal_pairs(prompt, prompt))
     for before, own, scored, count in branches:
-        total += Row(own, scored, causal_pairs(own, before + own), before + own) * count + Row(masks=own * (before + own))
+        total += Row(own, scored, causal_pairs(own, before + own), before + own) * count + Row(
+            masks=own * (before + own)
+        )
     return total
 
 
@@ -110,8 +121,10 @@ class StepWork:
         updates: optimizer updates.
         conditioned: share of the prompts that are trained under their trace, 1 - q.
         trace_rl: trace-conditioned surrogate on.
-        score_old: share of the prompts that pi_old is scored for in every context of the tree (those of all updates but the first, on-policy one).
-        score_prompt_only: share that only pi_old(tau | x) is scored for (the first update, with the sampler correction on).
+        score_old: share of the prompts that pi_old is scored for in every context of the tree (those of all updates but
+            the first, on-policy one).
+        score_prompt_only: share that only pi_old(tau | x) is scored for (the first update, with the sampler correction
+            on).
         reference: a forward under the reference weights, prompt-only (KL on).
         both_contexts: conditioned prompts' rollouts are computed under x, too (KL, sampler correction or diagnostics).
     """
@@ -138,9 +151,18 @@ class StepWork:
 
     @property
     def full_tree(self) -> Row:
-        """Of a prompt that is not anchored; the prompt-only half is in it too, for the KL term and the diagnostics, unless it is left out."""
+        """Of a prompt that is not anchored; the prompt-only half is in it too, for the KL term and the diagnostics,
+        unless it is left out.
+        """
         prompt_only = self.both_contexts or not self.trace_rl
-        return tree(self.lengths, self.group, prompt_only=prompt_only, conditioned=True, trace_rl=self.trace_rl, shared=self.shared)
+        return tree(
+            self.lengths,
+            self.group,
+            prompt_only=prompt_only,
+            conditioned=True,
+            trace_rl=self.trace_rl,
+            shared=self.shared,
+        )
 
     @property
     def mean_tree(self) -> Row:
@@ -148,13 +170,19 @@ class StepWork:
 
     @property
     def longest(self) -> float:
-        """Tokens of the longest root-to-leaf sequence, which no budget can cut: [x; h*; tau] with the longest tau that is expected."""
+        """Tokens of the longest root-to-leaf sequence, which no budget can cut: [x; h*; tau] with the longest tau that
+        is expected.
+        """
         response = max(self.lengths.response, self.lengths.longest)
-        return self.lengths.prompt + response + (self.lengths.trace + self.lengths.boundary if self.conditioned > 0 and self.lengths.trace else 0)
+        return (
+            self.lengths.prompt
+            + response
+            + (self.lengths.trace + self.lengths.boundary if self.conditioned > 0 and self.lengths.trace else 0)
+        )
 
     def micro_batch(self, budget: int, data: int = 1) -> Row:
-        """The largest row on one of ``data`` ranks: whole trees, or pieces of one, up to the token budget or all that there is of an update; or
-        one sequence that is longer than the budget."""
+        """The largest row on one of ``data`` ranks: whole trees, or pieces of one, up to the token budget or all that
+        there is of an update; or one sequence that is longer than the budget."""
         largest = self.full_tree if self.conditioned > 0 else self.anchored_tree
         there = max(largest.tokens, self.mean_tree.tokens * self.prompts / self.updates / data)
         return largest * (max(min(float(budget), there), self.longest) / largest.tokens)

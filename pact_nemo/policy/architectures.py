@@ -32,7 +32,11 @@ Check = Callable[[Any], str | None]  # of a resolved value: what is wrong with i
 
 def _whole(value: Any) -> str | None:
     """A size or a count."""
-    return None if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else "a whole number of at least 1 is needed"
+    return (
+        None
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        else "a whole number of at least 1 is needed"
+    )
 
 
 def _flag(value: Any) -> str | None:
@@ -181,7 +185,13 @@ FAMILIES = {
         ),
         Family("MistralForCausalLM", "mistral", "MistralConfig", _COMMON | {"sliding_window": computed(_window)}),
         Family("Qwen2ForCausalLM", "qwen2", "Qwen2Config", _COMMON | _LAYER_WINDOWS),
-        Family("Qwen3ForCausalLM", "qwen3", "Qwen3Config", _COMMON | _LAYER_WINDOWS | {"attention_bias": computed(_flag)}, qk_norm=True),
+        Family(
+            "Qwen3ForCausalLM",
+            "qwen3",
+            "Qwen3Config",
+            _COMMON | _LAYER_WINDOWS | {"attention_bias": computed(_flag)},
+            qk_norm=True,
+        ),
         Family("Qwen3MoeForCausalLM", "qwen3_moe", "Qwen3MoeConfig", _COMMON | _EXPERTS, qk_norm=True),
     )
 }
@@ -190,11 +200,16 @@ MODEL_TYPES = {family.model_type: family for family in FAMILIES.values()}
 #: keys outside of a configuration class that change no log-probability, whatever they say
 _HARMLESS_KEYS = frozenset(
     """
-    model_type torch_dtype _name_or_path name_or_path _commit_hash num_labels output_attentions tokenizer_class prefix sep_token_id cls_token_id
-    mask_token_id unk_token_id decoder_start_token_id task_specific_params finetuning_task torchscript use_bfloat16 tf_legacy_loss
-    _attn_implementation attn_implementation _attn_implementation_autoset _attn_implementation_internal _experts_implementation
-    experts_implementation _experts_implementation_internal use_flash_attn _flash_attn_2_enabled gradient_checkpointing is_decoder max_sequence_length
-    model_max_length tie_last_hidden_states unsloth_version unsloth_fixed is_llama_config transformers.js_config keys_to_ignore_at_inference
+    model_type torch_dtype _name_or_path name_or_path _commit_hash num_labels output_attentions tokenizer_class
+    prefix sep_token_id cls_token_id
+    mask_token_id unk_token_id decoder_start_token_id task_specific_params finetuning_task torchscript use_bfloat16
+    tf_legacy_loss
+    _attn_implementation attn_implementation _attn_implementation_autoset _attn_implementation_internal
+    _experts_implementation
+    experts_implementation _experts_implementation_internal use_flash_attn _flash_attn_2_enabled
+    gradient_checkpointing is_decoder max_sequence_length
+    model_max_length tie_last_hidden_states unsloth_version unsloth_fixed is_llama_config transformers.js_config
+    keys_to_ignore_at_inference
     router_jitter_noise_eval license language tags base_model model_name generation_config
     rope_theta rope_scaling max_window_layers quantization_config
     """.split()
@@ -238,7 +253,12 @@ _NEUTRAL_KEYS: dict[str, tuple[Any, ...]] = {
 
 def _neutral_values(family: Family, key: str) -> tuple[Any, ...]:
     """What a key outside of the family's class may say; some depend on what the family computes without being told."""
-    own = {"qkv_bias": family.model_type == "qwen2", "use_qk_norm": family.qk_norm, "qk_norm": family.qk_norm, "qk_layernorm": family.qk_norm}
+    own = {
+        "qkv_bias": family.model_type == "qwen2",
+        "use_qk_norm": family.qk_norm,
+        "qk_norm": family.qk_norm,
+        "qk_layernorm": family.qk_norm,
+    }
     return (own[key],) if key in own else _NEUTRAL_KEYS.get(key, ())
 
 
@@ -313,7 +333,9 @@ def check_architecture(source: Mapping[str, Any] | str | Path, *, attention: str
 
 
 def resolve_sizes(config: Mapping[str, Any]) -> Architecture:
-    """Like :func:`check_architecture`, of a configuration that may lack ``architectures``: sizes of a model that is planned, not loaded."""
+    """Like :func:`check_architecture`, of a configuration that may lack ``architectures``: sizes of a model that is
+    planned, not loaded.
+    """
     family = MODEL_TYPES.get(str(config.get("model_type")))
     if family is None:
         raise _unsupported("config.json", "model_type", config.get("model_type"))
@@ -333,7 +355,9 @@ def _read(source: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
             raise ValueError("it begins with a byte-order mark; save it without one")
         raw = strict_json.loads(text)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable Hugging Face decoder config ({type(error).__name__}: {error})") from error
+        raise ConfigError(
+            f"{path}: not a readable Hugging Face decoder config ({type(error).__name__}: {error})"
+        ) from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: not a readable Hugging Face decoder config (a JSON object is needed)")
     return raw, str(path)
@@ -341,7 +365,10 @@ def _read(source: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
 
 def _unsupported(where: str, key: str, value: Any) -> ConfigError:
     known = ", ".join(f"{family.architecture} ({family.model_type})" for family in FAMILIES.values())
-    return ConfigError(f"{where}: {key}={_show(value)}: the policy does not compute this architecture; supported are {known}; use one of them")
+    return ConfigError(
+        f"{where}: {key}={_show(value)}: the policy does not compute this architecture; supported are {known}; use one"
+        " of them"
+    )
 
 
 def _family_of(raw: dict[str, Any], where: str) -> Family:
@@ -350,7 +377,10 @@ def _family_of(raw: dict[str, Any], where: str) -> Family:
         raise _unsupported(where, "architectures", names)
     family = FAMILIES[names[0]]
     if raw.get("model_type") != family.model_type:
-        raise ConfigError(f"{where}: model_type={_show(raw.get('model_type'))}: {family.architecture} has {family.model_type!r}; {REMEDY}")
+        raise ConfigError(
+            f"{where}: model_type={_show(raw.get('model_type'))}: {family.architecture} has {family.model_type!r};"
+            f" {REMEDY}"
+        )
     return family
 
 
@@ -362,18 +392,23 @@ def _resolve(family: Family, raw: dict[str, Any], where: str) -> Any:
             f"if it computes what {family.architecture} computes, remove auto_map, else use another model"
         )
     if "num_local_experts" in raw and raw.get("num_experts", raw["num_local_experts"]) != raw["num_local_experts"]:
-        raise ConfigError(f"{where}: num_experts={_show(raw['num_experts'])} contradicts num_local_experts={_show(raw['num_local_experts'])}")
+        raise ConfigError(
+            f"{where}: num_experts={_show(raw['num_experts'])} contradicts"
+            f" num_local_experts={_show(raw['num_local_experts'])}"
+        )
     declared = set(family.settings) | set(getattr(family.config_class, "attribute_map", {}).values())
     harmless = _HARMLESS_KEYS | _generation_keys()
     for key, value in raw.items():
         if key in declared or key in harmless or value is None or _among(value, _neutral_values(family, key)):
             continue
         raise ConfigError(
-            f"{where}: {key}={_show(value)}: {family.config_name} has no such setting, and it may change what the model computes; "
-            f"if {family.architecture} computes the model without it, remove the key, else use another model"
+            f"{where}: {key}={_show(value)}: {family.config_name} has no such setting, and it may change what the model"
+            f" computes; if {family.architecture} computes the model without it, remove the key, else use another model"
         )
     # a copy, because transformers completes rope parameters in place
-    values = {key: copy.deepcopy(value) for key, value in raw.items() if key not in ("model_type", "quantization_config")}
+    values = {
+        key: copy.deepcopy(value) for key, value in raw.items() if key not in ("model_type", "quantization_config")
+    }
     for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"):
         if key in values and (problem := _whole(values[key])):
             raise _refusal(where, key, values[key], problem)
@@ -387,16 +422,22 @@ def _resolve(family: Family, raw: dict[str, Any], where: str) -> Any:
         text = " ".join(str(error).split())
         said = _named_by(text, values)
         named = "" if said is None else f"{said}={_show(values[said])}: "
-        raise ConfigError(f"{where}: {named}transformers refuses this {family.config_name}: {text}; {REMEDY}") from error
+        raise ConfigError(
+            f"{where}: {named}transformers refuses this {family.config_name}: {text}; {REMEDY}"
+        ) from error
 
 
 def _named_by(text: str, values: Mapping[str, Any]) -> str | None:
-    """The key that an error of transformers is about: its name stands there, that of its other spelling, or its value."""
+    """The key that an error of transformers is about: its name stands there, that of its other spelling, or its
+    value.
+    """
     longest = sorted(values, key=len, reverse=True)
     if "rope_parameters" in text and values.get("rope_scaling"):
         return "rope_scaling"
     said = next((name for name in longest if name in text), None)
-    return said or next((name for name in longest if isinstance(values[name], str) and values[name] and values[name] in text), None)
+    return said or next(
+        (name for name in longest if isinstance(values[name], str) and values[name] and values[name] in text), None
+    )
 
 
 def _describe(family: Family, raw: dict[str, Any], config: Any, where: str, attention: str) -> Architecture:
@@ -405,7 +446,9 @@ def _describe(family: Family, raw: dict[str, Any], config: Any, where: str, atte
     everywhere = _layers(range(layers)) if isinstance(layers, int) else "all layers"
     for key, setting in family.settings.items():
         value = _value(config, key)
-        if key == "head_dim" and value is None and "head_dim" not in raw:  # Qwen2 and Qwen3-MoE don't declare it, and read it if it is there
+        if (
+            key == "head_dim" and value is None and "head_dim" not in raw
+        ):  # Qwen2 and Qwen3-MoE don't declare it, and read it if it is there
             value = config.hidden_size // config.num_attention_heads
         if problem := setting.problem(value):
             concerned = everywhere
@@ -417,7 +460,9 @@ def _describe(family: Family, raw: dict[str, Any], config: Any, where: str, atte
     heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     if heads % kv_heads:
-        raise _refusal(where, "num_key_value_heads", kv_heads, f"({everywhere}) num_attention_heads={heads} is no multiple of it")
+        raise _refusal(
+            where, "num_key_value_heads", kv_heads, f"({everywhere}) num_attention_heads={heads} is no multiple of it"
+        )
     if head_dim < 2 or head_dim % 2:
         found = "" if "head_dim" in raw else f"it is hidden_size={hidden} over num_attention_heads={heads}; "
         raise _refusal(where, "head_dim", head_dim, f"({everywhere}) {found}rotary embeddings need an even number")
@@ -425,13 +470,21 @@ def _describe(family: Family, raw: dict[str, Any], config: Any, where: str, atte
     per_token = config.num_experts_per_tok if experts else 0
     if per_token > experts:
         raise _refusal(where, "num_experts_per_tok", per_token, f"({everywhere}) there are num_experts={experts}")
-    if per_token == 1 and config.norm_topk_prob:  # megatron has no such router: its weights are all 1, and it learns nothing
-        raise _refusal(where, "num_experts_per_tok", 1, f"({everywhere}) with norm_topk_prob=true a single expert's weight is always 1")
+    if (
+        per_token == 1 and config.norm_topk_prob
+    ):  # megatron has no such router: its weights are all 1, and it learns nothing
+        raise _refusal(
+            where,
+            "num_experts_per_tok",
+            1,
+            f"({everywhere}) with norm_topk_prob=true a single expert's weight is always 1",
+        )
     windows = _windows(family, config, where)
     if attention == "te" and any(windows):
         raise ConfigError(
-            f"{where}: sliding_window={_show(config.sliding_window)} ({_layers([i for i, window in enumerate(windows) if window])}): "
-            "Transformer Engine's attention is not given windows here; set policy.attention=tree_sdpa"
+            f"{where}: sliding_window={_show(config.sliding_window)}"
+            f" ({_layers([i for i, window in enumerate(windows) if window])}): Transformer Engine's attention is not"
+            " given windows here; set policy.attention=tree_sdpa"
         )
     bias = bool(getattr(config, "attention_bias", False)) if "attention_bias" in family.settings else False
     return Architecture(
@@ -473,7 +526,12 @@ def _windows(family: Family, config: Any, where: str) -> tuple[int | None, ...]:
         raise _refusal(where, "layer_types", types, f"({_layers(strange)}) only {FULL} and {SLIDING} are computed")
     sliding = [index for index, kind in enumerate(types) if kind == SLIDING]
     if sliding and window is None:
-        raise _refusal(where, "layer_types", types, f"({_layers(sliding)}) {SLIDING} needs use_sliding_window=true and a sliding_window")
+        raise _refusal(
+            where,
+            "layer_types",
+            types,
+            f"({_layers(sliding)}) {SLIDING} needs use_sliding_window=true and a sliding_window",
+        )
     return tuple(window if kind == SLIDING else None for kind in types)
 
 
@@ -485,7 +543,12 @@ def _check_rope(raw: dict[str, Any], parameters: Any, where: str, layers: str) -
     kind = parameters.get("rope_type", "default")
     if kind not in _ROPE_KEYS:
         supported = ", ".join(_ROPE_KEYS)
-        raise _refusal(where, key, parameters, f"({layers}) rope_type (RoPE scaling) {_show(kind)} is not supported; supported are {supported}")
+        raise _refusal(
+            where,
+            key,
+            parameters,
+            f"({layers}) rope_type (RoPE scaling) {_show(kind)} is not supported; supported are {supported}",
+        )
     strange = sorted(set(parameters) - _ROPE_COMMON - _ROPE_KEYS[kind])
     if strange:
         raise _refusal(where, key, parameters, f"({layers}) {', '.join(strange)} of rope_type {kind!r} is not computed")
@@ -494,7 +557,9 @@ def _check_rope(raw: dict[str, Any], parameters: Any, where: str, layers: str) -
     for name in ("rope_theta", *sorted(_ROPE_KEYS[kind])):
         if problem := _positive(parameters.get(name)):
             raise _refusal(where, key, parameters, f"({layers}) {name}: {problem}")
-    return tuple(sorted((name, value) for name, value in parameters.items() if name not in ("type", "partial_rotary_factor")))
+    return tuple(
+        sorted((name, value) for name, value in parameters.items() if name not in ("type", "partial_rotary_factor"))
+    )
 
 
 def _refusal(where: str, key: str, value: Any, problem: str) -> ConfigError:
@@ -511,7 +576,7 @@ def _show(value: Any) -> str:
 
 
 def _layers(indices: Any) -> str:
-    """"layer 0" or "layers 1-3, 7", numbered as in Hugging Face names."""
+    """ "layer 0" or "layers 1-3, 7", numbered as in Hugging Face names."""
     runs: list[list[Any]] = []
     for index in indices:
         if runs and isinstance(index, int) and runs[-1][1] == index - 1:

@@ -1,13 +1,15 @@
 """Attention over packed token trees with torch's scaled-dot-product kernels.
 
-A packed row is cut into kernel calls, one per run (a run is a stretch of tokens with one parent, see ``packing.Run``): queries = the run,
-keys = its ancestors, then the run itself, under a causal mask aligned to the lower right corner. So no work is spent on pairs that
-don't see each other and, with kernels that know that mask, none is stored: length is no limit. (One call with a dense tree mask costs
-about twice as much on the CPU for 8 rollouts of 40 tokens in two contexts.)
-The result is the attention that each root-to-leaf sequence would have on its own, in another order of additions.
+A packed row is cut into kernel calls, one per run (a run is a stretch of tokens with one parent, see ``packing.Run``):
+queries = the run, keys = its ancestors, then the run itself, under a causal mask aligned to the lower right corner. So
+no work is spent on pairs that don't see each other and, with kernels that know that mask, none is stored: length is no
+limit. (One call with a dense tree mask costs about twice as much on the CPU for 8 rollouts of 40 tokens in two
+contexts.) The result is the attention that each root-to-leaf sequence would have on its own, in another order of
+additions.
 
-Layers with a sliding window have a plan of their own: positions are depths in the tree, so a window is a stretch of the path from the root.
-Runs are cut into blocks, whose keys are the block and the window before it: work and masks grow with the window, not with the length.
+Layers with a sliding window have a plan of their own: positions are depths in the tree, so a window is a stretch of the
+path from the root. Runs are cut into blocks, whose keys are the block and the window before it: work and masks grow
+with the window, not with the length.
 
 Shapes: T row tokens, Q query tokens of a call, K key tokens of a call, n heads, g key/value groups, d head size.
 """
@@ -43,7 +45,8 @@ class AttentionCall:
     Attributes:
         pieces: indices of the key pieces it sees, in row order (see :class:`AttentionPlan`).
         window: keys that each query sees at most, the query's own included; None = more than there are.
-        mask: [Q, K] additive mask in the compute dtype; None = as ``window`` says, causal, aligned to the lower right corner.
+        mask: [Q, K] additive mask in the compute dtype; None = as ``window`` says, causal, aligned to the lower right
+            corner.
     """
 
     pieces: list[int]
@@ -90,8 +93,10 @@ class TreeBatch(PackedSeqParams):
         target_ids: [S_local] int64 scored tokens.
         temperature: divisor of the logits: one number, or float32 [S_local], one for each scored token.
         wants_entropy: the last stage computes the entropy of each distribution, too.
-        entropy: [S_local] float32 entropies in nats with gradient, written by the forward pass of the last stage; None = not wanted.
-        rotation: cosines and sines [T_local, 1, 1, d / 2] of the rotary embedding; None = queries and keys come rotated.
+        entropy: [S_local] float32 entropies in nats with gradient, written by the forward pass of the last stage; None
+            = not wanted.
+        rotation: cosines and sines [T_local, 1, 1, d / 2] of the rotary embedding; None = queries and keys come
+            rotated.
     """
 
     position_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -106,22 +111,32 @@ class TreeBatch(PackedSeqParams):
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-def lower_right_mask(queries: int, keys: int, dtype: torch.dtype, *, window: int | None = None, device: Any = None) -> torch.Tensor:
+def lower_right_mask(
+    queries: int, keys: int, dtype: torch.dtype, *, window: int | None = None, device: Any = None
+) -> torch.Tensor:
     """[Q, K] additive causal mask in which the last query sees all keys, or the last ``window`` of them."""
     mask = torch.full((queries, keys), float("-inf"), dtype=dtype, device=device)
     if window is None:
         return mask.triu_(keys - queries + 1)
-    seen = torch.ones((queries, keys), dtype=torch.bool, device=device).tril_(keys - queries).triu_(keys - queries - window + 1)
+    seen = (
+        torch.ones((queries, keys), dtype=torch.bool, device=device)
+        .tril_(keys - queries)
+        .triu_(keys - queries - window + 1)
+    )
     return mask.masked_fill_(seen, 0.0)
 
 
-def plan_attention(runs: list[Run], positions: torch.Tensor | None = None, *, window: int | None = None) -> AttentionPlan:
+def plan_attention(
+    runs: list[Run], positions: torch.Tensor | None = None, *, window: int | None = None
+) -> AttentionPlan:
     """Cut a packed row into kernel calls.
 
     Args:
         runs: the row's runs in row order, covering it without gaps.
-        positions: [T_local] row positions of this context-parallel rank's queries in local order; None = all of them in row order.
-        window: positions that a token sees, its own included (a key at depth k is seen from depth q if ``q - k < window``); None = all.
+        positions: [T_local] row positions of this context-parallel rank's queries in local order; None = all of them in
+            row order.
+        window: positions that a token sees, its own included (a key at depth k is seen from depth q if
+            ``q - k < window``); None = all.
 
     Returns:
         the plan, without stored masks.
@@ -132,10 +147,22 @@ def plan_attention(runs: list[Run], positions: torch.Tensor | None = None, *, wi
         stretches = _stretches(runs, positions.tolist())
     if window is not None:
         stretches = [
-            (index, begin, min(begin + WINDOW_BLOCK, stop)) for index, start, stop in stretches for begin in range(start, stop, WINDOW_BLOCK)
+            (index, begin, min(begin + WINDOW_BLOCK, stop))
+            for index, start, stop in stretches
+            for begin in range(start, stop, WINDOW_BLOCK)
         ]
-    paths = [_path(runs, index, stop, None if window is None else stop - start + window - 1) for index, start, stop in stretches]
-    cuts = sorted({0, *(run.stop for run in runs), *(stop for _, _, stop in stretches), *(begin for path in paths for begin, _ in path)})
+    paths = [
+        _path(runs, index, stop, None if window is None else stop - start + window - 1)
+        for index, start, stop in stretches
+    ]
+    cuts = sorted(
+        {
+            0,
+            *(run.stop for run in runs),
+            *(stop for _, _, stop in stretches),
+            *(begin for path in paths for begin, _ in path),
+        }
+    )
     number = {cut: index for index, cut in enumerate(cuts)}
     calls = []
     for path in paths:
@@ -150,7 +177,9 @@ def plan_attention(runs: list[Run], positions: torch.Tensor | None = None, *, wi
 
 
 def _path(runs: list[Run], index: int, stop: int, limit: int | None) -> list[tuple[int, int]]:
-    """Row positions (begin, end) from the root to ``stop`` in run ``index``, in row order; the last ``limit`` of them."""
+    """Row positions (begin, end) from the root to ``stop`` in run ``index``, in row order; the last ``limit`` of
+    them.
+    """
     path: list[tuple[int, int]] = []
     while index >= 0 and (limit is None or limit > 0):
         start = runs[index].start if limit is None else max(runs[index].start, stop - limit)
@@ -178,7 +207,15 @@ def _stretches(runs: list[Run], positions: list[int]) -> list[tuple[int, int, in
 class TreeCoreAttention(torch.nn.Module):
     """Core attention of the layer spec for packed trees; the plan comes with the micro-batch's :class:`TreeBatch`."""
 
-    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, softmax_scale: float | None = None, **_: Any):
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ):
         super().__init__()
         self.scale = softmax_scale
         self.windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
@@ -216,17 +253,23 @@ class TreeCoreAttention(torch.nn.Module):
             elif mask is None and q.shape[2] != k.shape[2]:
                 mask = causal_lower_right(q.shape[2], k.shape[2])
             outputs.append(
-                F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=gqa)
+                F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=gqa
+                )
             )
         # kernels return [1, n, Q, d] laid out as [1, Q, n, d]: join along tokens without changing that
         joined = torch.cat([output.permute(2, 0, 1, 3) for output in outputs])
         return joined.reshape(joined.shape[0], 1, -1)
 
     def _gather(self, key: torch.Tensor, value: torch.Tensor, batch: TreeBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the whole row in row order, from all context-parallel ranks; backward sums their gradients."""
+        """Keys and values of the whole row in row order, from all context-parallel ranks; backward sums their
+        gradients.
+        """
         assert batch.key_order is not None
         both = gather_from_sequence_parallel_region(
-            torch.cat([key, value], dim=-1), tensor_parallel_output_grad=True, group=parallel_state.get_context_parallel_group()
+            torch.cat([key, value], dim=-1),
+            tensor_parallel_output_grad=True,
+            group=parallel_state.get_context_parallel_group(),
         )
         key, value = both.index_select(0, batch.key_order).split([key.shape[-1], value.shape[-1]], dim=-1)
         return key, value

@@ -1,12 +1,13 @@
 """Weights between Hugging Face folders and the policy's model chunks, through Megatron-Bridge and what it lacks (0.3).
 
-The bridge reads weights from a folder that was checked (:mod:`pact_nemo.policy.model_folder`), and afterwards every parameter of every rank is known
-to have been filled: the bridge itself passes over what it can't find, and leaves uninitialised memory.
+The bridge reads weights from a folder that was checked (:mod:`pact_nemo.policy.model_folder`), and afterwards every
+parameter of every rank is known to have been filled: the bridge itself passes over what it can't find, and leaves
+uninitialised memory.
 
 It lacks, and gets here: norm names of layer specs without Transformer Engine in the Qwen mappings; names of biases;
 a model's settings from its architecture alone (its own readers differ from version to version); vocabularies that don't
-divide by the tensor-parallel size; tied embeddings under virtual pipeline stages; expert parallelism over experts that are
-separate modules (it loads every rank's experts from the first rank's, silently).
+divide by the tensor-parallel size; tied embeddings under virtual pipeline stages; expert parallelism over experts that
+are separate modules (it loads every rank's experts from the first rank's, silently).
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def load_bridge(hf_path: str | Path) -> AutoBridge:
     """Megatron-Bridge for a local Hugging Face folder, with our additions to its name mappings.
 
     Raises:
-        ConfigError: the folder is absent or the policy does not compute its architecture or one of its settings; on all ranks.
+        ConfigError: the folder is absent or the policy does not compute its architecture or one of its settings; on all
+            ranks.
         CheckpointError: its tensors are not those of the model; on all ranks.
     """
     folder, problem = None, None
@@ -105,9 +107,12 @@ def build_provider(architecture: Architecture) -> GPTModelProvider:
         position_embedding_type="rope",  # the frequencies themselves are model.rotary_frequencies
         share_embeddings_and_output_weights=architecture.tied,
         add_qkv_bias=architecture.qkv_bias,
-        add_bias_linear=False,  # one flag for all other matrices in megatron; model.layer_spec adds those that are there
+        # one flag for all other matrices in megatron; model.layer_spec adds those that are there
+        add_bias_linear=False,
     )
-    if architecture.window is not None:  # read by our attention, in megatron's own words: tokens to the left and to the right
+    if (
+        architecture.window is not None
+    ):  # read by our attention, in megatron's own words: tokens to the left and to the right
         settings["window_size"] = (architecture.window - 1, 0)
         settings["window_attn_skip_freq"] = [int(window is not None) for window in architecture.windows]
     if architecture.experts:
@@ -129,8 +134,8 @@ def folder_of(bridge: AutoBridge) -> ModelFolder:
 
 
 class FolderState(Mapping[str, torch.Tensor]):
-    """A checked folder as the bridge reads it. A weight that can't be read, or is not finite, is remembered as ``fault`` and the load goes on:
-    other ranks wait for its collectives."""
+    """A checked folder as the bridge reads it. A weight that can't be read, or is not finite, is remembered as
+    ``fault`` and the load goes on: other ranks wait for its collectives."""
 
     def __init__(self, folder: ModelFolder):
         self.folder, self.source = folder, self
@@ -167,7 +172,8 @@ def load_weights(bridge: AutoBridge, chunks: list[Any]) -> None:
     """Fill the chunks' parameters from the bridge's folder, in their dtype; collective.
 
     Raises:
-        CheckpointError: on all ranks: a weight of the folder can't be read, is not finite or has no parameter, or a parameter got no weight.
+        CheckpointError: on all ranks: a weight of the folder can't be read, is not finite or has no parameter, or a
+            parameter got no weight.
     """
     state: FolderState = bridge.hf_pretrained.state
     raise_together(_unplaced(bridge, chunks, state.folder))
@@ -179,22 +185,35 @@ def load_weights(bridge: AutoBridge, chunks: list[Any]) -> None:
             bridge.load_hf_weights(chunks)
     finally:
         state.close()
-    unfilled = (name for chunk in chunks for name, param in chunk.named_parameters() if not bool(torch.isfinite(param).all()))
+    unfilled = (
+        name for chunk in chunks for name, param in chunk.named_parameters() if not bool(torch.isfinite(param).all())
+    )
     name = next(unfilled, None) if state.fault is None else None
-    raise_together(state.fault or (CheckpointError(f"{state.folder.path}: no weight of it went into the parameter {name}") if name else None))
+    raise_together(
+        state.fault
+        or (CheckpointError(f"{state.folder.path}: no weight of it went into the parameter {name}") if name else None)
+    )
 
 
 def _unplaced(bridge: AutoBridge, chunks: list[Any], folder: ModelFolder) -> CheckpointError | None:
-    """What is wrong where the bridge's mappings and the folder's weights are not the same; experts count as one, a rank knows its own only."""
+    """What is wrong where the bridge's mappings and the folder's weights are not the same; experts count as one, a rank
+    knows its own only.
+    """
     placed: set[str] = set()
     for task in bridge.get_conversion_tasks(chunks):
         if task is not None:
             source = task.mapping.hf_param
-            placed |= {_EXPERT_NUMBER.sub(".experts.*.", name) for name in ([source] if isinstance(source, str) else source.values())}
+            placed |= {
+                _EXPERT_NUMBER.sub(".experts.*.", name)
+                for name in ([source] if isinstance(source, str) else source.values())
+            }
     left = next((name for name in folder.entries if _EXPERT_NUMBER.sub(".experts.*.", name) not in placed), None)
     if left is None:
         return None
-    return CheckpointError(f"{folder.path / folder.entries[left].file}: {left} would not be loaded: the policy's model has no parameter for it")
+    return CheckpointError(
+        f"{folder.path / folder.entries[left].file}: {left} would not be loaded: the policy's model has no parameter"
+        " for it"
+    )
 
 
 @contextlib.contextmanager
@@ -213,7 +232,9 @@ def quiet() -> Iterator[None]:
 
 
 class PaddedVocabMapping(ColumnParallelMapping):
-    """Embedding or output matrix whose rows are padded with zeros to a multiple of the tensor-parallel size (the bridge refuses those)."""
+    """Embedding or output matrix whose rows are padded with zeros to a multiple of the tensor-parallel size (the bridge
+    refuses those).
+    """
 
     def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module) -> torch.Tensor:
         if hf_weights is not None:
@@ -222,7 +243,9 @@ class PaddedVocabMapping(ColumnParallelMapping):
 
 
 def _extend_mappings(cls: Any) -> None:
-    """Add to a bridge class, once, what it lacks: padded vocabularies, names of biases and of norms without Transformer Engine."""
+    """Add to a bridge class, once, what it lacks: padded vocabularies, names of biases and of norms without Transformer
+    Engine.
+    """
     if getattr(cls, "_extended_by_pact", False):
         return
     original = cls.mapping_registry
@@ -231,15 +254,26 @@ def _extend_mappings(cls: Any) -> None:
         mappings = original(self).mappings
         known = {mapping.megatron_param for mapping in mappings}
         mappings = [
-            PaddedVocabMapping(mapping.megatron_param, mapping.hf_param) if mapping.megatron_param in VOCAB_PARAMETERS else mapping
+            (
+                PaddedVocabMapping(mapping.megatron_param, mapping.hf_param)
+                if mapping.megatron_param in VOCAB_PARAMETERS
+                else mapping
+            )
             for mapping in mappings
         ]
-        more = [AutoMapping(megatron_param=ours, hf_param=theirs) for ours, theirs in LOCAL_NORM_NAMES.items()] + _bias_mappings()
+        more = [
+            AutoMapping(megatron_param=ours, hf_param=theirs) for ours, theirs in LOCAL_NORM_NAMES.items()
+        ] + _bias_mappings()
         return MegatronMappingRegistry(*mappings, *(mapping for mapping in more if mapping.megatron_param not in known))
 
     def broadcast_shared_embeddings(self: Any, chunks: list[Any]) -> None:
-        """Copy tied embeddings from the first pipeline stage to the last (the bridge looks for them in the first chunk of each rank only)."""
-        if not chunks[0].share_embeddings_and_output_weights or parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        """Copy tied embeddings from the first pipeline stage to the last (the bridge looks for them in the first chunk
+        of each rank only).
+        """
+        if (
+            not chunks[0].share_embeddings_and_output_weights
+            or parallel_state.get_pipeline_model_parallel_world_size() == 1
+        ):
             return
         group = parallel_state.get_embedding_group(check_initialized=False)
         ranks = dist.get_process_group_ranks(group) if group is not None else []
@@ -262,18 +296,28 @@ def _bias_mappings() -> list[MegatronParamMapping]:
 
 
 def _extend_expert_names() -> None:
-    """Number the experts of ``local_experts`` (separate modules, without Transformer Engine) over the expert-parallel ranks."""
+    """Number the experts of ``local_experts`` (separate modules, without Transformer Engine) over the expert-parallel
+    ranks.
+    """
     if getattr(model_bridge, "_extended_by_pact", False):
         return
-    original_name, original_gather = model_bridge._megatron_local_name_to_global, MegatronParamMapping.gather_from_ep_ranks
+    original_name, original_gather = (
+        model_bridge._megatron_local_name_to_global,
+        MegatronParamMapping.gather_from_ep_ranks,
+    )
 
     def local_name_to_global(models: Any, config: Any, name: str, *args: Any, **kwargs: Any) -> str:
         local = LOCAL_EXPERT.search(name)
         name = original_name(models, config, name, *args, **kwargs)
         found = LOCAL_EXPERT.search(name)
-        if found is None or local is None or found[1] != local[1]:  # no separate expert, or numbered by the bridge itself (from 0.6 on)
+        if (
+            found is None or local is None or found[1] != local[1]
+        ):  # no separate expert, or numbered by the bridge itself (from 0.6 on)
             return name
-        size, rank = parallel_state.get_expert_model_parallel_world_size(), parallel_state.get_expert_model_parallel_rank()
+        size, rank = (
+            parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_rank(),
+        )
         first = rank * (config.num_moe_experts or 0) // size
         return LOCAL_EXPERT.sub(lambda match: f".local_experts.{int(match[1]) + first}.", name)
 
@@ -292,8 +336,8 @@ def _extend_expert_names() -> None:
 def _speed_up_export() -> None:
     """Split q, k and v by strides and clean the configuration once a model.
 
-    The bridge gathers their rows by index, which torch does element by element on the CPU, and copies the configuration anew for each layer: together
-    most of an export's time.
+    The bridge gathers their rows by index, which torch does element by element on the CPU, and copies the configuration
+    anew for each layer: together most of an export's time.
     """
     if getattr(param_mapping, "_extended_by_pact", False):
         return
@@ -318,13 +362,19 @@ def _speed_up_export() -> None:
 
 
 def export_weights(bridge: AutoBridge, chunks: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face names and full tensors, gathered over TP and PP one at a time; collective, every rank gets every tensor, on its own device.
-    They may share memory with the parameters."""
+    """Hugging Face names and full tensors, gathered over TP and PP one at a time; collective, every rank gets every
+    tensor, on its own device. They may share memory with the parameters."""
     vocab_size = chunks[0].true_vocab_size
     vocab_names = {
-        mapping.hf_param for mapping in bridge._model_bridge.mapping_registry().mappings if mapping.megatron_param in VOCAB_PARAMETERS
+        mapping.hf_param
+        for mapping in bridge._model_bridge.mapping_registry().mappings
+        if mapping.megatron_param in VOCAB_PARAMETERS
     } | {"lm_head.weight"}
-    if not hasattr(bridge, "_tasks_of_pact"):  # walks over all modules for each layer: a third of the time of an export of a small model
+    if not hasattr(
+        bridge, "_tasks_of_pact"
+    ):  # walks over all modules for each layer: a third of the time of an export of a small model
         bridge._tasks_of_pact = bridge.get_conversion_tasks(chunks)
-    for name, tensor in bridge.export_hf_weights(chunks, cpu=False, show_progress=False, conversion_tasks=bridge._tasks_of_pact):
+    for name, tensor in bridge.export_hf_weights(
+        chunks, cpu=False, show_progress=False, conversion_tasks=bridge._tasks_of_pact
+    ):
         yield name, tensor[:vocab_size] if name in vocab_names else tensor

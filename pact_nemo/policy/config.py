@@ -12,42 +12,51 @@ RECOMPUTE = ("none", "full", "selective")
 ATTENTION = ("auto", "tree_sdpa", "te")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
-#: first compute capability with the recipe's kernels: Ada and Hopper have per-tensor scales, Hopper block scales, Blackwell the MX formats
+#: first compute capability with the recipe's kernels: Ada and Hopper have per-tensor scales, Hopper block scales,
+#: Blackwell the MX formats
 FIRST_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 @dataclass
 class PolicyConfig:
-    """How the policy is laid out and computed. The result of a step doesn't depend on any field but ``precision`` and ``fp8``.
+    """How the policy is laid out and computed. The result of a step doesn't depend on any field but ``precision`` and
+    ``fp8``.
 
     Attributes:
         tensor_parallel: ranks that share each weight matrix (TP).
         pipeline_parallel: ranks that share the stack of layers (PP), 1F1B schedule.
         context_parallel: ranks that share each packed row of tokens (CP), zig-zag chunks.
-        expert_parallel: ranks that share the experts of a mixture-of-experts model (EP), out of all ranks of a pipeline stage. An expert is
-            never cut itself (expert tensor parallelism of 1): fine-grained experts are too small for that.
+        expert_parallel: ranks that share the experts of a mixture-of-experts model (EP), out of all ranks of a pipeline
+            stage. An expert is never cut itself (expert tensor parallelism of 1): fine-grained experts are too small
+            for that.
         sequence_parallel: shard norms and residuals over the TP ranks; needs ``tensor_parallel`` > 1.
         virtual_pipeline: model chunks per pipeline rank (interleaved 1F1B); None = one.
         precision: ``fp32``, ``bf16`` (fp32 gradients and main weights) or ``auto``: bf16 on CUDA, fp32 otherwise.
-        recompute: activations recomputed in the backward pass: ``none``, ``full`` (every layer) or ``selective`` (attention only).
-        micro_batch_tokens: token budget of a packed micro-batch; a larger tree is cut into pieces that repeat shared prefixes, and only a
-            single sequence may exceed it.
+        recompute: activations recomputed in the backward pass: ``none``, ``full`` (every layer) or ``selective``
+            (attention only).
+        micro_batch_tokens: token budget of a packed micro-batch; a larger tree is cut into pieces that repeat shared
+            prefixes, and only a single sequence may exceed it.
         logprob_chunk: positions per chunk of the vocabulary head; at most chunk x vocab/TP logits exist at a time.
-        fused_elementwise: norms, SwiGLU, rotation and embedding gradients as single functions where Transformer Engine isn't there to fuse
-            them; False = composed of torch's operators, as megatron does it.
-        keep_freed_memory: on the CPU, keep freed memory in the process for the next tensors (``device.keep_freed_memory``).
+        fused_elementwise: norms, SwiGLU, rotation and embedding gradients as single functions where Transformer Engine
+            isn't there to fuse them; False = composed of torch's operators, as megatron does it.
+        keep_freed_memory: on the CPU, keep freed memory in the process for the next tensors
+            (``device.keep_freed_memory``).
         share_prefix: compute shared prefixes of a token tree once; False = separate root-to-leaf sequences.
-        attention: ``tree_sdpa`` (torch kernels on any device), ``te`` (Transformer Engine, needs share_prefix=False) or ``auto`` = tree_sdpa.
-        fp8: Transformer Engine FP8 recipe of the update and of the scoring that its ratios are taken against (the reference pass, the
-            vocabulary head and the loss stay as ``precision`` says): ``delayed``, ``tensorwise``, ``blockwise``, ``mxfp8``, ``auto`` = the
-            finest that the GPU has, None = off. Without Transformer Engine or an FP8 unit it is off, and said so.
-        fp8_bf16_layers: layers at each end of the stack that stay in bf16 under ``fp8``; ``delayed`` knows no exceptions and needs 0.
-        fp8_emulate: where there is no Transformer Engine, round what enters and leaves the linear layers as the recipe would: shows on any
-            machine what FP8 does to log-probs, ratios and clipping. Slower, not faster.
+        attention: ``tree_sdpa`` (torch kernels on any device), ``te`` (Transformer Engine, needs share_prefix=False) or
+            ``auto`` = tree_sdpa.
+        fp8: Transformer Engine FP8 recipe of the update and of the scoring that its ratios are taken against (the
+            reference pass, the vocabulary head and the loss stay as ``precision`` says): ``delayed``, ``tensorwise``,
+            ``blockwise``, ``mxfp8``, ``auto`` = the finest that the GPU has, None = off. Without Transformer Engine or
+            an FP8 unit it is off, and said so.
+        fp8_bf16_layers: layers at each end of the stack that stay in bf16 under ``fp8``; ``delayed`` knows no
+            exceptions and needs 0.
+        fp8_emulate: where there is no Transformer Engine, round what enters and leaves the linear layers as the recipe
+            would: shows on any machine what FP8 does to log-probs, ratios and clipping. Slower, not faster.
         distributed_optimizer: shard optimizer state over the data-parallel ranks.
         overlap_grad_reduce: reduce gradients over the data-parallel ranks while the backward pass still runs.
         export_writers: ranks that write an export, at most; None = all that see the folder.
-        init_timeout_s: seconds in which at least one rank has to get on (a phase, an episode, a micro-batch); then the run is declared hung.
+        init_timeout_s: seconds in which at least one rank has to get on (a phase, an episode, a micro-batch); then the
+            run is declared hung.
     """
 
     tensor_parallel: int = 1
@@ -78,22 +87,39 @@ class PolicyConfig:
         Raises:
             ConfigError: a value is out of range or contradicts another one; the message says what to set.
         """
-        for name in ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "micro_batch_tokens", "logprob_chunk"):
+        for name in (
+            "tensor_parallel",
+            "pipeline_parallel",
+            "context_parallel",
+            "expert_parallel",
+            "micro_batch_tokens",
+            "logprob_chunk",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"policy.{name} is {getattr(self, name)}; it must be at least 1")
         if self.export_writers is not None and self.export_writers < 1:
-            raise ConfigError(f"policy.export_writers is {self.export_writers}; it must be at least 1, or null for all ranks")
+            raise ConfigError(
+                f"policy.export_writers is {self.export_writers}; it must be at least 1, or null for all ranks"
+            )
         for name, known in (("precision", PRECISIONS), ("recompute", RECOMPUTE), ("attention", ATTENTION)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"policy.{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
         if self.sequence_parallel and self.tensor_parallel == 1:
-            raise ConfigError("policy.sequence_parallel needs policy.tensor_parallel > 1; unset it or raise tensor_parallel")
+            raise ConfigError(
+                "policy.sequence_parallel needs policy.tensor_parallel > 1; unset it or raise tensor_parallel"
+            )
         if self.virtual_pipeline is not None and (self.virtual_pipeline < 2 or self.pipeline_parallel < 2):
-            raise ConfigError("policy.virtual_pipeline must be at least 2 and needs policy.pipeline_parallel > 1; set it to null otherwise")
+            raise ConfigError(
+                "policy.virtual_pipeline must be at least 2 and needs policy.pipeline_parallel > 1; set it to null"
+                " otherwise"
+            )
         if self.attention == "te" and self.share_prefix:
             raise ConfigError("policy.attention=te has no tree mask; set policy.share_prefix=false with it")
         if self.attention == "te" and self.context_parallel > 1:
-            raise ConfigError("policy.attention=te cuts sequences differently over context-parallel ranks; use attention=tree_sdpa there")
+            raise ConfigError(
+                "policy.attention=te cuts sequences differently over context-parallel ranks; use attention=tree_sdpa"
+                " there"
+            )
         self._validate_fp8_values()
 
     def validate(self, *, cuda: bool, world_size: int = 1) -> None:
@@ -104,20 +130,30 @@ class PolicyConfig:
             world_size: number of ranks of the job.
 
         Raises:
-            ConfigError: a value is out of range, contradicts another one, or needs something that is absent; the message says what to set.
+            ConfigError: a value is out of range, contradicts another one, or needs something that is absent; the
+                message says what to set.
         """
         self.validate_values()
         ranks = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
         if world_size % ranks:
-            raise ConfigError(f"{world_size} ranks can't be split into TP x PP x CP = {ranks}; start a multiple of {ranks} ranks")
+            raise ConfigError(
+                f"{world_size} ranks can't be split into TP x PP x CP = {ranks}; start a multiple of {ranks} ranks"
+            )
         experts = self.pipeline_parallel * self.expert_parallel
         if world_size % experts:
-            raise ConfigError(f"{world_size} ranks can't be split into PP x EP = {experts}; start a multiple of {experts} ranks")
+            raise ConfigError(
+                f"{world_size} ranks can't be split into PP x EP = {experts}; start a multiple of {experts} ranks"
+            )
         has_te = cuda and importlib.util.find_spec("transformer_engine") is not None
         if self.attention == "te" and not has_te:
-            raise ConfigError("policy.attention=te needs CUDA and the transformer-engine package; install it or set attention=tree_sdpa")
+            raise ConfigError(
+                "policy.attention=te needs CUDA and the transformer-engine package; install it or set"
+                " attention=tree_sdpa"
+            )
         if self.fp8_emulate and has_te:
-            raise ConfigError("policy.fp8_emulate is for machines without Transformer Engine; unset it: policy.fp8 runs for real here")
+            raise ConfigError(
+                "policy.fp8_emulate is for machines without Transformer Engine; unset it: policy.fp8 runs for real here"
+            )
         if self.fp8 is not None and has_te and self.resolved_precision(cuda=cuda) != "bf16":
             raise ConfigError("policy.fp8 needs policy.precision=bf16 (or auto on CUDA)")
 
@@ -129,7 +165,10 @@ class PolicyConfig:
         if self.fp8 not in ("auto", *FP8_RECIPES):
             raise ConfigError(f"policy.fp8 is {self.fp8!r}; choose one of auto, {', '.join(FP8_RECIPES)} or null")
         if self.fp8 == "delayed" and self.fp8_bf16_layers:
-            raise ConfigError("policy.fp8=delayed can't leave layers in bf16: set policy.fp8_bf16_layers=0 with it, or take fp8=tensorwise")
+            raise ConfigError(
+                "policy.fp8=delayed can't leave layers in bf16: set policy.fp8_bf16_layers=0 with it, or take"
+                " fp8=tensorwise"
+            )
         if self.fp8_emulate and self.recompute == "full":
             raise ConfigError("policy.fp8_emulate can't recompute whole layers: set policy.recompute=none or selective")
 
@@ -147,11 +186,17 @@ class PolicyConfig:
             return None
         if self.fp8_emulate:
             return "tensorwise" if self.fp8 == "auto" else self.fp8
-        possible = [name for name in FP8_RECIPES if capability is not None and capability >= FIRST_CAPABILITY[name]] if has_te else []
+        possible = (
+            [name for name in FP8_RECIPES if capability is not None and capability >= FIRST_CAPABILITY[name]]
+            if has_te
+            else []
+        )
         if not possible or self.fp8 in possible:
             return self.fp8 if possible else None
         if self.fp8 != "auto":
-            raise ConfigError(f"policy.fp8={self.fp8} has no kernels on compute capability {capability}; it has {', '.join(possible)}")
+            raise ConfigError(
+                f"policy.fp8={self.fp8} has no kernels on compute capability {capability}; it has {', '.join(possible)}"
+            )
         # those without memory of earlier passes, finest scales first: scoring and update then round alike
         return possible[-1]
 

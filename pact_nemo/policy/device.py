@@ -1,9 +1,10 @@
 """Which device and backend to run on, and megatron-core without CUDA.
 
-megatron-core names CUDA in a few places: ``torch.cuda.current_device()``, ``device="cuda"`` literals, ``Tensor.cuda()``, streams and events,
-CUDA random-number state, and dtype tests by ``Tensor.type()`` string. On a machine without CUDA :func:`install_cpu_redirection` sends these
-to the CPU. It must run before megatron is imported; with CUDA it does nothing at all. :data:`REDIRECTED` counts what was sent
-elsewhere, so that a test shows which of them a given megatron-core version uses. :func:`prepare_megatron` is the one door to megatron.
+megatron-core names CUDA in a few places: ``torch.cuda.current_device()``, ``device="cuda"`` literals,
+``Tensor.cuda()``, streams and events, CUDA random-number state, and dtype tests by ``Tensor.type()`` string. On a
+machine without CUDA :func:`install_cpu_redirection` sends these to the CPU. It must run before megatron is imported;
+with CUDA it does nothing at all. :data:`REDIRECTED` counts what was sent elsewhere, so that a test shows which of them
+a given megatron-core version uses. :func:`prepare_megatron` is the one door to megatron.
 """
 
 from __future__ import annotations
@@ -38,9 +39,23 @@ logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 REDIRECTED: collections.Counter[str] = collections.Counter()
 _FACTORIES = (
-    "zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "linspace", "eye", "as_tensor",
-    "zeros_like", "ones_like", "empty_like", "full_like",
-)  # fmt: skip
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "tensor",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "linspace",
+    "eye",
+    "as_tensor",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+)
 _STAND_INS = {
     "transformer_engine": "transformer_engine",
     "transformer_engine.pytorch": "transformer_engine",
@@ -111,10 +126,12 @@ def has_transformer_engine() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next allocation, instead of giving large blocks back to the kernel each time.
+    """Have glibc keep what is freed for the next allocation, instead of giving large blocks back to the kernel each
+    time.
 
-    Tensors of a layer are allocated and freed thousands of times a step, and memory that a process touches for the first time costs a CPU several
-    times what writing to it costs. The process's resident memory stays at its peak. Without glibc nothing happens.
+    Tensors of a layer are allocated and freed thousands of times a step, and memory that a process touches for the
+    first time costs a CPU several times what writing to it costs. The process's resident memory stays at its peak.
+    Without glibc nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -123,18 +140,22 @@ def keep_freed_memory() -> None:
 
 
 def prepare_megatron() -> None:
-    """Import megatron-core and Megatron-Bridge in a way that works on this machine. Idempotent; call before any other import of them.
+    """Import megatron-core and Megatron-Bridge in a way that works on this machine. Idempotent; call before any other
+    import of them.
 
     Raises:
         MissingDependency: megatron-core or megatron-bridge is not installed.
         ConfigError: no folder can be written for locks and caches.
-        RuntimeError: without CUDA, megatron-core was imported before: its CUDA calls and compiled kernels can't be redirected any more.
+        RuntimeError: without CUDA, megatron-core was imported before: its CUDA calls and compiled kernels can't be
+            redirected any more.
     """
     global _prepared
     if _prepared:
         return
     if not use_cuda() and "megatron.core" in sys.modules:
-        raise RuntimeError("megatron.core was imported before pact_nemo.policy.device.prepare_megatron(); call it first")
+        raise RuntimeError(
+            "megatron.core was imported before pact_nemo.policy.device.prepare_megatron(); call it first"
+        )
     machine.prepare()
     for package, module in (("megatron-core", "megatron.core"), ("megatron-bridge", "megatron.bridge")):
         try:
@@ -208,7 +229,9 @@ def _redirect_cuda_module() -> None:
 
 
 def _names_cuda(device: Any) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
 
 
 def _redirect_factories() -> None:
@@ -234,7 +257,9 @@ def _redirect_factories() -> None:
 
 
 def _redirect_tensor_methods() -> None:
-    """``Tensor.cuda()``, ``Tensor.to("cuda")``, ``Module.cuda()`` and the ``Tensor.type()`` strings that megatron compares with."""
+    """``Tensor.cuda()``, ``Tensor.to("cuda")``, ``Module.cuda()`` and the ``Tensor.type()`` strings that megatron
+    compares with.
+    """
     original_to, original_type = torch.Tensor.to, torch.Tensor.type
 
     def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -266,10 +291,12 @@ def _redirect_tensor_methods() -> None:
 
 @contextlib.contextmanager
 def _without_remarks() -> Iterator[None]:
-    """Imports without log lines about packages that are absent on purpose, tracebacks of failed optional imports included; ``--verbose`` has them.
+    """Imports without log lines about packages that are absent on purpose, tracebacks of failed optional imports
+    included; ``--verbose`` has them.
 
-    Afterwards megatron's loggers obey the process's own settings, which are as before: Megatron-Bridge gives one of them a handler and a level of
-    its own, and where nobody has configured logging yet, a package of megatron-core 0.19's has the root logger write to standard output.
+    Afterwards megatron's loggers obey the process's own settings, which are as before: Megatron-Bridge gives one of
+    them a handler and a level of its own, and where nobody has configured logging yet, a package of megatron-core
+    0.19's has the root logger write to standard output.
     """
     disabled, handlers, level = logging.root.manager.disable, list(logging.root.handlers), logging.root.level
     if not logging.getLogger().isEnabledFor(logging.INFO):
@@ -295,12 +322,15 @@ def _leave_out_known_remarks() -> None:
     for name, words in _REMARKS.items():
         leave_out(name, words)
     # from a module of megatron's that is imported later, as needed
-    warnings.filterwarnings("ignore", message=".*is experimental and still under active development", category=UserWarning)
+    warnings.filterwarnings(
+        "ignore", message=".*is experimental and still under active development", category=UserWarning
+    )
 
 
 @contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
-    """``torch.compile`` as a no-op while megatron-core is imported: its fused elementwise kernels stay plain functions on the CPU.
+    """``torch.compile`` as a no-op while megatron-core is imported: its fused elementwise kernels stay plain functions
+    on the CPU.
 
     Narrower than switching off dynamo: other users of ``torch.compile`` in this process are left alone.
     """
@@ -353,7 +383,9 @@ def _patch_megatron() -> None:
 
 
 def _patch_torch_adam_state(cls: Any) -> None:
-    """torch's Adam keeps its step counter per parameter; the distributed optimizer's checkpoint code expects Apex's per-group one."""
+    """torch's Adam keeps its step counter per parameter; the distributed optimizer's checkpoint code expects Apex's
+    per-group one.
+    """
     original_state_dict, original_load = cls.state_dict, cls.load_state_dict
 
     def state_dict(self: Any) -> Any:
@@ -361,7 +393,11 @@ def _patch_torch_adam_state(cls: Any) -> None:
             for param in group["params"]:
                 if not self.optimizer.state[param]:
                     zeros = torch.zeros_like(param)
-                    self.optimizer.state[param] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+                    self.optimizer.state[param] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": zeros,
+                        "exp_avg_sq": zeros.clone(),
+                    }
         return original_state_dict(self)
 
     def set_main_param_and_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -383,7 +419,9 @@ def _patch_torch_adam_state(cls: Any) -> None:
 
 
 def _patch_gloo_scatter() -> None:
-    """gloo's ``scatter`` reads non-contiguous list members as if they were contiguous, silently; Megatron-Bridge passes such chunks."""
+    """gloo's ``scatter`` reads non-contiguous list members as if they were contiguous, silently; Megatron-Bridge passes
+    such chunks.
+    """
     original = dist.scatter
 
     @functools.wraps(original)
@@ -398,15 +436,18 @@ def _patch_gloo_scatter() -> None:
 def _stand_ins() -> Iterator[None]:
     """Empty modules in place of Transformer Engine and one of Triton kernels while Megatron-Bridge is imported.
 
-    It imports both unconditionally, for LoRA layers and Mamba that are never used here. megatron-core has been imported by now and has
-    recorded that Transformer Engine is absent; afterwards the stand-ins are removed, so nobody else takes them for the real ones.
+    It imports both unconditionally, for LoRA layers and Mamba that are never used here. megatron-core has been imported
+    by now and has recorded that Transformer Engine is absent; afterwards the stand-ins are removed, so nobody else
+    takes them for the real ones.
     """
     absent = {package for package in set(_STAND_INS.values()) if importlib.util.find_spec(package) is None}
     added = [name for name, package in _STAND_INS.items() if package in absent and name not in sys.modules]
     from megatron.core import utils
 
     if "transformer_engine" in absent and hasattr(utils, "_te_version"):
-        utils._te_version = PkgVersion("0")  # asked for while modules are imported (0.19): older than any version that a feature needs
+        utils._te_version = PkgVersion(
+            "0"
+        )  # asked for while modules are imported (0.19): older than any version that a feature needs
     for name in added:
         module = _StandIn(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -431,8 +472,8 @@ class _StandIn(types.ModuleType):
 
 
 def _stay_on_loopback() -> None:
-    """Ranks of one machine talk over its loopback interface: gloo and nccl would take the one that the host's name leads to. A setting of the
-    user's own stands.
+    """Ranks of one machine talk over its loopback interface: gloo and nccl would take the one that the host's name
+    leads to. A setting of the user's own stands.
     """
     names = {name for _, name in socket.if_nameindex()}
     loopback = next((name for name in ("lo", "lo0") if name in names), None)
@@ -442,21 +483,22 @@ def _stay_on_loopback() -> None:
 
 
 def patience(timeout_s: float) -> datetime.timedelta:
-    """How long collectives wait: ranks may wait for one that generates for hours, and when nobody gets on for ``timeout_s``, the hang watch ends
-    the job before they do, and says why."""
+    """How long collectives wait: ranks may wait for one that generates for hours, and when nobody gets on for
+    ``timeout_s``, the hang watch ends the job before they do, and says why."""
     return datetime.timedelta(days=1, seconds=timeout_s)
 
 
 def init_distributed(timeout_s: float) -> None:
-    """Start torch.distributed: nccl with CUDA, gloo otherwise. Under ``torchrun`` its environment is used; a plain process becomes a job of
-    one rank that no other process can reach. Does nothing if a process group exists already.
+    """Start torch.distributed: nccl with CUDA, gloo otherwise. Under ``torchrun`` its environment is used; a plain
+    process becomes a job of one rank that no other process can reach. Does nothing if a process group exists already.
 
-    The ranks of one machine use its loopback interface. Several machines have to reach each other, and anyone on their network reaches them: keep
-    that network to the cluster. (``torchrun``'s own meeting point listens on every interface; torch has no setting for it.)
+    The ranks of one machine use its loopback interface. Several machines have to reach each other, and anyone on their
+    network reaches them: keep that network to the cluster. (``torchrun``'s own meeting point listens on every
+    interface; torch has no setting for it.)
 
     Args:
-        timeout_s: when no rank gets on for so many seconds, every rank says which one is missing and ends (:mod:`pact_nemo.hangs`); also how long
-            ranks wait for the meeting point.
+        timeout_s: when no rank gets on for so many seconds, every rank says which one is missing and ends
+            (:mod:`pact_nemo.hangs`); also how long ranks wait for the meeting point.
     """
     if dist.is_initialized():
         return
@@ -469,9 +511,17 @@ def init_distributed(timeout_s: float) -> None:
         if os.environ.get("LOCAL_WORLD_SIZE") == world:  # torchrun on one machine
             _stay_on_loopback()
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        own = store.clone() if hasattr(store, "clone") else store  # a connection of its own: the main thread's may be waiting
+        own = (
+            store.clone() if hasattr(store, "clone") else store
+        )  # a connection of its own: the main thread's may be waiting
         HangWatch(dist.PrefixStore("pact_nemo/hangs", own), rank, size, timeout_s).start()
-        dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=patience(timeout_s))
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=size,
+            timeout=patience(timeout_s),
+        )
         return
     _stay_on_loopback()
     # a TCPStore would listen on every interface, whatever address it is given

@@ -24,7 +24,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 
 LossFn = Callable[[torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 MAX_PREFIX = "max/"
-TEMPERATURE = "policy temperature"  #: stream that carries the trees' temperatures through packing; taken out before the loss function
+TEMPERATURE = (  #: stream that carries the trees' temperatures through packing; taken out before the loss function
+    "policy temperature"
+)
 ENTROPY = "entropy"  #: what the loss function finds the entropies under, where they are wanted
 
 
@@ -47,7 +49,9 @@ class LocalMicroBatch:
 
 @dataclass
 class Collected:
-    """What one rank's loss functions saw; empty on ranks that don't speak for their data-parallel and context-parallel share."""
+    """What one rank's loss functions saw; empty on ranks that don't speak for their data-parallel and context-parallel
+    share.
+    """
 
     logprobs: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     entropies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -71,7 +75,8 @@ def to_local(
         device: where tensors go.
         mask_dtype: store attention masks of this dtype; None = leave them to the kernels.
         entropy: also compute entropies.
-        varlen: describe the row as plain sequences side by side, for kernels that know no trees (all runs must be roots).
+        varlen: describe the row as plain sequences side by side, for kernels that know no trees (all runs must be
+            roots).
         window: positions that a token sees in the layers with a sliding window; None = no layer has one.
     """
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
@@ -118,8 +123,14 @@ def to_local(
 
 
 def local_batches(
-    trees: list[TokenTree], config: PolicyConfig, *, device: torch.device, bf16: bool, entropy: bool = False,
-    alignment: int = 1, window: int | None = None,
+    trees: list[TokenTree],
+    config: PolicyConfig,
+    *,
+    device: torch.device,
+    bf16: bool,
+    entropy: bool = False,
+    alignment: int = 1,
+    window: int | None = None,
 ) -> tuple[list[LocalMicroBatch], int]:
     """Pack the trees for all ranks; this rank's micro-batches, and the number of tree tokens on all ranks together.
 
@@ -131,7 +142,9 @@ def local_batches(
         share_prefix=config.share_prefix,
         data_parallel=parallel_state.get_data_parallel_world_size(),
         # sequence and context parallelism cut rows into equal parts
-        multiple=(config.tensor_parallel if config.sequence_parallel else 1) * (2 * context if context > 1 else 1) * alignment,
+        multiple=(config.tensor_parallel if config.sequence_parallel else 1)
+        * (2 * context if context > 1 else 1)
+        * alignment,
         group_of=config.pipeline_parallel if config.virtual_pipeline else 1,
     )
     mask_dtype = None if device.type == "cuda" else (torch.bfloat16 if bf16 else torch.float32)
@@ -149,11 +162,18 @@ def _with_temperatures(trees: list[TokenTree]) -> list[TokenTree]:
     if all(tree.temperatures is None for tree in trees):
         return trees
     ones = [torch.ones(tree.num_scored) for tree in trees]
-    values = [tree.temperatures if tree.temperatures is not None else one for tree, one in zip(trees, ones, strict=True)]
-    return [TokenTree(tree.segments, {**tree.streams, TEMPERATURE: value.float()}) for tree, value in zip(trees, values, strict=True)]
+    values = [
+        tree.temperatures if tree.temperatures is not None else one for tree, one in zip(trees, ones, strict=True)
+    ]
+    return [
+        TokenTree(tree.segments, {**tree.streams, TEMPERATURE: value.float()})
+        for tree, value in zip(trees, values, strict=True)
+    ]
 
 
-def _forward_step(collected: Collected, loss_fn: LossFn | None, data_iterator: Iterator[LocalMicroBatch], model: Any) -> tuple[Any, Any]:
+def _forward_step(
+    collected: Collected, loss_fn: LossFn | None, data_iterator: Iterator[LocalMicroBatch], model: Any
+) -> tuple[Any, Any]:
     beat()
     batch = next(data_iterator)
     output = model(batch.tokens, batch.tree.position_ids[None], None, packed_seq_params=batch.tree)
@@ -168,18 +188,28 @@ def _loss(
         streams = batch.streams if batch.tree.entropy is None else {**batch.streams, ENTROPY: batch.tree.entropy}
         loss, metrics = loss_fn(logprob_S, streams)
     else:
-        loss, metrics = logprob_S.sum(), {}  # zero where nothing is scored; keeps the backward pass and its collectives in step
+        loss, metrics = (
+            logprob_S.sum(),
+            {},
+        )  # zero where nothing is scored; keeps the backward pass and its collectives in step
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         collected.logprobs.append((batch.flat_index, logprob_S.detach()))
         if batch.tree.entropy is not None:
             collected.entropies.append((batch.flat_index, batch.tree.entropy.detach()))
         if logprob_S.shape[0] and loss_fn is not None:
             collected.losses.append(loss.detach())
-            collected.metrics.append({name: value.detach() if torch.is_tensor(value) else torch.tensor(value) for name, value in metrics.items()})
+            collected.metrics.append(
+                {
+                    name: value.detach() if torch.is_tensor(value) else torch.tensor(value)
+                    for name, value in metrics.items()
+                }
+            )
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), {}
 
 
-def run_schedule(chunks: list[Any], batches: list[LocalMicroBatch], loss_fn: LossFn | None, *, forward_only: bool) -> Collected:
+def run_schedule(
+    chunks: list[Any], batches: list[LocalMicroBatch], loss_fn: LossFn | None, *, forward_only: bool
+) -> Collected:
     """Run micro-batches through the pipeline.
 
     Args:
@@ -206,7 +236,9 @@ def run_schedule(chunks: list[Any], batches: list[LocalMicroBatch], loss_fn: Los
 
 
 def gather_flat(parts: list[tuple[torch.Tensor, torch.Tensor]], total: int, device: torch.device) -> torch.Tensor:
-    """[total] float32 on the CPU of every rank, from the parts that all ranks hold (each position on exactly one rank)."""
+    """[total] float32 on the CPU of every rank, from the parts that all ranks hold (each position on exactly one
+    rank).
+    """
     flat = torch.zeros(total, dtype=torch.float32, device=device)
     for index, values in parts:
         flat[index.to(device)] = values.to(torch.float32)
@@ -216,7 +248,8 @@ def gather_flat(parts: list[tuple[torch.Tensor, torch.Tensor]], total: int, devi
 
 
 def gather_metrics(collected: Collected) -> tuple[float, dict[str, float]]:
-    """Loss and metrics of the whole step on every rank: sums over micro-batches and ranks, maxima for names starting with ``max/``.
+    """Loss and metrics of the whole step on every rank: sums over micro-batches and ranks, maxima for names starting
+    with ``max/``.
 
     Summed in float64 in rank order, so all ranks get the same numbers.
     """

@@ -1,7 +1,7 @@
 """Names and shapes of the weights that an architecture has in a Hugging Face folder.
 
-Written down from the model classes of transformers, so that a folder can be checked by its file headers alone. The tests compare the list with the
-state dicts of those classes.
+Written down from the model classes of transformers, so that a folder can be checked by its file headers alone. The
+tests compare the list with the state dicts of those classes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def expected_weights(model: Architecture) -> Shapes:
                 expected |= _mlp(f"{prefix}.mlp.experts.{expert}", model.hidden, model.expert_intermediate, bias=False)
         else:
             expected |= _mlp(f"{prefix}.mlp", model.hidden, model.intermediate, bias=model.mlp_bias)
-        expected |= {f"{prefix}.{name}.weight": (model.hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+        expected |= {
+            f"{prefix}.{name}.weight": (model.hidden,) for name in ("input_layernorm", "post_attention_layernorm")
+        }
     expected["model.norm.weight"] = (model.hidden,)
     if not model.tied:
         expected[HEAD] = (model.vocab, model.hidden)

@@ -1,9 +1,11 @@
-"""Which tensor of an export goes where: file, place in it, writing rank. Known before the first tensor, and the same on every rank.
+"""Which tensor of an export goes where: file, place in it, writing rank. Known before the first tensor, and the same on
+every rank.
 
-Names and shapes are those of the source folder, so nothing has to be gathered to agree on it. Every weight goes to the writer that has least so far,
-largest weights first: writers are balanced by bytes, and weights of one kind (which arrive layer by layer) are dealt out in turn, so
-that all writers are busy throughout. Weights that the server fuses into one matrix (q, k, v; gate, up) stay together, because it holds the parts of
-a matrix back until it has all of them. A writer's weights keep the source's order and are cut into files.
+Names and shapes are those of the source folder, so nothing has to be gathered to agree on it. Every weight goes to the
+writer that has least so far, largest weights first: writers are balanced by bytes, and weights of one kind (which
+arrive layer by layer) are dealt out in turn, so that all writers are busy throughout. Weights that the server fuses
+into one matrix (q, k, v; gate, up) stay together, because it holds the parts of a matrix back until it has all of them.
+A writer's weights keep the source's order and are cut into files.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from pact_nemo.tensor_files import make_header
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPORT_DTYPES = (*DTYPES, fp8_block.FP8_BLOCK)
-_FUSED = re.compile(r"(\.self_attn\.)[qkv]_proj(?=\.)|(?<=\.)(?:gate|up)_proj(?=\.)")  # both become one name for the parts of one matrix
+_FUSED = re.compile(
+    r"(\.self_attn\.)[qkv]_proj(?=\.)|(?<=\.)(?:gate|up)_proj(?=\.)"
+)  # both become one name for the parts of one matrix
 _FORMAT_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 
 
@@ -128,10 +132,19 @@ def plan_layout(shapes: dict[str, tuple[int, ...]], dtype: str, ranks: int, sett
     sizes = {name: sum(tensor.size for tensor in tensors) for name, tensors in stored.items()}
     total = sum(sizes.values())
     writers = max(1, min(ranks, settings.writers or ranks, total // settings.min_writer_bytes))
-    groups = [group for writer, names in enumerate(_deal(sizes, writers)) for group in _cut(writer, names, sizes, settings.file_bytes)]
+    groups = [
+        group
+        for writer, names in enumerate(_deal(sizes, writers))
+        for group in _cut(writer, names, sizes, settings.file_bytes)
+    ]
     single = len(groups) == 1
     files = [
-        _plan_file("model.safetensors" if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors", writer, names, stored)
+        _plan_file(
+            "model.safetensors" if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors",
+            writer,
+            names,
+            stored,
+        )
         for number, (writer, names) in enumerate(groups, 1)
     ]
     return Layout(files, total, {weight: plan for plan in files for weight in plan.weights})
@@ -177,7 +190,9 @@ def _plan_file(file: str, writer: int, names: list[str], stored: dict[str, list[
 
 
 def converter(dtype: str) -> Callable[[str, torch.Tensor], list[torch.Tensor]]:
-    """(weight, rows of it) -> the same rows of each tensor that is stored for it. FP8 takes rows in multiples of 128."""
+    """(weight, rows of it) -> the same rows of each tensor that is stored for it. FP8 takes rows in multiples of
+    128.
+    """
 
     def convert(name: str, rows: torch.Tensor) -> list[torch.Tensor]:
         if dtype != fp8_block.FP8_BLOCK:

@@ -1,8 +1,8 @@
 """One rank's part of an export: its files, written by threads while the next weights are still being gathered.
 
-A weight is converted, digested and written in chunks that stay in the processor's cache, straight to its place in its file. Nothing is
-collected: what is held is the queue of weights that wait, bounded in bytes. The folder's reader gets every digest from memory, so an
-error of the disk can't hide in it.
+A weight is converted, digested and written in chunks that stay in the processor's cache, straight to its place in its
+file. Nothing is collected: what is held is the queue of weights that wait, bounded in bytes. The folder's reader gets
+every digest from memory, so an error of the disk can't hide in it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,25 @@ from pact_nemo.errors import CheckpointError
 from pact_nemo.policy import fp8_block
 from pact_nemo.policy.export_layout import FilePlan, StoredTensor, converter
 
-QUEUE_BYTES = 512 << 20  #: weights that wait for a thread, in bytes as gathered; one weight may always wait, however large
+QUEUE_BYTES = (
+    512 << 20
+)  #: weights that wait for a thread, in bytes as gathered; one weight may always wait, however large
 THREADS = 2  #: one waits for the disk while the other converts
-_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}  # converted at a time: fits the cache; on a GPU, long enough for the bus
-_FLUSH_BYTES = 32 << 20  # of a file: then its pages start on their way to the disk, so that the final fsync finds little left
+_CHUNK_BYTES = {
+    "cpu": 2 << 20,
+    "cuda": 32 << 20,
+}  # converted at a time: fits the cache; on a GPU, long enough for the bus
+_FLUSH_BYTES = (
+    32 << 20
+)  # of a file: then its pages start on their way to the disk, so that the final fsync finds little left
 _Part = tuple[int, int, str]  # first byte, end (exclusive), digest
 
 
 @dataclass
 class _File:
-    """A file that is being written. ``old`` is the previous version's entry while everything that came equals it; nothing is written until then."""
+    """A file that is being written. ``old`` is the previous version's entry while everything that came equals it;
+    nothing is written until then.
+    """
 
     plan: FilePlan
     left: int
@@ -52,7 +61,8 @@ class FolderWriter:
         folder: existing folder.
         plans: files that this rank writes.
         dtype: export dtype.
-        previous: (folder, manifest entries) of an earlier export; a file that would come out equal becomes a hard link to its file there.
+        previous: (folder, manifest entries) of an earlier export; a file that would come out equal becomes a hard link
+            to its file there.
         queue_bytes: bound of the queue.
 
     Attributes:
@@ -80,7 +90,10 @@ class FolderWriter:
         self._closing = False
         self._error: Exception | None = None
         self.linked = 0
-        self._threads = [threading.Thread(target=self._run, name=f"export-{index}", daemon=True) for index in range(threads if plans else 0)]
+        self._threads = [
+            threading.Thread(target=self._run, name=f"export-{index}", daemon=True)
+            for index in range(threads if plans else 0)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -89,7 +102,9 @@ class FolderWriter:
         return name in self._files
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Hand over a weight, which must stay as it is until ``close``. Waits while the queue is full; after a failure it is dropped."""
+        """Hand over a weight, which must stay as it is until ``close``. Waits while the queue is full; after a failure
+        it is dropped.
+        """
         size = tensor.numel() * tensor.element_size()
         with self._change:
             while self._error is None and self._waiting and self._waiting_bytes + size > self._queue_bytes:
@@ -146,8 +161,10 @@ class FolderWriter:
 
     def _typed(self, plan: FilePlan, error: Exception) -> Exception:
         if isinstance(error, OSError):
-            remedy = "make room there, lower rollout.keep_exports or set rollout.exports_dir to another disk" if error.errno == errno.ENOSPC else (
-                "check that disk, or set rollout.exports_dir to another one"
+            remedy = (
+                "make room there, lower rollout.keep_exports or set rollout.exports_dir to another disk"
+                if error.errno == errno.ENOSPC
+                else ("check that disk, or set rollout.exports_dir to another one")
             )
             typed = CheckpointError(f"{self._folder / plan.name} can't be written ({error}); {remedy}")
             typed.__cause__ = error
@@ -195,7 +212,9 @@ class FolderWriter:
         return fd
 
     def _open_with_old_parts(self, file: _File) -> None:
-        """The first weight of a file that changed: from here on it is written, after the unchanged ones that came before."""
+        """The first weight of a file that changed: from here on it is written, after the unchanged ones that came
+        before.
+        """
         fd = self._open(file)
         file.fd = fd
         assert self._previous is not None
@@ -271,7 +290,11 @@ def _chunks(weight: torch.Tensor, stored: list[StoredTensor], limit: int) -> Ite
 def _same_layout(plan: FilePlan, entries: dict[str, FileEntry]) -> FileEntry | None:
     """The previous version's file of that name, if it holds the same tensors at the same places."""
     entry = entries.get(plan.name)
-    same = entry is not None and entry.size == plan.size and entry.parts[0] == (len(plan.header), blake3(plan.header).hexdigest())
+    same = (
+        entry is not None
+        and entry.size == plan.size
+        and entry.parts[0] == (len(plan.header), blake3(plan.header).hexdigest())
+    )
     return entry if same else None
 
 
@@ -291,7 +314,9 @@ def _write(fd: int, data: memoryview, position: int) -> None:
 
 
 _SYNC_FILE_RANGE_WRITE = 2
-_sync_file_range = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)  # Linux; Python has no name for it
+_sync_file_range = getattr(
+    ctypes.CDLL(None, use_errno=True), "sync_file_range", None
+)  # Linux; Python has no name for it
 
 
 def start_writeback(fd: int, start: int, end: int) -> None:

@@ -1,11 +1,12 @@
 """FP8 for the decoder's linear layers, and what it does to numbers, emulated where there is no FP8 unit.
 
 Transformer Engine does the real thing through megatron-core's own switches (``TransformerConfig.fp8``, ``fp8_recipe``,
-``first_last_layers_bf16``). The emulation hangs on the same switches: it rounds the two operands of every linear layer's product, and the
-gradient that comes back into it, to FP8 values and computes on with those in the policy's own precision. Attention, norms, the router, the
-embeddings, the vocabulary head and the loss are never in FP8.
+``first_last_layers_bf16``). The emulation hangs on the same switches: it rounds the two operands of every linear
+layer's product, and the gradient that comes back into it, to FP8 values and computes on with those in the policy's own
+precision. Attention, norms, the router, the embeddings, the vocabulary head and the loss are never in FP8.
 
-Recipes (Transformer Engine's ``common.recipe``; values of a block share one scale that maps their largest magnitude to the largest FP8 value):
+Recipes (Transformer Engine's ``common.recipe``; values of a block share one scale that maps their largest magnitude to
+the largest FP8 value):
 
 ================  ======================================  ==========================  ===============
 recipe            block                                   scale from                  gradients
@@ -32,13 +33,15 @@ HISTORY = 1024  # passes that the delayed recipe looks back on
 
 
 def number_format(recipe: str) -> str:
-    """megatron's name of the formats: ``hybrid`` = E4M3 forward and E5M2 for gradients, ``e4m3`` = E4M3 for both (fine scales need no range)."""
+    """megatron's name of the formats: ``hybrid`` = E4M3 forward and E5M2 for gradients, ``e4m3`` = E4M3 for both (fine
+    scales need no range).
+    """
     return "hybrid" if recipe in ("delayed", "tensorwise") else "e4m3"
 
 
 def round_to_fp8(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``values`` as they are after a saturating cast to ``dtype`` under ``scale`` (broadcast; FP8 value = value x scale), in their own dtype.
-    Infinities and NaN stay what they are: the step that meets them has to be refused."""
+    """``values`` as they are after a saturating cast to ``dtype`` under ``scale`` (broadcast; FP8 value = value x
+    scale), in their own dtype. Infinities and NaN stay what they are: the step that meets them has to be refused."""
     largest = torch.finfo(dtype).max
     rounded = (values.float() * scale).clamp(-largest, largest).to(dtype).float() / scale
     return torch.where(torch.isfinite(values), rounded, values.float()).to(values.dtype)
@@ -53,7 +56,9 @@ def scale_for(largest: torch.Tensor, dtype: torch.dtype, *, power_of_two: bool) 
 
 
 def round_in_blocks(values: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Round a tensor, seen as a matrix of its last dimension, with one power-of-two scale for every block of ``rows`` x ``columns`` values."""
+    """Round a tensor, seen as a matrix of its last dimension, with one power-of-two scale for every block of ``rows`` x
+    ``columns`` values.
+    """
     matrix = values.reshape(-1, values.shape[-1])
     height, width = matrix.shape
     padded = F.pad(matrix, (0, -width % columns, 0, -height % rows))
@@ -86,7 +91,11 @@ class Caster:
             return round_to_fp8(values, scale_for(largest, dtype, power_of_two=False), dtype)
         if record:
             self.current = largest if self.current is None else torch.maximum(self.current, largest)
-        scale = scale_for(torch.stack(list(self.history)).amax(), dtype, power_of_two=False) if self.history else largest.new_ones(())
+        scale = (
+            scale_for(torch.stack(list(self.history)).amax(), dtype, power_of_two=False)
+            if self.history
+            else largest.new_ones(())
+        )
         return round_to_fp8(values, scale, dtype)
 
     def next_pass(self) -> None:
@@ -122,7 +131,9 @@ class _Gradient(torch.autograd.Function):
 
 
 class EmulatedLinear:
-    """Takes the place of a megatron linear layer's ``_forward_impl``; off while ``config.fp8`` is None and in layers that stay in bf16."""
+    """Takes the place of a megatron linear layer's ``_forward_impl``; off while ``config.fp8`` is None and in layers
+    that stay in bf16.
+    """
 
     def __init__(self, original: Any, config: Any, layer_index: int):
         recipe = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))
@@ -138,11 +149,15 @@ class EmulatedLinear:
         record = torch.is_grad_enabled()
         input = _Operand.apply(input, self.casters["input"], record)
         weight = _Operand.apply(weight, self.casters["weight"], record)
-        return _Gradient.apply(self.original(input=input, weight=weight, **kwargs), self.casters["gradient"], self.gradient_dtype)
+        return _Gradient.apply(
+            self.original(input=input, weight=weight, **kwargs), self.casters["gradient"], self.gradient_dtype
+        )
 
 
 def emulate(chunk: Any, config: Any) -> None:
-    """Give every linear layer of a model chunk's decoder the emulation. The chunk must have been built from local (non-TE) layers."""
+    """Give every linear layer of a model chunk's decoder the emulation. The chunk must have been built from local
+    (non-TE) layers.
+    """
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     for layer in chunk.decoder.layers:
@@ -152,11 +167,12 @@ def emulate(chunk: Any, config: Any) -> None:
 
 
 def end_pass(chunks: list[Any]) -> None:
-    """Tell every emulated layer that a training pass has ended. (Transformer Engine rolls its scales itself, at every micro-batch.)"""
+    """Tell every emulated layer that a training pass has ended. (Transformer Engine rolls its scales itself, at every
+    micro-batch.)
+    """
     for chunk in chunks:
         for module in chunk.modules():
             implementation = getattr(module, "_forward_impl", None)
             if isinstance(implementation, EmulatedLinear):
                 for caster in implementation.casters.values():
                     caster.next_pass()
-

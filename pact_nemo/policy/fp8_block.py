@@ -1,8 +1,9 @@
-"""Block-scaled FP8 weights in the public format of DeepSeek-V3 and Qwen3-FP8 (``quant_method: fp8``), which vLLM and transformers load.
+"""Block-scaled FP8 weights in the public format of DeepSeek-V3 and Qwen3-FP8 (``quant_method: fp8``), which vLLM and
+transformers load.
 
-A weight W [N, K] becomes float8_e4m3fn values and ``<name>_scale_inv`` [ceil(N/128), ceil(K/128)] float32: W ~ value * scale of its 128 x 128 block,
-scale = largest magnitude of the block / 448. Only the linear layers inside the decoder are converted; embeddings, output head, norms, biases
-and routers stay in bfloat16.
+A weight W [N, K] becomes float8_e4m3fn values and ``<name>_scale_inv`` [ceil(N/128), ceil(K/128)] float32: W ~ value *
+scale of its 128 x 128 block, scale = largest magnitude of the block / 448. Only the linear layers inside the decoder
+are converted; embeddings, output head, norms, biases and routers stay in bfloat16.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ FP8_BLOCK = "fp8_block"  #: the export dtype's name in settings
 BLOCK = 128  #: rows and columns that share a scale
 SCALE_SUFFIX = "_scale_inv"
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
-_DECODER_LINEAR = re.compile(r"\.layers\.\d+\.(?:.+\.)?\w+_proj\.weight")  # q k v o gate up down, of experts too; a router is `mlp.gate`
+_DECODER_LINEAR = re.compile(
+    r"\.layers\.\d+\.(?:.+\.)?\w+_proj\.weight"
+)  # q k v o gate up down, of experts too; a router is `mlp.gate`
 
 
 def is_converted(name: str, shape: tuple[int, ...]) -> bool:
@@ -32,7 +35,9 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = (BLOCK, BLOCK))
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values [N, K] float8_e4m3fn and scales [ceil(N/128), ceil(K/128)] float32 of a weight [N, K] in any float type."""
+    """Values [N, K] float8_e4m3fn and scales [ceil(N/128), ceil(K/128)] float32 of a weight [N, K] in any float
+    type.
+    """
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
@@ -51,11 +56,17 @@ def dequantise(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
 
 def quantization_config(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Entry ``quantization_config`` of ``config.json`` for a model with these weights."""
-    kept = {name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and not is_converted(name, shape)}
+    kept = {
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and not is_converted(name, shape)
+    }
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": sorted(kept | {"lm_head"}),  # a head tied to the embeddings has no weight of its own, yet is a module
+        "modules_to_not_convert": sorted(
+            kept | {"lm_head"}
+        ),  # a head tied to the embeddings has no weight of its own, yet is a module
     }

@@ -1,7 +1,8 @@
 """The elementwise parts of a layer as one autograd function each, where Transformer Engine has none for the machine.
 
-Composed of torch's operators, a norm, a gated activation and a rotation each write half a dozen tensors of the size of their input, and on a CPU
-those writes, not the arithmetic, are what they cost. These write what they return and keep what the backward pass can't recompute cheaply.
+Composed of torch's operators, a norm, a gated activation and a rotation each write half a dozen tensors of the size of
+their input, and on a CPU those writes, not the arithmetic, are what they cost. These write what they return and keep
+what the backward pass can't recompute cheaply.
 
 Shapes: T tokens, n heads, d head size, H hidden size, F feed-forward width.
 """
@@ -38,13 +39,19 @@ class _RMSNorm(torch.autograd.Function):
         product = grad * normalised
         grad_weight = product.reshape(-1, product.shape[-1]).sum(0).to(weight.dtype)
         # d/dx of x_i w_i r(x): r (w g - x r mean(w g x r))
-        along = torch.mv(product.reshape(-1, product.shape[-1]), weight.to(product.dtype)).div_(-x.shape[-1]).reshape(inverse.shape)
+        along = (
+            torch.mv(product.reshape(-1, product.shape[-1]), weight.to(product.dtype))
+            .div_(-x.shape[-1])
+            .reshape(inverse.shape)
+        )
         torch.mul(grad, weight, out=product)
         return product.addcmul_(normalised, along).mul_(inverse).to(x.dtype), grad_weight, None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in at least float32; the dtype of ``x``."""
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in at least float32; the dtype of
+    ``x``.
+    """
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -71,7 +78,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class SwiGLU(torch.nn.Module):
-    """``silu(gate) * up`` of [..., 2 F] = gate, up; megatron's place for an activation module (``use_te_activation_func``)."""
+    """``silu(gate) * up`` of [..., 2 F] = gate, up; megatron's place for an activation module
+    (``use_te_activation_func``).
+    """
 
     def __init__(self, config: Any):
         super().__init__()
@@ -109,13 +118,17 @@ def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, sign: fl
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of [T, 1, n, d] in rotate-half layout; cosine and sine [T, 1, 1, r / 2] turn the first r of d numbers."""
+    """Rotary embedding of [T, 1, n, d] in rotate-half layout; cosine and sine [T, 1, 1, r / 2] turn the first r of d
+    numbers.
+    """
     return _Rotate.apply(x, cosine, sine)
 
 
 class _Embedded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, main_grad: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, main_grad: torch.Tensor
+    ) -> torch.Tensor:
         ctx.ids, ctx.main_grad, ctx.weight = ids, main_grad, weight
         return rows.view_as(rows)
 
@@ -128,6 +141,8 @@ class _Embedded(torch.autograd.Function):
 
 
 def embedded(rows: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, main_grad: torch.Tensor) -> torch.Tensor:
-    """``rows`` [T, 1, H], looked up without a gradient, with one: added to ``main_grad`` [V, H] row by row, where autograd would fill a matrix of
-    the vocabulary's size with zeros for every micro-batch. Autograd receives an uninitialised placeholder, for hooks that wait for one."""
+    """``rows`` [T, 1, H], looked up without a gradient, with one: added to ``main_grad`` [V, H] row by row, where
+    autograd would fill a matrix of the vocabulary's size with zeros for every micro-batch. Autograd receives an
+    uninitialised placeholder, for hooks that wait for one.
+    """
     return _Embedded.apply(rows, weight, ids, main_grad)

@@ -23,15 +23,29 @@ from pact_nemo.policy.export_writer import FolderWriter
 from pact_nemo.tensor_files import INDEX_NAME
 
 _ARTIFACTS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-    "*.jinja", "*.model", "*.tiktoken", "*.py", "additional_chat_templates",
-)  # fmt: skip
-#: what a licence may ask to be passed on, in any spelling; a model card is left out, for it describes the source's weights
-_NOTICES = re.compile(r"licen[cs]e|notice|copying|copyright|use[-_ ]?policy|acceptable[-_ ]?use|terms[-_ ]of|patents", re.IGNORECASE)
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "additional_chat_templates",
+)
+#: what a licence may ask to be passed on, in any spelling; a model card is left out, for it describes the source's
+#: weights
+_NOTICES = re.compile(
+    r"licen[cs]e|notice|copying|copyright|use[-_ ]?policy|acceptable[-_ ]?use|terms[-_ ]of|patents", re.IGNORECASE
+)
 
 
 def copy_artifacts(source: str | Path, folder: str | Path, dtype: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Copy configuration, tokenizer, chat templates, generation settings, custom code, licences and notices; folders with all they hold.
+    """Copy configuration, tokenizer, chat templates, generation settings, custom code, licences and notices; folders
+    with all they hold.
 
     Args:
         source: Hugging Face folder.
@@ -72,17 +86,19 @@ def write_folder(
     settings: LayoutSettings | None = None,
     previous: tuple[Path, dict[str, FileEntry]] | None = None,
 ) -> dict[str, FileEntry]:
-    """Write a model folder: ``model.safetensors``, or numbered files with an index, and everything else from ``source``. Collective.
+    """Write a model folder: ``model.safetensors``, or numbered files with an index, and everything else from
+    ``source``. Collective.
 
     Args:
-        weights: names and whole tensors, the same on every rank, consumed to the end on every rank (producing them is collective). They must
-            not change until this returns.
+        weights: names and whole tensors, the same on every rank, consumed to the end on every rank (producing them is
+            collective). They must not change until this returns.
         source: Hugging Face folder with configuration, tokenizer and so on.
         folder: made if absent, by rank 0. Ranks that don't see it (it is on rank 0's own disk) don't write.
         dtype: one of ``export_layout.EXPORT_DTYPES``.
         shapes: what ``weights`` will be, in ``source``'s order.
         settings: sizes; None = the defaults.
-        previous: (folder, manifest entries) of an earlier export; files that come out equal become hard links to its files.
+        previous: (folder, manifest entries) of an earlier export; files that come out equal become hard links to its
+            files.
 
     Returns:
         digests of the weight files, known from memory, on every rank.
@@ -121,7 +137,11 @@ def write_folder(
 
 
 def write_folder_alone(
-    weights: Iterable[tuple[str, torch.Tensor]], source: str | Path, folder: Path, dtype: str, shapes: dict[str, tuple[int, ...]]
+    weights: Iterable[tuple[str, torch.Tensor]],
+    source: str | Path,
+    folder: Path,
+    dtype: str,
+    shapes: dict[str, tuple[int, ...]],
 ) -> dict[str, FileEntry]:
     """:func:`write_folder` in this process only, into an existing folder."""
     copy_artifacts(source, folder, dtype, shapes)
@@ -148,8 +168,10 @@ def write_folder_alone(
 
 @contextmanager
 def _single_threaded_operations() -> Iterator[None]:
-    """One thread for each torch operation of this thread and of those it starts. The parallelism of an export is in its stages; the small copies
-    of gathering and converting would only wait for the threads of the others (measured: a third of the processor time, docs/refit.md)."""
+    """One thread for each torch operation of this thread and of those it starts. The parallelism of an export is in its
+    stages; the small copies of gathering and converting would only wait for the threads of the others (measured: a
+    third of the processor time, docs/refit.md).
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -173,21 +195,30 @@ def _writing_ranks(folder: Path) -> list[int]:
 
 
 def _hand_over(
-    weights: Iterable[tuple[str, torch.Tensor]], writer: FolderWriter, shapes: dict[str, tuple[int, ...]], source: str | Path
+    weights: Iterable[tuple[str, torch.Tensor]],
+    writer: FolderWriter,
+    shapes: dict[str, tuple[int, ...]],
+    source: str | Path,
 ) -> Exception | None:
-    """Give the writer what it wants of a stream, to the stream's end; what is wrong with the stream, the same on every rank."""
+    """Give the writer what it wants of a stream, to the stream's end; what is wrong with the stream, the same on every
+    rank.
+    """
     came: set[str] = set()
     error: Exception | None = None
     for name, tensor in weights:
         if name in came:
             error = error or CheckpointError(f"weight {name} was produced twice")
         elif name in shapes and tuple(tensor.shape) != shapes[name]:
-            error = error or CheckpointError(f"exported weight {name} has shape {tuple(tensor.shape)}, {source} has {shapes[name]}")
+            error = error or CheckpointError(
+                f"exported weight {name} has shape {tuple(tensor.shape)}, {source} has {shapes[name]}"
+            )
         elif writer.wants(name) and error is None:
             writer.put(name, tensor)
         came.add(name)
     if came != shapes.keys():
-        error = error or CheckpointError(f"exported weights differ from those of {source}: {sorted(came ^ shapes.keys())[:5]}")
+        error = error or CheckpointError(
+            f"exported weights differ from those of {source}: {sorted(came ^ shapes.keys())[:5]}"
+        )
     return error
 
 

@@ -1,7 +1,7 @@
 """The policy network: Megatron-core's GPT model on packed token trees.
 
-Differences to ``GPTModel``: rotary angles come from each token's depth in its tree, core attention is :class:`TreeCoreAttention`, and the
-last stage returns log-probabilities of the scored tokens instead of logits.
+Differences to ``GPTModel``: rotary angles come from each token's depth in its tree, core attention is
+:class:`TreeCoreAttention`, and the last stage returns log-probabilities of the scored tokens instead of logits.
 """
 
 from __future__ import annotations
@@ -31,15 +31,28 @@ prepare_megatron()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec  # noqa: E402
-from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage, is_vp_first_stage, is_vp_last_stage  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.pipeline_parallel.utils import (  # noqa: E402
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
+from megatron.core.transformer.transformer_block import (  # noqa: E402
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 
 
 class PlainRMSNorm(torch.nn.Module):
-    """Torch's RMSNorm for specs without Transformer Engine; unlike megatron's wrapper of it, it works under sequence parallelism."""
+    """Torch's RMSNorm for specs without Transformer Engine; unlike megatron's wrapper of it, it works under sequence
+    parallelism.
+    """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
@@ -60,14 +73,20 @@ class RMSNorm(PlainRMSNorm):
 
 
 class PactGPTModel(GPTModel):
-    """One pipeline stage of the policy. Call with ``packed_seq_params=TreeBatch``; the last stage returns [S_local] float32 log-probs."""
+    """One pipeline stage of the policy. Call with ``packed_seq_params=TreeBatch``; the last stage returns [S_local]
+    float32 log-probs.
+    """
 
     logprob_chunk: int
     true_vocab_size: int
     rotates_itself: bool  #: core attention turns queries and keys, by angles that are computed once a micro-batch
 
-    def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, decoder_input: Any = None, **kwargs: Any) -> tuple[Any, ...]:
-        """Embeddings on the first stage; rotary angles [T_local, 1, 1, d] of this micro-batch's positions on every stage."""
+    def _preprocess(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, decoder_input: Any = None, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """Embeddings on the first stage; rotary angles [T_local, 1, 1, d] of this micro-batch's positions on every
+        stage.
+        """
         batch: TreeBatch = kwargs["packed_seq_params"]
         if decoder_input is None and self.pre_process:
             decoder_input = self._embed(input_ids, position_ids)
@@ -80,7 +99,12 @@ class PactGPTModel(GPTModel):
     def _embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         weight = self.embedding.word_embeddings.weight
         main_grad = getattr(weight, "main_grad", None)
-        if not (self.rotates_itself and torch.is_grad_enabled() and main_grad is not None and self.pg_collection.tp.size() == 1):
+        if not (
+            self.rotates_itself
+            and torch.is_grad_enabled()
+            and main_grad is not None
+            and self.pg_collection.tp.size() == 1
+        ):
             return self.embedding(input_ids=input_ids, position_ids=position_ids)  # type: ignore[no-any-return]
         with torch.no_grad():
             rows = self.embedding(input_ids=input_ids, position_ids=position_ids)
@@ -99,7 +123,11 @@ class PactGPTModel(GPTModel):
         if not self.post_process:
             return hidden_states
         batch: TreeBatch = kwargs["packed_seq_params"]
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=group)
@@ -122,23 +150,35 @@ class PactGPTModel(GPTModel):
         return logprobs
 
     def _weight_gradient(self, weight: torch.Tensor) -> dict[str, Any]:
-        """Where the output matrix's gradient goes: straight into megatron's float32 buffer, if it can, without a copy of V x H elements.
+        """Where the output matrix's gradient goes: straight into megatron's float32 buffer, if it can, without a copy
+        of V x H elements.
 
-        A tied matrix on a stage without the embedding (pipeline) takes autograd's way: megatron adds whatever autograd brings for it."""
+        A tied matrix on a stage without the embedding (pipeline) takes autograd's way: megatron adds whatever autograd
+        brings for it.
+        """
         main_grad = getattr(weight, "main_grad", None)
         tied = self.share_embeddings_and_output_weights
         if main_grad is None or (tied and not self.pre_process):
             return {}
         if not tied:
             weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # or megatron's hook would add the placeholder
-        return {"main_grad": main_grad, "placeholder": not tied}  # tied: the embedding's gradient, which comes later, calls the hook
+        return {
+            "main_grad": main_grad,
+            "placeholder": not tied,
+        }  # tied: the embedding's gradient, which comes later, calls the hook
 
 
 def layer_spec(
     provider: Any, architecture: Architecture, *, transformer_engine: bool, attention: str, fused_elementwise: bool
 ) -> ModuleSpec:
-    """Layer spec with our core attention: Transformer Engine modules if asked for, local ones with our RMSNorm and activation otherwise."""
-    moe = dict(num_experts=provider.num_moe_experts, moe_grouped_gemm=provider.moe_grouped_gemm, qk_layernorm=provider.qk_layernorm)
+    """Layer spec with our core attention: Transformer Engine modules if asked for, local ones with our RMSNorm and
+    activation otherwise.
+    """
+    moe = dict(
+        num_experts=provider.num_moe_experts,
+        moe_grouped_gemm=provider.moe_grouped_gemm,
+        qk_layernorm=provider.qk_layernorm,
+    )
     if transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(**moe)
     else:
@@ -163,7 +203,8 @@ def layer_spec(
 
 
 def _with_bias(linear: Any) -> type:
-    """A linear layer's class that has a bias whatever it is told: megatron has one flag for all of them, models have several.
+    """A linear layer's class that has a bias whatever it is told: megatron has one flag for all of them, models have
+    several.
 
     The class keeps its name, by which Megatron-Bridge knows how a layer is cut over ranks.
 
@@ -171,7 +212,10 @@ def _with_bias(linear: Any) -> type:
         ConfigError: this version of megatron-core builds linear layers from something else than classes.
     """
     if not isinstance(linear, type):
-        raise ConfigError(f"this megatron-core builds linear layers from {type(linear).__name__}; use the versions of requirements.txt")
+        raise ConfigError(
+            f"this megatron-core builds linear layers from {type(linear).__name__}; use the versions of"
+            " requirements.txt"
+        )
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         linear.__init__(self, *args, **{**kwargs, "bias": True})  # type: ignore[misc]
@@ -180,19 +224,29 @@ def _with_bias(linear: Any) -> type:
 
 
 def _submodules(builder: Any) -> Any:
-    """The submodules that a layer's part is built with: megatron-core says them in a ModuleSpec (0.16) or in a ``functools.partial`` (0.19).
+    """The submodules that a layer's part is built with: megatron-core says them in a ModuleSpec (0.16) or in a
+    ``functools.partial`` (0.19).
 
     Raises:
         ConfigError: neither, so this version of megatron-core says them in a way that isn't known here.
     """
-    found = builder.keywords.get("submodules") if isinstance(builder, functools.partial) else getattr(builder, "submodules", None)
+    found = (
+        builder.keywords.get("submodules")
+        if isinstance(builder, functools.partial)
+        else getattr(builder, "submodules", None)
+    )
     if found is None:
-        raise ConfigError(f"this megatron-core describes a layer's parts by {type(builder).__name__}; use the versions of requirements.txt")
+        raise ConfigError(
+            f"this megatron-core describes a layer's parts by {type(builder).__name__}; use the versions of"
+            " requirements.txt"
+        )
     return found
 
 
 def _set_activation(builder: Any) -> None:
-    """Put our SwiGLU where MLPs look for an activation module: the dense one's, or that of routed and shared experts."""
+    """Put our SwiGLU where MLPs look for an activation module: the dense one's, or that of routed and shared
+    experts.
+    """
     submodules = _submodules(builder)
     if hasattr(submodules, "activation_func"):
         submodules.activation_func = SwiGLU
@@ -204,7 +258,8 @@ def _set_activation(builder: Any) -> None:
 
 
 def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool, fp8: str | None = None) -> None:
-    """Write the parallel layout, precision and kernel choices into Megatron-Bridge's provider (a TransformerConfig), then finalize it.
+    """Write the parallel layout, precision and kernel choices into Megatron-Bridge's provider (a TransformerConfig),
+    then finalize it.
 
     ``fp8`` is the FP8 recipe that runs, or None.
 
@@ -213,14 +268,25 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool, fp8: 
     """
     chunks = config.pipeline_parallel * (config.virtual_pipeline or 1)
     if fp8 is not None and 2 * config.fp8_bf16_layers >= provider.num_layers:
-        raise ConfigError(f"policy.fp8_bf16_layers={config.fp8_bf16_layers} at each end leaves none of {provider.num_layers} layers in FP8")
+        raise ConfigError(
+            f"policy.fp8_bf16_layers={config.fp8_bf16_layers} at each end leaves none of {provider.num_layers} layers"
+            " in FP8"
+        )
     if provider.num_layers % chunks:
-        raise ConfigError(f"{provider.num_layers} layers can't be cut into pipeline_parallel x virtual_pipeline = {chunks} equal parts")
+        raise ConfigError(
+            f"{provider.num_layers} layers can't be cut into pipeline_parallel x virtual_pipeline = {chunks} equal"
+            " parts"
+        )
     if provider.num_attention_heads % config.tensor_parallel:
-        raise ConfigError(f"{provider.num_attention_heads} attention heads can't be split over tensor_parallel = {config.tensor_parallel}")
+        raise ConfigError(
+            f"{provider.num_attention_heads} attention heads can't be split over tensor_parallel ="
+            f" {config.tensor_parallel}"
+        )
     experts = provider.num_moe_experts or 1
     if experts % config.expert_parallel:
-        raise ConfigError(f"{experts} expert(s) can't be split over expert_parallel = {config.expert_parallel}; dense models need 1")
+        raise ConfigError(
+            f"{experts} expert(s) can't be split over expert_parallel = {config.expert_parallel}; dense models need 1"
+        )
     if provider.num_moe_experts and config.tensor_parallel > 1 and not config.sequence_parallel:
         raise ConfigError("a mixture of experts under policy.tensor_parallel > 1 needs policy.sequence_parallel=true")
     bf16 = config.resolved_precision(cuda=cuda) == "bf16"
@@ -277,25 +343,31 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool, fp8: 
             num_layers_at_end_in_bf16=config.fp8_bf16_layers,
         )
         if provider.num_moe_experts and not config.fp8_emulate:
-            settings["moe_router_padding_for_quantization"] = True  # each expert's share of the tokens, too, to what its product needs
+            settings["moe_router_padding_for_quantization"] = (
+                True  # each expert's share of the tokens, too, to what its product needs
+            )
     if config.recompute == "full":
         settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif config.recompute == "selective":
         settings.update(recompute_granularity="selective", recompute_modules=["core_attn"])
     for name, value in settings.items():
         if not hasattr(provider, name):
-            raise ConfigError(f"this megatron version's TransformerConfig has no field {name}; use the versions of requirements.txt")
+            raise ConfigError(
+                f"this megatron version's TransformerConfig has no field {name}; use the versions of requirements.txt"
+            )
         setattr(provider, name, value)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about CUDA graphs and Transformer Engine's attention, neither in use
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # about CUDA graphs and Transformer Engine's attention, neither in use
         provider.finalize()
 
 
 def rotary_frequencies(architecture: Architecture) -> torch.Tensor:
     """[d / 2] float32 RoPE frequencies, by the function that transformers itself uses.
 
-    Neither Megatron-Bridge 0.3 (which looks for ``rope_theta`` where transformers 5 no longer keeps it) nor megatron-core (which fixes
-    three of the llama3 scaling parameters) can be relied on here.
+    Neither Megatron-Bridge 0.3 (which looks for ``rope_theta`` where transformers 5 no longer keeps it) nor
+    megatron-core (which fixes three of the llama3 scaling parameters) can be relied on here.
 
     Raises:
         ConfigError: a scaling of attention.
@@ -373,7 +445,9 @@ def build_chunks(provider: Any, architecture: Architecture, config: PolicyConfig
 
 
 def _mark_tensor_parallel(model: torch.nn.Module) -> None:
-    """Mark which parameters are shards: megatron does so only while it initialises weights, and needs it for gradient norms."""
+    """Mark which parameters are shards: megatron does so only while it initialises weights, and needs it for gradient
+    norms.
+    """
     for module in model.modules():
         if isinstance(module, (tensor_parallel.ColumnParallelLinear, tensor_parallel.VocabParallelEmbedding)):
             dim = 0
@@ -386,8 +460,8 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
             tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
     for name, param in model.named_parameters():
         if ".experts." in name:
-            # an expert is whole on its rank, so its gradient is a sum over tensor-parallel ranks too: megatron sees that with
-            # expert parallelism only, and would leave each rank with the gradient of its own tokens without
+            # an expert is whole on its rank, so its gradient is a sum over tensor-parallel ranks too: megatron sees
+            # that with expert parallelism only, and would leave each rank with the gradient of its own tokens without
             param.allreduce = False  # type: ignore[attr-defined]
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
 
@@ -396,12 +470,17 @@ _layout: tuple[Any, ...] | None = None  # of the process groups that exist
 
 
 def initialize_model_parallel(config: PolicyConfig, *, seed: int) -> None:
-    """Create megatron's process groups for this layout and seed its generators. Groups of the same layout are used again: torch keeps every
-    group, with its sockets, until the process ends or the group is destroyed by name."""
+    """Create megatron's process groups for this layout and seed its generators. Groups of the same layout are used
+    again: torch keeps every group, with its sockets, until the process ends or the group is destroyed by name."""
     global _layout
     layout = (
-        dist.group.WORLD, config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline, config.context_parallel, config.expert_parallel
-    )  # fmt: skip
+        dist.group.WORLD,
+        config.tensor_parallel,
+        config.pipeline_parallel,
+        config.virtual_pipeline,
+        config.context_parallel,
+        config.expert_parallel,
+    )
     if layout != _layout or not parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(

@@ -1,7 +1,7 @@
 """What a Hugging Face folder holds beside what its configuration asks for, known from the headers of its files.
 
-Every weight of the model has a tensor of the right shape and type, and every tensor of the folder is such a weight or a buffer that is
-computed anew. Anything else is refused by name before a weight is read. Imports no megatron.
+Every weight of the model has a tensor of the right shape and type, and every tensor of the folder is such a weight or a
+buffer that is computed anew. Anything else is refused by name before a weight is read. Imports no megatron.
 """
 
 from __future__ import annotations
@@ -42,16 +42,40 @@ _WRAPPERS = {
 }
 #: what a tensor that the model doesn't have is a sign of, and what to do
 _SIGNS: tuple[tuple[str, str], ...] = (
-    (r"lora_|\.adapter|modules_to_save", "it belongs to a LoRA adapter; merge that into the weights (merge_and_unload) and save the model"),
-    (r"weight_scale_inv$", "it holds scales of an FP8 weight, which need a quantization_config in config.json and an FP8 weight of their name"),
+    (
+        r"lora_|\.adapter|modules_to_save",
+        "it belongs to a LoRA adapter; merge that into the weights (merge_and_unload) and save the model",
+    ),
+    (
+        r"weight_scale_inv$",
+        (
+            "it holds scales of an FP8 weight, which need a quantization_config in config.json and an FP8 weight of"
+            " their name"
+        ),
+    ),
     (
         r"qweight|qzeros|g_idx|\.scales$|absmax|quant_map|quant_state|\.SCB$|weight_format|weight_(?:packed|shape|zero_point|scale)|input_scale",
         "it is part of a quantised weight; give a folder of the unquantised weights",
     ),
-    (r"(?:^|\.)(?:v_head|value_head|score|classifier|reward_head|critic)\b", "it is a value or reward head; save the language model without it"),
-    (r"(?:^|\.)mtp|eh_proj|enorm|hnorm|shared_head|medusa|eagle", "it is for predicting several tokens at once, which is not trained; take it out"),
-    (r"vision|visual|image|audio|multi_modal|mm_projector", "it is part of a multimodal model; give its language model alone"),
-    (r"\.bias$", "this configuration has no such bias; see attention_bias and mlp_bias in config.json, or take another model_type"),
+    (
+        r"(?:^|\.)(?:v_head|value_head|score|classifier|reward_head|critic)\b",
+        "it is a value or reward head; save the language model without it",
+    ),
+    (
+        r"(?:^|\.)mtp|eh_proj|enorm|hnorm|shared_head|medusa|eagle",
+        "it is for predicting several tokens at once, which is not trained; take it out",
+    ),
+    (
+        r"vision|visual|image|audio|multi_modal|mm_projector",
+        "it is part of a multimodal model; give its language model alone",
+    ),
+    (
+        r"\.bias$",
+        (
+            "this configuration has no such bias; see attention_bias and mlp_bias in config.json, or take another"
+            " model_type"
+        ),
+    ),
     (r"\.experts\.|shared_expert|mlp\.gate\.", "this configuration has no such expert; see num_experts in config.json"),
 )
 #: settings that give a weight its shape, by its name
@@ -129,48 +153,67 @@ class WeightReader:
         try:
             weight = self._tensor(name, entry)
             if scale is not None:
-                weight = fp8_block.dequantise(weight, self._tensor(name + fp8_block.SCALE_SUFFIX, scale), self.folder.block)
+                weight = fp8_block.dequantise(
+                    weight, self._tensor(name + fp8_block.SCALE_SUFFIX, scale), self.folder.block
+                )
         except Exception as error:  # the file changed since its header was read, or its disk failed
             raise CheckpointError(f"{where} can't be read ({error}); copy that folder again") from error
         low, high = (float(value) for value in torch.aminmax(weight))  # NaN is passed on by both
         if not (math.isfinite(low) and math.isfinite(high)):
             raise CheckpointError(f"{where} holds NaN or Inf: training on it is useless; take an intact folder")
         if max(-low, high) > _LARGEST:  # float64, or the last values of float32: infinite in the policy's precision
-            raise CheckpointError(f"{where} holds a value of {max(-low, high):.3g}, beyond what bfloat16 can hold; take an intact folder")
+            raise CheckpointError(
+                f"{where} holds a value of {max(-low, high):.3g}, beyond what bfloat16 can hold; take an intact folder"
+            )
         return weight
 
     def _tensor(self, name: str, entry: TensorEntry) -> torch.Tensor:
         if entry.file not in self._files:
-            self._files[entry.file] = self._stack.enter_context(safe_open(self.folder.path / entry.file, framework="pt"))
+            self._files[entry.file] = self._stack.enter_context(
+                safe_open(self.folder.path / entry.file, framework="pt")
+            )
         return self._files[entry.file].get_tensor(name)  # type: ignore[no-any-return]
 
 
 def check_model_folder(path: str | Path) -> ModelFolder:
-    """Compare the tensors of a folder with what its ``config.json`` asks for. Reads headers only, and two heads that have to be equal.
+    """Compare the tensors of a folder with what its ``config.json`` asks for. Reads headers only, and two heads that
+    have to be equal.
 
     Raises:
-        ConfigError: the configuration can't be read, or names an architecture, a setting or a quantisation that is not supported.
-        CheckpointError: a weight is missing, has another shape or type, or a tensor is none of the model's; the message names tensor and file.
+        ConfigError: the configuration can't be read, or names an architecture, a setting or a quantisation that is not
+            supported.
+        CheckpointError: a weight is missing, has another shape or type, or a tensor is none of the model's; the message
+            names tensor and file.
     """
     base = Path(path)
     architecture = check_architecture(base)
     block = _block_of(base)
     _check_transformers_reads(base)
     if (base / "adapter_config.json").is_file():
-        raise CheckpointError(f"{base / 'adapter_config.json'}: the folder is a PEFT adapter; merge it into its model and save that")
+        raise CheckpointError(
+            f"{base / 'adapter_config.json'}: the folder is a PEFT adapter; merge it into its model and save that"
+        )
     tensors = read_tensors(base)
     expected = expected_weights(architecture)
     held = {name: entry for name, entry in tensors.items() if not is_derived(name)}
     _check_prefixes(base, expected, held)
-    scales = {name: held[name + fp8_block.SCALE_SUFFIX] for name in expected if name + fp8_block.SCALE_SUFFIX in held} if block is not None else {}
+    scales = (
+        {name: held[name + fp8_block.SCALE_SUFFIX] for name in expected if name + fp8_block.SCALE_SUFFIX in held}
+        if block is not None
+        else {}
+    )
     known = expected.keys() | {name + fp8_block.SCALE_SUFFIX for name in scales}
     tied = HEAD in held and HEAD not in expected and expected.get(EMBEDDING) == held[HEAD].shape
     _check_names(base, architecture, expected, held, known | ({HEAD} if tied else set()))
-    folder = ModelFolder(base, architecture, {name: held[name] for name in held if name in expected}, scales, block or ModelFolder.block)
+    folder = ModelFolder(
+        base, architecture, {name: held[name] for name in held if name in expected}, scales, block or ModelFolder.block
+    )
     for name, shape in expected.items():
         _check_stored(folder, name, shape, block)
     if block is not None and not scales:
-        raise CheckpointError(f"{base / 'config.json'}: quantization_config says FP8, yet no weight of the folder is; take that key out")
+        raise CheckpointError(
+            f"{base / 'config.json'}: quantization_config says FP8, yet no weight of the folder is; take that key out"
+        )
     if tied:
         _check_equal_heads(base, held[HEAD], held[EMBEDDING])
     return folder
@@ -189,24 +232,42 @@ def _block_of(base: Path) -> tuple[int, int] | None:
     config = strict_json.loads(where.read_text(encoding="utf-8"))
     settings = config.get("quantization_config", config.get("compression_config"))
     if (apart := base / "hf_quant_config.json").is_file():  # ModelOpt's, which servers take for quantization_config
-        raise ConfigError(f"{apart}: weights quantised by ModelOpt are not read; give a folder of unquantised weights, without that file")
+        raise ConfigError(
+            f"{apart}: weights quantised by ModelOpt are not read; give a folder of unquantised weights, without that"
+            " file"
+        )
     if settings is None:
         return None
     if not isinstance(settings, dict) or not settings:
-        raise ConfigError(f"{where}: quantization_config={settings!r} says no quantisation; take it out, or give a folder of unquantised weights")
+        raise ConfigError(
+            f"{where}: quantization_config={settings!r} says no quantisation; take it out, or give a folder of"
+            " unquantised weights"
+        )
     method, block = settings.get("quant_method"), settings.get("weight_block_size")
-    remedy = "only block FP8 (quant_method fp8 with a weight_block_size) is read; give a folder of the unquantised weights"
+    remedy = (
+        "only block FP8 (quant_method fp8 with a weight_block_size) is read; give a folder of the unquantised weights"
+    )
     if method != "fp8" or settings.get("fmt", "e4m3") not in ("e4m3", None):
-        raise ConfigError(f"{where}: quantization_config with quant_method {method!r}, fmt {settings.get('fmt')!r} is not supported; {remedy}")
+        raise ConfigError(
+            f"{where}: quantization_config with quant_method {method!r}, fmt {settings.get('fmt')!r} is not supported;"
+            f" {remedy}"
+        )
     if settings.get("activation_scheme", "dynamic") != "dynamic":
-        raise ConfigError(f"{where}: quantization_config.activation_scheme {settings['activation_scheme']!r} is not supported; {remedy}")
-    if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise ConfigError(
+            f"{where}: quantization_config.activation_scheme {settings['activation_scheme']!r} is not supported;"
+            f" {remedy}"
+        )
+    if not (
+        isinstance(block, list | tuple) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+    ):
         raise ConfigError(f"{where}: quantization_config.weight_block_size {block!r} is no pair of sizes; {remedy}")
     return int(block[0]), int(block[1])
 
 
 def _check_transformers_reads(base: Path) -> None:
-    """Refuse here what transformers, and with it bridge and server, would refuse later for a reason that nothing above knows."""
+    """Refuse here what transformers, and with it bridge and server, would refuse later for a reason that nothing above
+    knows.
+    """
     from transformers import AutoConfig
 
     try:
@@ -214,11 +275,15 @@ def _check_transformers_reads(base: Path) -> None:
             AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its validation raises types of several packages
         text = " ".join(str(error).split())
-        raise ConfigError(f"{base / 'config.json'}: transformers can't read it ({type(error).__name__}: {text}); repair that file") from error
+        raise ConfigError(
+            f"{base / 'config.json'}: transformers can't read it ({type(error).__name__}: {text}); repair that file"
+        ) from error
 
 
 def _check_prefixes(base: Path, expected: Iterable[str], held: dict[str, TensorEntry]) -> None:
-    """Refuse a folder whose names all carry a prefix too many, or lack theirs: transformers loads some of these, servers don't."""
+    """Refuse a folder whose names all carry a prefix too many, or lack theirs: transformers loads some of these,
+    servers don't.
+    """
     if EMBEDDING in held:
         return
     bare = EMBEDDING.removeprefix("model.")
@@ -228,38 +293,55 @@ def _check_prefixes(base: Path, expected: Iterable[str], held: dict[str, TensorE
     got = found.removesuffix(bare)
     if not got:
         raise CheckpointError(
-            f"{base / held[found].file}: {found} should be {EMBEDDING}: the folder was saved from the base model, without 'model.'; "
-            "load it with AutoModelForCausalLM and save that"
+            f"{base / held[found].file}: {found} should be {EMBEDDING}: the folder was saved from the base model,"
+            " without 'model.'; load it with AutoModelForCausalLM and save that"
         )
     wrapper = next((f" ({source} leaves it)" for prefix, source in _WRAPPERS.items() if got.startswith(prefix)), "")
     raise CheckpointError(
-        f"{base / held[found].file}: {found} should be {EMBEDDING}: names begin with {got!r} instead of 'model.'{wrapper}; save the unwrapped model"
+        f"{base / held[found].file}: {found} should be {EMBEDDING}: names begin with {got!r} instead of"
+        f" 'model.'{wrapper}; save the unwrapped model"
     )
 
 
-def _check_names(base: Path, model: Architecture, expected: Shapes, held: dict[str, TensorEntry], known: set[str]) -> None:
+def _check_names(
+    base: Path, model: Architecture, expected: Shapes, held: dict[str, TensorEntry], known: set[str]
+) -> None:
     strange = next((name for name in held if name not in known), None)
     missing = next((name for name in expected if name not in held), None)
     if missing is not None:
         files = sorted({entry.file for entry in held.values()})
         where = base / files[0] if len(files) == 1 else base
         also = f"; it holds {strange}, which is none of the model's: was it renamed?" if strange is not None else ""
-        tied = "; where the head is the embedding, set tie_word_embeddings to true in config.json" if missing == HEAD else ""
+        tied = (
+            "; where the head is the embedding, set tie_word_embeddings to true in config.json"
+            if missing == HEAD
+            else ""
+        )
         raise CheckpointError(
-            f"{where} lacks {missing} {list(expected[missing])}, which config.json ({model.family}) asks for{tied}{also}; "
-            "export the whole model again"
+            f"{where} lacks {missing} {list(expected[missing])}, which config.json ({model.family}) asks"
+            f" for{tied}{also}; export the whole model again"
         )
     if strange is not None:
-        raise CheckpointError(f"{base / held[strange].file}: {strange} is no weight of this {model.family}: {_sign(strange, model)}")
+        raise CheckpointError(
+            f"{base / held[strange].file}: {strange} is no weight of this {model.family}: {_sign(strange, model)}"
+        )
 
 
 def _sign(name: str, model: Architecture) -> str:
     layer = re.search(r"\.layers\.(\d+)\.", name)
     if layer is not None and int(layer[1]) >= model.layers:
-        return f"it belongs to a layer beyond num_hidden_layers={model.layers} (does that predict several tokens at once?); take it out"
+        return (
+            f"it belongs to a layer beyond num_hidden_layers={model.layers} (does that predict several tokens at"
+            " once?); take it out"
+        )
     if name == HEAD:
-        return "with tie_word_embeddings=true the head is the embedding, and this one has another shape; take it out or set the flag to false"
-    return next((sign for pattern, sign in _SIGNS if re.search(pattern, name)), "nothing reads it; take it out of the folder")
+        return (
+            "with tie_word_embeddings=true the head is the embedding, and this one has another shape; take it out or"
+            " set the flag to false"
+        )
+    return next(
+        (sign for pattern, sign in _SIGNS if re.search(pattern, name)), "nothing reads it; take it out of the folder"
+    )
 
 
 def _check_stored(folder: ModelFolder, name: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> None:
@@ -270,20 +352,36 @@ def _check_stored(folder: ModelFolder, name: str, shape: tuple[int, ...], block:
         reason = f"{_sizes_of(name)} of config.json say otherwise"
         if 0 in entry.shape:
             reason = "it is empty (a rank's part under ZeRO-3? Gather the weights before saving)"
-        raise CheckpointError(f"{where} has shape {list(entry.shape)} instead of {list(shape)}: {reason}; set them right, or export the folder again")
+        raise CheckpointError(
+            f"{where} has shape {list(entry.shape)} instead of {list(shape)}: {reason}; set them right, or export the"
+            " folder again"
+        )
     if entry.dtype == _FP8 and scale is None:
-        remedy = "config.json has no quantization_config" if block is None else f"its {fp8_block.SCALE_SUFFIX} is missing"
-        raise CheckpointError(f"{where} is {entry.dtype} without scales ({remedy}); give a folder that has both, or the unquantised weights")
+        remedy = (
+            "config.json has no quantization_config" if block is None else f"its {fp8_block.SCALE_SUFFIX} is missing"
+        )
+        raise CheckpointError(
+            f"{where} is {entry.dtype} without scales ({remedy}); give a folder that has both, or the unquantised"
+            " weights"
+        )
     if entry.dtype not in (*_FLOATS, _FP8):
-        raise CheckpointError(f"{where} is {entry.dtype}, no floating-point weight; give a folder of float32, bfloat16 or float16 weights")
+        raise CheckpointError(
+            f"{where} is {entry.dtype}, no floating-point weight; give a folder of float32, bfloat16 or float16 weights"
+        )
     if scale is None:
         return
     scaled = f"{folder.path / scale.file}: {name}{fp8_block.SCALE_SUFFIX}"
     if entry.dtype != _FP8 or len(shape) != 2:
-        raise CheckpointError(f"{scaled} stands beside {name}, which is {entry.dtype} {list(shape)} and needs no scales; export the folder again")
+        raise CheckpointError(
+            f"{scaled} stands beside {name}, which is {entry.dtype} {list(shape)} and needs no scales; export the"
+            " folder again"
+        )
     if scale.shape != fp8_block.scale_shape(shape, folder.block):
         wanted = list(fp8_block.scale_shape(shape, folder.block))
-        raise CheckpointError(f"{scaled} has shape {list(scale.shape)}, blocks of {list(folder.block)} need {wanted}; export the folder again")
+        raise CheckpointError(
+            f"{scaled} has shape {list(scale.shape)}, blocks of {list(folder.block)} need {wanted}; export the folder"
+            " again"
+        )
     if scale.dtype not in _SCALES:
         raise CheckpointError(f"{scaled} is {scale.dtype}, no type that scales have; export the folder again")
 
@@ -298,8 +396,13 @@ def _check_equal_heads(base: Path, head: TensorEntry, embedding: TensorEntry) ->
         left, right = one.get_slice(HEAD), other.get_slice(EMBEDDING)
         for start in range(0, head.shape[0], _ROWS):
             rows = slice(start, start + _ROWS)
-            if head.dtype not in _FLOATS or embedding.dtype not in _FLOATS or not torch.equal(left[rows].double(), right[rows].double()):
+            if (
+                head.dtype not in _FLOATS
+                or embedding.dtype not in _FLOATS
+                or not torch.equal(left[rows].double(), right[rows].double())
+            ):
                 raise CheckpointError(
-                    f"{base / head.file}: {HEAD} differs from {EMBEDDING}, yet config.json says tie_word_embeddings=true: transformers uses the one, "
-                    "servers the other; set the flag to false, or take the head out"
+                    f"{base / head.file}: {HEAD} differs from {EMBEDDING}, yet config.json says"
+                    " tie_word_embeddings=true: transformers uses the one, servers the other; set the flag to false,"
+                    " or take the head out"
                 )

@@ -1,6 +1,7 @@
 """From token trees to packed micro-batches: one row of tokens each, whole trees side by side.
 
-Everything here is a deterministic function of the trees and the layout, so that all ranks compute the same plan without talking.
+Everything here is a deterministic function of the trees and the layout, so that all ranks compute the same plan without
+talking.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class PackedMicroBatch:
     """One packed row.
 
     Attributes:
-        tokens: [T] int64 token ids; the last ``T - used`` are padding: the row's first tokens again, as sequences of their own.
+        tokens: [T] int64 token ids; the last ``T - used`` are padding: the row's first tokens again, as sequences of
+            their own.
         position_ids: [T] int64 depth of each token in its tree.
         runs: attention structure; a token sees its own run up to itself and all ancestors of the run.
         source_index: [S] int64 row position whose hidden state predicts the scored token.
@@ -103,15 +105,19 @@ class _Builder:
                 self.positions.append(depth)
             last[index] = (run, source, depth)
             order += range(offsets[index], offsets[index] + sum(segment.scored))
-            # children without descendants first: siblings then lie side by side, and a branch goes on right after itself
+            # children without descendants first: siblings then lie side by side, and a branch goes on right after
+            # itself
             kids = children[index]
             stack += sorted(kids, key=lambda kid: (len(children[kid]) == 0, -kid))
         self.flat += [flat[i] for i in order]
         self.streams.append({name: stream[order] for name, stream in tree.streams.items()})
 
-    def finish(self, multiple: int, names: list[str], dtypes: dict[str, torch.dtype], filler: list[int]) -> PackedMicroBatch:
-        """Pad with ``filler`` to a multiple. What is padded with is computed like everything else, so it has to be something that adds no
-        magnitude of its own: scales of low-precision formats are taken over all tokens of a row."""
+    def finish(
+        self, multiple: int, names: list[str], dtypes: dict[str, torch.dtype], filler: list[int]
+    ) -> PackedMicroBatch:
+        """Pad with ``filler`` to a multiple. What is padded with is computed like everything else, so it has to be
+        something that adds no magnitude of its own: scales of low-precision formats are taken over all tokens of a row.
+        """
         used = len(self.tokens)
         pad = -max(used, 1) % multiple + (1 if used == 0 else 0)
         padding: list[int] = []
@@ -128,7 +134,11 @@ class _Builder:
             source_index=torch.tensor(self.source, dtype=torch.int64),
             target_ids=torch.tensor(self.target, dtype=torch.int64),
             streams={
-                name: torch.cat([streams[name] for streams in self.streams]) if self.streams else torch.empty(0, dtype=dtypes[name])
+                name: (
+                    torch.cat([streams[name] for streams in self.streams])
+                    if self.streams
+                    else torch.empty(0, dtype=dtypes[name])
+                )
                 for name in names
             },
             flat_index=torch.tensor(self.flat, dtype=torch.int64),
@@ -140,24 +150,34 @@ def check_trees(trees: list[TokenTree]) -> None:
     """Refuse trees that can't be scored.
 
     Raises:
-        DataError: a segment is empty, comes before its parent, has a scored list of another length, scores the first token of a root,
-            or a stream's length isn't the number of scored tokens or trees don't carry the same streams.
+        DataError: a segment is empty, comes before its parent, has a scored list of another length, scores the first
+            token of a root, or a stream's length isn't the number of scored tokens or trees don't carry the same
+            streams.
     """
     for number, tree in enumerate(trees):
         where = f"trees[{number}]"
         for index, segment in enumerate(tree.segments):
             here = f"{where}.segments[{index}]"
             if not segment.token_ids or len(segment.token_ids) != len(segment.scored):
-                raise DataError(f"{len(segment.token_ids)} tokens with {len(segment.scored)} scored flags; equal and at least one", field=here)
+                raise DataError(
+                    f"{len(segment.token_ids)} tokens with {len(segment.scored)} scored flags; equal and at least one",
+                    field=here,
+                )
             if not -1 <= segment.parent < index:
                 raise DataError(f"parent {segment.parent} doesn't come before the segment", field=here)
             if segment.parent < 0 and segment.scored[0]:
                 raise DataError("the first token of a root has no predecessor and can't be scored", field=here)
         if tree.streams.keys() != trees[0].streams.keys():
-            raise DataError(f"streams {sorted(tree.streams)} differ from those of the first tree, {sorted(trees[0].streams)}", field=where)
+            raise DataError(
+                f"streams {sorted(tree.streams)} differ from those of the first tree, {sorted(trees[0].streams)}",
+                field=where,
+            )
         for name, stream in tree.streams.items():
             if stream.shape != (tree.num_scored,):
-                raise DataError(f"stream has shape {tuple(stream.shape)}, the tree scores {tree.num_scored} tokens", field=f"{where}.{name}")
+                raise DataError(
+                    f"stream has shape {tuple(stream.shape)}, the tree scores {tree.num_scored} tokens",
+                    field=f"{where}.{name}",
+                )
 
 
 _Piece = tuple[TokenTree, list[int]]  # and the flat index of each of its scored tokens
@@ -165,7 +185,9 @@ _PIECE_SHARES = (0.3, 0.4, 0.5, 0.7, 1.0, 1.3)  # sizes of pieces that are tried
 
 
 def _cut(trees: list[TokenTree], limit: int, *, share_prefix: bool) -> list[_Piece]:
-    """All trees in pieces of at most ``limit`` tokens where that is possible; pieces that score nothing need no computing."""
+    """All trees in pieces of at most ``limit`` tokens where that is possible; pieces that score nothing need no
+    computing.
+    """
     pieces: list[_Piece] = []
     offset = 0
     for tree in trees:
@@ -207,12 +229,13 @@ def pack(
 ) -> list[list[PackedMicroBatch]]:
     """Pack trees into micro-batches for every data-parallel rank.
 
-    A tree larger than ``token_budget`` is cut into pieces that repeat shared prefixes (:meth:`TokenTree.pieces`), so a row is never
-    larger than the budget or the longest root-to-leaf sequence: memory has a bound. Over several ranks smaller pieces are tried, too, and the
-    cut whose fullest rank has the fewest tokens is taken. Pieces are dealt to ranks by size (largest first to the least loaded rank: at most
-    4/3 of the best possible largest load of these pieces, Graham 1969), then packed first-fit-decreasing into rows of at most
-    ``token_budget`` tokens (at most 11/9 of the fewest rows + 6/9, Dosa 2007). Ranks with fewer rows get empty ones: all ranks must run the
-    same number of collectives.
+    A tree larger than ``token_budget`` is cut into pieces that repeat shared prefixes (:meth:`TokenTree.pieces`), so a
+    row is never larger than the budget or the longest root-to-leaf sequence: memory has a bound. Over several ranks
+    smaller pieces are tried, too, and the cut whose fullest rank has the fewest tokens is taken. Pieces are dealt to
+    ranks by size (largest first to the least loaded rank: at most 4/3 of the best possible largest load of these
+    pieces, Graham 1969), then packed first-fit-decreasing into rows of at most ``token_budget`` tokens (at most 11/9 of
+    the fewest rows + 6/9, Dosa 2007). Ranks with fewer rows get empty ones: all ranks must run the same number of
+    collectives.
 
     Args:
         trees: the same list on every rank.
@@ -262,7 +285,8 @@ def pack(
 
 
 def zigzag_positions(length: int, rank: int, size: int) -> torch.Tensor:
-    """[length / size] int64 row positions of one context-parallel rank: chunks ``rank`` and ``2 * size - 1 - rank`` of ``2 * size``.
+    """[length / size] int64 row positions of one context-parallel rank: chunks ``rank`` and ``2 * size - 1 - rank`` of
+    ``2 * size``.
 
     Late tokens see more keys than early ones; pairing an early chunk with a late one balances the attention work.
     """

@@ -1,4 +1,6 @@
-"""The policy as the training loop sees it: log-probabilities of token trees, one optimizer step on an additive loss, and export."""
+"""The policy as the training loop sees it: log-probabilities of token trees, one optimizer step on an additive loss,
+and export.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class UpdateResult:
 
 
 class MegatronPolicy:
-    """A causal language model under any TP x PP x CP x DP layout; every method is collective and gives every rank the same result."""
+    """A causal language model under any TP x PP x CP x DP layout; every method is collective and gives every rank the
+    same result.
+    """
 
     def __init__(
         self,
@@ -92,7 +96,11 @@ class MegatronPolicy:
         self.fp8 = config.resolved_fp8(capability=devices.compute_capability(), has_te=devices.has_transformer_engine())
         if config.fp8 is not None and self.fp8 is None:
             precision = "bf16" if self.bf16 else "fp32"
-            logger.warning("policy.fp8=%s needs a GPU with FP8 and Transformer Engine, which are not here: running in %s", config.fp8, precision)
+            logger.warning(
+                "policy.fp8=%s needs a GPU with FP8 and Transformer Engine, which are not here: running in %s",
+                config.fp8,
+                precision,
+            )
         self.alignment = ALIGNMENT[self.fp8] if self.fp8 is not None else 1
         model.initialize_model_parallel(config, seed=seed)
         self.bridge = bridge.load_bridge(hf_path)
@@ -104,7 +112,10 @@ class MegatronPolicy:
         bridge.load_weights(self.bridge, self.chunks)
         self._reference: list[dict[str, torch.Tensor]] | None = None
         if keep_reference:
-            self._reference = [{name: param.detach().cpu().clone() for name, param in chunk.named_parameters()} for chunk in self.chunks]
+            self._reference = [
+                {name: param.detach().cpu().clone() for name, param in chunk.named_parameters()}
+                for chunk in self.chunks
+            ]
         self.wrapped: list[Any] = []
         self.optimizer: Any = None
         if trainable:
@@ -164,20 +175,26 @@ class MegatronPolicy:
         """
         if check_architecture(hf_path) != self.architecture:
             ours, theirs = self.hf_path / "config.json", Path(hf_path) / "config.json"
-            raise ConfigError(f"{theirs} describes another model than {ours}; take a reference of the same architecture")
+            raise ConfigError(
+                f"{theirs} describes another model than {ours}; take a reference of the same architecture"
+            )
         current = [{name: param.data for name, param in chunk.named_parameters()} for chunk in self.chunks]
         try:
             for chunk in self.chunks:
                 for param in chunk.parameters():
                     param.data = torch.empty_like(param.data)
             bridge.load_weights(bridge.load_bridge(hf_path), self.chunks)
-            self._reference = [{name: param.data.cpu() for name, param in chunk.named_parameters()} for chunk in self.chunks]
+            self._reference = [
+                {name: param.data.cpu() for name, param in chunk.named_parameters()} for chunk in self.chunks
+            ]
         finally:
             self._point_to(current)
 
     @contextlib.contextmanager
     def _reference_weights(self) -> Iterator[None]:
-        """The reference weights in place of the current ones. Only pointers are exchanged, so the current weights come back bit for bit."""
+        """The reference weights in place of the current ones. Only pointers are exchanged, so the current weights come
+        back bit for bit.
+        """
         if self._reference is None:
             raise ConfigError("reference log-probs need load_reference() or a policy built with keep_reference=True")
         current = [{name: param.data for name, param in chunk.named_parameters()} for chunk in self.chunks]
@@ -205,16 +222,25 @@ class MegatronPolicy:
                 param.data = values[name].to(self.device)
 
     def _check_ids(self, trees: list[TokenTree]) -> None:
-        """Token ids without a row in the embedding are refused: under tensor parallelism they would be computed with zeros."""
+        """Token ids without a row in the embedding are refused: under tensor parallelism they would be computed with
+        zeros.
+        """
         rows = self.provider.vocab_size
         for index, tree in enumerate(trees):
-            extremes = [extreme(segment.token_ids) for segment in tree.segments if segment.token_ids for extreme in (min, max)]
+            extremes = [
+                extreme(segment.token_ids) for segment in tree.segments if segment.token_ids for extreme in (min, max)
+            ]
             strange = next((token for token in extremes if not 0 <= token < rows), None)
             if strange is not None:
-                raise DataError(f"tree {index}: the model has no row for token id {strange}, only for 0 to {rows - 1}; use its own tokenizer")
+                raise DataError(
+                    f"tree {index}: the model has no row for token id {strange}, only for 0 to {rows - 1}; use its own"
+                    " tokenizer"
+                )
 
     def _local_batches(self, trees: list[TokenTree], *, entropy: bool) -> tuple[list[engine.LocalMicroBatch], int]:
-        """This rank's micro-batches of ``trees`` as this model computes them, and the number of tree tokens on all ranks together."""
+        """This rank's micro-batches of ``trees`` as this model computes them, and the number of tree tokens on all
+        ranks together.
+        """
         return engine.local_batches(
             trees,
             self.config,
@@ -246,17 +272,20 @@ class MegatronPolicy:
 
         Args:
             trees: the same list on every rank, all with the same stream names.
-            loss_fn: (log-probs [S] float32 with gradient, streams name -> [S]) of any subset of the scored tokens -> (scalar loss,
-                metrics). It must be additive over tokens: all denominators are already in the streams' weights. Loss and gradients of
-                the step are the sums over all calls, micro-batches and ranks; nothing is averaged. Never called without tokens.
-            entropy: compute the entropies of the distributions, too. The loss function finds them, with gradient, as stream ``entropy``.
+            loss_fn: (log-probs [S] float32 with gradient, streams name -> [S]) of any subset of the scored tokens ->
+                (scalar loss, metrics). It must be additive over tokens: all denominators are already in the streams'
+                weights. Loss and gradients of the step are the sums over all calls, micro-batches and ranks; nothing is
+                averaged. Never called without tokens.
+            entropy: compute the entropies of the distributions, too. The loss function finds them, with gradient, as
+                stream ``entropy``.
             lr: learning rate of this step; None = the schedule's.
 
         Returns:
             the step's numbers, the same on every rank.
 
         Raises:
-            NumericsError: NaN or Inf in the loss, a metric or the gradient norm; raised on all ranks together, weights untouched.
+            NumericsError: NaN or Inf in the loss, a metric or the gradient norm; raised on all ranks together, weights
+                untouched.
             DataError: malformed trees, or token ids that the model has no row for.
             ConfigError: the policy is not trainable.
         """
@@ -266,7 +295,11 @@ class MegatronPolicy:
         fp8.end_pass(self.chunks)
         loss, metrics = engine.gather_metrics(collected)
         grad_norm = optimizer.gradient_norm(self.optimizer)
-        broken = [name for name, value in {"loss": loss, "grad_norm": grad_norm, **metrics}.items() if not math.isfinite(value)]
+        broken = [
+            name
+            for name, value in {"loss": loss, "grad_norm": grad_norm, **metrics}.items()
+            if not math.isfinite(value)
+        ]
         if broken:
             message = f"update {self.step + 1}: not finite: {', '.join(broken)}; the weights were not changed"
             raise NumericsError(message, names=broken, logprobs=self._per_tree(trees, collected.logprobs))
@@ -283,8 +316,11 @@ class MegatronPolicy:
         entropies = self._per_tree(trees, collected.entropies) if entropy else []
         return UpdateResult(loss, grad_norm, metrics, lr, tokens, self._per_tree(trees, collected.logprobs), entropies)
 
-    def gradient_cosine(self, first: list[TokenTree], second: list[TokenTree], loss_fn: engine.LossFn) -> tuple[float, float, float]:
-        """How far the gradients of a loss on two sets of trees point the same way. Changes nothing that a later pass or update reads.
+    def gradient_cosine(
+        self, first: list[TokenTree], second: list[TokenTree], loss_fn: engine.LossFn
+    ) -> tuple[float, float, float]:
+        """How far the gradients of a loss on two sets of trees point the same way. Changes nothing that a later pass or
+        update reads.
 
         Holds one more copy of the gradient in float32. FP8 is off: its scaling factors would remember the passes.
 
@@ -309,8 +345,12 @@ class MegatronPolicy:
         dot = kept.dot(self.device)
         return dot / (norm * other) if norm * other > 0 else math.nan, norm, other
 
-    def _backward(self, trees: list[TokenTree], loss_fn: engine.LossFn, *, entropy: bool = False) -> tuple[engine.Collected, int]:
-        """Leave the gradient of the loss in the buffers, in place of what was there. Returns what was collected, and the tree tokens of all ranks."""
+    def _backward(
+        self, trees: list[TokenTree], loss_fn: engine.LossFn, *, entropy: bool = False
+    ) -> tuple[engine.Collected, int]:
+        """Leave the gradient of the loss in the buffers, in place of what was there. Returns what was collected, and
+        the tree tokens of all ranks.
+        """
         self._check_ids(trees)
         batches, tokens = self._local_batches(trees, entropy=entropy)
         for chunk in self.wrapped:
@@ -326,13 +366,15 @@ class MegatronPolicy:
     ) -> dict[str, FileEntry]:
         """Write the current weights as a Hugging Face folder: safetensors, and everything else copied from ``hf_path``.
 
-        Collective; all ranks that see the folder write, ``policy.export_writers`` of them at most. No rank holds more than the weight being
-        gathered and those that wait for its writing threads. ``checkpoints.hf.export_version`` makes atomic, versioned folders of it.
+        Collective; all ranks that see the folder write, ``policy.export_writers`` of them at most. No rank holds more
+        than the weight being gathered and those that wait for its writing threads. ``checkpoints.hf.export_version``
+        makes atomic, versioned folders of it.
 
         Args:
             folder: existing or new folder.
             dtype: of the weights: ``float32``, ``bfloat16``, ``float16`` or ``fp8_block``.
-            previous: (folder, manifest entries) of an earlier export, whose equal files are linked instead of written again.
+            previous: (folder, manifest entries) of an earlier export, whose equal files are linked instead of written
+                again.
 
         Returns:
             digests of the weight files.
@@ -366,7 +408,9 @@ class MegatronPolicy:
             raise ConfigError("a policy built with trainable=False has no state to resume from; export it instead")
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         names = ["model"] if len(self.chunks) == 1 else [f"model{index}" for index in range(len(self.chunks))]
-        state: dict[str, Any] = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, self.chunks, strict=True)}
+        state: dict[str, Any] = {
+            name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, self.chunks, strict=True)
+        }
         state["optimizer"] = self.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
         return state
 

@@ -1,14 +1,15 @@
 """Token trees: how sequences that share prefixes reach the model.
 
-For one prompt the training step needs ``[x; tau_k]``, ``[x; h*; b; tau_k]`` and the SFT sequence ``[x; h*]``. Written as a tree,
+For one prompt the training step needs ``[x; tau_k]``, ``[x; h*; b; tau_k]`` and the SFT sequence ``[x; h*]``. Written
+as a tree,
 
     x --+-- tau_1 .. tau_K                (prompt-only context)
         +-- h* -- b --+-- tau_1 .. tau_K  (trace-conditioned context)
 
-every shared prefix is stored and computed once. Where a tau or the SFT sequence has several contexts, because thoughts of earlier
-messages are no longer in them, it is a small tree itself, which branches off where its contexts part. A token attends to its own
-segment up to itself and to all of its ancestors; its position is its depth in tokens from the root. That is exactly what it would see
-in the separate sequence, so results are the same.
+every shared prefix is stored and computed once. Where a tau or the SFT sequence has several contexts, because thoughts
+of earlier messages are no longer in them, it is a small tree itself, which branches off where its contexts part. A
+token attends to its own segment up to itself and to all of its ancestors; its position is its depth in tokens from the
+root. That is exactly what it would see in the separate sequence, so results are the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Segment:
     Attributes:
         token_ids: [n] ids, n >= 1.
         parent: index of the parent segment in ``TokenTree.segments`` (always a smaller index), -1 for the root.
-        scored: [n] bools; True where the log-prob of this token given its predecessors is wanted. A root's first token can't be scored.
+        scored: [n] bools; True where the log-prob of this token given its predecessors is wanted. A root's first token
+            can't be scored.
     """
 
     token_ids: list[int]
@@ -40,9 +42,10 @@ class TokenTree:
 
     Attributes:
         segments: parents before children.
-        streams: name -> [S] tensor over the scored tokens in segment order, then token order. The policy carries them untouched to the
-            loss function; it knows none of their names.
-        temperatures: [S] float32 divisors of the logits that each scored token is scored with; None = 1 for all of them.
+        streams: name -> [S] tensor over the scored tokens in segment order, then token order. The policy carries them
+            untouched to the loss function; it knows none of their names.
+        temperatures: [S] float32 divisors of the logits that each scored token is scored with; None = 1 for all of
+            them.
     """
 
     segments: list[Segment]
@@ -58,10 +61,12 @@ class TokenTree:
         return sum(sum(s.scored) for s in self.segments)
 
     def pieces(self, budget: int) -> list[tuple[TokenTree, list[int]]]:
-        """Subtrees of at most ``budget`` tokens where that is possible, each with the indices of its scored tokens among this tree's.
+        """Subtrees of at most ``budget`` tokens where that is possible, each with the indices of its scored tokens
+        among this tree's.
 
-        A piece has as many leaves, in order, as fit beside all of their ancestors, which later pieces repeat; a leaf that is too long with its
-        ancestors makes a piece of its own. Every scored token is scored in exactly one piece: the first that has its segment.
+        A piece has as many leaves, in order, as fit beside all of their ancestors, which later pieces repeat; a leaf
+        that is too long with its ancestors makes a piece of its own. Every scored token is scored in exactly one piece:
+        the first that has its segment.
         """
         offsets, total = [], 0
         for segment in self.segments:
@@ -94,15 +99,28 @@ class TokenTree:
             for node in nodes:
                 segment = self.segments[node]
                 own = node not in done
-                segments.append(Segment(segment.token_ids, number[segment.parent], segment.scored if own else [False] * len(segment.scored)))
+                segments.append(
+                    Segment(
+                        segment.token_ids,
+                        number[segment.parent],
+                        segment.scored if own else [False] * len(segment.scored),
+                    )
+                )
                 index += range(offsets[node], offsets[node] + sum(segment.scored)) if own else ()
             done |= group
             temperatures = self.temperatures[index] if self.temperatures is not None else None
-            found.append((TokenTree(segments, {name: stream[index] for name, stream in self.streams.items()}, temperatures), index))
+            found.append(
+                (
+                    TokenTree(segments, {name: stream[index] for name, stream in self.streams.items()}, temperatures),
+                    index,
+                )
+            )
         return found
 
     def chains(self) -> list[tuple[TokenTree, list[int]]]:
-        """Separate root-to-leaf chains, one segment each, with the indices of their scored tokens among this tree's scored tokens."""
+        """Separate root-to-leaf chains, one segment each, with the indices of their scored tokens among this tree's
+        scored tokens.
+        """
         found = []
         for piece, index in self.pieces(0):
             token_ids = [token for segment in piece.segments for token in segment.token_ids]
@@ -111,13 +129,17 @@ class TokenTree:
         return found
 
     def unshared(self) -> list[TokenTree]:
-        """The same work as separate root-to-leaf chains (each scored token exactly once), for kernels without tree attention."""
+        """The same work as separate root-to-leaf chains (each scored token exactly once), for kernels without tree
+        attention.
+        """
         return [chain for chain, _ in self.chains()]
 
 
 @dataclass(frozen=True)
 class Place:
-    """A place between two tokens of a tree that is being put together: behind the first ``tokens`` tokens of strand ``strand``."""
+    """A place between two tokens of a tree that is being put together: behind the first ``tokens`` tokens of strand
+    ``strand``.
+    """
 
     strand: int
     tokens: int
@@ -155,7 +177,9 @@ class TreeBuilder:
         return Place(len(self._strands) - 1, len(token_ids))
 
     def back(self, place: Place, tokens: int) -> Place:
-        """The place that lies ``tokens`` tokens before ``place`` on its way from the root. ValueError before the root's first token."""
+        """The place that lies ``tokens`` tokens before ``place`` on its way from the root. ValueError before the root's
+        first token.
+        """
         while tokens >= place.tokens:
             tokens -= place.tokens
             parent = self._strands[place.strand][1]

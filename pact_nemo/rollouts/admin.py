@@ -18,7 +18,8 @@ HEARTBEAT_METHOD = "pact_heartbeat"  #: of :class:`pact_nemo.rollouts.worker.Ref
 
 
 def common_version(answer: dict[str, Any]) -> int | None:
-    """The version that all workers hold, from the answer to a heartbeat; None for the weights that they were started with.
+    """The version that all workers hold, from the answer to a heartbeat; None for the weights that they were started
+    with.
 
     Raises:
         ValueError, KeyError, TypeError: not such an answer, or the workers hold different ones.
@@ -31,8 +32,8 @@ def common_version(answer: dict[str, Any]) -> int | None:
 
 
 class ServerAdmin:
-    """Thin, typed access to the control paths of vLLM's server. Every method raises ServerError when the server refuses, is late or is
-    gone.
+    """Thin, typed access to the control paths of vLLM's server. Every method raises ServerError when the server
+    refuses, is late or is gone.
 
     Args:
         endpoint: the server.
@@ -57,12 +58,18 @@ class ServerAdmin:
             )
         except httpx.TimeoutException as error:
             hint = left_aside(self.endpoint.url)
-            raise ServerError(f"{method} {path}: no answer within {self.timeout_s:g} s from {self.endpoint.url}{hint}") from error
+            raise ServerError(
+                f"{method} {path}: no answer within {self.timeout_s:g} s from {self.endpoint.url}{hint}"
+            ) from error
         except httpx.HTTPError as error:
             hint = left_aside(self.endpoint.url)
-            raise ServerError(f"{method} {path}: {self.endpoint.url} can't be reached ({error!r}); is the rollout server alive?{hint}") from error
+            raise ServerError(
+                f"{method} {path}: {self.endpoint.url} can't be reached ({error!r}); is the rollout server alive?{hint}"
+            ) from error
         if response.status_code != 200:
-            raise ServerError(f"{method} {path}: HTTP {response.status_code} from {self.endpoint.url}: {response.text[:500]}")
+            raise ServerError(
+                f"{method} {path}: HTTP {response.status_code} from {self.endpoint.url}: {response.text[:500]}"
+            )
         try:
             answer = response.json() if response.content else {}
         except json.JSONDecodeError as error:
@@ -72,7 +79,9 @@ class ServerAdmin:
     def healthy(self) -> bool:
         """One quick look; False while the server starts or when it is gone."""
         try:
-            return httpx.get(f"{self.endpoint.url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False).status_code == 200
+            return (
+                httpx.get(f"{self.endpoint.url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False).status_code == 200
+            )
         except httpx.HTTPError:
             return False
 
@@ -88,7 +97,9 @@ class ServerAdmin:
         """Raises ServerError when the server's label is another one."""
         served = self.weight_version()
         if served != str(version):
-            raise ServerError(f"{self.endpoint.url} serves weight version {served!r}, expected {version}; refit it or restart the run")
+            raise ServerError(
+                f"{self.endpoint.url} serves weight version {served!r}, expected {version}; refit it or restart the run"
+            )
 
     def pause(self) -> None:
         """Let running requests finish, hold new ones."""
@@ -99,12 +110,14 @@ class ServerAdmin:
         self._call("POST", "/resume")
 
     def load_weights(self, folder: Path, version: int | None, *, verify: bool = False) -> None:
-        """Make every worker load the weights of an HF folder in place (:class:`pact_nemo.rollouts.worker.RefitExtension`).
+        """Make every worker load the weights of an HF folder in place
+        (:class:`pact_nemo.rollouts.worker.RefitExtension`).
 
         Args:
             folder: as the server sees it.
             version: what the folder's manifest has to say; None: a model as it came, without a manifest.
-            verify: check the digests there, too: the server may see another disk, or an older state of it, than who verified it here.
+            verify: check the digests there, too: the server may see another disk, or an older state of it, than who
+                verified it here.
         """
         self._call("POST", RPC_PATH, body={"method": "pact_load_weights", "args": [str(folder), version, verify]})
 
@@ -114,9 +127,16 @@ class ServerAdmin:
         try:
             return common_version(answer)
         except (ValueError, KeyError, TypeError) as error:
-            raise ServerError(f"{self.endpoint.url} gave no heartbeat ({error!r}); start it with this version of the package") from error
+            raise ServerError(
+                f"{self.endpoint.url} gave no heartbeat ({error!r}); start it with this version of the package"
+            ) from error
 
     def reset_prefix_cache(self) -> None:
-        """Forget KV blocks: they were computed with the old weights. Raises ServerError when the engine says that it couldn't."""
+        """Forget KV blocks: they were computed with the old weights. Raises ServerError when the engine says that it
+        couldn't.
+        """
         if self._call("POST", "/reset_prefix_cache").get("success") is not True:
-            raise ServerError(f"{self.endpoint.url} could not reset its prefix cache: it would answer from the old weights' keys and values")
+            raise ServerError(
+                f"{self.endpoint.url} could not reset its prefix cache: it would answer from the old weights' keys and"
+                " values"
+            )

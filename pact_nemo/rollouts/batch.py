@@ -44,17 +44,19 @@ async def run_batch(
 ) -> list[Rollout]:
     """Play every task ``samples`` times, at most ``concurrency`` episodes at once.
 
-    Returns ``len(tasks) * samples`` rollouts ordered by (task, sample): ``tasks[i]``'s are ``[i * samples : (i + 1) * samples]``.
-    Tasks go to the clients in turn, all rollouts of a task to the same one, one after another, so that they find its prompt in that server's
-    prefix cache. Each request has its own seed (:class:`SeedPath`), so which episodes ran side by side does not decide what is drawn (up to
-    the last bits of the server's arithmetic, which depend on the batch).
+    Returns ``len(tasks) * samples`` rollouts ordered by (task, sample): ``tasks[i]``'s are
+    ``[i * samples : (i + 1) * samples]``. Tasks go to the clients in turn, all rollouts of a task to the same one, one
+    after another, so that they find its prompt in that server's prefix cache. Each request has its own seed
+    (:class:`SeedPath`), so which episodes ran side by side does not decide what is drawn (up to the last bits of the
+    server's arithmetic, which depend on the batch).
 
     Each open episode has a thread for its environment, so that tools which wait hold up no other episode.
 
     ``check`` is called a few times a second; what it raises ends the batch and is passed on.
     """
     gate = asyncio.Semaphore(concurrency)
-    # asyncio's own pool has a few threads more than there are cores, and never above 32; asyncio.run closes this one as it would close that
+    # asyncio's own pool has a few threads more than there are cores, and never above 32; asyncio.run closes this one as
+    # it would close that
     threads = ThreadPoolExecutor(concurrency, thread_name_prefix="environment")
     asyncio.get_running_loop().set_default_executor(threads)
     total, done, tokens = len(tasks) * samples, 0, 0
@@ -82,7 +84,11 @@ async def run_batch(
                 await opened.enter_async_context(client)
             async with asyncio.TaskGroup() as group:
                 watching = group.create_task(watch())
-                pairs = [(task, sample, clients[i % len(clients)]) for i, task in enumerate(tasks) for sample in range(samples)]
+                pairs = [
+                    (task, sample, clients[i % len(clients)])
+                    for i, task in enumerate(tasks)
+                    for sample in range(samples)
+                ]
                 running = [group.create_task(one(*pair)) for pair in pairs]
                 if running:
                     await asyncio.wait(running)

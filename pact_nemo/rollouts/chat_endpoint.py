@@ -26,10 +26,12 @@ def chat_endpoint(
 
     ``on_usage`` hears of the prompt and completion tokens of every answer that says them.
 
-    A proxy of the environment is used for addresses that are neither this machine's nor private (:mod:`pact_nemo.rollouts.proxies`).
+    A proxy of the environment is used for addresses that are neither this machine's nor private
+    (:mod:`pact_nemo.rollouts.proxies`).
 
     Raises:
-        ServerError: (from the function) the endpoint is unreachable, late, or answers something else than a chat completion.
+        ServerError: (from the function) the endpoint is unreachable, late, or answers something else than a chat
+            completion.
     """
 
     def complete(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -1,4 +1,6 @@
-"""Episodes through a chat-completions endpoint, for models that are only evaluated: messages in, messages out, no token ids."""
+"""Episodes through a chat-completions endpoint, for models that are only evaluated: messages in, messages out, no token
+ids.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,17 @@ class Watcher(Protocol):
 
 
 def read_calls(message: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = ()) -> list[tuple[str, ToolCall | str]]:
-    """(call id, the call or what is wrong with it) of each tool call of an assistant message; read as :mod:`pact_nemo.chat.json_calls` says."""
+    """(call id, the call or what is wrong with it) of each tool call of an assistant message; read as
+    :mod:`pact_nemo.chat.json_calls` says.
+    """
     calls: list[tuple[str, ToolCall | str]] = []
     for index, item in enumerate(message.get("tool_calls") or []):
         identifier = str(item.get("id") or index) if isinstance(item, dict) else str(index)
         try:
             function = item.get("function") if isinstance(item, dict) else item
-            calls.append((identifier, call_from(function, tools)))  # what else an endpoint says of a call is its own business
+            calls.append(
+                (identifier, call_from(function, tools))
+            )  # what else an endpoint says of a call is its own business
         except ToolCallError as error:
             calls.append((identifier, str(error)))
     return calls
@@ -54,21 +60,32 @@ def content_text(message: Mapping[str, Any]) -> str:
 def message_parts(message: Mapping[str, Any]) -> tuple[str, str]:
     """(thought, visible text) of an assistant message, both without outer white space.
 
-    A server with a reasoning parser puts the thought beside the content; one without leaves it in the content, between its markers. The
-    opening marker is missing there where the generation prompt holds it.
+    A server with a reasoning parser puts the thought beside the content; one without leaves it in the content, between
+    its markers. The opening marker is missing there where the generation prompt holds it.
     """
     text = content_text(message)
-    beside = next((message[key].strip() for key in _THOUGHT_KEYS if isinstance(message.get(key), str) and message[key].strip()), "")
-    if beside and not text.lstrip().startswith(OPENING):  # what the parser left is all visible, a closing marker in it a word
+    beside = next(
+        (message[key].strip() for key in _THOUGHT_KEYS if isinstance(message.get(key), str) and message[key].strip()),
+        "",
+    )
+    if beside and not text.lstrip().startswith(
+        OPENING
+    ):  # what the parser left is all visible, a closing marker in it a word
         return beside, text.strip()
     inside, visible = thoughts_and_visible(text)
     return beside or inside, visible
 
 
 def play_by_chat(
-    environment: Environment, task: Task, sample: int, complete: Complete, limits: EpisodeLimits, watcher: Watcher | None = None
+    environment: Environment,
+    task: Task,
+    sample: int,
+    complete: Complete,
+    limits: EpisodeLimits,
+    watcher: Watcher | None = None,
 ) -> Rollout:
-    """One episode. Malformed calls are answered by error observations; never raises for a server or environment failure.
+    """One episode. Malformed calls are answered by error observations; never raises for a server or environment
+    failure.
 
     What the watcher raises ends the episode and is passed on.
 
@@ -101,7 +118,9 @@ def play_by_chat(
                 for identifier, call in named:
                     content = next(good) if isinstance(call, ToolCall) else f"Error: the call could not be read: {call}"
                     messages.append({"role": "tool", "tool_call_id": identifier, "content": content})
-                turn.observations = observations + [f"Error: the call could not be read: {error}" for error in turn.call_errors]
+                turn.observations = observations + [
+                    f"Error: the call could not be read: {error}" for error in turn.call_errors
+                ]
             if watcher is not None:
                 watcher.assistant(answer, turn)
             if named:

@@ -1,6 +1,7 @@
 """Token-in-token-out generation over HTTP.
 
-A request can carry a prompt's token ids and sampling settings, nothing else: there is no field that a trace could travel in.
+A request can carry a prompt's token ids and sampling settings, nothing else: there is no field that a trace could
+travel in.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ class Completion:
 
     Attributes:
         token_ids: [N] sampled ids, a stop token included.
-        logprobs: [N] natural log-probability of each sampled token under the distribution it was drawn from, i.e. after temperature and
-            top-p
-            (``processed_logprobs``). With ``temperature=1, top_p=1`` that is the policy's own log-softmax; greedy requests report it at
-            temperature 1.
+        logprobs: [N] natural log-probability of each sampled token under the distribution it was drawn from, i.e. after
+            temperature and top-p
+            (``processed_logprobs``). With ``temperature=1, top_p=1`` that is the policy's own log-softmax; greedy
+            requests report it at temperature 1.
         finish_reason: ``stop`` (a stop token) or ``length`` (``max_tokens``).
         weight_version: the engine's stamp, the same for every token.
     """
@@ -83,7 +84,8 @@ class RolloutClient:
         endpoint: the server.
         weight_version: the version that completions have to carry; :func:`pact_nemo.rollouts.refit.refit` moves it on.
         request_timeout_s: deadline of one request, retries and queueing included.
-        connect_retries: extra tries after a connection error. A repeated request is the same request: it has its own seed.
+        connect_retries: extra tries after a connection error. A repeated request is the same request: it has its own
+            seed.
         admin_timeout_s: deadline of each control call.
         on_request: called with every JSON body just before it is sent, e.g. to record what reaches the server.
     """
@@ -122,7 +124,9 @@ class RolloutClient:
         self._users += 1
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._users -= 1
         if self._users == 0 and self._http is not None:
             await self._http.aclose()
@@ -132,7 +136,8 @@ class RolloutClient:
         """Sample one continuation.
 
         Raises:
-            ServerError: no answer before the deadline, the server is gone, refuses, or answers something else than a completion.
+            ServerError: no answer before the deadline, the server is gone, refuses, or answers something else than a
+                completion.
             StaleWeights: the completion was sampled from another weight version.
         """
         if self._http is None:
@@ -153,7 +158,8 @@ class RolloutClient:
         if response.status_code != 200:
             kind = TransientServerError if response.status_code >= 500 else ServerError
             raise kind(
-                f"{self.endpoint.url} answered HTTP {response.status_code}: {response.text[:500]}{_hint(response.status_code)}"
+                f"{self.endpoint.url} answered HTTP {response.status_code}:"
+                f" {response.text[:500]}{_hint(response.status_code)}"
             )
         return self._completion(response, request)
 
@@ -199,8 +205,8 @@ class RolloutClient:
             except _RETRIED as error:
                 if attempt == self._retries:
                     raise TransientServerError(
-                        f"{self.endpoint.url} can't be reached ({error!r}, {attempt + 1} tries); is the rollout server alive?"
-                        + left_aside(self.endpoint.url)
+                        f"{self.endpoint.url} can't be reached ({error!r}, {attempt + 1} tries); is the rollout server"
+                        " alive?" + left_aside(self.endpoint.url)
                     ) from error
                 log.debug("generation request failed (%r), try %d of %d", error, attempt + 1, self._retries + 1)
                 await asyncio.sleep(_BACKOFF_S * 2**attempt)
@@ -219,16 +225,26 @@ class RolloutClient:
             finish_reason = str(choice["finish_reason"])
             stamps = [str(span["version"]) for span in choice["weight_versions"] or []]
         except (json.JSONDecodeError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise TransientServerError(f"{self.endpoint.url} answered no completion ({error!r}): {response.text[:200]!r}") from error
+            raise TransientServerError(
+                f"{self.endpoint.url} answered no completion ({error!r}): {response.text[:200]!r}"
+            ) from error
         if finish_reason not in ("stop", "length"):
-            raise TransientServerError(f"{self.endpoint.url} ended a request with {finish_reason!r}; only 'stop' and 'length' are usable")
+            raise TransientServerError(
+                f"{self.endpoint.url} ended a request with {finish_reason!r}; only 'stop' and 'length' are usable"
+            )
         if not token_ids or len(token_ids) > request.max_tokens:
-            raise TransientServerError(f"{self.endpoint.url} returned {len(token_ids)} tokens, between 1 and {request.max_tokens} were asked for")
+            raise TransientServerError(
+                f"{self.endpoint.url} returned {len(token_ids)} tokens, between 1 and {request.max_tokens} were"
+                " asked for"
+            )
         if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
-            raise TransientServerError(f"{self.endpoint.url} returned a log-probability that is none: {max(logprobs)!r} .. {min(logprobs)!r}")
+            raise TransientServerError(
+                f"{self.endpoint.url} returned a log-probability that is none: {max(logprobs)!r} .. {min(logprobs)!r}"
+            )
         if set(stamps) != {str(self.weight_version)}:
             raise StaleWeights(
-                f"{self.endpoint.url} sampled with weight version {'/'.join(stamps) or 'unknown'}, expected {self.weight_version}"
+                f"{self.endpoint.url} sampled with weight version {'/'.join(stamps) or 'unknown'}, expected"
+                f" {self.weight_version}"
             )
         return Completion(token_ids, logprobs, finish_reason, self.weight_version)
 

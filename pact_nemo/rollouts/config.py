@@ -11,28 +11,52 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 #: Words of vLLM's command line that change what is sampled, or what its log-probs mean, behind the trainer's back.
-_OWN_ARGUMENTS = frozenset({"generation-config", "override-generation-config", "logprobs-mode", "hf-overrides", "load-format", "logits-processors"})
+_OWN_ARGUMENTS = frozenset(
+    {
+        "generation-config",
+        "override-generation-config",
+        "logprobs-mode",
+        "hf-overrides",
+        "load-format",
+        "logits-processors",
+    }
+)
 
 
 @dataclass(frozen=True)
 class RolloutServerConfig:
-    """How the vLLM server is started, or where one that runs already is found. OmegaConf reads this as a structured config."""
+    """How the vLLM server is started, or where one that runs already is found. OmegaConf reads this as a structured
+    config.
+    """
 
-    url: str | None = None  #: attach to the server at this address (``http://host:port``; several: a,b,c) instead of starting one (tools/serve.py)
-    api_key_env: str = "PACT_ROLLOUT_API_KEY"  #: with ``url``: variable that holds the key; a started server gets a random one where it is unset
-    host: str = "127.0.0.1"  #: address that a started server listens on; anything else only within a cluster's own network
+    url: str | None = (
+        #: attach to the server at this address (``http://host:port``; several: a,b,c) instead of starting one
+        #: (tools/serve.py)
+        None
+    )
+    #: with ``url``: variable that holds the key; a started server gets a random one where it is unset
+    api_key_env: str = "PACT_ROLLOUT_API_KEY"
+    host: str = (
+        "127.0.0.1"  #: address that a started server listens on; anything else only within a cluster's own network
+    )
     device: str = "auto"  #: "cpu", "cuda", or "auto" = cuda where torch sees a GPU
     dtype: str = "bfloat16"  #: weights and KV cache of the sampler: bfloat16 | float16 | float32
     max_model_len: int = 4096  #: prompt + response, tokens
     max_num_seqs: int = 32  #: sequences decoded together
-    max_num_batched_tokens: int | None = None  #: tokens of one engine step; None = vLLM's default (CPU: at least ``max_model_len``)
-    prefix_caching: bool = True  #: share the KV cache of equal prefixes: the K rollouts of a prompt and the turns of an episode
+    max_num_batched_tokens: int | None = (
+        None  #: tokens of one engine step; None = vLLM's default (CPU: at least ``max_model_len``)
+    )
+    prefix_caching: bool = (
+        True  #: share the KV cache of equal prefixes: the K rollouts of a prompt and the turns of an episode
+    )
     enforce_eager: bool | None = None  #: no compiled graphs; None = true on the CPU (starts faster), false on a GPU
     seed: int = 0  #: engine seed; requests carry their own seeds
     cpu_threads: int | None = None  #: CPU only: OpenMP threads; None = every core that this process may use
     cpu_kv_cache_gib: int = 1  #: CPU only: memory of the KV cache, GiB
     cpu_block_size: int = 32  #: CPU only: tokens of a KV block, the grain of prefix sharing; a multiple of 32
-    cpu_single_process: bool = True  #: CPU only: worker inside the engine process, forked from the front end: half the start-up time
+    cpu_single_process: bool = (
+        True  #: CPU only: worker inside the engine process, forked from the front end: half the start-up time
+    )
     tensor_parallel_size: int = 1  #: GPUs that the model is split over
     gpu_memory_utilization: float = 0.85  #: GPU only: share of its memory that the server may take
     start_timeout_s: float = 600.0  #: from process start to healthy
@@ -40,12 +64,20 @@ class RolloutServerConfig:
     request_timeout_s: float = 600.0  #: deadline of one generation request, queueing included
     refit_timeout_s: float = 600.0  #: deadline of each call of a weight update
     heartbeat_s: float = 5.0  #: while generating, the server's engine is asked for a sign of life this often
-    heartbeat_timeout_s: float = 60.0  #: without an answer for this long it counts as hung and is restarted; longer than its longest step
+    heartbeat_timeout_s: float = (
+        60.0  #: without an answer for this long it counts as hung and is restarted; longer than its longest step
+    )
     max_restarts: int = 3  #: of a server that died or hung, in the whole run; then the run stops
-    reissue_limit: int = 2  #: times that a request is sent again when a server that lives gave no usable answer, or none in time
-    log_stats: bool = False  #: vLLM's statistics: /metrics (sequences running and waiting, …) and a line in its log now and then
+    reissue_limit: int = (
+        2  #: times that a request is sent again when a server that lives gave no usable answer, or none in time
+    )
+    log_stats: bool = (
+        False  #: vLLM's statistics: /metrics (sequences running and waiting, …) and a line in its log now and then
+    )
     log_mb: int = 64  #: when server.log is larger, it becomes server.log.1 (the one before is deleted) and starts anew
-    connect_retries: int = 3  #: extra tries after a connection error, with growing pauses; a request that was answered is never repeated
+    connect_retries: int = (
+        3  #: extra tries after a connection error, with growing pauses; a request that was answered is never repeated
+    )
     extra_args: list[str] = field(default_factory=list)  #: further words of vLLM's own command line
 
     def validate(self) -> None:
@@ -57,50 +89,86 @@ class RolloutServerConfig:
         for name in ("connect_retries", "max_restarts", "reissue_limit"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"rollout.server.{name} is {getattr(self, name)}; 0 or more")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "cpu_kv_cache_gib", "cpu_threads", "log_mb"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "tensor_parallel_size",
+            "cpu_kv_cache_gib",
+            "cpu_threads",
+            "log_mb",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"rollout.server.{name} must be at least 1, not {getattr(self, name)}")
         if self.cpu_block_size < 32 or self.cpu_block_size % 32:
             raise ConfigError(f"rollout.server.cpu_block_size is {self.cpu_block_size}; a multiple of 32 is needed")
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"rollout.server.gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share in (0, 1]")
+            raise ConfigError(
+                f"rollout.server.gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share in (0, 1]"
+            )
         self.refuse_secrets()
         self.refuse_other_sampling()
-        for name in ("start_timeout_s", "stop_timeout_s", "request_timeout_s", "refit_timeout_s", "heartbeat_s", "heartbeat_timeout_s"):
+        for name in (
+            "start_timeout_s",
+            "stop_timeout_s",
+            "request_timeout_s",
+            "refit_timeout_s",
+            "heartbeat_s",
+            "heartbeat_timeout_s",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"rollout.server.{name} must be positive")
         if self.heartbeat_timeout_s < self.heartbeat_s:
             raise ConfigError("rollout.server.heartbeat_timeout_s is shorter than heartbeat_s")
 
     def refuse_other_sampling(self) -> None:
-        """Raises ConfigError for words of ``extra_args`` that change what the server samples, or what its log-probs mean."""
-        own = next((word for word in self.extra_args if word.lstrip("-").replace("_", "-").partition("=")[0] in _OWN_ARGUMENTS), None)
+        """Raises ConfigError for words of ``extra_args`` that change what the server samples, or what its log-probs
+        mean.
+        """
+        own = next(
+            (
+                word
+                for word in self.extra_args
+                if word.lstrip("-").replace("_", "-").partition("=")[0] in _OWN_ARGUMENTS
+            ),
+            None,
+        )
         if own is not None:
             raise ConfigError(
-                f"rollout.server.extra_args holds {own.partition('=')[0]}: the trainer sets it, so that the server samples from the policy that is "
-                "trained and says its log-probs; take it out (rollout.sampling has what may be changed)"
+                f"rollout.server.extra_args holds {own.partition('=')[0]}: the trainer sets it, so that the server"
+                " samples from the policy that is trained and says its log-probs; take it out (rollout.sampling has"
+                " what may be changed)"
             )
 
     def refuse_secrets(self) -> None:
-        """Raises ConfigError for a key in a setting: settings are written into configuration, report and command line. It isn't repeated."""
+        """Raises ConfigError for a key in a setting: settings are written into configuration, report and command line.
+        It isn't repeated.
+        """
         for address in (self.url or "").split(","):
             if "@" in address or "?" in address:
                 raise ConfigError(
-                    "rollout.server.url holds a name, password or query: it is written into configuration and report. Give http://host:port, and the "
-                    f"key in the variable {self.api_key_env}"
+                    "rollout.server.url holds a name, password or query: it is written into configuration and report."
+                    f" Give http://host:port, and the key in the variable {self.api_key_env}"
                 )
-        secret = next((word for word in self.extra_args if word.lstrip("-").replace("_", "-").startswith(("api-key", "hf-token"))), None)
+        secret = next(
+            (
+                word
+                for word in self.extra_args
+                if word.lstrip("-").replace("_", "-").startswith(("api-key", "hf-token"))
+            ),
+            None,
+        )
         if secret is not None:
             raise ConfigError(
-                f"rollout.server.extra_args holds {secret.partition('=')[0]}: every process of the machine can read a command line. Put the key into "
-                f"the variable {self.api_key_env}"
+                f"rollout.server.extra_args holds {secret.partition('=')[0]}: every process of the machine can read a"
+                f" command line. Put the key into the variable {self.api_key_env}"
             )
 
 
 @dataclass(frozen=True)
 class EpisodeLimits:
-    """What ends an episode early; the rollout is then marked truncated. Token limits count what the server sees at one time: where the chat
-    template drops earlier thoughts, those no longer count.
+    """What ends an episode early; the rollout is then marked truncated. Token limits count what the server sees at one
+    time: where the chat template drops earlier thoughts, those no longer count.
 
     Attributes:
         max_turns_per_user_turn: assistant turns that may follow one user turn.
@@ -119,7 +187,9 @@ class EpisodeLimits:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling distribution. ``temperature=0`` is greedy. Rollout log-probs are those of this distribution (see the client)."""
+    """Sampling distribution. ``temperature=0`` is greedy. Rollout log-probs are those of this distribution (see the
+    client).
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0

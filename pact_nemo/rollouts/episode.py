@@ -1,9 +1,9 @@
 """One episode: the policy writes, the environment answers, until the task is over or a limit ends it.
 
-Token-in-token-out: the prompt is tokenised once, sampled ids are appended as they came, and observations are tokenised on their own. Where
-the chat template drops the thoughts of earlier messages, the context is cut back to before the first of them, and what follows it is
-repeated without them (``chat/contexts.py``). No trace can enter: this package does not import the traces package, and a request has no field
-for one.
+Token-in-token-out: the prompt is tokenised once, sampled ids are appended as they came, and observations are tokenised
+on their own. Where the chat template drops the thoughts of earlier messages, the context is cut back to before the
+first of them, and what follows it is repeated without them (``chat/contexts.py``). No trace can enter: this package
+does not import the traces package, and a request has no field for one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class ParsedTurn(Protocol):
 class Chat(Protocol):
     """The part of :class:`pact_nemo.chat.template.ChatFormat` that episodes use.
 
-    ``opens_thought`` (may be absent, then False): the generation prompt opens a thought, so that every message begins inside one.
+    ``opens_thought`` (may be absent, then False): the generation prompt opens a thought, so that every message begins
+    inside one.
     """
 
     @property
@@ -65,7 +66,8 @@ class Generates(Protocol):
 
 @dataclass(frozen=True)
 class SeedPath:
-    """Where a request stands in a run; its seed is a function of this alone, so a resumed run samples with the same seeds.
+    """Where a request stands in a run; its seed is a function of this alone, so a resumed run samples with the same
+    seeds.
 
     Attributes:
         run_seed: the run's seed.
@@ -99,10 +101,11 @@ async def run_episode(
     sampling: Sampling,
     seeds: SeedPath,
 ) -> Rollout:
-    """Play ``task`` once with the policy being served. Never raises for a server or environment failure: the rollout says ``failed`` then.
+    """Play ``task`` once with the policy being served. Never raises for a server or environment failure: the rollout
+    says ``failed`` then.
 
-    Malformed calls are answered by error observations that the model sees. A message without calls ends the user turn; the environment gets
-    what it says outside of its thought. The checker's verdict is taken of truncated episodes too.
+    Malformed calls are answered by error observations that the model sees. A message without calls ends the user turn;
+    the environment gets what it says outside of its thought. The checker's verdict is taken of truncated episodes too.
     """
     started = time.perf_counter()
     prompt = chat.prompt_ids(list(task.user_turns[0]), list(task.tools))
@@ -116,7 +119,11 @@ async def run_episode(
         except _Truncated as limit:
             rollout.status, rollout.error, rollout.limit = "truncated", str(limit), limit.limit
         rollout.outcome = await _in_thread(task, _verdict, session)
-    except (EnvironmentFailure, ServerError, DataError) as error:  # DataError: the chat template refuses what the environment said
+    except (
+        EnvironmentFailure,
+        ServerError,
+        DataError,
+    ) as error:  # DataError: the chat template refuses what the environment said
         rollout.status, rollout.outcome = "failed", None
         rollout.error = f"{type(error).__name__}: {error}"
         log.debug("%s, sample %d failed: %s", task.id, sample, error)
@@ -190,7 +197,9 @@ class _Episode:
         )
         completion = await self.client.generate(request)
         if completion.weight_version != rollout.weight_version:
-            raise ServerError(f"stale weights: version {completion.weight_version} in an episode of version {rollout.weight_version}")
+            raise ServerError(
+                f"stale weights: version {completion.weight_version} in an episode of version {rollout.weight_version}"
+            )
         start = len(rollout.token_ids)
         rollout.token_ids += completion.token_ids
         self.context_ids += completion.token_ids
@@ -200,13 +209,22 @@ class _Episode:
         text = self.chat.decode(completion.token_ids)
         opened = bool(getattr(self.chat, "opens_thought", False))
         visible = visible_text(text, opened)
-        turn = Turn(start, len(rollout.token_ids), text, user_turn=self.user_turn, finish_reason=completion.finish_reason, visible=visible)
+        turn = Turn(
+            start,
+            len(rollout.token_ids),
+            text,
+            user_turn=self.user_turn,
+            finish_reason=completion.finish_reason,
+            visible=visible,
+        )
         rollout.turns.append(turn)
         self.turns_here += 1
         ended = completion.token_ids[-1] in self.chat.eos_ids
         if not ended:
             # An unfinished message is not acted on: half a call is not what the policy meant to send.
-            raise _Truncated("turn_tokens", f"assistant turn {len(rollout.turns)} was cut after {len(completion.token_ids)} tokens")
+            raise _Truncated(
+                "turn_tokens", f"assistant turn {len(rollout.turns)} was cut after {len(completion.token_ids)} tokens"
+            )
         parse = self.chat.tool_format.parse
         parsed: ParsedTurn = parse(text, self.tools, in_thought=True) if opened else parse(text, self.tools)
         turn.calls, turn.call_errors = list(parsed.calls), list(parsed.errors)
@@ -221,12 +239,17 @@ class _Episode:
             except ToolCallError as error:  # the environment can't take these calls: data, shown to the model
                 observations = [f"Error: {error}"] * len(turn.calls)
             if len(observations) != len(turn.calls):
-                raise EnvironmentFailure(f"{self.task.id}: {len(turn.calls)} calls got {len(observations)} observations")
+                raise EnvironmentFailure(
+                    f"{self.task.id}: {len(turn.calls)} calls got {len(observations)} observations"
+                )
         return observations + [f"Error: the call could not be read: {error}" for error in turn.call_errors]
 
-    def append_context(self, messages: Sequence[dict[str, str]], after_eos: bool, new_tools: Tools = (), *, user: bool) -> None:
-        """Append tool or user messages and the next generation prompt; they carry no loss. Where thoughts of earlier messages go, the
-        context is cut back and what stays of it repeated, without loss as well. A limit that this would break ends the episode before it.
+    def append_context(
+        self, messages: Sequence[dict[str, str]], after_eos: bool, new_tools: Tools = (), *, user: bool
+    ) -> None:
+        """Append tool or user messages and the next generation prompt; they carry no loss. Where thoughts of earlier
+        messages go, the context is cut back and what stays of it repeated, without loss as well. A limit that this
+        would break ends the episode before it.
         """
         rollout = self.rollout
         after = self.chat.continuation_ids(messages, after_eos, new_tools)
@@ -243,13 +266,16 @@ class _Episode:
         rollout.sampler_logprobs += [0.0] * len(ids)
 
     def room(self, used: int | None = None) -> int:
-        """Tokens that may still follow. Limits count what the server sees: a thought that is no longer in the context takes no room.
+        """Tokens that may still follow. Limits count what the server sees: a thought that is no longer in the context
+        takes no room.
 
         Args:
             used: tokens after x; None = those of the present context.
         """
         used = used if used is not None else self.contexts.length
-        return min(self.limits.max_response_tokens - used, self.limits.max_model_len - len(self.rollout.prompt_ids) - used)
+        return min(
+            self.limits.max_response_tokens - used, self.limits.max_model_len - len(self.rollout.prompt_ids) - used
+        )
 
     def room_error(self, used: int | None = None) -> str:
         used = used if used is not None else self.contexts.length
@@ -263,7 +289,9 @@ def _verdict(session: Session) -> Outcome:
 
 
 async def _in_thread(task: Task, function: Callable[..., T], *args: Any) -> T:
-    """Run environment code in a worker thread. What it raises by mistake is the environment's failure, not the run's."""
+    """Run environment code in a worker thread. What it raises by mistake is the environment's failure, not the
+    run's.
+    """
     try:
         return await asyncio.to_thread(function, *args)
     except PactError:

@@ -1,7 +1,7 @@
 """API key on every path of the rollout server.
 
-vLLM's own key check covers ``/v1`` and ``/inference`` only; the paths that swap weights (``/collective_rpc``, ``/pause``, …) are open to
-every process of the machine without this. Loaded by vLLM itself, through ``--middleware``.
+vLLM's own key check covers ``/v1`` and ``/inference`` only; the paths that swap weights (``/collective_rpc``,
+``/pause``, …) are open to every process of the machine without this. Loaded by vLLM itself, through ``--middleware``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Whether a rollout server may be asked: a state machine without I/O. What happens, and when, is told to it (:mod:`pact_nemo.rollouts.supervisor`).
+"""Whether a rollout server may be asked: a state machine without I/O. What happens, and when, is told to it
+(:mod:`pact_nemo.rollouts.supervisor`).
 
     STARTING --ready--> LOADING --loaded(v)--> HEALTHY <--beat/miss--> SUSPECT --no beat for heartbeat_timeout_s--> DEAD
                            ^----- refit ---------'
     any but LOST: exited, failed, stale --> DEAD --restart--> STARTING, or LOST once max_restarts are used up
 
-A server serves only after a load of the version that is asked for: one that was restarted has to be loaded first, whatever it says.
+A server serves only after a load of the version that is asked for: one that was restarted has to be loaded first,
+whatever it says.
 """
 
 from __future__ import annotations
@@ -69,8 +71,12 @@ class Health:
         """Whether requests for that version may be sent."""
         return self.state in (State.HEALTHY, State.SUSPECT) and self.version == version
 
-    def after(self, event: Event, now: float, limits: HealthLimits, *, version: int | None = None, reason: str = "") -> Health:
-        """The state that an event leads to. Events that a state doesn't expect change nothing: a late answer brings no dead server back."""
+    def after(
+        self, event: Event, now: float, limits: HealthLimits, *, version: int | None = None, reason: str = ""
+    ) -> Health:
+        """The state that an event leads to. Events that a state doesn't expect change nothing: a late answer brings no
+        dead server back.
+        """
         if self.state is State.LOST:
             return self
         if self.state is State.DEAD:
@@ -88,12 +94,22 @@ class Health:
         if event is Event.LOADED and self.state is State.LOADING and version is not None:
             return replace(self._to(State.HEALTHY, now), heard=now, version=version, reason="")
         if event is Event.BEAT and self.state in (State.HEALTHY, State.SUSPECT):
-            return replace(self if self.state is State.HEALTHY else self._to(State.HEALTHY, now), heard=max(now, self.heard), reason="")
+            return replace(
+                self if self.state is State.HEALTHY else self._to(State.HEALTHY, now),
+                heard=max(now, self.heard),
+                reason="",
+            )
         if event is Event.MISS and self.state in (State.HEALTHY, State.SUSPECT):
             silent = now - self.heard
             if silent >= limits.heartbeat_timeout_s:
-                return replace(self._to(State.DEAD, now), version=None, reason=reason or f"no heartbeat for {silent:.0f} s")
-            return self if self.state is State.SUSPECT else replace(self._to(State.SUSPECT, now), reason="a heartbeat is overdue")
+                return replace(
+                    self._to(State.DEAD, now), version=None, reason=reason or f"no heartbeat for {silent:.0f} s"
+                )
+            return (
+                self
+                if self.state is State.SUSPECT
+                else replace(self._to(State.SUSPECT, now), reason="a heartbeat is overdue")
+            )
         return self
 
     def _to(self, state: State, now: float) -> Health:

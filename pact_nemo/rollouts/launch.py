@@ -17,9 +17,21 @@ GUARD = "pact_nemo.rollouts.guard.RequireApiKey"
 WORKER_EXTENSION = "pact_nemo.rollouts.worker.RefitExtension"
 #: What a trainer's environment may say about its own ranks and threads; none of it is meant for the server.
 _TRAINER_ONLY = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "PYTHONDONTWRITEBYTECODE",
-)  # fmt: skip
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "GOMP_CPU_AFFINITY",
+    "KMP_AFFINITY",
+    "PYTHONDONTWRITEBYTECODE",
+)
 
 
 #: Variables that hold somebody's key: a server that loads a local folder needs none but its own.
@@ -61,7 +73,8 @@ def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: Se
         "--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching",
         "--enable-scale-out",  # /inference/v1/generate: token ids in, token ids out, stamped with the weight version
         "--logprobs-mode=processed_logprobs",  # of the distribution that was sampled from: after temperature and top-p
-        "--generation-config=vllm",  # a model's generation_config.json must not change the sampling distribution behind our back
+        # a model's generation_config.json must not change the sampling distribution behind our back
+        "--generation-config=vllm",
         "--disable-uvicorn-access-log",
         "--load-format=safetensors",  # never a pickled *.bin
     ]
@@ -73,7 +86,8 @@ def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: Se
     if cuda:
         arguments.append(f"--gpu-memory-utilization={config.gpu_memory_utilization}")
     else:
-        # A prompt that is prefilled in chunks rewinds its request's random generator, which a CPU generator can't: vLLM's engine would die.
+        # A prompt that is prefilled in chunks rewinds its request's random generator, which a CPU generator can't:
+        # vLLM's engine would die.
         arguments += ["--no-enable-chunked-prefill", f"--block-size={config.cpu_block_size}"]
         batched = max(batched if batched is not None else 4096, config.max_model_len)
     if batched is not None:
@@ -82,7 +96,9 @@ def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: Se
 
 
 def intel_openmp() -> Path | None:
-    """Intel's OpenMP library, wherever its package is installed: in an environment, for one user, or in a folder of ``PYTHONPATH``."""
+    """Intel's OpenMP library, wherever its package is installed: in an environment, for one user, or in a folder of
+    ``PYTHONPATH``.
+    """
     try:
         files = metadata.files("intel-openmp") or []
     except metadata.PackageNotFoundError:
@@ -98,7 +114,9 @@ def engine_environment(config: RolloutServerConfig, endpoint: ServerEndpoint) ->
         ConfigError: no folder can be written for its caches.
     """
     machine.prepare()
-    environment = {name: value for name, value in os.environ.items() if name not in _TRAINER_ONLY and not SECRET.fullmatch(name)}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in _TRAINER_ONLY and not SECRET.fullmatch(name)
+    }
     environment |= {
         PARENT_ENV: str(os.getpid()),
         "VLLM_API_KEY": endpoint.api_key,
@@ -117,8 +135,8 @@ def engine_environment(config: RolloutServerConfig, endpoint: ServerEndpoint) ->
         "VLLM_CPU_KVCACHE_SPACE": str(config.cpu_kv_cache_gib),
         # Threads sleep soon after a parallel region: the trainer needs the cores whenever no rollout runs.
         "OMP_WAIT_POLICY": "PASSIVE",
-        # A reload allocates and frees each layer's weights: glibc keeps that memory instead of returning it to the kernel, which would hand
-        # out zeroed pages anew. 32 MiB is the largest threshold that glibc accepts.
+        # A reload allocates and frees each layer's weights: glibc keeps that memory instead of returning it to the
+        # kernel, which would hand out zeroed pages anew. 32 MiB is the largest threshold that glibc accepts.
         "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         "MALLOC_TOP_PAD_": str(64 << 20),
@@ -130,9 +148,13 @@ def engine_environment(config: RolloutServerConfig, endpoint: ServerEndpoint) ->
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(len(cores)),
         }
-        if (library := intel_openmp()) is not None:  # it survives a fork and obeys KMP_BLOCKTIME; GNU's hangs in the forked engine
+        if (
+            library := intel_openmp()
+        ) is not None:  # it survives a fork and obeys KMP_BLOCKTIME; GNU's hangs in the forked engine
             others = environment.get("LD_PRELOAD", "").split()
-            environment["LD_PRELOAD"] = " ".join([str(library), *(other for other in others if Path(other).name != library.name)])
+            environment["LD_PRELOAD"] = " ".join(
+                [str(library), *(other for other in others if Path(other).name != library.name)]
+            )
             environment[FORK_ENGINE_ENV] = "1"
     else:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))

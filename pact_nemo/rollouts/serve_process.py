@@ -1,10 +1,12 @@
 """The process that vLLM's server runs in: ``python -m pact_nemo.rollouts.serve_process <vLLM arguments>``.
 
-Started by :mod:`pact_nemo.rollouts.server`, never imported by the trainer. It imports vLLM only under ``__main__``, so that engine
-processes which multiprocessing spawns (they import the main module again) don't load the HTTP front end a second time.
+Started by :mod:`pact_nemo.rollouts.server`, never imported by the trainer. It imports vLLM only under ``__main__``, so
+that engine processes which multiprocessing spawns (they import the main module again) don't load the HTTP front end a
+second time.
 
-A watchdog thread in each of these processes ends the whole process group when its parent is gone, however that died. (The parent's
-process id is polled; ``PR_SET_PDEATHSIG`` would fire when the *thread* that started the server ends, which is no reason to stop.)
+A watchdog thread in each of these processes ends the whole process group when its parent is gone, however that died.
+(The parent's process id is polled; ``PR_SET_PDEATHSIG`` would fire when the *thread* that started the server ends,
+which is no reason to stop.)
 """
 
 from __future__ import annotations
@@ -42,10 +44,10 @@ def start_watchdog(parent: int) -> None:
 def fork_engine() -> None:
     """Let vLLM fork its engine process on the CPU, as it does on GPUs, instead of spawning it.
 
-    vLLM's CPU platform asks for a fresh interpreter because the OpenMP libraries it preloads take effect in a new process only. With the
-    worker inside the
-    engine process and the libraries preloaded by us from the start, forking is safe and saves importing everything a second time. Where
-    this version of vLLM is built otherwise, it starts its own, slower way.
+    vLLM's CPU platform asks for a fresh interpreter because the OpenMP libraries it preloads take effect in a new
+    process only. With the worker inside the
+    engine process and the libraries preloaded by us from the start, forking is safe and saves importing everything a
+    second time. Where this version of vLLM is built otherwise, it starts its own, slower way.
     """
     try:
         from vllm.platforms.cpu import CpuPlatform

@@ -1,7 +1,7 @@
 """The life of the rollout server: a vLLM process of our own on the loopback, or one that runs elsewhere.
 
-The server is a process group. It ends with the context manager, when the trainer dies (a watchdog in every process of the group), and
-when one of its processes dies. Nothing of it is ever left behind.
+The server is a process group. It ends with the context manager, when the trainer dies (a watchdog in every process of
+the group), and when one of its processes dies. Nothing of it is ever left behind.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _TAIL_LINES = 15
 class RolloutServer:
     """A vLLM server for rollouts, as a context manager.
 
-    ``with RolloutServer(config, model, log_file=…) as server`` starts it and waits until it answers. To load it in the background, call
-    :meth:`launch`, do other work, then :meth:`wait_ready`; :meth:`close` in any case.
+    ``with RolloutServer(config, model, log_file=…) as server`` starts it and waits until it answers. To load it in the
+    background, call :meth:`launch`, do other work, then :meth:`wait_ready`; :meth:`close` in any case.
 
     Args:
-        config: how to start it, or the ``url`` of one to attach to. An attached server has to be started with ``--enable-scale-out``,
-            ``--logprobs-mode processed_logprobs`` and ``VLLM_SERVER_DEV_MODE=1``, must serve ``model_path``, and is left running at the
-            end.
+        config: how to start it, or the ``url`` of one to attach to. An attached server has to be started with
+            ``--enable-scale-out``, ``--logprobs-mode processed_logprobs`` and ``VLLM_SERVER_DEV_MODE=1``, must serve
+            ``model_path``, and is left running at the end.
         model_path: Hugging Face folder to serve.
         log_file: where the server's output goes (appended).
         version: weight version that ``model_path`` is; every completion is stamped with it.
@@ -91,7 +91,8 @@ class RolloutServer:
         """Synchronous calls to the server: health, weight version, weight swap."""
         return ServerAdmin(self.endpoint, timeout_s=self.config.refit_timeout_s)
 
-    # -- start --------------------------------------------------------------------------------------------------------------------
+    # -- start
+    # ------------------------------------------------------------------------------------------------------------------
 
     def launch(self) -> None:
         """Start the process and return at once. With ``config.url`` nothing is started."""
@@ -102,7 +103,8 @@ class RolloutServer:
             key = os.environ.get(self.config.api_key_env)
             if not key:
                 raise ConfigError(
-                    f"rollout.server.url is set: put that server's API key into the environment variable {self.config.api_key_env}"
+                    "rollout.server.url is set: put that server's API key into the environment variable"
+                    f" {self.config.api_key_env}"
                 )
             self._endpoint = ServerEndpoint(self.config.url.rstrip("/"), key)
             return
@@ -126,7 +128,9 @@ class RolloutServer:
         environment = engine_environment(self.config, self._endpoint)
         self._remove_sockets()
         self._sockets = machine.short_folder()
-        environment[SOCKETS_ENV] = str(self._sockets)  # vLLM's default is the temporary folder, which may be too long for a socket
+        environment[SOCKETS_ENV] = str(
+            self._sockets
+        )  # vLLM's default is the temporary folder, which may be too long for a socket
         if self._sockets.parent != Path(tempfile.gettempdir()):
             environment["TMPDIR"] = str(self._sockets)  # and so would be those of multiprocessing
         root = str(Path(pact_nemo.__file__).parents[1])
@@ -163,7 +167,9 @@ class RolloutServer:
                     continue
                 code = self._process.returncode
                 self.close()
-                raise ServerError(f"the rollout server died while starting (exit code {code}); end of {self.log_file}:\n{tail}")
+                raise ServerError(
+                    f"the rollout server died while starting (exit code {code}); end of {self.log_file}:\n{tail}"
+                )
             if time.monotonic() > deadline:
                 tail = self.log_tail()
                 self.close()
@@ -175,7 +181,9 @@ class RolloutServer:
                 on_progress(time.monotonic() - self._launched_at, self._last_line())
             time.sleep(0.2)
         admin = self.admin()
-        if self.config.url is not None and admin.loaded_version() is not None:  # another run, or an earlier part of this one, was here
+        if (
+            self.config.url is not None and admin.loaded_version() is not None
+        ):  # another run, or an earlier part of this one, was here
             admin.pause()
             admin.set_weight_version("loading")
             admin.load_weights(self.model_path.resolve(), None)
@@ -186,7 +194,8 @@ class RolloutServer:
         self.start_seconds = time.monotonic() - self._launched_at
         return self
 
-    # -- while it runs ------------------------------------------------------------------------------------------------------------
+    # -- while it runs
+    # ------------------------------------------------------------------------------------------------------------
 
     @property
     def pid(self) -> int | None:
@@ -206,8 +215,9 @@ class RolloutServer:
             raise ServerError(f"{reason}; end of {self.log_file}:\n{self.log_tail()}")
 
     def restart(self) -> None:
-        """Kill what is left of the process group, hung or stopped processes included, and launch it anew: another port, the weights of
-        ``model_path``. An attached server is its owner's to restart; :meth:`wait_ready` then waits for it.
+        """Kill what is left of the process group, hung or stopped processes included, and launch it anew: another port,
+        the weights of ``model_path``. An attached server is its owner's to restart; :meth:`wait_ready` then waits for
+        it.
         """
         with self._lock:
             if self._process is not None:
@@ -221,12 +231,14 @@ class RolloutServer:
         """Last lines of the server's log."""
         with contextlib.suppress(OSError), open(self.log_file, "rb") as handle:
             text = _tail(handle, lines)
-            return text.replace(self._endpoint.api_key, "(key)") if self._endpoint is not None else text  # it ends up in errors and logs
+            return (
+                text.replace(self._endpoint.api_key, "(key)") if self._endpoint is not None else text
+            )  # it ends up in errors and logs
         return "(no log)"
 
     def rotate_log(self) -> None:
-        """Move a log that has outgrown ``log_mb`` to ``<name>.1``. The server appends to the file that it has open, so it is copied and emptied:
-        a line written in between is lost.
+        """Move a log that has outgrown ``log_mb`` to ``<name>.1``. The server appends to the file that it has open, so
+        it is copied and emptied: a line written in between is lost.
         """
         with contextlib.suppress(OSError):  # a full disk is met where it matters
             if self.log_file.stat().st_size > self.config.log_mb * 2**20:
@@ -237,18 +249,21 @@ class RolloutServer:
         return self.log_tail(1).strip()[-200:]
 
     def peak_memory_bytes(self) -> int:
-        """Sum of the peak resident sizes of the server's processes, bytes; 0 for an attached server or off Linux. Stays readable after
-        :meth:`close`.
+        """Sum of the peak resident sizes of the server's processes, bytes; 0 for an attached server or off Linux. Stays
+        readable after :meth:`close`.
         """
         if self._process is not None:
-            self._peak_memory = max(self._peak_memory, sum(_peak_resident(pid) for pid in group_members(self._process.pid)))
+            self._peak_memory = max(
+                self._peak_memory, sum(_peak_resident(pid) for pid in group_members(self._process.pid))
+            )
         return self._peak_memory
 
-    # -- end ----------------------------------------------------------------------------------------------------------------------
+    # -- end
+    # ------------------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop the whole process group: SIGTERM, ``stop_timeout_s`` to leave, SIGKILL. Safe to call twice; an attached server is left
-        running.
+        """Stop the whole process group: SIGTERM, ``stop_timeout_s`` to leave, SIGKILL. Safe to call twice; an attached
+        server is left running.
         """
         with self._lock:
             if self._process is None:
@@ -288,7 +303,9 @@ class RolloutServer:
             self.close()
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

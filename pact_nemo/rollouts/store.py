@@ -39,7 +39,9 @@ _TURN: dict[str, tuple[type, ...]] = {
 
 def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
     """One JSON object a line. Raises ValueError for a log-prob that is NaN or infinite."""
-    write_text_atomic(path, "".join(json.dumps(r.to_dict(), ensure_ascii=False, allow_nan=False) + "\n" for r in rollouts))
+    write_text_atomic(
+        path, "".join(json.dumps(r.to_dict(), ensure_ascii=False, allow_nan=False) + "\n" for r in rollouts)
+    )
 
 
 def read_rollouts(path: str | Path) -> list[Rollout]:
@@ -54,12 +56,18 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"rollouts can't be read: {error}; dump them again", file=file) from error
     rollouts = []
-    lines = text.removesuffix("\n").split("\n") if text else []  # not splitlines(): U+2028 and its kin are no line ends in JSON
+    lines = (
+        text.removesuffix("\n").split("\n") if text else []
+    )  # not splitlines(): U+2028 and its kin are no line ends in JSON
     for number, line in enumerate(lines, start=1):
         try:
             row = strict_json.loads(line)
         except ValueError as error:
-            raise DataError(f"not a JSON object ({error}); the file is torn: dump it again or take the row out", file=file, line=number) from error
+            raise DataError(
+                f"not a JSON object ({error}); the file is torn: dump it again or take the row out",
+                file=file,
+                line=number,
+            ) from error
         rollouts.append(parse_rollout(row, file, number))
     return rollouts
 
@@ -76,14 +84,24 @@ def parse_rollout(row: Any, file: str, line: int) -> Rollout:
                 raise fail("the key is missing", prefix + key)
             value = container[key]
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise fail(f"{type(value).__name__} where {' or '.join(kind.__name__ for kind in kinds)} is needed", prefix + key)
+                raise fail(
+                    f"{type(value).__name__} where {' or '.join(kind.__name__ for kind in kinds)} is needed",
+                    prefix + key,
+                )
 
     if not isinstance(row, dict):
         raise fail("a row has to be a JSON object")
     typed(row, _SCALARS)
-    for name, kinds in (("prompt_ids", (int,)), ("token_ids", (int,)), ("loss_mask", (int,)), ("sampler_logprobs", (int, float))):
+    for name, kinds in (
+        ("prompt_ids", (int,)),
+        ("token_ids", (int,)),
+        ("loss_mask", (int,)),
+        ("sampler_logprobs", (int, float)),
+    ):
         typed(row, {name: (list,)})
-        bad = next((i for i, value in enumerate(row[name]) if not isinstance(value, kinds) or isinstance(value, bool)), None)
+        bad = next(
+            (i for i, value in enumerate(row[name]) if not isinstance(value, kinds) or isinstance(value, bool)), None
+        )
         if bad is not None:
             raise fail("a list of numbers is needed", f"{name}[{bad}]")
     if row["status"] not in _STATUSES:
@@ -109,7 +127,13 @@ def parse_rollout(row: Any, file: str, line: int) -> Rollout:
         solved = verdict.get("solved")
         if solved is not None and not (isinstance(solved, list) and all(isinstance(value, bool) for value in solved)):
             raise fail("a list of true and false, or null, is needed", "outcome.solved")
-        outcome = Outcome(bool(verdict["success"]), float(verdict["score"]), verdict["reason"], metrics, None if solved is None else tuple(solved))
+        outcome = Outcome(
+            bool(verdict["success"]),
+            float(verdict["score"]),
+            verdict["reason"],
+            metrics,
+            None if solved is None else tuple(solved),
+        )
     if row.get("limit") not in (None, *LIMITS):
         raise fail(f"{row['limit']!r} is no limit; one of {', '.join(LIMITS)}, or null", "limit")
     own = {item.name: row[item.name] for item in fields(Rollout) if item.name in row}

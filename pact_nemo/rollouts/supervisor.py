@@ -1,8 +1,9 @@
-"""A rollout server that is kept alive: heartbeats while it generates, a restart when it dies or hangs, and requests sent again.
+"""A rollout server that is kept alive: heartbeats while it generates, a restart when it dies or hangs, and requests
+sent again.
 
-A request is the prompt, what this episode wrote so far, and a seed of its own: sent again, to a new process with the same weights, it gives the
-same completion (up to the last bits of arithmetic that depend on what was batched together). So an episode that was under way goes on where it
-was; its environment notices nothing.
+A request is the prompt, what this episode wrote so far, and a seed of its own: sent again, to a new process with the
+same weights, it gives the same completion (up to the last bits of arithmetic that depend on what was batched together).
+So an episode that was under way goes on where it was; its environment notices nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class _Down(Exception):
 class SupervisedServer:
     """A launched :class:`RolloutServer` and its client, as episodes use it (``weight_version``, ``generate``).
 
-    A server that was attached to is not restarted by us: its owner does that, and it is loaded with the current weights when it answers again.
+    A server that was attached to is not restarted by us: its owner does that, and it is loaded with the current weights
+    when it answers again.
 
     Args:
         server: launched, not necessarily ready.
@@ -71,9 +73,13 @@ class SupervisedServer:
         # of its own: episodes that are being ended need a thread for their environments, and may have one in all
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-server")
         self._up = self._down = asyncio.Event()
-        self._hurry, self._answered = False, 0.0  # a heartbeat is wanted now; when the last one that was answered had been asked for
+        self._hurry, self._answered = (
+            False,
+            0.0,
+        )  # a heartbeat is wanted now; when the last one that was answered had been asked for
 
-    # -- synchronous part: start, refit, restart ----------------------------------------------------------------------------------
+    # -- synchronous part: start, refit, restart
+    # ----------------------------------------------------------------------------------
 
     def wait_ready(self) -> None:
         """Block until the server answers. Raises ServerError when it doesn't; a first start is not tried again."""
@@ -135,17 +141,26 @@ class SupervisedServer:
             self._happened(Event.RESTART)
             if self.health.state is State.LOST:
                 raise ServerLost(
-                    f"the rollout server is given up after {self.health.restarts} restarts (rollout.server.max_restarts): {reason}; "
-                    f"end of {self.server.log_file}:\n{self.server.log_tail()}"
+                    f"the rollout server is given up after {self.health.restarts} restarts"
+                    f" (rollout.server.max_restarts): {reason}; end of"
+                    f" {self.server.log_file}:\n{self.server.log_tail()}"
                 )
             attached = self.server.config.url is not None
-            what = "waiting for it to answer again" if attached else f"restart {self.health.restarts} of {self._limits.max_restarts}"
+            what = (
+                "waiting for it to answer again"
+                if attached
+                else f"restart {self.health.restarts} of {self._limits.max_restarts}"
+            )
             self._note(f"rollout server: {reason.splitlines()[0]}; {what}")
             started = time.monotonic()
             try:
                 self.server.restart()
                 self._open(self.server)
-                report = refit(self.client, *self._loaded, like=self._like, elsewhere=attached) if self._loaded is not None else None
+                report = (
+                    refit(self.client, *self._loaded, like=self._like, elsewhere=attached)
+                    if self._loaded is not None
+                    else None
+                )
             except ServerError as error:
                 if self._leaving:
                     raise
@@ -153,7 +168,10 @@ class SupervisedServer:
                 self._happened(Event.FAILED, reason=reason)
                 continue
             self._happened(Event.LOADED, version=self.weight_version)
-            self._note(f"rollout server: back after {time.monotonic() - started:.0f} s with weight version {self.weight_version}")
+            self._note(
+                f"rollout server: back after {time.monotonic() - started:.0f} s with weight version"
+                f" {self.weight_version}"
+            )
             return report
 
     def _happened(self, event: Event, *, version: int | None = None, reason: str = "") -> None:
@@ -162,7 +180,8 @@ class SupervisedServer:
         if self.health.state is not before.state:
             log.info("rollout server %s: %s -> %s %s", event, before.state, self.health.state, self.health.reason)
 
-    # -- while a batch is played --------------------------------------------------------------------------------------------------
+    # -- while a batch is played
+    # --------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> SupervisedServer:
         if self._users == 0:
@@ -174,7 +193,9 @@ class SupervisedServer:
         self._users += 1
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._users -= 1
         if self._users == 0:
             self._leaving = True
@@ -190,7 +211,8 @@ class SupervisedServer:
 
         Raises:
             ServerLost: the server is given up: the batch can't be finished.
-            ServerError: the server refuses this request, or gave no usable answer ``reissue_limit`` times more while it was alive.
+            ServerError: the server refuses this request, or gave no usable answer ``reissue_limit`` times more while it
+                was alive.
         """
         spent = 0
         while True:
@@ -206,7 +228,8 @@ class SupervisedServer:
                 if not down.is_set():
                     self._give_up(Event.STALE, str(error))
             except TransientServerError as error:
-                # a front end goes on answering for a while after its engine has died: only an engine that lives is at the request's charge
+                # a front end goes on answering for a while after its engine has died: only an engine that lives is at
+                # the request's charge
                 if await self._lives(down):
                     spent += 1
                     if spent > self.server.config.reissue_limit:
@@ -215,7 +238,9 @@ class SupervisedServer:
             self.reissued += 1
 
     async def _lives(self, down: asyncio.Event) -> bool:
-        """Whether the engine answers a heartbeat that it is asked for from now on; False once the server is given up."""
+        """Whether the engine answers a heartbeat that it is asked for from now on; False once the server is given
+        up.
+        """
         failed = time.monotonic()
         while not down.is_set() and self._answered < failed:
             self._hurry = True
@@ -253,7 +278,9 @@ class SupervisedServer:
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # every request that waits has to hear of it
-                self.health = Health(State.LOST, time.monotonic(), self.health.heard, None, self.health.restarts, str(error))
+                self.health = Health(
+                    State.LOST, time.monotonic(), self.health.heard, None, self.health.restarts, str(error)
+                )
                 self._down.set()
                 self._up.set()
                 return
@@ -284,7 +311,9 @@ class SupervisedServer:
                         self._happened(Event.MISS)
                     else:
                         if version != (self._loaded[1] if self._loaded is not None else None):
-                            return f"{self.server.endpoint.url} holds weight version {version}, not {self.weight_version}"
+                            return (
+                                f"{self.server.endpoint.url} holds weight version {version}, not {self.weight_version}"
+                            )
                         self._happened(Event.BEAT)
                         self._answered = asked
                     ping = None

@@ -9,8 +9,8 @@ from pact_nemo.chat.thoughts import visible_text
 from pact_nemo.environments.base import Outcome, ToolCall
 
 Status = Literal["ok", "truncated", "failed"]
-#: What truncated an episode: the token limit of one assistant message; the number of assistant messages, so that the policy never closed its
-#: turn; or the room for the whole response.
+#: What truncated an episode: the token limit of one assistant message; the number of assistant messages, so that the
+#: policy never closed its turn; or the room for the whole response.
 Limit = Literal["turn_tokens", "turns", "response_tokens"]
 LIMITS: tuple[Limit, ...] = ("turn_tokens", "turns", "response_tokens")
 
@@ -22,8 +22,9 @@ class Turn:
     Attributes:
         start, end: half-open range of this turn's policy-written tokens within ``Rollout.token_ids``.
         text: the decoded tokens, end-of-turn token left out.
-        visible: what ``text`` says outside of its thoughts (:func:`~pact_nemo.chat.thoughts.visible_text`): the only text that environments
-            and rewards read. Empty for a message that is thought only. Derived from ``text`` where it isn't given (older dumps).
+        visible: what ``text`` says outside of its thoughts (:func:`~pact_nemo.chat.thoughts.visible_text`): the only
+            text that environments and rewards read. Empty for a message that is thought only. Derived from ``text``
+            where it isn't given (older dumps).
         calls: parsed calls; empty for a message without calls.
         call_errors: one message per malformed call text; shown to the model as an error observation.
         observations: what the environment (or the parser) answered, one per call or error.
@@ -57,19 +58,22 @@ class Rollout:
 
     Attributes:
         prompt_ids: x, [P] token ids.
-        token_ids: tau, [N] token ids in the order in which they were sampled or appended, policy-written and observation tokens interleaved.
+        token_ids: tau, [N] token ids in the order in which they were sampled or appended, policy-written and
+            observation tokens interleaved.
         loss_mask: [N], 1 for policy-written tokens (the set M(tau)), 0 for observation, role and delimiter tokens.
         sampler_logprobs: [N], natural log; the rollout engine's log-prob of each policy-written token, 0.0 elsewhere.
         turns: assistant turns in order.
         outcome: checker verdict; None when ``status == "failed"``.
         weight_version: version of the policy weights that every token was sampled from.
-        status: ``ok``; ``truncated`` (a limit ended it); ``failed`` (not the policy's fault: masked from the loss and counted).
+        status: ``ok``; ``truncated`` (a limit ended it); ``failed`` (not the policy's fault: masked from the loss and
+            counted).
         error: why it was truncated or failed.
         limit: which limit truncated it; None where none did, or where a dump doesn't tell.
         seconds: wall time of the episode.
-        rewinds: where the context was cut back, because the chat template drops thoughts of earlier messages: (position in ``token_ids``,
-            tokens after x that stay in front of it). A negative number takes tokens of x itself away. What the model still sees of what was
-            cut off is repeated from that position on, without loss. Empty: ``token_ids`` is one sequence after x.
+        rewinds: where the context was cut back, because the chat template drops thoughts of earlier messages: (position
+            in ``token_ids``, tokens after x that stay in front of it). A negative number takes tokens of x itself away.
+            What the model still sees of what was cut off is repeated from that position on, without loss. Empty:
+            ``token_ids`` is one sequence after x.
     """
 
     task_id: str
@@ -88,8 +92,8 @@ class Rollout:
     rewinds: list[tuple[int, int]] = field(default_factory=list)
 
     def stretches(self) -> list[tuple[int, int, int]]:
-        """(start, end, keep) of each part of ``token_ids`` between two rewinds: its tokens follow the first ``keep`` tokens after x of the
-        context before it. Every token is in one of them."""
+        """(start, end, keep) of each part of ``token_ids`` between two rewinds: its tokens follow the first ``keep``
+        tokens after x of the context before it. Every token is in one of them."""
         cuts = [(0, 0), *self.rewinds]
         ends = [*(start for start, _ in self.rewinds), len(self.token_ids)]
         return [(start, end, keep) for (start, keep), end in zip(cuts, ends, strict=True)]

@@ -1,10 +1,14 @@
-"""Linux confinement by system calls alone: namespaces, a read-only root of its own, dropped privileges. Standard library only.
+"""Linux confinement by system calls alone: namespaces, a read-only root of its own, dropped privileges. Standard
+library only.
 
 This file runs inside the worker process, so it must not import the package. Two stages:
 
-``enter``      once per worker: new mount, PID, network, IPC and UTS namespaces (through a user namespace unless root), a root folder that
-               holds read-only views of the interpreter and the system libraries and nothing else of the host, no network device that is up.
-``drop``       once per call, in the forked child: its own mount and IPC namespace with an empty memory-backed /tmp, resource limits, no
+``enter``      once per worker: new mount, PID, network, IPC and UTS namespaces (through a user namespace unless root),
+a root folder that
+               holds read-only views of the interpreter and the system libraries and nothing else of the host, no
+               network device that is up.
+``drop``       once per call, in the forked child: its own mount and IPC namespace with an empty memory-backed /tmp,
+resource limits, no
                capabilities, ``no_new_privs``, a user id of its own when the worker is root.
 """
 
@@ -15,8 +19,24 @@ import os
 import resource
 import sys
 
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
+    0x20000,
+    0x4000000,
+    0x8000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
+    1,
+    2,
+    4,
+    8,
+    32,
+    4096,
+    16384,
+    1 << 18,
+)
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -58,7 +78,8 @@ def _syscall(table: dict[str, int], *arguments: object) -> int:
 def enter(read_only: list[str]) -> None:
     """Confine this process and everything it starts. It must have one thread.
 
-    Returns in a child that is process 1 of a new PID namespace; the caller's process only waits for it and never returns.
+    Returns in a child that is process 1 of a new PID namespace; the caller's process only waits for it and never
+    returns.
 
     Args:
         read_only: host folders that the worker sees, at the same paths, read-only; system libraries come on top.
@@ -131,7 +152,13 @@ def drop(limits: dict[str, float], confined: bool) -> None:
     """
     if confined:
         unshare(CLONE_NEWNS | CLONE_NEWIPC, "scratch")
-        mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, f"size={int(limits['scratch_mb'])}m,mode=1777,nr_inodes=4096")
+        mount(
+            "tmpfs",
+            "/tmp",
+            "tmpfs",
+            MS_NOSUID | MS_NODEV | MS_NOEXEC,
+            f"size={int(limits['scratch_mb'])}m,mode=1777,nr_inodes=4096",
+        )
         os.chdir("/tmp")
     memory = int(limits["memory_mb"]) << 20
     for kind, value in (
@@ -163,11 +190,45 @@ def drop(limits: dict[str, float], confined: bool) -> None:
 
 
 DENIED = (
-    "ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "pidfd_getfd", "mount", "umount2", "pivot_root", "chroot", "unshare", "setns", "bpf",
-    "perf_event_open", "userfaultfd", "keyctl", "add_key", "request_key", "init_module", "finit_module", "delete_module", "kexec_load", "reboot",
-    "swapon", "swapoff", "acct", "io_uring_setup", "io_uring_enter", "io_uring_register", "open_by_handle_at", "name_to_handle_at", "fsopen",
-    "fsmount", "move_mount", "open_tree", "mount_setattr", "quotactl", "syslog", "personality",
-)  # fmt: skip
+    "ptrace",
+    "process_vm_readv",
+    "process_vm_writev",
+    "kcmp",
+    "pidfd_getfd",
+    "mount",
+    "umount2",
+    "pivot_root",
+    "chroot",
+    "unshare",
+    "setns",
+    "bpf",
+    "perf_event_open",
+    "userfaultfd",
+    "keyctl",
+    "add_key",
+    "request_key",
+    "init_module",
+    "finit_module",
+    "delete_module",
+    "kexec_load",
+    "reboot",
+    "swapon",
+    "swapoff",
+    "acct",
+    "io_uring_setup",
+    "io_uring_enter",
+    "io_uring_register",
+    "open_by_handle_at",
+    "name_to_handle_at",
+    "fsopen",
+    "fsmount",
+    "move_mount",
+    "open_tree",
+    "mount_setattr",
+    "quotactl",
+    "syslog",
+    "personality",
+)
 
 
 def has_seccomp() -> bool:
@@ -198,4 +259,7 @@ def _filter_system_calls() -> None:
 
 def interpreter_folders() -> list[str]:
     """What the worker needs to see of the host: this interpreter and its packages."""
-    return sorted({os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, sys.exec_prefix)} | {sys.prefix, sys.base_prefix})
+    return sorted(
+        {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
+        | {sys.prefix, sys.base_prefix}
+    )

@@ -34,10 +34,11 @@ class CallResult:
     """Outcome of one call.
 
     Attributes:
-        text: what the tool returned (strings as they are, dictionaries and lists as JSON, the rest by ``str``), or what went wrong.
-        kind: ``ok``; ``raised`` (the tool raised); ``invalid`` (no such function, arguments that don't fit, source that doesn't compile);
-            ``timeout``; ``killed`` (a signal: memory, CPU time); ``exited`` (it ended the process); ``output`` (far too much of it);
-            ``lost`` (the worker itself died and was replaced).
+        text: what the tool returned (strings as they are, dictionaries and lists as JSON, the rest by ``str``), or what
+            went wrong.
+        kind: ``ok``; ``raised`` (the tool raised); ``invalid`` (no such function, arguments that don't fit, source that
+            doesn't compile); ``timeout``; ``killed`` (a signal: memory, CPU time); ``exited`` (it ended the process);
+            ``output`` (far too much of it); ``lost`` (the worker itself died and was replaced).
         seconds: wall time of the call, without waiting for a free worker.
     """
 

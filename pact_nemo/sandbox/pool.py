@@ -52,9 +52,10 @@ class Worker:
         if not answer.get("ready"):
             self.kill()
             raise MissingDependency(
-                f"this system can't confine untrusted tools ({answer.get('error', 'the worker did not start')}). Allow user namespaces "
-                "(sysctl kernel.unprivileged_userns_clone=1; a container needs --security-opt seccomp=unconfined or CAP_SYS_ADMIN), or run "
-                "tools without confinement on purpose: sandbox.unconfined=true"
+                f"this system can't confine untrusted tools ({answer.get('error', 'the worker did not start')}). Allow"
+                " user namespaces (sysctl kernel.unprivileged_userns_clone=1; a container needs --security-opt"
+                " seccomp=unconfined or CAP_SYS_ADMIN), or run tools without confinement on purpose:"
+                " sandbox.unconfined=true"
             )
         self.seccomp = bool(answer["seccomp"])
 
@@ -108,14 +109,15 @@ class Worker:
 class Sandbox:
     """Runs Python tools that nobody vouches for. Thread-safe; a call waits until a worker is free.
 
-    Each worker has a read-only root with the interpreter and system libraries in it, no network, no view of other processes, and an empty
-    environment; each call runs in a fork of its own with an empty scratch folder and the limits given. What a call does (crash, hang, fork,
-    flood, reach for the network) ends with it.
+    Each worker has a read-only root with the interpreter and system libraries in it, no network, no view of other
+    processes, and an empty environment; each call runs in a fork of its own with an empty scratch folder and the limits
+    given. What a call does (crash, hang, fork, flood, reach for the network) ends with it.
 
     Args:
         workers: calls that may run at the same time.
         limits: of every call that brings none of its own.
-        unconfined: run without namespaces, with resource limits only. Only for sources you trust as you trust the trainer.
+        unconfined: run without namespaces, with resource limits only. Only for sources you trust as you trust the
+            trainer.
 
     Workers start at :meth:`start`, on entering it as a context manager, or at the first call.
     """
@@ -158,7 +160,13 @@ class Sandbox:
         confined = not self._unconfined
         fence = confined and bool(self._all) and self._all[0].seccomp
         names = ("network", "files", "environment", "other processes")
-        return dict.fromkeys(names, confined) | {"time": True, "memory": True, "process count": True, "output": True, "system calls (seccomp)": fence}
+        return dict.fromkeys(names, confined) | {
+            "time": True,
+            "memory": True,
+            "process count": True,
+            "output": True,
+            "system calls (seccomp)": fence,
+        }
 
     def call(self, source: str, function: str, arguments: dict[str, Any], limits: Limits | None = None) -> CallResult:
         """Define ``source`` and call ``function(**arguments)`` in it. Whatever the tool does is in the result.
@@ -189,7 +197,9 @@ class Sandbox:
             self._idle.put(worker)
             raise
         self._idle.put(worker)
-        text = answer["text"].encode("utf-8", "replace").decode("utf-8")  # a tool may return half a surrogate pair, which is no text
+        text = (
+            answer["text"].encode("utf-8", "replace").decode("utf-8")
+        )  # a tool may return half a surrogate pair, which is no text
         return CallResult(text, answer["kind"], float(answer["seconds"]))
 
     def close(self) -> None:
@@ -205,5 +215,7 @@ class Sandbox:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -1,7 +1,8 @@
 """The worker process: reads one call at a time, runs it in a forked child, answers, and leaves nothing of it behind.
 
-Started as a script by :mod:`pact_nemo.sandbox.pool` with a clean environment. Standard library only. Messages both ways are a 4-byte
-big-endian length and JSON. The child has none of the worker's file descriptors but the one that its result goes into.
+Started as a script by :mod:`pact_nemo.sandbox.pool` with a clean environment. Standard library only. Messages both ways
+are a 4-byte big-endian length and JSON. The child has none of the worker's file descriptors but the one that its result
+goes into.
 """
 
 from __future__ import annotations
@@ -51,11 +52,14 @@ def send(fd: int, message: dict[str, Any]) -> None:
         data = data[os.write(fd, data) :]
 
 
-# -- in the child ---------------------------------------------------------------------------------------------------------------------
+# -- in the child
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def as_text(value: object) -> str:
-    """What the model gets to see, as FTRL's public code has it: strings as they are, JSON for dictionaries and lists, ``str`` for the rest."""
+    """What the model gets to see, as FTRL's public code has it: strings as they are, JSON for dictionaries and lists,
+    ``str`` for the rest.
+    """
     if isinstance(value, dict | list):
         with contextlib.suppress(TypeError, ValueError, RecursionError):
             return json.dumps(value, ensure_ascii=False)
@@ -122,11 +126,13 @@ def child(request: dict[str, Any], result: int, scratch: str | None) -> None:
     os._exit(0)
 
 
-# -- in the worker --------------------------------------------------------------------------------------------------------------------
+# -- in the worker
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def read_result(fd: int, pid: int, deadline: float, most: int) -> tuple[bytes, str]:
-    """What the child wrote until it ended, and what cut it short: ``""``, ``time``, ``size`` or ``closed`` (it gave its end up and lives on).
+    """What the child wrote until it ended, and what cut it short: ``""``, ``time``, ``size`` or ``closed`` (it gave its
+    end up and lives on).
 
     Other processes that hold the pipe open don't count.
     """
@@ -209,7 +215,18 @@ def run(request: dict[str, Any], confined: bool) -> dict[str, Any]:
 def main() -> None:
     settings = receive(CONTROL_IN)
     confined = not settings["unconfined"]
-    for name in ("ast", "collections", "datetime", "decimal", "itertools", "math", "random", "re", "statistics", "string"):
+    for name in (
+        "ast",
+        "collections",
+        "datetime",
+        "decimal",
+        "itertools",
+        "math",
+        "random",
+        "re",
+        "statistics",
+        "string",
+    ):
         importlib.import_module(name)  # once here, not in every call
     if confined:
         confine.has_seccomp()

@@ -1,7 +1,9 @@
-"""Deterministic annotator: typed reasoning for ground-truth calls, saying which tool, and where each argument comes from.
+"""Deterministic annotator: typed reasoning for ground-truth calls, saying which tool, and where each argument comes
+from.
 
-Two styles: ``compact`` (one or two short sentences a turn, for small models) and ``full`` (also restates the task, scans and rejects tools,
-looks at optional arguments and sums up). Neither writes the literal call down: it would be taught as reasoning.
+Two styles: ``compact`` (one or two short sentences a turn, for small models) and ``full`` (also restates the task,
+scans and rejects tools, looks at optional arguments and sums up). Neither writes the literal call down: it would be
+taught as reasoning.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ Style = Literal["compact", "full"]
 _COMPACT_VALUE_CHARS, _COMPACT_PURPOSE_WORDS = 16, 6
 _FULL_VALUE_CHARS, _FULL_PURPOSE_WORDS = 200, 20
 _RESTATED_CHARS, _SCANNED_TOOLS = 240, 8
-_BREAKS = frozenset("of in at for from by with to on that using based as per within into under between among given if containing".split())
+_BREAKS = frozenset(
+    (
+        "of in at for from by with to on that using based as per within into under between among given if containing"
+    ).split()
+)
 _DANGLING = _BREAKS | frozenset("and or the a an any all".split())
 _PREAMBLE = re.compile(  # "An advanced tool designed to …"
     r"^(?:an?|the|this)\b[^.,;]*?\b(?:tool|function|utility|api)\b"
@@ -32,8 +38,8 @@ _ERROR = re.compile(r'^\s*(?:\{\s*"error"|Error\b)', re.IGNORECASE)
 
 
 def purpose(tool: Mapping[str, Any], limit: int) -> str:
-    """What a tool is for, from its description: at most ``limit`` words, ending where a phrase ends, e.g. ``display the contents of a
-    file``.
+    """What a tool is for, from its description: at most ``limit`` words, ending where a phrase ends, e.g.
+    ``display the contents of a file``.
     """
     sentence = _PREAMBLE.sub("", first_sentence(tool["description"])).rstrip(".!?")
     words = re.split(r"[,;:(]", sentence)[0].split()
@@ -138,7 +144,9 @@ def annotate_turn(calls: Sequence[ToolCall], context: Context, style: Style) -> 
         pieces += _call_pieces(call, schemas[call.name], context, style)
     if style == "full":
         pieces.append(("decision_summary", "All required arguments are known, so I make the call now."))
-    return tuple(ReasoningSegment(kind, text if index == 0 else f" {text}") for index, (kind, text) in enumerate(pieces))
+    return tuple(
+        ReasoningSegment(kind, text if index == 0 else f" {text}") for index, (kind, text) in enumerate(pieces)
+    )
 
 
 def _opening(calls: Sequence[ToolCall], context: Context) -> list[tuple[str, str]]:
@@ -157,7 +165,11 @@ def _opening(calls: Sequence[ToolCall], context: Context) -> list[tuple[str, str
 
 
 def _call_pieces(call: ToolCall, tool: Mapping[str, Any], context: Context, style: Style) -> list[tuple[str, str]]:
-    words, limit = (_COMPACT_PURPOSE_WORDS, _COMPACT_VALUE_CHARS) if style == "compact" else (_FULL_PURPOSE_WORDS, _FULL_VALUE_CHARS)
+    words, limit = (
+        (_COMPACT_PURPOSE_WORDS, _COMPACT_VALUE_CHARS)
+        if style == "compact"
+        else (_FULL_PURPOSE_WORDS, _FULL_VALUE_CHARS)
+    )
     properties: Mapping[str, Any] = tool["parameters"].get("properties", {})
     needed = set(tool["parameters"].get("required", []))
     required = {key: value for key, value in call.arguments.items() if key in needed}
@@ -179,8 +191,8 @@ def annotate_closing(style: Style) -> str:
 
 
 def annotate_abstention(style: Style, tools_follow: bool) -> tuple[ReasoningSegment, ...]:
-    """Reasoning for a user turn in which the ground truth makes no call: a tool is missing (``tools_follow``), or something in the
-    request is.
+    """Reasoning for a user turn in which the ground truth makes no call: a tool is missing (``tools_follow``), or
+    something in the request is.
     """
     if tools_follow:
         kind, text = "irrelevant_tool_rejection", "No offered tool can do this yet."

@@ -1,4 +1,5 @@
-"""More traces for a task that has one (beyond the paper): the same calls in another order, and solutions that the policy found itself.
+"""More traces for a task that has one (beyond the paper): the same calls in another order, and solutions that the
+policy found itself.
 
 A variant is kept only if executing it gives what its trace says: the same observations, and the benchmark's own pass.
 """
@@ -21,8 +22,12 @@ from pact_nemo.traces.segments import split_reasoning
 
 Kind = Literal["argument_order", "call_order"]
 KINDS: tuple[Kind, ...] = ("argument_order", "call_order")
-CLOSING = "Done."  #: what is said after the calls where a task has no reference answer (a trace holds no answer; its calls are what is replayed)
-_ORDER_WORDS = re.compile(r"\b(?:first|firstly|then|next|after|afterwards|before|finally|last|second|third)\b", re.IGNORECASE)
+#: what is said after the calls where a task has no reference answer (a trace holds no answer; its calls are what is
+#: replayed)
+CLOSING = "Done."
+_ORDER_WORDS = re.compile(
+    r"\b(?:first|firstly|then|next|after|afterwards|before|finally|last|second|third)\b", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,9 @@ class Replay:
 
 
 def replay(environment: Environment, task: Task, trace: Trace) -> Replay | None:
-    """Execute a trace in a new session; None where the environment refuses a call or the task has fewer user turns than the trace."""
+    """Execute a trace in a new session; None where the environment refuses a call or the task has fewer user turns than
+    the trace.
+    """
     session = environment.start(task)
     try:
         seen: list[tuple[str, ...]] = []
@@ -89,11 +96,18 @@ def _call_orders(trace: Trace, generator: random.Random) -> Iterator[Trace]:
     generator.shuffle(choices)
     for index, order in choices:
         turn = trace.turns[index]
-        changed = replace(turn, calls=tuple(turn.calls[i] for i in order), observations=tuple(turn.observations[i] for i in order))
-        yield replace(trace, turns=(*trace.turns[:index], changed, *trace.turns[index + 1 :]), source=f"{trace.source}+call_order")
+        changed = replace(
+            turn, calls=tuple(turn.calls[i] for i in order), observations=tuple(turn.observations[i] for i in order)
+        )
+        yield replace(
+            trace, turns=(*trace.turns[:index], changed, *trace.turns[index + 1 :]), source=f"{trace.source}+call_order"
+        )
 
 
-_MAKERS: dict[Kind, Callable[[Trace, random.Random], Iterator[Trace]]] = {"argument_order": _argument_orders, "call_order": _call_orders}
+_MAKERS: dict[Kind, Callable[[Trace, random.Random], Iterator[Trace]]] = {
+    "argument_order": _argument_orders,
+    "call_order": _call_orders,
+}
 
 _MAY_CHANGE: dict[Kind, Callable[[Trace], bool]] = {
     "argument_order": _has_several_arguments,
@@ -103,10 +117,14 @@ _MAY_CHANGE: dict[Kind, Callable[[Trace], bool]] = {
 
 def _written(trace: Trace) -> str:
     """What tells two traces apart; argument order counts."""
-    return repr([(turn.reasoning, [(call.name, list(call.arguments.items())) for call in turn.calls]) for turn in trace.turns])
+    return repr(
+        [(turn.reasoning, [(call.name, list(call.arguments.items())) for call in turn.calls]) for turn in trace.turns]
+    )
 
 
-def variants(environment: Environment, task: Task, trace: Trace, kinds: Sequence[Kind], limit: int, seed: int) -> list[Trace]:
+def variants(
+    environment: Environment, task: Task, trace: Trace, kinds: Sequence[Kind], limit: int, seed: int
+) -> list[Trace]:
     """Up to ``limit`` different variants that execution verified, each kind in turn.
 
     A function of its arguments: the random orders come from ``seed`` and the task's id.
@@ -115,7 +133,10 @@ def variants(environment: Environment, task: Task, trace: Trace, kinds: Sequence
     if now is None or not now.outcome.success:
         return []
     # observations as they come today: the trace's may have been cut to another length
-    trace = replace(trace, turns=tuple(replace(turn, observations=seen) for turn, seen in zip(trace.turns, now.observations, strict=True)))
+    trace = replace(
+        trace,
+        turns=tuple(replace(turn, observations=seen) for turn, seen in zip(trace.turns, now.observations, strict=True)),
+    )
     generator = random.Random(f"{seed}:{task.id}")
     seen = {_written(trace)}
     found: list[Trace] = []
@@ -130,13 +151,18 @@ def variants(environment: Environment, task: Task, trace: Trace, kinds: Sequence
                 continue
             seen.add(_written(candidate))
             result = replay(environment, task, candidate)
-            if result is not None and result.outcome.success and result.observations == tuple(turn.observations for turn in candidate.turns):
+            if (
+                result is not None
+                and result.outcome.success
+                and result.observations == tuple(turn.observations for turn in candidate.turns)
+            ):
                 found.append(candidate)
     return found
 
 
 def promoted(task: Task, rollout: Rollout, reasoning_of: Callable[[str], str]) -> Trace | None:
-    """A rollout that passed the checker as a trace of source ``policy``; None where it didn't pass, holds a malformed call, or makes no call.
+    """A rollout that passed the checker as a trace of source ``policy``; None where it didn't pass, holds a malformed
+    call, or makes no call.
 
     Single user turns only: a rollout does not keep what later user turns said and revealed.
 
@@ -160,7 +186,12 @@ def new_solutions(known: Sequence[Trace], candidates: Sequence[Trace]) -> list[T
     """The candidates whose calls differ from every known trace's and from each other's, in order."""
 
     def calls(turns: Sequence[TraceTurn]) -> str:
-        return repr([[(call.name, sorted(call.arguments.items(), key=lambda item: item[0])) for call in turn.calls] for turn in turns])
+        return repr(
+            [
+                [(call.name, sorted(call.arguments.items(), key=lambda item: item[0])) for call in turn.calls]
+                for turn in turns
+            ]
+        )
 
     seen = {calls(trace.turns) for trace in known}
     fresh = []

@@ -1,4 +1,5 @@
-"""Traces from ground truth: reference calls executed in the environment, so that observations are real, and verified by the checker.
+"""Traces from ground truth: reference calls executed in the environment, so that observations are real, and verified by
+the checker.
 
 Written for BFCL; works with any environment whose tasks carry reference calls.
 """
@@ -19,14 +20,17 @@ from pact_nemo.traces.schema import Trace
 log = logging.getLogger(__name__)
 
 
-def ground_truth_trace(environment: Environment, task: Task, style: Style, calls_per_turn: Literal["one", "all"]) -> Trace | None:
+def ground_truth_trace(
+    environment: Environment, task: Task, style: Style, calls_per_turn: Literal["one", "all"]
+) -> Trace | None:
     """Execute a task's reference calls and write down the trace; ``verified`` is the checker's verdict.
 
     Args:
         environment: where to execute.
         task: a task with reference calls.
         style: of the annotator.
-        calls_per_turn: ``one`` call per assistant turn, each followed by its observation, or ``all`` calls of a user turn at once.
+        calls_per_turn: ``one`` call per assistant turn, each followed by its observation, or ``all`` calls of a user
+            turn at once.
 
     Returns:
         None if the ground truth makes no call at all.
@@ -44,7 +48,9 @@ def ground_truth_trace(environment: Environment, task: Task, style: Style, calls
             words = "\n".join(message["content"] for message in messages if message["role"] == "user")
             steps = [[call] for call in calls] if calls_per_turn == "one" else ([list(calls)] if calls else [])
             for index, step in enumerate(steps):
-                offered = tools + [everything[call.name] for call in step if call.name not in {tool["name"] for tool in tools}]
+                offered = tools + [
+                    everything[call.name] for call in step if call.name not in {tool["name"] for tool in tools}
+                ]
                 later = frozenset(call.name for rest in steps[index + 1 :] for call in rest)
                 segments = annotate_turn(step, Context(offered, words, earlier_words, seen, index == 0, later), style)
                 observations = session.execute(list(step))
@@ -73,7 +79,9 @@ def _all_tools(task: Task) -> list[dict[str, Any]]:
 def make_trace(
     environment: Environment, task: Task, *, style: Style = "compact", calls_per_turn: Literal["one", "all"] = "one"
 ) -> Trace | None:
-    """A verified trace that passes the filters, or None. See :func:`make_traces` for many, with the reasons of those left out."""
+    """A verified trace that passes the filters, or None. See :func:`make_traces` for many, with the reasons of those
+    left out.
+    """
     trace, _ = _filtered(environment, task, style, calls_per_turn)
     return trace
 
@@ -89,11 +97,16 @@ def _filtered(
 
 
 def make_traces(
-    environment: Environment, tasks: Iterable[Task], *, style: Style = "compact", calls_per_turn: Literal["one", "all"] = "one"
+    environment: Environment,
+    tasks: Iterable[Task],
+    *,
+    style: Style = "compact",
+    calls_per_turn: Literal["one", "all"] = "one",
 ) -> tuple[list[Trace], Counter[str]]:
     """Verified, filtered traces of ``tasks`` in order, and how many tasks got none, by reason.
 
-    The count's denominator is the number of tasks; reasons are those of :func:`~pact_nemo.traces.filters.reject_reason` and ``no_calls``.
+    The count's denominator is the number of tasks; reasons are those of :func:`~pact_nemo.traces.filters.reject_reason`
+    and ``no_calls``.
     """
     traces: list[Trace] = []
     rejected: Counter[str] = Counter()

@@ -21,7 +21,11 @@ class TraceBuilder:
         return bool(self._turns) and self._turns[-1].user_turn == user_turn
 
     def assistant(
-        self, segments: Sequence[ReasoningSegment], calls: Sequence[ToolCall], observations: Sequence[str], user_turn: int
+        self,
+        segments: Sequence[ReasoningSegment],
+        calls: Sequence[ToolCall],
+        observations: Sequence[str],
+        user_turn: int,
     ) -> None:
         """Add one assistant turn."""
         self._turns.append(TraceTurn(tuple(segments), tuple(calls), tuple(observations), user_turn))

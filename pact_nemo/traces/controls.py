@@ -1,4 +1,6 @@
-"""Controls of an experiment: what RL is conditioned on in place of the task's own trace. A gain that a control keeps is not due to the trace."""
+"""Controls of an experiment: what RL is conditioned on in place of the task's own trace. A gain that a control keeps is
+not due to the trace.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,13 @@ def other_trace(
         ConfigError: no other trace fits.
     """
     choices = sorted(
-        name for name, trace in traces.items() if groups[name] != groups[task_id] and not trace.cut and 0 < len(trace) <= room
+        name
+        for name, trace in traces.items()
+        if groups[name] != groups[task_id] and not trace.cut and 0 < len(trace) <= room
     )
     if not choices:
         raise ConfigError(
-            f"traces.control=other_task: no whole trace of another scenario group fits into the {room} tokens that {task_id} leaves to it; raise "
-            "traces.max_tokens, or add tasks with traces"
+            f"traces.control=other_task: no whole trace of another scenario group fits into the {room} tokens that"
+            f" {task_id} leaves to it; raise traces.max_tokens, or add tasks with traces"
         )
     return traces[choices[int(uniform("control", seed, step, task_id) * len(choices))]]

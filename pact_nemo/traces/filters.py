@@ -20,9 +20,11 @@ _CALL_TAG = re.compile(r"</?(?:tool_call|tool_response|tools|function|think)\b[^
 
 
 def leaks_answer(trace: Trace, question: str, answer: str | None) -> bool:
-    """Whether the reasoning names the final answer before a tool or the question has: the trace then solves nothing, it knows.
+    """Whether the reasoning names the final answer before a tool or the question has: the trace then solves nothing, it
+    knows.
 
-    Compared in lower case without commas, as whole words. Answers that are bare numbers below 100 occur by chance and are let pass.
+    Compared in lower case without commas, as whole words. Answers that are bare numbers below 100 occur by chance and
+    are let pass.
     """
     if answer is None:
         return False
@@ -43,12 +45,16 @@ def leaks_answer(trace: Trace, question: str, answer: str | None) -> bool:
 
 
 def turns_without_reasoning(trace: Trace) -> int:
-    """How many of a trace's turns call without a word before: a teacher's thought that its server kept to itself looks like this."""
+    """How many of a trace's turns call without a word before: a teacher's thought that its server kept to itself looks
+    like this.
+    """
     return sum(bool(turn.calls) and not turn.reasoning.strip() for turn in trace.turns)
 
 
 def why_not(trace: Trace, task: Task) -> str | None:
-    """Why a trace must not be used for its task, or None: :func:`reject_reason`, or ``answer_leaked`` (:func:`leaks_answer`)."""
+    """Why a trace must not be used for its task, or None: :func:`reject_reason`, or ``answer_leaked``
+    (:func:`leaks_answer`).
+    """
     reason = reject_reason(trace, task.tools)
     if reason is not None:
         return reason
@@ -61,12 +67,12 @@ def reject_reason(trace: Trace, tools: Iterable[Mapping[str, Any]]) -> str | Non
 
     Args:
         trace: the candidate.
-        tools: schemas offered at the start of its task; tools that the trace itself sees revealed later count from then on, and before
-            (one BFCL ground truth calls such a tool early).
+        tools: schemas offered at the start of its task; tools that the trace itself sees revealed later count from then
+            on, and before (one BFCL ground truth calls such a tool early).
 
     Returns:
-        ``unverified``, ``unknown_tool``, ``malformed_turn``, ``role_text_in_observation``, ``tool_call_tag_in_observation``,
-        ``control_text_in_turn``, or None.
+        ``unverified``, ``unknown_tool``, ``malformed_turn``, ``role_text_in_observation``,
+        ``tool_call_tag_in_observation``, ``control_text_in_turn``, or None.
     """
     if not trace.verified:
         return "unverified"

@@ -1,4 +1,6 @@
-"""Typing the paragraphs of free reasoning by a model, with the deterministic rules as the fallback and the last word on call previews."""
+"""Typing the paragraphs of free reasoning by a model, with the deterministic rules as the fallback and the last word on
+call previews.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,11 @@ def read_types(text: str, count: int) -> list[str] | None:
     except (ValueError, RecursionError):
         return None
     types = answer.get("types") if isinstance(answer, dict) else None
-    if not isinstance(types, list) or len(types) != count or not all(isinstance(kind, str) and kind in SEGMENT_TYPES for kind in types):
+    if (
+        not isinstance(types, list)
+        or len(types) != count
+        or not all(isinstance(kind, str) and kind in SEGMENT_TYPES for kind in types)
+    ):
         return None
     return types
 
@@ -59,7 +65,8 @@ class ModelAnnotator:
         self.turns = self.fallbacks = 0
 
     def __call__(self, text: str, tool_names: Sequence[str]) -> list[tuple[str, str]]:
-        """(type, text) pieces whose texts concatenate to the reasoning; the rules' where the model doesn't answer as asked.
+        """(type, text) pieces whose texts concatenate to the reasoning; the rules' where the model doesn't answer as
+        asked.
 
         A piece that the rules take for a preview of the literal call stays one: it must reach no level.
         """
@@ -78,4 +85,7 @@ class ModelAnnotator:
         if found is None:
             self.fallbacks += 1
             return pieces
-        return [(rule if rule == "explicit_call_preview" else kind, piece) for (rule, piece), kind in zip(pieces, found, strict=True)]
+        return [
+            (rule if rule == "explicit_call_preview" else kind, piece)
+            for (rule, piece), kind in zip(pieces, found, strict=True)
+        ]

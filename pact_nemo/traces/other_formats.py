@@ -8,8 +8,9 @@ from typing import Any
 from pact_nemo import strict_json
 
 WANTED = (
-    "a trace is one JSON object a line with version, task_id, source, verified and turns (docs/traces.md). Nothing reads other formats yet, an "
-    "importer is planned; until then make traces of your tasks with tools/make_traces.py, from ground truth, recorded answers or a teacher"
+    "a trace is one JSON object a line with version, task_id, source, verified and turns (docs/traces.md). Nothing"
+    " reads other formats yet, an importer is planned; until then make traces of your tasks with tools/make_traces.py,"
+    " from ground truth, recorded answers or a teacher"
 )
 _ENVELOPES = ("body", "request", "response", "data", "sample", "example")
 _RESPONSES = ("function_call", "function_call_output", "reasoning")  # item types of OpenAI's responses
@@ -22,12 +23,18 @@ def other_format(row: Any) -> str | None:
         return _of_messages(row)
     if not isinstance(row, Mapping) or _is_trace(row):
         return None
-    return _of_values(row) or _of_keys(row) or next((found for key in _ENVELOPES if (found := other_format(row.get(key))) is not None), None)
+    return (
+        _of_values(row)
+        or _of_keys(row)
+        or next((found for key in _ENVELOPES if (found := other_format(row.get(key))) is not None), None)
+    )
 
 
 def _is_trace(row: Mapping[str, Any]) -> bool:
     turns = row.get("turns")
-    return isinstance(turns, list) and all(isinstance(turn, Mapping) and "role" not in turn and "from" not in turn for turn in turns)
+    return isinstance(turns, list) and all(
+        isinstance(turn, Mapping) and "role" not in turn and "from" not in turn for turn in turns
+    )
 
 
 def _of_values(row: Mapping[str, Any]) -> str | None:
@@ -76,7 +83,13 @@ def _of_messages(messages: Sequence[Any]) -> str | None:
         return "a chat in the format of OpenAI's responses (items such as function_call)"
     if not any("role" in message for message in known):
         return None
-    blocks = [block for message in known if isinstance(message.get("content"), list) for block in message["content"] if isinstance(block, Mapping)]
+    blocks = [
+        block
+        for message in known
+        if isinstance(message.get("content"), list)
+        for block in message["content"]
+        if isinstance(block, Mapping)
+    ]
     if any(block.get("type") in ("tool_use", "tool_result", "thinking") for block in blocks):
         return "a chat in Anthropic format (content blocks tool_use and tool_result)"
     calls = any(message.get("tool_calls") or message.get("function_call") for message in known)

@@ -1,8 +1,9 @@
-"""Traces without a teacher, for benchmarks that record the answer of every sub-question: find the call that brings each answer in.
+"""Traces without a teacher, for benchmarks that record the answer of every sub-question: find the call that brings each
+answer in.
 
-Nothing is invented: candidate arguments are literals of the tool's own source (its usage examples first), and a call is taken only if its
-observation contains the recorded answer. Tasks for which that fails get no trace. ``Trace.source`` is ``recorded``, or ``ground_truth`` where
-a row's own reference calls do it.
+Nothing is invented: candidate arguments are literals of the tool's own source (its usage examples first), and a call is
+taken only if its observation contains the recorded answer. Tasks for which that fails get no trace. ``Trace.source`` is
+``recorded``, or ``ground_truth`` where a row's own reference calls do it.
 """
 
 from __future__ import annotations
@@ -56,10 +57,17 @@ def example_calls(source: str, name: str) -> Iterator[dict[str, Any]]:
     tree = _parse(source)
     if tree is None:
         return
-    definition = next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name), None)
+    definition = next(
+        (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name), None
+    )
     names = [argument.arg for argument in definition.args.args] if definition is not None else []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name and len(node.args) <= len(names):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == name
+            and len(node.args) <= len(names)
+        ):
             try:
                 arguments = {key: literal(value) for key, value in zip(names, node.args, strict=False)}
                 arguments |= {item.arg: literal(item.value) for item in node.keywords if item.arg is not None}
@@ -70,7 +78,9 @@ def example_calls(source: str, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _literals(source: str, question: str, known: Sequence[str]) -> list[Any]:
-    """Values that the question names (answers found before, numbers), then short literals of the source, those in the question first."""
+    """Values that the question names (answers found before, numbers), then short literals of the source, those in the
+    question first.
+    """
     tree = _parse(source)
     named: list[Any] = [answer for answer in known if _names(question, answer)]
     numbers = [int(text) for text in re.findall(r"(?<![\w.])\d{1,9}(?![\w.]*\d)", question)]
@@ -94,8 +104,11 @@ def _fitting(schema: Mapping[str, Any], literals: Sequence[Any]) -> list[Any]:
     return [value for value in literals if kinds is not None and type(value) in kinds]
 
 
-def candidate_arguments(tool: Mapping[str, Any], source: str, question: str, known: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """Arguments worth trying, best first: the source's own examples, then values of the question and the source in the required parameters.
+def candidate_arguments(
+    tool: Mapping[str, Any], source: str, question: str, known: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Arguments worth trying, best first: the source's own examples, then values of the question and the source in the
+    required parameters.
 
     ``known``: recorded answers of the sub-questions before this one.
     """
@@ -113,16 +126,20 @@ def _goals(task: Task) -> list[tuple[str, str, str]]:
         answers: Mapping[str, str] = task.data["sub_task"]
         return [(question, task.data["tool_of"].get(question, ""), answers[question]) for question in in_order(answers)]
     question = task.user_turns[0][-1]["content"]
-    return [(question, name, answer) for name, values in task.data.get("unsolved", {}).items() for answer in values]  # FTRL
+    return [
+        (question, name, answer) for name, values in task.data.get("unsolved", {}).items() for answer in values
+    ]  # FTRL
 
 
 def recorded_trace(environment: Environment, task: Task, style: Style, tries: int = TRIES) -> Trace | None:
     """One verified trace, a call per assistant turn, or None where some recorded answer can't be brought in.
 
-    A task's own reference calls are executed first; a search is made only where it has none, or where they don't bring every answer in.
+    A task's own reference calls are executed first; a search is made only where it has none, or where they don't bring
+    every answer in.
 
     Args:
-        environment: where the calls run; a second session of it tries candidates, so that the trace holds the successful calls only.
+        environment: where the calls run; a second session of it tries candidates, so that the trace holds the
+            successful calls only.
         task: an FTRL or ToolHop task.
         style: of the annotator.
         tries: calls tried per sub-question.
@@ -140,7 +157,9 @@ def recorded_trace(environment: Environment, task: Task, style: Style, tries: in
         for question, name, answer in _goals(task):
             if name not in tools or name not in sources:
                 return None
-            call = _search(trial, tools[name], candidate_arguments(tools[name], sources[name], question, known), answer, tries)
+            call = _search(
+                trial, tools[name], candidate_arguments(tools[name], sources[name], question, known), answer, tries
+            )
             if call is None:
                 return None
             calls.append(call)
@@ -152,7 +171,9 @@ def recorded_trace(environment: Environment, task: Task, style: Style, tries: in
     return _written_down(environment, task, calls, style)
 
 
-def _search(session: Any, tool: Mapping[str, Any], candidates: Iterator[dict[str, Any]], answer: str, tries: int) -> ToolCall | None:
+def _search(
+    session: Any, tool: Mapping[str, Any], candidates: Iterator[dict[str, Any]], answer: str, tries: int
+) -> ToolCall | None:
     seen = set()
     for arguments in itertools.islice(candidates, tries):
         call = ToolCall(tool["name"], arguments)

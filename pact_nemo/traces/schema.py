@@ -23,7 +23,9 @@ CLOSING = "Done."  #: what closes a user turn of a trace that tells no closing m
 
 @dataclass(frozen=True)
 class ReasoningSegment:
-    """A typed piece of reasoning. ``text`` is exact: white space that parts it from the segment before it is its own."""
+    """A typed piece of reasoning. ``text`` is exact: white space that parts it from the segment before it is its
+    own.
+    """
 
     type: str
     text: str
@@ -35,13 +37,14 @@ class TraceTurn:
 
     Attributes:
         segments: the reasoning; its text is their concatenation.
-        calls: calls of this turn. Empty only where the expert makes no call in a whole user turn, and another user turn follows.
+        calls: calls of this turn. Empty only where the expert makes no call in a whole user turn, and another user turn
+            follows.
         observations: one per call.
         user_turn: index of the user turn that this turn belongs to.
         user_messages_after: chat messages of the user turns that begin after this turn.
         new_tools_after: schemas revealed with them.
-        closing: the assistant message that closes the user turn before ``user_messages_after``, as one does at inference. It is context,
-            never taught. Empty where no user turn follows.
+        closing: the assistant message that closes the user turn before ``user_messages_after``, as one does at
+            inference. It is context, never taught. Empty where no user turn follows.
     """
 
     segments: tuple[ReasoningSegment, ...]
@@ -59,16 +62,18 @@ class TraceTurn:
 
     @property
     def closing_message(self) -> str:
-        """What the assistant says after the observations before the user speaks again; empty where no message stands there. A turn without
-        calls is that message itself."""
+        """What the assistant says after the observations before the user speaks again; empty where no message stands
+        there. A turn without calls is that message itself."""
         return (self.closing or CLOSING) if self.calls and self.user_messages_after else ""
 
     @property
     def segment_levels(self) -> list[int]:
-        """Lowest prefix level that contains each segment; -1 = none. A segment that writes one of the turn's calls down counts as a
-        preview, whatever type it was given."""
+        """Lowest prefix level that contains each segment; -1 = none. A segment that writes one of the turn's calls down
+        counts as a preview, whatever type it was given."""
         names = [call.name for call in self.calls]
-        return prefix_levels([PREVIEW if preview_start(segment.text, names) >= 0 else segment.type for segment in self.segments])
+        return prefix_levels(
+            [PREVIEW if preview_start(segment.text, names) >= 0 else segment.type for segment in self.segments]
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,9 @@ class _Reader:
         self._file, self._line = file, line
 
     def _fail(self, message: str, field: str) -> DataError:
-        return DataError(f"{message}; make that trace anew or take the line out", file=self._file, line=self._line, field=field)
+        return DataError(
+            f"{message}; make that trace anew or take the line out", file=self._file, line=self._line, field=field
+        )
 
     def _get(self, row: Any, key: str, kind: type, where: str) -> Any:
         path = f"{where}.{key}" if where else key
@@ -137,7 +144,9 @@ class _Reader:
         turns = self._get(row, "turns", list | tuple, "")  # type: ignore[arg-type]
         if not turns:
             raise self._fail("a trace needs at least one turn", "turns")
-        built = tuple(self._turn(turn, f"turns[{index}]", last=index == len(turns) - 1) for index, turn in enumerate(turns))
+        built = tuple(
+            self._turn(turn, f"turns[{index}]", last=index == len(turns) - 1) for index, turn in enumerate(turns)
+        )
         self._check_order(built)
         return Trace(
             task_id=self._get(row, "task_id", str, ""),
@@ -152,10 +161,15 @@ class _Reader:
         for index, turn in enumerate(turns):
             where = f"turns[{index}]"
             if turn.user_turn != expected:
-                raise self._fail(f"expected {expected}: user turns count from 0 and go on behind user_messages_after", f"{where}.user_turn")
+                raise self._fail(
+                    f"expected {expected}: user turns count from 0 and go on behind user_messages_after",
+                    f"{where}.user_turn",
+                )
             expected += bool(turn.user_messages_after)
             if turn.user_messages_after and index == len(turns) - 1:
-                raise self._fail("no turn answers the user: a trace ends with its last call", f"{where}.user_messages_after")
+                raise self._fail(
+                    "no turn answers the user: a trace ends with its last call", f"{where}.user_messages_after"
+                )
             if turn.new_tools_after and not turn.user_messages_after:
                 raise self._fail("tools are revealed with a user's message only", f"{where}.new_tools_after")
             if turn.closing and not turn.user_messages_after:
@@ -178,16 +192,24 @@ class _Reader:
         observations = self._get(row, "observations", list | tuple, where)  # type: ignore[arg-type]
         if len(observations) != len(calls) or not all(isinstance(text, str) for text in observations):
             raise self._fail(f"expected {len(calls)} texts, one per call", f"{where}.observations")
-        self._known(row, {"segments", "calls", "observations", "user_turn", "user_messages_after", "new_tools_after", "closing"}, where)
+        self._known(
+            row,
+            {"segments", "calls", "observations", "user_turn", "user_messages_after", "new_tools_after", "closing"},
+            where,
+        )
         after = self._get(row, "user_messages_after", list | tuple, where)  # type: ignore[arg-type]
         for index, message in enumerate(after):
             self._get(message, "role", str, f"{where}.user_messages_after[{index}]")
             self._get(message, "content", str, f"{where}.user_messages_after[{index}]")
             self._known(message, {"role", "content"}, f"{where}.user_messages_after[{index}]")
             if message["role"] not in ("user", "system"):
-                raise self._fail(f"the user speaks as user, not as {message['role']!r}", f"{where}.user_messages_after[{index}].role")
+                raise self._fail(
+                    f"the user speaks as user, not as {message['role']!r}", f"{where}.user_messages_after[{index}].role"
+                )
         if not calls and (last or not after):
-            raise self._fail("a turn without calls must be followed by a user turn: a trace holds no final answer", f"{where}.calls")
+            raise self._fail(
+                "a turn without calls must be followed by a user turn: a trace holds no final answer", f"{where}.calls"
+            )
         new_tools = self._get(row, "new_tools_after", list | tuple, where)  # type: ignore[arg-type]
         for index, tool in enumerate(new_tools):
             try:
@@ -219,8 +241,8 @@ def read_traces(path: str | os.PathLike[str], quarantine: Quarantine | None = No
         quarantine: takes bad rows; None: the first one is refused.
 
     Raises:
-        DataError: the file is missing or begins in another format, which is named; or a refused row is torn, is not a trace, or is there
-            already; names file, line and field.
+        DataError: the file is missing or begins in another format, which is named; or a refused row is torn, is not a
+            trace, or is there already; names file, line and field.
     """
     file, quarantine = os.fspath(path), quarantine if quarantine is not None else Quarantine()
     if not Path(file).is_file():
@@ -251,7 +273,9 @@ def _refuse_other_format(lines: Sequence[bytes], file: str) -> None:
             continue
     if isinstance(row, list):
         found = other_format(row) or (other_format(row[0]) if row else None)
-        raise DataError(f"this is one JSON list{f' ({found})' if found else ''}, not a trace a line: {WANTED}", file=file)
+        raise DataError(
+            f"this is one JSON list{f' ({found})' if found else ''}, not a trace a line: {WANTED}", file=file
+        )
     found = other_format(row)
     if found is not None:
         raise DataError(f"this is {found}, not a trace: {WANTED}", file=file, line=first)
@@ -269,7 +293,10 @@ def _read(text: bytes, file: str, line: int, seen: dict[str, int]) -> Trace:
     written = json.dumps(trace.to_dict())
     if written in seen:
         raise DataError(
-            f"{trace.task_id} has this very trace already, on line {seen[written]}; {remedy}", file=file, line=line, field="task_id"
+            f"{trace.task_id} has this very trace already, on line {seen[written]}; {remedy}",
+            file=file,
+            line=line,
+            field="task_id",
         )
     seen[written] = line
     return trace

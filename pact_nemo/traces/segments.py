@@ -9,7 +9,8 @@ NO_LEVEL = -1
 TOP_LEVEL = 4
 PREVIEW = "explicit_call_preview"
 
-#: What a segment of reasoning does. Types are for readers, filters and annotators; only a preview of the literal call decides a level.
+#: What a segment of reasoning does. Types are for readers, filters and annotators; only a preview of the literal call
+#: decides a level.
 SEGMENT_TYPES = (
     "task_restate",
     "tool_scan",
@@ -29,8 +30,9 @@ SEGMENT_TYPES = (
 def prefix_levels(types: Sequence[str]) -> list[int]:
     """Lowest prefix level that contains each segment of one turn, in the order of the text; ``NO_LEVEL`` = in none.
 
-    L0 holds no reasoning. L1 … L4 are ever longer prefixes of the text: L1 the first chunk, L4 all of it that is safe, i.e. what stands
-    before the first preview of the literal call. Of n safe segments the i-th (from 0) enters at level 1 + floor(4 i / n).
+    L0 holds no reasoning. L1 … L4 are ever longer prefixes of the text: L1 the first chunk, L4 all of it that is safe,
+    i.e. what stands before the first preview of the literal call. Of n safe segments the i-th (from 0) enters at level
+    1 + floor(4 i / n).
     """
     safe = types.index(PREVIEW) if PREVIEW in types else len(types)
     return [1 + TOP_LEVEL * index // safe for index in range(safe)] + [NO_LEVEL] * (len(types) - safe)
@@ -46,19 +48,29 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("final_answer_grounding", r"\b(?:final answer|the answer is|answer to the user)\b"),
     ("optional_arg_analysis", r"\b(?:optional|default)\b"),
     ("required_arg_grounding", r"\b(?:argument|parameter|required)s?\b|\b\w+\s?=\s?\S"),
-    ("task_restate", r"\b(?:the user (?:wants|asks|needs|says|is asking)|the task is|the question is|i (?:need|have) to)\b"),
+    (
+        "task_restate",
+        r"\b(?:the user (?:wants|asks|needs|says|is asking)|the task is|the question is|i (?:need|have) to)\b",
+    ),
     ("tool_scan", r"\b(?:available|provided|offered) (?:tools|functions)\b|\btools? (?:are|include)\b"),
     ("decision_summary", r"^(?:so|therefore|thus|in short|in summary|now)\b"),
 )
 
 
-_ARGUMENT = r"""(?:\)|\w+\s*=|['"\[{\d-]|True\b|False\b|None\b)"""  # what follows the bracket of a call that is written out
+_ARGUMENT = (
+    r"""(?:\)|\w+\s*=|['"\[{\d-]|True\b|False\b|None\b)"""  # what follows the bracket of a call that is written out
+)
 
 
 def preview_start(text: str, tool_names: Iterable[str]) -> int:
     """Where ``text`` first writes a call of one of the tools down, in any notation; -1 if it doesn't."""
     names = "|".join(re.escape(name) for name in sorted(tool_names, key=len, reverse=True))
-    forms = [r"<tool_call\b", r"<function\s*=", r"<\|python_tag\|>", r"""\{\s*["'](?:name|function|arguments|parameters)["']\s*:"""]
+    forms = [
+        r"<tool_call\b",
+        r"<function\s*=",
+        r"<\|python_tag\|>",
+        r"""\{\s*["'](?:name|function|arguments|parameters)["']\s*:""",
+    ]
     if names:
         forms.append(rf"(?<!\w)(?:{names})\s?\(\s*{_ARGUMENT}")
     found = re.search("|".join(forms), text, flags=re.IGNORECASE)
@@ -86,8 +98,8 @@ def segment_type(paragraph: str, tool_names: Iterable[str]) -> str:
 def split_reasoning(text: str, tool_names: Iterable[str]) -> list[tuple[str, str]]:
     """(type, text) of each piece of free reasoning; the texts concatenate to ``text`` without its outer white space.
 
-    A piece is a paragraph. A paragraph that comes to write a call down is parted before the sentence in which it does, so that what is safe
-    of it can be taught.
+    A piece is a paragraph. A paragraph that comes to write a call down is parted before the sentence in which it does,
+    so that what is safe of it can be taught.
     """
     names = list(tool_names)
     pieces = re.split(r"(\n\s*\n)", text.strip())

@@ -1,18 +1,22 @@
 """Traces as tokens: h* right after x, with one component label a token (the masks of eq. 9 come from these).
 
 Rules:
-- h* is assistant text + end-of-turn + rendered observations (and user messages), turn after turn, with generation prompts between turns.
-  It ends right after the closing delimiter of its last message: ``x + h* + boundary_ids`` is what the chat template renders.
-- Assistant text is tokenised whole, as a policy would write it. What stands between reasoning and call is the switch to the call. It is CALL:
-  a policy that isn't taught it reasons until it is cut. (``switch=OTHER`` is the paper's literal rule, an unsupervised delimiter.)
-- A thinking model's reasoning stands inside its thought markers, exactly as it samples them, and so does an empty thought. The marker that closes the
-  thought is the switch. The marker that opens it has the same label: a switch is only reached from a thought. Where the generation prompt opens the
-  thought, that marker is part of the prompt. In a message without a call the markers are OTHER.
-- A token that covers characters of two parts belongs to the later one. A token that covers reasoning and call characters is an error.
+- h* is assistant text + end-of-turn + rendered observations (and user messages), turn after turn, with generation
+  prompts between turns. It ends right after the closing delimiter of its last message: ``x + h* + boundary_ids`` is
+  what the chat template renders.
+- Assistant text is tokenised whole, as a policy would write it. What stands between reasoning and call is the switch to
+  the call. It is CALL: a policy that isn't taught it reasons until it is cut. (``switch=OTHER`` is the paper's literal
+  rule, an unsupervised delimiter.)
+- A thinking model's reasoning stands inside its thought markers, exactly as it samples them, and so does an empty
+  thought. The marker that closes the thought is the switch. The marker that opens it has the same label: a switch is
+  only reached from a thought. Where the generation prompt opens the thought, that marker is part of the prompt. In a
+  message without a call the markers are OTHER.
+- A token that covers characters of two parts belongs to the later one. A token that covers reasoning and call
+  characters is an error.
 - Between two user turns stands the message that closes the first one. It is context: OTHER.
 - End-of-turn tokens, delimiters, role markers and user messages are OTHER.
-- h* itself keeps every thought: it is what the privileged context shows. Where the policy won't see thoughts of earlier messages, ``cuts`` say in
-  which contexts its messages are taught.
+- h* itself keeps every thought: it is what the privileged context shows. Where the policy won't see thoughts of earlier
+  messages, ``cuts`` say in which contexts its messages are taught.
 """
 
 from __future__ import annotations
@@ -45,13 +49,15 @@ OTHER, OBSERVATION, CALL, REASONING = Component.OTHER, Component.OBSERVATION, Co
 
 @dataclass(frozen=True)
 class TraceCut:
-    """The context in which the message after some turn of h* is taught, where it is not ``x + h*`` up to there: the policy won't see the
-    thoughts of earlier messages then.
+    """The context in which the message after some turn of h* is taught, where it is not ``x + h*`` up to there: the
+    policy won't see the thoughts of earlier messages then.
 
     Attributes:
         start: index within h* of that message's first token.
-        keep: tokens after x that stay of the context before it; negative where x loses the thought that its generation prompt opened.
-        context_ids: what follows them, up to the message: earlier messages without their thoughts, the user's, the generation prompt.
+        keep: tokens after x that stay of the context before it; negative where x loses the thought that its generation
+            prompt opened.
+        context_ids: what follows them, up to the message: earlier messages without their thoughts, the user's, the
+            generation prompt.
     """
 
     start: int
@@ -66,13 +72,14 @@ class TraceTokens:
     Attributes:
         token_ids: [H] everything after x.
         component: [H] a :class:`Component` each.
-        segment_level: [H] 1…4, the lowest prefix level that contains this reasoning token; −1 for all other tokens, and for reasoning from
-            the first preview of the call on.
-        turn: [H] index of the trace turn; delimiters, observations and user messages after a turn count to it, as does the generation
-            prompt before it.
+        segment_level: [H] 1…4, the lowest prefix level that contains this reasoning token; −1 for all other tokens, and
+            for reasoning from the first preview of the call on.
+        turn: [H] index of the trace turn; delimiters, observations and user messages after a turn count to it, as does
+            the generation prompt before it.
         reasoning_rank: [H] index of a reasoning token within its turn's reasoning; −1 for all other tokens.
         turn_ends: one per turn: h* cut at ``[:turn_ends[t]]`` holds turns 0…t and can be followed by ``boundary_ids``.
-        cuts: one per turn: how the context of the message after it is cut back; None: it isn't. Empty where no context is.
+        cuts: one per turn: how the context of the message after it is cut back; None: it isn't. Empty where no context
+            is.
         turns_dropped: how many turns :func:`truncate_at_turn` has cut off.
         cut: whether anything was cut off its end.
     """
@@ -106,7 +113,9 @@ class TraceTokens:
         """The cut before a message that follows the whole of h*."""
         return self.cuts[-1] if self.cuts else None
 
-    def _append(self, token: int, turn: int, component: Component = Component.OTHER, level: int = NO_LEVEL, rank: int = -1) -> None:
+    def _append(
+        self, token: int, turn: int, component: Component = Component.OTHER, level: int = NO_LEVEL, rank: int = -1
+    ) -> None:
         self.token_ids.append(token)
         self.component.append(int(component))
         self.segment_level.append(level)
@@ -126,13 +135,16 @@ def encode_trace(
     Args:
         trace: what to encode.
         chat: template and tool format; the ones that x is made with.
-        components: which of ``reasoning``, ``calls``, ``observations`` to keep in the text (paper table 3 drops one at a time).
-        end_of_turn: label of the end-of-turn token after a call: OTHER, or CALL to supervise it as the end of the call span.
+        components: which of ``reasoning``, ``calls``, ``observations`` to keep in the text (paper table 3 drops one at
+            a time).
+        end_of_turn: label of the end-of-turn token after a call: OTHER, or CALL to supervise it as the end of the call
+            span.
         switch: label of what stands between reasoning and call: CALL, or OTHER to leave it unsupervised.
 
     Raises:
         ConfigError: unknown component names, or no component at all.
-        DataError: the tokenizer merges reasoning and call characters into one token, or makes a special token of what the expert wrote.
+        DataError: the tokenizer merges reasoning and call characters into one token, or makes a special token of what
+            the expert wrote.
     """
     kept = frozenset(components)
     if not kept or kept - COMPONENTS:
@@ -168,11 +180,19 @@ def _interlude(chat: ChatFormat, messages: list[dict[str, str]], turn: TraceTurn
 
 
 def _append_assistant(
-    result: TraceTokens, turn: TraceTurn, index: int, chat: ChatFormat, kept: frozenset[str], switch: Component, task_id: str
+    result: TraceTokens,
+    turn: TraceTurn,
+    index: int,
+    chat: ChatFormat,
+    kept: frozenset[str],
+    switch: Component,
+    task_id: str,
 ) -> None:
     reasoning = turn.reasoning if "reasoning" in kept else ""
     calls = chat.tool_format.render_calls(turn.calls) if turn.calls and "calls" in kept else ""
-    levels = [level for segment, level in zip(turn.segments, turn.segment_levels, strict=True) for _ in segment.text]  # one per character
+    levels = [
+        level for segment, level in zip(turn.segments, turn.segment_levels, strict=True) for _ in segment.text
+    ]  # one per character
     if chat.thought is not None:  # templates trim thoughts
         levels = levels[len(reasoning) - len(reasoning.lstrip()) :]
         reasoning = reasoning.strip()
@@ -195,7 +215,10 @@ def _append_assistant(
         elif start >= reasoned:
             result._append(token, index, Component.CALL)
         else:
-            raise DataError(f"a token of turn {index} covers both reasoning and call text in the trace of {task_id}; no exact mask exists")
+            raise DataError(
+                f"a token of turn {index} covers both reasoning and call text in the trace of {task_id}; no exact mask"
+                " exists"
+            )
 
 
 def _append_interlude(result: TraceTokens, continuation: Continuation, observations: list[str], index: int) -> None:
@@ -214,16 +237,22 @@ def _append_interlude(result: TraceTokens, continuation: Continuation, observati
 
 
 def truncate_at_turn(tokens: TraceTokens, max_tokens: int) -> TraceTokens:
-    """The longest run of whole turns from the start that has at most ``max_tokens`` tokens; empty if the first turn is longer."""
+    """The longest run of whole turns from the start that has at most ``max_tokens`` tokens; empty if the first turn is
+    longer.
+    """
     if len(tokens) <= max_tokens:
         return tokens
     keep = sum(end <= max_tokens for end in tokens.turn_ends)
     length = tokens.turn_ends[keep - 1] if keep else 0
     per_token = {
-        item.name: getattr(tokens, item.name)[:length] for item in fields(tokens) if item.name not in ("turn_ends", "cuts", "turns_dropped", "cut")
+        item.name: getattr(tokens, item.name)[:length]
+        for item in fields(tokens)
+        if item.name not in ("turn_ends", "cuts", "turns_dropped", "cut")
     }
     dropped = tokens.turns_dropped + len(tokens.turn_ends) - keep
-    return replace(tokens, **per_token, turn_ends=tokens.turn_ends[:keep], cuts=tokens.cuts[:keep], turns_dropped=dropped, cut=True)
+    return replace(
+        tokens, **per_token, turn_ends=tokens.turn_ends[:keep], cuts=tokens.cuts[:keep], turns_dropped=dropped, cut=True
+    )
 
 
 def fit_trace(
@@ -235,10 +264,11 @@ def fit_trace(
     end_of_turn: Component = Component.OTHER,
     switch: Component = Component.CALL,
 ) -> TraceTokens:
-    """:func:`encode_trace` within ``max_tokens`` tokens; what doesn't fit goes by ``overlong``, from the trace's end. Empty where nothing fits.
+    """:func:`encode_trace` within ``max_tokens`` tokens; what doesn't fit goes by ``overlong``, from the trace's end.
+    Empty where nothing fits.
 
-    ``turn`` keeps whole turns. ``segment`` also keeps, of the first turn that doesn't fit, its leading reasoning segments that do, as an assistant
-    message without a call. ``drop`` keeps nothing of a trace that is too long.
+    ``turn`` keeps whole turns. ``segment`` also keeps, of the first turn that doesn't fit, its leading reasoning
+    segments that do, as an assistant message without a call. ``drop`` keeps nothing of a trace that is too long.
     """
     whole = encode_trace(trace, chat, components, end_of_turn, switch)
     if len(whole) <= max_tokens:

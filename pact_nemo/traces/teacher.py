@@ -1,4 +1,6 @@
-"""Traces from a teacher model behind an OpenAI-compatible endpoint: it solves the task with the same tools; the checker verifies."""
+"""Traces from a teacher model behind an OpenAI-compatible endpoint: it solves the task with the same tools; the checker
+verifies.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,11 @@ class _Recorder:
         self._tools += [tool["name"] for tool in revealed]
 
 
-def teacher_trace(environment: Environment, task: Task, complete: Complete, max_turns: int, segment: Segment = split_reasoning) -> Trace | None:
-    """One teacher rollout as a trace, its messages without calls (answers) left out; ``verified`` is the checker's verdict.
+def teacher_trace(
+    environment: Environment, task: Task, complete: Complete, max_turns: int, segment: Segment = split_reasoning
+) -> Trace | None:
+    """One teacher rollout as a trace, its messages without calls (answers) left out; ``verified`` is the checker's
+    verdict.
 
     The result still has to pass :func:`pact_nemo.traces.filters.reject_reason`.
 
@@ -81,7 +86,9 @@ def teacher_trace(environment: Environment, task: Task, complete: Complete, max_
             raise _Away from error
 
     try:
-        rollout = play_by_chat(environment, task, 0, asked, EpisodeLimits(max_turns, _ENDLESS, _ENDLESS, _ENDLESS, _ENDLESS), recorder)
+        rollout = play_by_chat(
+            environment, task, 0, asked, EpisodeLimits(max_turns, _ENDLESS, _ENDLESS, _ENDLESS, _ENDLESS), recorder
+        )
     except _GivenUp:
         return None
     except _Away as away:

@@ -1,8 +1,9 @@
 """One-step-off generation (``trainer.overlap``): the next step's rollouts are sampled while this step's update runs.
 
-They come from the weights of before that update, one version behind the policy that trains on them. pi_old of the clipped ratio stays the policy
-that the update starts from; the sampler correction (``rollout.importance=tis``), min(pi_old / pi_sampler, cap) per token, covers the weights' lag as
-it covers the sampler's other numerics: the decoupled objective of asynchronous PPO.
+They come from the weights of before that update, one version behind the policy that trains on them. pi_old of the
+clipped ratio stays the policy that the update starts from; the sampler correction (``rollout.importance=tis``),
+min(pi_old / pi_sampler, cap) per token, covers the weights' lag as it covers the sampler's other numerics: the
+decoupled objective of asynchronous PPO.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """Rollouts of one step, and the seconds that their generation took (None: another process made them, before a resume)."""
+    """Rollouts of one step, and the seconds that their generation took (None: another process made them, before a
+    resume).
+    """
 
     step: int
     rollouts: list[Rollout]
@@ -56,7 +59,8 @@ class Ahead:
     def finish(self) -> None:
         """Wait until the batch is there. Call before the servers change weights: a batch is of one version.
 
-        Raises what generation raised, but for Interrupted: what was being sampled is dropped, and a resumed run samples it from newer weights.
+        Raises what generation raised, but for Interrupted: what was being sampled is dropped, and a resumed run samples
+        it from newer weights.
         """
         if self._thread is None:
             return
@@ -74,10 +78,18 @@ class Ahead:
         return batch if batch is not None and batch.step == step else None
 
     def state(self) -> dict[str, Any] | None:
-        """What a checkpoint keeps of a finished batch: its rollouts were sampled from weights that a resumed run no longer has."""
-        return None if self._batch is None else {"step": self._batch.step, "rollouts": [rollout.to_dict() for rollout in self._batch.rollouts]}
+        """What a checkpoint keeps of a finished batch: its rollouts were sampled from weights that a resumed run no
+        longer has.
+        """
+        return (
+            None
+            if self._batch is None
+            else {"step": self._batch.step, "rollouts": [rollout.to_dict() for rollout in self._batch.rollouts]}
+        )
 
     def load_state(self, state: dict[str, Any] | None, file: str) -> None:
         """Raises DataError, with ``file`` in its message, for a row that is no rollout."""
         if state is not None:
-            self._batch = Batch(state["step"], [parse_rollout(row, file, i + 1) for i, row in enumerate(state["rollouts"])], None)
+            self._batch = Batch(
+                state["step"], [parse_rollout(row, file, i + 1) for i, row in enumerate(state["rollouts"])], None
+            )

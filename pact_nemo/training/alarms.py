@@ -1,5 +1,5 @@
-"""What a step's numbers say that a person should hear: spikes, as warnings, and failures that aren't the policy's, which end a run that has too
-many of them. No I/O."""
+"""What a step's numbers say that a person should hear: spikes, as warnings, and failures that aren't the policy's,
+which end a run that has too many of them. No I/O."""
 
 from __future__ import annotations
 
@@ -17,21 +17,46 @@ _SPIKES = {
         "sampler and trainer disagree by {value:.3g} nats a token",
         "the server's precision and rollout.export_dtype; with trainer.overlap a part of it is the weights' lag",
     ),
-    "policy/kl_ref": ("kl", "the policy is {value:.3g} nats a token from its reference", "optimizer.lr, objective.kl_coef"),
-    "policy/clip_fraction_x": ("clip_fraction", "{share:.0f} % of the tokens under x are clipped", "optimizer.lr, trainer.mini_batch_size"),
-    "policy/clip_fraction_h": ("clip_fraction", "{share:.0f} % of the tokens under the trace are clipped", "optimizer.lr, trainer.mini_batch_size"),
-    "latent/gap_success": ("privilege_gap", "the trace moves passed rollouts by {value:.3g} nats a token", "whether the traces fit their tasks"),
-    "latent/gap_failure": ("privilege_gap", "the trace moves failed rollouts by {value:.3g} nats a token", "whether the traces fit their tasks"),
+    "policy/kl_ref": (
+        "kl",
+        "the policy is {value:.3g} nats a token from its reference",
+        "optimizer.lr, objective.kl_coef",
+    ),
+    "policy/clip_fraction_x": (
+        "clip_fraction",
+        "{share:.0f} % of the tokens under x are clipped",
+        "optimizer.lr, trainer.mini_batch_size",
+    ),
+    "policy/clip_fraction_h": (
+        "clip_fraction",
+        "{share:.0f} % of the tokens under the trace are clipped",
+        "optimizer.lr, trainer.mini_batch_size",
+    ),
+    "latent/gap_success": (
+        "privilege_gap",
+        "the trace moves passed rollouts by {value:.3g} nats a token",
+        "whether the traces fit their tasks",
+    ),
+    "latent/gap_failure": (
+        "privilege_gap",
+        "the trace moves failed rollouts by {value:.3g} nats a token",
+        "whether the traces fit their tasks",
+    ),
 }
 
 
 def spikes(record: dict[str, Any], limits: AlarmsConfig) -> list[str]:
-    """One sentence for each number of a step's record whose magnitude is above its limit; it names the setting of the limit and what to look at."""
+    """One sentence for each number of a step's record whose magnitude is above its limit; it names the setting of the
+    limit and what to look at.
+    """
     found = []
     for key, (setting, text, remedy) in _SPIKES.items():
         value, limit = record.get(key), getattr(limits, setting)
         if value is not None and limit is not None and abs(value) > limit:
-            found.append(f"{text.format(value=value, share=100 * value)} ({key} above alarms.{setting}={limit:g}): look at {remedy}")
+            found.append(
+                f"{text.format(value=value, share=100 * value)} ({key} above alarms.{setting}={limit:g}): look at"
+                f" {remedy}"
+            )
     return found
 
 
@@ -41,7 +66,9 @@ def kind_of(rollout: Rollout) -> str:
 
 
 def failures(rollouts: Sequence[Rollout]) -> dict[str, int]:
-    """Failed rollouts by the type of their error, most frequent first. They are masked: none of their tokens is trained on."""
+    """Failed rollouts by the type of their error, most frequent first. They are masked: none of their tokens is trained
+    on.
+    """
     return dict(Counter(kind_of(rollout) for rollout in rollouts if rollout.status == "failed").most_common())
 
 
@@ -55,7 +82,9 @@ def told(rollouts: Sequence[Rollout]) -> str | None:
 
 
 def too_many(rollouts: Sequence[Rollout], limits: AlarmsConfig) -> str | None:
-    """Why the run has to end: more than ``alarms.failed_share`` of a step's rollouts failed through no fault of the policy; else None."""
+    """Why the run has to end: more than ``alarms.failed_share`` of a step's rollouts failed through no fault of the
+    policy; else None.
+    """
     failed = sum(rollout.status == "failed" for rollout in rollouts)
     if failed <= limits.failed_share * len(rollouts):
         return None

@@ -1,6 +1,8 @@
-"""Where rollouts and traces meet: prompts, their K rollouts and their trace become token trees with per-term weight streams.
+"""Where rollouts and traces meet: prompts, their K rollouts and their trace become token trees with per-term weight
+streams.
 
-This is the only place that reads both. It runs after generation has ended, so nothing here can reach the rollout server.
+This is the only place that reads both. It runs after generation has ended, so nothing here can reach the rollout
+server.
 """
 
 from __future__ import annotations
@@ -68,14 +70,17 @@ class PromptTree:
     group: PromptGroup
     tree: TokenTree
     spans: dict[tuple[str, int], tuple[int, int]]
-    sft_index: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  #: positions within h* of its scored tokens
+    sft_index: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, dtype=np.int64)
+    )  #: positions within h* of its scored tokens
 
 
 def outcome_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) -> float:
-    """The outcome reward in [0, 1] (eq. 28): the checker's score, or the F1 of the final message's tagged answer (0 without one).
+    """The outcome reward in [0, 1] (eq. 28): the checker's score, or the F1 of the final message's tagged answer (0
+    without one).
 
-    A held-out task without a reference answer keeps the checker's score; a training task always has one where the F1 is asked for
-    (:func:`pact_nemo.training.data.build_dataset`).
+    A held-out task without a reference answer keeps the checker's score; a training task always has one where the F1 is
+    asked for (:func:`pact_nemo.training.data.build_dataset`).
     """
     if objective.outcome == "answer_f1" and task.reference_answer is not None:
         last = rollout.turns[-1] if rollout.turns else None
@@ -124,7 +129,9 @@ def turn_rewards_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) ->
             )
         return rewards
     questions: dict[Hashable, int]
-    if rollout.outcome is not None and rollout.outcome.solved is not None:  # the benchmark has sub-questions of its own, all in one user turn
+    if (
+        rollout.outcome is not None and rollout.outcome.solved is not None
+    ):  # the benchmark has sub-questions of its own, all in one user turn
         flags = iter([*rollout.outcome.solved, *[False] * len(calls)])  # a call that a limit cut off was not executed
         questions = {0: round(rollout.outcome.metrics["questions"])}
     else:
@@ -159,20 +166,37 @@ def form_group(
     rewards = [turn_rewards_of(task, rollout, objective) for rollout in rollouts]
     for rollout, reward in zip(rollouts, rewards, strict=True):
         if not np.all(np.isfinite(reward)):
-            raise NumericsError(f"the rewards of {task.id}, rollout {rollout.sample}, are not finite: {reward.tolist()}", names=["reward"])
+            raise NumericsError(
+                f"the rewards of {task.id}, rollout {rollout.sample}, are not finite: {reward.tolist()}",
+                names=["reward"],
+            )
     trace = trace if method.teaching is not None else None
-    joins = trace is not None and method.teaching == "shaped"  # the expert's solution is one more sample: verified, so its outcome is 1
+    joins = (
+        trace is not None and method.teaching == "shaped"
+    )  # the expert's solution is one more sample: verified, so its outcome is 1
     result = group_advantages(
         [*rewards, np.array([objective.outcome_weight])] if joins else rewards,
         gamma=objective.gamma,
-        normalise=Normalisation(objective.advantage_eps, std_floor=objective.advantage_std_floor, divide=objective.advantage_std),
+        normalise=Normalisation(
+            objective.advantage_eps, std_floor=objective.advantage_std_floor, divide=objective.advantage_std
+        ),
         turn_level=objective.turn_level and method.turn_level,
         combine=objective.combine,
         mask=[rollout.status != "failed" and bool(rollout.turns) for rollout in rollouts] + [True] * joins,
     )
     gate = trace is None or (method.gated and anchored(seed, step, task.id, objective.anchor_prob))
     own = result.combined[: len(rollouts)]
-    return PromptGroup(task, rollouts, rewards, own, gate, trace, float(result.combined[-1][0]) if joins else 0.0, trace_weight, control)
+    return PromptGroup(
+        task,
+        rollouts,
+        rewards,
+        own,
+        gate,
+        trace,
+        float(result.combined[-1][0]) if joins else 0.0,
+        trace_weight,
+        control,
+    )
 
 
 def trace_rl(objective: ObjectiveConfig) -> bool:
@@ -190,9 +214,15 @@ def has_advantage(group: PromptGroup, k: int) -> bool:
 
 
 def grow_tree(
-    group: PromptGroup, boundary_ids: list[int], objective: ObjectiveConfig, *, contexts: Sequence[str], skip_zero_advantage: bool = False
+    group: PromptGroup,
+    boundary_ids: list[int],
+    objective: ObjectiveConfig,
+    *,
+    contexts: Sequence[str],
+    skip_zero_advantage: bool = False,
 ) -> PromptTree:
-    """Lay a group out as one tree: x, its rollouts under x, and, unless the prompt is anchored, h*, the boundary and the rollouts under c_h.
+    """Lay a group out as one tree: x, its rollouts under x, and, unless the prompt is anchored, h*, the boundary and
+    the rollouts under c_h.
 
     ``skip_zero_advantage``: under c_h, where nothing but the surrogate reads them, only rollouts with an advantage."""
     builder = TreeBuilder(group.rollouts[0].prompt_ids)
@@ -211,7 +241,9 @@ def grow_tree(
     if not group.anchored and TRACE_CONDITIONED in contexts:
         assert group.trace is not None
         sft_index = np.flatnonzero(supervised(group.trace))
-        conditioned = [k for k in everyone if not skip_zero_advantage or has_advantage(group, k)] if trace_rl(objective) else []
+        conditioned = (
+            [k for k in everyone if not skip_zero_advantage or has_advantage(group, k)] if trace_rl(objective) else []
+        )
         start = builder.num_scored
         end, _ = add_trace(builder, group.trace, builder.root, shown=bool(conditioned) and group.control is None)
         spans[(TRACE, 0)] = (start, builder.num_scored)
@@ -224,8 +256,9 @@ def grow_tree(
 
 
 def add_rollout(builder: TreeBuilder, rollout: Rollout, at: Place) -> Place:
-    """Let a rollout begin at the end of a prompt or of a privileged context, with a branch for each of its contexts. Each scored token is
-    scored once, after what the model had before it when it was sampled (and the trace, where ``at`` lies behind one).
+    """Let a rollout begin at the end of a prompt or of a privileged context, with a branch for each of its contexts.
+    Each scored token is scored once, after what the model had before it when it was sampled (and the trace, where
+    ``at`` lies behind one).
 
     Returns:
         the end of its last context.
@@ -244,8 +277,11 @@ def supervised(trace: TraceTokens) -> np.ndarray:
     return (component == CALL) | (component == REASONING)
 
 
-def add_trace(builder: TreeBuilder, trace: TraceTokens, at: Place, *, shown: bool, followed: bool = False) -> tuple[Place, Place]:
-    """Let h* begin at the end of x, with a branch for each context in which a part of it is taught. Scored tokens keep the order of h*.
+def add_trace(
+    builder: TreeBuilder, trace: TraceTokens, at: Place, *, shown: bool, followed: bool = False
+) -> tuple[Place, Place]:
+    """Let h* begin at the end of x, with a branch for each context in which a part of it is taught. Scored tokens keep
+    the order of h*.
 
     Args:
         shown: something follows the whole of h*, thoughts included; else what only that would need is left out.
@@ -263,7 +299,9 @@ def add_trace(builder: TreeBuilder, trace: TraceTokens, at: Place, *, shown: boo
         context = branches[index - 1].context_ids if index else ()
         keep = branches[index - 1].keep if index else 0
         count = end - start
-        if not (last and (followed or not branches)):  # what comes after the last taught token, and is in no later context, isn't computed
+        if not (
+            last and (followed or not branches)
+        ):  # what comes after the last taught token, and is in no later context, isn't computed
             taught = np.flatnonzero(flags[start:end])
             count = int(taught[-1]) + 1 if len(taught) else 0
             count = count if last else max(count, branches[index].keep - keep - len(context))
@@ -287,8 +325,9 @@ def loss_of(objective: ObjectiveConfig) -> LossFn:
 def set_temperature(prompts: Sequence[PromptTree], objective: ObjectiveConfig, temperature: float) -> None:
     """Have every tree scored and updated as the policy that sampled: rollouts at the temperature they were sampled at.
 
-    pi_theta, pi_old and the reference are so all the tempered policy. The trace is scored at 1: its cross-entropy is that of the model itself,
-    which is what a deployed model, at whatever temperature, starts from. LUFFY's trace is a sample like the others: its ratio is the tempered one.
+    pi_theta, pi_old and the reference are so all the tempered policy. The trace is scored at 1: its cross-entropy is
+    that of the model itself, which is what a deployed model, at whatever temperature, starts from. LUFFY's trace is a
+    sample like the others: its ratio is the tempered one.
     """
     if temperature == 1.0:
         return
@@ -301,7 +340,9 @@ def set_temperature(prompts: Sequence[PromptTree], objective: ObjectiveConfig, t
 
 
 def contexts_needed(group: PromptGroup, objective: ObjectiveConfig, *, diagnostics: bool) -> list[str]:
-    """Which contexts the update forward of this prompt has to run: no context is computed that no term and no diagnostic reads."""
+    """Which contexts the update forward of this prompt has to run: no context is computed that no term and no
+    diagnostic reads.
+    """
     contexts = []
     if group.anchored or not trace_rl(objective) or objective.kl_coef > 0 or objective.entropy_coef > 0 or diagnostics:
         contexts.append(PROMPT_ONLY)
@@ -311,7 +352,9 @@ def contexts_needed(group: PromptGroup, objective: ObjectiveConfig, *, diagnosti
 
 
 def _token_advantages(rollout: Rollout, advantages: np.ndarray) -> np.ndarray:
-    """[n] advantage of each policy-written token of the rollout, in order (turn t's value on all of turn t's tokens)."""
+    """[n] advantage of each policy-written token of the rollout, in order (turn t's value on all of turn t's
+    tokens).
+    """
     per_token = np.zeros(len(rollout.token_ids))
     for turn, value in zip(rollout.turns, advantages, strict=True):
         per_token[turn.start : turn.end] = value
@@ -334,19 +377,25 @@ def fill_streams(
     importance_cap: float | None,
     num_prompts: int | None = None,
 ) -> None:
-    """Write every tree's streams for one mini-batch; all denominators are counted here, over the whole mini-batch, before any forward.
+    """Write every tree's streams for one mini-batch; all denominators are counted here, over the whole mini-batch,
+    before any forward.
 
     Args:
         prompts: the mini-batch.
-        num_prompts: |B|, where the mini-batch has prompts with nothing to compute, which are not among ``prompts``; None = len(prompts).
-        old: per tree, [S] log-probs of pi_old in both contexts; None on a single on-policy update, where the loss uses its own detached ones.
+        num_prompts: |B|, where the mini-batch has prompts with nothing to compute, which are not among ``prompts``;
+            None = len(prompts).
+        old: per tree, [S] log-probs of pi_old in both contexts; None on a single on-policy update, where the loss uses
+            its own detached ones.
         reference: per tree, [S] log-probs of the frozen reference (only the prompt-only part is read).
-        importance_cap: truncation of the sampler-trainer importance weight; None switches the correction off. Needs ``old``.
+        importance_cap: truncation of the sampler-trainer importance weight; None switches the correction off. Needs
+            ``old``.
     """
     size = num_prompts if num_prompts is not None else len(prompts)
     lengths = [[sum(r.loss_mask) for r in p.group.rollouts] for p in prompts]
     usable = [[_usable(r) for r in p.group.rollouts] for p in prompts]
-    weigh = partial(rl_weights, num_prompts=size, aggregation=objective.aggregation, constant_length=objective.constant_length)
+    weigh = partial(
+        rl_weights, num_prompts=size, aggregation=objective.aggregation, constant_length=objective.constant_length
+    )
     rl = weigh(lengths, usable)
     method = METHODS[objective.method]
     masks = []
@@ -371,12 +420,28 @@ def fill_streams(
             [[*row, int(mask.sum())] for row, mask in zip(lengths, masks, strict=True)],
             [[*row, join] for row, join in zip(usable, joins, strict=True)],
         )
-    sft = sft_weights(masks, [p.group.anchored for p in prompts], num_prompts=size, beta=sft_coef, aggregation=objective.sft_aggregation)
+    sft = sft_weights(
+        masks,
+        [p.group.anchored for p in prompts],
+        num_prompts=size,
+        beta=sft_coef,
+        aggregation=objective.sft_aggregation,
+    )
 
     extra = {"phi": ("w_sft_phi",), "shaped": ("w_off",)}.get(method.teaching or "", ())
     if objective.entropy_coef > 0:
         extra = (*extra, "w_entropy")
-    names = ("advantages", "importance", "ref_logprobs", "w_rl_x", "w_rl_h", "w_sft_reasoning", "w_sft_call", "w_kl", *extra)
+    names = (
+        "advantages",
+        "importance",
+        "ref_logprobs",
+        "w_rl_x",
+        "w_rl_h",
+        "w_sft_reasoning",
+        "w_sft_call",
+        "w_kl",
+        *extra,
+    )
     for i, prompt in enumerate(prompts):
         streams = {name: np.zeros(prompt.tree.num_scored) for name in names}
         streams["importance"][:] = 1.0
@@ -392,7 +457,11 @@ def fill_streams(
                     streams["w_off"][here] = group.trace_weight * surrogate[i][-1]
                     streams["advantages"][here] = group.trace_advantage
                     continue
-                reasoning = np.asarray(group.trace.component)[prompt.sft_index] == REASONING if group.trace is not None else np.zeros(0, bool)
+                reasoning = (
+                    np.asarray(group.trace.component)[prompt.sft_index] == REASONING
+                    if group.trace is not None
+                    else np.zeros(0, bool)
+                )
                 streams["w_sft_reasoning"][here] = np.where(reasoning, weights, 0.0)
                 streams["w_sft_call"][here] = np.where(reasoning, 0.0, weights)
                 continue

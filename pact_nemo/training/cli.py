@@ -23,12 +23,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def resolve(arguments: argparse.Namespace, preset: str | None, full: str) -> Config:
     """Config of a new run or of the run being resumed, with the overrides on top.
 
-    A new run starts from ``--config``, else from ``preset``; with ``--recipe`` from the benchmark's ``full`` settings, the recipe, then ``--config``.
+    A new run starts from ``--config``, else from ``preset``; with ``--recipe`` from the benchmark's ``full`` settings,
+    the recipe, then ``--config``.
     """
     if arguments.resume is not None:
         saved = Path(arguments.resume) / "config.yaml"
         if not saved.is_file():
-            raise ConfigError(f"--resume {arguments.resume}: no config.yaml there; give a run folder such as runs/latest")
+            raise ConfigError(
+                f"--resume {arguments.resume}: no config.yaml there; give a run folder such as runs/latest"
+            )
         return load_config(saved, arguments.overrides)
     if arguments.recipe is None:
         assert preset is not None
@@ -36,31 +39,58 @@ def resolve(arguments: argparse.Namespace, preset: str | None, full: str) -> Con
     chosen = recipe(arguments.recipe)
     config = load_config([REPOSITORY / full, chosen, *(arguments.config or [])], arguments.overrides)
     if config.model.path is None and not arguments.dry_run:
-        raise ConfigError(f"recipe {chosen.name}: say where the weights of {chosen.model} are, model.path=/models/{chosen.model.partition('/')[2]}")
+        raise ConfigError(
+            f"recipe {chosen.name}: say where the weights of {chosen.model} are,"
+            f" model.path=/models/{chosen.model.partition('/')[2]}"
+        )
     return config
 
 
 def main(
-    run: Callable[[Config, str | None], None], preset: str | None, full: str, description: str | None, default_recipe: str | None = None
+    run: Callable[[Config, str | None], None],
+    preset: str | None,
+    full: str,
+    description: str | None,
+    default_recipe: str | None = None,
 ) -> None:
-    """Parse, resolve, and run or explain. Exit codes: 0 done, 2 the configuration is wrong, 75 stopped by a signal and resumable, 1 anything else.
+    """Parse, resolve, and run or explain. Exit codes: 0 done, 2 the configuration is wrong, 75 stopped by a signal and
+    resumable, 1 anything else.
 
     A standard output that gets lost or full ends no run (:mod:`pact_nemo.terminal`)."""
     command(lambda: _main(run, preset, full, description, default_recipe))
 
 
-def _main(run: Callable[[Config, str | None], None], preset: str | None, full: str, description: str | None, default_recipe: str | None) -> int:
+def _main(
+    run: Callable[[Config, str | None], None],
+    preset: str | None,
+    full: str,
+    description: str | None,
+    default_recipe: str | None,
+) -> int:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--config", action="append", metavar="YAML", help="default: the small model's preset; given again, later files go on top (conf/ablations)"
+        "--config",
+        action="append",
+        metavar="YAML",
+        help="default: the small model's preset; given again, later files go on top (conf/ablations)",
     )
-    parser.add_argument("--recipe", metavar="NAME", default=default_recipe, help=f"a run at scale: {', '.join(RECIPES)}")
-    parser.add_argument("--dry-run", action="store_true", help="check model, tasks and traces; print config, plan and memory; start nothing")
-    parser.add_argument("--resume", nargs="?", const="runs/latest", metavar="RUN", help="continue a run folder (default runs/latest)")
+    parser.add_argument(
+        "--recipe", metavar="NAME", default=default_recipe, help=f"a run at scale: {', '.join(RECIPES)}"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check model, tasks and traces; print config, plan and memory; start nothing",
+    )
+    parser.add_argument(
+        "--resume", nargs="?", const="runs/latest", metavar="RUN", help="continue a run folder (default runs/latest)"
+    )
     parser.add_argument("--verbose", action="store_true", help="log at INFO")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of pact_nemo/training/config.py")
     arguments = parser.parse_intermixed_args()
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if arguments.verbose else logging.WARNING, format="%(asctime)s %(name)s: %(message)s"
+    )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         machine.prepare()

@@ -1,4 +1,6 @@
-"""Tasks, their split, their traces and the order they are visited in: everything about data that is fixed before the first step."""
+"""Tasks, their split, their traces and the order they are visited in: everything about data that is fixed before the
+first step.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ class Dataset:
         trace_results: task id -> (score, calls) of the trace when it was replayed; empty unless ``traces.quality``.
         control: ``traces.control``.
         rooms: task id -> tokens that its trace may have, training tasks only.
-        held_out_traces: held-out tasks with their traces, for a measurement; empty unless ``diagnostics.trace_every``. Nothing is trained on them.
+        held_out_traces: held-out tasks with their traces, for a measurement; empty unless ``diagnostics.trace_every``.
+            Nothing is trained on them.
     """
 
     train: list[Task]
@@ -84,7 +87,9 @@ class Dataset:
         return [task for task in self.train if task.id in self.trace_tokens][:limit]
 
     def trace_for(self, task_id: str, seed: int | str, step: int) -> TraceTokens | None:
-        """The trace that a task uses in a step: one of its traces, drawn by its arguments alone; None where there is none."""
+        """The trace that a task uses in a step: one of its traces, drawn by its arguments alone; None where there is
+        none.
+        """
         main = self.trace_tokens.get(task_id)
         if main is None or task_id not in self.alternatives:
             return main
@@ -92,7 +97,9 @@ class Dataset:
         return choices[int(uniform("trace", seed, step, task_id) * len(choices))]
 
     def control_for(self, task_id: str, seed: int, step: int) -> TraceTokens | None:
-        """What RL is conditioned on in place of the task's own trace; None where it is that trace, or nothing because there is none."""
+        """What RL is conditioned on in place of the task's own trace; None where it is that trace, or nothing because
+        there is none.
+        """
         if self.control is None or task_id not in self.trace_tokens:
             return None
         if self.control == "none":
@@ -120,20 +127,26 @@ def build_environment(config: Config, quarantine: Quarantine | None = None) -> E
             quarantine=quarantine,
         )
     assert tasks.path is not None
-    limits = Limits(seconds=config.sandbox.seconds, memory_mb=config.sandbox.memory_mb, processes=config.sandbox.processes)
+    limits = Limits(
+        seconds=config.sandbox.seconds, memory_mb=config.sandbox.memory_mb, processes=config.sandbox.processes
+    )
     sandbox = Sandbox(config.sandbox.workers, limits, unconfined=config.sandbox.unconfined)
     if tasks.benchmark == "ftrl":
         return FTRLEnvironment(tasks.path, sandbox, tasks.max_observation_chars, tasks.answer_rule == "add", quarantine)
-    return ToolHopEnvironment(tasks.path, sandbox, cast(Scenario, tasks.scenario), tasks.max_observation_chars, quarantine)
+    return ToolHopEnvironment(
+        tasks.path, sandbox, cast(Scenario, tasks.scenario), tasks.max_observation_chars, quarantine
+    )
 
 
-def load_tasks(config: Config, environment: Environment, chat: ChatFormat, quarantine: Quarantine) -> tuple[list[Task], list[Task], dict[str, int]]:
+def load_tasks(
+    config: Config, environment: Environment, chat: ChatFormat, quarantine: Quarantine
+) -> tuple[list[Task], list[Task], dict[str, int]]:
     """Training and held-out tasks, split by scenario group, and how many were left out, by reason.
 
     Raises:
         ConfigError: no task is left on one side of the split.
-        DataError: a task row is malformed (file, line and field named) and ``run.bad_rows`` is strict, or a prompt is too long and
-            ``tasks.overlong`` is stop.
+        DataError: a task row is malformed (file, line and field named) and ``run.bad_rows`` is strict, or a prompt is
+            too long and ``tasks.overlong`` is stop.
     """
     dropped = {"prompt_too_long": 0}
 
@@ -147,8 +160,9 @@ def load_tasks(config: Config, environment: Environment, chat: ChatFormat, quara
                 fitting.append(task)
             elif config.tasks.overlong == "stop":
                 raise DataError(
-                    f"the prompt of {task.id} has {length} tokens: raise tasks.max_prompt_tokens={config.tasks.max_prompt_tokens}, or leave such "
-                    "tasks out with tasks.overlong=drop",
+                    f"the prompt of {task.id} has {length} tokens: raise"
+                    f" tasks.max_prompt_tokens={config.tasks.max_prompt_tokens}, or leave such tasks out with"
+                    " tasks.overlong=drop",
                     file=config.tasks.path,
                 )
             else:
@@ -169,31 +183,42 @@ def load_tasks(config: Config, environment: Environment, chat: ChatFormat, quara
     if len(unseen) < len(train):  # the same request in another row, or in another scenario
         dropped["held_out_too"], train = len(train) - len(unseen), unseen
     if config.objective.outcome == "answer_f1":
-        train = [task for task in train if quarantine.guard(lambda: _answerable(config, task), _rows_of(task)) is not None]  # noqa: B023
+        train = [
+            task
+            for task in train
+            if quarantine.guard(lambda: _answerable(config, task), _rows_of(task)) is not None  # noqa: B023
+        ]
     train, held_out = limited(config, train, held_out)
     for name, side in (("training", train), ("held-out", held_out)):
         if not side:
             bad = _quarantined(quarantine)
-            raise ConfigError(f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out{bad}")
+            raise ConfigError(
+                f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out{bad}"
+            )
     return train, held_out, dropped
 
 
 def build_dataset(
-    config: Config, environment: Environment, chat: ChatFormat, note: Callable[[str], None] = log.info, quarantine: Quarantine | None = None
+    config: Config,
+    environment: Environment,
+    chat: ChatFormat,
+    note: Callable[[str], None] = log.info,
+    quarantine: Quarantine | None = None,
 ) -> Dataset:
     """Load tasks, split them by scenario group, and make or read the training traces.
 
-    A trace is too long beyond ``traces.max_tokens``, or where prompt, trace and the longest response together exceed the positions that the model
-    was trained with (its RoPE would silently extrapolate); ``traces.overlong`` says what becomes of it, ``tasks.overlong`` of a prompt that is.
+    A trace is too long beyond ``traces.max_tokens``, or where prompt, trace and the longest response together exceed
+    the positions that the model was trained with (its RoPE would silently extrapolate); ``traces.overlong`` says what
+    becomes of it, ``tasks.overlong`` of a prompt that is.
 
     Args:
-        quarantine: the one that the environment was built with; takes bad trace rows, and tasks that chat template or tool format can't render.
-            None: a new one.
+        quarantine: the one that the environment was built with; takes bad trace rows, and tasks that chat template or
+            tool format can't render. None: a new one.
 
     Raises:
         ConfigError: no task is left on one side of the split.
-        DataError: a task or trace file row is malformed (file, line and field named) and ``run.bad_rows`` is strict, or a prompt is too long and
-            ``tasks.overlong`` is stop.
+        DataError: a task or trace file row is malformed (file, line and field named) and ``run.bad_rows`` is strict, or
+            a prompt is too long and ``tasks.overlong`` is stop.
     """
     quarantine = quarantine if quarantine is not None else Quarantine(config.run.bad_rows)
     train, held_out, dropped = load_tasks(config, environment, chat, quarantine)
@@ -217,7 +242,9 @@ def build_dataset(
         dropped["trace_replay_failed"] = sum(map(len, sources.values())) - sum(map(len, sound.values()))
         sources = sound
         # what a kept trace is worth: it passes the checker, so its score is the best there is
-        results = {task_id: (1.0, sum(len(turn.calls) for turn in found[0].turns)) for task_id, found in sources.items()}
+        results = {
+            task_id: (1.0, sum(len(turn.calls) for turn in found[0].turns)) for task_id, found in sources.items()
+        }
     if config.traces.augment:
         sources = on_rank_zero(lambda: _augment_all(config, environment, train, sources))
     traces = {task_id: found[0] for task_id, found in sources.items()}
@@ -229,7 +256,15 @@ def build_dataset(
         label = CALL if config.traces.teach_end_of_turn else OTHER
         switch = CALL if config.traces.teach_switch else OTHER
         try:
-            return fit_trace(trace, chat, rooms[trace.task_id], config.traces.overlong, frozenset(config.traces.components), label, switch)
+            return fit_trace(
+                trace,
+                chat,
+                rooms[trace.task_id],
+                config.traces.overlong,
+                frozenset(config.traces.components),
+                label,
+                switch,
+            )
         except (DataError, ToolCallError) as error:
             log.warning("trace of %s left out: %s", trace.task_id, error)
             return None
@@ -253,12 +288,19 @@ def build_dataset(
     dropped["rows_quarantined"] = len(quarantine)
     extra = sum(map(len, alternatives.values()))
     more = f" and {extra} alternatives" if extra else ""
-    note(f"{len(train)} training tasks with {len(traces)} verified traces{more}, {len(held_out)} held-out tasks; left out: {dropped}")
-    dataset = Dataset(train, held_out, traces, trace_tokens, dropped, alternatives, results, config.traces.control, rooms)
+    note(
+        f"{len(train)} training tasks with {len(traces)} verified traces{more}, {len(held_out)} held-out tasks; left"
+        f" out: {dropped}"
+    )
+    dataset = Dataset(
+        train, held_out, traces, trace_tokens, dropped, alternatives, results, config.traces.control, rooms
+    )
     if measured:
         encoded_unseen = [(task, tokens_of(unseen[task.id])) for task in measured if task.id in unseen]
         dataset.held_out_traces = [(task, tokens) for task, tokens in encoded_unseen if tokens]
-        note(f"{len(dataset.held_out_traces)} of {len(measured)} held-out tasks have a trace; its likelihood is measured")
+        note(
+            f"{len(dataset.held_out_traces)} of {len(measured)} held-out tasks have a trace; its likelihood is measured"
+        )
     for task_id in trace_tokens:  # each of them has one, whatever the step
         dataset.control_for(task_id, config.run.seed, 0)
     _check_shares(config, dataset, note)
@@ -274,9 +316,9 @@ def _check_shares(config: Config, dataset: Dataset, note: Callable[[str], None])
     total = len(dataset.train)
     if config.traces.path is not None and not dataset.trace_tokens:
         raise ConfigError(
-            f"traces.path={config.traces.path} gives none of the {total} training tasks a trace; left out: {dataset.dropped}. A trace's task_id "
-            f"has to be a training task's, e.g. {dataset.train[0].id!r}. Give a file made for these tasks (tools/make_traces.py), or leave "
-            "traces.path out"
+            f"traces.path={config.traces.path} gives none of the {total} training tasks a trace; left out:"
+            f" {dataset.dropped}. A trace's task_id has to be a training task's, e.g. {dataset.train[0].id!r}. Give a"
+            " file made for these tasks (tools/make_traces.py), or leave traces.path out"
         )
     for count, what, key in (
         (dataset.without_trace - dataset.dropped.get("trace_not_asked_for", 0), "trace", "max_missing"),
@@ -285,8 +327,8 @@ def _check_shares(config: Config, dataset: Dataset, note: Callable[[str], None])
         share, limit = count / total, getattr(config.traces, key)
         if limit is not None and share > limit:
             raise ConfigError(
-                f"{count} of {total} training tasks ({share:.0%}) have no {what}, more than traces.{key}={limit} allows; "
-                f"left out: {dataset.dropped}. Make more traces (tools/make_traces.py), or raise traces.{key}"
+                f"{count} of {total} training tasks ({share:.0%}) have no {what}, more than traces.{key}={limit}"
+                f" allows; left out: {dataset.dropped}. Make more traces (tools/make_traces.py), or raise traces.{key}"
             )
         if count:
             note(f"{count} of {total} training tasks ({share:.0%}) have no {what}")
@@ -305,13 +347,20 @@ def check_batches(config: Config, train: list[Task], warmup_tasks: list[Task] | 
         prompts_of_step(train, 0, config.trainer.batch_size, config.run.seed, "trainer.batch_size")
     if config.warmup.steps and warmup_tasks is not None:
         if not warmup_tasks:
-            raise ConfigError("warmup.steps > 0 needs training tasks with traces, and there are none; set warmup.steps=0 or check traces.path")
+            raise ConfigError(
+                "warmup.steps > 0 needs training tasks with traces, and there are none; set warmup.steps=0 or check"
+                " traces.path"
+            )
         prompts_of_step(warmup_tasks, 0, config.warmup.batch_size, config.run.seed, "warmup.batch_size")
 
 
 def _quarantined(quarantine: Quarantine) -> str:
     """What an error for want of tasks says of the rows that were left out."""
-    return f"; {len(quarantine)} rows are in quarantine, the first one: {quarantine.rows[0].error}" if quarantine.rows else ""
+    return (
+        f"; {len(quarantine)} rows are in quarantine, the first one: {quarantine.rows[0].error}"
+        if quarantine.rows
+        else ""
+    )
 
 
 def limited(config: Config, train: list[Task], held_out: list[Task]) -> tuple[list[Task], list[Task]]:
@@ -343,13 +392,19 @@ def _answerable(config: Config, task: Task) -> Task:
     """A training task of ``objective.outcome=answer_f1``.
 
     Raises:
-        DataError: it has no reference answer, or its prompt asks for no ``<answer>``, so that every rollout would get 0.
+        DataError: it has no reference answer, or its prompt asks for no ``<answer>``, so that every rollout would get
+            0.
     """
     remedy = "objective.outcome=answer_f1 would pay every rollout 0; set objective.outcome=checker, or"
     if task.reference_answer is None or not answer_words(task.reference_answer):
-        raise DataError(f"task {task.id} has no reference answer: {remedy} give the row one", file=config.tasks.path, field="answer")
+        raise DataError(
+            f"task {task.id} has no reference answer: {remedy} give the row one", file=config.tasks.path, field="answer"
+        )
     if not any("<answer>" in message["content"] for turn in task.user_turns for message in turn):
-        raise DataError(f"the prompt of {task.id} asks for no <answer></answer>: {remedy} tasks.answer_rule=add", file=config.tasks.path)
+        raise DataError(
+            f"the prompt of {task.id} asks for no <answer></answer>: {remedy} tasks.answer_rule=add",
+            file=config.tasks.path,
+        )
     return task
 
 
@@ -369,16 +424,17 @@ def check_server_length(config: Config) -> None:
     positions = model_shape(config).positions
     if config.rollout.server.max_model_len > positions:
         raise ConfigError(
-            f"rollout.server.max_model_len={config.rollout.server.max_model_len} exceeds the model's {positions} positions "
-            f"(max_position_embeddings in its config.json): set rollout.server.max_model_len={positions} or less"
+            f"rollout.server.max_model_len={config.rollout.server.max_model_len} exceeds the model's {positions}"
+            f" positions (max_position_embeddings in its config.json): set rollout.server.max_model_len={positions} or"
+            " less"
         )
 
 
 def _read_traces(
     path: str, train: list[Task], quarantine: Quarantine, measured: list[Task]
 ) -> tuple[dict[str, list[Trace]], Counter[str]]:
-    """Traces of the training tasks and of the held-out tasks that are ``measured``, and how many of the training tasks' must not be used, by
-    reason (:func:`~pact_nemo.traces.filters.why_not`)."""
+    """Traces of the training tasks and of the held-out tasks that are ``measured``, and how many of the training tasks'
+    must not be used, by reason (:func:`~pact_nemo.traces.filters.why_not`)."""
     tasks = {task.id: task for task in [*train, *measured]}
     held_out = {task.id for task in measured}
     found: dict[str, list[Trace]] = {}
@@ -415,14 +471,20 @@ def _make_traces(config: Config, environment: Environment, train: list[Task]) ->
     return {trace.task_id: [trace] for trace in _in_threads(config, make, train) if trace is not None}
 
 
-def _replay_all(config: Config, environment: Environment, train: list[Task], sources: dict[str, list[Trace]]) -> dict[str, list[Trace]]:
+def _replay_all(
+    config: Config, environment: Environment, train: list[Task], sources: dict[str, list[Trace]]
+) -> dict[str, list[Trace]]:
     """The traces that, executed anew, pass the checker and bring no error that they didn't have."""
 
     def sound(task: Task) -> list[Trace]:
         kept = []
         for trace in sources[task.id]:
             result = replay(environment, task, trace)
-            if result is not None and result.outcome.success and not _new_errors([turn.observations for turn in trace.turns], result.observations):
+            if (
+                result is not None
+                and result.outcome.success
+                and not _new_errors([turn.observations for turn in trace.turns], result.observations)
+            ):
                 kept.append(trace)
         return kept
 
@@ -431,19 +493,25 @@ def _replay_all(config: Config, environment: Environment, train: list[Task], sou
 
 
 def _new_errors(told: Sequence[Sequence[str]], seen: Sequence[Sequence[str]]) -> bool:
-    """Whether an observation is an error now that the trace says it isn't. (Texts may differ: they may have been cut to another length.)"""
+    """Whether an observation is an error now that the trace says it isn't. (Texts may differ: they may have been cut to
+    another length.)
+    """
     pairs = zip((text for turn in told for text in turn), (text for turn in seen for text in turn), strict=True)
     return any(now.startswith("Error") and not then.startswith("Error") for then, now in pairs)
 
 
-def _augment_all(config: Config, environment: Environment, train: list[Task], sources: dict[str, list[Trace]]) -> dict[str, list[Trace]]:
+def _augment_all(
+    config: Config, environment: Environment, train: list[Task], sources: dict[str, list[Trace]]
+) -> dict[str, list[Trace]]:
     kinds = [cast(Kind, kind) for kind in config.traces.augment]
     tasks = [task for task in train if task.id in sources]
 
     def more(task: Task) -> list[Trace]:
         return variants(environment, task, sources[task.id][0], kinds, config.traces.variants, config.tasks.split_seed)
 
-    return {task.id: [*sources[task.id], *made] for task, made in zip(tasks, _in_threads(config, more, tasks), strict=True)}
+    return {
+        task.id: [*sources[task.id], *made] for task, made in zip(tasks, _in_threads(config, more, tasks), strict=True)
+    }
 
 
 def _with_reference_calls(task: Task, trace: Trace | None) -> Task:
@@ -453,16 +521,20 @@ def _with_reference_calls(task: Task, trace: Trace | None) -> Task:
     return replace(task, reference_calls=(tuple(call for turn in trace.turns for call in turn.calls),))
 
 
-def prompts_of_step(train: list[Task], step: int, batch_size: int, seed: int | str, key: str = "the batch size") -> list[Task]:
-    """The prompts of 0-based ``step``: consecutive slices of a new permutation per epoch, what doesn't fill a batch left out until the next
-    one. A function of its arguments only, so that a resumed run visits the same prompts; no batch holds a prompt twice. ``key``: the setting that
-    an error names.
+def prompts_of_step(
+    train: list[Task], step: int, batch_size: int, seed: int | str, key: str = "the batch size"
+) -> list[Task]:
+    """The prompts of 0-based ``step``: consecutive slices of a new permutation per epoch, what doesn't fill a batch
+    left out until the next one. A function of its arguments only, so that a resumed run visits the same prompts; no
+    batch holds a prompt twice. ``key``: the setting that an error names.
 
     Raises:
         ConfigError: there are fewer prompts than a batch needs.
     """
     if batch_size > len(train):
-        raise ConfigError(f"a batch of {batch_size} prompts needs as many training tasks; there are {len(train)}: lower {key}")
+        raise ConfigError(
+            f"a batch of {batch_size} prompts needs as many training tasks; there are {len(train)}: lower {key}"
+        )
     epoch, index = divmod(step, len(train) // batch_size)
     order = list(range(len(train)))
     random.Random(f"{seed}:{epoch}").shuffle(order)

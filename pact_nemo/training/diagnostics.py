@@ -1,4 +1,6 @@
-"""What a step reports, all of it from parts that the step computed anyway. Every key says its denominator in ``docs/metrics.md``."""
+"""What a step reports, all of it from parts that the step computed anyway. Every key says its denominator in
+``docs/metrics.md``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ import torch
 from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
 from pact_nemo.policy.policy import UpdateResult
 from pact_nemo.rollouts.types import LIMITS
-from pact_nemo.training.batch import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptGroup, PromptTree, sampler_logprobs, trace_rl
+from pact_nemo.training.batch import (
+    PROMPT_ONLY,
+    TRACE,
+    TRACE_CONDITIONED,
+    PromptGroup,
+    PromptTree,
+    sampler_logprobs,
+    trace_rl,
+)
 
 if TYPE_CHECKING:
     from pact_nemo.training.experiment import Experiment
@@ -26,7 +36,9 @@ def _mean(values: list[float] | np.ndarray) -> float | None:
 
 
 def latent(prompts: list[PromptTree], logprobs: list[torch.Tensor]) -> dict[str, float | None]:
-    """Section 5, from the log-probs of the update's own forward: privilege gap and trace log-likelihood, nats per token."""
+    """Section 5, from the log-probs of the update's own forward: privilege gap and trace log-likelihood, nats per
+    token.
+    """
     conditioned, prompt_only, success = [], [], []
     trace = {"reasoning": TokenSum(), "call": TokenSum()}
     for prompt, values in zip(prompts, logprobs, strict=True):
@@ -40,11 +52,15 @@ def latent(prompts: list[PromptTree], logprobs: list[torch.Tensor]) -> dict[str,
             found = trace_log_likelihood(values[slice(*prompt.spans[(TRACE, 0)])].numpy(), component)
             trace = {name: trace[name] + found[name] for name in trace}
     gap = privilege_gap(conditioned, prompt_only, success)
-    return {f"latent/gap_{name}": value.mean for name, value in gap.items()} | {f"latent/trace_{name}": value.mean for name, value in trace.items()}
+    return {f"latent/gap_{name}": value.mean for name, value in gap.items()} | {
+        f"latent/trace_{name}": value.mean for name, value in trace.items()
+    }
 
 
 def mismatch(prompts: list[PromptTree], scored: list[torch.Tensor]) -> dict[str, float | None]:
-    """Sampler against trainer log-probs of the same tokens under x: mean and max of |difference| in nats per token, mean IS weight."""
+    """Sampler against trainer log-probs of the same tokens under x: mean and max of |difference| in nats per token,
+    mean IS weight.
+    """
     differences = []
     for prompt, values in zip(prompts, scored, strict=True):
         for k, rollout in enumerate(prompt.group.rollouts):
@@ -62,7 +78,9 @@ def mismatch(prompts: list[PromptTree], scored: list[torch.Tensor]) -> dict[str,
 
 
 def mean_entropy(prompts: list[PromptTree], entropies: list[torch.Tensor]) -> float | None:
-    """Entropy of the distributions that the policy-written tokens were drawn from, under x: nats, mean over those tokens; None over none."""
+    """Entropy of the distributions that the policy-written tokens were drawn from, under x: nats, mean over those
+    tokens; None over none.
+    """
     found = [
         values[slice(*prompt.spans[key])].double()
         for prompt, values in zip(prompts, entropies, strict=True)
@@ -74,9 +92,16 @@ def mean_entropy(prompts: list[PromptTree], entropies: list[torch.Tensor]) -> fl
 
 
 def rollout_record(groups: list[PromptGroup]) -> dict[str, Any]:
-    """Reward (sum over turns, mean over rollouts), success share, counts. Failed rollouts are counted and left out of the means."""
+    """Reward (sum over turns, mean over rollouts), success share, counts. Failed rollouts are counted and left out of
+    the means.
+    """
     rollouts = [r for g in groups for r in g.rollouts]
-    rewards = [float(reward.sum()) for g in groups for r, reward in zip(g.rollouts, g.rewards, strict=True) if r.status != "failed"]
+    rewards = [
+        float(reward.sum())
+        for g in groups
+        for r, reward in zip(g.rollouts, g.rewards, strict=True)
+        if r.status != "failed"
+    ]
     valid = [r for r in rollouts if r.status != "failed"]
     policy_tokens = sum(sum(r.loss_mask) for r in rollouts)
     flat = [g for g in groups if has_policy_tokens(g) and all(np.all(a == 0) for a in g.advantages)]
@@ -97,7 +122,9 @@ def rollout_record(groups: list[PromptGroup]) -> dict[str, Any]:
 
 
 def data_record(dropped: dict[str, int], groups: list[PromptGroup]) -> dict[str, int]:
-    """What of its data the run does without (counts of the whole run, fixed from its start), and how many of the step's traces are cut."""
+    """What of its data the run does without (counts of the whole run, fixed from its start), and how many of the step's
+    traces are cut.
+    """
     return {
         "data/rows_quarantined": dropped.get("rows_quarantined", 0),
         "data/prompts_too_long": dropped.get("prompt_too_long", 0),
@@ -116,7 +143,9 @@ def step_record(
     """One line of ``metrics.jsonl``; ``old`` are the prompts' log-probs under pi_old."""
     record = rollout_record(groups)
     if experiment.config.trainer.replay is None:
-        record["rollout/lag"] = max(experiment.version - rollout.weight_version for group in groups for rollout in group.rollouts)
+        record["rollout/lag"] = max(
+            experiment.version - rollout.weight_version for group in groups for rollout in group.rollouts
+        )
     current = [values for result in results for values in result.logprobs]
     record.update(latent(prompts, current))
     record.update(mismatch(prompts, old))
@@ -124,7 +153,9 @@ def step_record(
     record.update(loss_record(results))
     under_trace = [p for p in prompts if (TRACE, 0) in p.spans and trace_rl(experiment.config.objective)]
     record["rollout/not_conditioned"] = sum(
-        (PROMPT_ONLY, k) in p.spans and (TRACE_CONDITIONED, k) not in p.spans for p in under_trace for k in range(len(p.group.rollouts))
+        (PROMPT_ONLY, k) in p.spans and (TRACE_CONDITIONED, k) not in p.spans
+        for p in under_trace
+        for k in range(len(p.group.rollouts))
     )
     record["anneal/call_weight"] = experiment.schedule.call_weight(experiment.step)
     record["anneal/prefix_level"] = experiment.schedule.level(experiment.step)
@@ -132,7 +163,9 @@ def step_record(
 
 
 def loss_record(results: list[UpdateResult]) -> dict[str, Any]:
-    """Means over the step's updates of each loss term; clip fractions are clipped tokens / surrogate tokens over all updates."""
+    """Means over the step's updates of each loss term; clip fractions are clipped tokens / surrogate tokens over all
+    updates.
+    """
     if not results:
         return {}
     record: dict[str, Any] = {}

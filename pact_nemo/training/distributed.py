@@ -22,7 +22,9 @@ def world_size() -> int:
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 and hand its result to every rank; its exception is raised on every rank, so that none waits for ever."""
+    """Run ``action`` on rank 0 and hand its result to every rank; its exception is raised on every rank, so that none
+    waits for ever.
+    """
     if world_size() == 1:
         return action()
     message: list[Any] = [None, None]
@@ -38,7 +40,9 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     if message[1] is not None:
         name, text = message[1]
         kind = getattr(errors, name, None)
-        if isinstance(kind, type) and issubclass(kind, PactError):  # the same type everywhere: who catches it on rank 0 catches it on all
+        if isinstance(kind, type) and issubclass(
+            kind, PactError
+        ):  # the same type everywhere: who catches it on rank 0 catches it on all
             raise kind(f"rank 0: {text}")
         raise PactError(f"rank 0 stopped with {name}: {text}")
     return cast(T, message[0])

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean of the benchmark's own score over episodes, 0-1 (BFCL: pass or fail; FTRL: Solve-F1; ToolHop: answer correctness). An episode that
-    failed through no fault of the policy counts 0, and is counted in ``failed`` so that nobody mistakes it for the model's doing.
-    ``metrics``: means of the benchmark's further numbers over the episodes that have a verdict."""
+    """Mean of the benchmark's own score over episodes, 0-1 (BFCL: pass or fail; FTRL: Solve-F1; ToolHop: answer
+    correctness). An episode that failed through no fault of the policy counts 0, and is counted in ``failed`` so that
+    nobody mistakes it for the model's doing. ``metrics``: means of the benchmark's further numbers over the episodes
+    that have a verdict.
+    """
 
     score: float
     n: int
@@ -37,9 +39,11 @@ class Score:
         return asdict(self)
 
 
-def summarise(tasks: list[Task], rollouts: list[Rollout], call_rewards: list[float], version: int, seconds: float) -> Score:
-    """Denominators: ``score`` over all episodes, ``call_reward`` over those with reference calls (None: none has), ``categories`` over the
-    episodes of each category or tag."""
+def summarise(
+    tasks: list[Task], rollouts: list[Rollout], call_rewards: list[float], version: int, seconds: float
+) -> Score:
+    """Denominators: ``score`` over all episodes, ``call_reward`` over those with reference calls (None: none has),
+    ``categories`` over the episodes of each category or tag."""
     by_task = {task.id: task for task in tasks}
     flat: list[float] = []
     passed: dict[str, list[float]] = defaultdict(list)
@@ -63,9 +67,11 @@ def summarise(tasks: list[Task], rollouts: list[Rollout], call_rewards: list[flo
     )
 
 
-def episode_rewards(config: Config, tasks: list[Task], rollouts: list[Rollout]) -> tuple[list[list[float]], list[float]]:
-    """Per episode: the reward of each turn; and, of the episodes whose task has reference calls, the mean matching reward of their tool turns
-    (whatever the method trains on)."""
+def episode_rewards(
+    config: Config, tasks: list[Task], rollouts: list[Rollout]
+) -> tuple[list[list[float]], list[float]]:
+    """Per episode: the reward of each turn; and, of the episodes whose task has reference calls, the mean matching
+    reward of their tool turns (whatever the method trains on)."""
     by_task = {task.id: task for task in tasks}
     scored = replace(config.objective, method="matchtir")
     calls_only = replace(scored, outcome_weight=0.0)
@@ -80,12 +86,17 @@ def episode_rewards(config: Config, tasks: list[Task], rollouts: list[Rollout]) 
 
 
 def evaluate(experiment: Experiment, name: str) -> None:
-    """Play every held-out task with the weights being served, dump the episodes as ``eval/<name>.jsonl`` and keep the score.
+    """Play every held-out task with the weights being served, dump the episodes as ``eval/<name>.jsonl`` and keep the
+    score.
 
-    ``name`` is ``base`` (before the warm-up), ``before`` or ``after``; one that a resumed run has already is not played again. Replayed runs
-    have no server and skip it.
+    ``name`` is ``base`` (before the warm-up), ``before`` or ``after``; one that a resumed run has already is not played
+    again. Replayed runs have no server and skip it.
     """
-    wanted = {"base": experiment.config.evaluation.before, "before": experiment.config.evaluation.before, "after": experiment.config.evaluation.after}
+    wanted = {
+        "base": experiment.config.evaluation.before,
+        "before": experiment.config.evaluation.before,
+        "after": experiment.config.evaluation.after,
+    }
     if not wanted[name] or name in experiment.scores or experiment.config.trainer.replay is not None:
         return
 
@@ -102,4 +113,6 @@ def evaluate(experiment: Experiment, name: str) -> None:
         experiment.leave()
     experiment.scores[name] = score.to_dict()
     experiment.seconds["evaluation"] = experiment.seconds.get("evaluation", 0.0) + score.seconds
-    experiment.progress.message(f"held-out score {name}: {score.score:.3f} over {score.n} episodes ({score.seconds:.0f} s)")
+    experiment.progress.message(
+        f"held-out score {name}: {score.score:.3f} over {score.n} episodes ({score.seconds:.0f} s)"
+    )

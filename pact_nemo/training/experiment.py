@@ -1,4 +1,6 @@
-"""Everything a run holds, built once: data, policy, rollout generator, schedules, run folder. The loop reads; this wires."""
+"""Everything a run holds, built once: data, policy, rollout generator, schedules, run folder. The loop reads; this
+wires.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,8 @@ def model_path(config: Config) -> Path:
 
 
 def served_path(config: Config, source: Path) -> Path:
-    """The HF folder that rollout servers start from, on one rank only: ``source``, or where it or the refits are FP8, a copy of it in the cache
-    that has the refits' dtype."""
+    """The HF folder that rollout servers start from, on one rank only: ``source``, or where it or the refits are FP8, a
+    copy of it in the cache that has the refits' dtype."""
     dtype = config.rollout.export_dtype
     if config.trainer.replay is not None or not (dtype == FP8_BLOCK or check_model_folder(source).quantised):
         return source
@@ -85,7 +87,8 @@ class Experiment:
         warmup_step: finished warm-up steps.
         version: weight version being served; raised by one at every refit.
         ahead: the next step's rollouts, where ``trainer.overlap`` has them sampled beside the update.
-        rollout_seconds: what generating the step's rollouts took; None where they were not generated now (a replay, a resumed batch).
+        rollout_seconds: what generating the step's rollouts took; None where they were not generated now (a replay, a
+            resumed batch).
     """
 
     def __init__(
@@ -107,7 +110,9 @@ class Experiment:
         self.source, self.stop = source, stop
         self.schedule = trace_schedule(config)
         self.quality = TraceQuality(config.traces.quality_smoothing) if config.traces.quality else None
-        self.boundary_ids = chat.boundary_ids() if config.traces.control != "none" else chat.boundary_after_nothing_ids()
+        self.boundary_ids = (
+            chat.boundary_ids() if config.traces.control != "none" else chat.boundary_after_nothing_ids()
+        )
         self.step = 0
         self.warmup_step = 0
         self.version = 0
@@ -131,14 +136,19 @@ class Experiment:
         objective = self.config.objective
         return between(objective.anchor_prob, objective.schedule.anchor_end, self.schedule.clock.progress(self.step))
 
-    # -- weights ------------------------------------------------------------------------------------------------------------------
+    # -- weights
+    # ------------------------------------------------------------------------------------------------------------------
 
     def export(self, version: int) -> Path:
-        """Write the current weights as ``exports/v<version>``: complete and checksummed before the folder has its name."""
+        """Write the current weights as ``exports/v<version>``: complete and checksummed before the folder has its
+        name.
+        """
         folder = export_path(self.workspace.exports, version)
 
         def there() -> bool:
-            """A whole export of this version; :meth:`restore` removed those that an earlier attempt wrote after its last checkpoint."""
+            """A whole export of this version; :meth:`restore` removed those that an earlier attempt wrote after its
+            last checkpoint.
+            """
             if not folder.exists():
                 return False
             verify_manifest(folder, expect_version=version)
@@ -152,8 +162,8 @@ class Experiment:
         """Export, then make the server load it. A replayed run has no server and only counts the version.
 
         Returns:
-            seconds by part, of the slowest server: ``refit/export``, ``verify``, ``pause``, ``reload``, ``finish``; ``refit/bytes``; and
-            what became of servers since the last refit: ``server/restarts``, ``rollout/reissued``.
+            seconds by part, of the slowest server: ``refit/export``, ``verify``, ``pause``, ``reload``, ``finish``;
+            ``refit/bytes``; and what became of servers since the last refit: ``server/restarts``, ``rollout/reissued``.
         """
         self.version += 1
         if self.config.trainer.replay is not None:
@@ -164,14 +174,28 @@ class Experiment:
 
         def reload() -> dict[str, float]:
             reports = self.generator.refit(folder, self.version)
-            self._tidy(lambda: prune_exports(self.workspace.exports, keep=self.config.rollout.keep_exports, protect={self.version}))
-            parts = {f"refit/{part}": max(getattr(report, f"{part}_s") for report in reports) for part in ("verify", "pause", "reload", "finish")}
-            return {"refit/export": export_s, **parts, "refit/bytes": float(reports[0].bytes), **self.generator.counts()}
+            self._tidy(
+                lambda: prune_exports(
+                    self.workspace.exports, keep=self.config.rollout.keep_exports, protect={self.version}
+                )
+            )
+            parts = {
+                f"refit/{part}": max(getattr(report, f"{part}_s") for report in reports)
+                for part in ("verify", "pause", "reload", "finish")
+            }
+            return {
+                "refit/export": export_s,
+                **parts,
+                "refit/bytes": float(reports[0].bytes),
+                **self.generator.counts(),
+            }
 
         return on_rank_zero(reload)
 
     def serve_current(self) -> None:
-        """After a resume: make the server load the restored weights before it answers anything (a replayed run has none)."""
+        """After a resume: make the server load the restored weights before it answers anything (a replayed run has
+        none).
+        """
         if self.config.trainer.replay is not None:
             return
         folder = self.export(self.version)
@@ -184,21 +208,28 @@ class Experiment:
 
     @property
     def reference_path(self) -> Path:
-        """The frozen KL reference: the policy that RL starts from; where there is a warm-up, its result, kept in full precision."""
+        """The frozen KL reference: the policy that RL starts from; where there is a warm-up, its result, kept in full
+        precision.
+        """
         return export_path(self.workspace.folder / "reference", 0) if self.config.warmup.steps > 0 else self.source
 
     def freeze_reference(self) -> None:
-        """Keep the policy that RL starts from for the KL term; written once, so that a resumed run reads the same one."""
+        """Keep the policy that RL starts from for the KL term; written once, so that a resumed run reads the same
+        one.
+        """
         if self.config.objective.kl_coef == 0:
             return
         if not on_rank_zero(self.reference_path.exists):
             export_version(self.policy, self.reference_path.parent, 0, dtype=self.policy.weight_dtype)
         self.policy.load_reference(self.reference_path)
 
-    # -- resume -------------------------------------------------------------------------------------------------------------------
+    # -- resume
+    # ------------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside weights, optimizer and RNG. Data position, fixed schedules and gate are functions of step and seed."""
+        """What a checkpoint keeps beside weights, optimizer and RNG. Data position, fixed schedules and gate are
+        functions of step and seed.
+        """
         return {
             "step": self.step,
             "warmup_step": self.warmup_step,
@@ -232,7 +263,9 @@ class Experiment:
         self.seconds["checkpoint"] = self.seconds.get("checkpoint", 0.0) + time.perf_counter() - start
 
     def finish_saving(self, *, wait: bool) -> None:
-        """Make a checkpoint that was written in the background visible, once it is whole; ``wait`` for that. Collective."""
+        """Make a checkpoint that was written in the background visible, once it is whole; ``wait`` for that.
+        Collective.
+        """
         if self.saving is None or not (wait or self.saving.finished()):
             return
         saving, self.saving = self.saving, None
@@ -240,18 +273,22 @@ class Experiment:
         self._prune_checkpoints()
 
     def _prune_checkpoints(self) -> None:
-        on_rank_zero(lambda: self._tidy(lambda: resume.prune(self.workspace.checkpoints, self.config.trainer.keep_checkpoints)))
+        on_rank_zero(
+            lambda: self._tidy(lambda: resume.prune(self.workspace.checkpoints, self.config.trainer.keep_checkpoints))
+        )
 
     def _tidy(self, delete: Callable[[], object]) -> None:
-        """Delete what is old. That it can't be done, or must not (the newest is not whole), is said and ends no run: the old ones stay."""
+        """Delete what is old. That it can't be done, or must not (the newest is not whole), is said and ends no run:
+        the old ones stay.
+        """
         try:
             delete()
         except CheckpointError as error:
             self.progress.message(f"nothing old was deleted: {error}")
 
     def restore(self) -> bool:
-        """Continue from the newest complete checkpoint; torn newer ones are removed with a warning. False when there is none: the run starts
-        from its beginning.
+        """Continue from the newest complete checkpoint; torn newer ones are removed with a warning. False when there is
+        none: the run starts from its beginning.
 
         Raises:
             CheckpointError: the checkpoint belongs to another seed or model, or was annealed by another kind of clock.
@@ -262,16 +299,21 @@ class Experiment:
             return False
         state = resume.load(self.policy, folder)
         if state["seed"] != self.config.run.seed:
-            raise CheckpointError(f"{folder} was made with run.seed={state['seed']}, the config says {self.config.run.seed}")
+            raise CheckpointError(
+                f"{folder} was made with run.seed={state['seed']}, the config says {self.config.run.seed}"
+            )
         self.step, self.warmup_step, self.version = state["step"], state["warmup_step"], state["version"]
         self.scores, self.seconds = state["scores"], state["seconds"]
         if "clock" not in state:
-            raise CheckpointError(f"{folder} holds no state of the annealing: an older version of this package made it; start a new run")
+            raise CheckpointError(
+                f"{folder} holds no state of the annealing: an older version of this package made it; start a new run"
+            )
         try:
             self.schedule.clock.load(state["clock"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{folder}: the schedule can't go on from here: {error}; resume with the objective.schedule.kind that the run had"
+                f"{folder}: the schedule can't go on from here: {error}; resume with the objective.schedule.kind that"
+                " the run had"
             ) from error
         on_rank_zero(lambda: self._forget_exports_after(self.version))
         if self.quality is not None and state.get("trace_quality") is not None:
@@ -309,7 +351,9 @@ class Experiment:
         raise type(problem)(f"step {self.step + 1}: {problem}\n{remedy}") from problem
 
     def _forget_exports_after(self, version: int) -> None:
-        """Remove what an attempt wrote after the checkpoint that the run goes on from: the same version numbers will be other weights."""
+        """Remove what an attempt wrote after the checkpoint that the run goes on from: the same version numbers will be
+        other weights.
+        """
         reference = [self.reference_path] if version < 0 and self.config.warmup.steps > 0 else []
         for folder in (*self.workspace.exports.glob("v*"), self.workspace.hf, *reference):
             if not folder.exists():
@@ -325,7 +369,10 @@ class Experiment:
     def _newest_checkpoint(self) -> Path | None:
         root = self.workspace.checkpoints
         resume.remove_unfinished(root)
-        for place in (self.workspace.folder, self.reference_path.parent):  # exports that were cut off: the final one, the reference
+        for place in (
+            self.workspace.folder,
+            self.reference_path.parent,
+        ):  # exports that were cut off: the final one, the reference
             if place.is_relative_to(self.workspace.folder):
                 remove_unfinished(place)
         folder = resume.latest_complete(root)
@@ -336,7 +383,8 @@ class Experiment:
                 shutil.rmtree(torn)
         return folder
 
-    # -- reporting ----------------------------------------------------------------------------------------------------------------
+    # -- reporting
+    # ----------------------------------------------------------------------------------------------------------------
 
     def log_step(self, stage: str, record: dict[str, Any]) -> None:
         """Append to metrics.jsonl and TensorBoard and show one line."""
@@ -353,5 +401,3 @@ class Experiment:
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + value
         if stage == "warmup":
             self.seconds["warmup"] = self.seconds.get("warmup", 0.0) + record["time/total"]
-
-

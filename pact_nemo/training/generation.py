@@ -28,15 +28,17 @@ from pact_nemo.training.progress import RunProgress
 
 
 class Generator:
-    """Owns the rollout server of a run, or knows those that run elsewhere. Made on every rank; started and used on rank 0 only, and not at all
-    in a replay.
+    """Owns the rollout server of a run, or knows those that run elsewhere. Made on every rank; started and used on rank
+    0 only, and not at all in a replay.
 
     Attributes:
         on_request: called with the body of every generation request just before it is sent.
         check: called a few times a second while episodes are played; what it raises ends them.
     """
 
-    def __init__(self, config: Config, chat: ChatFormat, environment: Environment, progress: RunProgress, log_file: Path):
+    def __init__(
+        self, config: Config, chat: ChatFormat, environment: Environment, progress: RunProgress, log_file: Path
+    ):
         self._config, self._chat, self._environment, self._progress = config, chat, environment, progress
         self._log_file = log_file
         self._source: Path | None = None
@@ -51,10 +53,16 @@ class Generator:
         if self._config.trainer.replay is None:
             self._source = source
             settings = self._config.rollout.server
-            each = [replace(settings, url=url.strip()) for url in settings.url.split(",")] if settings.url is not None else [settings]
+            each = (
+                [replace(settings, url=url.strip()) for url in settings.url.split(",")]
+                if settings.url is not None
+                else [settings]
+            )
             servers = [RolloutServer(one, source, log_file=self._log_file, version=0) for one in each]
             note = self._progress.message
-            self._servers = [SupervisedServer(one, note=note, on_request=self._requested, like=source) for one in servers]
+            self._servers = [
+                SupervisedServer(one, note=note, on_request=self._requested, like=source) for one in servers
+            ]
             for server in servers:
                 server.launch()
 
@@ -65,21 +73,31 @@ class Generator:
         self._ready = bool(self._servers)
         if self._servers:
             count = f"{len(self._servers)} rollout servers" if len(self._servers) > 1 else "rollout server"
-            self._progress.message(f"{count} ready after {max(each.server.start_seconds or 0.0 for each in self._servers):.0f} s")
+            self._progress.message(
+                f"{count} ready after {max(each.server.start_seconds or 0.0 for each in self._servers):.0f} s"
+            )
 
     def _requested(self, body: dict[str, Any]) -> None:
         if self.on_request is not None:
             self.on_request(body)
 
     def _play(
-        self, name: str, tasks: list[Task], samples: int, limits: EpisodeLimits, sampling: Sampling, step: int | str, version: int
+        self,
+        name: str,
+        tasks: list[Task],
+        samples: int,
+        limits: EpisodeLimits,
+        sampling: Sampling,
+        step: int | str,
+        version: int,
     ) -> list[Rollout]:
         if not self._ready:
             raise ServerError("the rollout server was not started on this rank")
         for each in self._servers:
             if each.weight_version != version:
                 raise ServerError(
-                    f"{each.server.endpoint.url} holds weight version {each.weight_version}, the policy is at {version}; refit first"
+                    f"{each.server.endpoint.url} holds weight version {each.weight_version}, the policy is at"
+                    f" {version}; refit first"
                 )
         with self._progress.phase(name, total=len(tasks) * samples) as phase:
             started = time.perf_counter()
@@ -122,12 +140,20 @@ class Generator:
         """Held-out episodes and the seconds they took."""
         started = time.perf_counter()
         settings, limits = self._config.evaluation, evaluation_limits(self._config)
-        rollouts = self._play(f"evaluation {name}", tasks, settings.samples, limits, Sampling(settings.temperature), f"eval/{name}", version)
+        rollouts = self._play(
+            f"evaluation {name}",
+            tasks,
+            settings.samples,
+            limits,
+            Sampling(settings.temperature),
+            f"eval/{name}",
+            version,
+        )
         return rollouts, time.perf_counter() - started
 
     def refit(self, folder: Path, version: int) -> list[RefitReport]:
-        """Make every server load an export, all at the same time; see :func:`pact_nemo.rollouts.refit.refit_all`. One that dies, hangs or
-        fails meanwhile is restarted and given the export.
+        """Make every server load an export, all at the same time; see :func:`pact_nemo.rollouts.refit.refit_all`. One
+        that dies, hangs or fails meanwhile is restarted and given the export.
 
         Raises:
             CheckpointError: the export is not whole or not what is due; no server was touched.
@@ -144,7 +170,10 @@ class Generator:
             each.refitting(folder, version)
         reports: list[RefitReport] = []
         with ThreadPoolExecutor(len(clients)) as threads:
-            loads = [threads.submit(load, client, folder, version, elsewhere=elsewhere, verify_s=verify_s) for client in clients]
+            loads = [
+                threads.submit(load, client, folder, version, elsewhere=elsewhere, verify_s=verify_s)
+                for client in clients
+            ]
         for each, one in zip(self._servers, loads, strict=True):
             each.server.rotate_log()
             try:
@@ -160,7 +189,9 @@ class Generator:
         return reports
 
     def counts(self) -> dict[str, float]:
-        """Since the last call: ``server/restarts`` and ``rollout/reissued`` (requests sent again); nothing without a server."""
+        """Since the last call: ``server/restarts`` and ``rollout/reissued`` (requests sent again); nothing without a
+        server.
+        """
         if not self._ready:
             return {}
         now = sum(each.health.restarts for each in self._servers), sum(each.reissued for each in self._servers)

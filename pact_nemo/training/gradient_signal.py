@@ -1,4 +1,6 @@
-"""Is the batch large enough? The gradients of two halves of a mini-batch, term by term: what they have in common is signal, the rest is noise."""
+"""Is the batch large enough? The gradients of two halves of a mini-batch, term by term: what they have in common is
+signal, the rest is noise.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ TERMS = {"rl": ("w_rl_x", "w_rl_h"), "sft": ("w_sft_reasoning", "w_sft_call", "w
 
 def halves(prompts: list[PromptTree], *, seed: int, step: int) -> tuple[list[PromptTree], list[PromptTree]]:
     """Two halves with as many anchored prompts each, drawn by (seed, step, prompt)."""
-    order = sorted(prompts, key=lambda prompt: (prompt.group.anchored, uniform("half", seed, step, prompt.group.task.id)))
+    order = sorted(
+        prompts, key=lambda prompt: (prompt.group.anchored, uniform("half", seed, step, prompt.group.task.id))
+    )
     return order[::2], order[1::2]
 
 
@@ -34,18 +38,22 @@ def term_of(prompts: list[PromptTree], names: tuple[str, ...]) -> list[TokenTree
         streams = prompt.tree.streams
         if any(name in streams and bool(streams[name].any()) for name in names):
             own = {name: value for name, value in streams.items() if name in names or not name.startswith("w_")}
-            others = {name: torch.zeros_like(streams[name]) for name in STREAMS if name.startswith("w_") and name not in names}
+            others = {
+                name: torch.zeros_like(streams[name]) for name in STREAMS if name.startswith("w_") and name not in names
+            }
             kept.append(replace(prompt.tree, streams={**own, **others}))
     return kept
 
 
-def measure(policy: MegatronPolicy, prompts: list[PromptTree], loss_fn: LossFn, *, seed: int, step: int) -> dict[str, float | None]:
+def measure(
+    policy: MegatronPolicy, prompts: list[PromptTree], loss_fn: LossFn, *, seed: int, step: int
+) -> dict[str, float | None]:
     """Of a mini-batch whose streams are filled. Collective.
 
     Returns:
         per term ``signal/<term>_cosine`` between the halves' gradients, ``_share`` (:func:`signal_share`), ``_prompts``
-        (:func:`prompts_for_half`; None: infinite) and ``_norm``, the L2 norm of the term's gradient over the mini-batch. A term is left out where
-        a half has no weight or no gradient in it.
+        (:func:`prompts_for_half`; None: infinite) and ``_norm``, the L2 norm of the term's gradient over the
+        mini-batch. A term is left out where a half has no weight or no gradient in it.
     """
     record: dict[str, float | None] = {}
     first, second = halves(prompts, seed=seed, step=step)

@@ -1,4 +1,6 @@
-"""How likely the policy finds expert traces that it never trains on: where that stops to grow, imitation has nothing left to give."""
+"""How likely the policy finds expert traces that it never trains on: where that stops to grow, imitation has nothing
+left to give.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def measure(experiment: Experiment) -> dict[str, float | None]:
-    """``held_out/trace_reasoning`` and ``held_out/trace_call``: log pi(h* | x) of held-out traces in nats per token of that component, None
-    without such tokens; empty where no trace is measured. Collective; changes nothing.
+    """``held_out/trace_reasoning`` and ``held_out/trace_call``: log pi(h* | x) of held-out traces in nats per token of
+    that component, None without such tokens; empty where no trace is measured. Collective; changes nothing.
     """
     pairs = experiment.dataset.held_out_traces
     if not pairs:

@@ -1,8 +1,8 @@
-"""Leaving in order: SIGTERM (a scheduler's notice), SIGHUP (the terminal is gone) or Ctrl-C ends the run at the next safe point, with a checkpoint of
-the last finished step.
+"""Leaving in order: SIGTERM (a scheduler's notice), SIGHUP (the terminal is gone) or Ctrl-C ends the run at the next
+safe point, with a checkpoint of the last finished step.
 
-Generation is broken off at once (nothing of the step has changed the weights yet); an update under way is finished. A second Ctrl-C stops
-without a checkpoint.
+Generation is broken off at once (nothing of the step has changed the weights yet); an update under way is finished. A
+second Ctrl-C stops without a checkpoint.
 """
 
 from __future__ import annotations
@@ -55,12 +55,16 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Take the signals over for the length of a run, and give them back. (In a thread other than the main one nothing can be taken over.)"""
+    """Take the signals over for the length of a run, and give them back. (In a thread other than the main one nothing
+    can be taken over.)
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    taken = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # `nohup` ignores it
+    taken = [
+        number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]  # `nohup` ignores it
     before = {number: signal.signal(number, request._take) for number in taken}
     try:
         yield request

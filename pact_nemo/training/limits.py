@@ -29,7 +29,9 @@ def training_limits(config: Config) -> EpisodeLimits:
 
 
 def evaluation_limits(config: Config) -> EpisodeLimits:
-    """Limits of held-out episodes: assistant turns by ``evaluation.max_turns_per_user_turn`` alone, tokens as in training."""
+    """Limits of held-out episodes: assistant turns by ``evaluation.max_turns_per_user_turn`` alone, tokens as in
+    training.
+    """
     sampling, turns = config.rollout.sampling, config.evaluation.max_turns_per_user_turn
     return EpisodeLimits(
         max_turns_per_user_turn=turns if turns is not None else official_turns(config.tasks.benchmark),

@@ -92,7 +92,9 @@ def train(experiment: Experiment) -> None:
                 record |= held_out_traces.measure(experiment)
         lost: ServerLost | None = None
         try:
-            with watch("rollout"):  # what is left of the next step's; servers change weights between batches, never within one
+            with watch(
+                "rollout"
+            ):  # what is left of the next step's; servers change weights between batches, never within one
                 on_rank_zero(experiment.ahead.finish)
             with watch("refit"):
                 record |= experiment.refit()
@@ -103,7 +105,9 @@ def train(experiment: Experiment) -> None:
             experiment.progress.message(f"warning: step {experiment.step}: {warning}")
         record.update(watch.times)
         record["time/total"] = watch.total()
-        experiment.log_step("rl", record)  # before the checkpoint: a step that a checkpoint holds is in metrics.jsonl, whenever the run is cut
+        experiment.log_step(
+            "rl", record
+        )  # before the checkpoint: a step that a checkpoint holds is in metrics.jsonl, whenever the run is cut
         if lost is not None:
             experiment.give_up(lost)
         experiment.checkpoint_if_due()
@@ -124,7 +128,9 @@ def start_ahead(experiment: Experiment) -> None:
 
 
 def collect(experiment: Experiment) -> list[PromptGroup]:
-    """K prompt-only rollouts per prompt, then rewards, advantages and the gate. Traces join here, after generation has ended."""
+    """K prompt-only rollouts per prompt, then rewards, advantages and the gate. Traces join here, after generation has
+    ended.
+    """
     config = experiment.config
     tasks = tasks_of(experiment, experiment.step)
     k = config.objective.group_size
@@ -156,7 +162,11 @@ def collect(experiment: Experiment) -> list[PromptGroup]:
         for i, task in enumerate(tasks)
     ]
     if config.trainer.dump_rollouts:
-        on_rank_zero(lambda: dump_step(experiment.workspace.step_rollouts(experiment.step), groups, keep=config.trainer.keep_rollouts))
+        on_rank_zero(
+            lambda: dump_step(
+                experiment.workspace.step_rollouts(experiment.step), groups, keep=config.trainer.keep_rollouts
+            )
+        )
     return groups
 
 
@@ -169,10 +179,14 @@ def replayed(path: Path, expected: list[str]) -> list[Rollout]:
     rollouts = read_rollouts(path)
     found = [rollout.task_id for rollout in rollouts]
     if found != expected:
-        first = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), min(len(found), len(expected)))
+        first = next(
+            (i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]),
+            min(len(found), len(expected)),
+        )
         raise ConfigError(
-            f"{path} holds {len(found)} rollouts, this step needs {len(expected)}; they differ from rollout {first + 1} on: replay with the "
-            "run.seed, trainer.batch_size, objective.group_size and tasks of the run that dumped them"
+            f"{path} holds {len(found)} rollouts, this step needs {len(expected)}; they differ from rollout {first + 1}"
+            " on: replay with the run.seed, trainer.batch_size, objective.group_size and tasks of the run that dumped"
+            " them"
         )
     return rollouts
 
@@ -180,8 +194,8 @@ def replayed(path: Path, expected: list[str]) -> list[Rollout]:
 def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch) -> dict[str, Any]:
     """Score pi_old and the reference, fill the weight streams with global denominators, update once per mini-batch.
 
-    The first update is on-policy: its loss takes its own detached log-probs as pi_old, which they are by definition, so nothing is scored for it
-    but what the sampler correction needs, pi_old(tau | x).
+    The first update is on-policy: its loss takes its own detached log-probs as pi_old, which they are by definition, so
+    nothing is scored for it but what the sampler correction needs, pi_old(tau | x).
     """
     config, policy = experiment.config, experiment.policy
     objective, size = config.objective, config.trainer.mini_batch_size
@@ -200,12 +214,15 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
         for group in groups
     ]
     set_temperature(grown, objective, temperature)
-    # a prompt whose rollouts all failed still teaches its trace and counts in |B|; one that scores no token at all is not computed
+    # a prompt whose rollouts all failed still teaches its trace and counts in |B|; one that scores no token at all is
+    # not computed
     cut = [grown[start : start + size] for start in range(0, len(grown), size)]
     parts = [(members, len(part)) for part in cut if (members := [p for p in part if p.tree.num_scored])]
     prompts = [prompt for members, _ in parts for prompt in members]
 
-    def under_prompt(prompts: list[PromptTree], score: Callable[[list[TokenTree]], list[torch.Tensor]]) -> list[torch.Tensor]:
+    def under_prompt(
+        prompts: list[PromptTree], score: Callable[[list[TokenTree]], list[torch.Tensor]]
+    ) -> list[torch.Tensor]:
         """What ``score`` says of the rollouts under x alone, laid out as the full trees (0 elsewhere)."""
         alone = {
             i: grow_tree(p.group, experiment.boundary_ids, objective, contexts=(PROMPT_ONLY,))
@@ -214,7 +231,10 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
         }
         set_temperature(list(alone.values()), objective, temperature)
         values = dict(zip(alone, score([p.tree for p in alone.values()]), strict=True)) if alone else {}
-        return [spread(alone[i], p, values[i]) if i in alone else torch.zeros(p.tree.num_scored) for i, p in enumerate(prompts)]
+        return [
+            spread(alone[i], p, values[i]) if i in alone else torch.zeros(p.tree.num_scored)
+            for i, p in enumerate(prompts)
+        ]
 
     with watch("score"):
         # mini-batch by mini-batch: packed as in the update, and in its precision
@@ -243,7 +263,9 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
                 num_prompts=num_prompts,
             )
         except FloatingPointError as error:  # the same on every rank: what was scored is
-            raise refused(experiment, NumericsError(str(error), names=["importance"], logprobs=old[number]), members, number) from error
+            raise refused(
+                experiment, NumericsError(str(error), names=["importance"], logprobs=old[number]), members, number
+            ) from error
         if number < on_policy:
             for prompt in members:
                 prompt.tree.streams.pop("old_logprobs", None)
@@ -262,7 +284,9 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
                 results.append(policy.update([p.tree for p in members], loss_fn, entropy=True))
             except NumericsError as error:
                 raise refused(experiment, error, members, number) from error
-    before = [values for scored in [*(r.logprobs for r in results[:on_policy]), *old[on_policy:]] for values in scored or ()]
+    before = [
+        values for scored in [*(r.logprobs for r in results[:on_policy]), *old[on_policy:]] for values in scored or ()
+    ]
     return diagnostics.step_record(experiment, groups, prompts, before, results) | signal
 
 
@@ -271,7 +295,10 @@ def refused(experiment: Experiment, error: NumericsError, members: list[PromptTr
     found = numerics.suspects(members, error.logprobs)
     path = experiment.workspace.numerics / f"step_{experiment.step:06d}_update_{number}.json"
     on_rank_zero(lambda: numerics.dump(path, error, members, found))
-    return NumericsError(f"step {experiment.step + 1}: {error}; {numerics.described(found)}. The mini-batch is in {path}", names=error.names)
+    return NumericsError(
+        f"step {experiment.step + 1}: {error}; {numerics.described(found)}. The mini-batch is in {path}",
+        names=error.names,
+    )
 
 
 def observe_traces(quality: TraceQuality, groups: list[PromptGroup], results: dict[str, tuple[float, int]]) -> None:
@@ -287,13 +314,17 @@ def observe_traces(quality: TraceQuality, groups: list[PromptGroup], results: di
 
 
 def mean_gap(record: dict[str, Any]) -> float | None:
-    """Mean magnitude of the step's privilege gaps, of passed and failed rollouts; None where no prompt was conditioned on its trace."""
+    """Mean magnitude of the step's privilege gaps, of passed and failed rollouts; None where no prompt was conditioned
+    on its trace.
+    """
     gaps = [abs(record[key]) for key in ("latent/gap_success", "latent/gap_failure") if record.get(key) is not None]
     return sum(gaps) / len(gaps) if gaps else None
 
 
 def spread(source: PromptTree, target: PromptTree, values: torch.Tensor) -> torch.Tensor:
-    """Carry per-rollout values of a prompt-only tree over to the same rollouts' prompt-only ranges in the full tree (0 elsewhere)."""
+    """Carry per-rollout values of a prompt-only tree over to the same rollouts' prompt-only ranges in the full tree (0
+    elsewhere).
+    """
     out = torch.zeros(target.tree.num_scored, dtype=values.dtype)
     for key, (start, end) in source.spans.items():
         if key in target.spans:

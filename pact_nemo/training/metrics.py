@@ -28,19 +28,32 @@ def _row(text: str, path: Path, number: int) -> dict[str, Any]:
         raise DataError(f"expected an object, found {type(row).__name__}; {remedy}", file=str(path), line=number)
     if row.get("stage") not in STAGES:
         raise DataError(
-            f"expected one of {', '.join(STAGES)}, found {row.get('stage')!r}; {remedy}", file=str(path), line=number, field="stage"
+            f"expected one of {', '.join(STAGES)}, found {row.get('stage')!r}; {remedy}",
+            file=str(path),
+            line=number,
+            field="stage",
         )
     if not isinstance(row.get("step"), int) or isinstance(row["step"], bool):
-        raise DataError(f"expected a step number, found {row.get('step')!r}; {remedy}", file=str(path), line=number, field="step")
+        raise DataError(
+            f"expected a step number, found {row.get('step')!r}; {remedy}", file=str(path), line=number, field="step"
+        )
     odd = next((key for key, value in row.items() if key != "stage" and not _is_reading(value)), None)
     if odd is not None:
-        raise DataError(f"expected a number or null, found {row[odd]!r:.60}; {remedy}", file=str(path), line=number, field=odd)
+        raise DataError(
+            f"expected a number or null, found {row[odd]!r:.60}; {remedy}", file=str(path), line=number, field=odd
+        )
     return row
 
 
 def _is_reading(value: Any) -> bool:
     """A number or null; no count is beyond 10^15, and no other whole number comes from a run."""
-    return value is None or isinstance(value, float) or isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**15
+    return (
+        value is None
+        or isinstance(value, float)
+        or isinstance(value, int)
+        and not isinstance(value, bool)
+        and abs(value) < 10**15
+    )
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -59,10 +72,14 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def check_finite(record: dict[str, Any]) -> None:
-    """Raises NumericsError naming the keys whose value is NaN or Inf. None is fine: nothing to divide by in that step."""
+    """Raises NumericsError naming the keys whose value is NaN or Inf. None is fine: nothing to divide by in that
+    step.
+    """
     broken = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
     if broken:
-        raise NumericsError(f"step {record.get('step')}: not finite: {', '.join(broken)}; nothing of this step was logged")
+        raise NumericsError(
+            f"step {record.get('step')}: not finite: {', '.join(broken)}; nothing of this step was logged"
+        )
 
 
 class MetricsLog:
@@ -70,9 +87,9 @@ class MetricsLog:
 
     Args:
         folder: run folder.
-        resume_from: finished (warm-up, RL) steps of the checkpoint that the run goes on from. Later records are dropped in one
-            atomic replacement, because their steps are about to be run again, and TensorBoard's files are written anew from the
-            kept ones. None for a new run.
+        resume_from: finished (warm-up, RL) steps of the checkpoint that the run goes on from. Later records are dropped
+            in one atomic replacement, because their steps are about to be run again, and TensorBoard's files are
+            written anew from the kept ones. None for a new run.
 
     Raises:
         DataError: on resume, ``metrics.jsonl`` holds a malformed line other than a torn last one.
@@ -111,6 +128,8 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
         self._board.close()

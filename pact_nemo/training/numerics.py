@@ -1,4 +1,6 @@
-"""When an update is refused because a number is NaN or Inf: which term, which sample, and everything needed to look at it again."""
+"""When an update is refused because a number is NaN or Inf: which term, which sample, and everything needed to look at
+it again.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def suspects(members: list[PromptTree], logprobs: list[torch.Tensor] | None) -> 
         logprobs: [S] of each of them, from the refused update's forward pass; None = not known.
 
     Returns:
-        ``task``, ``rollout`` (None: the trace), ``context``, ``what`` (``logprobs`` or a stream's name) and ``tokens``, how many.
+        ``task``, ``rollout`` (None: the trace), ``context``, ``what`` (``logprobs`` or a stream's name) and ``tokens``,
+        how many.
     """
     found = []
     for i, prompt in enumerate(members):
@@ -38,7 +41,15 @@ def suspects(members: list[PromptTree], logprobs: list[torch.Tensor] | None) -> 
                 count = int(broken[start:end].sum())
                 if count:
                     rollout = None if context == "sft" else k
-                    found.append({"task": prompt.group.task.id, "rollout": rollout, "context": context, "what": what, "tokens": count})
+                    found.append(
+                        {
+                            "task": prompt.group.task.id,
+                            "rollout": rollout,
+                            "context": context,
+                            "what": what,
+                            "tokens": count,
+                        }
+                    )
     return found
 
 
@@ -47,21 +58,31 @@ def described(found: list[dict[str, Any]]) -> str:
     if not found:
         return "all log-probs and streams of the batch are finite: the gradient overflowed on its way back"
     parts = [
-        f"{row['what']} of {row['task']}, " + (f"rollout {row['rollout']}, " if row["rollout"] is not None else "") + NAMES[row["context"]]
+        f"{row['what']} of {row['task']}, "
+        + (f"rollout {row['rollout']}, " if row["rollout"] is not None else "")
+        + NAMES[row["context"]]
         for row in found[:3]
     ]
     return "; ".join(parts) + (f"; {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def dump(path: Path, error: NumericsError, members: list[PromptTree], found: list[dict[str, Any]]) -> None:
-    """Write the refused mini-batch: what was broken, the suspects, and each prompt's tokens, spans and streams (not finite: as text)."""
+    """Write the refused mini-batch: what was broken, the suspects, and each prompt's tokens, spans and streams (not
+    finite: as text).
+    """
     prompts = []
     for i, prompt in enumerate(members):
         streams = {name: _plain(values) for name, values in prompt.tree.streams.items()}
         if error.logprobs is not None:
             streams["logprobs"] = _plain(error.logprobs[i])
-        segments = [{"token_ids": list(s.token_ids), "parent": s.parent, "scored": [int(flag) for flag in s.scored]} for s in prompt.tree.segments]
-        spans = [{"context": context, "rollout": k, "start": start, "end": end} for (context, k), (start, end) in prompt.spans.items()]
+        segments = [
+            {"token_ids": list(s.token_ids), "parent": s.parent, "scored": [int(flag) for flag in s.scored]}
+            for s in prompt.tree.segments
+        ]
+        spans = [
+            {"context": context, "rollout": k, "start": start, "end": end}
+            for (context, k), (start, end) in prompt.spans.items()
+        ]
         prompts.append({"task": prompt.group.task.id, "segments": segments, "spans": spans, "streams": streams})
     write_json_atomic(path, {"message": str(error), "broken": error.names, "suspects": found, "prompts": prompts})
 

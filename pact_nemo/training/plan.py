@@ -1,5 +1,5 @@
-"""The plan of a run, from its config and the model's ``config.json`` alone: ``--dry-run``, ``tools/plan.py``, and what the trainer compares
-itself with. Loads no weights; the formulas are in :mod:`pact_nemo.planning`."""
+"""The plan of a run, from its config and the model's ``config.json`` alone: ``--dry-run``, ``tools/plan.py``, and what
+the trainer compares itself with. Loads no weights; the formulas are in :mod:`pact_nemo.planning`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 def model_shape(config: Config) -> ModelShape:
     """Of the weights in ``model.path``; without one, of the recipe's model, or of the embedded one.
 
-    Raises ConfigError when ``model.path`` holds no readable ``config.json``, or one that the policy does not compute."""
+    Raises ConfigError when ``model.path`` holds no readable ``config.json``, or one that the policy does not compute.
+    """
     if config.model.path is None and config.model.recipe is not None:
         return ModelShape.from_hf(recipe(config.model.recipe).shape)
     if config.model.path is None:
@@ -34,12 +35,14 @@ def model_shape(config: Config) -> ModelShape:
 
 
 def expected_lengths(config: Config) -> Lengths:
-    """Where nobody has said better: prompts of 0.6 of their limit, responses of half of theirs (an eighth of a limit above 4,096 tokens), traces
-    as long as responses, and one response at its limit."""
+    """Where nobody has said better: prompts of 0.6 of their limit, responses of half of theirs (an eighth of a limit
+    above 4,096 tokens), traces as long as responses, and one response at its limit."""
     limit = config.rollout.sampling.max_response_tokens
     response = limit // 8 if limit > 4096 else limit // 2
     prompt = config.tasks.max_prompt_tokens or max(config.rollout.server.max_model_len - limit, 1)
-    return Lengths(prompt=int(0.6 * prompt), response=response, trace=min(config.traces.max_tokens, response), longest=limit)
+    return Lengths(
+        prompt=int(0.6 * prompt), response=response, trace=min(config.traces.max_tokens, response), longest=limit
+    )
 
 
 def step_work(config: Config, lengths: Lengths) -> StepWork:
@@ -68,9 +71,15 @@ def step_work(config: Config, lengths: Lengths) -> StepWork:
 
 
 def server_plan(config: Config, hardware: Hardware, shape: ModelShape) -> ServerPlan:
-    """Of the rollout side: one server, or those of ``rollout.server.url``. On a CPU it takes its weights and the cache that it was given."""
+    """Of the rollout side: one server, or those of ``rollout.server.url``. On a CPU it takes its weights and the cache
+    that it was given.
+    """
     server = config.rollout.server
-    count, width, share = len(server.url.split(",")) if server.url else 1, WIDTHS[server.dtype], server.gpu_memory_utilization
+    count, width, share = (
+        len(server.url.split(",")) if server.url else 1,
+        WIDTHS[server.dtype],
+        server.gpu_memory_utilization,
+    )
     if not hardware.cuda:
         share = (width * shape.parameters + (server.cpu_kv_cache_gib or 0) * GIB) / hardware.memory
     return ServerPlan(count, server.tensor_parallel_size, server.max_num_seqs, share, width)
@@ -88,7 +97,9 @@ def hardware_of(config: Config) -> Hardware:
     return this_cpu()
 
 
-def run_plan(config: Config, *, world: int | None = None, hardware: Hardware | None = None, lengths: Lengths | None = None) -> Plan:
+def run_plan(
+    config: Config, *, world: int | None = None, hardware: Hardware | None = None, lengths: Lengths | None = None
+) -> Plan:
     """Plan a step of ``config``; what is not given is the recipe's, this machine's, or :func:`expected_lengths`.
 
     Raises:
@@ -130,9 +141,13 @@ def describe(plan: Plan) -> list[str]:
     lines.append("host memory per process")
     lines += [f"  {name:<32}{value / GIB:8.2f} GiB" for name, value in memory.host.items() if value]
     lines.append(
-        f"time of a step: mean prompt {lengths.prompt:,}, response {lengths.response:,} (longest {lengths.longest:,}), trace {lengths.trace:,} tokens"
+        f"time of a step: mean prompt {lengths.prompt:,}, response {lengths.response:,} (longest {lengths.longest:,}),"
+        f" trace {lengths.trace:,} tokens"
     )
-    lines += [f"  {name:<32}{value:8.1f} s{'   <- bottleneck' if name == plan.bottleneck else ''}" for name, value in plan.phases.items()]
+    lines += [
+        f"  {name:<32}{value:8.1f} s{'   <- bottleneck' if name == plan.bottleneck else ''}"
+        for name, value in plan.phases.items()
+    ]
     lines.append(f"  {'step':<32}{plan.step:8.1f} s; a checkpoint takes {plan.checkpoint:.1f} s more")
     return lines
 
@@ -140,7 +155,10 @@ def describe(plan: Plan) -> list[str]:
 def brief(plan: Plan) -> str:
     """A plan in one line."""
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in plan.phases.items())
-    return f"plan ({plan.hardware.name}): {plan.memory.trainer / GIB:.1f} GiB for the trainer; a step {plan.step:.0f} s: {seconds}"
+    return (
+        f"plan ({plan.hardware.name}): {plan.memory.trainer / GIB:.1f} GiB for the trainer; a step {plan.step:.0f} s:"
+        f" {seconds}"
+    )
 
 
 def compare_with(plan: dict[str, Any], seconds: dict[str, float], steps: int, peak_bytes: dict[str, int]) -> list[str]:
@@ -160,7 +178,11 @@ def compare_with(plan: dict[str, Any], seconds: dict[str, float], steps: int, pe
         if steps and seconds.get(name)
     ]
     if peak_bytes.get("trainer"):
-        total = plan["total_gib"] - plan["server_gib"] + sum(plan["memory_host_gib"].values()) * (plan["hardware"] == "this CPU")
+        total = (
+            plan["total_gib"]
+            - plan["server_gib"]
+            + sum(plan["memory_host_gib"].values()) * (plan["hardware"] == "this CPU")
+        )
         lines.append(f"trainer memory: {peak_bytes['trainer'] / GIB:.1f} GiB, planned {total:.1f} GiB")
     return lines
 
@@ -180,10 +202,13 @@ def _length(config: Config) -> str:
     step = f"{trainer.batch_size} prompts x {config.objective.group_size} rollouts"
     if trainer.steps is None:
         return (
-            f"{trainer.epochs} epochs of floor(training tasks / {trainer.batch_size}) steps, known once the tasks are read; a step: {step} "
-            f"= {episodes:,} episodes, {updates} optimizer updates"
+            f"{trainer.epochs} epochs of floor(training tasks / {trainer.batch_size}) steps, known once the tasks are"
+            f" read; a step: {step} = {episodes:,} episodes, {updates} optimizer updates"
         )
-    return f"{trainer.steps} steps x {step} = {trainer.steps * episodes:,} episodes, {trainer.steps * updates} optimizer updates"
+    return (
+        f"{trainer.steps} steps x {step} = {trainer.steps * episodes:,} episodes, {trainer.steps * updates} optimizer"
+        " updates"
+    )
 
 
 def describe_plan(config: Config) -> str:
@@ -196,22 +221,29 @@ def describe_plan(config: Config) -> str:
     name = config.model.path or (scale.model if scale is not None else "embedded SmolLM2-135M-Instruct")
     lines = [
         "plan",
-        f"  model      {name}: {shape.parameters / 1e6:,.0f} M parameters, "
-        f"vocabulary {shape.vocab:,}",
-        f"  layout     {world} process(es): TP {policy.tensor_parallel} x PP {policy.pipeline_parallel} x CP {policy.context_parallel} "
-        f"x DP {world // split if world % split == 0 else '?'}, precision {policy.precision}",
+        f"  model      {name}: {shape.parameters / 1e6:,.0f} M parameters, vocabulary {shape.vocab:,}",
+        (
+            f"  layout     {world} process(es): TP {policy.tensor_parallel} x PP {policy.pipeline_parallel} x CP"
+            f" {policy.context_parallel} x DP {world // split if world % split == 0 else '?'}, precision"
+            f" {policy.precision}"
+        ),
         f"  tasks      {_tasks(config)}",
     ]
     if config.warmup.steps:
         lines.append(f"  warm-up    {config.warmup.steps} SFT steps of {config.warmup.batch_size} traces")
     lines += [
         f"  training   method {config.objective.method}: {_length(config)}",
-        "  evaluation " + ", ".join(name for name, on in (("before", config.evaluation.before), ("after", config.evaluation.after)) if on)
+        "  evaluation "
+        + ", ".join(
+            name for name, on in (("before", config.evaluation.before), ("after", config.evaluation.after)) if on
+        )
         + f"; at most {evaluation_limits(config).max_turns_per_user_turn} assistant turns after a user turn"
         + (" (the benchmark's own limit)" if config.evaluation.max_turns_per_user_turn is None else ""),
     ]
     if world % split:
-        return "\n".join([*lines, f"note: {world} process(es) can't hold TP x PP x CP = {split}; start a multiple of {split}"])
+        return "\n".join(
+            [*lines, f"note: {world} process(es) can't hold TP x PP x CP = {split}; start a multiple of {split}"]
+        )
     if scale is not None:
         lines.append(f"  hardware   {scale.nodes} node(s) x {scale.gpus_per_node} GPU(s) of {scale.gpu_gib} GB")
     lines += describe(run_plan(config, world=world))

@@ -1,4 +1,6 @@
-"""What can be known before anything is started: of the model folder and its layout, and for ``--dry-run`` of tasks and traces as well."""
+"""What can be known before anything is started: of the model folder and its layout, and for ``--dry-run`` of tasks and
+traces as well.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,25 @@ from pact_nemo.training.config import Config, settled
 from pact_nemo.training.data import build_dataset, build_environment, check_batches, check_server_length, load_tasks
 from pact_nemo.training.plan import model_shape
 
-READ_BYTES = 4 << 30  #: of weights that are looked through before a run; more of them take longer than a refusal at the load costs
+READ_BYTES = (
+    4 << 30
+)  #: of weights that are looked through before a run; more of them take longer than a refusal at the load costs
 
 
 def preflight(config: Config, world: int | None = None) -> ChatFormat | None:
-    """Refuse a ``model.path`` that could not be trained on as it is, and a layout that its model can't be cut into. On one rank only.
+    """Refuse a ``model.path`` that could not be trained on as it is, and a layout that its model can't be cut into. On
+    one rank only.
 
-    Reads file headers, the tokenizer, and the weights where they are few: a large folder's are checked as the policy loads them. Without a
-    path (the embedded model, or a recipe that is only explained) the layout is all that there is to check.
+    Reads file headers, the tokenizer, and the weights where they are few: a large folder's are checked as the policy
+    loads them. Without a path (the embedded model, or a recipe that is only explained) the layout is all that there is
+    to check.
 
     Args:
         world: ranks of the job; None: a dry run, which may be on one process.
 
     Raises:
-        ConfigError: the architecture, a setting of it, the tokenizer, the chat template, the layout or the server's length is not supported.
+        ConfigError: the architecture, a setting of it, the tokenizer, the chat template, the layout or the server's
+            length is not supported.
         CheckpointError: the folder's tensors are not those of its model, or not finite.
     """
     check_layout(config, world)
@@ -53,7 +60,8 @@ def preflight(config: Config, world: int | None = None) -> ChatFormat | None:
 
 
 def check_layout(config: Config, world: int | None) -> None:
-    """Refuse a ``policy`` that the model can't be cut into, a server's likewise, and one that this job's ranks or this machine can't have.
+    """Refuse a ``policy`` that the model can't be cut into, a server's likewise, and one that this job's ranks or this
+    machine can't have.
 
     Args:
         world: ranks of the job; None: not known, and neither is its machine.
@@ -69,7 +77,9 @@ def check_layout(config: Config, world: int | None) -> None:
         found += _server_problems(shape, server.tensor_parallel_size)
     fp8 = policy.resolved_fp8(capability=devices.compute_capability(), has_te=devices.has_transformer_engine())
     if fp8 is not None and 2 * policy.fp8_bf16_layers >= shape.layers:
-        found.append(f"policy.fp8_bf16_layers={policy.fp8_bf16_layers} at each end leaves none of {shape.layers} layers in FP8")
+        found.append(
+            f"policy.fp8_bf16_layers={policy.fp8_bf16_layers} at each end leaves none of {shape.layers} layers in FP8"
+        )
     if found:
         model = "the embedded model" if config.model.recipe is None else f"the model of recipe {config.model.recipe}"
         where = model if config.model.path is None else str(Path(config.model.path) / "config.json")
@@ -79,7 +89,8 @@ def check_layout(config: Config, world: int | None) -> None:
 
 
 def check_room(config: Config) -> None:
-    """Refuse a run whose weights and checkpoints have no room on their disks. Not for a resumed run, whose disk holds most of them already.
+    """Refuse a run whose weights and checkpoints have no room on their disks. Not for a resumed run, whose disk holds
+    most of them already.
 
     Raises:
         ConfigError: names the setting of the folder, what is needed and what is free.
@@ -89,8 +100,15 @@ def check_room(config: Config) -> None:
     reference = config.warmup.steps > 0 and config.objective.kl_coef > 0
     own = disk.checkpoint_bytes(parameters, precision, config.trainer.keep_checkpoints)
     own += disk.final_bytes(parameters, precision, reference=reference)
-    exports = disk.export_bytes(parameters, rollout.export_dtype, rollout.keep_exports) if config.trainer.replay is None else 0.0
-    needs = {"run.root": (config.run.root, own), "rollout.exports_dir": (rollout.exports_dir or config.run.root, exports)}
+    exports = (
+        disk.export_bytes(parameters, rollout.export_dtype, rollout.keep_exports)
+        if config.trainer.replay is None
+        else 0.0
+    )
+    needs = {
+        "run.root": (config.run.root, own),
+        "rollout.exports_dir": (rollout.exports_dir or config.run.root, exports),
+    }
     by_disk: dict[int, list[str]] = {}
     for key, (folder, _) in needs.items():
         by_disk.setdefault(machine.disk_of(folder), []).append(key)
@@ -99,15 +117,20 @@ def check_room(config: Config) -> None:
         if needed > free:
             where, gib = needs[keys[0]][0], 2**30
             raise ConfigError(
-                f"{keys[0]}={where}: the run's weights and checkpoints take {needed / gib:.1f} GiB there, {free / gib:.1f} GiB are free; make "
-                "room, lower trainer.keep_checkpoints or rollout.keep_exports, or set run.root or rollout.exports_dir to another disk"
+                f"{keys[0]}={where}: the run's weights and checkpoints take {needed / gib:.1f} GiB there,"
+                f" {free / gib:.1f} GiB are free; make room, lower trainer.keep_checkpoints or rollout.keep_exports, or"
+                " set run.root or rollout.exports_dir to another disk"
             )
 
 
 def _server_problems(shape: ModelShape, ranks: int) -> list[str]:
     """Why vLLM can't split this model. It repeats key and value heads where there are fewer than ranks."""
     key = f"rollout.server.tensor_parallel_size={ranks}"
-    found = [] if shape.heads % ranks == 0 else [f"{shape.heads} attention heads can't be split over {key} (it has to divide num_attention_heads)"]
+    found = (
+        []
+        if shape.heads % ranks == 0
+        else [f"{shape.heads} attention heads can't be split over {key} (it has to divide num_attention_heads)"]
+    )
     if shape.kv_heads % ranks and ranks % shape.kv_heads:
         found.append(f"{shape.kv_heads} key/value heads can't be split over {key} (one has to divide the other)")
     return found
@@ -128,7 +151,8 @@ def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[
     Traces that the run makes from recorded sub-answers (FTRL, ToolHop) are not made: that takes calls by the thousand.
 
     Args:
-        chat: of the model folder; None: the embedded model's is taken. A recipe without ``model.path`` has no tokenizer: no data is read.
+        chat: of the model folder; None: the embedded model's is taken. A recipe without ``model.path`` has no
+            tokenizer: no data is read.
 
     Returns:
         The config with its length in steps, and lines that say what was found.
@@ -149,12 +173,18 @@ def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[
         else:
             warmup_tasks = None
             train, held_out, dropped = load_tasks(config, environment, chat, quarantine)
-            notes.append(f"{len(train)} training tasks, {len(held_out)} held-out tasks; left out: {dropped}; a run makes their traces at its start")
+            notes.append(
+                f"{len(train)} training tasks, {len(held_out)} held-out tasks; left out: {dropped}; a run makes their"
+                " traces at its start"
+            )
     finally:
         environment.close()
     check_batches(config, train, warmup_tasks)
     if len(quarantine):
-        notes.append(f"{len(quarantine)} bad rows would be left out ({quarantine.by_file()}), the first one: {quarantine.rows[0].error}")
+        notes.append(
+            f"{len(quarantine)} bad rows would be left out ({quarantine.by_file()}), the first one:"
+            f" {quarantine.rows[0].error}"
+        )
     return settled(config, len(train)), notes
 
 
@@ -168,8 +198,8 @@ def _embedded_chat_format(config: Config) -> ChatFormat:
 
 
 def check_served_folder(path: Path, tokenizer: Any) -> None:
-    """Refuse a folder that a server would start from and answer wrongly: its files contradict each other, or its tokenizer is larger than the model.
-    Any architecture will do, for it is served and not trained.
+    """Refuse a folder that a server would start from and answer wrongly: its files contradict each other, or its
+    tokenizer is larger than the model. Any architecture will do, for it is served and not trained.
 
     Raises:
         ConfigError, CheckpointError: the message names the file, or the token.
@@ -180,11 +210,14 @@ def check_served_folder(path: Path, tokenizer: Any) -> None:
         rows = config["vocab_size"] if "vocab_size" in config else config["text_config"]["vocab_size"]
         check_token_ids(path, tokenizer, int(rows))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path / 'config.json'} says no vocab_size that can be read ({error!r}); copy that folder again") from error
+        raise ConfigError(
+            f"{path / 'config.json'} says no vocab_size that can be read ({error!r}); copy that folder again"
+        ) from error
 
 
 def check_token_ids(path: Path, tokenizer: Any, rows: int) -> None:
-    """Refuse a folder whose tokenizer or settings have token ids that the embedding has no row for. Fewer ids than rows are fine (padding).
+    """Refuse a folder whose tokenizer or settings have token ids that the embedding has no row for. Fewer ids than rows
+    are fine (padding).
 
     Args:
         tokenizer: of that folder.
@@ -193,12 +226,17 @@ def check_token_ids(path: Path, tokenizer: Any, rows: int) -> None:
     Raises:
         ConfigError: names a token, its id and the rows.
     """
-    remedy = "give the model rows for it (resize_token_embeddings, then train them) or take the token out of the tokenizer"
+    remedy = (
+        "give the model rows for it (resize_token_embeddings, then train them) or take the token out of the tokenizer"
+    )
     beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
     if beyond:
         index, token = beyond[0]
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
-        raise ConfigError(f"{path}: the tokenizer has {token!r} as id {index}{more}, the model has {rows} rows (ids 0 to {rows - 1}); {remedy}")
+        raise ConfigError(
+            f"{path}: the tokenizer has {token!r} as id {index}{more}, the model has {rows} rows (ids 0 to {rows - 1});"
+            f" {remedy}"
+        )
     for name in ("config.json", "generation_config.json"):
         try:
             settings = strict_json.loads((path / name).read_text(encoding="utf-8"))
@@ -213,4 +251,6 @@ def check_token_ids(path: Path, tokenizer: Any, rows: int) -> None:
             strange = next((item for item in ids if isinstance(item, int) and item >= rows), None)
             if strange is not None:
                 shown = f"{path / name}: {key}={json.dumps(value)}"
-                raise ConfigError(f"{shown}: the model has {rows} rows (ids 0 to {rows - 1}) and none for {strange}; change that key")
+                raise ConfigError(
+                    f"{shown}: the model has {rows} rows (ids 0 to {rows - 1}) and none for {strange}; change that key"
+                )

@@ -70,14 +70,16 @@ class Phase:
         self._owner.show(self._task, done, self.total, text)
         if self._owner.plain and now - self._said >= PLAIN_INTERVAL_S:
             self._said = now
-            self._owner.message(f"{self.name}: {done}" + (f"/{self.total}" if self.total else "") + (f" · {text}" if text else ""))
+            self._owner.message(
+                f"{self.name}: {done}" + (f"/{self.total}" if self.total else "") + (f" · {text}" if text else "")
+            )
 
 
 class RunProgress:
     """Terminal progress of one run: bars on a terminal, plain lines elsewhere.
 
-    The remaining time of the run is learnt from finished steps: mean seconds of the last five, times the steps that are left, plus the
-    seconds that the latest evaluation took for the one after training.
+    The remaining time of the run is learnt from finished steps: mean seconds of the last five, times the steps that are
+    left, plus the seconds that the latest evaluation took for the one after training.
 
     Args:
         total_steps: RL steps of the whole run, resumed ones included.
@@ -124,7 +126,9 @@ class RunProgress:
                 self._bars = None
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bars is not None:
             with suppress(Exception) if self._lost else self._unharmed():  # half drawn, rich may stumble over itself
                 self._bars.stop()
@@ -134,13 +138,16 @@ class RunProgress:
     def phase(self, name: str, total: int | None = None, *, brief: bool = False) -> Iterator[Phase]:
         """A named stretch of work with ``total`` units, or an unknown number of them. Phases may be nested.
 
-        A ``brief`` one (a part of a step) is announced without a terminal only when nothing was said for ``PLAIN_INTERVAL_S``.
+        A ``brief`` one (a part of a step) is announced without a terminal only when nothing was said for
+        ``PLAIN_INTERVAL_S``.
         """
         beat(name)
         task = None
         if self._bars is not None:
             with self._unharmed():
-                task = self._bars.add_task(name, total=total, count=f"0/{total}" if total else "", note=self.remaining())
+                task = self._bars.add_task(
+                    name, total=total, count=f"0/{total}" if total else "", note=self.remaining()
+                )
         elif total != 0 and not (brief and self.now() - self._spoke < PLAIN_INTERVAL_S):
             left = self.remaining()
             self.message(name + (f" ({total})" if total else "") + (f" · {left}" if left else ""))
@@ -163,18 +170,24 @@ class RunProgress:
                 self._bars.update(task, completed=done, note=note, count=f"{done}/{total}" if total else str(done))
 
     def message(self, text: str) -> None:
-        """A line that stays, with the time since the start; into the log, too. A terminal that is gone or a full disk behind it ends no run."""
+        """A line that stays, with the time since the start; into the log, too. A terminal that is gone or a full disk
+        behind it ends no run.
+        """
         if self.enabled:
             self._spoke = self.now()
             if self.log is not None:
                 self.log.write(text)
             with self._unharmed():
-                self._console.print(f"[{duration(self.now() - self._started)}] {text}", markup=False, highlight=False, soft_wrap=True)
+                self._console.print(
+                    f"[{duration(self.now() - self._started)}] {text}", markup=False, highlight=False, soft_wrap=True
+                )
                 sys.stdout.flush()
 
     @contextmanager
     def _unharmed(self) -> Iterator[None]:
-        """What the terminal does to us is said once, in the log. (rich turns a broken pipe into SystemExit, and is quiet from then on.)"""
+        """What the terminal does to us is said once, in the log. (rich turns a broken pipe into SystemExit, and is
+        quiet from then on.)
+        """
         try:
             yield
         except (OSError, ValueError, SystemExit) as error:
@@ -192,7 +205,9 @@ class RunProgress:
 
     def step_line(self, record: dict[str, Any]) -> None:
         """The line of one finished step; values that are absent or None are left out."""
-        parts = [f"{record['stage']} step {record['step']}" + (f"/{self.total_steps}" if record["stage"] == "rl" else "")]
+        parts = [
+            f"{record['stage']} step {record['step']}" + (f"/{self.total_steps}" if record["stage"] == "rl" else "")
+        ]
         for key, label, form in _COLUMNS:
             value = record.get(key)
             if value is not None and math.isfinite(value):

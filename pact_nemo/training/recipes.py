@@ -1,8 +1,9 @@
-"""Recipes at scale: model, hardware, layout and precision, one small function each; the benchmark's own settings come from ``conf/pact_*.yaml``.
+"""Recipes at scale: model, hardware, layout and precision, one small function each; the benchmark's own settings come
+from ``conf/pact_*.yaml``.
 
-A recipe's name says model, GPUs, hardware and precision. ``--recipe NAME`` lays it between the benchmark's file and the command line. What is not
-said here is the paper's setting (table 5), the default of ``training/config.py``. Every layout fits its hardware by the plan
-(``--dry-run``); the tests hold it to that.
+A recipe's name says model, GPUs, hardware and precision. ``--recipe NAME`` lays it between the benchmark's file and the
+command line. What is not said here is the paper's setting (table 5), the default of ``training/config.py``. Every
+layout fits its hardware by the plan (``--dry-run``); the tests hold it to that.
 """
 
 from __future__ import annotations
@@ -67,14 +68,32 @@ class Recipe:
         """As a settings file would say it."""
         return {
             "model": {"tool_format": self.tool_format},
-            "rollout": {"server": {**dataclasses.asdict(self.server), "dtype": "bfloat16", "request_timeout_s": LONGEST_REQUEST_S}},
+            "rollout": {
+                "server": {
+                    **dataclasses.asdict(self.server),
+                    "dtype": "bfloat16",
+                    "request_timeout_s": LONGEST_REQUEST_S,
+                }
+            },
             "policy": dataclasses.asdict(self.policy),
-            "objective": {"entropy_coef": 0.001, "dual_clip": 3.0},  # of the public scripts that the paper's runs build on
+            "objective": {
+                "entropy_coef": 0.001,
+                "dual_clip": 3.0,
+            },  # of the public scripts that the paper's runs build on
         }
 
 
 def _shape(
-    kind: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, tied: bool, positions: int, **more: int
+    kind: str,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    ffn: int,
+    vocab: int,
+    tied: bool,
+    positions: int,
+    **more: int,
 ) -> dict[str, Any]:
     return {
         "model_type": kind,
@@ -92,8 +111,17 @@ def _shape(
 
 
 def _bf16(**layout: Any) -> PolicyConfig:
-    """bf16 with fp32 gradients and main weights, every layer recomputed, optimizer state sharded over the data-parallel ranks."""
-    return PolicyConfig(precision="bf16", recompute="full", distributed_optimizer=True, overlap_grad_reduce=True, logprob_chunk=1024, **layout)
+    """bf16 with fp32 gradients and main weights, every layer recomputed, optimizer state sharded over the data-parallel
+    ranks.
+    """
+    return PolicyConfig(
+        precision="bf16",
+        recompute="full",
+        distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        logprob_chunk=1024,
+        **layout,
+    )
 
 
 def qwen3_0p6b_1xh100_bf16() -> Recipe:
@@ -106,7 +134,9 @@ def qwen3_0p6b_1xh100_bf16() -> Recipe:
         gpus_per_node=1,
         gpu_gib=80,
         policy=_bf16(micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=1, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=128),
+        server=ServerShare(
+            tensor_parallel_size=1, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=128
+        ),
     )
 
 
@@ -121,7 +151,9 @@ def qwen3_1p7b_4xh100_bf16() -> Recipe:
         gpus_per_node=4,
         gpu_gib=80,
         policy=_bf16(micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=1, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=128),
+        server=ServerShare(
+            tensor_parallel_size=1, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=128
+        ),
     )
 
 
@@ -136,7 +168,9 @@ def qwen3_4b_4xh100_bf16() -> Recipe:
         gpus_per_node=4,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=2, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=1, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        server=ServerShare(
+            tensor_parallel_size=1, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=64
+        ),
     )
 
 
@@ -150,7 +184,9 @@ def qwen3_8b_8xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=4, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=2, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        server=ServerShare(
+            tensor_parallel_size=2, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=64
+        ),
     )
 
 
@@ -164,7 +200,9 @@ def qwen3_14b_8xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=8, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=4, gpu_memory_utilization=0.3, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        server=ServerShare(
+            tensor_parallel_size=4, gpu_memory_utilization=0.3, max_model_len=PAPER_LENGTH, max_num_seqs=64
+        ),
     )
 
 
@@ -178,7 +216,9 @@ def qwen3_32b_16xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=8, pipeline_parallel=2, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=8, gpu_memory_utilization=0.25, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        server=ServerShare(
+            tensor_parallel_size=8, gpu_memory_utilization=0.25, max_model_len=PAPER_LENGTH, max_num_seqs=64
+        ),
     )
 
 
@@ -192,7 +232,9 @@ def qwen2p5_72b_64xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=8, pipeline_parallel=4, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=8, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        server=ServerShare(
+            tensor_parallel_size=8, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=64
+        ),
     )
 
 
@@ -206,12 +248,16 @@ def llama3p1_70b_64xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=8, pipeline_parallel=4, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=8, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        server=ServerShare(
+            tensor_parallel_size=8, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=64
+        ),
     )
 
 
 def llama3p1_70b_64xh100_fp8() -> Recipe:
-    """FP8 in the update and in the scoring that its ratios are taken against, first and last layer in bf16. Hopper has block scales."""
+    """FP8 in the update and in the scoring that its ratios are taken against, first and last layer in bf16. Hopper has
+    block scales.
+    """
     return dataclasses.replace(
         llama3p1_70b_64xh100_bf16(),
         name="llama3p1_70b_64xh100_fp8",
@@ -220,19 +266,36 @@ def llama3p1_70b_64xh100_fp8() -> Recipe:
 
 
 def qwen3_30b_a3b_16xh100_bf16() -> Recipe:
-    """A mixture of experts: 128, 8 a token. A pipeline stage a node, so that tokens travel to their experts within it."""
+    """A mixture of experts: 128, 8 a token. A pipeline stage a node, so that tokens travel to their experts within
+    it.
+    """
     return Recipe(
         name="qwen3_30b_a3b_16xh100_bf16",
         model="Qwen/Qwen3-30B-A3B",
         shape=_shape(
-            "qwen3_moe", 48, 2048, 32, 4, 6144, 151936, False, QWEN_POSITIONS, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768
+            "qwen3_moe",
+            48,
+            2048,
+            32,
+            4,
+            6144,
+            151936,
+            False,
+            QWEN_POSITIONS,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
         ),
         tool_format="hermes",
         nodes=2,
         gpus_per_node=8,
         gpu_gib=80,
-        policy=_bf16(tensor_parallel=4, pipeline_parallel=2, expert_parallel=8, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=4, gpu_memory_utilization=0.35, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        policy=_bf16(
+            tensor_parallel=4, pipeline_parallel=2, expert_parallel=8, sequence_parallel=True, micro_batch_tokens=32768
+        ),
+        server=ServerShare(
+            tensor_parallel_size=4, gpu_memory_utilization=0.35, max_model_len=PAPER_LENGTH, max_num_seqs=64
+        ),
     )
 
 

@@ -18,7 +18,9 @@ def task_view(task: Task) -> dict[str, Any]:
         "category": task.category,
         "tags": list(task.tags),
         "user_turns": [list(turn) for turn in task.user_turns],
-        "reference_calls": [[{"name": c.name, "arguments": c.arguments} for c in turn] for turn in task.reference_calls],
+        "reference_calls": [
+            [{"name": c.name, "arguments": c.arguments} for c in turn] for turn in task.reference_calls
+        ],
     }
 
 
@@ -36,7 +38,13 @@ def dump_step(path: Path, groups: list[PromptGroup], *, keep: int = 0) -> None:
         view = task_view(group.task)
         for rollout, rewards, advantages in zip(group.rollouts, group.rewards, group.advantages, strict=True):
             rows.append(
-                rollout.to_dict() | {"rewards": rewards.tolist(), "advantages": advantages.tolist(), "anchored": group.anchored, "task": view}
+                rollout.to_dict()
+                | {
+                    "rewards": rewards.tolist(),
+                    "advantages": advantages.tolist(),
+                    "anchored": group.anchored,
+                    "task": view,
+                }
             )
     _write(path, rows)
     for old in sorted(path.parent.glob("step_*.jsonl"))[:-keep] if keep else []:
@@ -46,5 +54,8 @@ def dump_step(path: Path, groups: list[PromptGroup], *, keep: int = 0) -> None:
 def dump_evaluation(path: Path, tasks: list[Task], rollouts: list[Rollout], rewards: list[list[float]]) -> None:
     """Held-out episodes, in the same form as training rollouts (no advantages)."""
     views = {task.id: task_view(task) for task in tasks}
-    rows = [r.to_dict() | {"rewards": w, "advantages": [], "task": views[r.task_id]} for r, w in zip(rollouts, rewards, strict=True)]
+    rows = [
+        r.to_dict() | {"rewards": w, "advantages": [], "task": views[r.task_id]}
+        for r, w in zip(rollouts, rewards, strict=True)
+    ]
     _write(path, rows)

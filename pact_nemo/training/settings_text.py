@@ -1,7 +1,7 @@
 """Settings read from YAML and from command-line words: what a field of text gets is the text that stands there.
 
-YAML gives each plain word a type of its own before anybody asks for the field: ``2024_01`` is the number 202401, ``no`` is False, ``1e3`` is 1000.0,
-and ``12:30`` is 750. Here the schema's type of the field decides first.
+YAML gives each plain word a type of its own before anybody asks for the field: ``2024_01`` is the number 202401, ``no``
+is False, ``1e3`` is 1000.0, and ``12:30`` is 750. Here the schema's type of the field decides first.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf._yaml import get_yaml_loader  # OmegaConf's own: no duplicate keys, no timestamps, floats as JSON has them, a limit on aliases
+from omegaconf._yaml import (
+    get_yaml_loader,
+)  # OmegaConf's own: no duplicate keys, no timestamps, floats as JSON has them, a limit on aliases
 
 from pact_nemo.errors import ConfigError
 
 _STRING, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 _NULLS = ("null", "Null", "NULL", "~")
-_OCTAL_OR_SEXAGESIMAL = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")  # YAML 1.1's, which nobody means
+_OCTAL_OR_SEXAGESIMAL = re.compile(
+    r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)"
+)  # YAML 1.1's, which nobody means
 
 
 def load_yaml(path: Path, schema: type) -> DictConfig | ListConfig:
@@ -39,7 +43,8 @@ def load_yaml(path: Path, schema: type) -> DictConfig | ListConfig:
 
 
 def load_word(word: str, schema: type) -> DictConfig:
-    """One ``key=value`` word of a command line. The value of a text field is what is typed, without outer quotes; other values are YAML.
+    """One ``key=value`` word of a command line. The value of a text field is what is typed, without outer quotes; other
+    values are YAML.
 
     ``null``, ``~`` and nothing at all clear a field that may be None.
 
@@ -50,7 +55,9 @@ def load_word(word: str, schema: type) -> DictConfig:
     key, _, text = word.partition("=")
     kind = _field(schema, [part for part in re.split(r"[.\[\]]", key) if part])
     config = OmegaConf.create({})
-    OmegaConf.update(config, key, _text_word(text, kind) if _is_text(kind) else _construct(text, kind, f"command line {word!r}"))
+    OmegaConf.update(
+        config, key, _text_word(text, kind) if _is_text(kind) else _construct(text, kind, f"command line {word!r}")
+    )
     return config
 
 
@@ -77,7 +84,9 @@ def _construct(text: str, kind: Any, where: str) -> Any:
 
 
 def _as_written(node: yaml.Node, kind: Any, where: str, key: str, known: dict[tuple[int, str], yaml.Node]) -> yaml.Node:
-    """The node with plain words tagged as texts where the schema has a text. Nodes that aliases share are rebuilt once for each type."""
+    """The node with plain words tagged as texts where the schema has a text. Nodes that aliases share are rebuilt once
+    for each type.
+    """
     place = (id(node), repr(kind))
     if place in known:
         return known[place]
@@ -89,13 +98,22 @@ def _as_written(node: yaml.Node, kind: Any, where: str, key: str, known: dict[tu
         if node.tag != _NULL:
             found = yaml.ScalarNode(_STRING, node.value, node.start_mark, node.end_mark, node.style)
     elif _is_number(kind):
-        if isinstance(node, yaml.ScalarNode) and not (node.style or "").strip() and _OCTAL_OR_SEXAGESIMAL.fullmatch(node.value):
+        if (
+            isinstance(node, yaml.ScalarNode)
+            and not (node.style or "").strip()
+            and _OCTAL_OR_SEXAGESIMAL.fullmatch(node.value)
+        ):
             found = yaml.ScalarNode(_STRING, node.value, node.start_mark, node.end_mark, node.style)
     elif isinstance(node, yaml.MappingNode):
-        pairs = [(name, _as_written(value, _of_key(kind, name), where, f"{key}.{name.value}".lstrip("."), known)) for name, value in node.value]
+        pairs = [
+            (name, _as_written(value, _of_key(kind, name), where, f"{key}.{name.value}".lstrip("."), known))
+            for name, value in node.value
+        ]
         found = yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark, node.flow_style)
     elif isinstance(node, yaml.SequenceNode):
-        item = kind if dataclasses.is_dataclass(kind) else next(iter(typing.get_args(_without_none(kind))), Any)  # `<<: [*a, *b]`
+        item = (
+            kind if dataclasses.is_dataclass(kind) else next(iter(typing.get_args(_without_none(kind))), Any)
+        )  # `<<: [*a, *b]`
         items = [_as_written(value, item, where, f"{key}[{i}]", known) for i, value in enumerate(node.value)]
         found = yaml.SequenceNode(node.tag, items, node.start_mark, node.end_mark, node.flow_style)
     known[place] = found
@@ -108,7 +126,9 @@ def _of_key(kind: Any, name: yaml.Node) -> Any:
     if name.tag == "tag:yaml.org,2002:merge":
         return kind
     if dataclasses.is_dataclass(kind):
-        return _hints(typing.cast(Any, kind)).get(name.value, list[str] if name.value == "defaults" else Any)  # parents' names; a field of no section
+        return _hints(typing.cast(Any, kind)).get(
+            name.value, list[str] if name.value == "defaults" else Any
+        )  # parents' names; a field of no section
     arguments = typing.get_args(kind)
     return arguments[1] if typing.get_origin(kind) is dict and len(arguments) == 2 else Any
 

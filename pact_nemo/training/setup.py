@@ -32,7 +32,9 @@ from pact_nemo.training.workspace import Workspace
 
 @contextmanager
 def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
-    """Build everything, start the rollout server, restore a checkpoint when resuming; stop and release it all at the end, however it ends."""
+    """Build everything, start the rollout server, restore a checkpoint when resuming; stop and release it all at the
+    end, however it ends.
+    """
     started = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(guarded_output())
@@ -46,7 +48,9 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
         stack.callback(run_log.close)
         stack.push(lambda kind, error, trace: _note_end(run_log, error))
         stack.enter_context(on_loss(lambda text: run_log.write(f"rank {rank()}: {text}; the run goes on")))
-        progress = stack.enter_context(RunProgress(total_steps=config.trainer.steps or 0, enabled=rank() == 0, log=run_log))
+        progress = stack.enter_context(
+            RunProgress(total_steps=config.trainer.steps or 0, enabled=rank() == 0, log=run_log)
+        )
         progress.message(f"run folder {folder}")
         with progress.phase("set-up"):
             on_rank_zero(space.check_exports)
@@ -63,7 +67,10 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
                 dataset = build_dataset(config, environment, chat, note=progress.message, quarantine=quarantine)
             finally:  # also where too little is left to train on: the file says why
                 if rank() == 0 and (bad := quarantine.write(space.folder)) is not None:
-                    progress.message(f"{len(quarantine)} bad rows were left out ({quarantine.by_file()}), kept with their errors in {bad}")
+                    progress.message(
+                        f"{len(quarantine)} bad rows were left out ({quarantine.by_file()}), kept with their errors in"
+                        f" {bad}"
+                    )
             config = _settle(config, space, dataset, progress)
             check_batches(config, dataset.train, dataset.warmup_tasks(config.warmup.max_tasks))
             if rank() == 0:
@@ -71,15 +78,20 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
             generator = Generator(config, chat, environment, progress, space.server_log)
             stack.callback(generator.close)
             generator.check = stop.raise_if_set
-            on_rank_zero(lambda: generator.launch(served_path(config, source)))  # loads in the background while the policy is built
+            on_rank_zero(
+                lambda: generator.launch(served_path(config, source))
+            )  # loads in the background while the policy is built
             policy = MegatronPolicy(
                 config.policy,
                 config.optimizer,
                 source,
                 seed=config.run.seed,
-                total_steps=config.warmup.steps + progress.total_steps * (config.trainer.batch_size // config.trainer.mini_batch_size),
+                total_steps=config.warmup.steps
+                + progress.total_steps * (config.trainer.batch_size // config.trainer.mini_batch_size),
             )
-            experiment = Experiment(config, space, chat, environment, dataset, policy, generator, progress, source, stop)
+            experiment = Experiment(
+                config, space, chat, environment, dataset, policy, generator, progress, source, stop
+            )
             if rank() == 0:
                 plan = run_plan(config, world=dist.get_world_size())
                 experiment.plan = plan.as_json()
@@ -89,7 +101,10 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
                 experiment.freeze_reference()
             if rank() == 0:
                 experiment.metrics = stack.enter_context(
-                    MetricsLog(space.folder, resume_from=(experiment.warmup_step, experiment.step) if resume is not None else None)
+                    MetricsLog(
+                        space.folder,
+                        resume_from=(experiment.warmup_step, experiment.step) if resume is not None else None,
+                    )
                 )
             on_rank_zero(generator.wait_ready)
             if restored:
@@ -107,15 +122,15 @@ def _note_end(run_log: RunLog, error: BaseException | None) -> None:
 
 
 def _settle(config: Config, space: Workspace, dataset: Dataset, progress: RunProgress) -> Config:
-    """The config with its length in steps, from the tasks that there are. Written down, so that a resumed run has the same length whatever
-    becomes of the task file.
+    """The config with its length in steps, from the tasks that there are. Written down, so that a resumed run has the
+    same length whatever becomes of the task file.
     """
     resolved = settled(config, len(dataset.train))
     progress.total_steps = steps_of(resolved, len(dataset.train))
     if resolved is not config:
         progress.message(
-            f"{config.trainer.epochs} epochs of {len(dataset.train):,} training tasks, {config.trainer.batch_size} a step: "
-            f"{progress.total_steps} steps"
+            f"{config.trainer.epochs} epochs of {len(dataset.train):,} training tasks, {config.trainer.batch_size} a"
+            f" step: {progress.total_steps} steps"
         )
         on_rank_zero(lambda: write_text_atomic(space.config, to_yaml(resolved)))
     return resolved

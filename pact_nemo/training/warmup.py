@@ -1,6 +1,7 @@
 """The named stage before RL: SFT on expert traces under the prompt alone, so that the model emits calls at all.
 
-It is the same for every method that is compared, reported apart (``stage: warmup``), and left out with ``warmup.steps=0``.
+It is the same for every method that is compared, reported apart (``stage: warmup``), and left out with
+``warmup.steps=0``.
 """
 
 from __future__ import annotations
@@ -32,15 +33,20 @@ if TYPE_CHECKING:
 
 
 def closing_ids(chat: ChatFormat, text: str | None) -> tuple[list[int], list[bool]]:
-    """Tokens of a closing assistant message and which of them are taught (the message and its end-of-turn token, not the role marker)."""
+    """Tokens of a closing assistant message and which of them are taught (the message and its end-of-turn token, not
+    the role marker).
+    """
     if text is None:
         return [], []
     opening, words = chat.generation_ids(), chat.encode_assistant(text)[0]
     return [*opening, *words, chat.end_of_turn_id], [False] * len(opening) + [True] * (len(words) + 1)
 
 
-def sft_tree(prompt_ids: list[int], trace: TraceTokens, weights: np.ndarray, closing: tuple[list[int], list[bool]], share: float) -> TokenTree:
-    """``[x; h*; closing]`` with the SFT weight of each scored token, each in the context that the policy will have there.
+def sft_tree(
+    prompt_ids: list[int], trace: TraceTokens, weights: np.ndarray, closing: tuple[list[int], list[bool]], share: float
+) -> TokenTree:
+    """``[x; h*; closing]`` with the SFT weight of each scored token, each in the context that the policy will have
+    there.
 
     Args:
         weights: [len(h*)] weights of the trace tokens.
@@ -58,16 +64,22 @@ def sft_tree(prompt_ids: list[int], trace: TraceTokens, weights: np.ndarray, clo
     streams["w_sft_call"] = torch.where(reasoning, zeros, scored)
     builder = TreeBuilder(prompt_ids)
     _, end = add_trace(builder, trace, builder.root, shown=False, followed=bool(closing_tokens))
-    if closing_tokens and trace.closing_cut is not None:  # the message that closes the trace is said without earlier thoughts in sight
+    if (
+        closing_tokens and trace.closing_cut is not None
+    ):  # the message that closes the trace is said without earlier thoughts in sight
         end = builder.back(end, trace.sft_length - trace.closing_cut.keep)
-        context = trace.closing_cut.context_ids[: len(trace.closing_cut.context_ids) - taught.index(True)]  # without the generation prompt
+        context = trace.closing_cut.context_ids[
+            : len(trace.closing_cut.context_ids) - taught.index(True)
+        ]  # without the generation prompt
         end = builder.add(context, [False] * len(context), end)
     builder.add(closing_tokens, taught, end)
     return replace(builder.build(), streams=streams)
 
 
 def warm_up(experiment: Experiment, evaluate: Callable[[Experiment, str], object]) -> None:
-    """Evaluate the untouched model as ``base``, run the stage with its own learning rate, refit, and freeze the result as the KL reference."""
+    """Evaluate the untouched model as ``base``, run the stage with its own learning rate, refit, and freeze the result
+    as the KL reference.
+    """
     stage = experiment.config.warmup
     if experiment.warmup_step >= stage.steps:  # left out, or done before a resume
         return
@@ -77,13 +89,22 @@ def warm_up(experiment: Experiment, evaluate: Callable[[Experiment, str], object
         while experiment.warmup_step < stage.steps:
             experiment.leave_if_asked()
             start = time.perf_counter()
-            record = sft_step(experiment, prompts_of_step(tasks, experiment.warmup_step, stage.batch_size, f"warmup:{experiment.config.run.seed}"))
+            record = sft_step(
+                experiment,
+                prompts_of_step(
+                    tasks, experiment.warmup_step, stage.batch_size, f"warmup:{experiment.config.run.seed}"
+                ),
+            )
             experiment.warmup_step += 1
             if held_out_traces.due(experiment.config.diagnostics.trace_every, experiment.warmup_step, stage.steps):
                 record |= held_out_traces.measure(experiment)
             experiment.log_step("warmup", record | {"time/total": time.perf_counter() - start})
             phase.advance()
-    for part, run in (("refit", experiment.refit), ("KL reference", experiment.freeze_reference), ("checkpoint", experiment.checkpoint)):
+    for part, run in (
+        ("refit", experiment.refit),
+        ("KL reference", experiment.freeze_reference),
+        ("checkpoint", experiment.checkpoint),
+    ):
         with experiment.progress.phase(part, brief=True):
             try:
                 run()
@@ -92,16 +113,23 @@ def warm_up(experiment: Experiment, evaluate: Callable[[Experiment, str], object
 
 
 def sft_step(experiment: Experiment, batch: list[Task]) -> dict[str, Any]:
-    """One optimizer step of component-aware SFT, every prefix level active, mean over traces of the weighted token mean."""
+    """One optimizer step of component-aware SFT, every prefix level active, mean over traces of the weighted token
+    mean.
+    """
     config = experiment.config
     stage = config.warmup
-    chosen = [experiment.dataset.trace_for(task.id, f"warmup:{config.run.seed}", experiment.warmup_step) for task in batch]
+    chosen = [
+        experiment.dataset.trace_for(task.id, f"warmup:{config.run.seed}", experiment.warmup_step) for task in batch
+    ]
     traces = [trace for trace in chosen if trace is not None]  # the stage's tasks all have one
     masks = []
     for trace in traces:
         component = np.asarray(trace.component)
         in_some_level = np.asarray(trace.segment_level) >= 0
-        masks.append(stage.reasoning_weight * ((component == REASONING) & in_some_level) + stage.call_weight * (component == CALL))
+        masks.append(
+            stage.reasoning_weight * ((component == REASONING) & in_some_level)
+            + stage.call_weight * (component == CALL)
+        )
     weights = sft_weights(masks, [False] * len(batch), num_prompts=len(batch), beta=1.0)
     prompts = [experiment.chat.prompt_ids(list(task.user_turns[0]), list(task.tools)) for task in batch]
     closing = closing_ids(experiment.chat, stage.closing)

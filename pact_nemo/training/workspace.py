@@ -20,7 +20,9 @@ from pact_nemo.training.config import Config, load_config, to_yaml
 
 
 class Workspace:
-    """Paths of one run. A folder is opened by one process at a time (``flock`` on ``.lock``, released by the kernel however we die)."""
+    """Paths of one run. A folder is opened by one process at a time (``flock`` on ``.lock``, released by the kernel
+    however we die).
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -35,7 +37,9 @@ class Workspace:
         self.numerics = folder / "numerics"
         self.server_log = folder / "server.log"
         self.run_log = folder / "run.log"
-        self.mark = folder / ".mark"  # random: two machines with a shared disk for exports may have run folders of the same path
+        self.mark = (
+            folder / ".mark"
+        )  # random: two machines with a shared disk for exports may have run folders of the same path
         self._lock: IO[str] | None = None
 
     def place_exports(self, root: str | None) -> None:
@@ -55,7 +59,9 @@ class Workspace:
             with tempfile.TemporaryFile(dir=self.exports):
                 pass
         except OSError as error:
-            raise ConfigError(f"rollout.exports_dir: {self.exports} can't be written ({error}); give a folder on a disk of this node") from error
+            raise ConfigError(
+                f"rollout.exports_dir: {self.exports} can't be written ({error}); give a folder on a disk of this node"
+            ) from error
 
     def lock(self) -> None:
         """Raises CheckpointError when another process has the folder open."""
@@ -65,7 +71,9 @@ class Workspace:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             handle.close()
-            raise CheckpointError(f"{self.folder} is in use by another process; wait for it or start a new run") from error
+            raise CheckpointError(
+                f"{self.folder} is in use by another process; wait for it or start a new run"
+            ) from error
         self._lock = handle
 
     def step_rollouts(self, step: int) -> Path:
@@ -76,14 +84,16 @@ class Workspace:
 
 
 def check_replay(config: Config) -> None:
-    """Raises ConfigError where ``trainer.replay`` names a run that sampled from another distribution than this config says it trains."""
+    """Raises ConfigError where ``trainer.replay`` names a run that sampled from another distribution than this config
+    says it trains.
+    """
     if config.trainer.replay is None or not (dumped := Path(config.trainer.replay) / "config.yaml").is_file():
         return
     theirs, ours = load_config(dumped).rollout.sampling.temperature, config.rollout.sampling.temperature
     if theirs != ours:
         raise ConfigError(
-            f"trainer.replay={config.trainer.replay}: its rollouts were sampled at temperature {theirs}, this config trains the policy at "
-            f"{ours}; set rollout.sampling.temperature={theirs}"
+            f"trainer.replay={config.trainer.replay}: its rollouts were sampled at temperature {theirs}, this config"
+            f" trains the policy at {ours}; set rollout.sampling.temperature={theirs}"
         )
 
 
@@ -92,7 +102,9 @@ def check_places(config: Config) -> None:
     places = {"run.root": config.run.root}
     if config.rollout.exports_dir is not None:
         places["rollout.exports_dir"] = config.rollout.exports_dir
-    if config.model.path is None and not (Path(config.run.cache_dir) / FOLDER_NAME).exists():  # the embedded model is converted into it
+    if (
+        config.model.path is None and not (Path(config.run.cache_dir) / FOLDER_NAME).exists()
+    ):  # the embedded model is converted into it
         places["run.cache_dir"] = config.run.cache_dir
     for key, folder in places.items():
         machine.check_writable(folder, key)
@@ -106,7 +118,9 @@ def _point_latest(root: Path, target: Path) -> None:
 
 
 def create(config: Config) -> Workspace:
-    """Make the next free ``<root>/<name>-seed<seed>-<n>``, write the resolved config into it and point ``<root>/latest`` at it."""
+    """Make the next free ``<root>/<name>-seed<seed>-<n>``, write the resolved config into it and point
+    ``<root>/latest`` at it.
+    """
     if config.trainer.replay is not None:  # ``runs/latest`` is about to mean this very run
         config.trainer.replay = str(Path(config.trainer.replay).resolve())
     root = Path(config.run.root)
@@ -138,7 +152,9 @@ def reopen(folder: str | Path) -> Workspace:
     path = Path(folder).resolve()
     workspace = Workspace(path)
     if not workspace.config.is_file():
-        raise ConfigError(f"{folder}: no config.yaml there, so it is no run folder; --resume takes one, e.g. --resume runs/latest")
+        raise ConfigError(
+            f"{folder}: no config.yaml there, so it is no run folder; --resume takes one, e.g. --resume runs/latest"
+        )
     workspace.lock()
     _point_latest(path.parent, path)
     return workspace

@@ -1,9 +1,11 @@
-"""A rollout server without a model: vLLM's paths over real HTTP in a real process, and every fault that a server can have.
+"""A rollout server without a model: vLLM's paths over real HTTP in a real process, and every fault that a server can
+have.
 
-Started in the place of vLLM (``RolloutServer.program``) with vLLM's arguments behind the folder of ``faults.json``. What it samples is a function
-of the weights that are loaded, of the prompt and of the seed, so that a completion of other weights, or of a prefix cache of theirs, is seen.
-``answers.json`` beside it maps prompts (token ids joined by spaces) to token ids that are sampled half of the time. It leaves when its parent does.
-``faults.json`` is a list of {"at": number of the generation request, counted over all processes; "do": what}; each fault happens once.
+Started in the place of vLLM (``RolloutServer.program``) with vLLM's arguments behind the folder of ``faults.json``.
+What it samples is a function of the weights that are loaded, of the prompt and of the seed, so that a completion of
+other weights, or of a prefix cache of theirs, is seen. ``answers.json`` beside it maps prompts (token ids joined by
+spaces) to token ids that are sampled half of the time. It leaves when its parent does. ``faults.json`` is a list of
+{"at": number of the generation request, counted over all processes; "do": what}; each fault happens once.
 """
 
 from __future__ import annotations
@@ -71,10 +73,16 @@ class Engine:
         if known is not None and draw.random() < 0.5:
             ids = known[: settings["max_tokens"]]
         else:
-            ids = [draw.randrange(2, 50) for _ in range(draw.randint(1, settings["max_tokens"] - 1))] + [settings["stop_token_ids"][0]]
+            ids = [draw.randrange(2, 50) for _ in range(draw.randint(1, settings["max_tokens"] - 1))] + [
+                settings["stop_token_ids"][0]
+            ]
         content = [{"token_id": token, "logprob": -draw.random()} for token in ids]
         spans = [{"version": self.label, "start": 0, "end": len(ids)}]
-        return {"choices": [{"token_ids": ids, "logprobs": {"content": content}, "finish_reason": "stop", "weight_versions": spans}]}
+        return {
+            "choices": [
+                {"token_ids": ids, "logprobs": {"content": content}, "finish_reason": "stop", "weight_versions": spans}
+            ]
+        }
 
 
 class Handler(BaseHTTPRequestHandler):

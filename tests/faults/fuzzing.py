@@ -1,5 +1,5 @@
-"""A small coverage-guided mutator: valid inputs are mutated as bytes and as JSON; an input that reaches a new line of the watched modules joins the
-corpus. Everything follows from the seed.
+"""A small coverage-guided mutator: valid inputs are mutated as bytes and as JSON; an input that reaches a new line of
+the watched modules joins the corpus. Everything follows from the seed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,97 @@ WATCHED = 400  #: first inputs of a run that are all watched; later every fourth
 
 #: bytes that are special to one reader or another
 TOKENS = (
-    b"\x00", b"\xff", b"\xc3\x28", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"\\u0000", b"\xe2\x80\xa8", b"NaN", b"-Infinity", b"1e999",
-    b"-0", b"9" * 400, b"9" * 5000, b"[" * 300, b'{"a":' * 200, b"]" * 50, b"'", b'"', b"\\", b"\n", b"\r\n", b"\t", b"null", b"true", b"{}", b"[]",
-    b"()", b"[f(a=", b"<tool_call>", b"</tool_call>", b'{"name": "f", "arguments": {}}', b"; ", b"<|python_tag|>", b"__import__('os')", b"${",
-    b"${oc.env:HOME}", b"!!python/object/apply:os.system", b"&a ", b"*a", b"<<: ", b": ", b"- ", b"../", b"{{", b"}}", b"{%", b"%}", b"(" * 120,
-    b"-" * 300, b"f(" * 90,
-)  # fmt: skip
+    b"\x00",
+    b"\xff",
+    b"\xc3\x28",
+    b"\xef\xbb\xbf",
+    b"\xed\xa0\x80",
+    b"\\ud800",
+    b"\\u0000",
+    b"\xe2\x80\xa8",
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"-0",
+    b"9" * 400,
+    b"9" * 5000,
+    b"[" * 300,
+    b'{"a":' * 200,
+    b"]" * 50,
+    b"'",
+    b'"',
+    b"\\",
+    b"\n",
+    b"\r\n",
+    b"\t",
+    b"null",
+    b"true",
+    b"{}",
+    b"[]",
+    b"()",
+    b"[f(a=",
+    b"<tool_call>",
+    b"</tool_call>",
+    b'{"name": "f", "arguments": {}}',
+    b"; ",
+    b"<|python_tag|>",
+    b"__import__('os')",
+    b"${",
+    b"${oc.env:HOME}",
+    b"!!python/object/apply:os.system",
+    b"&a ",
+    b"*a",
+    b"<<: ",
+    b": ",
+    b"- ",
+    b"../",
+    b"{{",
+    b"}}",
+    b"{%",
+    b"%}",
+    b"(" * 120,
+    b"-" * 300,
+    b"f(" * 90,
+)
 #: values that a JSON place is given instead of its own
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2**63, -(10**30), 10**400, 0.5, -1.5e300, "", " ", "a", "\x00", "\u2028", "é" * 40, "\ud800", "x" * 3000, "[1, 2]",
-    "null", "../../etc/passwd", "__class__", [], {}, [[]], [None], [{}], [""], {"": None}, {"name": 1}, {"type": "object"}, [["a", 1]], float("nan"),
-    float("inf"), {"__proto__": []},
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**63,
+    -(10**30),
+    10**400,
+    0.5,
+    -1.5e300,
+    "",
+    " ",
+    "a",
+    "\x00",
+    "\u2028",
+    "é" * 40,
+    "\ud800",
+    "x" * 3000,
+    "[1, 2]",
+    "null",
+    "../../etc/passwd",
+    "__class__",
+    [],
+    {},
+    [[]],
+    [None],
+    [{}],
+    [""],
+    {"": None},
+    {"name": 1},
+    {"type": "object"},
+    [["a", 1]],
+    float("nan"),
+    float("inf"),
+    {"__proto__": []},
+)
 
 
 class Coverage:
@@ -101,7 +180,9 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     found, todo = [], [value]
     while todo:
         item = todo.pop()
-        pairs = list(enumerate(item)) if isinstance(item, list) else list(item.items()) if isinstance(item, dict) else []
+        pairs = (
+            list(enumerate(item)) if isinstance(item, list) else list(item.items()) if isinstance(item, dict) else []
+        )
         for key, child in pairs:
             found.append((item, key))
             todo.append(child)
@@ -109,7 +190,9 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def mutate_json(value: Any, rng: random.Random) -> Any:
-    """One to three changes in a JSON value (changed in place): another value, no value, a copy, a renamed key, or one of its own parts elsewhere."""
+    """One to three changes in a JSON value (changed in place): another value, no value, a copy, a renamed key, or one
+    of its own parts elsewhere.
+    """
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = _places(value)
         if not places:
@@ -122,7 +205,11 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
             del container[key]
         elif kind == 4:
             other, its = rng.choice(places)
-            container[key] = json.loads(json.dumps(other[its])) if its in range(len(other)) or isinstance(other, dict) and its in other else None
+            container[key] = (
+                json.loads(json.dumps(other[its]))
+                if its in range(len(other)) or isinstance(other, dict) and its in other
+                else None
+            )
         elif kind == 5:
             if isinstance(container, list):
                 container.insert(key, copy.deepcopy(container[key]))
@@ -196,7 +283,9 @@ class Findings:
 
     def say(self) -> str:
         """For a failing test: every kind of crash with an input that brings it about."""
-        return "\n".join(f"{where}: {error!r}\n    input {data[:600]!r}" for where, (data, error) in self.crashes.items())
+        return "\n".join(
+            f"{where}: {error!r}\n    input {data[:600]!r}" for where, (data, error) in self.crashes.items()
+        )
 
 
 def _where(error: BaseException) -> str:

@@ -1,4 +1,6 @@
-"""One rank of a job under torchrun in which rank 1 does what the first word says, and the others wait for it in an all-reduce."""
+"""One rank of a job under torchrun in which rank 1 does what the first word says, and the others wait for it in an
+all-reduce.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,9 @@ def build_cutter(folder: Path) -> Path:
         pytest.skip("cutting at system calls needs Linux and a C compiler (cc)")
     library = folder / "cutter.so"
     done = subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(Path(__file__).with_name("cutter.c")), "-ldl"], capture_output=True, text=True
+        [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(Path(__file__).with_name("cutter.c")), "-ldl"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return library
@@ -41,9 +43,14 @@ class Saver:
             environment |= {"PACT_CUTTER": str(cutter), "LD_PRELOAD": preload}
         self._log = open(log, "wb")  # noqa: SIM115 - closed by __exit__
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.saver", str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=environment, cwd=REPO,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.faults.saver", str(model)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+            cwd=REPO,
+        )
         self._path = log
 
     def tell(self, **job: Any) -> None:

@@ -1,4 +1,6 @@
-"""The recipe as torchrun starts it on each rank, with fake_server.py in the place of vLLM: ``rank_worker.py SERVER_FOLDER recipe's words``."""
+"""The recipe as torchrun starts it on each rank, with fake_server.py in the place of vLLM:
+``rank_worker.py SERVER_FOLDER recipe's words``.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """A process that has everything imported, and plays whole runs of the recipe in forked children for a test to kill.
 
-Reads one JSON job a line: ``words`` of the configuration, ``resume`` (a run folder or null), ``server`` (folder of fake_server.py's faults),
-``output`` (full, broken or closed: what becomes of standard output), ``log`` and ``phases``, files that are appended to: what the run prints, and
-"start|end phase seconds" for each phase that it enters and leaves.
-Answers with the child's process id, then with how it ended. There is no gloo before the fork, which would not survive it.
+Reads one JSON job a line: ``words`` of the configuration, ``resume`` (a run folder or null), ``server`` (folder of
+fake_server.py's faults), ``output`` (full, broken or closed: what becomes of standard output), ``log`` and ``phases``,
+files that are appended to: what the run prints, and "start|end phase seconds" for each phase that it enters and leaves.
+Answers with the child's process id, then with how it ended. There is no gloo before the fork, which would not survive
+it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Whole runs of the recipe for tests to kill, with a real rollout server process whose samples are a function of its weights, the prompt and the
-seed (fake_server.py), so that two runs can be compared bit for bit.
+"""Whole runs of the recipe for tests to kill, with a real rollout server process whose samples are a function of its
+weights, the prompt and the seed (fake_server.py), so that two runs can be compared bit for bit.
 """
 
 from __future__ import annotations
@@ -41,9 +41,14 @@ class Runner:
         self._log = open(folder / "worker.log", "wb")  # noqa: SIM115 - closed by close
         environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.run_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=environment, cwd=REPO,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.faults.run_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+            cwd=REPO,
+        )
         assert self._hear(120).get("ready")
 
     def _hear(self, seconds: float) -> dict[str, Any]:
@@ -55,14 +60,21 @@ class Runner:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def play(self, words: list[str], resume: Path | None, killer: Any = None, *, limit_s: float = 180.0, output: str = "") -> tuple[int, Path]:
+    def play(
+        self, words: list[str], resume: Path | None, killer: Any = None, *, limit_s: float = 180.0, output: str = ""
+    ) -> tuple[int, Path]:
         """One run or the rest of one; its exit code (negative: the signal that ended it) and the file of its phases."""
         phases = self.folder / f"phases-{time.monotonic_ns()}"
         phases.touch()
         job = {
-            "words": words, "resume": None if resume is None else str(resume), "server": str(self.folder / "server"),
-            "log": str(self.folder / "run.log"), "phases": str(phases), "preset": str(PRESET), "output": output,
-        }  # fmt: skip
+            "words": words,
+            "resume": None if resume is None else str(resume),
+            "server": str(self.folder / "server"),
+            "log": str(self.folder / "run.log"),
+            "phases": str(phases),
+            "preset": str(PRESET),
+            "output": output,
+        }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
@@ -90,11 +102,26 @@ def open_stage(folder: Path, *further: str) -> Iterator[dict[str, Any]]:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (model / name).write_bytes((embedded / name).read_bytes())
     words = [
-        f"model.path={model}", f"trainer.steps={STEPS}", "trainer.batch_size=2", "trainer.mini_batch_size=1", "trainer.checkpoint_every=1",
-        "trainer.keep_checkpoints=2", "objective.group_size=3", "objective.kl_coef=0.01", "rollout.importance=tis", "warmup.steps=1",
-        "warmup.batch_size=2", "optimizer.lr=1e-3", "tasks.max_eval=2", "tasks.max_train=8", "rollout.sampling.max_turn_tokens=40",
-        "rollout.sampling.max_turns=3", "rollout.server.heartbeat_s=0.5", "traces.max_missing=null", *further,
-    ]  # fmt: skip
+        f"model.path={model}",
+        f"trainer.steps={STEPS}",
+        "trainer.batch_size=2",
+        "trainer.mini_batch_size=1",
+        "trainer.checkpoint_every=1",
+        "trainer.keep_checkpoints=2",
+        "objective.group_size=3",
+        "objective.kl_coef=0.01",
+        "rollout.importance=tis",
+        "warmup.steps=1",
+        "warmup.batch_size=2",
+        "optimizer.lr=1e-3",
+        "tasks.max_eval=2",
+        "tasks.max_train=8",
+        "rollout.sampling.max_turn_tokens=40",
+        "rollout.sampling.max_turns=3",
+        "rollout.server.heartbeat_s=0.5",
+        "traces.max_missing=null",
+        *further,
+    ]
     config = load_config(PRESET, [*words, f"run.root={folder / 'none'}"])
     chat = ChatFormat.from_pretrained(model, config.model.tool_format)
     environment = build_environment(config)
@@ -143,7 +170,9 @@ def durations(phases: Path) -> dict[str, list[float]]:
 
 
 def left_running(folder: Path) -> list[str]:
-    """Processes that a run started, with their state: they have the run's standard output, or name the server's folder."""
+    """Processes that a run started, with their state: they have the run's standard output, or name the server's
+    folder.
+    """
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -151,7 +180,10 @@ def left_running(folder: Path) -> list[str]:
             output = os.readlink(process / "fd" / "1")
             if str(folder / "server") in line or output == str(folder / "run.log"):
                 name, _, rest = (process / "stat").read_text().rpartition(")")
-                found.append(f"{name}) state {rest.split()[0]}, parent {rest.split()[1]}, in {(process / 'wchan').read_text()}: {line}")
+                found.append(
+                    f"{name}) state {rest.split()[0]}, parent {rest.split()[1]}, in {(process / 'wchan').read_text()}:"
+                    f" {line}"
+                )
         except OSError:
             continue
     return found

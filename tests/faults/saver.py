@@ -1,7 +1,8 @@
-"""A process that has a small policy ready and saves it in forked children, each of which is cut where it is told (tests/faults/cutter.c).
+"""A process that has a small policy ready and saves it in forked children, each of which is cut where it is told
+(tests/faults/cutter.c).
 
-Reads one JSON job a line, answers with one line each. It has no gloo threads, which a fork would not carry over: its process group is torch's
-fake one, exact for a single rank. What the children write is what any trainer writes.
+Reads one JSON job a line, answers with one line each. It has no gloo threads, which a fork would not carry over: its
+process group is torch's fake one, exact for a single rank. What the children write is what any trainer writes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ KEEP = 1
 def build(source: Path) -> MegatronPolicy:
     """The policy that savers and checkers have."""
     settings = PolicyConfig(precision="fp32", micro_batch_tokens=96, logprob_chunk=16)
-    return MegatronPolicy(settings, OptimizerConfig(lr=1e-3, eps=1e-5), source, seed=1, total_steps=8, keep_reference=False)
+    return MegatronPolicy(
+        settings, OptimizerConfig(lr=1e-3, eps=1e-5), source, seed=1, total_steps=8, keep_reference=False
+    )
 
 
 def save(policy: MegatronPolicy, root: Path) -> None:
@@ -89,11 +92,15 @@ def main() -> None:
     cutter = ctypes.CDLL(os.environ["PACT_CUTTER"]) if "PACT_CUTTER" in os.environ else None
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     new_group = dist.new_group
-    dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})  # megatron asks for gloo groups by name
+    dist.new_group = lambda *args, **kwargs: new_group(
+        *args, **{**kwargs, "backend": "fake"}
+    )  # megatron asks for gloo groups by name
     policy = build(source)
     policy.update(TREES, loss_fn)
     at = 1
-    with tempfile.TemporaryDirectory() as warm:  # what is imported and cached at the first save is not imported by every child
+    with (
+        tempfile.TemporaryDirectory() as warm
+    ):  # what is imported and cached at the first save is not imported by every child
         for kind, action in JOBS.items():
             if kind != "background":
                 action(policy, Path(warm) / kind)
@@ -121,7 +128,9 @@ def main() -> None:
             print(json.dumps({"stopped": pid}), flush=True)
         _, status = os.waitpid(pid, 0)
         try:
-            os.killpg(pid, signal.SIGKILL)  # before the pipe is read: who is left of the group has its other end open, too
+            os.killpg(
+                pid, signal.SIGKILL
+            )  # before the pipe is read: who is left of the group has its other end open, too
         except ProcessLookupError:
             pass
         with os.fdopen(read, "rb") as pipe:

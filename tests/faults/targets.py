@@ -1,7 +1,9 @@
-"""What is fuzzed: every loader and parser, with valid inputs, the modules that guide the search, and the errors that may refuse an input.
+"""What is fuzzed: every loader and parser, with valid inputs, the modules that guide the search, and the errors that
+may refuse an input.
 
-A target goes on with what it accepted as a run would: renders prompts, encodes traces, writes rows back. So a row that is half right and breaks
-something later counts as a crash too. A refusal has to be typed and to name file, place and remedy.
+A target goes on with what it accepted as a run would: renders prompts, encodes traces, writes rows back. So a row that
+is half right and breaks something later counts as a crash too. A refusal has to be typed and to name file, place and
+remedy.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ from tests.fixtures.run_folders import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 REMEDY = re.compile(
-    r"\b(?:repair|make|fetch|save|set|dump|reinstall|export|resume|delete|remove|choose|one of|take|give|can be read|change|known|must|need)", re.I
+    r"\b(?:repair|make|fetch|save|set|dump|reinstall|export|resume|delete|remove|choose|one of|take|give|can be"
+    r" read|change|known|must|need)",
+    re.I,
 )
 
 
@@ -93,7 +97,9 @@ def _chat(kind: str = "smollm/pythonic") -> ChatFormat:
 
 
 def show(task: Task) -> None:
-    """What a run does with a task before its first episode: prompts in every tool format, and its rows of the run folder."""
+    """What a run does with a task before its first episode: prompts in every tool format, and its rows of the run
+    folder.
+    """
     for form in TOOL_FORMATS.values():
         form.render_tools(task.tools)
         form.parse("[f(1)]", task.tools)
@@ -101,17 +107,25 @@ def show(task: Task) -> None:
     json.dumps(task_view(task), ensure_ascii=False, allow_nan=False).encode("utf-8")
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------------------------
+# -- rows
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def function(name: str, **properties: str) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": {key: {"type": kind} for key, kind in properties.items()}, "required": list(properties)[:1]}
+    parameters = {
+        "type": "object",
+        "properties": {key: {"type": kind} for key, kind in properties.items()},
+        "required": list(properties)[:1],
+    }
     return {"type": "function", "function": {"name": name, "description": f"{name} it", "parameters": parameters}}
 
 
 FIND = "def find(place):\n    return {'France': 'Paris'}.get(place, 'unknown')\nfind('France')\n"
 FTRL_ROW = {
-    "messages": [{"role": "system", "content": "Answer."}, {"role": "user", "content": "What is the capital of France?"}],
+    "messages": [
+        {"role": "system", "content": "Answer."},
+        {"role": "user", "content": "What is the capital of France?"},
+    ],
     "tools": json.dumps([function("find", place="string", year="integer")]),
     "codes": json.dumps({"find": FIND}),
     "unsolved_set": json.dumps({"find": ["Paris"]}),
@@ -121,7 +135,9 @@ FTRL_ROW = {
     "answer": "Paris",
     "ground_truth": json.dumps([{"name": "find", "parameters": {"place": "France", "year": 2020}}]),
 }
-FTRL_PLAIN = FTRL_ROW | {key: json.loads(str(FTRL_ROW[key])) for key in ("tools", "codes", "unsolved_set", "ground_truth")}
+FTRL_PLAIN = FTRL_ROW | {
+    key: json.loads(str(FTRL_ROW[key])) for key in ("tools", "codes", "unsolved_set", "ground_truth")
+}
 TOOLHOP_ROW = {
     "id": 7,
     "question": "What is the capital of France?",
@@ -133,7 +149,9 @@ TOOLHOP_ROW = {
 }
 
 
-def _questions(environment_of: Callable[[Path], Any], *contents: tuple[str, bytes]) -> Callable[[Path], tuple[Callable[[bytes], None], list[bytes]]]:
+def _questions(
+    environment_of: Callable[[Path], Any], *contents: tuple[str, bytes]
+) -> Callable[[Path], tuple[Callable[[bytes], None], list[bytes]]]:
     """Loader of FTRL or ToolHop; the first byte of an input says which file ending it gets."""
 
     def make(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
@@ -171,9 +189,15 @@ def _parquet(row: dict[str, Any]) -> bytes:
 
 
 def _ftrl() -> Target:
-    contents = ((".jsonl", _lines(FTRL_ROW, FTRL_PLAIN)), (".json", json.dumps([FTRL_PLAIN]).encode()), (".jsonl", _lines(FTRL_PLAIN)))
+    contents = (
+        (".jsonl", _lines(FTRL_ROW, FTRL_PLAIN)),
+        (".json", json.dumps([FTRL_PLAIN]).encode()),
+        (".jsonl", _lines(FTRL_PLAIN)),
+    )
     return Target(
-        _questions(lambda path: ftrl.FTRLEnvironment(path, _sandbox()), *contents), (ftrl, rows, python_tools, strict_json), (DataError,)
+        _questions(lambda path: ftrl.FTRLEnvironment(path, _sandbox()), *contents),
+        (ftrl, rows, python_tools, strict_json),
+        (DataError,),
     )
 
 
@@ -187,12 +211,20 @@ def _toolhop() -> Target:
 
 
 def _ftrl_parquet() -> Target:
-    text = {key: value for key, value in FTRL_ROW.items() if isinstance(value, str)} | {"messages": json.dumps(FTRL_ROW["messages"])}
+    text = {key: value for key, value in FTRL_ROW.items() if isinstance(value, str)} | {
+        "messages": json.dumps(FTRL_ROW["messages"])
+    }
     contents = ((".parquet", _parquet(FTRL_ROW)), (".parquet", _parquet(text)))
-    return Target(_questions(lambda path: ftrl.FTRLEnvironment(path, _sandbox()), *contents), (ftrl, rows), (DataError,))
+    return Target(
+        _questions(lambda path: ftrl.FTRLEnvironment(path, _sandbox()), *contents), (ftrl, rows), (DataError,)
+    )
 
 
-LS = {"name": "ls", "description": "List it. More.", "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": []}}
+LS = {
+    "name": "ls",
+    "description": "List it. More.",
+    "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": []},
+}
 TRACE = schema.Trace(
     "t#0",
     "ground_truth",
@@ -239,16 +271,30 @@ def _make_traces(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
 def _make_rollouts(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
     path = folder / "step_000000.jsonl"
     row = {
-        "task_id": "t#0", "sample": 0, "prompt_ids": [1, 2], "token_ids": [3, 4, 5], "loss_mask": [1, 1, 0], "sampler_logprobs": [-0.5, -1, 0.0],
+        "task_id": "t#0",
+        "sample": 0,
+        "prompt_ids": [1, 2],
+        "token_ids": [3, 4, 5],
+        "loss_mask": [1, 1, 0],
+        "sampler_logprobs": [-0.5, -1, 0.0],
         "turns": [
             {
-                "start": 0, "end": 2, "text": "Use it.\n[ls(a=True)]", "calls": [{"name": "ls", "arguments": {"a": True}}], "call_errors": [],
-                "observations": ["[]"], "user_turn": 0, "finish_reason": "stop",
+                "start": 0,
+                "end": 2,
+                "text": "Use it.\n[ls(a=True)]",
+                "calls": [{"name": "ls", "arguments": {"a": True}}],
+                "call_errors": [],
+                "observations": ["[]"],
+                "user_turn": 0,
+                "finish_reason": "stop",
             }
         ],
         "outcome": {"success": True, "score": 1.0, "reason": "ok", "metrics": {"solve_p": 1.0}, "solved": [True]},
-        "weight_version": 3, "status": "ok", "error": None, "seconds": 0.5,
-    }  # fmt: skip
+        "weight_version": 3,
+        "status": "ok",
+        "error": None,
+        "seconds": 0.5,
+    }
 
     def target(data: bytes) -> None:
         path.write_bytes(data)
@@ -260,7 +306,13 @@ def _make_rollouts(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
         store.write_rollouts(folder / "again.jsonl", rollouts)
         assert store.read_rollouts(folder / "again.jsonl") == rollouts
 
-    return target, [_lines(row, row | {"sample": 1, "outcome": None, "status": "failed", "turns": []}, row | {"sample": 2, "rewinds": [[2, 1]]})]
+    return target, [
+        _lines(
+            row,
+            row | {"sample": 1, "outcome": None, "status": "failed", "turns": []},
+            row | {"sample": 2, "rewinds": [[2, 1]]},
+        )
+    ]
 
 
 def _make_bfcl(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
@@ -295,7 +347,8 @@ def _make_bfcl(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
     return target, [_lines(*questions) + b"\n" + _lines(*answers), _lines(questions[0]) + b"\n" + _lines(answers[0])]
 
 
-# -- tool calls and chat -------------------------------------------------------------------------------------------------------------------
+# -- tool calls and chat
+# -------------------------------------------------------------------------------------------------------------------
 
 _CALLS = (ToolCall("ls", {"a": True}), ToolCall("touch", {"file_name": "a 'b'\n", "size": [1, {"x": None}]}))
 _TOUCH = {"type": "object", "properties": {"file_name": {"type": "string"}, "size": {}}, "required": ["file_name"]}
@@ -320,7 +373,13 @@ def _tool_format(name: str) -> Target:
 
     drifted = b'{"type": "function", "function": {"name": "touch", "arguments": "{\\"file_name\\": 1}"}}\n<function=ls>'
     thinking = f"<think>\nHm.\n{form.render_calls(_CALLS)}\n</think>\n\n{form.render_calls(_CALLS[:1])}".encode()
-    corpus = [f"Use them.\n{form.render_calls(_CALLS)}".encode(), form.render_calls(_CALLS[:1]).encode(), b"An answer.", drifted, thinking]
+    corpus = [
+        f"Use them.\n{form.render_calls(_CALLS)}".encode(),
+        form.render_calls(_CALLS[:1]).encode(),
+        b"An answer.",
+        drifted,
+        thinking,
+    ]
 
     def decoding(data: bytes) -> None:
         try:
@@ -346,13 +405,19 @@ def _make_conversations(folder: Path) -> tuple[Callable[[bytes], None], list[byt
             messages, tools = list(turn.user_messages_after), list(turn.new_tools_after)
             try:
                 chat.prompt_ids(messages, tools)
-                chat.continuation([*chat.tool_format.render_observation(turn.observations), *messages], tools if messages else (), generation=False)
+                chat.continuation(
+                    [*chat.tool_format.render_observation(turn.observations), *messages],
+                    tools if messages else (),
+                    generation=False,
+                )
             except (DataError, ConfigError) as error:
                 if not REMEDY.search(str(error)) and "template" not in str(error):
                     raise Unnamed(str(error)) from error
 
     row = json.loads(json.dumps(TRACE.to_dict()))["turns"][0]
-    system = row | {"user_messages_after": [{"role": "system", "content": "S"}, {"role": "user", "content": "<|im_end|> é"}]}
+    system = row | {
+        "user_messages_after": [{"role": "system", "content": "S"}, {"role": "user", "content": "<|im_end|> é"}]
+    }
     return target, [json.dumps(row).encode(), json.dumps(system).encode()]
 
 
@@ -370,7 +435,8 @@ def _make_templates(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]
     return target, [tokenizer(family).chat_template.encode() for family in ("smollm", "qwen2_5")]
 
 
-# -- configuration and manifests --------------------------------------------------------------------------------------------------------------
+# -- configuration and manifests
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _make_config(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
@@ -394,9 +460,17 @@ def _make_config(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
         assert to_yaml(load_config(folder / "again.yaml")) == to_yaml(config)
 
     small = (ROOT / "conf/pact_bfcl-smollm2_135m-cpu.yaml").read_bytes()
-    small = b"".join(line for line in small.splitlines(keepends=True) if not line.startswith((b"#", b"defaults", b"  - ")))
-    plain = b"run:\n  seed: 3\ntrainer:\n  steps: 4\n  batch_size: 8\n  mini_batch_size: 4\noptimizer:\n  betas: [0.9, 0.95]\n  lr: 1.0e-6\n"
-    flow = b"{rollout: {server: {device: cpu, extra_args: [a]}, importance: off}, policy: {fp8: null}, traces: {components: [calls]}}\n"
+    small = b"".join(
+        line for line in small.splitlines(keepends=True) if not line.startswith((b"#", b"defaults", b"  - "))
+    )
+    plain = (
+        b"run:\n  seed: 3\ntrainer:\n  steps: 4\n  batch_size: 8\n  mini_batch_size: 4\noptimizer:\n  betas: [0.9,"
+        b" 0.95]\n  lr: 1.0e-6\n"
+    )
+    flow = (
+        b"{rollout: {server: {device: cpu, extra_args: [a]}, importance: off}, policy: {fp8: null}, traces:"
+        b" {components: [calls]}}\n"
+    )
     return target, [small, plain, flow]
 
 
@@ -409,7 +483,7 @@ def _make_overrides(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]
     return target, [
         b"trainer.steps=3\nrun.label=a b",
         b"optimizer.betas=[0.9,0.95]\npolicy.fp8=null",
-        b"rollout.server.extra_args=[--x,\"y\"]\nrollout.server.url=http://127.0.0.1:8000",
+        b'rollout.server.extra_args=[--x,"y"]\nrollout.server.url=http://127.0.0.1:8000',
         b"objective.schedule.kind=adaptive\nobjective.schedule.anchor_end=0.2",
     ]
 
@@ -434,7 +508,10 @@ def _make_export_manifest(folder: Path) -> tuple[Callable[[bytes], None], list[b
     old = {"schema": 1, "version": 0, "extra": {}, "files": {}}
     from pact_nemo.files import sha256_file
 
-    old["files"] = {name: {"size": (base / name).stat().st_size, "sha256": sha256_file(base / name)} for name in ("config.json", "model.safetensors")}
+    old["files"] = {
+        name: {"size": (base / name).stat().st_size, "sha256": sha256_file(base / name)}
+        for name in ("config.json", "model.safetensors")
+    }
     return target, [path.read_bytes(), json.dumps(old).encode()]
 
 
@@ -474,10 +551,14 @@ def _make_tensor_files(folder: Path) -> tuple[Callable[[bytes], None], list[byte
             raise
 
     header = tensor_files.make_header([("a.weight", "F32", (2, 3), 24), ("b", "BF16", (4,), 8)])
-    return target, [b"w" + header + bytes(32), b"i" + json.dumps({"weight_map": dict.fromkeys(("a.weight", "b"), "model.safetensors")}).encode()]
+    return target, [
+        b"w" + header + bytes(32),
+        b"i" + json.dumps({"weight_map": dict.fromkeys(("a.weight", "b"), "model.safetensors")}).encode(),
+    ]
 
 
-# -- run folders ---------------------------------------------------------------------------------------------------------------------------
+# -- run folders
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _make_metrics(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:

@@ -111,7 +111,12 @@ def test_a_safetensors_header_is_not_allocated_before_it_is_believed(tmp_path: P
 def test_manifests(tmp_path: Path) -> None:
     base = tmp_path / "v000000"
     base.mkdir()
-    for text in ('{"schema": 1, "version": Infinity, "extra": {}, "files": {}}', "[" * 100_000, "\ufeff[]", '{"schema": 2, "version": 1e400}'):
+    for text in (
+        '{"schema": 1, "version": Infinity, "extra": {}, "files": {}}',
+        "[" * 100_000,
+        "\ufeff[]",
+        '{"schema": 2, "version": 1e400}',
+    ):
         (base / "manifest.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"manifest.json can't be read"):
             manifest.verify_manifest(base)
@@ -143,7 +148,9 @@ def test_configurations(text: str, tmp_path: Path) -> None:
         load_config(tmp_path / "c.yaml")
 
 
-@pytest.mark.parametrize("word", ["trainer.steps=[", "run.label=\x07", "a..b=1", "=1", ".=1", "run=${", "trainer.steps=%YAML"])
+@pytest.mark.parametrize(
+    "word", ["trainer.steps=[", "run.label=\x07", "a..b=1", "=1", ".=1", "run=${", "trainer.steps=%YAML"]
+)
 def test_overrides(word: str) -> None:
     with pytest.raises(ConfigError):
         load_config(None, [word])
@@ -156,7 +163,14 @@ def test_an_override_of_a_text_is_what_is_typed(text: str) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ '\ud800' }}", "{{ 1/0 }}", "{{ messages[9].x.y }}", "{% for m in messages %}", "{{ raise_exception('no') }}", "{{ " + "-" * 400 + "1 }}"],
+    [
+        "{{ '\ud800' }}",
+        "{{ 1/0 }}",
+        "{{ messages[9].x.y }}",
+        "{% for m in messages %}",
+        "{{ raise_exception('no') }}",
+        "{{ " + "-" * 400 + "1 }}",
+    ],
 )
 def test_chat_templates(template: str) -> None:
     base = tokenizer("smollm")

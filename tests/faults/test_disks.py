@@ -1,4 +1,5 @@
-"""Disks that really are full or read-only (a tmpfs of chosen size, remounted), and a folder that the run's user may no longer write.
+"""Disks that really are full or read-only (a tmpfs of chosen size, remounted), and a folder that the run's user may no
+longer write.
 
 What :mod:`tests.faults.test_saves` injects at system calls, done by the kernel. Needs root; skipped elsewhere.
 """
@@ -17,7 +18,11 @@ import pytest
 from tests.faults import tally
 from tests.faults.test_saves import KINDS, REMEDY, Stage, stage
 
-pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts disks and becomes another user")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.faults,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts disks and becomes another user"),
+]
 __all__ = ["stage"]  # the fixture
 NOBODY = 65534
 PAGE = 4096
@@ -58,7 +63,9 @@ def refused(stage: Stage, kind: str, root: Path, **job: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_disk_that_is_full_leaves_the_old_checkpoint_and_goes_on_once_there_is_room(stage: Stage, kind: str, disk: Path) -> None:
+def test_a_disk_that_is_full_leaves_the_old_checkpoint_and_goes_on_once_there_is_room(
+    stage: Stage, kind: str, disk: Path
+) -> None:
     root = placed(stage, kind, disk)
     before = used(disk)
     assert stage.saver.run(kind=kind, root=root, mode=0)["error"] is None

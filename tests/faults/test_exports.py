@@ -1,4 +1,6 @@
-"""An export that is torn, truncated, bit-flipped, mixed of two versions, or of another version than due is refused before any server hears of it."""
+"""An export that is torn, truncated, bit-flipped, mixed of two versions, or of another version than due is refused
+before any server hears of it.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,15 @@ class Weights:
     def __init__(self, source: Path, version: int):
         self.source, self.version = source, version
 
-    def export_hf(self, folder: str | Path, *, dtype: str = "bfloat16", previous: object = None) -> dict[str, manifest.FileEntry]:
+    def export_hf(
+        self, folder: str | Path, *, dtype: str = "bfloat16", previous: object = None
+    ) -> dict[str, manifest.FileEntry]:
         shapes = {name: entry.shape for name, entry in read_tensors(self.source).items()}
         draw = torch.Generator().manual_seed(self.version)
         weights = ((name, torch.randn(shape, generator=draw)) for name, shape in shapes.items())
-        return write_folder(weights, self.source, folder, dtype, shapes=shapes, settings=LayoutSettings(file_bytes=20_000))
+        return write_folder(
+            weights, self.source, folder, dtype, shapes=shapes, settings=LayoutSettings(file_bytes=20_000)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +58,15 @@ def exports(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def client(version: int = 3) -> RolloutClient:
-    """Of a server that isn't there: whoever asks it anything gets a ServerError, not the CheckpointError that is expected."""
+    """Of a server that isn't there: whoever asks it anything gets a ServerError, not the CheckpointError that is
+    expected.
+    """
     return RolloutClient(
-        ServerEndpoint("http://127.0.0.1:9", "key"), weight_version=version, request_timeout_s=1.0, connect_retries=0, admin_timeout_s=1.0
+        ServerEndpoint("http://127.0.0.1:9", "key"),
+        weight_version=version,
+        request_timeout_s=1.0,
+        connect_retries=0,
+        admin_timeout_s=1.0,
     )
 
 
@@ -62,7 +74,21 @@ def damage(draw: random.Random, folder: Path, other: Path) -> str:
     """Do one thing to an export that is to be found out. Returns what."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     weights = [path for path in files if path.suffix == ".safetensors"]
-    kind = draw.choice(["flip", "flip header", "flip manifest", "truncate", "extend", "zeros", "swap", "swap manifest", "missing", "stray", "cross"])
+    kind = draw.choice(
+        [
+            "flip",
+            "flip header",
+            "flip manifest",
+            "truncate",
+            "extend",
+            "zeros",
+            "swap",
+            "swap manifest",
+            "missing",
+            "stray",
+            "cross",
+        ]
+    )
     path = draw.choice(files)
     if kind == "flip":
         data = bytearray(path.read_bytes())
@@ -106,9 +132,14 @@ def damage(draw: random.Random, folder: Path, other: Path) -> str:
 
 
 def harmless(folder: Path, whole: Path) -> bool:
-    """Whether the manifest still says the very same: a flipped bit in a free-text fact, in white space or in the case of a hexadecimal digit."""
+    """Whether the manifest still says the very same: a flipped bit in a free-text fact, in white space or in the case
+    of a hexadecimal digit.
+    """
     try:
-        return manifest.read_manifest(folder).files == manifest.read_manifest(whole).files and manifest.read_manifest(folder).version == VERSIONS[1]
+        return (
+            manifest.read_manifest(folder).files == manifest.read_manifest(whole).files
+            and manifest.read_manifest(folder).version == VERSIONS[1]
+        )
     except CheckpointError:
         return False
 
@@ -151,7 +182,9 @@ def test_thousands_of_damaged_exports_are_refused(exports: Path, source: Path, t
     tally.record("export damaged", injected=count, survived=count, lost=0)
 
 
-@pytest.mark.parametrize(("folder", "due", "served"), [("v000003", 4, 3), ("v000004", 5, 4), ("v000003", 3, 4), ("v000004", 3, 3)])
+@pytest.mark.parametrize(
+    ("folder", "due", "served"), [("v000003", 4, 3), ("v000004", 5, 4), ("v000003", 3, 4), ("v000004", 3, 3)]
+)
 def test_exports_out_of_order_are_refused(exports: Path, source: Path, folder: str, due: int, served: int) -> None:
     with pytest.raises(CheckpointError, match="says version|versions only grow"):
         refit(client(served), exports / folder, due, like=source)
@@ -202,9 +235,17 @@ def test_a_manifest_of_nonsense_is_refused(exports: Path, tmp_path: Path) -> Non
     row = json.loads(path.read_text())
     name = next(iter(row["files"]))
     rows = [
-        [], None, 7, {**row, "schema": 99}, {**row, "files": []}, {**row, "files": {}}, {**row, "files": {name: {}}}, {**row, "version": "four"},
-        {**row, "files": {**row["files"], name: {"size": -1, "blake3": []}}}, {**row, "files": {**row["files"], "../../etc/passwd": {"size": 1}}},
-    ]  # fmt: skip
+        [],
+        None,
+        7,
+        {**row, "schema": 99},
+        {**row, "files": []},
+        {**row, "files": {}},
+        {**row, "files": {name: {}}},
+        {**row, "version": "four"},
+        {**row, "files": {**row["files"], name: {"size": -1, "blake3": []}}},
+        {**row, "files": {**row["files"], "../../etc/passwd": {"size": 1}}},
+    ]
     for nonsense in rows:
         path.write_text(json.dumps(nonsense))
         with pytest.raises(CheckpointError):

@@ -1,4 +1,6 @@
-"""No input, however broken, gets past a loader half parsed or stops it with anything but the typed error that names place and remedy."""
+"""No input, however broken, gets past a loader half parsed or stops it with anything but the typed error that names
+place and remedy.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +59,10 @@ def test_some_hundred_broken_inputs(name: str, folder: Path) -> None:
 def test_ten_thousand_broken_inputs(name: str, folder: Path) -> None:
     inputs = int(os.environ.get("PACT_FUZZ_INPUTS", TARGETS[name].long))
     found = run(name, folder, inputs, seed=int(os.environ.get("PACT_FUZZ_SEED", "2")))
-    print(f"{name}: {found.inputs} inputs, {found.accepted} accepted, {found.refused} refused, {found.reached} lines or arcs, "
-          f"slowest {found.slowest:.2f} s")  # fmt: skip
-    tally.record(f"bad data: {name}", injected=found.inputs, survived=found.accepted + found.refused, lost=found.crashed)
+    print(
+        f"{name}: {found.inputs} inputs, {found.accepted} accepted, {found.refused} refused, "
+        f"{found.reached} lines or arcs, slowest {found.slowest:.2f} s"
+    )
+    tally.record(
+        f"bad data: {name}", injected=found.inputs, survived=found.accepted + found.refused, lost=found.crashed
+    )

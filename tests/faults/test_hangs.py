@@ -1,4 +1,6 @@
-"""A rank that hangs is named by the ranks that wait for it, and the run ends; one that only takes long is waited for."""
+"""A rank that hangs is named by the ranks that wait for it, and the run ends; one that only takes long is waited
+for.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,12 @@ def test_nobody_is_named_while_a_rank_gets_on() -> None:
 
 def test_who_is_missing_is_told_before_who_is_busy() -> None:
     said = verdict({0: sign(11.0), 1: sign(3.0), 2: None, 3: sign(12.0, waiting=False)}, {1}, 10.0)
-    assert said is not None and "rank 2 never came" in said and "rank 1 gives no sign of life" in said and "rank 3 is" not in said
+    assert (
+        said is not None
+        and "rank 2 never came" in said
+        and "rank 1 gives no sign of life" in said
+        and "rank 3 is" not in said
+    )
     assert "Waiting: rank 0: update, pact_nemo/x.py:1 in f, for 11 s" in said
     busy = verdict({0: sign(11.0), 1: sign(12.0, waiting=False)}, set(), 10.0)
     assert busy is not None and "rank 1 is not waiting for the others but at update" in busy
@@ -44,13 +51,22 @@ def test_whereabouts_are_our_own_innermost_line() -> None:
 
 def ranks(what: str, folder: Path, world: int) -> list[tuple[int, str]]:
     """Play hang_worker.py; exit code and output of each rank (of rank 1, which nothing ends: -9)."""
-    store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)  # as torchrun's agent has it: it outlives the ranks
+    store = dist.TCPStore(
+        "127.0.0.1", 0, world, is_master=True, wait_for_workers=False
+    )  # as torchrun's agent has it: it outlives the ranks
     processes = []
     for rank in range(world):
         environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "PYTHONPATH": str(REPO),
+            "OMP_NUM_THREADS": "1",
+        }
         log = open(folder / f"{rank}.log", "wb")  # noqa: SIM115 - the child's
         command = [sys.executable, "-m", "tests.faults.hang_worker", what]
         processes.append(subprocess.Popen(command, env=environment, cwd=REPO, stdout=log, stderr=log))
@@ -71,10 +87,15 @@ def ranks(what: str, folder: Path, world: int) -> list[tuple[int, str]]:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("stopped", "rank 1 gives no sign of life (stopped, swapped out, or its machine is gone); it was last seen at update"),
+        (
+            "stopped",
+            "rank 1 gives no sign of life (stopped, swapped out, or its machine is gone); it was last seen at update",
+        ),
         ("stuck", "rank 1 is not waiting for the others but at update, "),
         pytest.param("never comes", "rank 1 never came", marks=pytest.mark.slow),
-        pytest.param("elsewhere", "all ranks wait for each other, at different places: rank 0: update", marks=pytest.mark.slow),
+        pytest.param(
+            "elsewhere", "all ranks wait for each other, at different places: rank 0: update", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_rank_that_hangs_is_named_by_all_others(what: str, said: str, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""kill -9 at random moments of every phase of a run: what is resumed ends with the numbers and weights of a run that was never killed.
+"""kill -9 at random moments of every phase of a run: what is resumed ends with the numbers and weights of a run that
+was never killed.
 
 Of the trainer, and of its rollout server; and SIGTERM, after which a run leaves by itself.
 """
@@ -21,7 +22,18 @@ import pytest
 from tests.faults import tally
 from tests.faults.runner import durations, finished, nobody_left, open_stage, server_of
 
-PHASES = ("set-up", "warm-up", "generation", "rollout", "score", "update", "refit", "checkpoint", "evaluation", "export")
+PHASES = (
+    "set-up",
+    "warm-up",
+    "generation",
+    "rollout",
+    "score",
+    "update",
+    "refit",
+    "checkpoint",
+    "evaluation",
+    "export",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +56,9 @@ def undisturbed(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 class Signaller:
-    """Sends ``number`` to a run in its ``occurrence``-th time through ``phase``, ``after`` seconds from its begin; ``at`` says when it did."""
+    """Sends ``number`` to a run in its ``occurrence``-th time through ``phase``, ``after`` seconds from its begin;
+    ``at`` says when it did.
+    """
 
     def __init__(self, number: signal.Signals, phase: str, occurrence: int, after: float):
         self.number, self.phase, self.occurrence, self.after = number, phase, occurrence, after
@@ -66,8 +80,10 @@ class Signaller:
 def disturbed_runs(
     stage: dict[str, Any], undisturbed: dict[str, Any], number: signal.Signals, times: int, seed: int
 ) -> tuple[dict[str, list[float]], int, int]:
-    """Runs of the same configuration, each sent the signal and resumed until it ends by itself, until there were ``times`` signals. Fails where one
-    ends otherwise than the undisturbed one. Returns seconds from each signal to the end, by phase; runs; starts."""
+    """Runs of the same configuration, each sent the signal and resumed until it ends by itself, until there were
+    ``times`` signals. Fails where one ends otherwise than the undisturbed one. Returns seconds from each signal to the
+    end, by phase; runs; starts.
+    """
     folder, runner, rng, lengths = stage["folder"], stage["runner"], random.Random(seed), undisturbed["lengths"]
     sent: dict[str, list[float]] = defaultdict(list)
     runs = starts = 0
@@ -156,7 +172,9 @@ def test_a_server_killed_at_random_moments_changes_nothing(stage: dict[str, Any]
     runs = 0
     while done.total() < kills:
         root = stage["folder"] / f"servers-{runs}"
-        code, _ = stage["runner"].play([*stage["words"], f"run.root={root}", "rollout.server.max_restarts=1000"], None, killer)
+        code, _ = stage["runner"].play(
+            [*stage["words"], f"run.root={root}", "rollout.server.max_restarts=1000"], None, killer
+        )
         assert code == 0, stage["runner"].said()
         found = finished((root / "latest").resolve())
         for key, value in undisturbed["left"].items():
@@ -170,17 +188,25 @@ def test_a_server_killed_at_random_moments_changes_nothing(stage: dict[str, Any]
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_a_server_that_is_given_up_ends_the_run_with_a_checkpoint(stage: dict[str, Any], undisturbed: dict[str, Any]) -> None:
+def test_a_server_that_is_given_up_ends_the_run_with_a_checkpoint(
+    stage: dict[str, Any], undisturbed: dict[str, Any]
+) -> None:
     """In the midst of a batch (``generate``), and at a refit (``load``), whose step is done."""
     server: Path = stage["folder"] / "server"
     for kind, after in (("generate", 30), ("load", 3)):
         counter = server / f"{kind}.count"
         now = int(counter.read_text()) if counter.exists() else 0
-        (server / "faults.json").write_text(json.dumps([{"at": now + after + i, "do": "exit", "of": kind} for i in range(60)]))
+        (server / "faults.json").write_text(
+            json.dumps([{"at": now + after + i, "do": "exit", "of": kind} for i in range(60)])
+        )
         root = stage["folder"] / f"given-up-{kind}"
         code, _ = stage["runner"].play([*stage["words"], f"run.root={root}", "rollout.server.max_restarts=1"], None)
         said = stage["runner"].said()
-        assert code == 1 and "given up after 1 restarts (rollout.server.max_restarts)" in said and f"--resume {(root / 'latest').resolve()}" in said
+        assert (
+            code == 1
+            and "given up after 1 restarts (rollout.server.max_restarts)" in said
+            and f"--resume {(root / 'latest').resolve()}" in said
+        )
         (server / "faults.json").write_text("[]")
         before = len((root / "latest" / "metrics.jsonl").read_text().splitlines())
         code, _ = stage["runner"].play([], (root / "latest").resolve())

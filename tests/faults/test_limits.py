@@ -1,4 +1,6 @@
-"""What a run counts and shows of its faults, what it keeps on disk, and that an error of rank 0 is the same error on every rank."""
+"""What a run counts and shows of its faults, what it keeps on disk, and that an error of rank 0 is the same error on
+every rank.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,14 @@ from pact_nemo.training.workspace import Workspace
 
 
 def test_counters_of_all_steps_are_added_by_name() -> None:
-    rows = [{"failed/ServerError": 2, "server/restarts": 1.0, "rollout/reissued": 3.0, "loss/total": 1.5}, {"failed/ServerError": 1, "failed/X": 4}]
+    rows = [
+        {"failed/ServerError": 2, "server/restarts": 1.0, "rollout/reissued": 3.0, "loss/total": 1.5},
+        {"failed/ServerError": 1, "failed/X": 4},
+    ]
     assert finish.added(rows, "failed/") == {"ServerError": 3, "X": 4}
-    assert finish.added(rows, "server/") == {"restarts": 1} and finish.added(rows, "rollout/reissued") == {"reissued": 3}
+    assert finish.added(rows, "server/") == {"restarts": 1} and finish.added(rows, "rollout/reissued") == {
+        "reissued": 3
+    }
     assert finish.added([{"server/restarts": 0.0}], "server/") == {}
 
 
@@ -60,7 +67,9 @@ def test_a_servers_log_that_outgrew_its_limit_starts_anew_and_goes_on(tmp_path: 
     assert log.read_bytes() == b"c" and (tmp_path / "server.log.1").stat().st_size == 2**20 + 1
 
 
-@pytest.mark.parametrize("name", ["ServerLost", "Interrupted", "TooManyFailures", "CheckpointError", "NumericsError", "DataError"])
+@pytest.mark.parametrize(
+    "name", ["ServerLost", "Interrupted", "TooManyFailures", "CheckpointError", "NumericsError", "DataError"]
+)
 def test_an_error_of_rank_zero_has_its_type_on_every_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who catches it to checkpoint together, does so on all ranks; else one would wait for the others."""
 
@@ -78,7 +87,9 @@ def test_an_error_of_rank_zero_has_its_type_on_every_rank(name: str, monkeypatch
 def test_another_error_of_rank_zero_is_ours_by_its_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    monkeypatch.setattr(distributed.dist, "broadcast_object_list", lambda message, src: message.__setitem__(1, (name, "x")))
+    monkeypatch.setattr(
+        distributed.dist, "broadcast_object_list", lambda message, src: message.__setitem__(1, (name, "x"))
+    )
     with pytest.raises(errors.PactError, match=f"rank 0 stopped with {name}: x"):
         distributed.on_rank_zero(lambda: None)
 
@@ -100,8 +111,14 @@ def test_runs_of_the_same_path_on_two_machines_share_no_exports_folder(tmp_path:
 
 def test_temporary_names_of_two_containers_differ(tmp_path: Path) -> None:
     """Their processes have the same ids."""
-    code = "import os; os.getpid = lambda: 7\nfrom pathlib import Path; from pact_nemo.files import temporary_beside as t; print(t(Path('a/b')))"
-    names = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    code = (
+        "import os; os.getpid = lambda: 7\nfrom pathlib import Path; from pact_nemo.files import temporary_beside as t;"
+        " print(t(Path('a/b')))"
+    )
+    names = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
     assert len(names) == 2 and all(name.startswith("a/.b.7") for name in names)
     unfinished = tmp_path / Path(names.pop().strip()).name
     unfinished.mkdir()

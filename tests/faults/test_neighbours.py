@@ -1,4 +1,6 @@
-"""Two runs on one machine, in one run root and one cache: each ends as it would alone, and a folder is open in one process only."""
+"""Two runs on one machine, in one run root and one cache: each ends as it would alone, and a folder is open in one
+process only.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def test_two_runs_side_by_side_end_as_each_alone(stage: dict[str, Any], other: R
     codes: dict[str, int] = {}
 
     def play(name: str, runner: Runner) -> None:
-        codes[name] = runner.play([*stage["words"], f"run.root={root}", f"rollout.exports_dir={exports}"], None, partial(look, runner))[0]
+        codes[name] = runner.play(
+            [*stage["words"], f"run.root={root}", f"rollout.exports_dir={exports}"], None, partial(look, runner)
+        )[0]
 
     threads = [threading.Thread(target=play, args=item) for item in (("first", stage["runner"]), ("second", other))]
     for thread in threads:

@@ -1,4 +1,6 @@
-"""Numbers that lie stop a step before the optimizer, by name of term and sample, and leave the mini-batch; spikes and failures are told."""
+"""Numbers that lie stop a step before the optimizer, by name of term and sample, and leave the mini-batch; spikes and
+failures are told.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def attempt(model: Path, folder: Path, break_it: Any) -> tuple[MegatronPolicy, N
     before = [parameter.detach().clone() for parameter in policy.chunks[0].parameters()]
     with pytest.raises(NumericsError) as caught:
         optimise(experiment, groups, Stopwatch(experiment.progress))
-    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, policy.chunks[0].parameters(), strict=True)), "weights changed"
+    assert all(
+        torch.equal(a, b) or a.isnan().any() for a, b in zip(before, policy.chunks[0].parameters(), strict=True)
+    ), "weights changed"
     assert policy.step == 0
     return policy, caught.value, sorted((folder / "numerics").glob("*"))
 
@@ -51,10 +55,21 @@ def test_an_advantage_that_is_no_number_is_named_with_its_sample(model: Path, tm
         groups[0].advantages[1][:] = np.nan
 
     _, error, files = attempt(model, tmp_path, nan)
-    assert "bench_0, rollout 1" in str(error) and "advantages" in str(error) and "loss" in error.names and str(files[0]) in str(error)
+    assert (
+        "bench_0, rollout 1" in str(error)
+        and "advantages" in str(error)
+        and "loss" in error.names
+        and str(files[0]) in str(error)
+    )
     dumped = json.loads(files[0].read_text())
-    assert {row["rollout"] for row in dumped["suspects"]} == {1} and {row["task"] for row in dumped["suspects"]} == {"bench_0"}
-    assert len(dumped["prompts"]) == 4 and "nan" in dumped["prompts"][0]["streams"]["advantages"] and len(dumped["prompts"][0]["segments"]) > 3
+    assert {row["rollout"] for row in dumped["suspects"]} == {1} and {row["task"] for row in dumped["suspects"]} == {
+        "bench_0"
+    }
+    assert (
+        len(dumped["prompts"]) == 4
+        and "nan" in dumped["prompts"][0]["streams"]["advantages"]
+        and len(dumped["prompts"][0]["segments"]) > 3
+    )
 
 
 def test_weights_that_are_broken_show_in_every_log_prob(model: Path, tmp_path: Path) -> None:
@@ -65,7 +80,9 @@ def test_weights_that_are_broken_show_in_every_log_prob(model: Path, tmp_path: P
     _, error, files = attempt(model, tmp_path, nan)
     assert "logprobs of bench_0, rollout 0" in str(error) and "more" in str(error)
     dumped = json.loads(files[0].read_text())
-    assert {row["task"] for row in dumped["suspects"]} >= {"bench_0", "bench_3"} and {row["context"] for row in dumped["suspects"]} == {"x"}
+    assert {row["task"] for row in dumped["suspects"]} >= {"bench_0", "bench_3"} and {
+        row["context"] for row in dumped["suspects"]
+    } == {"x"}
 
 
 def test_a_gradient_that_overflows_alone_is_called_that(model: Path, tmp_path: Path) -> None:
@@ -88,15 +105,29 @@ def test_a_reward_that_is_no_number_stops_before_anything_is_computed() -> None:
 
 def test_spikes_are_told_with_their_setting() -> None:
     limits = AlarmsConfig(mismatch=0.1, kl=None, clip_fraction=0.5, privilege_gap=5.0)
-    record = {"mismatch/mean_abs": 0.11, "policy/kl_ref": 99.0, "policy/clip_fraction_x": 0.5, "latent/gap_success": None, "latent/gap_failure": -6.0}
+    record = {
+        "mismatch/mean_abs": 0.11,
+        "policy/kl_ref": 99.0,
+        "policy/clip_fraction_x": 0.5,
+        "latent/gap_success": None,
+        "latent/gap_failure": -6.0,
+    }
     found = alarms.spikes(record, limits)
-    assert len(found) == 2 and "alarms.mismatch=0.1" in found[0] and "alarms.privilege_gap=5" in found[1] and "-6" in found[1]
+    assert (
+        len(found) == 2
+        and "alarms.mismatch=0.1" in found[0]
+        and "alarms.privilege_gap=5" in found[1]
+        and "-6" in found[1]
+    )
     assert alarms.spikes({}, limits) == []
 
 
 def played(error: str | None, number: int = 1) -> list[Rollout]:
     turn = Turn(0, 1, "")
-    return [Rollout("t", k, [1], [2], [1], [-1.0], [turn], None, 0, status="failed" if error else "ok", error=error) for k in range(number)]
+    return [
+        Rollout("t", k, [1], [2], [1], [-1.0], [turn], None, 0, status="failed" if error else "ok", error=error)
+        for k in range(number)
+    ]
 
 
 def test_failures_are_counted_by_kind_and_too_many_end_the_run_with_the_top_cause() -> None:
@@ -113,7 +144,9 @@ def test_a_failed_rollout_gets_no_gradient_and_moves_no_mean() -> None:
     task = Task("t", "t", "bench", (), (), ())
     good = [group.rollouts for group in batch(config)][0]
     turns, error = [Turn(0, 2, "")], "EnvironmentFailure: x"
-    broken = Rollout("t", 3, good[0].prompt_ids, [5, 6], [1, 1], [-1.0, -1.0], turns, None, 0, status="failed", error=error)
+    broken = Rollout(
+        "t", 3, good[0].prompt_ids, [5, 6], [1, 1], [-1.0, -1.0], turns, None, 0, status="failed", error=error
+    )
     with_it = form_group(task, [*good, broken], None, config.objective, seed=0, step=0)
     without = form_group(task, good, None, config.objective, seed=0, step=0)
     for a, b in zip(with_it.advantages, without.advantages, strict=False):
@@ -127,9 +160,14 @@ def test_a_run_gives_up_with_a_checkpoint() -> None:
 
     calls: list[str] = []
     stand = SimpleNamespace(
-        policy=SimpleNamespace(step=3), step=2, workspace=SimpleNamespace(folder=Path("runs/x")),
-        checkpoint=lambda: calls.append("checkpoint"), finish_saving=lambda wait: calls.append("finish"),
-    )  # fmt: skip
-    with pytest.raises(TooManyFailures, match="step 3: the cause\nWhat was finished before is checkpointed: go on with --resume runs/x"):
+        policy=SimpleNamespace(step=3),
+        step=2,
+        workspace=SimpleNamespace(folder=Path("runs/x")),
+        checkpoint=lambda: calls.append("checkpoint"),
+        finish_saving=lambda wait: calls.append("finish"),
+    )
+    with pytest.raises(
+        TooManyFailures, match="step 3: the cause\nWhat was finished before is checkpointed: go on with --resume runs/x"
+    ):
         Experiment.give_up(stand, TooManyFailures("the cause"))  # type: ignore[arg-type]
     assert calls == ["checkpoint", "finish"]

@@ -1,4 +1,6 @@
-"""A whole run whose standard output is full, gone or closed goes on; one whose terminal hangs up checkpoints, leaves with 75 and is resumed."""
+"""A whole run whose standard output is full, gone or closed goes on; one whose terminal hangs up checkpoints, leaves
+with 75 and is resumed.
+"""
 
 from __future__ import annotations
 

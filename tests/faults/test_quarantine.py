@@ -1,4 +1,6 @@
-"""A bad row is kept apart and counted, or stops the run; what is too long goes by a named policy; nothing else of the data changes."""
+"""A bad row is kept apart and counted, or stops the run; what is too long goes by a named policy; nothing else of the
+data changes.
+"""
 
 from __future__ import annotations
 
@@ -60,11 +62,18 @@ def test_one_bad_line_is_one_bad_row(line: bytes, tmp_path: Path) -> None:
 
 def test_an_id_twice_is_a_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in (TOOLHOP_ROW, TOOLHOP_ROW | {"question": "Other?"}, TOOLHOP_ROW | {"id": 8})))
+    path.write_text(
+        "".join(
+            json.dumps(row) + "\n"
+            for row in (TOOLHOP_ROW, TOOLHOP_ROW | {"question": "Other?"}, TOOLHOP_ROW | {"id": 8})
+        )
+    )
     quarantine = Quarantine("quarantine")
     tasks = ToolHopEnvironment(path, None, quarantine=quarantine).tasks()  # type: ignore[arg-type]
     assert [task.id for task in tasks] == ["toolhop_7", "toolhop_8"]
-    assert "row 1 has the id 'toolhop_7' already" in str(quarantine.rows[0].error) and quarantine.rows[0].error.line == 2
+    assert (
+        "row 1 has the id 'toolhop_7' already" in str(quarantine.rows[0].error) and quarantine.rows[0].error.line == 2
+    )
 
 
 def test_a_hundred_thousand_bad_rows_are_kept_without_their_frames(tmp_path: Path) -> None:
@@ -76,7 +85,13 @@ def test_a_hundred_thousand_bad_rows_are_kept_without_their_frames(tmp_path: Pat
 
 
 def test_files_that_are_no_rows_stop_a_run_under_either_policy(tmp_path: Path) -> None:
-    for name, data in {"x.json": b"[{}, {", "y.json": b"{}", "z.parquet": b"PAR1", "e.parquet": b"", "u.json": b"\xff"}.items():
+    for name, data in {
+        "x.json": b"[{}, {",
+        "y.json": b"{}",
+        "z.parquet": b"PAR1",
+        "e.parquet": b"",
+        "u.json": b"\xff",
+    }.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=name):
             read_rows(tmp_path / name, Quarantine("quarantine"))
@@ -118,7 +133,8 @@ def test_half_a_surrogate_pair_in_a_call_is_an_error_observation() -> None:
         check_call(ToolCall("ls", {"a": ["\ud800"]}))
 
 
-# -- what is too long ----------------------------------------------------------------------------------------------------------------------
+# -- what is too long
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _long_trace() -> Trace:
@@ -136,10 +152,18 @@ def test_an_overlong_trace_is_cut_where_its_policy_says(kind: str) -> None:
         assert len(turn) == (len(whole) if room == len(whole) else first if room >= first else 0)
         assert len(drop) == (len(whole) if room == len(whole) else 0)
         assert len(segment) >= len(turn) and segment.cut == turn.cut == drop.cut == (room < len(whole))
-        if len(segment) > len(turn) and room < len(whole):  # whole reasoning segments of the turn that didn't fit, then the message's end, no call
+        if len(segment) > len(turn) and room < len(
+            whole
+        ):  # whole reasoning segments of the turn that didn't fit, then the message's end, no call
             kept = segment.turn_ends[-1]
             assert kept == len(segment) and segment.token_ids[: len(turn)] == turn.token_ids
-            text = chat.decode([t for t, c in zip(segment.token_ids[len(turn) :], segment.component[len(turn) :], strict=True) if c == 3])
+            text = chat.decode(
+                [
+                    t
+                    for t, c in zip(segment.token_ids[len(turn) :], segment.component[len(turn) :], strict=True)
+                    if c == 3
+                ]
+            )
             torn = trace.turns[len(turn.turn_ends)].segments
             assert text in {"".join(s.text for s in torn[:count]) for count in range(1, len(torn) + 1)}
     assert any(len(fit_trace(trace, chat, room, "segment")) > first for room in range(first + 1, len(whole)))
@@ -149,10 +173,14 @@ def test_an_overlong_trace_is_cut_where_its_policy_says(kind: str) -> None:
 def small() -> tuple[Config, ChatFormat]:
     words = ["tasks.max_train=8", "tasks.max_eval=2", "rollout.server.max_model_len=480"]
     config = load_config(ROOT / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml", words)
-    return config, ChatFormat.from_pretrained(materialise_embedded_model(ROOT / ".cache" / "pact_nemo"), config.model.tool_format)
+    return config, ChatFormat.from_pretrained(
+        materialise_embedded_model(ROOT / ".cache" / "pact_nemo"), config.model.tool_format
+    )
 
 
-def test_what_a_run_leaves_out_is_counted_in_metrics_and_report(small: tuple[Config, ChatFormat], tmp_path: Path) -> None:
+def test_what_a_run_leaves_out_is_counted_in_metrics_and_report(
+    small: tuple[Config, ChatFormat], tmp_path: Path
+) -> None:
     config, chat = small
     plain = build_dataset(config, build_environment(config), chat)
     path = tmp_path / "traces.jsonl"
@@ -168,12 +196,18 @@ def test_what_a_run_leaves_out_is_counted_in_metrics_and_report(small: tuple[Con
         found = build_dataset(changed, build_environment(changed, quarantine), chat, quarantine=quarantine)
         absent = plain.dropped["trace_too_long"]  # of these nothing fitted from the start
         too_long = sum(length > lengths[0] for length in lengths) + absent
-        assert too_long > absent and found.dropped["trace_cut"] == too_long and found.dropped["rows_quarantined"] == len(quarantine) == 1
+        assert (
+            too_long > absent
+            and found.dropped["trace_cut"] == too_long
+            and found.dropped["rows_quarantined"] == len(quarantine) == 1
+        )
         assert found.dropped["trace_too_long"] == len(plain.trace_tokens) - len(found.trace_tokens) + absent
         assert found.dropped["trace_too_long"] == too_long or overlong != "drop"
         assert all(len(tokens) <= lengths[0] for tokens in found.trace_tokens.values())
         record = data_record(found.dropped, [])
-        assert record["data/rows_quarantined"] == 1 and record["data/traces_too_long"] == found.dropped["trace_too_long"]
+        assert (
+            record["data/rows_quarantined"] == 1 and record["data/traces_too_long"] == found.dropped["trace_too_long"]
+        )
         assert "1 bad rows" in left_out(found.dropped)
     assert quarantine.write(tmp_path) == tmp_path / FILE
     assert Quarantine("quarantine").write(tmp_path) is None and not (tmp_path / FILE).exists()
@@ -186,7 +220,9 @@ def test_what_a_run_leaves_out_is_counted_in_metrics_and_report(small: tuple[Con
 def test_overlong_prompts_are_dropped_or_stop_the_run(small: tuple[Config, ChatFormat]) -> None:
     config, chat = small
     whole = build_dataset(config, build_environment(config), chat)
-    tight = replace(config, tasks=replace(config.tasks, max_prompt_tokens=config.tasks.max_prompt_tokens - 60, max_eval=2))
+    tight = replace(
+        config, tasks=replace(config.tasks, max_prompt_tokens=config.tasks.max_prompt_tokens - 60, max_eval=2)
+    )
     found = build_dataset(tight, build_environment(tight), chat)
     assert found.dropped["prompt_too_long"] > whole.dropped["prompt_too_long"]
     stop = replace(tight, tasks=replace(tight.tasks, overlong="stop"))
@@ -201,8 +237,18 @@ def test_policies_are_known_names(word: str) -> None:
 
 
 def test_settings_that_python_takes_and_no_run_can_use() -> None:
-    words: Any = ["optimizer.lr=.nan", "objective.gamma=.inf", 'run.label="\\0"', "run.seed=1" + "0" * 40, "optimizer.betas=[0.9,{a: 1}]", "run=3",
-                  "a=[", "run.label=${run.label}", "run.label=${x.y}", "traces.components=[{a: 1}]"]  # fmt: skip
+    words: Any = [
+        "optimizer.lr=.nan",
+        "objective.gamma=.inf",
+        'run.label="\\0"',
+        "run.seed=1" + "0" * 40,
+        "optimizer.betas=[0.9,{a: 1}]",
+        "run=3",
+        "a=[",
+        "run.label=${run.label}",
+        "run.label=${x.y}",
+        "traces.components=[{a: 1}]",
+    ]
     for word in words:
         with pytest.raises(ConfigError):
             load_config(None, [word])

@@ -1,4 +1,6 @@
-"""kill -9 or SIGSTOP of one rank of two, under torchrun: the job ends and says which, and what is resumed ends as if nothing had been."""
+"""kill -9 or SIGSTOP of one rank of two, under torchrun: the job ends and says which, and what is resumed ends as if
+nothing had been.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,12 @@ LIMIT_S = 30
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    with open_stage(tmp_path_factory.mktemp("ranks"), "trainer.steps=3", "trainer.mini_batch_size=2", f"policy.init_timeout_s={LIMIT_S}") as opened:
+    with open_stage(
+        tmp_path_factory.mktemp("ranks"),
+        "trainer.steps=3",
+        "trainer.mini_batch_size=2",
+        f"policy.init_timeout_s={LIMIT_S}",
+    ) as opened:
         yield opened
 
 
@@ -45,11 +52,24 @@ def play(stage: dict[str, Any], words: list[str], disturb: Any = None) -> tuple[
     """Run the recipe on two ranks; exit code and output."""
     folder = stage["folder"]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.faults.rank_worker",
-        str(folder / "server"), *words,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "tests.faults.rank_worker",
+        str(folder / "server"),
+        *words,
+    ]
     with open(folder / "run.log", "wb") as log:
-        job = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
+        job = subprocess.Popen(
+            command,
+            cwd=REPO,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
+        )
     if disturb is not None:
         threading.Thread(target=disturb, args=(job.pid,), daemon=True).start()
     try:
@@ -87,7 +107,9 @@ def test_a_rank_that_is_killed_at_random_costs_nothing(stage: dict[str, Any], un
             starts += 1
             if code == 0:
                 break
-            assert re.search(r"exitcode *: -9", output) and "Signal 9 (SIGKILL)" in output, output[-3000:]  # torchrun names rank and process
+            assert re.search(r"exitcode *: -9", output) and "Signal 9 (SIGKILL)" in output, output[
+                -3000:
+            ]  # torchrun names rank and process
             resume = (root / "latest").resolve() if (root / "latest" / "config.yaml").is_file() else None
         found = finished((root / "latest").resolve())
         for key, value in undisturbed["left"].items():
@@ -97,7 +119,9 @@ def test_a_rank_that_is_killed_at_random_costs_nothing(stage: dict[str, Any], un
     tally.record("kill -9 of one rank", injected=sum(done), survived=sum(done), lost=0)
 
 
-def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on_later(stage: dict[str, Any], undisturbed: dict[str, Any]) -> None:
+def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on_later(
+    stage: dict[str, Any], undisturbed: dict[str, Any]
+) -> None:
     root = stage["folder"] / "stopped"
     stopped: list[float] = []
 
@@ -111,8 +135,14 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on_later(stage: dict[s
         stopped.append(time.monotonic())
 
     code, output = play(stage, [*stage["words"], f"run.root={root}"], stop)
-    print(f"ended {time.monotonic() - stopped[0]:.0f} s after rank 1 was stopped (limit {LIMIT_S} s; torchrun waits 30 s for it to leave)")
-    assert code != 0 and f"rank 0: no rank got on for {LIMIT_S} s (policy.init_timeout_s): rank 1 gives no sign of life" in output, output[-3000:]
+    print(
+        f"ended {time.monotonic() - stopped[0]:.0f} s after rank 1 was stopped (limit {LIMIT_S} s; torchrun waits 30 s"
+        " for it to leave)"
+    )
+    assert (
+        code != 0
+        and f"rank 0: no rank got on for {LIMIT_S} s (policy.init_timeout_s): rank 1 gives no sign of life" in output
+    ), output[-3000:]
     code, output = play(stage, ["--resume", str((root / "latest").resolve())])
     assert code == 0, output[-3000:]
     found = finished((root / "latest").resolve())

@@ -1,7 +1,9 @@
-"""A save or an export that is cut at any system call, or whose disk refuses, leaves a whole checkpoint of the old or the new step; never a mixture.
+"""A save or an export that is cut at any system call, or whose disk refuses, leaves a whole checkpoint of the old or
+the new step; never a mixture.
 
-Real saves of a real (small) policy, in forked processes (saver.py) that cutter.c ends, or whose calls it fails, at the Nth call that changes
-something under the folder. The quick tests take a sample of N and kinds; the slow ones take every N.
+Real saves of a real (small) policy, in forked processes (saver.py) that cutter.c ends, or whose calls it fails, at the
+Nth call that changes something under the folder. The quick tests take a sample of N and kinds; the slow ones take every
+N.
 """
 
 from __future__ import annotations
@@ -28,19 +30,25 @@ from tests.faults.kit import COUNT, FAIL_FROM, FAIL_ONCE, KILL, KILL_SELF, TORN,
 from tests.workers.policy_kit import make_model
 
 KINDS = ("save", "background", "export")
-REMEDY = re.compile(r"can't be (written|deleted) .*(make room|writable again|check that disk|free or repair)", re.DOTALL)
+REMEDY = re.compile(
+    r"can't be (written|deleted) .*(make room|writable again|check that disk|free or repair)", re.DOTALL
+)
 
 
 @dataclass
 class Stage:
-    """What all tests share: the saver, what it saves from step 1 (``template``) and 2, and a policy to load checkpoints into."""
+    """What all tests share: the saver, what it saves from step 1 (``template``) and 2, and a policy to load checkpoints
+    into.
+    """
 
     saver: Saver
     folder: Path
     checker: MegatronPolicy
     prints: dict[str, dict[int, str]] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
-    loaded: dict[str, tuple[int, str]] = field(default_factory=dict)  # what loading the same files, byte for byte, has given
+    loaded: dict[str, tuple[int, str]] = field(
+        default_factory=dict
+    )  # what loading the same files, byte for byte, has given
     checks: int = 0
 
     def root(self, kind: str, name: str = "root") -> Path:
@@ -51,7 +59,9 @@ class Stage:
         return root
 
     def fingerprint(self, kind: str, folder: Path) -> tuple[int, str]:
-        """Step and content of a checkpoint as a resume sees it, or of an export as a server does; raises CheckpointError when it is refused."""
+        """Step and content of a checkpoint as a resume sees it, or of an export as a server does; raises
+        CheckpointError when it is refused.
+        """
         digest = hashlib.sha256()
         if kind == "export":
             step = manifest.verify_manifest(folder).version
@@ -73,7 +83,9 @@ class Stage:
         assert state == {"step": self.checker.step}
         values = [param.detach() for param in self.checker.chunks[0].parameters()]
         for one in getattr(self.checker.optimizer, "chained_optimizers", [self.checker.optimizer]):
-            values += [value for entry in one.optimizer.state.values() for value in entry.values() if torch.is_tensor(value)]
+            values += [
+                value for entry in one.optimizer.state.values() for value in entry.values() if torch.is_tensor(value)
+            ]
         assert len(values) > 2 * len(list(self.checker.chunks[0].parameters()))  # the moments are among them
         for value in values:
             digest.update(value.numpy().tobytes())
@@ -97,7 +109,9 @@ class Stage:
         if not go_on:
             return step
         self.checks += 1
-        if step == 1 and self.checks % 8:  # the next save, at the end of the last cut's folder, in one case out of eight: it takes longest
+        if (
+            step == 1 and self.checks % 8
+        ):  # the next save, at the end of the last cut's folder, in one case out of eight: it takes longest
             leftovers = {path.name for path in root.iterdir()} - {"latest", *(folder.name for folder in folders)}
             if kind == "export":
                 manifest.prune_exports(root, 1)
@@ -112,7 +126,9 @@ class Stage:
         else:
             resume.prune(root, 1)
         assert self.fingerprint(kind, self.visible(kind, root)[-1]) == (2, self.prints[kind][2])
-        assert sorted(path.name for path in root.iterdir()) == (["v000002"] if kind == "export" else ["latest", "step_000002"]), "leftovers"
+        assert sorted(path.name for path in root.iterdir()) == (
+            ["v000002"] if kind == "export" else ["latest", "step_000002"]
+        ), "leftovers"
         return step
 
 
@@ -137,7 +153,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
             new = stage.fingerprint(kind, stage.visible(kind, root)[-1])
             assert (old[0], new[0]) == (1, 2) and old[1] != new[1]
             stage.prints[kind] = dict((old, new))
-        assert stage.prints["save"][2] == stage.prints["background"][2], "a save in the background is of the weights of its step"
+        assert stage.prints["save"][2] == stage.prints["background"][2], (
+            "a save in the background is of the weights of its step"
+        )
         yield stage
 
 
@@ -192,7 +210,12 @@ def every(stage: Stage, kind: str) -> range:
 def test_every_system_call_of_a_save_may_be_the_last(stage: Stage, kind: str, mode: int) -> None:
     steps = [cut(stage, kind, mode, number) for number in every(stage, kind)]
     assert steps == sorted(steps) and set(steps) == {1, 2}, "from some call on it is the new one, for good"
-    tally.record(f"{kind} cut at each system call, {'torn' if mode == TORN else 'killed'}", injected=len(steps), survived=len(steps), lost=0)
+    tally.record(
+        f"{kind} cut at each system call, {'torn' if mode == TORN else 'killed'}",
+        injected=len(steps),
+        survived=len(steps),
+        lost=0,
+    )
 
 
 @pytest.mark.slow
@@ -204,7 +227,10 @@ def test_every_system_call_of_a_save_may_be_the_last(stage: Stage, kind: str, mo
 def test_every_system_call_of_a_save_may_be_refused(stage: Stage, kind: str, code: int, mode: int) -> None:
     for number in every(stage, kind):
         refuse(stage, kind, mode, number, code)
-    name = f"{kind} refused at each system call, {errno.errorcode[code]} {'from there on' if mode == FAIL_FROM else 'once'}"
+    name = (
+        f"{kind} refused at each system call, {errno.errorcode[code]}"
+        f" {'from there on' if mode == FAIL_FROM else 'once'}"
+    )
     tally.record(name, injected=stage.calls[kind], survived=stage.calls[kind], lost=0)
 
 
@@ -213,7 +239,11 @@ def test_a_background_writer_that_is_killed_is_told(stage: Stage) -> None:
     for number in (1, 7):
         root = stage.root("background")
         said = stage.saver.run(kind="background", root=root, cut=number, mode=KILL_SELF)
-        assert not said["killed"] and said["type"] == "CheckpointError" and "the previous checkpoint stands" in said["error"], said
+        assert (
+            not said["killed"]
+            and said["type"] == "CheckpointError"
+            and "the previous checkpoint stands" in said["error"]
+        ), said
         assert stage.check("background", root) == 1
 
 
@@ -225,10 +255,16 @@ def test_the_cutter_counts_what_the_kernel_sees(stage: Stage, tmp_path: Path) ->
         root = stage.root(kind)
         stage.saver.tell(kind=kind, root=root, mode=COUNT, stop=True)
         pid = stage.saver.hear()["stopped"]
-        calls = "write,pwrite64,writev,pwritev,pwritev2,sendfile,copy_file_range,fsync,fdatasync,ftruncate,fallocate,fchmod,chmod,mkdir,mkdirat,"
-        calls += "unlink,unlinkat,rmdir,truncate,rename,renameat,renameat2,link,linkat,symlink,symlinkat,open,openat,creat"
+        calls = "write,pwrite64,writev,pwritev,pwritev2,sendfile,copy_file_range,fsync,fdatasync,ftruncate,fallocate,"
+        calls += "fchmod,chmod,mkdir,mkdirat,"
+        calls += (
+            "unlink,unlinkat,rmdir,truncate,rename,renameat,renameat2,link,linkat,symlink,symlinkat,open,openat,creat"
+        )
         log = tmp_path / f"{kind}.log"
-        tracer = subprocess.Popen(["strace", "-f", "-y", "-s", "0", "-o", str(log), "-e", f"trace={calls}", "-p", str(pid)], stderr=subprocess.PIPE)
+        tracer = subprocess.Popen(
+            ["strace", "-f", "-y", "-s", "0", "-o", str(log), "-e", f"trace={calls}", "-p", str(pid)],
+            stderr=subprocess.PIPE,
+        )
         assert tracer.stderr is not None
         first = tracer.stderr.readline().decode()
         if "attached" not in first:
@@ -251,6 +287,18 @@ def touches(line: str, root: str) -> bool:
     name, rest = call.groups()
     if name in ("open", "openat", "creat") and not re.search(r"O_CREAT|O_TRUNC|O_TMPFILE", rest):
         return False
-    if name in ("write", "pwrite64", "writev", "pwritev", "pwritev2", "fsync", "fdatasync", "ftruncate", "fallocate", "fchmod", "sendfile"):
+    if name in (
+        "write",
+        "pwrite64",
+        "writev",
+        "pwritev",
+        "pwritev2",
+        "fsync",
+        "fdatasync",
+        "ftruncate",
+        "fallocate",
+        "fchmod",
+        "sendfile",
+    ):
         rest = rest.split(",")[0]
     return root + "/" in rest or f"{root}>" in rest or f'{root}"' in rest

@@ -14,11 +14,17 @@ MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "mar
 UNSAFE_YAML = {"load", "load_all", "full_load", "full_load_all", "unsafe_load", "unsafe_load_all"}
 #: (file, finding) -> why it may be there
 ALLOWED = {
-    ("pact_nemo/sandbox/worker.py", "exec"): "the sandbox's whole purpose: untrusted tool source, inside the confined child",
+    (
+        "pact_nemo/sandbox/worker.py",
+        "exec",
+    ): "the sandbox's whole purpose: untrusted tool source, inside the confined child",
     ("pact_nemo/sandbox/worker.py", "compile"): "of the same source, in the same child",
     ("tools/bench_sandbox.py", "exec"): "runs its own constant source, to time the sandbox against it",
     ("tools/bench_sandbox.py", "compile"): "of the same constant source",
-    ("pact_nemo/checkpoints/foreign.py", "import pickle"): "a reader that resolves known names only, and takes members of enumerations for getattr",
+    (
+        "pact_nemo/checkpoints/foreign.py",
+        "import pickle",
+    ): "a reader that resolves known names only, and takes members of enumerations for getattr",
 }
 
 
@@ -27,7 +33,9 @@ def findings(source: str) -> Iterator[tuple[str, int]]:
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((f"import {alias.name}", node.lineno) for alias in node.names if alias.name.split(".")[0] in MODULES)
+            yield from (
+                (f"import {alias.name}", node.lineno) for alias in node.names if alias.name.split(".")[0] in MODULES
+            )
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MODULES:
             yield f"import {node.module}", node.lineno
         elif isinstance(node, ast.Call):
@@ -40,9 +48,17 @@ def findings(source: str) -> Iterator[tuple[str, int]]:
                 yield name, node.lineno
             if name in ("torch.load", "torch.serialization.load") and not _is(keywords.get("weights_only"), True):
                 yield name, node.lineno
-            if name in ("np.load", "numpy.load") and keywords.get("allow_pickle") is not None and not _is(keywords["allow_pickle"], False):
+            if (
+                name in ("np.load", "numpy.load")
+                and keywords.get("allow_pickle") is not None
+                and not _is(keywords["allow_pickle"], False)
+            ):
                 yield name, node.lineno
-            if "shell" in keywords and not _is(keywords["shell"], False) or name in ("os.system", "os.popen", "subprocess.getoutput"):
+            if (
+                "shell" in keywords
+                and not _is(keywords["shell"], False)
+                or name in ("os.system", "os.popen", "subprocess.getoutput")
+            ):
                 yield "shell", node.lineno
             if "trust_remote_code" in keywords and not _is(keywords["trust_remote_code"], False):
                 yield "trust_remote_code", node.lineno
@@ -56,7 +72,11 @@ def _is(node: ast.expr | None, value: bool) -> bool:
 
 def test_no_source_file_runs_data() -> None:
     assert len(SOURCES) > 100
-    found = {(path.relative_to(ROOT).as_posix(), what): line for path in SOURCES for what, line in findings(path.read_text(encoding="utf-8"))}
+    found = {
+        (path.relative_to(ROOT).as_posix(), what): line
+        for path in SOURCES
+        for what, line in findings(path.read_text(encoding="utf-8"))
+    }
     assert {key: line for key, line in found.items() if key not in ALLOWED} == {}
     assert set(ALLOWED) <= set(found), "an exception that nothing needs any more"
 
@@ -85,7 +105,14 @@ def test_the_walk_finds(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["torch.load(path, weights_only=True)", "yaml.safe_load(text)", "model.eval()", "subprocess.run(['ls'])", "re.compile(x)"]
+    "source",
+    [
+        "torch.load(path, weights_only=True)",
+        "yaml.safe_load(text)",
+        "model.eval()",
+        "subprocess.run(['ls'])",
+        "re.compile(x)",
+    ],
 )
 def test_the_walk_passes(source: str) -> None:
     assert not list(findings(source))

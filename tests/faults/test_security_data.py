@@ -1,4 +1,6 @@
-"""Data stays data: hostile calls, names that lead out of a folder, pickles in checkpoints, keys in what a run writes."""
+"""Data stays data: hostile calls, names that lead out of a folder, pickles in checkpoints, keys in what a run
+writes.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ from tests.faults import tally
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# -- BFCL evaluates call text ------------------------------------------------------------------------------------------------------------------
+# -- BFCL evaluates call text
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def hostile(mark: Path) -> list[str]:
@@ -51,21 +54,21 @@ def hostile(mark: Path) -> list[str]:
         f"[{python.replace('__import__', 'ls').replace('os', 'x')}]",
         f"[cat(file_name=open('{mark}', 'w').name)]",
         f"[open(file='{mark}', mode='w')]",
-        f"[exec(source=\"{python}\")]",
-        f"[eval(\"{python}\")]",
+        f'[exec(source="{python}")]',
+        f'[eval("{python}")]',
         f"[cat(file_name=f'{{{python}}}')]",
         f"[cat(file_name='a') if {python} else ls()]",
         f"[(lambda: {python})()]",
         f"[ls(), *[{python}]]",
         f"[cat(file_name='x'); {python}]",
         f"[cat(file_name='a\\'); {python}; (\\'')]",
-        f'[cat(file_name="\'); {python}; (\'")]',
+        f"[cat(file_name=\"'); {python}; ('\")]",
         f"[cat(file_name='ls(a={command})')]",
         f"[ls.__globals__['os'].system('{command}')]",
         f"[cat({python}=1)]",
         '<tool_call>\n{"name": "cat", "arguments": {"file_name\'), ' + python + '#": "a"}}\n</tool_call>',
         '<tool_call>\n{"name": "' + python + '", "arguments": {}}\n</tool_call>',
-        '<tool_call>\n{"name": "cat", "arguments": {"file_name": "\'); ' + python + '; (\'"}}\n</tool_call>',
+        '<tool_call>\n{"name": "cat", "arguments": {"file_name": "\'); ' + python + "; ('\"}}\n</tool_call>",
         '{"name": "cat", "parameters": {"file_name": "$(' + command + ')"}}',
         '{"name": "echo", "parameters": {"content": "`' + command + '`", "file_name": "../../../' + mark.name + '"}}',
         f"[echo(content='x', file_name='{mark}')]",
@@ -97,7 +100,11 @@ def test_no_call_text_runs_and_the_virtual_file_system_stays_virtual(tmp_path: P
             tried += 1
             executed += len(parsed.calls)
             assert not mark.exists(), f"{form.name} let through: {text}"
-    for call in (ToolCall("open", {"file": str(mark), "mode": "w"}), ToolCall("__import__", {"name": "os"}), ToolCall("exec", {"source": "1"})):
+    for call in (
+        ToolCall("open", {"file": str(mark), "mode": "w"}),
+        ToolCall("__import__", {"name": "os"}),
+        ToolCall("exec", {"source": "1"}),
+    ):
         session = environment.start(task)
         assert session.execute([call])[0].startswith("Error: unknown function")
         session.close()
@@ -119,18 +126,24 @@ def test_ground_truth_that_is_no_call_of_its_classes_is_a_bad_row(call: str, tmp
     category = "multi_turn_base"
     name, source = f"BFCL_v4_{category}.json", bfcl_data.data_dir()
     (tmp_path / "possible_answer").mkdir()
-    with open(source / name, encoding="utf-8") as rows, open(source / "possible_answer" / name, encoding="utf-8") as answers:
+    with (
+        open(source / name, encoding="utf-8") as rows,
+        open(source / "possible_answer" / name, encoding="utf-8") as answers,
+    ):
         record, answer = rows.readline(), json.loads(answers.readline())
     mark = tmp_path / "mark"
     answer["ground_truth"][0][0] = call.format(mark=mark)
     (tmp_path / name).write_text(record)
     (tmp_path / "possible_answer" / name).write_text(json.dumps(answer) + "\n")
     entries, bad = bfcl_data._load.__wrapped__(tmp_path, category)
-    assert entries == () and len(bad) == 1 and isinstance(bad[0].error, DataError) and bad[0].error.field == "ground_truth"
+    assert (
+        entries == () and len(bad) == 1 and isinstance(bad[0].error, DataError) and bad[0].error.field == "ground_truth"
+    )
     assert not mark.exists()
 
 
-# -- pickles -----------------------------------------------------------------------------------------------------------------------------
+# -- pickles
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Evil:
@@ -176,11 +189,19 @@ def test_pickles_that_would_run_something_are_refused_unread(tmp_path: Path) -> 
             file.writestr("archive/data.pkl", data)
         return buffer.getvalue()
 
-    # names given by way of the memo, by opcodes of protocol 0, by two texts from elsewhere on the stack, and by the extension registry
+    # names given by way of the memo, by opcodes of protocol 0, by two texts from elsewhere on the stack, and by the
+    # extension registry
     popped = b"\x80\x04\x8c\x05posix\x8c\x06system\x8c\x0bcollections\x8c\x0bOrderedDict00\x93\x8c\x02ls\x85R."
     marked = b"\x80\x04\x8c\x05posix\x8c\x06system(\x8c\x0bcollections\x8c\x0bOrderedDict1\x93\x8c\x02ls\x85R."
     memo = b"\x80\x04\x8c\x05posix\x940\x8c\x06system\x940h\x00h\x01\x93\x8c\x02ls\x85R."
-    pickles = [pickle.dumps(Evil(mark), protocol=protocol) for protocol in range(6)] + [popped, marked, memo, b"\x80\x02\x82\x01.", b"", b"\x80\x04"]
+    pickles = [pickle.dumps(Evil(mark), protocol=protocol) for protocol in range(6)] + [
+        popped,
+        marked,
+        memo,
+        b"\x80\x02\x82\x01.",
+        b"",
+        b"\x80\x04",
+    ]
     for data in pickles:
         for path, content in ((index, data), (common, archive(data))):
             path.write_bytes(content)
@@ -218,7 +239,12 @@ def test_random_states_come_back_exactly_and_hold_no_pickle(tmp_path: Path) -> N
     states = json.loads(json.dumps([resume._rng_state()]))
     before = random.random(), random.gauss(0, 1), np.random.standard_normal(4).tolist(), torch.randn(5).tolist()
     resume._set_rng_state(states[0])
-    assert (random.random(), random.gauss(0, 1), np.random.standard_normal(4).tolist(), torch.randn(5).tolist()) == before
+    assert (
+        random.random(),
+        random.gauss(0, 1),
+        np.random.standard_normal(4).tolist(),
+        torch.randn(5).tolist(),
+    ) == before
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "model.ckpt"])
@@ -232,7 +258,8 @@ def test_a_model_folder_of_pickles_is_refused_by_name(name: str, tmp_path: Path)
     assert not (tmp_path / "mark").exists()
 
 
-# -- names that lead elsewhere -------------------------------------------------------------------------------------------------------------
+# -- names that lead elsewhere
+# -------------------------------------------------------------------------------------------------------------
 
 OUTSIDE = ["../secret", "a/../../secret", "/etc/hostname", "..", ".", "", "link", "loop", "x\0y", "a" * 5000]
 
@@ -256,7 +283,9 @@ def test_no_manifest_and_no_index_leads_out_of_its_folder(name: str, folder: Pat
         manifest.verify_manifest(folder)
     with pytest.raises(CheckpointError, match="not in that folder"):
         resume.verify(folder)
-    (folder / tensor_files.INDEX_NAME).write_text(json.dumps({"weight_map": {"w": f"{name}.safetensors" if name else name}}))
+    (folder / tensor_files.INDEX_NAME).write_text(
+        json.dumps({"weight_map": {"w": f"{name}.safetensors" if name else name}})
+    )
     with pytest.raises(CheckpointError):
         tensor_files.read_tensors(folder)
     (folder / tensor_files.INDEX_NAME).write_text(json.dumps({"weight_map": {"w": "../x.safetensors"}}))
@@ -280,7 +309,8 @@ def test_a_pointer_does_not_lead_out_of_its_root(tmp_path: Path) -> None:
         resume.latest(root)
 
 
-# -- configuration and keys ------------------------------------------------------------------------------------------------------------------
+# -- configuration and keys
+# ------------------------------------------------------------------------------------------------------------------
 
 _NAMES = ("HF_TOKEN", "WANDB_API_KEY", "PACT_ROLLOUT_API_KEY", "TEACHER_API_KEY", "AWS_SECRET_ACCESS_KEY")
 KEYS = {name: f"canary-{number}" for number, name in enumerate(_NAMES)}
@@ -321,7 +351,9 @@ def test_a_key_in_a_setting_is_refused_without_repeating_it(word: str) -> None:
     assert "canary" not in str(refused.value)
 
 
-def test_no_key_of_the_environment_reaches_command_line_config_or_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_key_of_the_environment_reaches_command_line_config_or_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pact_nemo.training.finish import versions
     from pact_nemo.training.report import write_report
     from tests.fixtures.run_folders import make_run
@@ -336,7 +368,14 @@ def test_no_key_of_the_environment_reaches_command_line_config_or_report(tmp_pat
     environment = engine_environment(server, endpoint)
     assert environment.pop("VLLM_API_KEY") == KEYS["PACT_ROLLOUT_API_KEY"]
     run = make_run(tmp_path / "run", steps=2, warmup=1, tasks=2, passed=(0, 1, 2))
-    written = [space.config.read_text(), write_report(run).read_text(), json.dumps(versions()), repr(endpoint), repr(config), *arguments]
+    written = [
+        space.config.read_text(),
+        write_report(run).read_text(),
+        json.dumps(versions()),
+        repr(endpoint),
+        repr(config),
+        *arguments,
+    ]
     for text in [*written, *environment.values()]:
         assert "canary" not in text, text[:200]
     assert "--host=127.0.0.1" in arguments and "--load-format=safetensors" in arguments
@@ -384,7 +423,11 @@ def test_getattr_in_a_checkpoint_may_fetch_members_of_known_enumerations_and_not
     known = frozenset({"torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING", "pathlib.PosixPath"})
     members = [_Fetched(_MEM_FORMAT_ENCODING, member.name) for member in _MEM_FORMAT_ENCODING]
     foreign.check_pickle(pickle.dumps(members), known, "index")
-    for owner, name in ((Path.cwd().__class__, "unlink"), (_MEM_FORMAT_ENCODING, "mro"), (_MEM_FORMAT_ENCODING, "__subclasses__")):
+    for owner, name in (
+        (Path.cwd().__class__, "unlink"),
+        (_MEM_FORMAT_ENCODING, "mro"),
+        (_MEM_FORMAT_ENCODING, "__subclasses__"),
+    ):
         with pytest.raises(CheckpointError, match="would run builtins.getattr"):
             foreign.check_pickle(pickle.dumps([*members, _Fetched(owner, name)]), known, "index")
     with pytest.raises(CheckpointError, match="would run .*Decimal"):

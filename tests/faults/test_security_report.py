@@ -1,4 +1,6 @@
-"""Whatever a run folder's texts are, they stay texts in its report: in elements, attributes, drawings and beside the script."""
+"""Whatever a run folder's texts are, they stay texts in its report: in elements, attributes, drawings and beside the
+script.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ class Page(HTMLParser):
 
 
 def poison(value: Any, payload: str) -> Any:
-    """The payload behind every text and in every free key; texts that the readers take for names stay, and so do empty ones."""
+    """The payload behind every text and in every free key; texts that the readers take for names stay, and so do empty
+    ones.
+    """
     if isinstance(value, str):
         return value and value + payload
     if isinstance(value, list):
@@ -95,14 +99,20 @@ def test_no_text_becomes_markup_wherever_it_stands(payload: str, tmp_path: Path)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row | {f"k{payload}": 1.0}) + "\n" for row in metrics))
     config = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(config.replace("label: null", f"label: {json.dumps('x' + payload)}", 1) + f"# {json.dumps(payload)}\n")
+    (folder / "config.yaml").write_text(
+        config.replace("label: null", f"label: {json.dumps('x' + payload)}", 1) + f"# {json.dumps(payload)}\n"
+    )
     other = make_run(tmp_path / "other", steps=2, warmup=1, tasks=2, passed=(0, 1, 2))
     text = write_report(folder, [other]).read_text(encoding="utf-8")
     page, whole = Page(text), Page(write_report(other, [folder]).read_text(encoding="utf-8"))
     assert page.scripts == clean.scripts == whole.scripts  # the only script is the page's own, unchanged
     for tag in ("img", "iframe", "object", "embed", "base", "form", "input", "link"):
         assert page.kinds.get(tag, 0) == clean.kinds.get(tag, 0), tag
-    new = {tag for tag, *_ in page.tags} - {tag for tag, *_ in clean.tags} - {"tr", "td", "th", "table", "thead", "tbody", "caption", "section"}
+    new = (
+        {tag for tag, *_ in page.tags}
+        - {tag for tag, *_ in clean.tags}
+        - {"tr", "td", "th", "table", "thead", "tbody", "caption", "section"}
+    )
     assert not new & {"script", "b", "a", "svg", "title"}
     assert payload.split("\u2028")[-1].strip("\x0b") in page.words and "evil()" in page.words or "7*7" in page.words
     assert "\n49" not in page.words

@@ -1,4 +1,5 @@
-"""A rollout server may die, hang, answer late, answer garbage or come back with old weights: what is sampled is what an undisturbed run samples.
+"""A rollout server may die, hang, answer late, answer garbage or come back with old weights: what is sampled is what an
+undisturbed run samples.
 
 Here with a server process that has faults on order (fake_server.py); with vLLM in test_servers_real.py.
 """
@@ -35,13 +36,35 @@ from pact_nemo.rollouts.types import Rollout
 from tests.faults import tally
 
 CONFIG: dict[str, Any] = dict(
-    device="cpu", request_timeout_s=0.6, heartbeat_s=0.1, heartbeat_timeout_s=0.5, connect_retries=1, refit_timeout_s=2.0, max_restarts=3,
+    device="cpu",
+    request_timeout_s=0.6,
+    heartbeat_s=0.1,
+    heartbeat_timeout_s=0.5,
+    connect_retries=1,
+    refit_timeout_s=2.0,
+    max_restarts=3,
     start_timeout_s=20.0,
-)  # fmt: skip
-LIMITS = EpisodeLimits(max_turns_per_user_turn=3, max_turns=6, max_turn_tokens=12, max_response_tokens=200, max_model_len=1024)
+)
+LIMITS = EpisodeLimits(
+    max_turns_per_user_turn=3, max_turns=6, max_turn_tokens=12, max_response_tokens=200, max_model_len=1024
+)
 EPISODES, TURNS = 6, 3
 RESTARTS = ("exit", "stop", "stuck", "engine dead", "wrong version", "two versions", "old weights")
-REPEATS = ("lost", "late", "nan", "other tokens", "no tokens", "too many", "aborted", "500", "503", "garbage", "empty", "half", "drop")
+REPEATS = (
+    "lost",
+    "late",
+    "nan",
+    "other tokens",
+    "no tokens",
+    "too many",
+    "aborted",
+    "500",
+    "503",
+    "garbage",
+    "empty",
+    "half",
+    "drop",
+)
 
 
 class Chat:
@@ -125,7 +148,9 @@ class Bench:
         (self.folder / "faults.json").write_text(json.dumps(faults))
         for count in self.folder.glob("*.count"):
             count.unlink()
-        server = RolloutServer(RolloutServerConfig(**{**CONFIG, **settings}), self.folder / "model", log_file=self.folder / "server.log")
+        server = RolloutServer(
+            RolloutServerConfig(**{**CONFIG, **settings}), self.folder / "model", log_file=self.folder / "server.log"
+        )
         server.program = (sys.executable, str(Path(__file__).with_name("fake_server.py")), str(self.folder))
         server.launch()
         self.supervised = SupervisedServer(server, note=self.notes.append, like=self.folder / "model")
@@ -140,7 +165,11 @@ class Bench:
         """As Generator.refit does."""
         served = self.supervised
         assert served is not None
-        folder = self.export(version) if not (self.folder / "exports" / f"v{version:06d}").exists() else self.folder / "exports" / f"v{version:06d}"
+        folder = (
+            self.export(version)
+            if not (self.folder / "exports" / f"v{version:06d}").exists()
+            else self.folder / "exports" / f"v{version:06d}"
+        )
         check_export([served.client], folder, version, like=self.folder / "model")
         served.refitting(folder, version)
         try:
@@ -151,10 +180,21 @@ class Bench:
 
 
 def play(served: SupervisedServer, step: int = 0) -> list[Rollout]:
-    items = [Task(f"t{i}", f"t{i}", "c", (({"role": "user", "content": f"task {i}"},),), (), ((),)) for i in range(EPISODES // 2)]
+    items = [
+        Task(f"t{i}", f"t{i}", "c", (({"role": "user", "content": f"task {i}"},),), (), ((),))
+        for i in range(EPISODES // 2)
+    ]
     environment = Turns()
     batch = run_batch(
-        items, 2, clients=[served], environment=environment, chat=Chat(), limits=LIMITS, sampling=Sampling(), seeds=SeedPath(3, step), concurrency=4
+        items,
+        2,
+        clients=[served],
+        environment=environment,
+        chat=Chat(),
+        limits=LIMITS,
+        sampling=Sampling(),
+        seeds=SeedPath(3, step),
+        concurrency=4,
     )  # type: ignore[arg-type]
     rollouts = asyncio.run(batch)
     assert len(environment.heard) == EPISODES * TURNS
@@ -162,7 +202,10 @@ def play(served: SupervisedServer, step: int = 0) -> list[Rollout]:
 
 
 def content(rollouts: list[Rollout]) -> list[Any]:
-    return [(r.task_id, r.sample, r.status, r.token_ids, r.loss_mask, r.sampler_logprobs, r.weight_version) for r in rollouts]
+    return [
+        (r.task_id, r.sample, r.status, r.token_ids, r.loss_mask, r.sampler_logprobs, r.weight_version)
+        for r in rollouts
+    ]
 
 
 @pytest.fixture
@@ -204,7 +247,9 @@ def disturbed(bench: Bench, undisturbed: dict[int, list[Any]], what: str, at: in
 
 
 @pytest.mark.parametrize("what", ["exit", "engine dead", "stuck", "old weights", "garbage"])
-def test_a_fault_in_the_middle_of_a_batch_changes_nothing(bench: Bench, undisturbed: dict[int, list[Any]], what: str) -> None:
+def test_a_fault_in_the_middle_of_a_batch_changes_nothing(
+    bench: Bench, undisturbed: dict[int, list[Any]], what: str
+) -> None:
     disturbed(bench, undisturbed, what, 7)
 
 
@@ -212,7 +257,9 @@ def test_a_fault_in_the_middle_of_a_batch_changes_nothing(bench: Bench, undistur
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("what", [*RESTARTS, *REPEATS])
-def test_every_fault_at_any_request_changes_nothing(tmp_path: Path, undisturbed: dict[int, list[Any]], what: str) -> None:
+def test_every_fault_at_any_request_changes_nothing(
+    tmp_path: Path, undisturbed: dict[int, list[Any]], what: str
+) -> None:
     places = random.Random(what).sample(range(1, EPISODES * TURNS + 1), 6)
     for number, at in enumerate(places):
         bench = Bench(tmp_path / str(number))
@@ -246,14 +293,29 @@ def test_a_server_that_only_answers_garbage_fails_episodes_not_the_run(bench: Be
     items = [Task("t0", "t0", "c", (({"role": "user", "content": "x"},),), (), ((),))]
     (rollout,) = asyncio.run(
         run_batch(
-            items, 1, clients=[served], environment=Turns(), chat=Chat(), limits=LIMITS, sampling=Sampling(), seeds=SeedPath(3, 0), concurrency=1
+            items,
+            1,
+            clients=[served],
+            environment=Turns(),
+            chat=Chat(),
+            limits=LIMITS,
+            sampling=Sampling(),
+            seeds=SeedPath(3, 0),
+            concurrency=1,
         )  # type: ignore[arg-type]
     )
-    assert rollout.status == "failed" and "no completion" in str(rollout.error) and served.reissued == 1 and served.health.restarts == 0
+    assert (
+        rollout.status == "failed"
+        and "no completion" in str(rollout.error)
+        and served.reissued == 1
+        and served.health.restarts == 0
+    )
 
 
 @pytest.mark.parametrize("what", ["exit", "stop", "fail", "keep"])
-def test_a_server_that_fails_in_a_refit_is_restarted_and_loaded(bench: Bench, undisturbed: dict[int, list[Any]], what: str) -> None:
+def test_a_server_that_fails_in_a_refit_is_restarted_and_loaded(
+    bench: Bench, undisturbed: dict[int, list[Any]], what: str
+) -> None:
     """``keep``: it says that it loaded the weights, and computes with the old ones."""
     served = bench.launch({"at": 2, "do": what, "of": "load"}, refit_timeout_s=1.0)
     bench.refit(1)
@@ -279,7 +341,9 @@ def test_a_server_that_died_between_two_batches(bench: Bench, undisturbed: dict[
 
 
 def test_weights_swapped_behind_our_back_are_noticed_by_the_heartbeat(bench: Bench) -> None:
-    """With the right label on them: no completion says so. What was sampled in between can't be told; from the heartbeat on it is."""
+    """With the right label on them: no completion says so. What was sampled in between can't be told; from the
+    heartbeat on it is.
+    """
     served = bench.launch({"at": 1, "do": "other weights"})
     bench.refit(1)
     play(served, 1)
@@ -287,7 +351,9 @@ def test_weights_swapped_behind_our_back_are_noticed_by_the_heartbeat(bench: Ben
     assert served.health.restarts == 1 and "holds weight version None, not 1" in bench.notes[0]
 
 
-def test_older_and_damaged_exports_are_refused_and_the_server_goes_on(bench: Bench, undisturbed: dict[int, list[Any]]) -> None:
+def test_older_and_damaged_exports_are_refused_and_the_server_goes_on(
+    bench: Bench, undisturbed: dict[int, list[Any]]
+) -> None:
     served = bench.launch()
     bench.refit(1)
     bench.refit(2)
@@ -321,9 +387,17 @@ def test_a_stop_does_not_wait_for_a_restart(bench: Bench) -> None:
     with pytest.raises(Interrupted):
         asyncio.run(
             run_batch(
-                items, 1, clients=[served], environment=Turns(), chat=Chat(), limits=LIMITS, sampling=Sampling(), seeds=SeedPath(3, 0),
-                concurrency=1, check=check,
+                items,
+                1,
+                clients=[served],
+                environment=Turns(),
+                chat=Chat(),
+                limits=LIMITS,
+                sampling=Sampling(),
+                seeds=SeedPath(3, 0),
+                concurrency=1,
+                check=check,
             )  # type: ignore[arg-type]
-        )  # fmt: skip
+        )
     assert time.monotonic() - started < 10
     served.server.program = program

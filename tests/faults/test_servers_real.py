@@ -24,7 +24,9 @@ from tests.faults import tally
 
 pytest.importorskip("vllm")
 REPO = Path(__file__).resolve().parents[2]
-LIMITS = EpisodeLimits(max_turns_per_user_turn=3, max_turns=6, max_turn_tokens=24, max_response_tokens=200, max_model_len=512)
+LIMITS = EpisodeLimits(
+    max_turns_per_user_turn=3, max_turns=6, max_turn_tokens=24, max_response_tokens=200, max_model_len=512
+)
 
 
 class OneTurn:
@@ -51,9 +53,15 @@ def test_vllm_killed_and_stopped_in_mid_generation(tmp_path: Path) -> None:
     model = materialise_embedded_model(REPO / ".cache" / "pact_nemo")
     chat = ChatFormat.from_pretrained(model, "pythonic")
     config = RolloutServerConfig(
-        device="cpu", dtype="float32", max_model_len=512, max_num_seqs=8, max_num_batched_tokens=512, heartbeat_s=1.0, heartbeat_timeout_s=20.0,
+        device="cpu",
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=8,
+        max_num_batched_tokens=512,
+        heartbeat_s=1.0,
+        heartbeat_timeout_s=20.0,
         max_restarts=3,
-    )  # fmt: skip
+    )
     sent: list[dict[str, Any]] = []
     notes: list[str] = []
     at: dict[int, Any] = {}
@@ -68,8 +76,13 @@ def test_vllm_killed_and_stopped_in_mid_generation(tmp_path: Path) -> None:
     supervised = SupervisedServer(server, note=notes.append, on_request=on_request, like=model)
 
     def play() -> list[Rollout]:
-        tasks = [Task(f"t{i}", "g", "c", (({"role": "user", "content": f"Name a number above {i}."},),), (), ((),)) for i in range(4)]
-        settings: Any = dict(environment=OneTurn(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SeedPath(3, 1), concurrency=4)
+        tasks = [
+            Task(f"t{i}", "g", "c", (({"role": "user", "content": f"Name a number above {i}."},),), (), ((),))
+            for i in range(4)
+        ]
+        settings: Any = dict(
+            environment=OneTurn(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SeedPath(3, 1), concurrency=4
+        )
         return asyncio.run(run_batch(tasks, 2, clients=[supervised], **settings))
 
     def engine() -> int:
@@ -95,7 +108,11 @@ def test_vllm_killed_and_stopped_in_mid_generation(tmp_path: Path) -> None:
             group = server.pid
             again = play()
             assert content(again) == content(plain), name
-            pairs = [pair for x, y in zip(again, plain, strict=True) for pair in zip(x.sampler_logprobs, y.sampler_logprobs, strict=True)]
+            pairs = [
+                pair
+                for x, y in zip(again, plain, strict=True)
+                for pair in zip(x.sampler_logprobs, y.sampler_logprobs, strict=True)
+            ]
             difference = max(abs(a - b) for a, b in pairs)
             print(f"{name}: {len(sent)} requests sent, log-probs differ by at most {difference:g}; {notes[-2:]}")
             assert difference < 1e-4 and supervised.health.restarts == number and len(sent) > 8, notes

@@ -1,4 +1,6 @@
-"""Hundreds of steps of a tiny run through real vLLM: what grows, and how fast. ``PACT_SOAK_STEPS`` (500) sets how many."""
+"""Hundreds of steps of a tiny run through real vLLM: what grows, and how fast. ``PACT_SOAK_STEPS`` (500) sets how
+many.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ SETTLED = 0.3  #: of the run, after which caches are full and slopes are taken
 
 @dataclass
 class Sample:
-    """One look at a run: steps done; of trainer and server with all their children, MiB, file descriptors, threads and processes; ids of zombies;
-    MiB on disk, but for the metrics, which are meant to grow."""
+    """One look at a run: steps done; of trainer and server with all their children, MiB, file descriptors, threads and
+    processes; ids of zombies; MiB on disk, but for the metrics, which are meant to grow."""
 
     step: int
     trainer_mb: float
@@ -69,7 +71,9 @@ def look(root: int, run: Path) -> Sample | None:
                 zombies.append(pid)
                 continue
             private = (place / "smaps_rollup").read_text()
-            pages = sum(int(line.split()[1]) for line in private.splitlines() if line.startswith("Pss:"))  # shared pages once
+            pages = sum(
+                int(line.split()[1]) for line in private.splitlines() if line.startswith("Pss:")
+            )  # shared pages once
             memory["trainer" if os.getpgid(pid) == group else "server"] += pages / 1024
             descriptors += len(list((place / "fd").iterdir()))
             threads += int(status["Threads"])
@@ -79,8 +83,16 @@ def look(root: int, run: Path) -> Sample | None:
         return None
     grown = sum(size for path, size in files.items() if path.name == "metrics.jsonl" or "tfevents" in path.name)
     return Sample(
-        rows, memory["trainer"], memory["server"], descriptors, threads, len(members), zombies, sum(files.values()) - grown, grown
-    )  # fmt: skip
+        rows,
+        memory["trainer"],
+        memory["server"],
+        descriptors,
+        threads,
+        len(members),
+        zombies,
+        sum(files.values()) - grown,
+        grown,
+    )
 
 
 @pytest.mark.slow
@@ -93,14 +105,32 @@ def test_a_long_run_stays_as_large_as_it_is(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (model / name).write_bytes((embedded / name).read_bytes())
     words = [
-        f"model.path={model}", f"run.root={tmp_path / 'runs'}", f"trainer.steps={steps}", "trainer.batch_size=2", "trainer.mini_batch_size=1",
-        "trainer.checkpoint_every=5", "trainer.keep_checkpoints=2", "trainer.async_checkpoint=true", f"trainer.keep_rollouts={KEEP}",
-        "objective.group_size=2", "objective.kl_coef=0.01", "rollout.importance=tis", "warmup.steps=0", "evaluation.before=false",
-        "evaluation.after=false", "tasks.max_eval=2", "tasks.max_train=12", "rollout.sampling.max_turn_tokens=12", "rollout.sampling.max_turns=2",
-        "rollout.server.log_stats=true", "rollout.server.log_mb=1", "rollout.server.cpu_threads=1",
-        # memory of the KV cache is taken from the system block by block as it is first used, 1 GiB in 500 steps: this one is small and full at once
+        f"model.path={model}",
+        f"run.root={tmp_path / 'runs'}",
+        f"trainer.steps={steps}",
+        "trainer.batch_size=2",
+        "trainer.mini_batch_size=1",
+        "trainer.checkpoint_every=5",
+        "trainer.keep_checkpoints=2",
+        "trainer.async_checkpoint=true",
+        f"trainer.keep_rollouts={KEEP}",
+        "objective.group_size=2",
+        "objective.kl_coef=0.01",
+        "rollout.importance=tis",
+        "warmup.steps=0",
+        "evaluation.before=false",
+        "evaluation.after=false",
+        "tasks.max_eval=2",
+        "tasks.max_train=12",
+        "rollout.sampling.max_turn_tokens=12",
+        "rollout.sampling.max_turns=2",
+        "rollout.server.log_stats=true",
+        "rollout.server.log_mb=1",
+        "rollout.server.cpu_threads=1",
+        # memory of the KV cache is taken from the system block by block as it is first used, 1 GiB in 500 steps: this
+        # one is small and full at once
         "rollout.server.extra_args=[--num-gpu-blocks-override=256]",
-    ]  # fmt: skip
+    ]
     log = open(tmp_path / "run.log", "wb")  # noqa: SIM115 - closed below
     command, environment = [sys.executable, "recipes/pact_bfcl.py", *words], os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log, start_new_session=True, env=environment)
@@ -127,15 +157,30 @@ def test_a_long_run_stays_as_large_as_it_is(tmp_path: Path) -> None:
     for name in ("trainer_mb", "server_mb", "descriptors", "threads", "processes", "disk_mb", "metrics_mb"):
         values = np.array([getattr(sample, name) for sample in settled], dtype=float)
         slopes[name] = float(theilslopes(values, at)[0]) * 100  # not moved by checkpoint writers, which come and go
-        print(f"{name}: {values[0]:.1f} at step {at[0]:.0f}, {values[-1]:.1f} at step {at[-1]:.0f}, {slopes[name]:+.3f} per 100 steps")
-    waits = Counter(pid for sample in samples for pid in sample.zombies)  # a writer that has ended is one until the step is over
+        print(
+            f"{name}: {values[0]:.1f} at step {at[0]:.0f}, {values[-1]:.1f} at step {at[-1]:.0f}, {slopes[name]:+.3f}"
+            " per 100 steps"
+        )
+    waits = Counter(
+        pid for sample in samples for pid in sample.zombies
+    )  # a writer that has ended is one until the step is over
     longest, together = max(waits.values(), default=0), max(len(sample.zombies) for sample in samples)
-    print(f"zombies: {len(waits)} in all, {together} at a time, none for more than {longest} of {len(samples)} looks, one each {LOOK_S:g} s")
+    print(
+        f"zombies: {len(waits)} in all, {together} at a time, none for more than {longest} of {len(samples)} looks, one"
+        f" each {LOOK_S:g} s"
+    )
     if where := os.environ.get("PACT_SOAK_OUT"):
         Path(where).write_text(json.dumps([vars(sample) for sample in samples]))
     shutil.rmtree(tmp_path / "runs")
     tally.record("steps of a soak", injected=steps, survived=steps, lost=0)
     assert longest <= 8 and len(samples[-1].zombies) <= 1
     # per 100 steps: memory 1 % of what it is, the rest nothing that would be seen in a thousand
-    assert slopes["trainer_mb"] < 0.01 * settled[-1].trainer_mb and slopes["server_mb"] < 0.01 * settled[-1].server_mb, slopes
-    assert abs(slopes["descriptors"]) < 1 and abs(slopes["threads"]) < 1 and abs(slopes["processes"]) < 0.5 and abs(slopes["disk_mb"]) < 1, slopes
+    assert (
+        slopes["trainer_mb"] < 0.01 * settled[-1].trainer_mb and slopes["server_mb"] < 0.01 * settled[-1].server_mb
+    ), slopes
+    assert (
+        abs(slopes["descriptors"]) < 1
+        and abs(slopes["threads"]) < 1
+        and abs(slopes["processes"]) < 0.5
+        and abs(slopes["disk_mb"]) < 1
+    ), slopes

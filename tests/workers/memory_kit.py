@@ -1,4 +1,6 @@
-"""Measured allocator peaks of small policies, for the tests of the planner. Under torchrun: ``memory_kit.py '[CASE, ...]' OUT``, a result a rank."""
+"""Measured allocator peaks of small policies, for the tests of the planner. Under torchrun:
+``memory_kit.py '[CASE, ...]' OUT``, a result a rank.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,23 @@ from pact_nemo.policy.trees import Segment, TokenTree
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 8192}
 NARROW = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "vocab_size": 1000, **HEADS}
-DEEP = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 4000, **HEADS, "num_key_value_heads": 4}
-WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 512, **HEADS, "num_key_value_heads": 4, "head_dim": 64}
+DEEP = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "vocab_size": 4000,
+    **HEADS,
+    "num_key_value_heads": 4,
+}
+WIDE = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+    **HEADS,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "norm_topk_prob": True}
 SHAPES = {"narrow": NARROW, "deep": DEEP, "wide": WIDE}
 
@@ -28,7 +45,9 @@ def make_model(family: str, shape: dict[str, Any], folder: Path) -> dict[str, An
     from transformers import AutoConfig, AutoModelForCausalLM
 
     more = EXPERTS if family == "qwen3_moe" else {}
-    config = AutoConfig.for_model("llama" if family == "tied" else family, **shape, **more, tie_word_embeddings=family == "tied")
+    config = AutoConfig.for_model(
+        "llama" if family == "tied" else family, **shape, **more, tie_word_embeddings=family == "tied"
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return json.loads((folder / "config.json").read_text())
@@ -54,7 +73,8 @@ def loss_fn(logprob: torch.Tensor, streams: dict[str, torch.Tensor]) -> tuple[to
 
 
 def peak_bytes(policy: Any, trees: list[TokenTree]) -> int:
-    """Largest sum of live bytes that were allocated during a forward and backward pass, from every allocation and release of torch's allocator.
+    """Largest sum of live bytes that were allocated during a forward and backward pass, from every allocation and
+    release of torch's allocator.
 
     What stands before (weights, gradient buffers, optimizer state) is not in it."""
     from torch.profiler import ProfilerActivity, profile
@@ -77,7 +97,9 @@ def peak_bytes(policy: Any, trees: list[TokenTree]) -> int:
 
 
 def state_bytes(policy: Any) -> dict[str, int]:
-    """Bytes of this rank's weights, gradient buffers and optimizer state (step counters, 4 bytes a parameter tensor, left out)."""
+    """Bytes of this rank's weights, gradient buffers and optimizer state (step counters, 4 bytes a parameter tensor,
+    left out).
+    """
     params = [p for chunk in policy.chunks for p in chunk.parameters()]
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in params}
     state = 0
@@ -88,7 +110,11 @@ def state_bytes(policy: Any) -> dict[str, int]:
                 state += sum(value.nbytes for key, value in values.items() if key != "step")
                 shared = param.untyped_storage().data_ptr() in storages
                 state += 0 if shared else param.nbytes  # float32 main weights
-    buffers = sum(buffer.grad_data.nbytes for chunk in policy.wrapped for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers])
+    buffers = sum(
+        buffer.grad_data.nbytes
+        for chunk in policy.wrapped
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
+    )
     return {"weights": sum(p.nbytes for p in params), "gradients": buffers, "optimizer": state, "tensors": len(params)}
 
 
@@ -97,8 +123,14 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     from pact_nemo.policy.policy import MegatronPolicy
 
     folder = Path(case["folder"]) if "folder" in case else Path(tempfile.mkdtemp())
-    config = json.loads((folder / "config.json").read_text()) if "folder" in case else make_model(case["family"], SHAPES[case["shape"]], folder)
-    settings = PolicyConfig(**{"micro_batch_tokens": 1 << 20, "logprob_chunk": 128, "init_timeout_s": 120, **case["policy"]})
+    config = (
+        json.loads((folder / "config.json").read_text())
+        if "folder" in case
+        else make_model(case["family"], SHAPES[case["shape"]], folder)
+    )
+    settings = PolicyConfig(
+        **{"micro_batch_tokens": 1 << 20, "logprob_chunk": 128, "init_timeout_s": 120, **case["policy"]}
+    )
     policy = MegatronPolicy(settings, OptimizerConfig(), folder, seed=1, total_steps=2)
     trees = [make_tree(*case["tree"], vocabulary=config["vocab_size"]) for _ in range(case.get("trees", 1))]
     return {"hf": config, "peak": peak_bytes(policy, trees), **state_bytes(policy)}

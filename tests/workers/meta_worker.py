@@ -1,6 +1,7 @@
-"""Builds single ranks of models under any layout, on the meta device behind a fake process group, and prints their parameter counts.
+"""Builds single ranks of models under any layout, on the meta device behind a fake process group, and prints their
+parameter counts.
 
-    python meta_worker.py '[{"folder": HF_CONFIG_FOLDER, "settings": {POLICY...}, "world": 64, "ranks": [0, 16]}, ...]'
+python meta_worker.py '[{"folder": HF_CONFIG_FOLDER, "settings": {POLICY...}, "world": 64, "ranks": [0, 16]}, ...]'
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def count(folder: str, settings: dict[str, object], world: int, ranks: list[int]
         provider = bridge.build_provider(architecture)
         provider.expert_tensor_parallel_size = 1
         model.configure_provider(provider, config, cuda=False)
-        local, model.local_device = model.local_device, lambda: torch.device("meta")  # build_chunks moves each chunk to this rank's device
+        local, model.local_device = (
+            model.local_device,
+            lambda: torch.device("meta"),
+        )  # build_chunks moves each chunk to this rank's device
         try:
             with torch.device("meta"):
                 chunks = model.build_chunks(provider, architecture, config, cuda=False)

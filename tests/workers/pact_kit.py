@@ -1,5 +1,5 @@
-"""A PACT mini-batch with all four terms for the tiny models of ``policy_kit``: rollouts, traces and gate are drawn, everything else is the
-trainer's own: advantages, tree, streams, denominators, loss."""
+"""A PACT mini-batch with all four terms for the tiny models of ``policy_kit``: rollouts, traces and gate are drawn,
+everything else is the trainer's own: advantages, tree, streams, denominators, loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.traces.spans import CALL, OBSERVATION, OTHER, REASONING, TraceTokens
-from pact_nemo.training.batch import PromptGroup, PromptTree, contexts_needed, fill_streams, form_group, grow_tree, loss_of, set_temperature
+from pact_nemo.training.batch import (
+    PromptGroup,
+    PromptTree,
+    contexts_needed,
+    fill_streams,
+    form_group,
+    grow_tree,
+    loss_of,
+    set_temperature,
+)
 from pact_nemo.training.config import ObjectiveConfig
 from tests.workers.policy_kit import VOCAB
 
@@ -39,33 +48,53 @@ def _rollout(draw: random.Random, task: Task, prompt: list[int], k: int) -> Roll
     first, seen, last = (draw.randint(1, 12) for _ in range(3))
     mask = [1] * first + [0] * seen + [1] * last
     right = draw.random() < 0.5
-    turns = [Turn(0, first, "t", calls=[ToolCall("f", {"a": 1 if right else 2})], user_turn=0), Turn(first + seen, len(mask), "done", user_turn=0)]
+    turns = [
+        Turn(0, first, "t", calls=[ToolCall("f", {"a": 1 if right else 2})], user_turn=0),
+        Turn(first + seen, len(mask), "done", user_turn=0),
+    ]
     logprobs = [-draw.uniform(0.1, 5.0) * m for m in mask]
     status = "failed" if draw.random() < 0.1 else "ok"
     outcome = None if status == "failed" else Outcome(right, float(right))
-    return Rollout(task.id, k, prompt, [draw.randrange(VOCAB) for _ in mask], mask, logprobs, turns, outcome, 0, status=status)
+    return Rollout(
+        task.id, k, prompt, [draw.randrange(VOCAB) for _ in mask], mask, logprobs, turns, outcome, 0, status=status
+    )
 
 
-def make_pact_trees(count: int, *, seed: int = 3, objective: ObjectiveConfig = OBJECTIVE, temperature: float = 0.8) -> list[TokenTree]:
+def make_pact_trees(
+    count: int, *, seed: int = 3, objective: ObjectiveConfig = OBJECTIVE, temperature: float = 0.8
+) -> list[TokenTree]:
     """The trees of :func:`make_pact_prompts`."""
     return [prompt.tree for prompt in make_pact_prompts(count, seed=seed, objective=objective, temperature=temperature)]
 
 
-def make_pact_prompts(count: int, *, seed: int = 3, objective: ObjectiveConfig = OBJECTIVE, temperature: float = 0.8) -> list[PromptTree]:
-    """``count`` prompts, some anchored, some without a trace; old log-probs, reference and sampler differ from the policy's."""
+def make_pact_prompts(
+    count: int, *, seed: int = 3, objective: ObjectiveConfig = OBJECTIVE, temperature: float = 0.8
+) -> list[PromptTree]:
+    """``count`` prompts, some anchored, some without a trace; old log-probs, reference and sampler differ from the
+    policy's.
+    """
     draw = random.Random(seed)
     groups: list[PromptGroup] = []
     for index in range(count):
-        task = Task(f"p{index}", f"p{index}", "c", (({"role": "user", "content": "u"},),), (), ((ToolCall("f", {"a": 1}),),))
+        task = Task(
+            f"p{index}", f"p{index}", "c", (({"role": "user", "content": "u"},),), (), ((ToolCall("f", {"a": 1}),),)
+        )
         prompt = [draw.randrange(VOCAB) for _ in range(draw.randint(4, 20))]
         rollouts = [_rollout(draw, task, prompt, k) for k in range(objective.group_size)]
-        groups.append(form_group(task, rollouts, _trace(draw) if index % 5 != 4 else None, objective, seed=seed, step=1))
-    prompts = [grow_tree(group, [7, 8], objective, contexts=contexts_needed(group, objective, diagnostics=True)) for group in groups]
+        groups.append(
+            form_group(task, rollouts, _trace(draw) if index % 5 != 4 else None, objective, seed=seed, step=1)
+        )
+    prompts = [
+        grow_tree(group, [7, 8], objective, contexts=contexts_needed(group, objective, diagnostics=True))
+        for group in groups
+    ]
     noise = torch.Generator().manual_seed(seed)
 
     def drawn() -> list[torch.Tensor]:
         return [-5.0 - torch.rand(prompt.tree.num_scored, generator=noise) for prompt in prompts]
 
-    fill_streams(prompts, objective, TraceSchedule(clock=StepClock(5)), 1, old=drawn(), reference=drawn(), importance_cap=2.0)
+    fill_streams(
+        prompts, objective, TraceSchedule(clock=StepClock(5)), 1, old=drawn(), reference=drawn(), importance_cap=2.0
+    )
     set_temperature(prompts, objective, temperature)
     return prompts

@@ -26,33 +26,61 @@ LLAMA3_ROPE = {
 }
 
 
-def make_model(folder: Path, family: str, *, seed: int = 0, layers: int = 4, vocabulary: int = VOCAB, heads: int = 8) -> Path:
-    """Write a tiny random Hugging Face model: ``llama`` (tied), ``llama3`` (untied, scaled RoPE), ``llama_biases`` (of attention and MLP),
-    ``mistral`` (windows), ``qwen2`` (biases), ``qwen3`` (q/k norms), ``qwen3_window`` (attention biases, windows in the upper half),
-    ``qwen3_moe`` (4 experts, 2 a token), ``qwen3_moe_window`` (attention biases, windows, routing weights that don't sum to one)."""
+def make_model(
+    folder: Path, family: str, *, seed: int = 0, layers: int = 4, vocabulary: int = VOCAB, heads: int = 8
+) -> Path:
+    """Write a tiny random Hugging Face model: ``llama`` (tied), ``llama3`` (untied, scaled RoPE), ``llama_biases`` (of
+    attention and MLP), ``mistral`` (windows), ``qwen2`` (biases), ``qwen3`` (q/k norms), ``qwen3_window`` (attention
+    biases, windows in the upper half), ``qwen3_moe`` (4 experts, 2 a token), ``qwen3_moe_window`` (attention biases,
+    windows, routing weights that don't sum to one).
+    """
     from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     common: dict[str, Any] = dict(
-        vocab_size=vocabulary, hidden_size=64, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=max(heads // 2, 2), intermediate_size=96,
+        vocab_size=vocabulary,
+        hidden_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(heads // 2, 2),
+        intermediate_size=96,
         max_position_embeddings=8192,
-    )  # fmt: skip
+    )
     config = {
-        "llama": lambda: LlamaConfig(**common, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 777.0}),
+        "llama": lambda: LlamaConfig(
+            **common, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 777.0}
+        ),
         "llama3": lambda: LlamaConfig(**common, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE),
         "qwen2": lambda: Qwen2Config(**common, tie_word_embeddings=True),
         "qwen3": lambda: Qwen3Config(**common, tie_word_embeddings=False, head_dim=16),
         "qwen3_moe": lambda: Qwen3MoeConfig(
-            **common, tie_word_embeddings=False, head_dim=16, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True
+            **common,
+            tie_word_embeddings=False,
+            head_dim=16,
+            moe_intermediate_size=48,
+            num_experts=4,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
         ),
         "mistral": lambda: MistralConfig(**common, sliding_window=9),
         "llama_biases": lambda: LlamaConfig(**common, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
         "qwen3_window": lambda: Qwen3Config(
-            **common, head_dim=16, attention_bias=True, use_sliding_window=True, sliding_window=7, max_window_layers=layers // 2
+            **common,
+            head_dim=16,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=7,
+            max_window_layers=layers // 2,
         ),
         "qwen3_moe_window": lambda: Qwen3MoeConfig(
-            **common, head_dim=16, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, norm_topk_prob=False, attention_bias=True,
-            use_sliding_window=True, sliding_window=7,
+            **common,
+            head_dim=16,
+            moe_intermediate_size=48,
+            num_experts=4,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=7,
         ),
     }[family]()
     torch.manual_seed(seed)
@@ -63,13 +91,16 @@ def make_model(folder: Path, family: str, *, seed: int = 0, layers: int = 4, voc
             param.add_(torch.randn_like(param) * (0.1 if "norm" in name or "bias" in name else 0.08))
     model.save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
-    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}\n')
+    (folder / "tokenizer.json").write_text(
+        '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}\n'
+    )
     (folder / "chat_template.jinja").write_text("{{ messages }}\n")
     return folder
 
 
 def make_trees(count: int, *, seed: int = 0, scale: int = 1) -> list[TokenTree]:
-    """Random trees of the training step's shape, x -> {tau_k, h -> b -> tau_k}, with branches inside a tau, and plain sequences.
+    """Random trees of the training step's shape, x -> {tau_k, h -> b -> tau_k}, with branches inside a tau, and plain
+    sequences.
 
     Stream ``weight`` is [S] float32.
     """
@@ -95,7 +126,9 @@ def make_trees(count: int, *, seed: int = 0, scale: int = 1) -> list[TokenTree]:
             parent = len(segments) - 1
             for tau in taus:
                 segments.append(Segment(tau, parent, [draw.random() < 0.8 for _ in tau]))
-            if index % 4 == 2:  # a response whose later turns no longer see its earlier thoughts: contexts that part inside it
+            if (
+                index % 4 == 2
+            ):  # a response whose later turns no longer see its earlier thoughts: contexts that part inside it
                 later = random.Random(f"{seed}:{index}")
                 for parent in (1, len(segments) - 1, len(segments)):
                     tail = [later.randrange(VOCAB) for _ in range(later.randint(2, 6) * scale)]
@@ -114,7 +147,11 @@ def make_trees(count: int, *, seed: int = 0, scale: int = 1) -> list[TokenTree]:
 def loss_fn(logprob: torch.Tensor, streams: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Additive and non-linear in the log-probs: sum of w (2 l + l^2 / 4)."""
     loss = (streams["weight"] * (2.0 * logprob + 0.25 * logprob**2)).sum()
-    return loss, {"count": torch.tensor(float(logprob.shape[0])), "max/logprob": logprob.max(), "squares": (logprob**2).sum()}
+    return loss, {
+        "count": torch.tensor(float(logprob.shape[0])),
+        "max/logprob": logprob.max(),
+        "squares": (logprob**2).sum(),
+    }
 
 
 def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path, *, timeout: int = 300) -> dict[str, Any]:
@@ -126,8 +163,12 @@ def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path, *, timeout: int
     worker = str(Path(__file__).with_name("policy_worker.py"))
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*run, worker, str(spec)], capture_output=True, text=True, timeout=timeout, env=environment, cwd=REPO)
-    assert done.returncode == 0 and out.is_file(), f"worker failed ({done.returncode}):\n{done.stdout[-2000:]}\n{_trace(done.stderr)}"
+    done = subprocess.run(
+        [*run, worker, str(spec)], capture_output=True, text=True, timeout=timeout, env=environment, cwd=REPO
+    )
+    assert done.returncode == 0 and out.is_file(), (
+        f"worker failed ({done.returncode}):\n{done.stdout[-2000:]}\n{_trace(done.stderr)}"
+    )
     results: dict[str, Any] = json.loads(out.read_text())
     return results
 

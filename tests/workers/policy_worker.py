@@ -1,7 +1,8 @@
-"""Runs policies as told by a JSON file; started under torchrun by ``policy_kit.launch``. ``run_jobs`` does the same in this process.
+"""Runs policies as told by a JSON file; started under torchrun by ``policy_kit.launch``. ``run_jobs`` does the same in
+this process.
 
-The file: {"out": path, "jobs": [{"name", "hf_path", "config": {...}, "optimizer": {...}, "trees": {...}, "actions": [[verb, argument], ...]}]}.
-Every rank's answer to every action must agree; rank 0 writes them.
+The file: {"out": path, "jobs": [{"name", "hf_path", "config": {...}, "optimizer": {...}, "trees": {...}, "actions":
+[[verb, argument], ...]}]}. Every rank's answer to every action must agree; rank 0 writes them.
 """
 
 from __future__ import annotations
@@ -30,11 +31,16 @@ from tests.workers.pact_kit import make_pact_trees, pact_terms
 from tests.workers.policy_kit import loss_fn, make_trees
 
 
-def broken_loss(logprob: torch.Tensor, streams: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def broken_loss(
+    logprob: torch.Tensor, streams: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Infinite for the one token with the largest weight, so that a single rank sees it."""
     loss, metrics = loss_fn(logprob, streams)
     bad = (streams["weight"] > 0.999 * streams["top"]).float().sum()
-    return loss + torch.where(bad > 0, torch.tensor(float("inf")), torch.tensor(0.0)), {**metrics, "bad": bad / (1.0 - bad)}
+    return loss + torch.where(bad > 0, torch.tensor(float("inf")), torch.tensor(0.0)), {
+        **metrics,
+        "bad": bad / (1.0 - bad),
+    }
 
 
 def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) -> Any:
@@ -79,22 +85,39 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
     raise ValueError(verb)
 
 
-def export(policy: MegatronPolicy, root: str, version: int, *, dtype: str = "float32", file_bytes: int = 40_000, full_rank: int | None = None) -> Any:
-    """Versioned export in small files, by as many ranks as there are; ``full_rank``'s disk is full. What became visible, or the error."""
+def export(
+    policy: MegatronPolicy,
+    root: str,
+    version: int,
+    *,
+    dtype: str = "float32",
+    file_bytes: int = 40_000,
+    full_rank: int | None = None,
+) -> Any:
+    """Versioned export in small files, by as many ranks as there are; ``full_rank``'s disk is full. What became
+    visible, or the error.
+    """
     sizes = partial(LayoutSettings, min_writer_bytes=1, file_bytes=file_bytes)
     full = mock.patch.object(export_writer, "_write", side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    with mock.patch.object(policy_module, "LayoutSettings", sizes), full if full_rank == dist.get_rank() else contextlib.nullcontext():
+    with (
+        mock.patch.object(policy_module, "LayoutSettings", sizes),
+        full if full_rank == dist.get_rank() else contextlib.nullcontext(),
+    ):
         try:
             folder = export_version(policy, root, version, dtype=dtype)
         except PactError as error:
             dist.barrier()  # rank 0 removes the temporary folder once it has heard of the error
-            return [type(error).__name__, "No space left on device" in str(error), sorted(path.name for path in Path(root).iterdir())]
+            return [
+                type(error).__name__,
+                "No space left on device" in str(error),
+                sorted(path.name for path in Path(root).iterdir()),
+            ]
     return [folder.name, len(list(folder.glob("*.safetensors")))]
 
 
 def refusal(job: dict[str, Any]) -> list[list[str]]:
-    """What every rank says of a folder that no policy can be built from: [type, message] by rank. ``job["refused"]`` may name a weight that gets
-    lost between the folder's check and the load."""
+    """What every rank says of a folder that no policy can be built from: [type, message] by rank. ``job["refused"]``
+    may name a weight that gets lost between the folder's check and the load."""
     original = policy_module.bridge.check_model_folder
 
     def check(path: Any) -> Any:
@@ -115,7 +138,15 @@ def refusal(job: dict[str, Any]) -> list[list[str]]:
 
 def make_policy(job: dict[str, Any]) -> MegatronPolicy:
     return MegatronPolicy(
-        PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 96, "logprob_chunk": 16, "init_timeout_s": 120, **job.get("config", {})}),
+        PolicyConfig(
+            **{
+                "precision": "fp32",
+                "micro_batch_tokens": 96,
+                "logprob_chunk": 16,
+                "init_timeout_s": 120,
+                **job.get("config", {}),
+            }
+        ),
         OptimizerConfig(**{"lr": 1e-3, "weight_decay": 0.01, "eps": 1e-5, **job.get("optimizer", {})}),
         job["hf_path"],
         seed=1,
@@ -138,7 +169,9 @@ def run_jobs(jobs: list[dict[str, Any]]) -> dict[str, Any]:
             answer = perform(policy, trees, verb, argument)
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, answer)
-            assert all(json.dumps(other) == json.dumps(answer) for other in everyone), f"{job['name']} {verb}: ranks disagree: {everyone}"
+            assert all(json.dumps(other) == json.dumps(answer) for other in everyone), (
+                f"{job['name']} {verb}: ranks disagree: {everyone}"
+            )
             answers.append(answer)
         results[job["name"]] = answers
     return results

@@ -1,4 +1,6 @@
-"""Dumped rollouts without a server: the real episode loop and environment, with a scripted policy in the server's place."""
+"""Dumped rollouts without a server: the real episode loop and environment, with a scripted policy in the server's
+place.
+"""
 
 from __future__ import annotations
 
@@ -66,5 +68,9 @@ def write_replay(config: Config, model: Path, folder: Path, steps: int) -> None:
         groups = []
         for task in prompts_of_step(dataset.train, step, config.trainer.batch_size, config.run.seed):
             rollouts = [play(task, k, step) for k in range(config.objective.group_size)]
-            groups.append(form_group(task, rollouts, dataset.trace_tokens.get(task.id), config.objective, seed=config.run.seed, step=step))
+            groups.append(
+                form_group(
+                    task, rollouts, dataset.trace_tokens.get(task.id), config.objective, seed=config.run.seed, step=step
+                )
+            )
         dump_step(Workspace(folder).step_rollouts(step), groups)

@@ -17,7 +17,9 @@ NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue
 
 def missing() -> list[str]:
     """What a machine lacks to run a cluster: programs, root, the munge user."""
-    lacks = [name for name in NEEDED if shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None]
+    lacks = [
+        name for name in NEEDED if shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None
+    ]
     if os.geteuid() != 0:
         lacks.append("root")
     try:
@@ -64,24 +66,58 @@ class Cluster:
         sockets = folder / "munge" / "socket"
         self._start(
             "munged",
-            ["munged", "--foreground", f"--socket={sockets}", f"--key-file={key}", f"--pid-file={folder / 'munge' / 'pid'}",
-             f"--log-file={folder / 'munge' / 'log'}", f"--seed-file={folder / 'munge' / 'seed'}", "--force"],
+            [
+                "munged",
+                "--foreground",
+                f"--socket={sockets}",
+                f"--key-file={key}",
+                f"--pid-file={folder / 'munge' / 'pid'}",
+                f"--log-file={folder / 'munge' / 'log'}",
+                f"--seed-file={folder / 'munge' / 'seed'}",
+                "--force",
+            ],
             user=(user.pw_uid, user.pw_gid),
-        )  # fmt: skip
+        )
         ports = {name: free_port() for name in self.nodes}
         lines = [
-            "ClusterName=test", f"SlurmctldHost={socket.gethostname()}(127.0.0.1)", f"SlurmctldPort={free_port()}", "SlurmUser=root",
+            "ClusterName=test",
+            f"SlurmctldHost={socket.gethostname()}(127.0.0.1)",
+            f"SlurmctldPort={free_port()}",
+            "SlurmUser=root",
             "SlurmdUser=root",
-            "AuthType=auth/munge", f"AuthInfo=socket={sockets}", "CryptoType=crypto/munge", "MpiDefault=none", "ProctrackType=proctrack/pgid",
-            "TaskPlugin=task/none", "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core", "ReturnToService=2", "JobRequeue=1",
-            "SlurmdTimeout=10", "SlurmctldTimeout=10", "KillWait=60", "MinJobAge=300", "SlurmdParameters=config_overrides",
-            "SchedulerParameters=requeue_setup_env_fail,sched_interval=2,bf_interval=2", "AccountingStorageType=accounting_storage/none",
-            "JobAcctGatherType=jobacct_gather/none", f"StateSaveLocation={folder / 'state'}", f"SlurmdSpoolDir={folder / 'spool'}/%n",
-            f"SlurmctldPidFile={folder / 'ctld.pid'}", f"SlurmdPidFile={folder}/%n.pid", f"SlurmctldLogFile={folder / 'log' / 'ctld'}",
-            f"SlurmdLogFile={folder / 'log'}/%n", "ReconfigFlags=KeepPartState",
-        ]  # fmt: skip
-        lines += [f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports[name]} CPUs=2" for name in self.nodes]
-        lines += [f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES"]
+            "AuthType=auth/munge",
+            f"AuthInfo=socket={sockets}",
+            "CryptoType=crypto/munge",
+            "MpiDefault=none",
+            "ProctrackType=proctrack/pgid",
+            "TaskPlugin=task/none",
+            "SelectType=select/cons_tres",
+            "SelectTypeParameters=CR_Core",
+            "ReturnToService=2",
+            "JobRequeue=1",
+            "SlurmdTimeout=10",
+            "SlurmctldTimeout=10",
+            "KillWait=60",
+            "MinJobAge=300",
+            "SlurmdParameters=config_overrides",
+            "SchedulerParameters=requeue_setup_env_fail,sched_interval=2,bf_interval=2",
+            "AccountingStorageType=accounting_storage/none",
+            "JobAcctGatherType=jobacct_gather/none",
+            f"StateSaveLocation={folder / 'state'}",
+            f"SlurmdSpoolDir={folder / 'spool'}/%n",
+            f"SlurmctldPidFile={folder / 'ctld.pid'}",
+            f"SlurmdPidFile={folder}/%n.pid",
+            f"SlurmctldLogFile={folder / 'log' / 'ctld'}",
+            f"SlurmdLogFile={folder / 'log'}/%n",
+            "ReconfigFlags=KeepPartState",
+        ]
+        lines += [
+            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports[name]} CPUs=2"
+            for name in self.nodes
+        ]
+        lines += [
+            f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES"
+        ]
         self.conf.write_text("\n".join(lines) + "\n")
         self._until(lambda: sockets.exists(), 20, "munged's socket")
         self._start("slurmctld", ["slurmctld", "-D"])
@@ -90,7 +126,9 @@ class Cluster:
         self._until(lambda: self.ask("sinfo", "-h", "-o", "%T").split() == ["idle"], 60, "idle nodes")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.conf.exists():
             subprocess.run(["scancel", "--user=root"], env=self.env, capture_output=True, timeout=30)
             time.sleep(1)
@@ -128,10 +166,19 @@ class Cluster:
 
     def state(self, job: str) -> str:
         """A job's state, e.g. ``RUNNING``."""
-        return next((word.partition("=")[2] for word in self.ask("scontrol", "show", "job", job).split() if word.startswith("JobState=")), "")
+        return next(
+            (
+                word.partition("=")[2]
+                for word in self.ask("scontrol", "show", "job", job).split()
+                if word.startswith("JobState=")
+            ),
+            "",
+        )
 
     def wait_state(self, job: str, wanted: tuple[str, ...], seconds: float) -> str:
-        """Until the job is in one of the states. A requeued job, which Slurm holds back for two minutes, is let start at once."""
+        """Until the job is in one of the states. A requeued job, which Slurm holds back for two minutes, is let start
+        at once.
+        """
 
         def reached() -> bool:
             state = self.state(job)
@@ -145,12 +192,17 @@ class Cluster:
     def _start(self, name: str, command: list[str], user: tuple[int, int] | None = None) -> None:
         output = open(self.folder / "log" / f"{name}.out", "ab")  # noqa: SIM115 - the daemon's
         extra = {"user": user[0], "group": user[1]} if user is not None else {}
-        self._daemons[name] = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=self.env, start_new_session=True, **extra)  # type: ignore[call-overload]
+        self._daemons[name] = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=self.env, start_new_session=True, **extra
+        )  # type: ignore[call-overload]
 
     def _until(self, reached: object, seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
         while not reached():  # type: ignore[operator]
             if time.monotonic() > deadline:
-                logs = "\n".join(f"{p.name}: {p.read_text(errors='replace')[-1500:]}" for p in sorted((self.folder / "log").iterdir()))
+                logs = "\n".join(
+                    f"{p.name}: {p.read_text(errors='replace')[-1500:]}"
+                    for p in sorted((self.folder / "log").iterdir())
+                )
                 raise TimeoutError(f"{what}: not within {seconds} s\n{logs}")
             time.sleep(0.5)

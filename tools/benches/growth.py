@@ -1,18 +1,22 @@
-"""How a step grows: its time and memory against group size, trace, prompt, vocabulary and processes, PACT beside plain GRPO, and the planner's line.
+"""How a step grows: its time and memory against group size, trace, prompt, vocabulary and processes, PACT beside plain
+GRPO, and the planner's line.
 
-Every point is one step from finished rollouts to new weights (scoring under the old policy and the reference, forward, backward, optimizer) of a
-small random Llama in float32 on this machine's CPU, in processes of its own. One length changes along an axis, all others keep their value
-(``--base``). Both methods train on rollouts of the same lengths; every PACT prompt is trained under its trace (q = 0), the dearest case.
+Every point is one step from finished rollouts to new weights (scoring under the old policy and the reference, forward,
+backward, optimizer) of a small random Llama in float32 on this machine's CPU, in processes of its own. One length
+changes along an axis, all others keep their value (``--base``). Both methods train on rollouts of the same lengths;
+every PACT prompt is trained under its trace (q = 0), the dearest case.
 
 - time: median of ``--rounds`` steps, the methods in turn;
-- memory: peak of the resident set over what lasts from step to step, of one more step; with several processes, of the fullest;
-- ``processes``: the same eight prompts over 1 to 8 data-parallel processes of one thread each (gloo). Past this machine's cores they only share;
-- planned: :mod:`pact_nemo.planning` on the rates measured here at the start. Its memory is what autograd, head and scoring need; the optimizer's
-  temporaries and the allocator's gaps are not in it.
+- memory: peak of the resident set over what lasts from step to step, of one more step; with several processes, of the
+  fullest;
+- ``processes``: the same eight prompts over 1 to 8 data-parallel processes of one thread each (gloo). Past this
+  machine's cores they only share;
+- planned: :mod:`pact_nemo.planning` on the rates measured here at the start. Its memory is what autograd, head and
+  scoring need; the optimizer's temporaries and the allocator's gaps are not in it.
 
-Exponents are slopes on log-log axes: over all points of an axis (zeros left out), and of its last two. ``ratio`` is the largest, over the axes of
-lengths, of PACT's measured growth of time from the first to the last point over the planned one: above 1, something grows that arithmetic doesn't
-ask for.
+Exponents are slopes on log-log axes: over all points of an axis (zeros left out), and of its last two. ``ratio`` is the
+largest, over the axes of lengths, of PACT's measured growth of time from the first to the last point over the planned
+one: above 1, something grows that arithmetic doesn't ask for.
 """
 
 from __future__ import annotations
@@ -65,11 +69,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--points", type=int, help="only the first so many of each axis")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--base", nargs="*", default=[], metavar="FIELD=N", help=f"of every point: {', '.join(vars(Point()))}")
+    parser.add_argument(
+        "--base", nargs="*", default=[], metavar="FIELD=N", help=f"of every point: {', '.join(vars(Point()))}"
+    )
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds that a point may take")
     parser.add_argument("--out", type=Path, help="write points and exponents as JSON")
     parser.add_argument("--picture", type=Path, help="draw them as SVG")
-    parser.add_argument("--from", dest="source", type=Path, metavar="JSON", help="measure nothing: plan and draw the points of an earlier --out anew")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing: plan and draw the points of an earlier --out anew",
+    )
 
 
 def run(options: Namespace) -> int:
@@ -87,12 +99,19 @@ def run(options: Namespace) -> int:
         options.picture.write_text(growth_svg(data), encoding="utf-8")
     rows = [
         {
-            "axis": name, "value": point["value"], "GRPO s": point["grpo"]["seconds"], "PACT s": point["pact"]["seconds"],
-            "ratio": point["ratio"], "planned s": point["pact"]["planned_seconds"], "GRPO MiB": point["grpo"]["bytes"] / MIB,
-            "PACT MiB": point["pact"]["bytes"] / MIB, "planned MiB": point["pact"]["planned_bytes"] / MIB,
+            "axis": name,
+            "value": point["value"],
+            "GRPO s": point["grpo"]["seconds"],
+            "PACT s": point["pact"]["seconds"],
+            "ratio": point["ratio"],
+            "planned s": point["pact"]["planned_seconds"],
+            "GRPO MiB": point["grpo"]["bytes"] / MIB,
+            "PACT MiB": point["pact"]["bytes"] / MIB,
+            "planned MiB": point["pact"]["planned_bytes"] / MIB,
         }
-        for name, axis in data["axes"].items() for point in axis["points"]
-    ]  # fmt: skip
+        for name, axis in data["axes"].items()
+        for point in axis["points"]
+    ]
     exponents_by_axis = {name: axis["exponents"] for name, axis in data["axes"].items()}
     lines = {
         f"{name}, PACT's {what}": _slopes(found, f"pact {key}")
@@ -109,7 +128,10 @@ def _slopes(found: dict[str, dict[str, float | None]], name: str) -> str:
     measured, planned = found[name], found[name.replace(" ", " planned_")]
     if measured["all"] is None:
         return "one point"
-    return f"x^{measured['all']:.2f} (planned {planned['all']:.2f}), at the end x^{measured['end']:.2f} (planned {planned['end']:.2f})"
+    return (
+        f"x^{measured['all']:.2f} (planned {planned['all']:.2f}), at the end x^{measured['end']:.2f} (planned"
+        f" {planned['end']:.2f})"
+    )
 
 
 def sweep(options: Namespace) -> dict[str, Any]:
@@ -123,10 +145,15 @@ def sweep(options: Namespace) -> dict[str, Any]:
         for name in options.axes:
             axis = AXES[name]
             values = axis.values[: options.points]
-            points = [Point(**{"threads": cores, **axis.base, **base, axis.field: value, "rounds": options.rounds}) for value in values]
+            points = [
+                Point(**{"threads": cores, **axis.base, **base, axis.field: value, "rounds": options.rounds})
+                for value in values
+            ]
             for value, point in zip(values, points, strict=True):
                 measured = _apart(point, Path(folder), options.timeout)
-                axes.setdefault(name, {"label": axis.label, "points": []})["points"].append({"value": value, **measured})
+                axes.setdefault(name, {"label": axis.label, "points": []})["points"].append(
+                    {"value": value, **measured}
+                )
                 seconds = ", ".join(f"{method} {measured[method]['seconds']:.2f} s" for method in METHODS)
                 print(f"{name} {value}: {seconds}", file=sys.stderr, flush=True)
                 if options.out is not None:  # what there is, for --from, should a later point fail
@@ -159,11 +186,23 @@ def _apart(point: Point, folder: Path, timeout: float) -> dict[str, Any]:
     """Measure a point in processes of its own, so that its peak memory is nobody else's."""
     given, taken = folder / "point.json", folder / "found.json"
     given.write_text(json.dumps(dataclasses.asdict(point)), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={point.processes}"] if point.processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={point.processes}"]
+        if point.processes > 1
+        else []
+    )
     command = [sys.executable, *launcher, "-m", "tools.benches.growth_point", str(given), str(taken), str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": str(point.threads)}
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     except subprocess.TimeoutExpired as error:
         raise PactError(f"{point}: not measured within {timeout:g} s (--timeout)") from error
     if done.returncode:
@@ -192,7 +231,9 @@ def summarise(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _beside(found: dict[str, Any], point: Point) -> Hardware:
-    """What one process gets: its threads' rates, and its share of them where the processes have more threads than there are cores."""
+    """What one process gets: its threads' rates, and its share of them where the processes have more threads than there
+    are cores.
+    """
     hardware = Hardware(**found["hardware"].get(str(point.threads), found["hardware"][str(found["cores"])]))
     share = min(1.0, found["cores"] / (point.threads * point.processes))
     return dataclasses.replace(
@@ -214,7 +255,9 @@ def _growth_over_plan(axes: dict[str, Any]) -> float:
 
 
 def exponents(x: Sequence[float], y: Sequence[float]) -> dict[str, float | None]:
-    """p of y ~ x^p: ``all`` by least squares on the logarithms, ``end`` between the last two; None with fewer than two positive points."""
+    """p of y ~ x^p: ``all`` by least squares on the logarithms, ``end`` between the last two; None with fewer than two
+    positive points.
+    """
     points = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True) if a > 0 and b > 0]
     if len(points) < 2:
         return {"all": None, "end": None}

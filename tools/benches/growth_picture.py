@@ -1,4 +1,6 @@
-"""The ``growth`` bench as one SVG: a column per axis, time above memory, dots measured and lines planned. Light and dark."""
+"""The ``growth`` bench as one SVG: a column per axis, time above memory, dots measured and lines planned. Light and
+dark.
+"""
 
 from __future__ import annotations
 
@@ -54,21 +56,38 @@ def growth_svg(data: dict[str, Any]) -> str:
         values = [entry["value"] for entry in axis["points"]]
         positive = [value for value in values if value > 0] or [1]
         left = LEFT + (26 if min(values) <= 0 else 0)
-        x = Scale(min(positive), max(positive), left + 6, PANEL - RIGHT - 6, zero=LEFT + 6 if min(values) <= 0 else None)
+        x = Scale(
+            min(positive), max(positive), left + 6, PANEL - RIGHT - 6, zero=LEFT + 6 if min(values) <= 0 else None
+        )
         columns.append(
             {
                 "title": axis["label"],
                 "ticks": [(x(value), short(value)) for value in values],
-                "rows": [_panel(axis, x, "seconds", "time, s", 1.0, "ratio"), _panel(axis, x, "bytes", "memory, MiB", MIB, "memory_ratio")],
+                "rows": [
+                    _panel(axis, x, "seconds", "time, s", 1.0, "ratio"),
+                    _panel(axis, x, "bytes", "memory, MiB", MIB, "memory_ratio"),
+                ],
             }
         )
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("growth.svg").render(
-        columns=columns, panel=PANEL, tall=TALL, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM, head=HEAD,
-        width=max(600, 24 + PANEL * len(columns)), height=HEAD + 2 * TALL + 8,
-    )  # fmt: skip
+        columns=columns,
+        panel=PANEL,
+        tall=TALL,
+        left=LEFT,
+        right=RIGHT,
+        top=TOP,
+        bottom=BOTTOM,
+        head=HEAD,
+        width=max(600, 24 + PANEL * len(columns)),
+        height=HEAD + 2 * TALL + 8,
+    )
 
 
 def _range(axis: dict[str, Any], name: str) -> str:
@@ -85,12 +104,20 @@ def _panel(axis: dict[str, Any], x: Scale, name: str, title: str, unit: float, r
     """One panel's marks: of both methods dots (measured) and a line (planned), in pixels."""
     points = axis["points"]
     keys = (name, f"planned_{name}")
-    values = [entry[method][key] / unit for entry in points for method in ("grpo", "pact") for key in keys if entry[method][key] > 0] or [1.0]
+    values = [
+        entry[method][key] / unit
+        for entry in points
+        for method in ("grpo", "pact")
+        for key in keys
+        if entry[method][key] > 0
+    ] or [1.0]
     low, high = min(values) / 1.25, max(values) * 1.25
     y = Scale(low, high, TALL - BOTTOM, TOP)
     methods = []
     for method in ("grpo", "pact"):
-        dots = [(x(entry["value"]), y(entry[method][name] / unit), f"{entry[method][name] / unit:.3g}") for entry in points]
+        dots = [
+            (x(entry["value"]), y(entry[method][name] / unit), f"{entry[method][name] / unit:.3g}") for entry in points
+        ]
         line = [(x(entry["value"]), y(entry[method][keys[1]] / unit)) for entry in points]
         methods.append({"method": method, "dots": dots, "line": " ".join(f"{a:.1f},{b:.1f}" for a, b in line)})
     return {

@@ -1,6 +1,8 @@
-"""One point of the ``growth`` bench: what it is, what the planner says of it, and its measurement in a process of its own.
+"""One point of the ``growth`` bench: what it is, what the planner says of it, and its measurement in a process of its
+own.
 
-``python -m tools.benches.growth_point POINT.json OUT.json FOLDER``, or under torchrun with several processes; FOLDER keeps the random models.
+``python -m tools.benches.growth_point POINT.json OUT.json FOLDER``, or under torchrun with several processes; FOLDER
+keeps the random models.
 """
 
 from __future__ import annotations
@@ -25,12 +27,20 @@ from pact_nemo.training.plan import step_work
 from tools.benches.kit import BOUNDARY, PeakMemory, interleaved, random_llama, stand_in, synthetic_groups, timed_step
 
 METHODS = ("grpo", "pact")
-ACTIVATIONS = ("activations", "layer at work", "log-prob head and chunk", "communication buffers", "scoring, beyond the update")
+ACTIVATIONS = (
+    "activations",
+    "layer at work",
+    "log-prob head and chunk",
+    "communication buffers",
+    "scoring, beyond the update",
+)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One step's size. Lengths are tokens; ``threads`` are each process's; ``micro_batch`` is ``policy.micro_batch_tokens``."""
+    """One step's size. Lengths are tokens; ``threads`` are each process's; ``micro_batch`` is
+    ``policy.micro_batch_tokens``.
+    """
 
     prompts: int = 1
     group: int = 8
@@ -54,28 +64,51 @@ class Point:
         """Arguments of :func:`tools.benches.kit.random_llama`; the head is tied to the embedding."""
         heads = max(2, self.hidden // 64)
         return {
-            "hidden": self.hidden, "ffn": self.hidden * 11 // 4, "layers": self.layers, "heads": heads, "kv_heads": heads // 2,
+            "hidden": self.hidden,
+            "ffn": self.hidden * 11 // 4,
+            "layers": self.layers,
+            "heads": heads,
+            "kv_heads": heads // 2,
             "vocabulary": self.vocabulary,
-        }  # fmt: skip
+        }
 
     @property
     def shape(self) -> ModelShape:
         m = self.model
         return ModelShape(
-            m["layers"], m["hidden"], m["heads"], m["kv_heads"], m["hidden"] // m["heads"], m["ffn"], m["vocabulary"], tied=True, positions=65536
+            m["layers"],
+            m["hidden"],
+            m["heads"],
+            m["kv_heads"],
+            m["hidden"] // m["heads"],
+            m["ffn"],
+            m["vocabulary"],
+            tied=True,
+            positions=65536,
         )
 
     def config(self, method: str) -> Config:
-        """The defaults of :mod:`pact_nemo.training.config` in float32; one update; every prompt is trained under its trace (q = 0)."""
-        return load_config(None, [
-            f"objective.method={method}", f"objective.group_size={self.group}", "objective.anchor_prob=0",
-            f"trainer.batch_size={self.prompts}", f"trainer.mini_batch_size={self.prompts}",
-            "policy.precision=fp32", f"policy.micro_batch_tokens={self.micro_batch}", "optimizer.lr=0",
-        ])  # fmt: skip
+        """The defaults of :mod:`pact_nemo.training.config` in float32; one update; every prompt is trained under its
+        trace (q = 0).
+        """
+        return load_config(
+            None,
+            [
+                f"objective.method={method}",
+                f"objective.group_size={self.group}",
+                "objective.anchor_prob=0",
+                f"trainer.batch_size={self.prompts}",
+                f"trainer.mini_batch_size={self.prompts}",
+                "policy.precision=fp32",
+                f"policy.micro_batch_tokens={self.micro_batch}",
+                "optimizer.lr=0",
+            ],
+        )
 
 
 def predict(point: Point, method: str, hardware: Hardware) -> dict[str, float]:
-    """The planner's ``seconds`` of a step from finished rollouts to new weights, and ``bytes`` above what lasts from step to step.
+    """The planner's ``seconds`` of a step from finished rollouts to new weights, and ``bytes`` above what lasts from
+    step to step.
 
     Args:
         hardware: of one process, beside the others.
@@ -94,7 +127,9 @@ def predict(point: Point, method: str, hardware: Hardware) -> dict[str, float]:
 
 
 def measure(point: Point, folder: Path) -> dict[str, dict[str, float]]:
-    """Of each method ``seconds`` (median of the rounds), ``bytes`` (peak above the start of a step, of the process that needs most), ``tokens``."""
+    """Of each method ``seconds`` (median of the rounds), ``bytes`` (peak above the start of a step, of the process that
+    needs most), ``tokens``.
+    """
     import torch.distributed as dist
 
     from pact_nemo.policy.device import init_distributed
@@ -104,8 +139,13 @@ def measure(point: Point, folder: Path) -> dict[str, dict[str, float]]:
     init_distributed(configs["pact"].policy.init_timeout_s)
     source = folder / f"llama-{point.hidden}-{point.layers}-{point.vocabulary}"
     from_rank_zero(lambda: source.exists() or random_llama(source, **point.model, tied=True))
-    policy = MegatronPolicy(configs["pact"].policy, configs["pact"].optimizer, source, seed=0, total_steps=1, keep_reference=True)
-    groups = {method: synthetic_groups(configs[method], point.lengths, point.prompts, vocabulary=point.vocabulary) for method in METHODS}
+    policy = MegatronPolicy(
+        configs["pact"].policy, configs["pact"].optimizer, source, seed=0, total_steps=1, keep_reference=True
+    )
+    groups = {
+        method: synthetic_groups(configs[method], point.lengths, point.prompts, vocabulary=point.vocabulary)
+        for method in METHODS
+    }
 
     def step(method: str) -> dict[str, float]:
         return timed_step(stand_in(configs[method], policy), groups[method])
@@ -113,7 +153,9 @@ def measure(point: Point, folder: Path) -> dict[str, dict[str, float]]:
     times = interleaved(point.rounds, {method: lambda method=method: step(method) for method in METHODS})  # type: ignore[misc]
     found = {}
     for method in METHODS:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back to the kernel, so that this step's own peak is seen
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what earlier steps freed goes back to the kernel, so that this step's own peak is seen
         with PeakMemory() as memory:
             step(method)
         peaks: list[Any] = [None] * dist.get_world_size()

@@ -1,7 +1,8 @@
-"""What the benches share: PACT batches (recorded or of given lengths), models of given shapes, interleaved timing, and the report.
+"""What the benches share: PACT batches (recorded or of given lengths), models of given shapes, interleaved timing, and
+the report.
 
-A recorded batch is what a finished run dumped (``runs/<run>/rollouts``): real tasks, traces and rollouts. A synthetic one has real structure
-(``grow_tree`` and ``fill_streams`` lay it out) and random tokens, so that lengths can be chosen.
+A recorded batch is what a finished run dumped (``runs/<run>/rollouts``): real tasks, traces and rollouts. A synthetic
+one has real structure (``grow_tree`` and ``fill_streams`` lay it out) and random tokens, so that lengths can be chosen.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from pact_nemo.training.setup import open_experiment
 BOUNDARY = 8  #: tokens of the turn between h* and tau in synthetic batches
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- batches
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def recorded_groups(
@@ -53,7 +54,13 @@ def recorded_groups(
     """
     with tempfile.TemporaryDirectory() as folder:
         extra = [f"objective.method={method}"] if method is not None else []
-        extra += [f"trainer.replay={run.resolve()}", f"run.root={folder}", "trainer.dump_rollouts=false", "objective.kl_coef=0", *(words or [])]
+        extra += [
+            f"trainer.replay={run.resolve()}",
+            f"run.root={folder}",
+            "trainer.dump_rollouts=false",
+            "objective.kl_coef=0",
+            *(words or []),
+        ]
         config = load_config(run / "config.yaml", extra)
         found = []
         with open_experiment(config, None) as experiment:
@@ -64,7 +71,9 @@ def recorded_groups(
     return replace(config, objective=replace(config.objective, kl_coef=kl)), found
 
 
-def synthetic_groups(config: Config, lengths: Lengths, prompts: int, *, vocabulary: int, seed: int = 0, spread: float = 0.0) -> list[PromptGroup]:
+def synthetic_groups(
+    config: Config, lengths: Lengths, prompts: int, *, vocabulary: int, seed: int = 0, spread: float = 0.0
+) -> list[PromptGroup]:
     """Groups of random tokens and rewards.
 
     Args:
@@ -89,9 +98,17 @@ def synthetic_groups(config: Config, lengths: Lengths, prompts: int, *, vocabula
             turns = [Turn(0, first, "", observations=[""]), Turn(size - (written - first), size, "")]
             score = float(random.integers(0, 2)) if k > 1 else float(k)  # never all alike
             outcome = Outcome(score == 1.0, score)
-            rollouts.append(Rollout(f"bench_{index}", k, prompt_ids, tokens(size), mask, [-1.0 * m for m in mask], turns, outcome, 0))
+            rollouts.append(
+                Rollout(
+                    f"bench_{index}", k, prompt_ids, tokens(size), mask, [-1.0 * m for m in mask], turns, outcome, 0
+                )
+            )
         task = Task(f"bench_{index}", f"bench_{index}", "bench", (), (), ())
-        trace = synthetic_trace(tokens(lengths.trace)) if lengths.trace and METHODS[config.objective.method].teaching is not None else None
+        trace = (
+            synthetic_trace(tokens(lengths.trace))
+            if lengths.trace and METHODS[config.objective.method].teaching is not None
+            else None
+        )
         groups.append(form_group(task, rollouts, trace, config.objective, seed=seed, step=0))
     return groups
 
@@ -109,7 +126,13 @@ def synthetic_trace(token_ids: list[int]) -> TraceTokens:
 def stand_in(config: Config, policy: MegatronPolicy) -> Experiment:
     """What :func:`pact_nemo.training.loop.optimise` reads of an experiment, without a run folder, server or dataset."""
     found = SimpleNamespace(
-        config=config, policy=policy, boundary_ids=[5] * BOUNDARY, schedule=trace_schedule(config), step=0, version=0, progress=_Quiet()
+        config=config,
+        policy=policy,
+        boundary_ids=[5] * BOUNDARY,
+        schedule=trace_schedule(config),
+        step=0,
+        version=0,
+        progress=_Quiet(),
     )
     return cast(Experiment, found)
 
@@ -123,39 +146,62 @@ class _Quiet:
 
 
 def timed_step(experiment: Experiment, groups: list[PromptGroup]) -> dict[str, float]:
-    """One step from finished rollouts to new weights: seconds of ``score``, ``update`` and ``total``, and ``tokens`` of the update."""
+    """One step from finished rollouts to new weights: seconds of ``score``, ``update`` and ``total``, and ``tokens`` of
+    the update.
+    """
     watch = Stopwatch(experiment.progress)
     record = optimise(experiment, groups, watch)
     times = {key.removeprefix("time/"): value for key, value in watch.times.items()}
     return times | {"total": watch.total(), "tokens": float(record.get("tokens/trained", 0.0))}
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def random_llama(
-    folder: Path, *, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool = False, dtype: str = "float32",
-    positions: int = 65536, tokenizer: Path | None = None,
-) -> Path:  # fmt: skip
-    """An untrained Llama of a shape as a Hugging Face folder; with the tokenizer files of another folder where a server needs some."""
+    folder: Path,
+    *,
+    hidden: int,
+    ffn: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocabulary: int,
+    tied: bool = False,
+    dtype: str = "float32",
+    positions: int = 65536,
+    tokenizer: Path | None = None,
+) -> Path:
+    """An untrained Llama of a shape as a Hugging Face folder; with the tokenizer files of another folder where a server
+    needs some.
+    """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     shape = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, max_position_embeddings=positions, tie_word_embeddings=tied, dtype=dtype,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=tied,
+        dtype=dtype,
+    )
     AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype)).save_pretrained(folder)
     for path in tokenizer.glob("tokenizer*") if tokenizer is not None else ():
         shutil.copy(path, folder)
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- timing
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def interleaved(rounds: int, contestants: Mapping[str, Callable[[], Any]], *, warm_up: int = 1) -> dict[str, list[Any]]:
-    """What each contestant returned in each round. The order turns by one every round, so that none is always first; warm-up rounds are dropped."""
+    """What each contestant returned in each round. The order turns by one every round, so that none is always first;
+    warm-up rounds are dropped.
+    """
     names = list(contestants)
     found: dict[str, list[Any]] = {name: [] for name in names}
     for number in range(warm_up + rounds):
@@ -163,7 +209,9 @@ def interleaved(rounds: int, contestants: Mapping[str, Callable[[], Any]], *, wa
             value = contestants[name]()
             if number >= warm_up:
                 found[name].append(value)
-        print(f"round {number + 1 - warm_up} of {rounds}" if number >= warm_up else "warm-up", file=sys.stderr, flush=True)
+        print(
+            f"round {number + 1 - warm_up} of {rounds}" if number >= warm_up else "warm-up", file=sys.stderr, flush=True
+        )
     return found
 
 
@@ -174,13 +222,17 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def median_ratio(top: list[float], bottom: list[float]) -> tuple[float, list[float]]:
-    """Median of the rounds' own ratios (other work on the machine slows whole rounds), and their smallest and largest."""
+    """Median of the rounds' own ratios (other work on the machine slows whole rounds), and their smallest and
+    largest.
+    """
     ratios = [a / b for a, b in zip(top, bottom, strict=True)]
     return statistics.median(ratios), [min(ratios), max(ratios)]
 
 
 class PeakMemory:
-    """Largest resident set of this process above that at the start, in bytes, sampled every millisecond; CUDA's own counter with a GPU."""
+    """Largest resident set of this process above that at the start, in bytes, sampled every millisecond; CUDA's own
+    counter with a GPU.
+    """
 
     def __enter__(self) -> PeakMemory:
         self._stop = threading.Event()
@@ -208,11 +260,12 @@ def _resident() -> int:
         return int(handle.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def report(options: Namespace, title: str, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> None:
-    """Print a small table and then every entry of ``result`` but lists, the ratio and its goal last; with ``--json`` ``result`` as one object.
+    """Print a small table and then every entry of ``result`` but lists, the ratio and its goal last; with ``--json``
+    ``result`` as one object.
 
     ``result`` has ``ratio`` and ``goal``, a text such as ``<= 1.35``."""
     if rank() != 0:

@@ -1,10 +1,12 @@
-"""Log-probs of given tokens over a large vocabulary, forward and backward: ``policy/heads.py`` against the whole matrix of logits at once.
+"""Log-probs of given tokens over a large vocabulary, forward and backward: ``policy/heads.py`` against the whole matrix
+of logits at once.
 
-Memory: the peak of the loss's forward and backward pass over what the weight and its gradient take (they are the model's), hidden states
-included, divided by the hidden states plus one chunk of logits; at ``--tokens`` scored tokens. Each measurement is a process of its own that
-has run a small one before; resident set, sampled every millisecond (on a GPU the allocator's own peak).
-Time: against ``F.linear``, ``log_softmax``, ``gather`` and autograd on ``--unchunked-tokens`` tokens, as many as fit at once; interleaved.
-``ratio`` is the largest memory ratio over the vocabularies, ``time_ratio`` the largest time ratio.
+Memory: the peak of the loss's forward and backward pass over what the weight and its gradient take (they are the
+model's), hidden states included, divided by the hidden states plus one chunk of logits; at ``--tokens`` scored tokens.
+Each measurement is a process of its own that has run a small one before; resident set, sampled every millisecond (on a
+GPU the allocator's own peak). Time: against ``F.linear``, ``log_softmax``, ``gather`` and autograd on
+``--unchunked-tokens`` tokens, as many as fit at once; interleaved. ``ratio`` is the largest memory ratio over the
+vocabularies, ``time_ratio`` the largest time ratio.
 """
 
 from __future__ import annotations
@@ -56,9 +58,14 @@ class Head:
     def chunked(self, hidden: torch.Tensor) -> torch.Tensor:
         """As the policy calls it: gradients in place and in the main gradient."""
         values = vocab_parallel_logprobs(
-            hidden, self.weight, self.target, vocab_size=self.vocabulary, chunk=self.chunk, overwrite_hidden=True,
+            hidden,
+            self.weight,
+            self.target,
+            vocab_size=self.vocabulary,
+            chunk=self.chunk,
+            overwrite_hidden=True,
             main_grad=self.main_grad,
-        )  # fmt: skip
+        )
         values.sum().backward()
         return values
 
@@ -103,20 +110,24 @@ def run(options: argparse.Namespace) -> int:
             peak = pool.apply(peak_bytes, (options.tokens, options.hidden, vocabulary, options.chunk, options.dtype))
         floor = options.tokens * options.hidden * width + options.chunk * vocabulary * logit
         head = Head(options.unchunked_tokens, options.hidden, vocabulary, options.chunk, options.dtype)
-        times = interleaved(options.rounds, {"chunked": partial(head.timed, head.chunked), "whole": partial(head.timed, head.whole)})
+        times = interleaved(
+            options.rounds, {"chunked": partial(head.timed, head.chunked), "whole": partial(head.timed, head.whole)}
+        )
         ratio, spread = median_ratio(times["chunked"], times["whole"])
-        rows.append({
-            "vocabulary": vocabulary,
-            "peak_mb": peak / 1e6,
-            "hidden_and_chunk_mb": floor / 1e6,
-            "memory_ratio": peak / floor,
-            "all_logits_mb": options.tokens * vocabulary * 4 / 1e6,
-            "chunked_s": statistics.median(times["chunked"]),
-            "whole_s": statistics.median(times["whole"]),
-            "time_ratio": ratio,
-            "time_from": spread[0],
-            "time_to": spread[1],
-        })  # fmt: skip
+        rows.append(
+            {
+                "vocabulary": vocabulary,
+                "peak_mb": peak / 1e6,
+                "hidden_and_chunk_mb": floor / 1e6,
+                "memory_ratio": peak / floor,
+                "all_logits_mb": options.tokens * vocabulary * 4 / 1e6,
+                "chunked_s": statistics.median(times["chunked"]),
+                "whole_s": statistics.median(times["whole"]),
+                "time_ratio": ratio,
+                "time_from": spread[0],
+                "time_to": spread[1],
+            }
+        )
     result: dict[str, Any] = {
         "time_ratio": max(row["time_ratio"] for row in rows),
         "time_goal": f"<= {TIME_GOAL}",
@@ -125,5 +136,10 @@ def run(options: argparse.Namespace) -> int:
         "ratio": max(row["memory_ratio"] for row in rows),
         "goal": f"<= {MEMORY_GOAL}",
     }
-    report(options, f"{options.tokens} tokens for memory, {options.unchunked_tokens} for time, hidden {options.hidden}", rows, result)
+    report(
+        options,
+        f"{options.tokens} tokens for memory, {options.unchunked_tokens} for time, hidden {options.hidden}",
+        rows,
+        result,
+    )
     return 0

@@ -1,12 +1,14 @@
 """Packing: how much of the packed rows is real tokens, how even the ranks' work is, and what ragged lengths cost.
 
-The first part only packs: the token trees of every dumped step of a run (or, without one, of the ragged synthetic step below), for several
-data-parallel sizes and row multiples as TP, CP and FP8 ask for. ``real`` is the share of all rows' tokens that belong to trees (empty rows
-of ranks with less count as padding), ``imbalance`` the tokens of the fullest rank over the mean of the ranks, both over all steps.
+The first part only packs: the token trees of every dumped step of a run (or, without one, of the ragged synthetic step
+below), for several data-parallel sizes and row multiples as TP, CP and FP8 ask for. ``real`` is the share of all rows'
+tokens that belong to trees (empty rows of ranks with less count as padding), ``imbalance`` the tokens of the fullest
+rank over the mean of the ranks, both over all steps.
 
-The second part trains: updates of a policy on synthetic prompts whose responses vary in length by ``--spread``, and on the same prompts with
-responses of their mean length, all else equal. ``ratio`` is the tokens per second of the first over those of the second, of all tokens that go
-through the model; ``distinct_ratio`` leaves out prefixes that are computed again because a tree was too large for a row.
+The second part trains: updates of a policy on synthetic prompts whose responses vary in length by ``--spread``, and on
+the same prompts with responses of their mean length, all else equal. ``ratio`` is the tokens per second of the first
+over those of the second, of all tokens that go through the model; ``distinct_ratio`` leaves out prefixes that are
+computed again because a tree was too large for a row.
 """
 
 from __future__ import annotations
@@ -44,35 +46,65 @@ CONFIG = Path("conf/pact_bfcl-smollm2_135m-cpu.yaml")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, help="finished run with rollouts/, whose steps are packed (default: a synthetic step)")
+    parser.add_argument(
+        "--run", type=Path, help="finished run with rollouts/, whose steps are packed (default: a synthetic step)"
+    )
     parser.add_argument("--steps", type=int, nargs="+", help="which dumped steps (default: all)")
     parser.add_argument("--data-parallel", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--multiples", type=int, nargs="+", default=[1, 8, 32], help="of row lengths: TP x 2 CP x what FP8 aligns to")
+    parser.add_argument(
+        "--multiples", type=int, nargs="+", default=[1, 8, 32], help="of row lengths: TP x 2 CP x what FP8 aligns to"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=6, help="of a synthetic step")
-    parser.add_argument("--lengths", type=int, nargs=3, default=[290, 100, 110], metavar=("PROMPT", "RESPONSE", "TRACE"), help="synthetic, mean")
-    parser.add_argument("--spread", type=float, default=0.9, help="responses vary evenly by this share of the mean to either side")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs=3,
+        default=[290, 100, 110],
+        metavar=("PROMPT", "RESPONSE", "TRACE"),
+        help="synthetic, mean",
+    )
+    parser.add_argument(
+        "--spread", type=float, default=0.9, help="responses vary evenly by this share of the mean to either side"
+    )
     parser.add_argument("--model", type=Path, help="Hugging Face folder (default: the embedded SmolLM2-135M)")
-    parser.add_argument("--random", type=int, nargs=2, metavar=("LAYERS", "HIDDEN"), help="an untrained Llama of this shape instead")
+    parser.add_argument(
+        "--random", type=int, nargs=2, metavar=("LAYERS", "HIDDEN"), help="an untrained Llama of this shape instead"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the config")
 
 
 def run(options: argparse.Namespace) -> int:
     # nothing to score beside the update
-    config = load_config(options.run / "config.yaml" if options.run else CONFIG, [*options.set, "objective.kl_coef=0", "rollout.importance=off"])
-    config = replace(config, trainer=replace(config.trainer, batch_size=options.prompts, mini_batch_size=options.prompts))
+    config = load_config(
+        options.run / "config.yaml" if options.run else CONFIG,
+        [*options.set, "objective.kl_coef=0", "rollout.importance=off"],
+    )
+    config = replace(
+        config, trainer=replace(config.trainer, batch_size=options.prompts, mini_batch_size=options.prompts)
+    )
     with scratch(Path(config.run.cache_dir), "packing") as folder:
         model = _model(options, config, folder)
         vocabulary = int(json.loads((model / "config.json").read_text())["vocab_size"])
         prompt, response, trace = options.lengths
 
         def batch(mean: int, spread: float) -> list[PromptGroup]:
-            return synthetic_groups(config, Lengths(prompt, mean, trace), options.prompts, vocabulary=vocabulary, spread=spread)
+            return synthetic_groups(
+                config, Lengths(prompt, mean, trace), options.prompts, vocabulary=vocabulary, spread=spread
+            )
 
         batches = {"ragged": batch(response, options.spread)}
-        batches["equal"] = batch(round(statistics.mean(len(r.token_ids) for group in batches["ragged"] for r in group.rollouts)), 0.0)
-        trees = [trees_of(groups, config) for groups in _recorded(options)] if options.run else [trees_of(batches["ragged"], config)]
-        layouts = [layout(trees, config, ranks, multiple) for ranks in options.data_parallel for multiple in options.multiples]
+        batches["equal"] = batch(
+            round(statistics.mean(len(r.token_ids) for group in batches["ragged"] for r in group.rollouts)), 0.0
+        )
+        trees = (
+            [trees_of(groups, config) for groups in _recorded(options)]
+            if options.run
+            else [trees_of(batches["ragged"], config)]
+        )
+        layouts = [
+            layout(trees, config, ranks, multiple) for ranks in options.data_parallel for multiple in options.multiples
+        ]
         policy = MegatronPolicy(config.policy, replace(config.optimizer, lr=0.0), model, seed=0, total_steps=1)
         experiment = stand_in(config, policy)
 
@@ -90,7 +122,10 @@ def run(options: argparse.Namespace) -> int:
         "real_token_share_goal": f">= {SHARE_GOAL}",
         "row_fill": layouts[0]["fill"],
         "repeated_share": layouts[0]["repeated"],
-        "imbalance": {str(ranks): max(row["imbalance"] for row in layouts if row["ranks"] == ranks) for ranks in options.data_parallel},
+        "imbalance": {
+            str(ranks): max(row["imbalance"] for row in layouts if row["ranks"] == ranks)
+            for ranks in options.data_parallel
+        },
         **{f"{name}_tokens_per_s": statistics.median(found) for name, found in speeds.items()},
         **{f"{name}_rows": row["rows"] for name, row in shape.items()},
         "distinct_ratio": ratio * distinct["ragged"] / distinct["equal"],
@@ -98,12 +133,19 @@ def run(options: argparse.Namespace) -> int:
         "ratio": ratio,
         "goal": f">= {GOAL}",
     }
-    report(options, f"{result['packed']}, packed for data-parallel ranks and row multiples; rounds: {options.rounds}", layouts, result)
+    report(
+        options,
+        f"{result['packed']}, packed for data-parallel ranks and row multiples; rounds: {options.rounds}",
+        layouts,
+        result,
+    )
     return 0
 
 
 def _recorded(options: argparse.Namespace) -> list[list[PromptGroup]]:
-    steps = options.steps or sorted(int(path.stem.split("_")[-1]) for path in (options.run / "rollouts").glob("*_*.jsonl*"))
+    steps = options.steps or sorted(
+        int(path.stem.split("_")[-1]) for path in (options.run / "rollouts").glob("*_*.jsonl*")
+    )
     return recorded_groups(options.run, steps, words=options.set)[1]
 
 
@@ -111,23 +153,36 @@ def _model(options: argparse.Namespace, config: Config, folder: Path) -> Path:
     if options.random is not None:
         layers, hidden = options.random
         heads = max(1, hidden // 64)
-        return random_llama(folder / "model", hidden=hidden, ffn=3 * hidden, layers=layers, heads=heads, kv_heads=heads, vocabulary=4096, tied=True)
+        return random_llama(
+            folder / "model",
+            hidden=hidden,
+            ffn=3 * hidden,
+            layers=layers,
+            heads=heads,
+            kv_heads=heads,
+            vocabulary=4096,
+            tied=True,
+        )
     return options.model if options.model is not None else materialise_embedded_model(config.run.cache_dir)
 
 
 def trees_of(groups: list[PromptGroup], config: Config) -> list[TokenTree]:
     """The trees of one update, without streams."""
     objective = config.objective
-    return [grow_tree(group, [5] * BOUNDARY, objective, contexts=contexts_needed(group, objective, diagnostics=True)).tree for group in groups]
+    return [
+        grow_tree(group, [5] * BOUNDARY, objective, contexts=contexts_needed(group, objective, diagnostics=True)).tree
+        for group in groups
+    ]
 
 
 def layout(steps: list[list[TokenTree]], config: Config, ranks: int, multiple: int) -> dict[str, Any]:
     """Counts over all steps of one layout's rows.
 
     Returns:
-        ``rows`` and ``empty`` rows of all ranks; ``bound``: rows that no packing of the ranks' tokens can do without; ``real`` tokens over all
-        tokens of rows; ``fill``: real tokens over the budget of rows that aren't empty; ``repeated``: tokens of prefixes that cut trees compute
-        again, over real tokens; ``imbalance`` and ``worst`` step's imbalance: the fullest rank's tokens over the ranks' mean.
+        ``rows`` and ``empty`` rows of all ranks; ``bound``: rows that no packing of the ranks' tokens can do without;
+        ``real`` tokens over all tokens of rows; ``fill``: real tokens over the budget of rows that aren't empty;
+        ``repeated``: tokens of prefixes that cut trees compute again, over real tokens; ``imbalance`` and ``worst``
+        step's imbalance: the fullest rank's tokens over the ranks' mean.
     """
     budget = config.policy.micro_batch_tokens
     rows = empty = bound = used = total = distinct = 0
@@ -141,8 +196,20 @@ def layout(steps: list[list[TokenTree]], config: Config, ranks: int, multiple: i
         used += sum(row.used for rank in packed for row in rank)
         total += sum(loads)
         distinct += sum(tree.num_tokens for tree in trees if tree.num_scored)
-        fullest, means, worst = fullest + max(loads), means + sum(loads) / ranks, max(worst, max(loads) * ranks / sum(loads))
+        fullest, means, worst = (
+            fullest + max(loads),
+            means + sum(loads) / ranks,
+            max(worst, max(loads) * ranks / sum(loads)),
+        )
     return {
-        "ranks": ranks, "multiple": multiple, "rows": rows, "empty": empty, "bound": bound, "real": used / total,
-        "fill": used / (budget * max(rows - empty, 1)), "repeated": 1 - distinct / used, "imbalance": fullest / means, "worst": worst,
-    }  # fmt: skip
+        "ranks": ranks,
+        "multiple": multiple,
+        "rows": rows,
+        "empty": empty,
+        "bound": bound,
+        "real": used / total,
+        "fill": used / (budget * max(rows - empty, 1)),
+        "repeated": 1 - distinct / used,
+        "imbalance": fullest / means,
+        "worst": worst,
+    }

@@ -1,9 +1,10 @@
 """Refit against a plain copy of the same bytes on the same disk.
 
-Each round: all weights change; the previous round's weight files are copied (``shutil.copyfile``, each fsynced, as the export does); the
-policy is exported; the server verifies and loads the export and generates one token. The copy is one process, as ``cp`` is. ``ratio`` is
-the worse of two: copy time / export time, and copy time / (verification + reload) time; medians over the rounds of each round's own
-ratio, because other work on the machine slows whole rounds. Under torchrun every rank exports, rank 0 does the rest.
+Each round: all weights change; the previous round's weight files are copied (``shutil.copyfile``, each fsynced, as the
+export does); the policy is exported; the server verifies and loads the export and generates one token. The copy is one
+process, as ``cp`` is. ``ratio`` is the worse of two: copy time / export time, and copy time / (verification + reload)
+time; medians over the rounds of each round's own ratio, because other work on the machine slows whole rounds. Under
+torchrun every rank exports, rank 0 does the rest.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ CACHE = Path(".cache/pact_nemo")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model", type=Path, help="Hugging Face folder (default: the embedded SmolLM2-135M)")
-    parser.add_argument("--synthetic", type=float, metavar="GB", help="a random Llama of about this many GB in bfloat16 instead")
-    parser.add_argument("--folder", type=Path, default=CACHE, help="where exports and copies go: the disk that is measured")
+    parser.add_argument(
+        "--synthetic", type=float, metavar="GB", help="a random Llama of about this many GB in bfloat16 instead"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=CACHE, help="where exports and copies go: the disk that is measured"
+    )
     parser.add_argument("--dtype", default="bfloat16", help="of the export")
     parser.add_argument("--precision", default="bf16", help="of the policy: bf16, as large models are trained, or fp32")
     parser.add_argument("--no-server", action="store_true", help="export and verification only")
@@ -85,7 +90,13 @@ def run(options: argparse.Namespace) -> int:
 
 @torch.no_grad()
 def _round(
-    policy: MegatronPolicy, client: RolloutClient | None, exports: Path, version: int, dtype: str, copy: Path, source: Path
+    policy: MegatronPolicy,
+    client: RolloutClient | None,
+    exports: Path,
+    version: int,
+    dtype: str,
+    copy: Path,
+    source: Path,
 ) -> dict[str, float]:
     """Seconds of each part, and ``bytes``."""
     for chunk in policy.chunks:
@@ -132,7 +143,9 @@ def _copy(folder: Path, target: Path) -> dict[str, float]:
             os.fsync(handle.fileno())
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in files)
-    shutil.rmtree(target)  # so that the export finds free pages in memory, as the copy did; then nothing of it is left to do for the disk
+    shutil.rmtree(
+        target
+    )  # so that the export finds free pages in memory, as the copy did; then nothing of it is left to do for the disk
     os.sync()
     return {"copy_s": seconds, "bytes": float(size), "files": float(len(files))}
 
@@ -146,7 +159,9 @@ def _serving(options: argparse.Namespace, source: Path, folder: Path) -> Iterato
     dtype = options.dtype if options.dtype in ("float32", "float16") else "bfloat16"
     config = RolloutServerConfig(dtype=dtype, max_model_len=512, max_num_seqs=4, max_num_batched_tokens=512)
     with RolloutServer(config, source, log_file=folder / "server.log") as server:
-        yield RolloutClient(server.endpoint, weight_version=0, request_timeout_s=120.0, connect_retries=1, admin_timeout_s=600.0)
+        yield RolloutClient(
+            server.endpoint, weight_version=0, request_timeout_s=120.0, connect_retries=1, admin_timeout_s=600.0
+        )
 
 
 def _source(options: argparse.Namespace, folder: Path) -> Path:
@@ -156,21 +171,33 @@ def _source(options: argparse.Namespace, folder: Path) -> Path:
 
 
 def _synthetic_llama(folder: Path, gigabytes: float, tokenizer: Path) -> Path:
-    """An untrained Llama, untied, of about this size in bfloat16: hidden 2048, as many layers as fit; the server wants some tokenizer."""
+    """An untrained Llama, untied, of about this size in bfloat16: hidden 2048, as many layers as fit; the server wants
+    some tokenizer.
+    """
     hidden, ffn, vocabulary = 2048, 5632, 49152
     per_layer = 2 * (hidden * (2 * hidden + 2 * 512) + 3 * hidden * ffn)
     layers = max(2, round((gigabytes * 1e9 - 4 * hidden * vocabulary) / per_layer / 2) * 2)
     return random_llama(
-        folder, hidden=hidden, ffn=ffn, layers=layers, heads=32, kv_heads=8, vocabulary=vocabulary, dtype="bfloat16", positions=2048,
+        folder,
+        hidden=hidden,
+        ffn=ffn,
+        layers=layers,
+        heads=32,
+        kv_heads=8,
+        vocabulary=vocabulary,
+        dtype="bfloat16",
+        positions=2048,
         tokenizer=tokenizer,
-    )  # fmt: skip
+    )
 
 
 def report(rows: list[dict[str, float]], options: argparse.Namespace) -> None:
     """Print each round, then the medians, the ratios last."""
     export = [row["copy_s"] / row["export_s"] for row in rows]
     reload = [row["copy_s"] / (row["verify_s"] + row["reload_s"]) for row in rows if "reload_s" in row]
-    parts = [name for name in ("export_s", "verify_s", "pause_s", "reload_s", "finish_s", "first_token_s") if name in rows[0]]
+    parts = [
+        name for name in ("export_s", "verify_s", "pause_s", "reload_s", "finish_s", "first_token_s") if name in rows[0]
+    ]
     medians = {name: statistics.median(row[name] for row in rows) for name in ["copy_s", *parts]}
     size = rows[0]["bytes"]
     ratios = [statistics.median(values) for values in (export, reload) if values]
@@ -199,10 +226,14 @@ def report(rows: list[dict[str, float]], options: argparse.Namespace) -> None:
     print("  ".join(f"{name.removesuffix('_s'):>12}" for name in medians))
     for row in [*rows, medians]:
         print("  ".join(f"{row[name]:12.3f}" for name in medians), "  median" if row is medians else "")
-    print(f"copy {result['copy_bytes_per_s'] / 1e9:.2f} GB/s, export {result['export_bytes_per_s'] / 1e9:.2f} GB/s: "
-          f"ratio {ratios[0]:.2f} ({min(export):.2f} to {max(export):.2f})")
+    print(
+        f"copy {result['copy_bytes_per_s'] / 1e9:.2f} GB/s, export {result['export_bytes_per_s'] / 1e9:.2f} GB/s: "
+        f"ratio {ratios[0]:.2f} ({min(export):.2f} to {max(export):.2f})"
+    )
     if reload:
-        print(f"verification and reload {result['reload_bytes_per_s'] / 1e9:.2f} GB/s: "
-              f"ratio {ratios[1]:.2f} ({min(reload):.2f} to {max(reload):.2f})")
+        print(
+            f"verification and reload {result['reload_bytes_per_s'] / 1e9:.2f} GB/s: "
+            f"ratio {ratios[1]:.2f} ({min(reload):.2f} to {max(reload):.2f})"
+        )
         print(f"weights updated to first token of the new version: {result['updated_to_first_token_s']:.2f} s")
     print(f"ratio {result['ratio']:.2f}, goal {GOAL}")

@@ -1,17 +1,20 @@
-"""Whether a rollout phase keeps its server busy: sequences running on the server against its limit, and work of ours that generation doesn't hide.
+"""Whether a rollout phase keeps its server busy: sequences running on the server against its limit, and work of ours
+that generation doesn't hide.
 
-A real vLLM server, the config's own tasks, the product's batch and episode code (:func:`pact_nemo.rollouts.batch.run_batch`); many more episodes
-than ``rollout.server.max_num_seqs``. The same episodes are played with several numbers of open episodes (``--factors``, times the limit), the
-prefix cache emptied before each. ``/metrics`` of the server is read five times a second.
+A real vLLM server, the config's own tasks, the product's batch and episode code
+(:func:`pact_nemo.rollouts.batch.run_batch`); many more episodes than ``rollout.server.max_num_seqs``. The same episodes
+are played with several numbers of open episodes (``--factors``, times the limit), the prefix cache emptied before each.
+``/metrics`` of the server is read five times a second.
 
-- busy: mean of the server's running sequences, from when all its slots were first taken until 90 % of the episodes have ended, over the limit;
+- busy: mean of the server's running sequences, from when all its slots were first taken until 90 % of the episodes have
+  ended, over the limit;
 - busy from 0: the same from the start of the phase;
-- before drain: busy only until fewer episodes are left than slots. The bench's many episodes should outnumber the slots ten to one: else busy has
-  a part of the inevitable drain in it;
-- asked: over the same time as busy, requests under way as the client knows them, at most the limit, over the limit. What busy lacks to it is
-  lost between client and engine;
-- environment, tokens: seconds within the environment, and within template, tokeniser and call parser, summed over episodes (clock time, in
-  threads of one process: waiting for the interpreter is in it);
+- before drain: busy only until fewer episodes are left than slots. The bench's many episodes should outnumber the slots
+  ten to one: else busy has a part of the inevitable drain in it;
+- asked: over the same time as busy, requests under way as the client knows them, at most the limit, over the limit.
+  What busy lacks to it is lost between client and engine;
+- environment, tokens: seconds within the environment, and within template, tokeniser and call parser, summed over
+  episodes (clock time, in threads of one process: waiting for the interpreter is in it);
 - not hidden: share of the phase in which such code ran while fewer requests were under way than slots or open episodes.
 
 ``ratio`` is busy of the smallest factor that reaches the goal, or of the best one.
@@ -47,15 +50,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=Path("conf/pact_bfcl-smollm2_135m-cpu.yaml"))
     parser.add_argument("--limit", type=int, default=16, help="rollout.server.max_num_seqs")
     parser.add_argument("--episodes", type=int, default=96, help="rounded down to whole groups of K")
-    parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0], help="open episodes, in units of the limit")
-    parser.add_argument("--tool-seconds", type=float, default=0.0, help="let the calls of a turn take so much longer: tools that wait for something")
+    parser.add_argument(
+        "--factors", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0], help="open episodes, in units of the limit"
+    )
+    parser.add_argument(
+        "--tool-seconds",
+        type=float,
+        default=0.0,
+        help="let the calls of a turn take so much longer: tools that wait for something",
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the config")
 
 
 def run(options: Namespace) -> int:
     words = [f"rollout.server.max_num_seqs={options.limit}", "rollout.server.log_stats=true", *options.set]
     config = load_config(options.config, words)
-    source = Path(config.model.path) if config.model.path is not None else materialise_embedded_model(Path(config.run.cache_dir))
+    source = (
+        Path(config.model.path)
+        if config.model.path is not None
+        else materialise_embedded_model(Path(config.run.cache_dir))
+    )
     settings = config.model
     chat = ChatFormat.from_pretrained(source, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
     environment = build_environment(config)
@@ -71,7 +85,17 @@ def run(options: Namespace) -> int:
             play(config, server, environment, chat, tasks[: max(1, options.limit // k)], options.limit, 0.0)  # warm-up
             for factor in options.factors:
                 server.admin().reset_prefix_cache()
-                rows.append(play(config, server, environment, chat, tasks, max(1, round(factor * options.limit)), options.tool_seconds))
+                rows.append(
+                    play(
+                        config,
+                        server,
+                        environment,
+                        chat,
+                        tasks,
+                        max(1, round(factor * options.limit)),
+                        options.tool_seconds,
+                    )
+                )
         finally:
             server.close()
             environment.close()
@@ -89,14 +113,23 @@ def run(options: Namespace) -> int:
 
 
 def play(
-    config: Config, server: RolloutServer, environment: Environment, chat: ChatFormat, tasks: list[Task], concurrency: int, tool_seconds: float
+    config: Config,
+    server: RolloutServer,
+    environment: Environment,
+    chat: ChatFormat,
+    tasks: list[Task],
+    concurrency: int,
+    tool_seconds: float,
 ) -> dict[str, float]:
     """One rollout phase, watched."""
     server_settings = config.rollout.server
     client = TimedClient(
-        server.endpoint, weight_version=0, request_timeout_s=server_settings.request_timeout_s, connect_retries=0,
+        server.endpoint,
+        weight_version=0,
+        request_timeout_s=server_settings.request_timeout_s,
+        connect_retries=0,
         admin_timeout_s=server_settings.refit_timeout_s,
-    )  # fmt: skip
+    )
     limits = training_limits(config)
     record = Record()
     client.record = record
@@ -121,7 +154,11 @@ def play(
         )
     found = analyse(record, limit=server_settings.max_num_seqs, concurrency=concurrency, episodes=len(rollouts))
     tokens = sum(sum(rollout.loss_mask) for rollout in rollouts)
-    counts = {"concurrency": concurrency, "failed": sum(rollout.status == "failed" for rollout in rollouts), "tokens/s": tokens / found["phase s"]}
+    counts = {
+        "concurrency": concurrency,
+        "failed": sum(rollout.status == "failed" for rollout in rollouts),
+        "tokens/s": tokens / found["phase s"],
+    }
     return {**counts, **found}
 
 

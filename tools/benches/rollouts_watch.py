@@ -1,4 +1,6 @@
-"""A rollout phase watched from outside: timers around environment, chat format and client, the server's own counts, and the shares they make."""
+"""A rollout phase watched from outside: timers around environment, chat format and client, the server's own counts, and
+the shares they make.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,13 @@ def sampling_server(endpoint: ServerEndpoint, record: Record) -> Iterator[None]:
         with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=30.0, trust_env=False) as http:
             while not stop.is_set():
                 text = http.get("/metrics").raise_for_status().text
-                record.samples.append((time.perf_counter(), gauge(text, "vllm:num_requests_running"), gauge(text, "vllm:num_requests_waiting")))
+                record.samples.append(
+                    (
+                        time.perf_counter(),
+                        gauge(text, "vllm:num_requests_running"),
+                        gauge(text, "vllm:num_requests_waiting"),
+                    )
+                )
                 stop.wait(SAMPLE_SECONDS)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -156,7 +164,9 @@ def analyse(record: Record, *, limit: int, concurrency: int, episodes: int) -> d
     full = next(when for when, running, _ in record.samples if running >= top)
     until = max(until, full)
     drain = max(record.ended[max(0, episodes - limit)], full)
-    steps = [(start, 1.0, "asked") for start, _ in record.requests] + [(stop, -1.0, "asked") for _, stop in record.requests]
+    steps = [(start, 1.0, "asked") for start, _ in record.requests] + [
+        (stop, -1.0, "asked") for _, stop in record.requests
+    ]
     intervals = [pair for kind in CODE for pair in record.code[kind]]
     steps += [(start, 1.0, "code") for start, _ in intervals] + [(stop, -1.0, "code") for _, stop in intervals]
     steps += [(when, 1.0, "ended") for when in record.ended]

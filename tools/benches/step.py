@@ -1,8 +1,9 @@
 """A whole PACT step against a plain GRPO step on the same rollouts: old-policy and reference scoring, both
 contexts forward and backward, SFT, optimizer.
 
-Same process, same policy object, same rollouts of a finished run; only ``objective.method`` differs (so GRPO has its own advantages and no
-traces). ``--naive`` adds PACT without the shared prefix (``policy.share_prefix=false``): every sequence on its own, as elsewhere.
+Same process, same policy object, same rollouts of a finished run; only ``objective.method`` differs (so GRPO has its
+own advantages and no traces). ``--naive`` adds PACT without the shared prefix (``policy.share_prefix=false``): every
+sequence on its own, as elsewhere.
 """
 
 from __future__ import annotations
@@ -24,15 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, nargs="+", help="which dumped steps (default: all)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--naive", action="store_true", help="also time PACT with every sequence on its own")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the run's config, for all contestants")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the run's config, for all contestants"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    steps = options.steps or sorted(int(path.stem.split("_")[-1]) for path in (options.run / "rollouts").glob("*_*.jsonl*"))
+    steps = options.steps or sorted(
+        int(path.stem.split("_")[-1]) for path in (options.run / "rollouts").glob("*_*.jsonl*")
+    )
     config, groups = recorded_groups(options.run, steps, method="pact", words=options.set)
     plain_config, plain_groups = recorded_groups(options.run, steps, method="grpo", words=options.set)
     keep = config.objective.kl_coef > 0
-    policy = MegatronPolicy(config.policy, replace(config.optimizer, lr=0.0), options.run / "hf", seed=0, total_steps=1, keep_reference=keep)
+    policy = MegatronPolicy(
+        config.policy, replace(config.optimizer, lr=0.0), options.run / "hf", seed=0, total_steps=1, keep_reference=keep
+    )
     contestants = {"grpo": (plain_config, plain_groups, True), "pact": (config, groups, True)}
     if options.naive:
         contestants["pact, naive"] = (config, groups, False)
@@ -50,7 +57,10 @@ def run(options: argparse.Namespace) -> int:
 
     times = interleaved(options.rounds, {name: lambda name=name: contest(name) for name in contestants})  # type: ignore[misc]
     rows = [
-        {"step": name, **{part: statistics.median(row[part] for row in found) for part in ("score", "update", "total", "tokens")}}
+        {
+            "step": name,
+            **{part: statistics.median(row[part] for row in found) for part in ("score", "update", "total", "tokens")},
+        }
         for name, found in times.items()
     ]
     totals = {name: [row["total"] for row in found] for name, found in times.items()}
@@ -67,5 +77,10 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.naive:
         result = {"naive_ratio": median_ratio(totals["pact, naive"], totals["grpo"])[0], **result}
-    report(options, f"{len(steps)} steps of {options.run.resolve().name}, seconds, medians of {options.rounds} rounds", rows, result)
+    report(
+        options,
+        f"{len(steps)} steps of {options.run.resolve().name}, seconds, medians of {options.rounds} rounds",
+        rows,
+        result,
+    )
     return 0

@@ -1,16 +1,17 @@
-"""Our plain GRPO step and our whole PACT step against a plain GRPO step of TRL's ``GRPOTrainer``, from the same finished rollouts of a run to
-new weights, with the same Hugging Face weights in the same precision.
+"""Our plain GRPO step and our whole PACT step against a plain GRPO step of TRL's ``GRPOTrainer``, from the same
+finished rollouts of a run to new weights, with the same Hugging Face weights in the same precision.
 
-TRL's side is its own code: its padding helper, its reference pass (``_get_per_token_logps_and_entropies``), ``training_step`` (loss, backward),
-gradient clipping and its default AdamW; its trainer is built without generation and is handed the rollouts as its own generation step would
-hand them over. In its favour: the fastest of several micro-batch sizes; rows padded per micro-batch, where TRL pads to the longest of the
-whole batch; no gradient checkpointing, which is its default; the rollouts of a prompt side by side; no training loop around the step
-(callbacks, logging); and output logits of completion tokens only, which TRL does on CUDA but not on the CPU (``--as-shipped`` adds a contestant
-without that). On every side the learning rate is 0 (all rounds compute the same numbers), there is one update per step and no correction for
-the sampler.
+TRL's side is its own code: its padding helper, its reference pass (``_get_per_token_logps_and_entropies``),
+``training_step`` (loss, backward), gradient clipping and its default AdamW; its trainer is built without generation and
+is handed the rollouts as its own generation step would hand them over. In its favour: the fastest of several
+micro-batch sizes; rows padded per micro-batch, where TRL pads to the longest of the whole batch; no gradient
+checkpointing, which is its default; the rollouts of a prompt side by side; no training loop around the step (callbacks,
+logging); and output logits of completion tokens only, which TRL does on CUDA but not on the CPU (``--as-shipped`` adds
+a contestant without that). On every side the learning rate is 0 (all rounds compute the same numbers), there is one
+update per step and no correction for the sampler.
 
-Before timing, both sides score all policy-written tokens and take the gradient of the first step: log-probabilities and gradient norms have
-to agree.
+Before timing, both sides score all policy-written tokens and take the gradient of the first step: log-probabilities and
+gradient norms have to agree.
 TRL is no dependency of the project. It is put into a folder of its own with ``pip install --no-deps --target``.
 """
 
@@ -44,7 +45,11 @@ GOAL, PACT_GOAL = 0.9, 1.0
 TOLERANCE = 1e-3  #: in float32, of log-probabilities in nats and of the gradient norm, relative
 FOLDER = Path(".cache/bench/trl")
 INSTALL = "pip install --no-deps --target .cache/bench/trl trl==1.16.0 accelerate==1.15.0"
-LOSS_TYPES = {"rollout-mean": "grpo", "token-mean": "dapo", "constant-length": "dr_grpo"}  # our aggregation -> TRL's name of it
+LOSS_TYPES = {
+    "rollout-mean": "grpo",
+    "token-mean": "dapo",
+    "constant-length": "dr_grpo",
+}  # our aggregation -> TRL's name of it
 SHIPPED = "trl grpo, as shipped"
 
 
@@ -53,10 +58,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, nargs="+", help="which dumped steps (default: all)")
     parser.add_argument("--prompts", type=int, help="only the first so many prompts of each step")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--trl", type=Path, default=FOLDER, metavar="FOLDER", help=f"where TRL is installed ({INSTALL})")
-    parser.add_argument("--trl-micro-batches", type=int, nargs="+", default=[1, 2, 4, 8], help="sequences; the fastest on the first step stays")
-    parser.add_argument("--as-shipped", action="store_true", help="also time TRL with output logits of every position, its way on the CPU")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the run's config, for all contestants")
+    parser.add_argument(
+        "--trl", type=Path, default=FOLDER, metavar="FOLDER", help=f"where TRL is installed ({INSTALL})"
+    )
+    parser.add_argument(
+        "--trl-micro-batches",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="sequences; the fastest on the first step stays",
+    )
+    parser.add_argument(
+        "--as-shipped",
+        action="store_true",
+        help="also time TRL with output logits of every position, its way on the CPU",
+    )
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the run's config, for all contestants"
+    )
 
 
 @dataclass
@@ -76,7 +95,9 @@ class Sample:
 
 
 def run(options: argparse.Namespace) -> int:
-    steps = options.steps or sorted(int(path.stem.split("_")[-1]) for path in (options.run / "rollouts").glob("*_*.jsonl*"))
+    steps = options.steps or sorted(
+        int(path.stem.split("_")[-1]) for path in (options.run / "rollouts").glob("*_*.jsonl*")
+    )
     words = [*options.set, "rollout.importance=off"]
     with scratch(Path(".cache/bench"), "trl") as folder:
         contestants = {}
@@ -88,12 +109,24 @@ def run(options: argparse.Namespace) -> int:
         sequences = [sequences_of(batch, config) for batch in groups]
         peer = Peer(options.trl, options.run / "hf", config, folder)
         keep = config.objective.kl_coef > 0
-        policy = MegatronPolicy(config.policy, replace(config.optimizer, lr=0.0), options.run / "hf", seed=0, total_steps=1, keep_reference=keep)
+        policy = MegatronPolicy(
+            config.policy,
+            replace(config.optimizer, lr=0.0),
+            options.run / "hf",
+            seed=0,
+            total_steps=1,
+            keep_reference=keep,
+        )
         agreement = check(policy, peer, config, groups, sequences)
-        sizes = {str(size): lambda size=size: peer.step(sequences[0], size)["total"] for size in options.trl_micro_batches}  # type: ignore[misc]
+        sizes = {
+            str(size): lambda size=size: peer.step(sequences[0], size)["total"] for size in options.trl_micro_batches
+        }  # type: ignore[misc]
         speeds = {size: times[0] for size, times in interleaved(1, sizes).items()}
         best = int(min(speeds, key=lambda size: speeds[size]))
-        print(f"TRL's micro-batches: {', '.join(f'{size}: {value:.2f} s' for size, value in speeds.items())}", file=sys.stderr)
+        print(
+            f"TRL's micro-batches: {', '.join(f'{size}: {value:.2f} s' for size, value in speeds.items())}",
+            file=sys.stderr,
+        )
 
         def ours(method: str) -> dict[str, float]:
             settings, batches = contestants[method]
@@ -105,18 +138,24 @@ def run(options: argparse.Namespace) -> int:
             return _sum([peer.step(batch, best) for batch in sequences])
 
         calls: dict[str, Callable[[], dict[str, float]]] = {
-            "trl grpo": lambda: theirs(True), "our grpo": lambda: ours("grpo"), "our pact": lambda: ours("pact")
-        }  # fmt: skip
+            "trl grpo": lambda: theirs(True),
+            "our grpo": lambda: ours("grpo"),
+            "our pact": lambda: ours("pact"),
+        }
         if options.as_shipped:
             calls[SHIPPED] = lambda: theirs(False)
         times = interleaved(options.rounds, calls)
         padded = {f"our {method}": padded_tokens(policy, *contestants[method]) for method in contestants}
     totals = {name: [row["total"] for row in found] for name, found in times.items()}
     rows = [
-        {"step": name, **{part: statistics.median(row[part] for row in found) for part in ("score", "update", "total")},
-         "tokens": int(found[0]["tokens"]), "with padding": int(padded.get(name, found[0].get("padded", 0)))}
+        {
+            "step": name,
+            **{part: statistics.median(row[part] for row in found) for part in ("score", "update", "total")},
+            "tokens": int(found[0]["tokens"]),
+            "with padding": int(padded.get(name, found[0].get("padded", 0))),
+        }
         for name, found in times.items()
-    ]  # fmt: skip
+    ]
     ratio, spread = median_ratio(totals["our grpo"], totals["trl grpo"])
     pact_ratio, pact_spread = median_ratio(totals["our pact"], totals["trl grpo"])
     result: dict[str, Any] = {
@@ -126,7 +165,10 @@ def run(options: argparse.Namespace) -> int:
         "trl_micro_batch": best,
         "trl_micro_batches_s": speeds,
         **agreement,
-        **{f"median_{name.replace(' ', '_')}_s": statistics.median(totals[name]) for name in ("trl grpo", "our grpo", "our pact")},
+        **{
+            f"median_{name.replace(' ', '_')}_s": statistics.median(totals[name])
+            for name in ("trl grpo", "our grpo", "our pact")
+        },
         "spread": spread,
         "pact_spread": pact_spread,
         "pact_ratio": pact_ratio,
@@ -136,7 +178,10 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.as_shipped:
         result = {"shipped_ratio": median_ratio(totals["our grpo"], totals[SHIPPED])[0], **result}
-    title = f"{len(steps)} steps of {options.run.resolve().name}, seconds, medians of {options.rounds} rounds; tokens of the update"
+    title = (
+        f"{len(steps)} steps of {options.run.resolve().name}, seconds, medians of {options.rounds} rounds; tokens of"
+        " the update"
+    )
     report(options, title, rows, result)
     return 0
 
@@ -162,13 +207,17 @@ def sequences_of(groups: list[PromptGroup], config: Config) -> list[Sample]:
             rollout = group.rollouts[k]
             if rollout.rewinds:
                 raise ConfigError(
-                    f"{rollout.task_id}, rollout {rollout.sample}, has several contexts, because earlier thoughts were dropped: TRL trains on one "
-                    "sequence a rollout; compare on a run with model.earlier_thoughts=keep"
+                    f"{rollout.task_id}, rollout {rollout.sample}, has several contexts, because earlier thoughts were"
+                    " dropped: TRL trains on one sequence a rollout; compare on a run with model.earlier_thoughts=keep"
                 )
             advantages = [0.0] * len(rollout.token_ids)
             for turn, value in zip(rollout.turns, group.advantages[k], strict=True):
                 advantages[turn.start : turn.end] = [float(value)] * (turn.end - turn.start)
-            found.append(Sample(list(rollout.prompt_ids), list(rollout.token_ids), [int(m) for m in rollout.loss_mask], advantages))
+            found.append(
+                Sample(
+                    list(rollout.prompt_ids), list(rollout.token_ids), [int(m) for m in rollout.loss_mask], advantages
+                )
+            )
     return found
 
 
@@ -176,8 +225,15 @@ def padded_tokens(policy: MegatronPolicy, config: Config, batches: list[list[Pro
     """Tokens of our update's rows, padding included."""
     total = 0
     for groups in batches:
-        trees = [grow_tree(g, [5] * 8, config.objective, contexts=contexts_needed(g, config.objective, diagnostics=True)).tree for g in groups]
-        packed = pack(trees, policy.config.micro_batch_tokens, share_prefix=policy.config.share_prefix, multiple=policy.alignment)
+        trees = [
+            grow_tree(
+                g, [5] * 8, config.objective, contexts=contexts_needed(g, config.objective, diagnostics=True)
+            ).tree
+            for g in groups
+        ]
+        packed = pack(
+            trees, policy.config.micro_batch_tokens, share_prefix=policy.config.share_prefix, multiple=policy.alignment
+        )
         total += sum(row.tokens.shape[0] for rows in packed for row in rows)
     return total
 
@@ -187,8 +243,8 @@ def check(
 ) -> dict[str, float]:
     """Log-probabilities of every scored token on both sides, and the gradient norm of the first step's loss.
 
-    TRL is asked for micro-batches of one, so that its mean over micro-batches is a mean over rollouts. Where a rollout can't be used, its group's
-    others weigh more on our side only, and the norms are not held against each other.
+    TRL is asked for micro-batches of one, so that its mean over micro-batches is a mean over rollouts. Where a rollout
+    can't be used, its group's others weigh more on our side only, and the norms are not held against each other.
 
     Raises:
         NumericsError: log-probabilities or gradient norms in float32 differ by more than ``TOLERANCE``.
@@ -204,10 +260,20 @@ def check(
     their_norm = peer.step(sequences[0], 1)["grad_norm"]
     complete = len(sequences[0]) == sum(len(group.rollouts) for group in groups[0])
     if not policy.bf16 and not difference <= TOLERANCE:
-        raise NumericsError(f"TRL's log-probabilities differ from ours by up to {difference:.2e} nats: the two sides don't compute the same thing")
+        raise NumericsError(
+            f"TRL's log-probabilities differ from ours by up to {difference:.2e} nats: the two sides don't compute the"
+            " same thing"
+        )
     if not policy.bf16 and complete and not abs(ours_norm - their_norm) <= TOLERANCE * max(ours_norm, their_norm):
-        raise NumericsError(f"TRL's gradient norm is {their_norm:.6g}, ours {ours_norm:.6g}: the two sides don't compute the same thing")
-    return {"scored_tokens": count, "logprob_difference": difference, "grad_norm_ours": ours_norm, "grad_norm_trl": their_norm}
+        raise NumericsError(
+            f"TRL's gradient norm is {their_norm:.6g}, ours {ours_norm:.6g}: the two sides don't compute the same thing"
+        )
+    return {
+        "scored_tokens": count,
+        "logprob_difference": difference,
+        "grad_norm_ours": ours_norm,
+        "grad_norm_trl": their_norm,
+    }
 
 
 class Peer:
@@ -279,7 +345,9 @@ class Peer:
         )
         self.compact(True)
         self.trainer.create_optimizer()
-        self.model, self.trainer.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+        self.model, self.trainer.optimizer = self.trainer.accelerator.prepare(
+            self.trainer.model, self.trainer.optimizer
+        )
         self.trainer.model_wrapped = self.model
 
     def compact(self, only_completions: bool) -> None:
@@ -287,7 +355,9 @@ class Peer:
         self._utils._use_triton = (lambda device: True) if only_completions else self._scores_compactly
 
     def batches(self, sequences: list[Sample], size: int) -> list[dict[str, torch.Tensor]]:
-        """Micro-batches of ``size`` sequences in the form that TRL's generation step returns, each padded to its own longest."""
+        """Micro-batches of ``size`` sequences in the form that TRL's generation step returns, each padded to its own
+        longest.
+        """
         pad, device = self._utils.pad, self.trainer.accelerator.device
         fill = self.trainer._tokenizer.pad_token_id
         scored = sum(sum(sequence.mask) for sequence in sequences)
@@ -296,14 +366,26 @@ class Peer:
             rows = sequences[start : start + size]
             prompts = [torch.tensor(row.prompt) for row in rows]
             completions = [torch.tensor(row.completion) for row in rows]
-            found.append({
-                "prompt_ids": pad(prompts, padding_value=fill, padding_side="left").to(device),
-                "prompt_mask": pad([torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left").to(device),
-                "completion_ids": pad(completions, padding_value=fill, padding_side="right").to(device),
-                "completion_mask": pad([torch.ones_like(ids) for ids in completions], padding_value=0, padding_side="right").to(device),
-                "tool_mask": pad([torch.tensor(row.mask) for row in rows], padding_value=1, padding_side="right").to(device),
-                "advantages": pad([torch.tensor(row.advantages) for row in rows], padding_value=0.0, padding_side="right").to(device),  # type: ignore[arg-type]  # TRL's hint says int
-            })  # fmt: skip
+            found.append(
+                {
+                    "prompt_ids": pad(prompts, padding_value=fill, padding_side="left").to(device),
+                    "prompt_mask": pad(
+                        [torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left"
+                    ).to(device),
+                    "completion_ids": pad(completions, padding_value=fill, padding_side="right").to(device),
+                    "completion_mask": pad(
+                        [torch.ones_like(ids) for ids in completions], padding_value=0, padding_side="right"
+                    ).to(device),
+                    "tool_mask": pad(
+                        [torch.tensor(row.mask) for row in rows], padding_value=1, padding_side="right"
+                    ).to(device),
+                    "advantages": pad(
+                        [torch.tensor(row.advantages) for row in rows],
+                        padding_value=0.0,  # type: ignore[arg-type]  # TRL's hint says int
+                        padding_side="right",
+                    ).to(device),
+                }
+            )
         for inputs in found:  # TRL divides by this times the number of micro-batches
             inputs["num_items_in_batch"] = torch.tensor(scored / len(found), device=device)
         return found
@@ -312,7 +394,9 @@ class Peer:
     def _score(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        logprobs: torch.Tensor = self.trainer._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].shape[1])[0]
+        logprobs: torch.Tensor = self.trainer._get_per_token_logps_and_entropies(
+            model, ids, mask, inputs["completion_ids"].shape[1]
+        )[0]
         return logprobs
 
     def logprobs(self, sequences: list[Sample]) -> list[torch.Tensor]:
@@ -320,11 +404,15 @@ class Peer:
         found = []
         for inputs in self.batches(sequences, 4):
             scored = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
-            found += [row[keep].float().cpu() for row, keep in zip(self._score(self.model, inputs), scored, strict=True)]
+            found += [
+                row[keep].float().cpu() for row, keep in zip(self._score(self.model, inputs), scored, strict=True)
+            ]
         return found
 
     def step(self, sequences: list[Sample], size: int) -> dict[str, float]:
-        """One optimizer step: seconds of ``score``, ``update`` and ``total``, the gradient's norm, tokens with and without padding."""
+        """One optimizer step: seconds of ``score``, ``update`` and ``total``, the gradient's norm, tokens with and
+        without padding.
+        """
         trainer = self.trainer
         start = time.perf_counter()
         batches = self.batches(sequences, size)

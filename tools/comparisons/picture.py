@@ -1,4 +1,6 @@
-"""Score after training against the score of the policy that training started from: a line an arm, a band over its seeds."""
+"""Score after training against the score of the policy that training started from: a line an arm, a band over its
+seeds.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 130, 14, 40
 
 
 def starts_svg(results: Sequence[Result]) -> str:
-    """The picture as text. Starts whose own score is not among the results, the published model among them, are left out."""
+    """The picture as text. Starts whose own score is not among the results, the published model among them, are left
+    out.
+    """
     found = groups(results)
     begins = {arm: runs[0].score() for (start, arm), runs in found.items() if start == "published"}
     lines: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
@@ -36,18 +40,32 @@ def starts_svg(results: Sequence[Result]) -> str:
         return HEIGHT - BOTTOM - value / marks[-1] * (HEIGHT - TOP - BOTTOM)
 
     arms = []
-    for index, (arm, points) in enumerate(sorted(lines.items(), key=lambda item: -max(mean(ends) for _, ends in item[1]))):
+    for index, (arm, points) in enumerate(
+        sorted(lines.items(), key=lambda item: -max(mean(ends) for _, ends in item[1]))
+    ):
         points = sorted(points)
-        band = [(x(begin), y(max(ends))) for begin, ends in points] + [(x(begin), y(min(ends))) for begin, ends in reversed(points)]
-        arms.append({
-            "name": arm,
-            "tone": TONES[index % len(TONES)],
-            "line": " ".join(f"{x(begin):.1f},{y(mean(ends)):.1f}" for begin, ends in points),
-            "band": " ".join(f"{a:.1f},{b:.1f}" for a, b in band),
-            "dots": [(f"{x(begin):.1f}", f"{y(value):.1f}", f"{arm}: {begin:.3f} to {value:.3f}") for begin, ends in points for value in ends],
-        })  # fmt: skip
+        band = [(x(begin), y(max(ends))) for begin, ends in points] + [
+            (x(begin), y(min(ends))) for begin, ends in reversed(points)
+        ]
+        arms.append(
+            {
+                "name": arm,
+                "tone": TONES[index % len(TONES)],
+                "line": " ".join(f"{x(begin):.1f},{y(mean(ends)):.1f}" for begin, ends in points),
+                "band": " ".join(f"{a:.1f},{b:.1f}" for a, b in band),
+                "dots": [
+                    (f"{x(begin):.1f}", f"{y(value):.1f}", f"{arm}: {begin:.3f} to {value:.3f}")
+                    for begin, ends in points
+                    for value in ends
+                ],
+            }
+        )
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("starts.svg").render(
         arms=arms,

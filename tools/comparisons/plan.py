@@ -99,18 +99,25 @@ def load_plan(path: str | Path) -> Plan:
     try:
         plan = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Plan), OmegaConf.load(path)))
     except (OSError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]} (key '{getattr(error, 'full_key', None) or ''}')") from error
+        raise ConfigError(
+            f"{path}: {str(error).splitlines()[0]} (key '{getattr(error, 'full_key', None) or ''}')"
+        ) from error
     assert isinstance(plan, Plan)
     for key, names in (("name", [plan.name]), ("starts", [*plan.starts]), ("arms", [*plan.arms])):
         for name in names:
             if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
-                raise ConfigError(f"{path}: {key}: {name!r} must be letters, digits, '_' and '.', for folders are named by it")
+                raise ConfigError(
+                    f"{path}: {key}: {name!r} must be letters, digits, '_' and '.', for folders are named by it"
+                )
     if PUBLISHED in plan.starts:
         raise ConfigError(f"{path}: starts.{PUBLISHED} is the model as it came; give that start another name")
     if not plan.grid or not plan.seeds:
         raise ConfigError(f"{path}: grid and seeds must say at least one run")
     for index, block in enumerate(plan.grid):
-        for kind, names, known in (("start", block.starts, [PUBLISHED, *plan.starts]), ("arm", block.arms, [*plan.arms])):
+        for kind, names, known in (
+            ("start", block.starts, [PUBLISHED, *plan.starts]),
+            ("arm", block.arms, [*plan.arms]),
+        ):
             unknown = [name for name in names if name not in known]
             if unknown or not names:
                 raise ConfigError(f"{path}: grid[{index}].{kind}s: {unknown or names}; known: {', '.join(known)}")
@@ -127,7 +134,9 @@ def load_plan(path: str | Path) -> Plan:
 def cells(plan: Plan) -> Iterator[Cell]:
     """Every run once, seed by seed: a plan that is cut off is still paired."""
     seen = set()
-    for seed in sorted({seed for block in plan.grid for seed in block.seeds or plan.seeds}, key=[*plan.seeds, *_extra(plan)].index):
+    for seed in sorted(
+        {seed for block in plan.grid for seed in block.seeds or plan.seeds}, key=[*plan.seeds, *_extra(plan)].index
+    ):
         for block in plan.grid:
             for start in block.starts:
                 for arm in block.arms:
@@ -146,7 +155,9 @@ def start_words(start: str, folder: Path | None) -> list[str]:
     return [] if start == PUBLISHED else [f"model.path={folder}", "warmup.steps=0", "evaluation.before=false"]
 
 
-def run_plan(plan: Plan, root: Path, results: Path, *, keep_weights: bool = False, note: Callable[[str], None] = print) -> list[Result]:
+def run_plan(
+    plan: Plan, root: Path, results: Path, *, keep_weights: bool = False, note: Callable[[str], None] = print
+) -> list[Result]:
     """Run what has no result yet, and write each result when it is there.
 
     Args:
@@ -166,7 +177,10 @@ def run_plan(plan: Plan, root: Path, results: Path, *, keep_weights: bool = Fals
     folders: dict[str, Path] = {}  # of the starting policies that were looked at
     for number, cell in enumerate(todo, 1):
         if plan.hours is not None and spent > plan.hours * 3600:
-            note(f"{spent / 3600:.1f} of {plan.hours} hours are spent: {len(todo) - number + 1} runs are left; raise hours to make them")
+            note(
+                f"{spent / 3600:.1f} of {plan.hours} hours are spent: {len(todo) - number + 1} runs are left; raise"
+                " hours to make them"
+            )
             break
         if cell.start != PUBLISHED and cell.start not in folders:
             folders[cell.start], seconds = _start(plan, cell.start, root, results, note)
@@ -174,7 +188,9 @@ def run_plan(plan: Plan, root: Path, results: Path, *, keep_weights: bool = Fals
         note(f"[{time.monotonic() - started:6.0f} s] run {number}/{len(todo)}: {cell.id}")
         arm = plan.arms[cell.arm]
         words = [*plan.set, *start_words(cell.start, folders.get(cell.start)), *arm.set]
-        run = run_one(config_of(arm.method, plan.benchmark, plan.preset), plan.benchmark, cell.seed, root / cell.id, words)
+        run = run_one(
+            config_of(arm.method, plan.benchmark, plan.preset), plan.benchmark, cell.seed, root / cell.id, words
+        )
         spent += _keep(plan, cell, run, words, results)
         if not keep_weights:
             for name in WEIGHTS:
@@ -198,6 +214,11 @@ def _start(plan: Plan, name: str, root: Path, results: Path, note: Callable[[str
 
 def _keep(plan: Plan, cell: Cell, run: Path, words: list[str], results: Path) -> float:
     found = load_run(run)
-    facts: dict[str, Any] = {"plan": plan.name, "start": cell.start, "arm": cell.arm, "words": [w for w in words if not w.startswith("model.path=")]}
+    facts: dict[str, Any] = {
+        "plan": plan.name,
+        "start": cell.start,
+        "arm": cell.arm,
+        "words": [w for w in words if not w.startswith("model.path=")],
+    }
     write_result(results / f"{cell.id}.json", result_of(found, facts))
     return total_seconds(found.summary["seconds"])

@@ -1,4 +1,6 @@
-"""What stays of a run when its folder is gone: one JSON file with its settings, scores by task and curves; and the tables and pictures of many."""
+"""What stays of a run when its folder is gone: one JSON file with its settings, scores by task and curves; and the
+tables and pictures of many.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,27 @@ from pact_nemo.training.report.stats import deviation, mean, paired_bootstrap, p
 SCORE = "after"
 #: curves that are kept, of those that a run has
 CURVES = (
-    "reward/mean", "reward/success", "groups/zero_advantage", "rollout/truncated", "rollout/truncated_turn_tokens", "rollout/truncated_turns",
-    "rollout/malformed_calls", "latent/gap_success", "latent/gap_failure", "latent/trace_reasoning", "latent/trace_call", "policy/entropy",
-    "policy/kl_ref", "policy/grad_norm", "signal/rl_cosine", "signal/rl_norm", "signal/sft_cosine", "signal/sft_norm", "held_out/trace_reasoning",
+    "reward/mean",
+    "reward/success",
+    "groups/zero_advantage",
+    "rollout/truncated",
+    "rollout/truncated_turn_tokens",
+    "rollout/truncated_turns",
+    "rollout/malformed_calls",
+    "latent/gap_success",
+    "latent/gap_failure",
+    "latent/trace_reasoning",
+    "latent/trace_call",
+    "policy/entropy",
+    "policy/kl_ref",
+    "policy/grad_norm",
+    "signal/rl_cosine",
+    "signal/rl_norm",
+    "signal/sft_cosine",
+    "signal/sft_norm",
+    "held_out/trace_reasoning",
     "held_out/trace_call",
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -79,10 +97,18 @@ def result_of(run: Run, facts: dict[str, Any]) -> Result:
         seed=int(run.seed),
         scores={stage: by_task(rows) for stage, rows in run.episodes.items()},
         limits=limits,
-        curves={key: [record.get(key) for record in run.rl] for key in CURVES if any(record.get(key) is not None for record in run.rl)},
+        curves={
+            key: [record.get(key) for record in run.rl]
+            for key in CURVES
+            if any(record.get(key) is not None for record in run.rl)
+        },
         seconds=round(total_seconds(run.summary["seconds"]), 1),
         tokens={name: int(count) for name, count in run.summary["tokens"].items()},
-        versions={name: run.summary["versions"][name] for name in ("machine", "python", "torch", "megatron-core") if name in run.summary["versions"]},
+        versions={
+            name: run.summary["versions"][name]
+            for name in ("machine", "python", "torch", "megatron-core")
+            if name in run.summary["versions"]
+        },
     )
 
 
@@ -132,7 +158,13 @@ def table(results: Sequence[Result], baseline: str) -> str:
     found = groups(results)
     begins = {arm: runs[0].score() for (start, arm), runs in found.items() if start == "published"}
     against = f"against {baseline}" if baseline else "against –"
-    lines = [f"| start | its score | arm | seeds | after | spread (std) | {against} | cut in a message | never closed | seconds |", "|" + "---|" * 10]
+    lines = [
+        (
+            f"| start | its score | arm | seeds | after | spread (std) | {against} | cut in a message | never closed |"
+            " seconds |"
+        ),
+        "|" + "---|" * 10,
+    ]
     order = sorted(found, key=lambda key: (begins.get(key[0]) or 0.0, key[0], key[1]))
     for start, arm in order:
         runs = [run for run in found[start, arm] if run.score() is not None]
@@ -152,12 +184,20 @@ def table(results: Sequence[Result], baseline: str) -> str:
         cut = [sum(run.limits.get(SCORE, {}).get(limit, 0) for run in runs) for limit in ("turn_tokens", "turns")]
         begin = begins.get(start)
         cells = [start, f"{begin:.3f}" if begin is not None else "–", arm, str(len(runs)), f"**{mean(ends):.3f}**"]
-        cells += [f"{spread:.3f}" if spread is not None else "–", difference, str(cut[0]), str(cut[1]), f"{mean([run.seconds for run in runs]):,.0f}"]
+        cells += [
+            f"{spread:.3f}" if spread is not None else "–",
+            difference,
+            str(cut[0]),
+            str(cut[1]),
+            f"{mean([run.seconds for run in runs]):,.0f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| start | arm | seed | after | settings |", "|---|---|---|---|---|"]
     for start, arm in order:
         for run in found[start, arm]:
             score = run.score()
             words = " ".join(word for word in run.words if word not in ("warmup.steps=0", "evaluation.before=false"))
-            lines.append(f"| {start} | {arm} | {run.seed} | {f'{score:.3f}' if score is not None else '–'} | `{words}` |")
+            lines.append(
+                f"| {start} | {arm} | {run.seed} | {f'{score:.3f}' if score is not None else '–'} | `{words}` |"
+            )
     return "\n".join(lines) + "\n"

@@ -47,14 +47,24 @@ def run_one(config: Path, benchmark: str, seed: int, root: Path, overrides: Sequ
     done = finished(root)
     if done is not None:
         wanted = flat(to_dict(load_config([config], [f"run.seed={seed}", *overrides])))
-        different = [key for key, value in flat(load_run(done, episodes=False).config).items() if key in wanted and wanted[key] != value]
+        different = [
+            key
+            for key, value in flat(load_run(done, episodes=False).config).items()
+            if key in wanted and wanted[key] != value
+        ]
         different = [key for key in different if not key.startswith("run.")]
         if different:
-            raise ConfigError(f"{done} was run with other settings ({', '.join(different)}); give --root another folder, or delete it")
+            raise ConfigError(
+                f"{done} was run with other settings ({', '.join(different)}); give --root another folder, or delete it"
+            )
         return done
     recipe = str(REPOSITORY / "recipes" / f"pact_{benchmark}.py")
     cut = [path.parent for path in sorted(root.glob("*/checkpoints/latest")) if not path.parent.parent.is_symlink()]
-    words = ["--resume", str(cut[-1].parent)] if cut else ["--config", str(config), f"run.seed={seed}", f"run.root={root}", *overrides]
+    words = (
+        ["--resume", str(cut[-1].parent)]
+        if cut
+        else ["--config", str(config), f"run.seed={seed}", f"run.root={root}", *overrides]
+    )
     root.mkdir(parents=True, exist_ok=True)
     log = root / "log.txt"
     with open(log, "a", encoding="utf-8") as out:

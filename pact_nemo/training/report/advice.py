@@ -1,4 +1,6 @@
-"""What a run's own numbers say about where it stands, and which setting to change: the rules of ``docs/when-to-use.md``."""
+"""What a run's own numbers say about where it stands, and which setting to change: the rules of
+``docs/when-to-use.md``.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,14 @@ def advice(run: Run) -> list[Advice]:
     """The findings of a run with at least one RL step, the weightiest first; nothing where there is nothing to say."""
     if not run.rl:
         return []
-    rules: tuple[Callable[[Run, list[Record]], Advice | None], ...] = (same_scores, cut_rollouts, rl_noise, sft_noise, imitation, reliance)
+    rules: tuple[Callable[[Run, list[Record]], Advice | None], ...] = (
+        same_scores,
+        cut_rollouts,
+        rl_noise,
+        sft_noise,
+        imitation,
+        reliance,
+    )
     late = run.rl[-LATE:]
     return [found for rule in rules if (found := rule(run, late)) is not None]
 
@@ -57,35 +66,50 @@ def last(steps: int) -> str:
 
 def groups_of(run: Run, record: Record) -> float:
     """Prompts of a step."""
-    return float(run.setting("trainer.batch_size") or record["rollout/count"] / (run.setting("objective.group_size") or 1))
+    return float(
+        run.setting("trainer.batch_size") or record["rollout/count"] / (run.setting("objective.group_size") or 1)
+    )
 
 
 def same_scores(run: Run, late: list[Record]) -> Advice | None:
     """Groups whose rollouts are all alike have no advantage."""
-    shares = [record["groups/zero_advantage"] / groups_of(run, record) for record in late if record.get("groups/zero_advantage") is not None]
+    shares = [
+        record["groups/zero_advantage"] / groups_of(run, record)
+        for record in late
+        if record.get("groups/zero_advantage") is not None
+    ]
     successes = known(late, "reward/success")
     if not shares or not successes or mean(shares) <= SAME_SCORES:
         return None
     share, success = mean(shares), mean(successes)
     finding = f"{share:.0%} of the groups had no advantage in {last(len(shares))}, at a success rate of {success:.0%}."
     if success < FEW_SUCCESSES:
-        change = "The policy hardly ever succeeds: start from a better one (warmup.steps, more traces), or sample more (objective.group_size)."
+        change = (
+            "The policy hardly ever succeeds: start from a better one (warmup.steps, more traces), or sample more"
+            " (objective.group_size)."
+        )
     elif success > MANY_SUCCESSES:
         change = "The tasks are solved: train on harder ones, or stop."
     else:
-        change = "Sample more rollouts a prompt (objective.group_size), or leave out tasks that are always or never solved."
+        change = (
+            "Sample more rollouts a prompt (objective.group_size), or leave out tasks that are always or never solved."
+        )
     return Advice("same_scores", finding, change)
 
 
 def cut_rollouts(run: Run, late: list[Record]) -> Advice | None:
     """Rollouts that a limit cut, by the limit that cut most of them."""
     causes = {
-        "truncated_turn_tokens": ("in the middle of a message", "rollout.sampling.max_turn_tokens, or teach the call format first (warmup.steps)"),
+        "truncated_turn_tokens": (
+            "in the middle of a message",
+            "rollout.sampling.max_turn_tokens, or teach the call format first (warmup.steps)",
+        ),
         "truncated_turns": (
-            "because no message closed the turn", "rollout.sampling.max_turns_per_user_turn, or teach how a turn is closed (warmup.closing)"
+            "because no message closed the turn",
+            "rollout.sampling.max_turns_per_user_turn, or teach how a turn is closed (warmup.closing)",
         ),
         "truncated_response_tokens": ("because no room was left", "rollout.sampling.max_response_tokens"),
-    }  # fmt: skip
+    }
     total = sum(known(late, "rollout/count"))
     counts = {name: sum(known(late, f"rollout/{name}")) for name in causes}
     if not total or sum(counts.values()) / total <= CUT:
@@ -98,12 +122,23 @@ def cut_rollouts(run: Run, late: list[Record]) -> Advice | None:
 
 def rl_noise(run: Run, late: list[Record]) -> Advice | None:
     """Halves of the batch that disagree about the surrogate's gradient."""
-    return _noise(run, "rl", "RL", "rollouts: raise trainer.mini_batch_size and trainer.batch_size, or objective.group_size; or lower optimizer.lr")
+    return _noise(
+        run,
+        "rl",
+        "RL",
+        "rollouts: raise trainer.mini_batch_size and trainer.batch_size, or objective.group_size; or lower"
+        " optimizer.lr",
+    )
 
 
 def sft_noise(run: Run, late: list[Record]) -> Advice | None:
     """Halves of the batch that disagree about the SFT term's gradient."""
-    return _noise(run, "sft", "trace SFT", "traces: raise trainer.mini_batch_size and trainer.batch_size, or lower objective.sft_coef")
+    return _noise(
+        run,
+        "sft",
+        "trace SFT",
+        "traces: raise trainer.mini_batch_size and trainer.batch_size, or lower objective.sft_coef",
+    )
 
 
 def _noise(run: Run, term: str, words: str, what: str) -> Advice | None:
@@ -115,8 +150,15 @@ def _noise(run: Run, term: str, words: str, what: str) -> Advice | None:
     if share >= LITTLE_SIGNAL:
         return None
     needed = prompts_for_half(cosine, int(size))
-    prompts = f"about {needed:,.0f} prompts would make it half" if needed < 1e6 else "no number of prompts that could be told would make it half"
-    finding = f"{share:.0%} of the {words} gradient is signal at {size} prompts an update (mean of {len(cosines)} measurements); {prompts}."
+    prompts = (
+        f"about {needed:,.0f} prompts would make it half"
+        if needed < 1e6
+        else "no number of prompts that could be told would make it half"
+    )
+    finding = (
+        f"{share:.0%} of the {words} gradient is signal at {size} prompts an update (mean of {len(cosines)}"
+        f" measurements); {prompts}."
+    )
     return Advice(f"{term}_noise", finding, f"The update is mostly noise. It needs more {what}.")
 
 
@@ -128,10 +170,18 @@ def imitation(run: Run, late: list[Record]) -> Advice | None:
     gain, best = values[-1] - values[len(values) // 2], max(values)
     if best - values[-1] > SATURATED:
         finding = f"Calls of held-out traces have become less likely: {values[-1]:.3f} nats a token, {best:.3f} before."
-        return Advice("imitation", finding, "The policy forgets or overfits the traces: lower objective.sft_coef or optimizer.lr, or add traces.")
+        return Advice(
+            "imitation",
+            finding,
+            "The policy forgets or overfits the traces: lower objective.sft_coef or optimizer.lr, or add traces.",
+        )
     if gain < SATURATED:
         finding = f"Calls of held-out traces gained {gain:+.3f} nats a token over the second half of the measurements."
-        return Advice("imitation", finding, "Imitation is saturated: more SFT won't help. Let RL go on with objective.sft_coef lowered.")
+        return Advice(
+            "imitation",
+            finding,
+            "Imitation is saturated: more SFT won't help. Let RL go on with objective.sft_coef lowered.",
+        )
     return None
 
 
@@ -145,4 +195,6 @@ def reliance(run: Run, late: list[Record]) -> Advice | None:
     if now <= early or now < 0.1:
         return None
     finding = f"The privilege gap on successes grew from {early:.2f} to {now:.2f} nats a token."
-    return Advice("reliance", finding, "The policy relies on the trace: raise objective.anchor_prob or objective.sft_coef.")
+    return Advice(
+        "reliance", finding, "The policy relies on the trace: raise objective.anchor_prob or objective.sft_coef."
+    )

@@ -37,7 +37,10 @@ FLAGS = (
 
 
 #: the browser reads commands from descriptor 3 and writes answers to 4
-_LAUNCHER = "import os, sys; [os.dup2(int(end), place) for place, end in enumerate(sys.argv[1:3], 3)]; os.execv(sys.argv[3], sys.argv[3:])"
+_LAUNCHER = (
+    "import os, sys; [os.dup2(int(end), place) for place, end in enumerate(sys.argv[1:3], 3)]; os.execv(sys.argv[3],"
+    " sys.argv[3:])"
+)
 
 
 class BrowserError(PactError):
@@ -73,10 +76,26 @@ class Browser:
         self._profile = tempfile.mkdtemp(prefix="report-browser-")
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
-        ends = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_browser, from_browser))  # clear of 3 and 4
-        command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *map(str, ends), binary, *FLAGS, f"--user-data-dir={self._profile}"]
+        ends = tuple(
+            fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_browser, from_browser)
+        )  # clear of 3 and 4
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            _LAUNCHER,
+            *map(str, ends),
+            binary,
+            *FLAGS,
+            f"--user-data-dir={self._profile}",
+        ]
         self._process = subprocess.Popen(
-            [*command, "about:blank"], pass_fds=ends, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, "about:blank"],
+            pass_fds=ends,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         for end in (to_browser, from_browser, *ends):
             os.close(end)
@@ -90,14 +109,19 @@ class Browser:
             for domain in ("Page", "Network", "Runtime"):
                 self._command(f"{domain}.enable")
             self._resize(width, 900)
-            self._command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+            self._command(
+                "Emulation.setEmulatedMedia",
+                features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+            )
         except BaseException:
             self.close()
             raise
         self.width = width
 
     def _resize(self, width: int, height: int) -> None:
-        self._command("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self._command(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         while b"\0" not in self._buffer:
@@ -175,7 +199,9 @@ class Browser:
     def __enter__(self) -> Browser:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -1,7 +1,7 @@
 """Geometry of the report's charts. Everything is computed here; the template only writes it down as SVG.
 
-A chart is drawn in user units of ``WIDTH`` x ``HEIGHT``, close to the pixels it gets on a phone and in a desktop's three columns, so
-that text keeps its size.
+A chart is drawn in user units of ``WIDTH`` x ``HEIGHT``, close to the pixels it gets on a phone and in a desktop's
+three columns, so that text keeps its size.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Tick:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A series as the template needs it: path data, or boxes (x, y, width, height) of a stack, and the readings for the hover line."""
+    """A series as the template needs it: path data, or boxes (x, y, width, height) of a stack, and the readings for the
+    hover line.
+    """
 
     label: str
     tone: int
@@ -102,7 +104,9 @@ def whole_ticks(low: int, high: int, count: int = 6) -> list[int]:
     """Step numbers to write under an axis: the first, then round ones."""
     if high - low < count:
         return list(range(low, high + 1))
-    step = next(s for s in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10**6) if (high - low) / s <= count)
+    step = next(
+        s for s in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10**6) if (high - low) / s <= count
+    )
     round_ones = [value for value in range(step, high + 1, step) if value - low >= step / 2]
     return [low, *round_ones]
 
@@ -171,7 +175,8 @@ def make_chart(
     else:
         marks = _limits([value for s in drawn_series for value in s.values if value is not None], bounds)
 
-    # decimals that tell two neighbouring ticks apart: the axis of values between 0.9998 and 1.0002 must not read 1, 1, 1
+    # decimals that tell two neighbouring ticks apart: the axis of values between 0.9998 and 1.0002 must not read 1, 1,
+    # 1
     decimals = max(-math.floor(math.log10(abs(marks[1] - marks[0]) * (100 if percent else 1)) + 1e-9), 0)
 
     def show(value: float | None, least: int = decimals + 1) -> str:
@@ -208,7 +213,9 @@ def make_chart(
                 top = place_y(floor[index])
                 ys.append(None)
                 if value:
-                    boxes.append((round(xs[index] - width / 2, 2), round(top, 2), round(width, 2), round(bottom - top, 2)))
+                    boxes.append(
+                        (round(xs[index] - width / 2, 2), round(top, 2), round(width, 2), round(bottom - top, 2))
+                    )
         else:
             ys = [None if value is None else place_y(value) for value in s.values]
             path = _line(xs, ys, s.steps)
@@ -219,7 +226,9 @@ def make_chart(
                 if y is not None and (few or _alone(s.values, i))
             ]
         readings = [show(value) for value in s.values]
-        last = next((text for text, value in zip(reversed(readings), reversed(s.values), strict=True) if value is not None), "–")
+        last = next(
+            (text for text, value in zip(reversed(readings), reversed(s.values), strict=True) if value is not None), "–"
+        )
         heights.append([None if y is None else round(y, 1) for y in ys])
         drawn.append(Drawn(s.label, s.tone, s.faint, path, dots, boxes, readings, last))
 
@@ -227,7 +236,9 @@ def make_chart(
     for s, d in zip(drawn_series, drawn, strict=True):
         known = [value for value in s.values if value is not None]
         first = next(value for value in s.values if value is not None)
-        tellings.append(f"{s.label}: first {show(first)}, last {d.latest}, lowest {show(min(known))}, highest {show(max(known))}")
+        tellings.append(
+            f"{s.label}: first {show(first)}, last {d.latest}, lowest {show(min(known))}, highest {show(max(known))}"
+        )
     steps_said = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     return Chart(
         title=title,

@@ -14,7 +14,9 @@ from pact_nemo.training.report.stats import deviation, mean, running_mean
 
 WIDTH, LEFT, RIGHT, ROW, AXIS = 360, 78, 14, 26, 24
 TONES = 9  #: colours of the page
-CURVES = (("reward/success", "Success of training rollouts", f"checker's pass; mean over seeds and over {WINDOW} steps"),)
+CURVES = (
+    ("reward/success", "Success of training rollouts", f"checker's pass; mean over seeds and over {WINDOW} steps"),
+)
 _OWN = ("run.", "objective.method")  #: settings that runs of a comparison differ in by design
 
 
@@ -40,7 +42,9 @@ class RunRow:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """Over the seeds of a method: mean, sample standard deviation and range of the score after training; the other scores are means."""
+    """Over the seeds of a method: mean, sample standard deviation and range of the score after training; the other
+    scores are means.
+    """
 
     method: str
     runs: int
@@ -111,7 +115,9 @@ DETAIL = ("generation", "server")
 
 def total_seconds(seconds: dict[str, float]) -> float:
     """Seconds of a run: its own total where it says one, else the sum of its phases."""
-    return seconds["total"] if "total" in seconds else sum(value for name, value in seconds.items() if name not in DETAIL)
+    return (
+        seconds["total"] if "total" in seconds else sum(value for name, value in seconds.items() if name not in DETAIL)
+    )
 
 
 def _methods(rows: list[RunRow]) -> list[MethodRow]:
@@ -149,8 +155,8 @@ def flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """(setting, value per run) of the settings in which runs differ, names, seeds and method apart. A run that was made before a setting existed
-    had what is now its default."""
+    """(setting, value per run) of the settings in which runs differ, names, seeds and method apart. A run that was made
+    before a setting existed had what is now its default."""
     found = [flat(run.config) for run in runs]
     defaults = flat(asdict(Config()))
     keys = sorted({key for settings in found for key in settings if not key.startswith(_OWN)})

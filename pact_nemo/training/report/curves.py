@@ -47,7 +47,9 @@ def _measured(records: Records, *keys: tuple[str, str]) -> tuple[list[int], list
 def _times(records: Records) -> list[Series]:
     measured = {phase: column(records, f"time/{phase}") for phase in PHASES}
     # a phase that a run never enters still costs some microseconds
-    known = {phase: values for phase, values in measured.items() if any((value or 0.0) >= LEAST_SECONDS for value in values)}
+    known = {
+        phase: values for phase, values in measured.items() if any((value or 0.0) >= LEAST_SECONDS for value in values)
+    }
     total = column(records, "time/total")
     other: list[float | None] = []
     for index, seconds in enumerate(total):
@@ -76,7 +78,9 @@ def warmup_curves(run: Run) -> list[Chart]:
             "log π(h*|x) of traces that are never trained on, nats per token",
             *_measured(records, ("held_out/trace_reasoning", "reasoning"), ("held_out/trace_call", "calls")),
         ),
-        make_chart("Gradient norm", "before clipping", steps, _plain(records, ("policy/grad_norm", "norm")), bounds=(0.0, None)),
+        make_chart(
+            "Gradient norm", "before clipping", steps, _plain(records, ("policy/grad_norm", "norm")), bounds=(0.0, None)
+        ),
     ]
     return [chart for chart in charts if chart is not None]
 
@@ -92,7 +96,12 @@ def rl_curves(run: Run) -> list[Chart]:
         return make_chart(title, note, steps, series, **options)
 
     charts = [
-        chart("Reward", "sum over a rollout's turns; mean over rollouts", _noisy(records, ("reward/mean", "reward")), bounds=(0.0, None)),
+        chart(
+            "Reward",
+            "sum over a rollout's turns; mean over rollouts",
+            _noisy(records, ("reward/mean", "reward")),
+            bounds=(0.0, None),
+        ),
         chart(
             "Training success",
             "official checker's pass; share of rollouts",
@@ -112,7 +121,12 @@ def rl_curves(run: Run) -> list[Chart]:
             _plain(records, ("loss/sft_reasoning", "reasoning"), ("loss/sft_call", "calls")),
             bounds=(0.0, None),
         ),
-        chart("KL term", "as it enters the loss, coefficient inside", _plain(records, ("loss/kl", "KL term")), bounds=(0.0, None)),
+        chart(
+            "KL term",
+            "as it enters the loss, coefficient inside",
+            _plain(records, ("loss/kl", "KL term")),
+            bounds=(0.0, None),
+        ),
         chart(
             "Privilege gap",
             "log π(τ|x,h*) − log π(τ|x), nats per policy token",
@@ -185,7 +199,12 @@ def rl_curves(run: Run) -> list[Chart]:
             _plain(records, ("mismatch/weight_mean", "weight")),
             bounds=(0.99, 1.01),
         ),
-        chart("Gradient norm", "before clipping; mean over updates", _plain(records, ("policy/grad_norm", "norm")), bounds=(0.0, None)),
+        chart(
+            "Gradient norm",
+            "before clipping; mean over updates",
+            _plain(records, ("policy/grad_norm", "norm")),
+            bounds=(0.0, None),
+        ),
         chart(
             "Generation speed",
             "policy tokens / seconds of the rollout phase",
@@ -194,9 +213,13 @@ def rl_curves(run: Run) -> list[Chart]:
         ),
         chart(
             "Without a signal",
-            "counts per step: prompts whose rollouts are all alike or without a verified trace; rollouts that skip the pass under the trace",
+            "counts per step: prompts whose rollouts are all alike or without a verified trace; rollouts that skip the "
+            "pass under the trace",
             _plain(
-                records, ("groups/zero_advantage", "no advantage"), ("gate/no_trace", "no trace"), ("rollout/not_conditioned", "rollouts skipped")
+                records,
+                ("groups/zero_advantage", "no advantage"),
+                ("gate/no_trace", "no trace"),
+                ("rollout/not_conditioned", "rollouts skipped"),
             ),
             bounds=(0.0, None),
         ),
@@ -204,13 +227,20 @@ def rl_curves(run: Run) -> list[Chart]:
             "Rollout health",
             "counts per step",
             _plain(
-                records, ("rollout/truncated_turn_tokens", "cut in a turn"), ("rollout/truncated_turns", "turn never closed"),
-                ("rollout/truncated_response_tokens", "no room left"), ("rollout/failed", "failed"), ("rollout/malformed_calls", "malformed calls"),
-                ("server/restarts", "server restarts"), ("rollout/reissued", "requests sent again"),
-            ),  # fmt: skip
+                records,
+                ("rollout/truncated_turn_tokens", "cut in a turn"),
+                ("rollout/truncated_turns", "turn never closed"),
+                ("rollout/truncated_response_tokens", "no room left"),
+                ("rollout/failed", "failed"),
+                ("rollout/malformed_calls", "malformed calls"),
+                ("server/restarts", "server restarts"),
+                ("rollout/reissued", "requests sent again"),
+            ),
             bounds=(0.0, None),
         ),
-        chart("Turns", "assistant turns per rollout", _plain(records, ("rollout/mean_turns", "turns")), bounds=(0.0, None)),
+        chart(
+            "Turns", "assistant turns per rollout", _plain(records, ("rollout/mean_turns", "turns")), bounds=(0.0, None)
+        ),
         chart("Time per phase", "seconds per step", _times(records), kind="stack"),
     ]
     return [made for made in charts if made is not None]

@@ -1,4 +1,6 @@
-"""Reading a run folder for its report. What a run hasn't written yet is simply absent; what is there but broken is refused."""
+"""Reading a run folder for its report. What a run hasn't written yet is simply absent; what is there but broken is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _REMEDY = "repair the file or remove it"
 
 @dataclass(frozen=True)
 class Stage:
-    """One held-out evaluation: ``name`` is its key in ``summary.json`` and the stem of its file, ``label`` what a reader sees."""
+    """One held-out evaluation: ``name`` is its key in ``summary.json`` and the stem of its file, ``label`` what a
+    reader sees.
+    """
 
     name: str
     label: str
@@ -55,7 +59,12 @@ class Run:
     @property
     def method(self) -> str:
         """What comparisons call it."""
-        return str(self.summary.get("label") or self.summary.get("method") or self.setting("objective.method") or "unknown method")
+        return str(
+            self.summary.get("label")
+            or self.summary.get("method")
+            or self.setting("objective.method")
+            or "unknown method"
+        )
 
     @property
     def seed(self) -> Any:
@@ -63,7 +72,9 @@ class Run:
 
     @property
     def scores(self) -> dict[str, Row]:
-        """Evaluation results by stage name: the summary's, else (a run that hasn't finished) counted from the episodes."""
+        """Evaluation results by stage name: the summary's, else (a run that hasn't finished) counted from the
+        episodes.
+        """
         counted = {name: count_scores(rows) for name, rows in self.episodes.items() if rows}
         return counted | {name: score for name, score in (self.summary.get("eval") or {}).items() if score is not None}
 
@@ -163,7 +174,9 @@ def load_run(folder: str | Path, *, episodes: bool = True) -> Run:
         summary = _value(_text(summary_file), summary_file, shapes.SUMMARY)
     records = read_metrics(path)
     by_stage = {stage: [record for record in records if record["stage"] == stage] for stage in ("warmup", "rl")}
-    run = Run(path, summary, {str(key): value for key, value in config.items()}, text, by_stage["warmup"], by_stage["rl"])
+    run = Run(
+        path, summary, {str(key): value for key, value in config.items()}, text, by_stage["warmup"], by_stage["rl"]
+    )
     if episodes:
         run.episodes = {file.stem: read_rows(file) for file in sorted((path / "eval").glob("*.jsonl"))}
         if (path / "traces.jsonl").is_file():

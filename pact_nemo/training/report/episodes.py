@@ -24,7 +24,9 @@ TRAINING_SAMPLES = 2  #: rollouts of each: the one with the highest and the one 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of an assistant message. ``kind``: reasoning, call, error (call text that could not be read) or answer."""
+    """A stretch of an assistant message. ``kind``: reasoning, call, error (call text that could not be read) or
+    answer.
+    """
 
     kind: str
     text: str
@@ -80,7 +82,9 @@ def shorten(text: str) -> str:
 
 
 def parts_of(turn: Row, tool_format: str) -> list[Part]:
-    """Split an assistant message into reasoning and call text, at the place where the run's own tool format splits it."""
+    """Split an assistant message into reasoning and call text, at the place where the run's own tool format splits
+    it.
+    """
     text = turn["text"]
     if not text:
         return []
@@ -125,14 +129,34 @@ def view_episode(row: Row, stage: str, label: str, tool_format: str) -> EpisodeV
             )
         success = passed(row)
         status = row["status"]
-        verdict = "passed" if success else "failed to run" if status == "failed" else "cut off" if status == "truncated" else "not passed"
-        reasons = [row["outcome"]["reason"] if row["outcome"] and row["outcome"]["reason"] != "ok" else "", row.get("error") or ""]
+        verdict = (
+            "passed"
+            if success
+            else "failed to run"
+            if status == "failed"
+            else "cut off"
+            if status == "truncated"
+            else "not passed"
+        )
+        reasons = [
+            row["outcome"]["reason"] if row["outcome"] and row["outcome"]["reason"] != "ok" else "",
+            row.get("error") or "",
+        ]
         total = sum(value for value in row.get("rewards") or [] if value is not None)
         return EpisodeView(
-            stage, label, success, verdict, " · ".join(r for r in reasons if r), reading(total), f"{row.get('seconds') or 0.0:.1f}", turns
+            stage,
+            label,
+            success,
+            verdict,
+            " · ".join(r for r in reasons if r),
+            reading(total),
+            f"{row.get('seconds') or 0.0:.1f}",
+            turns,
         )
     except (KeyError, TypeError, IndexError) as error:
-        raise DataError(f"episode of {row.get('task_id')!r} is not a rollout row: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"episode of {row.get('task_id')!r} is not a rollout row: {type(error).__name__}: {error}"
+        ) from error
 
 
 def view_trace(trace: Trace) -> TraceView:
@@ -145,7 +169,9 @@ def view_trace(trace: Trace) -> TraceView:
             label = segment.type.replace("_", " ") + ("" if level == NO_LEVEL else f" · L{level}")
             parts.append(Part("none" if level == NO_LEVEL else f"L{level}", shorten(segment.text.strip()), label))
         parts += [Part("call", shorten(shown(call))) for call in turn.calls]
-        turns.append(TurnView(index + 1, pending, parts, [], [shorten(text) for text in turn.observations], "", "", False))
+        turns.append(
+            TurnView(index + 1, pending, parts, [], [shorten(text) for text in turn.observations], "", "", False)
+        )
         pending = [("assistant", shorten(turn.closing_message))] if turn.closing_message else []
         pending += [(message["role"], shorten(message["content"])) for message in turn.user_messages_after]
     return TraceView(trace.source, trace.verified, turns)
@@ -155,8 +181,19 @@ def _card(row: Row, run: Run, heading: str) -> Card:
     task = row["task"]
     references = [shown(ToolCall(call["name"], call["arguments"])) for turn in task["reference_calls"] for call in turn]
     trace = run.traces.get(row["task_id"])
-    prompt = [(message["role"], shorten(message["content"])) for message in task["user_turns"][0]] if task["user_turns"] else []
-    return Card(row["task_id"], task["category"], heading, prompt, references, trace=view_trace(trace) if trace is not None else None)
+    prompt = (
+        [(message["role"], shorten(message["content"])) for message in task["user_turns"][0]]
+        if task["user_turns"]
+        else []
+    )
+    return Card(
+        row["task_id"],
+        task["category"],
+        heading,
+        prompt,
+        references,
+        trace=view_trace(trace) if trace is not None else None,
+    )
 
 
 def _interest(outcomes: list[bool]) -> tuple[int, bool]:
@@ -166,7 +203,8 @@ def _interest(outcomes: list[bool]) -> tuple[int, bool]:
 
 
 def choose_tasks(run: Run, count: int) -> list[str]:
-    """Held-out tasks to show: in turn from those gained, lost, never passed and always passed, so that no kind fills the page.
+    """Held-out tasks to show: in turn from those gained, lost, never passed and always passed, so that no kind fills
+    the page.
 
     Gained ones get two places in each round, those gained in the last stage (RL) first.
     """
@@ -213,7 +251,9 @@ def _advantage(row: Row) -> float:
 
 
 def training_cards(run: Run) -> list[Card]:
-    """Rollouts of the prompt that its step learnt most from, for steps evenly spaced from the first to the last dumped one."""
+    """Rollouts of the prompt that its step learnt most from, for steps evenly spaced from the first to the last dumped
+    one.
+    """
     files = rollout_files(run.folder)
     tool_format = str(run.setting("model.tool_format") or "")
     counts_from_zero = any(int(file.stem.removeprefix("step_")) == 0 for file in files)
@@ -231,9 +271,13 @@ def training_cards(run: Run) -> list[Card]:
         ranked = sorted(best, key=_advantage, reverse=True)
         picked = ranked if len(ranked) <= TRAINING_SAMPLES else [ranked[0], ranked[-1]]
         gate = best[0].get("anchored")
-        heading = f"training step {step}" + ("" if gate is None else ", anchored to the prompt" if gate else ", trace-conditioned")
+        heading = f"training step {step}" + (
+            "" if gate is None else ", anchored to the prompt" if gate else ", trace-conditioned"
+        )
         card = _card(best[0], run, heading)
         for row in picked:
-            card.episodes.append(view_episode(row, TRAINING, f"rollout {row['sample'] + 1} of {len(best)}", tool_format))
+            card.episodes.append(
+                view_episode(row, TRAINING, f"rollout {row['sample'] + 1} of {len(best)}", tool_format)
+            )
         cards.append(card)
     return cards

@@ -50,7 +50,10 @@ def score_table(run: Run, stages: list[Stage]) -> list[tuple[str, int, list[Scor
     whole = names[0] if len(names) == 1 else "all"
     lines: list[tuple[str, list[dict[str, Any] | None]]] = [(whole, [scores.get(stage.name) for stage in stages])]
     if len(names) > 1:
-        lines += [(name, [(scores.get(stage.name) or {}).get("categories", {}).get(name) for stage in stages]) for name in names]
+        lines += [
+            (name, [(scores.get(stage.name) or {}).get("categories", {}).get(name) for stage in stages])
+            for name in names
+        ]
     table = []
     for name, rows in lines:
         cells = [score_of(row) if row is not None else None for row in rows]
@@ -62,8 +65,12 @@ def further_numbers(run: Run, stages: list[Stage]) -> list[tuple[str, list[float
     """(name, value per stage): the call reward, then the benchmark's own further metrics."""
     scores = [run.scores[stage.name] for stage in stages]
     names = sorted({name for score in scores for name in score.get("metrics") or {}})
-    rows: list[tuple[str, list[float | None]]] = [("call reward, per tool turn", [score.get("call_reward") for score in scores])]
-    return rows + [(name.replace("_", " "), [(score.get("metrics") or {}).get(name) for score in scores]) for name in names]
+    rows: list[tuple[str, list[float | None]]] = [
+        ("call reward, per tool turn", [score.get("call_reward") for score in scores])
+    ]
+    return rows + [
+        (name.replace("_", " "), [(score.get("metrics") or {}).get(name) for score in scores]) for name in names
+    ]
 
 
 def amount(value: float, unit: str = "") -> str:
@@ -78,7 +85,9 @@ def size(value: float) -> str:
 def facts(run: Run) -> list[tuple[str, str]]:
     """The short list beside the headline; what the run doesn't say is left out."""
     summary = run.summary
-    seconds, tokens, memory, tasks = (summary.get(key) or {} for key in ("seconds", "tokens", "peak_memory_bytes", "tasks"))
+    seconds, tokens, memory, tasks = (
+        summary.get(key) or {} for key in ("seconds", "tokens", "peak_memory_bytes", "tasks")
+    )
     model = run.setting("model.path")
     found: list[tuple[str, str | None]] = [
         ("Method", run.method),
@@ -112,7 +121,10 @@ _LEFT_OUT = {
 
 def counted(counts: dict[str, int] | None) -> str | None:
     """``name 3, other 1``, the commonest first; None where nothing was counted."""
-    return ", ".join(f"{name} {amount(n)}" for name, n in sorted((counts or {}).items(), key=lambda item: -item[1])) or None
+    return (
+        ", ".join(f"{name} {amount(n)}" for name, n in sorted((counts or {}).items(), key=lambda item: -item[1]))
+        or None
+    )
 
 
 def part_of(count: int | None, total: int | None) -> str | None:
@@ -130,13 +142,21 @@ def time_shares(run: Run) -> list[tuple[str, float, float]]:
     seconds = run.summary.get("seconds") or {}
     phases = {name: value for name, value in seconds.items() if name != "total" and value > 0}
     whole = total_seconds(seconds) if seconds else 0.0
-    return sorted(((name, value, value / whole) for name, value in phases.items()), key=lambda item: -item[1]) if whole else []
+    return (
+        sorted(((name, value, value / whole) for name, value in phases.items()), key=lambda item: -item[1])
+        if whole
+        else []
+    )
 
 
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "percent": lambda share: f"{share * 100:.1f} %",
@@ -152,7 +172,11 @@ def render(run: Run, others: Sequence[Run] = ()) -> str:
     stages = run.stages()
     scored = [stage for stage in stages if stage.name in run.scores]
     start, end = run.start(), "after" if "after" in run.scores else None
-    changed = pair(run.episodes[start], run.episodes[end]) if start in run.episodes and end in run.episodes and start and end else None
+    changed = (
+        pair(run.episodes[start], run.episodes[end])
+        if start in run.episodes and end in run.episodes and start and end
+        else None
+    )
     wanted = run.setting("evaluation.episodes_in_report")
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     template = _environment().get_template("template.html")
@@ -184,8 +208,8 @@ def render(run: Run, others: Sequence[Run] = ()) -> str:
 def write_report(run_folder: str | Path, others: Sequence[str | Path] = ()) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
-    The page needs nothing but itself. Whatever a model, a tool or a file wrote is escaped, and the page's own policy forbids requests and
-    any script but the one it was made with.
+    The page needs nothing but itself. Whatever a model, a tool or a file wrote is escaped, and the page's own policy
+    forbids requests and any script but the one it was made with.
 
     Args:
         others: run folders to compare with.

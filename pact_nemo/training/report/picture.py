@@ -11,14 +11,28 @@ from pact_nemo.training.report.charts import HEIGHT, LEFT, RIGHT, WIDTH
 from pact_nemo.training.report.comparison import compare
 from pact_nemo.training.report.data import Run
 
-TONES = ("#2467a6", "#c2571a", "#1f8077", "#7a4fb5", "#93740a", "#7d8792", "#b0305c", "#4f7d2a", "#8a5a44")  # as in style.css
+TONES = (
+    "#2467a6",
+    "#c2571a",
+    "#1f8077",
+    "#7a4fb5",
+    "#93740a",
+    "#7d8792",
+    "#b0305c",
+    "#4f7d2a",
+    "#8a5a44",
+)  # as in style.css
 
 
 def comparison_svg(runs: Sequence[Run]) -> str:
     """The picture as text. A line of the curves has the colour of its method's dots."""
     found = compare(list(runs))
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     curve = found.curves[0] if found.curves else None
     dots = found.chart.height if found.chart else 0

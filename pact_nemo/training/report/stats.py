@@ -12,7 +12,9 @@ import numpy as np
 
 
 def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % Wilson score interval of a share of ``n`` independent episodes, as (low, high) in [0, 1]; (0, 1) without any."""
+    """95 % Wilson score interval of a share of ``n`` independent episodes, as (low, high) in [0, 1]; (0, 1) without
+    any.
+    """
     if n <= 0:
         return 0.0, 1.0
     p = successes / n
@@ -35,7 +37,9 @@ def deviation(values: Sequence[float]) -> float | None:
 
 
 def running_mean(values: Sequence[float | None], window: int) -> list[float | None]:
-    """Mean of the last ``window`` values up to each position, absent ones left out; None where all of them are absent."""
+    """Mean of the last ``window`` values up to each position, absent ones left out; None where all of them are
+    absent.
+    """
     result: list[float | None] = []
     for index in range(len(values)):
         known = [value for value in values[max(index - window + 1, 0) : index + 1] if value is not None]
@@ -45,7 +49,9 @@ def running_mean(values: Sequence[float | None], window: int) -> list[float | No
 
 @dataclass(frozen=True)
 class Paired:
-    """How the same held-out tasks fared in two evaluations. An episode pairs with the one of the same task and sample."""
+    """How the same held-out tasks fared in two evaluations. An episode pairs with the one of the same task and
+    sample.
+    """
 
     gained: int
     lost: int
@@ -63,7 +69,9 @@ class Paired:
 
 
 def passed(row: dict[str, Any]) -> bool:
-    """Official verdict of an episode; one that failed through no fault of the policy has none and counts as not passed."""
+    """Official verdict of an episode; one that failed through no fault of the policy has none and counts as not
+    passed.
+    """
     return bool(row.get("outcome") and row["outcome"]["success"])
 
 
@@ -84,15 +92,18 @@ def paired_bootstrap(
     """95 % percentile interval of the mean difference of two methods on the same tasks, by resampling tasks and seeds.
 
     Args:
-        scores, baseline: per task, its scores over the runs of a method, in the same order of runs for every task. As many runs of both are taken
-            for pairs, the i-th with the i-th; else each side's runs are resampled for themselves. A task that a run lacks is left out.
+        scores, baseline: per task, its scores over the runs of a method, in the same order of runs for every task. As
+            many runs of both are taken for pairs, the i-th with the i-th; else each side's runs are resampled for
+            themselves. A task that a run lacks is left out.
         draws: bootstrap samples, each of as many tasks and as many runs as there are.
 
     Returns:
         (low, high); (0, 0) where no task is shared. With one run a side the interval is over tasks only.
     """
     runs, others = (max((len(values) for values in side.values()), default=0) for side in (scores, baseline))
-    tasks = sorted(task for task in scores.keys() & baseline.keys() if len(scores[task]) == runs and len(baseline[task]) == others)
+    tasks = sorted(
+        task for task in scores.keys() & baseline.keys() if len(scores[task]) == runs and len(baseline[task]) == others
+    )
     if not tasks:
         return 0.0, 0.0
     random = np.random.default_rng(seed)
