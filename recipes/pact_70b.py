@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""PACT at scale: any recipe of ``pact_nemo/training/recipes.py`` on BFCL; without ``--recipe``, Llama-3.1-70B on 8
+"""PACT at scale: any recipe of ``pact_nemo/config/recipes.py`` on BFCL; without ``--recipe``, Llama-3.1-70B on 8
 nodes with 8 GPUs.
 
 sbatch slurm/pact_70b.sh model.path=/models/Llama-3.1-70B-Instruct
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pact_nemo.training.cli import main  # noqa: E402
+from pact_nemo.cli import main  # noqa: E402
 from recipes.pact_bfcl import FULL, run  # noqa: E402
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pact_nemo.training.cli import main  # noqa: E402
-from pact_nemo.training.config import Config  # noqa: E402
+from pact_nemo.cli import main  # noqa: E402
+from pact_nemo.config.schema import Config  # noqa: E402
 
 PRESET = "conf/pact_bfcl-smollm2_135m-cpu.yaml"  # runs anywhere, on a GPU too
 FULL = "conf/pact_bfcl.yaml"  # the paper's settings; --recipe lays model and layout over them
@@ -25,10 +25,10 @@ FULL = "conf/pact_bfcl.yaml"  # the paper's settings; --recipe lays model and la
 
 def run(config: Config, resume: str | None) -> None:
     """The whole job, in the order of the paper's Algorithm 1."""
+    from pact_nemo.training.close_run import finish
     from pact_nemo.training.evaluation import evaluate
-    from pact_nemo.training.finish import finish
     from pact_nemo.training.loop import train
-    from pact_nemo.training.setup import open_experiment
+    from pact_nemo.training.open_run import open_experiment
     from pact_nemo.training.warmup import warm_up
 
     with open_experiment(config, resume) as experiment:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pact_nemo.training.cli import main  # noqa: E402
+from pact_nemo.cli import main  # noqa: E402
 from recipes.pact_bfcl import run  # noqa: E402
 
 PRESET = "conf/pact_ftrl-smollm2_135m-cpu.yaml"

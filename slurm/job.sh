@@ -1,5 +1,5 @@
 # What every job script of this folder does; sourced by them, not submitted by itself. Words of the sbatch command line are passed on:
-#   sbatch slurm/pact_70b.sh trainer.steps=50                 any setting of pact_nemo/training/config.py
+#   sbatch slurm/pact_70b.sh trainer.steps=50                 any setting of pact_nemo/config/schema.py
 #   bash slurm/pact_70b.sh --dry-run trainer.steps=50         print the resources and the exact command; submits and starts nothing
 # Variables (the script that sources this sets the defaults):
 #   RECIPE, SETTINGS   the recipe script, and its --recipe NAME or --config FILE

@@ -15,9 +15,9 @@ from functools import cache
 import pytest
 
 from pact_nemo.environments.base import Outcome, Task, ToolCall
-from pact_nemo.environments.bfcl import BFCLEnvironment
-from pact_nemo.environments.bfcl_backend import protect_strings
-from pact_nemo.environments.bfcl_data import CATEGORIES, function_documents, load_category
+from pact_nemo.environments.bfcl.backend import protect_strings
+from pact_nemo.environments.bfcl.data import CATEGORIES, function_documents, load_category
+from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.environments.grounding import is_grounded
 from pact_nemo.errors import ConfigError, EnvironmentFailure
 
@@ -380,7 +380,7 @@ def test_settings_are_checked() -> None:
 
 def test_importing_is_quiet_and_drags_in_no_vendor_sdk() -> None:
     code = (
-        "import sys\nfrom pact_nemo.environments.bfcl import BFCLEnvironment\nenv ="
+        "import sys\nfrom pact_nemo.environments.bfcl.environment import BFCLEnvironment\nenv ="
         " BFCLEnvironment(('multi_turn_base',))\nsession = env.start(env.tasks()[0]); session.next_user_turn();"
         " session.outcome(); session.close()\nbad = {'openai', 'anthropic', 'cohere', 'mistralai', 'boto3',"
         " 'google.genai', 'torch', 'transformers'} & set(sys.modules)\nassert not bad, bad\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pact_nemo.environments.base import Task
-from pact_nemo.environments.bfcl import BFCLEnvironment
+from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError
 

@@ -16,7 +16,7 @@ import pytest
 
 from pact_nemo.chat.template import BOUNDARY_TEXT, ChatFormat
 from pact_nemo.environments.base import Task, ToolCall
-from pact_nemo.environments.bfcl import BFCLEnvironment
+from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.errors import ConfigError
 from pact_nemo.traces.bfcl import ground_truth_trace
 from pact_nemo.traces.schema import Trace

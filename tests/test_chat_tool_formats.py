@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pact_nemo.chat.tool_formats import TOOL_FORMATS, first_sentence, signature_line, tool_format
 from pact_nemo.environments.base import ToolCall
-from pact_nemo.environments.bfcl_data import function_documents
+from pact_nemo.environments.bfcl.data import function_documents
 from pact_nemo.errors import ConfigError, ToolCallError
 
 NAMES = ["pythonic", "hermes", "llama3_json"]

@@ -7,9 +7,9 @@ import os
 import pytest
 from blake3 import blake3
 
-from pact_nemo import digests
 from pact_nemo.checkpoints import manifest as m
 from pact_nemo.errors import CheckpointError
+from pact_nemo.runtime import digests
 
 
 def make_export(root, version, content=b"weights"):

@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from pact_nemo.config.schema import load_config, to_yaml
 from pact_nemo.errors import ConfigError, DataError, PactError
-from pact_nemo.training.config import load_config, to_yaml
-from pact_nemo.training.report.stats import mean, paired_bootstrap
+from pact_nemo.report.stats import mean, paired_bootstrap
 from tests.fixtures.run_folders import make_run
 from tools.comparisons import plan as plans
 from tools.comparisons.picture import starts_svg

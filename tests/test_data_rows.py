@@ -21,7 +21,7 @@ from pact_nemo.environments.python_tools import as_schema, python_name, tool_sch
 from pact_nemo.environments.rows import Row, as_json, number_text, read_rows
 from pact_nemo.environments.toolhop import ToolHopEnvironment
 from pact_nemo.errors import DataError
-from pact_nemo.quarantine import Quarantine
+from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
 from tests.test_question_environments import toolhop_row
 

@@ -16,20 +16,20 @@ from test_training_batch import fake_logprob, score
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
+from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.objective.loss import pact_loss
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.objective.surrogate import Clip
-from pact_nemo.rollouts.client import Completion
-from pact_nemo.rollouts.config import EpisodeLimits, Sampling
 from pact_nemo.rollouts.episode import SeedPath, run_episode
 from pact_nemo.rollouts.store import parse_rollout
 from pact_nemo.rollouts.types import Rollout
+from pact_nemo.serving.client import Completion
+from pact_nemo.serving.config import EpisodeLimits, Sampling
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn
 from pact_nemo.traces.spans import CALL, TraceTokens, encode_trace, truncate_at_turn
-from pact_nemo.training.batch import PromptGroup, fill_streams, form_group, grow_tree, supervised
-from pact_nemo.training.config import ObjectiveConfig
+from pact_nemo.training.prompt_trees import PromptGroup, fill_streams, form_group, grow_tree, supervised
 from pact_nemo.training.warmup import closing_ids, sft_tree
 
 LS = {
@@ -447,7 +447,7 @@ def test_what_contexts_cost_in_tokens(capsys: pytest.CaptureFixture[str]) -> Non
     """The counts of docs/performance.md: ground-truth traces as rollouts, eight of a kind a prompt, with the template's
     contexts.
     """
-    from pact_nemo.environments.bfcl import BFCLEnvironment
+    from pact_nemo.environments.bfcl.environment import BFCLEnvironment
     from pact_nemo.traces.bfcl import make_trace
     from pact_nemo.traces.spans import encode_trace
 

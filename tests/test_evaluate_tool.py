@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from pact_nemo.environments.base import Task, ToolCall
-from pact_nemo.environments.bfcl import BFCLEnvironment
-from pact_nemo.environments.bfcl_data import data_dir
+from pact_nemo.environments.bfcl.data import data_dir
+from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.environments.calls import call_text
 from tests.test_question_environments import toolhop_row
 

@@ -12,16 +12,16 @@ import pytest
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.config.schema import load_config
 from pact_nemo.environments.base import Outcome, ToolCall
 from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.errors import ConfigError, DataError
-from pact_nemo.quarantine import Quarantine
 from pact_nemo.rollouts.types import Rollout, Turn
+from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces.recorded import recorded_trace
-from pact_nemo.training.batch import turn_rewards_of
-from pact_nemo.training.config import load_config
-from pact_nemo.training.data import build_dataset, build_environment
+from pact_nemo.training.dataset import build_dataset, build_environment
+from pact_nemo.training.prompt_trees import turn_rewards_of
 from tests.test_question_environments import ftrl_row, write
 
 REPO = Path(__file__).resolve().parents[1]

@@ -18,22 +18,22 @@ from pathlib import Path
 
 import pytest
 
-from pact_nemo import machine
 from pact_nemo.errors import ConfigError
-from pact_nemo.rollouts import launch
-from pact_nemo.rollouts.config import RolloutServerConfig
-from pact_nemo.rollouts.endpoint import ServerEndpoint
-from pact_nemo.rollouts.serve_process import SOCKETS_ENV
-from pact_nemo.rollouts.server import RolloutServer
+from pact_nemo.runtime import machine
+from pact_nemo.serving import launch
+from pact_nemo.serving.config import RolloutServerConfig
+from pact_nemo.serving.endpoint import ServerEndpoint
+from pact_nemo.serving.serve_process import SOCKETS_ENV
+from pact_nemo.serving.server import RolloutServer
 
 REPO = Path(__file__).resolve().parents[1]
 NOBODY = 65534
 ASK = """
 import json, os, getpass, pathlib
-from pact_nemo import machine
-from pact_nemo.rollouts import launch
-from pact_nemo.rollouts.config import RolloutServerConfig
-from pact_nemo.rollouts.endpoint import ServerEndpoint
+from pact_nemo.runtime import machine
+from pact_nemo.serving import launch
+from pact_nemo.serving.config import RolloutServerConfig
+from pact_nemo.serving.endpoint import ServerEndpoint
 machine.prepare()
 machine.prepare()
 served = launch.engine_environment(RolloutServerConfig(device="cpu"), ServerEndpoint("http://127.0.0.1:1", "key"))
@@ -214,7 +214,7 @@ def test_the_server_gets_such_a_place_and_leaves_nothing(tmp_path: Path, monkeyp
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     monkeypatch.setattr(RolloutServer, "program", (sys.executable, "-c", PROGRAM, str(tmp_path / "said")))
-    monkeypatch.setattr("pact_nemo.rollouts.server.read_tensors", lambda folder: {})
+    monkeypatch.setattr("pact_nemo.serving.server.read_tensors", lambda folder: {})
     (tmp_path / "config.json").write_text("{}")
     server = RolloutServer(RolloutServerConfig(device="cpu"), tmp_path, log_file=tmp_path / "server.log")
     server.launch()

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pact_nemo.errors import DataError, NumericsError
-from pact_nemo.training.metrics import MetricsLog, read_metrics
+from pact_nemo.tracking.metrics_log import MetricsLog, read_metrics
 
 
 def record(stage: str, step: int, **values: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pact_nemo.training.progress import RunProgress, duration
+from pact_nemo.tracking.terminal import RunProgress, duration
 
 
 class Clock:

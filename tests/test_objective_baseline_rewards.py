@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.objective.baseline_rewards import ftrl_rewards, solved_by_equality, toolrl_reward
 from pact_nemo.rollouts.types import Rollout, Turn
-from pact_nemo.training.batch import turn_rewards_of
-from pact_nemo.training.config import ObjectiveConfig
+from pact_nemo.training.prompt_trees import turn_rewards_of
 
 
 def ftrl(solved: list[list[bool]], questions: int = 2, **words: Any) -> list[float]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from pact_nemo.config.schema import ObjectiveConfig, load_config
 from pact_nemo.objective.baselines import chord_mu, phi_weighted_nll, shaped_off_policy
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
-from pact_nemo.training.batch import PromptGroup, loss_of
-from pact_nemo.training.config import ObjectiveConfig, load_config
+from pact_nemo.training.prompt_trees import PromptGroup, loss_of
 from tests.test_training_batch import TRACE, built, fake_logprob, make_groups, score
 
 TAUGHT = (0, 1, 2, 3)  # reasoning and call tokens of TRACE

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning.hardware import gpu, this_cpu
 from pact_nemo.planning.plan import make_plan, search
@@ -17,7 +18,6 @@ from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.planning.timing import ServerPlan, forward_operations, model_operations, pass_seconds, phases
 from pact_nemo.planning.workload import Lengths, Row, StepWork, causal_pairs
 from pact_nemo.policy.config import PolicyConfig
-from pact_nemo.training.recipes import RECIPES, recipe
 from tools import plan as plan_tool
 
 H100 = gpu("H100")

@@ -18,16 +18,17 @@ from safetensors.torch import load_file, save_file
 
 from pact_nemo.checkpoints.manifest import new_export, read_manifest, verify_manifest
 from pact_nemo.checkpoints.quantised import materialise
-from pact_nemo.digests import FileEntry, file_entry
+from pact_nemo.config.schema import load_config
 from pact_nemo.errors import CheckpointError, ConfigError
-from pact_nemo.policy import export_writer, fp8_block
-from pact_nemo.policy.export_layout import LayoutSettings, plan_layout
-from pact_nemo.policy.export_writer import FolderWriter
-from pact_nemo.policy.hf_folder import write_folder
-from pact_nemo.rollouts.refit import check_same_tensors
-from pact_nemo.tensor_files import read_tensors
-from pact_nemo.training.config import load_config
-from pact_nemo.training.workspace import Workspace
+from pact_nemo.policy.export import fp8_block
+from pact_nemo.policy.export import writer as export_writer
+from pact_nemo.policy.export.hf_folder import write_folder
+from pact_nemo.policy.export.layout import LayoutSettings, plan_layout
+from pact_nemo.policy.export.writer import FolderWriter
+from pact_nemo.runtime.digests import FileEntry, file_entry
+from pact_nemo.runtime.tensor_files import read_tensors
+from pact_nemo.serving.refit import check_same_tensors
+from pact_nemo.tracking.run_folder import Workspace
 from tests.workers.policy_kit import make_model
 
 

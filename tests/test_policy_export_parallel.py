@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pact_nemo.checkpoints.manifest import read_manifest, verify_manifest
-from pact_nemo.tensor_files import read_tensors
+from pact_nemo.runtime.tensor_files import read_tensors
 from tests.workers.policy_kit import launch, make_model
 from tests.workers.policy_worker import run_jobs
 

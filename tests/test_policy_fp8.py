@@ -17,7 +17,7 @@ from pact_nemo.policy.config import FP8_RECIPES, OptimizerConfig, PolicyConfig
 from pact_nemo.policy.fp8 import ALIGNMENT, E4M3, E5M2, Caster, round_in_blocks, round_to_fp8, scale_for
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import Segment, TokenTree
-from pact_nemo.training.batch import loss_of
+from pact_nemo.training.prompt_trees import loss_of
 from tests.workers.pact_kit import OBJECTIVE, make_pact_trees
 from tests.workers.policy_kit import make_model
 

@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from pact_nemo.checkpoints.manifest import verify_manifest
 from pact_nemo.checkpoints.quantised import materialise
 from pact_nemo.errors import CheckpointError, ConfigError, DataError
-from pact_nemo.policy import fp8_block
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.expected_weights import EMBEDDING, HEAD, expected_weights
+from pact_nemo.policy.export import fp8_block
 from pact_nemo.policy.model_folder import check_model_folder, check_values
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import Segment, TokenTree
-from pact_nemo.rollouts.refit import check_same_tensors
-from pact_nemo.tensor_files import INDEX_NAME
+from pact_nemo.runtime.tensor_files import INDEX_NAME
+from pact_nemo.serving.refit import check_same_tensors
 from tests.workers.policy_kit import VOCAB, launch, make_model
 
 from pact_nemo.policy import bridge as bridges  # isort: skip

@@ -14,7 +14,7 @@ from pact_nemo.environments.ftrl import ANSWER_RULE, FTRLEnvironment, solve_metr
 from pact_nemo.environments.rows import read_rows
 from pact_nemo.environments.toolhop import INSTRUCTIONS, ToolHopEnvironment, defined_functions
 from pact_nemo.errors import ConfigError, DataError
-from pact_nemo.quarantine import Quarantine
+from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pact_nemo.training.report.advice import advice
-from pact_nemo.training.report.data import Run
-from pact_nemo.training.report.page import render
+from pact_nemo.report.advice import advice
+from pact_nemo.report.data import Run
+from pact_nemo.report.page import render
 
 CONFIG: dict[str, Any] = {"trainer": {"batch_size": 10, "mini_batch_size": 10}, "objective": {"group_size": 4}}
 STEP: dict[str, Any] = {

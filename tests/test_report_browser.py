@@ -10,8 +10,8 @@ import pytest
 from fixtures.run_folders import make_run
 from PIL import Image
 
-from pact_nemo.training.report import write_report
-from pact_nemo.training.report.browser import Browser, find_browser, write_png
+from pact_nemo.report import write_report
+from pact_nemo.report.browser import Browser, find_browser, write_png
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium")
 

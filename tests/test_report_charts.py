@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from pact_nemo.training.report.charts import (
+from pact_nemo.report.charts import (
     BOTTOM,
     HEIGHT,
     LEFT,
@@ -23,7 +23,7 @@ from pact_nemo.training.report.charts import (
     ticks_between,
     whole_ticks,
 )
-from pact_nemo.training.report.stats import Paired, deviation, pair, running_mean, wilson
+from pact_nemo.report.stats import Paired, deviation, pair, running_mean, wilson
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ import pytest
 from fixtures.run_folders import episode, make_run, trace
 
 from pact_nemo.errors import DataError
-from pact_nemo.training.report import write_report
-from pact_nemo.training.report.comparison import compare
-from pact_nemo.training.report.curves import rl_curves
-from pact_nemo.training.report.data import Run, load_run
-from pact_nemo.training.report.episodes import choose_tasks, parts_of, training_cards, view_episode, view_trace
+from pact_nemo.report import write_report
+from pact_nemo.report.comparison import compare
+from pact_nemo.report.curves import rl_curves
+from pact_nemo.report.data import Run, load_run
+from pact_nemo.report.episodes import choose_tasks, parts_of, training_cards, view_episode, view_trace
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIL = "<script>window.hit=1</script><img src=x onerror='window.hit=1'>\"'><b>&amp;{{ 7*7 }}"
@@ -139,7 +139,7 @@ def test_nothing_is_loaded_and_only_this_script_may_run(page: Page) -> None:
         a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
     )
     assert policy is not None and f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
-    style = (ROOT / "pact_nemo/training/report/style.css").read_text()
+    style = (ROOT / "pact_nemo/report/style.css").read_text()
     assert "url(" not in style and "@import" not in style
 
 

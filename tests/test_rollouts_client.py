@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from pact_nemo.errors import ServerError
-from pact_nemo.rollouts.client import Completion, GenerationRequest, RolloutClient, StaleWeights
-from pact_nemo.rollouts.endpoint import ServerEndpoint
+from pact_nemo.serving.client import Completion, GenerationRequest, RolloutClient, StaleWeights
+from pact_nemo.serving.endpoint import ServerEndpoint
 
 REQUEST = GenerationRequest((1, 2, 3), max_tokens=4, temperature=1.0, top_p=1.0, stop_token_ids=(2,), seed=9)
 

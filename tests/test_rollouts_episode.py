@@ -13,9 +13,9 @@ from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.errors import EnvironmentFailure, Interrupted, ServerError, ToolCallError
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.client import Completion, StaleWeights
-from pact_nemo.rollouts.config import EpisodeLimits, Sampling
 from pact_nemo.rollouts.episode import SeedPath, run_episode
+from pact_nemo.serving.client import Completion, StaleWeights
+from pact_nemo.serving.config import EpisodeLimits, Sampling
 
 LS = {
     "name": "ls",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pact_nemo.rollouts.health import Event, Health, HealthLimits, State
+from pact_nemo.serving.health import Event, Health, HealthLimits, State
 
 LIMITS = HealthLimits(heartbeat_timeout_s=10.0, max_restarts=2)
 STEPS = st.lists(st.tuples(st.sampled_from(Event), st.floats(0, 20), st.integers(0, 3)), max_size=60)

@@ -10,9 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from pact_nemo.errors import ConfigError
-from pact_nemo.rollouts import launch
-from pact_nemo.rollouts.config import RolloutServerConfig
-from pact_nemo.rollouts.endpoint import ServerEndpoint
+from pact_nemo.serving import launch
+from pact_nemo.serving.config import RolloutServerConfig
+from pact_nemo.serving.endpoint import ServerEndpoint
 
 ENDPOINT = ServerEndpoint("http://127.0.0.1:5000", "the-key")
 CPU = RolloutServerConfig(device="cpu")

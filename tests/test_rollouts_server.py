@@ -25,13 +25,13 @@ from pact_nemo.checkpoints.manifest import MANIFEST_NAME, new_export
 from pact_nemo.environments.base import Outcome, Task
 from pact_nemo.errors import CheckpointError, ConfigError, ServerError
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.client import GenerationRequest, RolloutClient, StaleWeights
-from pact_nemo.rollouts.config import EpisodeLimits, RolloutServerConfig, Sampling
-from pact_nemo.rollouts.endpoint import ServerEndpoint
 from pact_nemo.rollouts.episode import SeedPath
-from pact_nemo.rollouts.guard import OPEN_PATHS
-from pact_nemo.rollouts.refit import refit
-from pact_nemo.rollouts.server import RolloutServer, group_members
+from pact_nemo.serving.client import GenerationRequest, RolloutClient, StaleWeights
+from pact_nemo.serving.config import EpisodeLimits, RolloutServerConfig, Sampling
+from pact_nemo.serving.endpoint import ServerEndpoint
+from pact_nemo.serving.guard import OPEN_PATHS
+from pact_nemo.serving.refit import refit
+from pact_nemo.serving.server import RolloutServer, group_members
 from tests.faults.sockets import foreign, listening
 
 pytest.importorskip("vllm")
@@ -355,7 +355,7 @@ def test_a_failed_reload_leaves_no_valid_version(server, chat, exports, model_di
 
 def test_a_killed_trainer_takes_its_server_along(model_dir, tmp_path):
     script = (
-        "import sys, time\nfrom pact_nemo.rollouts.config import RolloutServerConfig\nfrom pact_nemo.rollouts.server"
+        "import sys, time\nfrom pact_nemo.serving.config import RolloutServerConfig\nfrom pact_nemo.serving.server"
         f" import RolloutServer\nserver = RolloutServer(RolloutServerConfig(device='cpu'), {str(model_dir)!r},"
         f" log_file={str(tmp_path / 'log')!r})\nserver.launch(); print(server.pid, flush=True); time.sleep(100)\n"
     )

@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pact_nemo.terminal import GuardedStream, RunLog
-from pact_nemo.training.interrupt import stop_request
-from pact_nemo.training.progress import RunProgress
+from pact_nemo.runtime.interrupt import stop_request
+from pact_nemo.runtime.terminal import GuardedStream, RunLog
+from pact_nemo.tracking.terminal import RunProgress
 
 REPO = Path(__file__).resolve().parents[1]
 RUN = """
 import logging, os, sys, time
 from pathlib import Path
-from pact_nemo.terminal import RunLog, command, expendable_output, on_loss
-from pact_nemo.training.progress import RunProgress
+from pact_nemo.runtime.terminal import RunLog, command, expendable_output, on_loss
+from pact_nemo.tracking.terminal import RunProgress
 
 def main():
     log = RunLog(Path(os.environ["LOG"]))
@@ -92,7 +92,8 @@ def test_a_closed_descriptor_is_not_given_to_the_next_file(tmp_path: Path) -> No
 
 
 PRINTS = (
-    "import sys\nfrom pact_nemo.terminal import command\ndef main():\n    print('a line\\n' * 50000)\n    return"
+    "import sys\nfrom pact_nemo.runtime.terminal import command\ndef main():\n    print('a line\\n' * 50000)\n"
+    "    return"
     " {code}\ncommand(main)\n"
 )
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pact_nemo.environments.base import Outcome, Task, ToolCall
-from pact_nemo.environments.bfcl import BFCLEnvironment
+from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.objective.trace_quality import TraceQuality, beats
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.traces.augment import new_solutions, promoted, replay, variants
@@ -158,8 +158,8 @@ def test_a_trace_that_is_beaten_time_and_again_loses_its_weight() -> None:
 
 
 def test_the_weight_scales_the_sft_term_and_nothing_else() -> None:
+    from pact_nemo.config.schema import ObjectiveConfig
     from pact_nemo.objective.schedules import StepClock, TraceSchedule
-    from pact_nemo.training.config import ObjectiveConfig
     from tests.test_training_batch import built, make_groups
 
     objective = ObjectiveConfig(anchor_prob=0.0, group_size=3)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pact_nemo.environments.base import Task, ToolCall
-from pact_nemo.environments.bfcl import BFCLEnvironment
+from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.errors import ConfigError, ServerError
 from pact_nemo.rollouts.chat_endpoint import chat_endpoint
 from pact_nemo.traces.annotate import Context, annotate_turn, purpose

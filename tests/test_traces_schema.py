@@ -14,7 +14,7 @@ import pytest
 
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.errors import DataError
-from pact_nemo.quarantine import Quarantine
+from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.builder import TraceBuilder
 from pact_nemo.traces.filters import reject_reason
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn, read_traces, write_traces

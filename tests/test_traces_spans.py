@@ -14,7 +14,7 @@ from fixtures.chat_models import KINDS, chat_format, tokenizer
 from pact_nemo.chat.template import BOUNDARY_TEXT, ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.environments.base import Task, ToolCall
-from pact_nemo.environments.bfcl import BFCLEnvironment
+from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.traces.bfcl import make_traces
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn

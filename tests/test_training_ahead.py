@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
+from pact_nemo.config.schema import load_config
 from pact_nemo.errors import ConfigError, DataError, Interrupted, ServerError
+from pact_nemo.rollouts.overlap import Ahead
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.training.ahead import Ahead
-from pact_nemo.training.config import load_config
 
 
 def rollout(task: str = "a") -> Rollout:

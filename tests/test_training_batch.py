@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.objective.gate import anchored
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.traces.spans import CALL, OBSERVATION, OTHER, REASONING, TraceTokens
-from pact_nemo.training.batch import (
+from pact_nemo.training.dataset import prompts_of_step
+from pact_nemo.training.loop import spread
+from pact_nemo.training.prompt_trees import (
     PromptGroup,
     PromptTree,
     contexts_needed,
@@ -28,9 +31,6 @@ from pact_nemo.training.batch import (
     loss_of,
     set_temperature,
 )
-from pact_nemo.training.config import ObjectiveConfig
-from pact_nemo.training.data import prompts_of_step
-from pact_nemo.training.loop import spread
 
 BOUNDARY = [900, 901]
 TRACE = TraceTokens(

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from pact_nemo.config.schema import Config, load_config, settled, steps_of, to_yaml
 from pact_nemo.errors import ConfigError
 from pact_nemo.objective.methods import METHODS
-from pact_nemo.training import workspace
-from pact_nemo.training.config import Config, load_config, settled, steps_of, to_yaml
-from pact_nemo.training.data import prompts_of_step
+from pact_nemo.tracking import run_folder as workspace
+from pact_nemo.training.dataset import prompts_of_step
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

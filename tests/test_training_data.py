@@ -11,14 +11,14 @@ import pytest
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import tool_format
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG, materialise_embedded_model
+from pact_nemo.config.schema import Config, load_config
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError, DataError
-from pact_nemo.quarantine import Quarantine
+from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.schema import ReasoningSegment, Trace, write_traces
 from pact_nemo.traces.spans import OTHER
-from pact_nemo.training.config import Config, load_config
-from pact_nemo.training.data import (
+from pact_nemo.training.dataset import (
     Dataset,
     build_dataset,
     build_environment,

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pact_nemo.config.schema import Config, ObjectiveConfig, TrainerConfig
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.config import OptimizerConfig
 from pact_nemo.policy.policy import MegatronPolicy
-from pact_nemo.training.batch import PromptGroup, grow_tree, has_advantage
-from pact_nemo.training.config import Config, ObjectiveConfig, TrainerConfig
 from pact_nemo.training.loop import Stopwatch, optimise
+from pact_nemo.training.prompt_trees import PromptGroup, grow_tree, has_advantage
 from tests.workers.policy_kit import VOCAB, make_model
 from tools.benches.kit import stand_in, synthetic_groups
 

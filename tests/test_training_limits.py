@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pact_nemo.environments.bfcl import FORCE_TERMINATED, BFCLEnvironment
+from pact_nemo.config.schema import load_config
+from pact_nemo.environments.bfcl.environment import FORCE_TERMINATED, BFCLEnvironment
 from pact_nemo.errors import ConfigError
 from pact_nemo.rollouts.chat_episode import play_by_chat
-from pact_nemo.training.config import load_config
 from pact_nemo.training.limits import evaluation_limits, training_limits
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

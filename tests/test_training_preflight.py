@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pact_nemo import machine
+from pact_nemo import cli
+from pact_nemo.config.schema import Config, load_config
 from pact_nemo.errors import CheckpointError, ConfigError
-from pact_nemo.training import cli, setup
-from pact_nemo.training.config import Config, load_config
-from pact_nemo.training.data import check_batches
+from pact_nemo.runtime import machine
+from pact_nemo.training import open_run as setup
+from pact_nemo.training.dataset import check_batches
 from pact_nemo.training.preflight import check_room, check_served_folder, check_token_ids, preflight
 from tests.fixtures.chat_models import tokenizer
 from tests.workers.policy_kit import VOCAB, make_model

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pact_nemo.config.recipes import RECIPES, Recipe, recipe
+from pact_nemo.config.schema import load_config, to_yaml
 from pact_nemo.errors import ConfigError
-from pact_nemo.training.config import load_config, to_yaml
+from pact_nemo.planning.from_config import GIB, ModelShape, expected_lengths, model_shape, run_plan
 from pact_nemo.training.limits import evaluation_limits, training_limits
-from pact_nemo.training.plan import GIB, ModelShape, expected_lengths, model_shape, run_plan
-from pact_nemo.training.recipes import RECIPES, Recipe, recipe
 
 REPO = Path(__file__).resolve().parents[1]
 FULL = REPO / "conf" / "pact_bfcl.yaml"

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.resume import steps as resume_steps
 from pact_nemo.checkpoints.resume import verify
+from pact_nemo.config.schema import load_config
 from pact_nemo.errors import ConfigError
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.optimizer import learning_rate
-from pact_nemo.training.config import load_config
 from pact_nemo.training.loop import replayed
 from tests.workers.policy_kit import make_model
 from tests.workers.scripted import write_replay
@@ -324,9 +324,9 @@ def test_a_run_with_its_own_server(stage: dict[str, Any]) -> None:
 
     from pact_nemo.chat.template import ChatFormat
     from pact_nemo.environments.base import Task
-    from pact_nemo.training.data import build_dataset, build_environment
+    from pact_nemo.tracking.terminal import RunProgress
+    from pact_nemo.training.dataset import build_dataset, build_environment
     from pact_nemo.training.generation import Generator
-    from pact_nemo.training.progress import RunProgress
 
     config = load_config(stage["preset"], [*stage["words"], *words])
     chat = ChatFormat.from_pretrained(run / "hf", config.model.tool_format)

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from pact_nemo.errors import PactError  # noqa: E402
-from pact_nemo.terminal import command  # noqa: E402
+from pact_nemo.runtime.terminal import command  # noqa: E402
 from tools.benches import growth, logprobs, packing, phases, refit, rollouts, step, trl_peer  # noqa: E402
 
 BENCHES = {

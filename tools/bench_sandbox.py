@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pact_nemo.runtime.terminal import command  # noqa: E402
 from pact_nemo.sandbox import Sandbox  # noqa: E402
-from pact_nemo.terminal import command  # noqa: E402
 
 SOURCE = """
 def find(place, kind="capital", limit=5):

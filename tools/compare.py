@@ -28,12 +28,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from pact_nemo.errors import ConfigError, PactError  # noqa: E402
-from pact_nemo.files import write_text_atomic  # noqa: E402
-from pact_nemo.terminal import command  # noqa: E402
-from pact_nemo.training.report.comparison import differences, total_seconds  # noqa: E402
-from pact_nemo.training.report.data import Run, load_run  # noqa: E402
-from pact_nemo.training.report.picture import comparison_svg  # noqa: E402
-from pact_nemo.training.report.stats import deviation, mean, paired_bootstrap  # noqa: E402
+from pact_nemo.report.comparison import differences, total_seconds  # noqa: E402
+from pact_nemo.report.data import Run, load_run  # noqa: E402
+from pact_nemo.report.picture import comparison_svg  # noqa: E402
+from pact_nemo.report.stats import deviation, mean, paired_bootstrap  # noqa: E402
+from pact_nemo.runtime.files import write_text_atomic  # noqa: E402
+from pact_nemo.runtime.terminal import command  # noqa: E402
 from tools.comparisons import plan as plans  # noqa: E402
 from tools.comparisons import results as kept  # noqa: E402
 from tools.comparisons.picture import starts_svg  # noqa: E402

@@ -26,12 +26,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pact_nemo.policy.config import FIRST_CAPABILITY  # noqa: E402  (standard library only)
-from pact_nemo.terminal import command  # noqa: E402
+from pact_nemo.runtime.terminal import command  # noqa: E402
 
 #: ``slurm`` asks what a login node must have: its GPUs are elsewhere, and a CPU cluster has none
 ALL, GPU, SLURM, NONE = ("cpu", "gpu", "slurm"), ("gpu",), ("slurm",), ()
 GIB = 1024**3
-#: those of ``pact_nemo.training.report.browser``, which a broken environment can't import
+#: those of ``pact_nemo.report.browser``, which a broken environment can't import
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 

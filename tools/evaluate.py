@@ -33,22 +33,22 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from pact_nemo.chat.template import ChatFormat  # noqa: E402
+from pact_nemo.config.schema import Config, load_config, to_dict  # noqa: E402
 from pact_nemo.environments.base import Environment, Task  # noqa: E402
 from pact_nemo.environments.splits import split  # noqa: E402
 from pact_nemo.errors import ConfigError, PactError, ServerError  # noqa: E402
-from pact_nemo.files import write_json_atomic, write_text_atomic  # noqa: E402
 from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
 from pact_nemo.rollouts.chat_episode import play_by_chat  # noqa: E402
 from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
 from pact_nemo.rollouts.types import Rollout  # noqa: E402
-from pact_nemo.terminal import command  # noqa: E402
-from pact_nemo.training.config import Config, load_config, to_dict  # noqa: E402
-from pact_nemo.training.data import build_environment, limited  # noqa: E402
+from pact_nemo.runtime.files import write_json_atomic, write_text_atomic  # noqa: E402
+from pact_nemo.runtime.terminal import command  # noqa: E402
+from pact_nemo.tracking.terminal import RunProgress  # noqa: E402
+from pact_nemo.training.dataset import build_environment, limited  # noqa: E402
 from pact_nemo.training.evaluation import episode_rewards, summarise  # noqa: E402
 from pact_nemo.training.generation import Generator  # noqa: E402
 from pact_nemo.training.limits import evaluation_limits  # noqa: E402
 from pact_nemo.training.preflight import check_served_folder  # noqa: E402
-from pact_nemo.training.progress import RunProgress  # noqa: E402
 from pact_nemo.training.records import dump_evaluation  # noqa: E402
 
 

@@ -26,14 +26,14 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pact_nemo.config.schema import Config, load_config
 from pact_nemo.policy.config import FP8_RECIPES, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import TokenTree
-from pact_nemo.terminal import command
-from pact_nemo.training.batch import contexts_needed, fill_streams, grow_tree, loss_of
-from pact_nemo.training.config import Config, load_config
+from pact_nemo.runtime.terminal import command
 from pact_nemo.training.loop import collect
-from pact_nemo.training.setup import open_experiment
+from pact_nemo.training.open_run import open_experiment
+from pact_nemo.training.prompt_trees import contexts_needed, fill_streams, grow_tree, loss_of
 
 
 def step_trees(config: Config, step: int) -> list[TokenTree]:

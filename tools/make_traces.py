@@ -36,14 +36,15 @@ from rich.text import Text  # noqa: E402
 
 from pact_nemo.chat.thoughts import thoughts_and_visible  # noqa: E402
 from pact_nemo.chat.tool_formats import tool_format  # noqa: E402
+from pact_nemo.config.schema import Config, load_config  # noqa: E402
 from pact_nemo.environments.base import Environment, Task  # noqa: E402
 from pact_nemo.environments.calls import shown  # noqa: E402
 from pact_nemo.errors import DataError, PactError, ServerError  # noqa: E402
-from pact_nemo.files import write_json_atomic  # noqa: E402
 from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
 from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
 from pact_nemo.rollouts.types import Rollout  # noqa: E402
-from pact_nemo.terminal import command  # noqa: E402
+from pact_nemo.runtime.files import write_json_atomic  # noqa: E402
+from pact_nemo.runtime.terminal import command  # noqa: E402
 from pact_nemo.traces.annotate import Style  # noqa: E402
 from pact_nemo.traces.augment import KINDS, Replay, new_solutions, promoted, replay, variants  # noqa: E402
 from pact_nemo.traces.bfcl import ground_truth_trace  # noqa: E402
@@ -53,9 +54,8 @@ from pact_nemo.traces.recorded import recorded_trace  # noqa: E402
 from pact_nemo.traces.schema import Trace, read_traces, write_traces  # noqa: E402
 from pact_nemo.traces.segments import split_reasoning  # noqa: E402
 from pact_nemo.traces.teacher import teacher_trace  # noqa: E402
-from pact_nemo.training.config import Config, load_config  # noqa: E402
-from pact_nemo.training.data import build_environment  # noqa: E402
-from pact_nemo.training.progress import RunProgress  # noqa: E402
+from pact_nemo.tracking.terminal import RunProgress  # noqa: E402
+from pact_nemo.training.dataset import build_environment  # noqa: E402
 
 Attempt = Callable[[Task], Trace | None]
 NAMED = 100  #: tasks that the quality report names, at most

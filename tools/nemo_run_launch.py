@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from pact_nemo.errors import MissingDependency, PactError  # noqa: E402
-from pact_nemo.terminal import command  # noqa: E402
+from pact_nemo.runtime.terminal import command  # noqa: E402
 
 
 def nemo_run() -> Any:
@@ -49,7 +49,7 @@ def layout(options: argparse.Namespace) -> tuple[int, int]:
     """(nodes, ranks a node): the recipe's; a settings file means one process."""
     if options.recipe is None:
         return 1, 1
-    from pact_nemo.training.recipes import recipe
+    from pact_nemo.config.recipes import recipe
 
     chosen = recipe(options.recipe)
     return chosen.nodes, chosen.gpus_per_node
@@ -99,7 +99,7 @@ def executor(options: argparse.Namespace) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--recipe", metavar="NAME", help="a name of pact_nemo/training/recipes.py")
+    source.add_argument("--recipe", metavar="NAME", help="a name of pact_nemo/config/recipes.py")
     source.add_argument("--config", metavar="YAML", help="a settings file, run as one process")
     parser.add_argument("--script", default="recipes/pact_bfcl.py", help="which benchmark")
     parser.add_argument(

@@ -12,8 +12,8 @@
     python tools/plan.py --recipe llama3p1_70b_64xh100_bf16 --servers 2 --server-gpus 8
 
 Lengths are means over a run's prompts; without them the limits of the config are scaled
-(``training/plan.py: expected_lengths``). What the numbers rest on: docs/planner.md. Exit codes: 0, 2 when the asked-for
-layout is impossible or nothing fits, 1 when it does not fit.
+(``planning/from_config.py: expected_lengths``). What the numbers rest on: docs/planner.md. Exit codes: 0, 2 when the
+asked-for layout is impossible or nothing fits, 1 when it does not fit.
 """
 
 from __future__ import annotations
@@ -29,14 +29,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pact_nemo.config.recipes import RECIPES, recipe
+from pact_nemo.config.schema import Config, load_config
 from pact_nemo.errors import ConfigError
-from pact_nemo.planning.hardware import GPUS, gpu, this_cpu
-from pact_nemo.planning.memory import GIB
-from pact_nemo.planning.plan import Plan, make_plan, search
-from pact_nemo.planning.shape import Layout, ModelShape
-from pact_nemo.terminal import command
-from pact_nemo.training.config import Config, load_config
-from pact_nemo.training.plan import (
+from pact_nemo.planning.from_config import (
     describe,
     expected_lengths,
     hardware_of,
@@ -45,7 +41,11 @@ from pact_nemo.training.plan import (
     server_plan,
     step_work,
 )
-from pact_nemo.training.recipes import RECIPES, recipe
+from pact_nemo.planning.hardware import GPUS, gpu, this_cpu
+from pact_nemo.planning.memory import GIB
+from pact_nemo.planning.plan import Plan, make_plan, search
+from pact_nemo.planning.shape import Layout, ModelShape
+from pact_nemo.runtime.terminal import command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--search", action="store_true", help="layouts that fit, the fastest step first")
     parser.add_argument("--top", type=int, default=10, help="how many of them")
     parser.add_argument("--json", action="store_true", help="one JSON object last")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of pact_nemo/training/config.py")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of pact_nemo/config/schema.py")
     return parser.parse_intermixed_args()
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pact_nemo.errors import PactError  # noqa: E402
-from pact_nemo.terminal import command  # noqa: E402
-from pact_nemo.training.report import write_report  # noqa: E402
+from pact_nemo.report import write_report  # noqa: E402
+from pact_nemo.runtime.terminal import command  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         page = write_report(options.runs[0], [*options.runs[1:], *options.compare])
         print(f"report: {page}")
         if options.png is not None:
-            from pact_nemo.training.report.browser import write_png
+            from pact_nemo.report.browser import write_png
 
             print(f"picture: {write_png(page, options.png, width=options.width, dark=options.dark)}")
     except PactError as error:

@@ -25,14 +25,14 @@ from urllib.parse import urlsplit
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from pact_nemo.config.recipes import RECIPES, recipe  # noqa: E402
+from pact_nemo.config.schema import load_config  # noqa: E402
 from pact_nemo.errors import ConfigError, PactError  # noqa: E402
-from pact_nemo.files import write_text_atomic  # noqa: E402
-from pact_nemo.rollouts.server import RolloutServer  # noqa: E402
-from pact_nemo.terminal import command  # noqa: E402
-from pact_nemo.training.config import load_config  # noqa: E402
+from pact_nemo.runtime.files import write_text_atomic  # noqa: E402
+from pact_nemo.runtime.terminal import command  # noqa: E402
+from pact_nemo.serving.server import RolloutServer  # noqa: E402
 from pact_nemo.training.experiment import model_path, served_path  # noqa: E402
 from pact_nemo.training.preflight import preflight  # noqa: E402
-from pact_nemo.training.recipes import RECIPES, recipe  # noqa: E402
 
 
 def main() -> int:

@@ -14,10 +14,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from pact_nemo import strict_json
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.calls import check_call
 from pact_nemo.errors import ToolCallError
+from pact_nemo.runtime import strict_json
 
 Tools = Sequence[Mapping[str, Any]]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from pact_nemo.checkpoints.manifest import verify_manifest, write_manifest
 from pact_nemo.errors import CheckpointError, MissingDependency
-from pact_nemo.files import new_directory
+from pact_nemo.runtime.files import new_directory
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pact_nemo.errors import CheckpointError
-from pact_nemo.files import disk_remedy
+from pact_nemo.runtime.files import disk_remedy
 
 _STREAM_WRITER = (
     "PytorchStreamWriter",

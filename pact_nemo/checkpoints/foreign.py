@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.errors import CheckpointError
-from pact_nemo.files import stays_inside
+from pact_nemo.runtime.files import stays_inside
 
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from pact_nemo.checkpoints.failures import told
 from pact_nemo.checkpoints.manifest import export_path, read_manifest, versions, write_manifest
-from pact_nemo.collective import from_rank_zero
-from pact_nemo.digests import FileEntry
 from pact_nemo.errors import CheckpointError
-from pact_nemo.files import new_directory
+from pact_nemo.runtime.collective import from_rank_zero
+from pact_nemo.runtime.digests import FileEntry
+from pact_nemo.runtime.files import new_directory
 
 logger = logging.getLogger(__name__)
 

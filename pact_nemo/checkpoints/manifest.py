@@ -5,7 +5,7 @@ temporary name and becomes visible in one rename, with ``manifest.json`` as the 
 of every other file. A reader verifies the manifest before it lets the weights near a server or a trainer, so a torn,
 truncated or bit-flipped export is refused with the file's name.
 
-Schema 2 digests a file in parts (:mod:`pact_nemo.digests`); schema 1, one SHA-256 a file, is still read.
+Schema 2 digests a file in parts (:mod:`pact_nemo.runtime.digests`); schema 1, one SHA-256 a file, is still read.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pact_nemo import strict_json
 from pact_nemo.checkpoints.failures import told
-from pact_nemo.digests import FileEntry, check_files, file_entries
 from pact_nemo.errors import CheckpointError
-from pact_nemo.files import new_directory, stays_inside, write_text_atomic
+from pact_nemo.runtime import strict_json
+from pact_nemo.runtime.digests import FileEntry, check_files, file_entries
+from pact_nemo.runtime.files import new_directory, stays_inside, write_text_atomic
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_SCHEMA = 2

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from pact_nemo import machine
 from pact_nemo.checkpoints.manifest import verify_manifest, write_manifest
 from pact_nemo.errors import CheckpointError
-from pact_nemo.files import new_directory
-from pact_nemo.policy.hf_folder import write_folder_alone
+from pact_nemo.policy.export.hf_folder import write_folder_alone
 from pact_nemo.policy.model_folder import ModelFolder, WeightReader, check_model_folder
+from pact_nemo.runtime import machine
+from pact_nemo.runtime.files import new_directory
 
 log = logging.getLogger(__name__)
 

@@ -33,15 +33,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pact_nemo import strict_json
 from pact_nemo.checkpoints.failures import told
 from pact_nemo.checkpoints.foreign import METADATA, check_weights
-from pact_nemo.collective import from_rank_zero
 from pact_nemo.errors import CheckpointError
-from pact_nemo.files import new_directory, sha256_file, stays_inside, write_json_atomic, write_text_atomic
-from pact_nemo.files import remove_unfinished as remove_leftovers
-from pact_nemo.machine import short_folder
-from pact_nemo.orphans import leave_with
+from pact_nemo.runtime import strict_json
+from pact_nemo.runtime.collective import from_rank_zero
+from pact_nemo.runtime.files import new_directory, sha256_file, stays_inside, write_json_atomic, write_text_atomic
+from pact_nemo.runtime.files import remove_unfinished as remove_leftovers
+from pact_nemo.runtime.machine import short_folder
+from pact_nemo.runtime.orphans import leave_with
 
 logger = logging.getLogger(__name__)
 

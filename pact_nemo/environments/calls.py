@@ -14,9 +14,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pact_nemo import strict_json
 from pact_nemo.environments.base import ToolCall, name_fault
 from pact_nemo.errors import ToolCallError
+from pact_nemo.runtime import strict_json
 
 _MAX_DEPTH = 20
 _MAX_CALL_CHARS = 20_000

@@ -28,7 +28,7 @@ from pact_nemo.environments.python_tools import (
 )
 from pact_nemo.environments.rows import Row, number_text, read_rows
 from pact_nemo.errors import ConfigError, EnvironmentFailure, ToolCallError
-from pact_nemo.quarantine import Quarantine
+from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
 
 #: the rule as the published training prompts have it, before the question

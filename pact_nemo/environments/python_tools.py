@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pact_nemo import strict_json
 from pact_nemo.environments.base import ToolCall, check_schema
 from pact_nemo.environments.calls import is_plain
 from pact_nemo.environments.rows import Row
+from pact_nemo.runtime import strict_json
 from pact_nemo.sandbox import CallResult, Sandbox
 
 _PARAMETERS = ("parameters", "input_schema", "inputSchema")

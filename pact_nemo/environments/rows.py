@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from pact_nemo import strict_json
 from pact_nemo.errors import DataError
-from pact_nemo.quarantine import Quarantine
+from pact_nemo.runtime import strict_json
+from pact_nemo.runtime.quarantine import Quarantine
 
 _ROW_START, _NEXT_ROW = re.compile(r"\ufeff?\s*\[\s*"), re.compile(r"\s*,\s*")
 _REPAIR = "repair the row or take it out"

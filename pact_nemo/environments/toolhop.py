@@ -22,7 +22,7 @@ from pact_nemo.environments.python_tools import (
 )
 from pact_nemo.environments.rows import Row, number_text, read_rows
 from pact_nemo.errors import ConfigError, EnvironmentFailure
-from pact_nemo.quarantine import Quarantine
+from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pact_nemo import strict_json
 from pact_nemo.errors import ConfigError
+from pact_nemo.runtime import strict_json
 
 REMEDY = "use another model, or a folder with a supported value (docs/models.md lists them)"
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of layer types

@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 from packaging.version import Version as PkgVersion
 
-from pact_nemo import machine
 from pact_nemo.errors import MissingDependency
-from pact_nemo.hangs import HangWatch
+from pact_nemo.runtime import machine
+from pact_nemo.runtime.hangs import HangWatch
 
 logger = logging.getLogger(__name__)
 
@@ -498,7 +498,7 @@ def init_distributed(timeout_s: float) -> None:
 
     Args:
         timeout_s: when no rank gets on for so many seconds, every rank says which one is missing and ends
-            (:mod:`pact_nemo.hangs`); also how long ranks wait for the meeting point.
+            (:mod:`pact_nemo.runtime.hangs`); also how long ranks wait for the meeting point.
     """
     if dist.is_initialized():
         return

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from pact_nemo import strict_json
 from pact_nemo.errors import CheckpointError, ConfigError
-from pact_nemo.policy import fp8_block
 from pact_nemo.policy.architectures import Architecture, check_architecture, silent
 from pact_nemo.policy.expected_weights import EMBEDDING, HEAD, Shapes, expected_weights
-from pact_nemo.tensor_files import TensorEntry, is_derived, read_tensors
+from pact_nemo.policy.export import fp8_block
+from pact_nemo.runtime import strict_json
+from pact_nemo.runtime.tensor_files import TensorEntry, is_derived, read_tensors
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0")

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pact_nemo.digests import FileEntry
 from pact_nemo.errors import ConfigError, DataError, NumericsError
 from pact_nemo.policy import bridge, engine, fp8, model, optimizer
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
-from pact_nemo.policy.export_layout import LayoutSettings, check_dtype
+from pact_nemo.policy.export.hf_folder import write_folder
+from pact_nemo.policy.export.layout import LayoutSettings, check_dtype
 from pact_nemo.policy.fp8 import ALIGNMENT
-from pact_nemo.policy.hf_folder import write_folder
 from pact_nemo.policy.trees import TokenTree
+from pact_nemo.runtime.digests import FileEntry
 
 logger = logging.getLogger(__name__)
 

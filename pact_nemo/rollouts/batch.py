@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import Interrupted, ServerLost
-from pact_nemo.rollouts.config import EpisodeLimits, Sampling
 from pact_nemo.rollouts.episode import Chat, Generates, SeedPath, run_episode
 from pact_nemo.rollouts.types import Rollout
+from pact_nemo.serving.config import EpisodeLimits, Sampling
 
 CHECK_SECONDS = 0.25
 

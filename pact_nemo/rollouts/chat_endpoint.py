@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pact_nemo.errors import ServerError
-from pact_nemo.rollouts import proxies
+from pact_nemo.serving import proxies
 
 Complete = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 
@@ -27,7 +27,7 @@ def chat_endpoint(
     ``on_usage`` hears of the prompt and completion tokens of every answer that says them.
 
     A proxy of the environment is used for addresses that are neither this machine's nor private
-    (:mod:`pact_nemo.rollouts.proxies`).
+    (:mod:`pact_nemo.serving.proxies`).
 
     Raises:
         ServerError: (from the function) the endpoint is unreachable, late, or answers something else than a chat

@@ -20,9 +20,9 @@ from pact_nemo.chat.contexts import Contexts
 from pact_nemo.chat.thoughts import visible_text
 from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
 from pact_nemo.errors import DataError, EnvironmentFailure, PactError, ServerError, ToolCallError
-from pact_nemo.rollouts.client import Completion, GenerationRequest
-from pact_nemo.rollouts.config import EpisodeLimits, Sampling
 from pact_nemo.rollouts.types import Limit, Rollout, Turn
+from pact_nemo.serving.client import Completion, GenerationRequest
+from pact_nemo.serving.config import EpisodeLimits, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Chat(Protocol):
 
 
 class Generates(Protocol):
-    """The part of :class:`pact_nemo.rollouts.client.RolloutClient` that episodes use."""
+    """The part of :class:`pact_nemo.serving.client.RolloutClient` that episodes use."""
 
     @property
     def weight_version(self) -> int: ...

@@ -9,11 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pact_nemo import strict_json
 from pact_nemo.environments.base import Outcome, ToolCall
 from pact_nemo.errors import DataError
-from pact_nemo.files import write_text_atomic
 from pact_nemo.rollouts.types import LIMITS, Rollout, Turn
+from pact_nemo.runtime import strict_json
+from pact_nemo.runtime.files import write_text_atomic
 
 _STATUSES = ("ok", "truncated", "failed")
 _SCALARS: dict[str, tuple[type, ...]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pact_nemo import strict_json
+from pact_nemo.runtime import strict_json
 
 WANTED = (
     "a trace is one JSON object a line with version, task_id, source, verified and turns (docs/traces.md). Nothing"

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_nemo import strict_json
 from pact_nemo.environments.base import ToolCall, check_schema
 from pact_nemo.errors import DataError
-from pact_nemo.files import write_text_atomic
-from pact_nemo.quarantine import Quarantine
+from pact_nemo.runtime import strict_json
+from pact_nemo.runtime.files import write_text_atomic
+from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.other_formats import WANTED, other_format
 from pact_nemo.traces.segments import PREVIEW, SEGMENT_TYPES, prefix_levels, preview_start
 

@@ -11,8 +11,8 @@ from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import EnvironmentFailure, ServerError
 from pact_nemo.rollouts.chat_endpoint import Complete
 from pact_nemo.rollouts.chat_episode import message_parts, play_by_chat
-from pact_nemo.rollouts.config import EpisodeLimits
 from pact_nemo.rollouts.types import Turn
+from pact_nemo.serving.config import EpisodeLimits
 from pact_nemo.traces.builder import TraceBuilder
 from pact_nemo.traces.schema import ReasoningSegment, Trace
 from pact_nemo.traces.segments import split_reasoning

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from pact_nemo.config.schema import AlarmsConfig
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.training.config import AlarmsConfig
 
 #: metric -> (setting, what it is, what to look at)
 _SPIKES = {

@@ -12,7 +12,7 @@ import torch
 from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
 from pact_nemo.policy.policy import UpdateResult
 from pact_nemo.rollouts.types import LIMITS
-from pact_nemo.training.batch import (
+from pact_nemo.training.prompt_trees import (
     PROMPT_ONLY,
     TRACE,
     TRACE_CONDITIONED,

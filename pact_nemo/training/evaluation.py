@@ -6,12 +6,12 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import Interrupted
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.training.batch import turn_rewards_of
-from pact_nemo.training.config import Config
 from pact_nemo.training.distributed import on_rank_zero
+from pact_nemo.training.prompt_trees import turn_rewards_of
 from pact_nemo.training.records import dump_evaluation
 
 if TYPE_CHECKING:

@@ -18,24 +18,24 @@ from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, read_manifest, verify_manifest
 from pact_nemo.checkpoints.quantised import materialise
+from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import Environment
 from pact_nemo.errors import CheckpointError, Interrupted, PactError
-from pact_nemo.files import remove_unfinished
 from pact_nemo.objective.adaptive import AdaptiveClock, between
 from pact_nemo.objective.schedules import Clock, StepClock, TraceSchedule
 from pact_nemo.objective.trace_quality import TraceQuality
-from pact_nemo.policy.fp8_block import FP8_BLOCK
+from pact_nemo.policy.export.fp8_block import FP8_BLOCK
 from pact_nemo.policy.model_folder import check_model_folder
 from pact_nemo.policy.policy import MegatronPolicy
-from pact_nemo.training.ahead import Ahead
-from pact_nemo.training.config import Config
-from pact_nemo.training.data import Dataset
+from pact_nemo.rollouts.overlap import Ahead
+from pact_nemo.runtime.files import remove_unfinished
+from pact_nemo.runtime.interrupt import StopRequest
+from pact_nemo.tracking.metrics_log import MetricsLog
+from pact_nemo.tracking.run_folder import Workspace
+from pact_nemo.tracking.terminal import RunProgress
+from pact_nemo.training.dataset import Dataset
 from pact_nemo.training.distributed import on_rank_zero, rank
 from pact_nemo.training.generation import Generator
-from pact_nemo.training.interrupt import StopRequest
-from pact_nemo.training.metrics import MetricsLog
-from pact_nemo.training.progress import RunProgress
-from pact_nemo.training.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def anneal_clock(config: Config) -> Clock:
         return AdaptiveClock(schedule.success_target, schedule.smoothing)
     if schedule.horizon is not None:
         return StepClock(schedule.horizon)
-    assert config.trainer.steps is not None, "the tasks were not counted"  # training/setup.py: _settle
+    assert config.trainer.steps is not None, "the tasks were not counted"  # training/open_run.py: _settle
     return StepClock(max(config.trainer.steps, 1), given=False)
 
 
@@ -127,7 +127,7 @@ class Experiment:
     @property
     def total_steps(self) -> int:
         """RL steps of the whole run."""
-        assert self.config.trainer.steps is not None, "the tasks were not counted"  # training/setup.py: _settle
+        assert self.config.trainer.steps is not None, "the tasks were not counted"  # training/open_run.py: _settle
         return self.config.trainer.steps
 
     @property

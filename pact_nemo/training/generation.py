@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ServerError
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.config import EpisodeLimits, Sampling
 from pact_nemo.rollouts.episode import SeedPath
-from pact_nemo.rollouts.health import State
-from pact_nemo.rollouts.refit import RefitReport, check_export, load
-from pact_nemo.rollouts.server import RolloutServer
-from pact_nemo.rollouts.supervisor import SupervisedServer
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.training.config import Config
+from pact_nemo.serving.config import EpisodeLimits, Sampling
+from pact_nemo.serving.health import State
+from pact_nemo.serving.refit import RefitReport, check_export, load
+from pact_nemo.serving.server import RolloutServer
+from pact_nemo.serving.supervisor import SupervisedServer
+from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.limits import evaluation_limits, training_limits
-from pact_nemo.training.progress import RunProgress
 
 
 class Generator:
@@ -152,7 +152,7 @@ class Generator:
         return rollouts, time.perf_counter() - started
 
     def refit(self, folder: Path, version: int) -> list[RefitReport]:
-        """Make every server load an export, all at the same time; see :func:`pact_nemo.rollouts.refit.refit_all`. One
+        """Make every server load an export, all at the same time; see :func:`pact_nemo.serving.refit.refit_all`. One
         that dies, hangs or fails meanwhile is restarted and given the export.
 
         Raises:

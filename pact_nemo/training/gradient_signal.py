@@ -14,7 +14,7 @@ from pact_nemo.objective.gate import uniform
 from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
 from pact_nemo.objective.loss import STREAMS, LossFn
 from pact_nemo.policy.trees import TokenTree
-from pact_nemo.training.batch import PromptTree
+from pact_nemo.training.prompt_trees import PromptTree
 
 if TYPE_CHECKING:
     from pact_nemo.policy.policy import MegatronPolicy

@@ -10,7 +10,7 @@ import numpy as np
 
 from pact_nemo.objective.latent import TokenSum, trace_log_likelihood
 from pact_nemo.policy.trees import TokenTree, TreeBuilder
-from pact_nemo.training.batch import add_trace, supervised
+from pact_nemo.training.prompt_trees import add_trace, supervised
 
 if TYPE_CHECKING:
     from pact_nemo.training.experiment import Experiment

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pact_nemo.environments import bfcl, ftrl, toolhop
-from pact_nemo.rollouts.config import EpisodeLimits
-from pact_nemo.training.config import Config
+from pact_nemo.config.schema import Config
+from pact_nemo.environments import ftrl, toolhop
+from pact_nemo.environments.bfcl import environment as bfcl
+from pact_nemo.serving.config import EpisodeLimits
 
 _ENDLESS = 1 << 30
 

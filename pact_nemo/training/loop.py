@@ -16,11 +16,15 @@ from pact_nemo.errors import ConfigError, Interrupted, NumericsError, ServerLost
 from pact_nemo.objective.trace_quality import TraceQuality, beats
 from pact_nemo.policy.policy import UpdateResult
 from pact_nemo.policy.trees import TokenTree
+from pact_nemo.rollouts.overlap import Batch
 from pact_nemo.rollouts.store import read_rollouts
 from pact_nemo.rollouts.types import Rollout
+from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training import alarms, diagnostics, gradient_signal, held_out_traces, numerics
-from pact_nemo.training.ahead import Batch
-from pact_nemo.training.batch import (
+from pact_nemo.training.dataset import prompts_of_step
+from pact_nemo.training.distributed import on_rank_zero, rank
+from pact_nemo.training.experiment import Experiment
+from pact_nemo.training.prompt_trees import (
     PROMPT_ONLY,
     PromptGroup,
     PromptTree,
@@ -31,10 +35,6 @@ from pact_nemo.training.batch import (
     loss_of,
     set_temperature,
 )
-from pact_nemo.training.data import prompts_of_step
-from pact_nemo.training.distributed import on_rank_zero, rank
-from pact_nemo.training.experiment import Experiment
-from pact_nemo.training.progress import RunProgress
 from pact_nemo.training.records import dump_step
 
 

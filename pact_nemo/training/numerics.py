@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from pact_nemo.errors import NumericsError
-from pact_nemo.files import write_json_atomic
-from pact_nemo.training.batch import PromptTree
+from pact_nemo.runtime.files import write_json_atomic
+from pact_nemo.training.prompt_trees import PromptTree
 
 NAMES = {"x": "under x", "h": "under the trace", "sft": "the trace itself"}
 

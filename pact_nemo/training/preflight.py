@@ -9,20 +9,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pact_nemo import machine, strict_json
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import FOLDER_NAME, convert_gguf, find_embedded_gguf
+from pact_nemo.config.schema import Config, settled
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning import disk
+from pact_nemo.planning.from_config import model_shape
 from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.model_folder import check_model_folder, check_values
-from pact_nemo.quarantine import Quarantine
-from pact_nemo.tensor_files import read_tensors
-from pact_nemo.training.config import Config, settled
-from pact_nemo.training.data import build_dataset, build_environment, check_batches, check_server_length, load_tasks
-from pact_nemo.training.plan import model_shape
+from pact_nemo.runtime import machine, strict_json
+from pact_nemo.runtime.quarantine import Quarantine
+from pact_nemo.runtime.tensor_files import read_tensors
+from pact_nemo.training.dataset import build_dataset, build_environment, check_batches, check_server_length, load_tasks
 
 READ_BYTES = (
     4 << 30
@@ -158,7 +158,7 @@ def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[
         The config with its length in steps, and lines that say what was found.
 
     Raises:
-        ConfigError, DataError: as :func:`~pact_nemo.training.data.build_dataset` does.
+        ConfigError, DataError: as :func:`~pact_nemo.training.dataset.build_dataset` does.
     """
     if chat is None and config.model.recipe is not None:
         return config, ["tasks and traces were not read: lengths need a tokenizer, model.path=FOLDER"]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.environments.base import Task
-from pact_nemo.files import write_text_atomic
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.training.batch import PromptGroup
+from pact_nemo.runtime.files import write_text_atomic
+from pact_nemo.training.prompt_trees import PromptGroup
 
 
 def task_view(task: Task) -> dict[str, Any]:

@@ -199,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def leave_with(parent: int) -> None:
-    """As the real server's process does (``rollouts/serve_process.py``)."""
+    """As the real server's process does (``serving/serve_process.py``)."""
     while os.getppid() == parent:
         time.sleep(0.1)
     os._exit(0)

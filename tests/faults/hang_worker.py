@@ -12,8 +12,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from pact_nemo.hangs import beat
 from pact_nemo.policy.device import init_distributed
+from pact_nemo.runtime.hangs import beat
 
 LIMIT_S = 4.0
 

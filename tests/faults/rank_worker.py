@@ -7,8 +7,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pact_nemo.rollouts.server import RolloutServer
-from pact_nemo.training.cli import main
+from pact_nemo.cli import main
+from pact_nemo.serving.server import RolloutServer
 from recipes.pact_bfcl import FULL, PRESET, run
 
 if __name__ == "__main__":

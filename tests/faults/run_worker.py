@@ -28,11 +28,13 @@ torch.set_num_threads(1)
 import torch.utils.tensorboard  # noqa: E402, F401 - slow to import
 import transformers  # noqa: E402, F401
 
+from pact_nemo.config.schema import load_config  # noqa: E402
 from pact_nemo.errors import Interrupted, PactError  # noqa: E402
-from pact_nemo.rollouts.server import RolloutServer  # noqa: E402
-from pact_nemo.training import evaluation, finish, setup, warmup  # noqa: E402, F401 - what the recipe imports
-from pact_nemo.training.config import load_config  # noqa: E402
-from pact_nemo.training.progress import Phase, RunProgress  # noqa: E402
+from pact_nemo.serving.server import RolloutServer  # noqa: E402
+from pact_nemo.tracking.terminal import Phase, RunProgress  # noqa: E402
+from pact_nemo.training import close_run as finish  # noqa: E402, F401 - what the recipe imports
+from pact_nemo.training import evaluation, warmup  # noqa: E402, F401 - what the recipe imports
+from pact_nemo.training import open_run as setup  # noqa: E402, F401 - what the recipe imports
 from recipes.pact_bfcl import run  # noqa: E402
 
 

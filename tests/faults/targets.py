@@ -20,25 +20,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pact_nemo import strict_json, tensor_files
 from pact_nemo.chat import json_calls, parsing, tool_formats
 from pact_nemo.chat import template as chat_template
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.checkpoints import manifest, resume
-from pact_nemo.environments import bfcl, bfcl_data, calls, ftrl, python_tools, rows, toolhop
+from pact_nemo.config import schema as config_module
+from pact_nemo.config.schema import load_config, to_yaml
+from pact_nemo.environments import calls, ftrl, python_tools, rows, toolhop
 from pact_nemo.environments.base import Task, ToolCall
+from pact_nemo.environments.bfcl import data as bfcl_data
+from pact_nemo.environments.bfcl import environment as bfcl
 from pact_nemo.errors import CheckpointError, ConfigError, DataError, PactError, ToolCallError
-from pact_nemo.quarantine import Quarantine
+from pact_nemo.report import data as report_data
+from pact_nemo.report import page as report_page
 from pact_nemo.rollouts import store
+from pact_nemo.runtime import strict_json, tensor_files
+from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces import annotate, filters, recorded, schema, spans
-from pact_nemo.training import config as config_module
-from pact_nemo.training import metrics as metrics_module
-from pact_nemo.training.config import load_config, to_yaml
+from pact_nemo.tracking import metrics_log as metrics_module
 from pact_nemo.training.records import task_view
-from pact_nemo.training.report import data as report_data
-from pact_nemo.training.report import page as report_page
 from tests.fixtures.chat_models import chat_format, tokenizer
 from tests.fixtures.run_folders import make_run
 
@@ -506,7 +508,7 @@ def _make_export_manifest(folder: Path) -> tuple[Callable[[bytes], None], list[b
             raise
 
     old = {"schema": 1, "version": 0, "extra": {}, "files": {}}
-    from pact_nemo.files import sha256_file
+    from pact_nemo.runtime.files import sha256_file
 
     old["files"] = {
         name: {"size": (base / name).stat().st_size, "sha256": sha256_file(base / name)}

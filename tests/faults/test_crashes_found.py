@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from pact_nemo import tensor_files
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.checkpoints import manifest, resume
+from pact_nemo.config.schema import load_config
 from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.environments.toolhop import ToolHopEnvironment
 from pact_nemo.errors import CheckpointError, ConfigError, DataError
+from pact_nemo.report import write_report
 from pact_nemo.rollouts.store import read_rollouts
+from pact_nemo.runtime import tensor_files
 from pact_nemo.traces.schema import read_traces
-from pact_nemo.training.config import load_config
-from pact_nemo.training.metrics import read_metrics
-from pact_nemo.training.report import write_report
+from pact_nemo.tracking.metrics_log import read_metrics
 from tests.faults.targets import FTRL_PLAIN, TOOLHOP_ROW, TRACE, function
 from tests.fixtures.chat_models import chat_format, tokenizer
 from tests.fixtures.run_folders import make_run

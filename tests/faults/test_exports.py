@@ -14,12 +14,12 @@ import torch
 
 from pact_nemo.checkpoints import hf, manifest
 from pact_nemo.errors import CheckpointError
-from pact_nemo.policy.export_layout import LayoutSettings
-from pact_nemo.policy.hf_folder import write_folder
-from pact_nemo.rollouts.client import RolloutClient
-from pact_nemo.rollouts.endpoint import ServerEndpoint
-from pact_nemo.rollouts.refit import refit
-from pact_nemo.tensor_files import read_tensors
+from pact_nemo.policy.export.hf_folder import write_folder
+from pact_nemo.policy.export.layout import LayoutSettings
+from pact_nemo.runtime.tensor_files import read_tensors
+from pact_nemo.serving.client import RolloutClient
+from pact_nemo.serving.endpoint import ServerEndpoint
+from pact_nemo.serving.refit import refit
 from tests.faults import tally
 from tests.workers.policy_kit import make_model
 
@@ -193,7 +193,7 @@ def test_exports_out_of_order_are_refused(exports: Path, source: Path, folder: s
 def test_the_server_checks_what_it_sees_itself(exports: Path, tmp_path: Path) -> None:
     """A server on another machine may see another state of the folder than the trainer, who verified it."""
     pytest.importorskip("vllm")
-    from pact_nemo.rollouts.worker import RefitExtension
+    from pact_nemo.serving.worker import RefitExtension
 
     loaded: list[str] = []
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from pact_nemo.hangs import EXIT_CODE, Sign, verdict, whereabouts
+from pact_nemo.runtime.hangs import EXIT_CODE, Sign, verdict, whereabouts
 from tests.faults.hang_worker import LIMIT_S
 from tests.faults.kit import REPO
 

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from pact_nemo import errors
-from pact_nemo.files import remove_unfinished, write_text_atomic
-from pact_nemo.rollouts.config import RolloutServerConfig
-from pact_nemo.rollouts.server import RolloutServer
-from pact_nemo.training import distributed, finish, records
-from pact_nemo.training.report.page import facts
-from pact_nemo.training.workspace import Workspace
+from pact_nemo.report.page import facts
+from pact_nemo.runtime.files import remove_unfinished, write_text_atomic
+from pact_nemo.serving.config import RolloutServerConfig
+from pact_nemo.serving.server import RolloutServer
+from pact_nemo.tracking.run_folder import Workspace
+from pact_nemo.training import close_run as finish
+from pact_nemo.training import distributed, records
 
 
 def test_counters_of_all_steps_are_added_by_name() -> None:
@@ -112,8 +113,8 @@ def test_runs_of_the_same_path_on_two_machines_share_no_exports_folder(tmp_path:
 def test_temporary_names_of_two_containers_differ(tmp_path: Path) -> None:
     """Their processes have the same ids."""
     code = (
-        "import os; os.getpid = lambda: 7\nfrom pathlib import Path; from pact_nemo.files import temporary_beside as t;"
-        " print(t(Path('a/b')))"
+        "import os; os.getpid = lambda: 7\nfrom pathlib import Path; "
+        "from pact_nemo.runtime.files import temporary_beside as t; print(t(Path('a/b')))"
     )
     names = {
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

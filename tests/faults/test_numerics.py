@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from pact_nemo.config.schema import AlarmsConfig
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import NumericsError
 from pact_nemo.policy.config import OptimizerConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.rollouts.types import Rollout, Turn
+from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.training import alarms
-from pact_nemo.training.batch import form_group
-from pact_nemo.training.config import AlarmsConfig
 from pact_nemo.training.loop import Stopwatch, optimise
-from pact_nemo.training.workspace import Workspace
+from pact_nemo.training.prompt_trees import form_group
 from tests.test_training_fast_paths import batch, settings
 from tests.workers.policy_kit import make_model
 from tools.benches.kit import stand_in

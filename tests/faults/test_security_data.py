@@ -20,21 +20,21 @@ from typing import Any
 import pytest
 import torch
 
-from pact_nemo import tensor_files
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.checkpoints import foreign, manifest, resume
-from pact_nemo.environments import bfcl_data
+from pact_nemo.config.schema import load_config
 from pact_nemo.environments.base import ToolCall
-from pact_nemo.environments.bfcl import BFCLEnvironment
+from pact_nemo.environments.bfcl import data as bfcl_data
+from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.errors import CheckpointError, ConfigError, DataError
-from pact_nemo.files import stays_inside
 from pact_nemo.policy.device import init_distributed  # noqa: F401 - what the child process below imports
-from pact_nemo.rollouts.config import RolloutServerConfig
-from pact_nemo.rollouts.endpoint import ServerEndpoint
-from pact_nemo.rollouts.launch import engine_arguments, engine_environment
-from pact_nemo.rollouts.server import RolloutServer
-from pact_nemo.training import workspace
-from pact_nemo.training.config import load_config
+from pact_nemo.runtime import tensor_files
+from pact_nemo.runtime.files import stays_inside
+from pact_nemo.serving.config import RolloutServerConfig
+from pact_nemo.serving.endpoint import ServerEndpoint
+from pact_nemo.serving.launch import engine_arguments, engine_environment
+from pact_nemo.serving.server import RolloutServer
+from pact_nemo.tracking import run_folder as workspace
 from tests.faults import tally
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -354,8 +354,8 @@ def test_a_key_in_a_setting_is_refused_without_repeating_it(word: str) -> None:
 def test_no_key_of_the_environment_reaches_command_line_config_or_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pact_nemo.training.finish import versions
-    from pact_nemo.training.report import write_report
+    from pact_nemo.report import write_report
+    from pact_nemo.training.close_run import versions
     from tests.fixtures.run_folders import make_run
 
     for name, value in KEYS.items():

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pact_nemo.errors import DataError
-from pact_nemo.training.report import write_report
+from pact_nemo.report import write_report
 from tests.fixtures.run_folders import make_run
 
 PAYLOADS = (

@@ -27,12 +27,12 @@ from pact_nemo.checkpoints.manifest import new_export
 from pact_nemo.environments.base import Outcome, Task
 from pact_nemo.errors import CheckpointError, ServerError, ServerLost
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.config import EpisodeLimits, RolloutServerConfig, Sampling
 from pact_nemo.rollouts.episode import SeedPath
-from pact_nemo.rollouts.refit import check_export, load
-from pact_nemo.rollouts.server import RolloutServer, group_members
-from pact_nemo.rollouts.supervisor import SupervisedServer
 from pact_nemo.rollouts.types import Rollout
+from pact_nemo.serving.config import EpisodeLimits, RolloutServerConfig, Sampling
+from pact_nemo.serving.refit import check_export, load
+from pact_nemo.serving.server import RolloutServer, group_members
+from pact_nemo.serving.supervisor import SupervisedServer
 from tests.faults import tally
 
 CONFIG: dict[str, Any] = dict(

@@ -7,12 +7,13 @@ import random
 
 import torch
 
+from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.traces.spans import CALL, OBSERVATION, OTHER, REASONING, TraceTokens
-from pact_nemo.training.batch import (
+from pact_nemo.training.prompt_trees import (
     PromptGroup,
     PromptTree,
     contexts_needed,
@@ -22,7 +23,6 @@ from pact_nemo.training.batch import (
     loss_of,
     set_temperature,
 )
-from pact_nemo.training.config import ObjectiveConfig
 from tests.workers.policy_kit import VOCAB
 
 OBJECTIVE = ObjectiveConfig(group_size=4, anchor_prob=0.4, kl_coef=0.01, sft_coef=0.3, entropy_coef=0.05, dual_clip=3.0)

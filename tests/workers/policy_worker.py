@@ -22,10 +22,10 @@ import torch.distributed as dist
 from pact_nemo.checkpoints import resume
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.errors import NumericsError, PactError
-from pact_nemo.policy import export_writer
 from pact_nemo.policy import policy as policy_module
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
-from pact_nemo.policy.export_layout import LayoutSettings
+from pact_nemo.policy.export import writer as export_writer
+from pact_nemo.policy.export.layout import LayoutSettings
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.workers.pact_kit import make_pact_trees, pact_terms
 from tests.workers.policy_kit import loss_fn, make_trees

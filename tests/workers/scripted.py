@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import Task
-from pact_nemo.rollouts.client import Completion, GenerationRequest
-from pact_nemo.rollouts.config import Sampling
 from pact_nemo.rollouts.episode import SeedPath, run_episode
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.training.batch import form_group
-from pact_nemo.training.config import Config
-from pact_nemo.training.data import build_dataset, build_environment, prompts_of_step
+from pact_nemo.serving.client import Completion, GenerationRequest
+from pact_nemo.serving.config import Sampling
+from pact_nemo.tracking.run_folder import Workspace
+from pact_nemo.training.dataset import build_dataset, build_environment, prompts_of_step
 from pact_nemo.training.limits import training_limits
+from pact_nemo.training.prompt_trees import form_group
 from pact_nemo.training.records import dump_step
-from pact_nemo.training.workspace import Workspace
 
 
 class ScriptedPolicy:

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_nemo.collective import from_rank_zero, rank
+from pact_nemo.config.schema import Config, load_config
+from pact_nemo.planning.from_config import step_work
 from pact_nemo.planning.hardware import Hardware
 from pact_nemo.planning.memory import memory_plan
 from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.planning.timing import scoring_seconds, update_seconds
 from pact_nemo.planning.workload import Lengths
-from pact_nemo.training.config import Config, load_config
-from pact_nemo.training.plan import step_work
+from pact_nemo.runtime.collective import from_rank_zero, rank
 from tools.benches.kit import BOUNDARY, PeakMemory, interleaved, random_llama, stand_in, synthetic_groups, timed_step
 
 METHODS = ("grpo", "pact")
@@ -88,7 +88,7 @@ class Point:
         )
 
     def config(self, method: str) -> Config:
-        """The defaults of :mod:`pact_nemo.training.config` in float32; one update; every prompt is trained under its
+        """The defaults of :mod:`pact_nemo.config.schema` in float32; one update; every prompt is trained under its
         trace (q = 0).
         """
         return load_config(

@@ -25,18 +25,18 @@ from typing import Any, cast
 
 import numpy as np
 
-from pact_nemo.collective import from_rank_zero, rank
+from pact_nemo.config.schema import Config, load_config
 from pact_nemo.environments.base import Outcome, Task
 from pact_nemo.objective.methods import METHODS
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.rollouts.types import Rollout, Turn
+from pact_nemo.runtime.collective import from_rank_zero, rank
 from pact_nemo.traces.spans import CALL, OTHER, REASONING, TraceTokens
-from pact_nemo.training.batch import PromptGroup, form_group
-from pact_nemo.training.config import Config, load_config
 from pact_nemo.training.experiment import Experiment, trace_schedule
 from pact_nemo.training.loop import Stopwatch, collect, optimise
-from pact_nemo.training.setup import open_experiment
+from pact_nemo.training.open_run import open_experiment
+from pact_nemo.training.prompt_trees import PromptGroup, form_group
 
 BOUNDARY = 8  #: tokens of the turn between h* and tau in synthetic batches
 

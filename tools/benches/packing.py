@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.config.schema import Config, load_config
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.packing import pack
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import TokenTree
-from pact_nemo.training.batch import PromptGroup, contexts_needed, grow_tree
-from pact_nemo.training.config import Config, load_config
+from pact_nemo.training.prompt_trees import PromptGroup, contexts_needed, grow_tree
 from tools.benches.kit import (
     BOUNDARY,
     interleaved,

@@ -26,14 +26,14 @@ import torch
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import prune_exports, verify_manifest
-from pact_nemo.collective import from_rank_zero, rank, world_size
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.device import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
-from pact_nemo.rollouts.client import GenerationRequest, RolloutClient
-from pact_nemo.rollouts.config import RolloutServerConfig
-from pact_nemo.rollouts.refit import refit
-from pact_nemo.rollouts.server import RolloutServer
+from pact_nemo.runtime.collective import from_rank_zero, rank, world_size
+from pact_nemo.serving.client import GenerationRequest, RolloutClient
+from pact_nemo.serving.config import RolloutServerConfig
+from pact_nemo.serving.refit import refit
+from pact_nemo.serving.server import RolloutServer
 from tools.benches.kit import random_llama, scratch
 
 GOAL = 0.8

@@ -31,14 +31,14 @@ from pathlib import Path
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.config.schema import Config, load_config
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.config import Sampling
 from pact_nemo.rollouts.episode import SeedPath
-from pact_nemo.rollouts.server import RolloutServer
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.training.config import Config, load_config
-from pact_nemo.training.data import build_dataset, build_environment, prompts_of_step
+from pact_nemo.serving.config import Sampling
+from pact_nemo.serving.server import RolloutServer
+from pact_nemo.training.dataset import build_dataset, build_environment, prompts_of_step
 from pact_nemo.training.limits import training_limits
 from tools.benches.kit import report
 from tools.benches.rollouts_watch import Record, TimedChat, TimedClient, TimedEnvironment, analyse, sampling_server

@@ -16,8 +16,8 @@ import httpx
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
-from pact_nemo.rollouts.client import Completion, GenerationRequest, RolloutClient
-from pact_nemo.rollouts.endpoint import ServerEndpoint
+from pact_nemo.serving.client import Completion, GenerationRequest, RolloutClient
+from pact_nemo.serving.endpoint import ServerEndpoint
 
 SAMPLE_SECONDS = 0.2
 CODE = ("environment", "tokens")

@@ -30,15 +30,15 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from pact_nemo.collective import world_size
+from pact_nemo.config.schema import Config
 from pact_nemo.errors import ConfigError, NumericsError
 from pact_nemo.policy.device import use_cuda
 from pact_nemo.policy.packing import pack
 from pact_nemo.policy.policy import MegatronPolicy
-from pact_nemo.training.batch import PROMPT_ONLY, PromptGroup, contexts_needed, grow_tree
-from pact_nemo.training.config import Config
+from pact_nemo.runtime.collective import world_size
 from pact_nemo.training.experiment import Experiment
 from pact_nemo.training.loop import Stopwatch, optimise
+from pact_nemo.training.prompt_trees import PROMPT_ONLY, PromptGroup, contexts_needed, grow_tree
 from tools.benches.kit import interleaved, median_ratio, recorded_groups, report, scratch, stand_in, timed_step
 
 GOAL, PACT_GOAL = 0.9, 1.0

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jinja2
 
-from pact_nemo.training.report.charts import ticks_between
-from pact_nemo.training.report.picture import TONES
-from pact_nemo.training.report.stats import mean
+from pact_nemo.report.charts import ticks_between
+from pact_nemo.report.picture import TONES
+from pact_nemo.report.stats import mean
 from tools.comparisons.results import Result, groups
 
 WIDTH, HEIGHT = 560, 340

@@ -30,10 +30,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pact_nemo.config.schema import load_config
 from pact_nemo.errors import ConfigError
-from pact_nemo.training.config import load_config
-from pact_nemo.training.report.comparison import total_seconds
-from pact_nemo.training.report.data import load_run
+from pact_nemo.report.comparison import total_seconds
+from pact_nemo.report.data import load_run
 from tools.comparisons.results import Result, read_results, result_of, write_result
 from tools.comparisons.runner import config_of, finished, run_one
 

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pact_nemo import strict_json
 from pact_nemo.errors import DataError
-from pact_nemo.files import write_json_atomic
-from pact_nemo.training.report.comparison import total_seconds
-from pact_nemo.training.report.data import Run
-from pact_nemo.training.report.stats import deviation, mean, paired_bootstrap, passed
+from pact_nemo.report.comparison import total_seconds
+from pact_nemo.report.data import Run
+from pact_nemo.report.stats import deviation, mean, paired_bootstrap, passed
+from pact_nemo.runtime import strict_json
+from pact_nemo.runtime.files import write_json_atomic
 
 SCORE = "after"
 #: curves that are kept, of those that a run has

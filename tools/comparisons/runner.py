@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pact_nemo.config.schema import load_config, to_dict
 from pact_nemo.errors import ConfigError, PactError
-from pact_nemo.training.config import load_config, to_dict
-from pact_nemo.training.report.comparison import flat
-from pact_nemo.training.report.data import load_run
+from pact_nemo.report.comparison import flat
+from pact_nemo.report.data import load_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

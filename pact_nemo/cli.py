@@ -1,0 +1,122 @@
+"""The command line that every recipe shares."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pact_nemo.config.recipes import RECIPES, recipe
+from pact_nemo.config.schema import Config, load_config, to_yaml
+from pact_nemo.errors import ConfigError, Interrupted, PactError
+from pact_nemo.runtime import machine
+from pact_nemo.runtime.terminal import command, expendable_output
+from pact_nemo.tracking.run_folder import check_places, check_replay
+
+INTERRUPTED = 75  # EX_TEMPFAIL: try again later
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def resolve(arguments: argparse.Namespace, preset: str | None, full: str) -> Config:
+    """Config of a new run or of the run being resumed, with the overrides on top.
+
+    A new run starts from ``--config``, else from ``preset``; with ``--recipe`` from the benchmark's ``full`` settings,
+    the recipe, then ``--config``.
+    """
+    if arguments.resume is not None:
+        saved = Path(arguments.resume) / "config.yaml"
+        if not saved.is_file():
+            raise ConfigError(
+                f"--resume {arguments.resume}: no config.yaml there; give a run folder such as runs/latest"
+            )
+        return load_config(saved, arguments.overrides)
+    if arguments.recipe is None:
+        assert preset is not None
+        return load_config(arguments.config or REPOSITORY / preset, arguments.overrides)
+    chosen = recipe(arguments.recipe)
+    config = load_config([REPOSITORY / full, chosen, *(arguments.config or [])], arguments.overrides)
+    if config.model.path is None and not arguments.dry_run:
+        raise ConfigError(
+            f"recipe {chosen.name}: say where the weights of {chosen.model} are,"
+            f" model.path=/models/{chosen.model.partition('/')[2]}"
+        )
+    return config
+
+
+def main(
+    run: Callable[[Config, str | None], None],
+    preset: str | None,
+    full: str,
+    description: str | None,
+    default_recipe: str | None = None,
+) -> None:
+    """Parse, resolve, and run or explain. Exit codes: 0 done, 2 the configuration is wrong, 75 stopped by a signal and
+    resumable, 1 anything else.
+
+    A standard output that gets lost or full ends no run (:mod:`pact_nemo.runtime.terminal`)."""
+    command(lambda: _main(run, preset, full, description, default_recipe))
+
+
+def _main(
+    run: Callable[[Config, str | None], None],
+    preset: str | None,
+    full: str,
+    description: str | None,
+    default_recipe: str | None,
+) -> int:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar="YAML",
+        help="default: the small model's preset; given again, later files go on top (conf/ablations)",
+    )
+    parser.add_argument(
+        "--recipe", metavar="NAME", default=default_recipe, help=f"a run at scale: {', '.join(RECIPES)}"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check model, tasks and traces; print config, plan and memory; start nothing",
+    )
+    parser.add_argument(
+        "--resume", nargs="?", const="runs/latest", metavar="RUN", help="continue a run folder (default runs/latest)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log at INFO")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of pact_nemo/config/schema.py")
+    arguments = parser.parse_intermixed_args()
+    logging.basicConfig(
+        level=logging.INFO if arguments.verbose else logging.WARNING, format="%(asctime)s %(name)s: %(message)s"
+    )
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        machine.prepare()
+        config = resolve(arguments, preset, full)
+        check_replay(config)
+        check_places(config)
+        if arguments.dry_run:
+            from pact_nemo.planning.from_config import describe_plan
+            from pact_nemo.training.preflight import check_room, look_at_data, preflight
+
+            if config.model.recipe is None:  # a recipe is explained on machines that it is not for
+                check_room(config)
+            config, notes = look_at_data(config, preflight(config))
+            print(to_yaml(config))
+            print("\n".join([describe_plan(config), "data", *(f"  {note}" for note in notes)]))
+            return 0
+        with expendable_output():
+            run(config, arguments.resume)
+        return 0
+    except ConfigError as error:
+        print(f"configuration error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as interrupted:
+        print(str(interrupted), file=sys.stderr)
+        return INTERRUPTED
+    except PactError as error:
+        logging.getLogger(__name__).info("stopped", exc_info=True)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1

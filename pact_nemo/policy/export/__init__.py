@@ -1,0 +1,1 @@
+"""Weights written for others: layout, writer, HF folder, FP8 blocks."""

