@@ -488,9 +488,8 @@ class ChatFormat:
         """Template text before such a message, its thought included, and after it."""
         before = self._plain([USER], True).removesuffix(self.generation_thought)
         conversation = self._earlier_conversation("", user)
-        conversation[1] = (
-            _ASSISTANT  # as content: a template with a field for thoughts would take a message for an open one
-        )
+        # as content: a template with a field for thoughts would take a message for an open one
+        conversation[1] = _ASSISTANT
         _, mark, after = self._plain(conversation, False).partition(_MARK)
         if not mark:
             raise ConfigError(f"{self.source} drops what the assistant wrote earlier; take a template that shows it")

@@ -117,9 +117,8 @@ def _write(policy: Resumable, folder: Path, state: dict[str, Any]) -> Any:
     _start_results_queue()
     options: dict[str, Any] = {"async_sharded_save": True}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-        options["async_strategy"] = (
-            "mcore"  # megatron-core 0.19 would take NVIDIA's resiliency extension, which is for GPUs
-        )
+        # megatron-core 0.19 would take NVIDIA's resiliency extension, which is for GPUs
+        options["async_strategy"] = "mcore"
     request = dist_checkpointing.save(policy.state_dict(), str(folder / "weights"), **options)
     return request._replace(async_fn=partial(_watched, request.async_fn)) if request.async_fn is not None else request
 

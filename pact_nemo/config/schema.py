@@ -54,9 +54,8 @@ class ModelConfig:
     path: str | None = None  #: HF folder; None = the small instruct model that an installed package embeds
     recipe: str | None = None  #: set by ``--recipe``: a name in ``pact_nemo.config.recipes.RECIPES``
     tool_format: str = "pythonic"  #: how calls are written: a name in ``pact_nemo.chat.tool_formats.TOOL_FORMATS``
-    earlier_thoughts: str | None = (
-        None  #: of earlier messages: "keep" them in the context, or as the chat "template" does; None = "template"
-    )
+    #: of earlier messages: "keep" them in the context, or as the chat "template" does; None = "template"
+    earlier_thoughts: str | None = None
     template_kwargs: dict[str, Any] = field(
         default_factory=dict
     )  #: the chat template's own switches: {enable_thinking: false}, {date_string: …}
@@ -80,24 +79,19 @@ class TasksConfig:
             "multi_turn_long_context",
         ]
     )
-    window: str = (
-        "full"  #: "full": whole episodes; "turn": one user turn a task, earlier turns replayed from the ground truth
-    )
+    #: "full": whole episodes; "turn": one user turn a task, earlier turns replayed from the ground truth
+    window: str = "full"
     max_calls: int | None = None  #: window=turn: keep turns with 1..max_calls ground-truth calls
-    grounded_only: bool = (
-        False  #: window=turn: keep turns whose every argument occurs in the user's words or an earlier observation
-    )
+    #: window=turn: keep turns whose every argument occurs in the user's words or an earlier observation
+    grounded_only: bool = False
     max_user_chars: int | None = None  #: window=turn: keep turns whose request is at most this long
-    max_observation_chars: int | None = (
-        None  #: longer observations are cut for the policy (the checker sees them whole)
-    )
-    max_tools: int | None = (
-        None  #: offer the needed tools plus seeded distractors, this many in all; None = all of the involved classes
-    )
+    #: longer observations are cut for the policy (the checker sees them whole)
+    max_observation_chars: int | None = None
+    #: offer the needed tools plus seeded distractors, this many in all; None = all of the involved classes
+    max_tools: int | None = None
     max_prompt_tokens: int = 7000  #: what becomes of longer prompts says ``overlong``
-    overlong: str = (
-        "drop"  #: prompts beyond ``max_prompt_tokens``: "drop": the task is left out, counted; "stop": the run ends
-    )
+    #: prompts beyond ``max_prompt_tokens``: "drop": the task is left out, counted; "stop": the run ends
+    overlong: str = "drop"
     #: scenario groups kept for evaluation only, chosen by ``split_seed``; none of their tasks is ever trained on
     held_out: int = 50
     split_seed: int = 7  #: apart from ``run.seed`` on purpose, so that runs with different seeds share one held-out set
@@ -113,42 +107,34 @@ class SandboxConfig:
     seconds: float = 10.0
     memory_mb: int = 1024
     processes: int = 16
-    unconfined: bool = (
-        False  #: run untrusted tools without namespaces; for machines that can't confine, and only on purpose
-    )
+    #: run untrusted tools without namespaces; for machines that can't confine, and only on purpose
+    unconfined: bool = False
 
 
 @dataclass
 class TracesConfig:
     """Expert traces h*."""
 
-    path: str | None = (
-        #: JSONL of traces; None = bfcl: execute the ground truth and annotate it; others: find the calls of recorded
-        #: sub-answers
-        None
-    )
+    #: JSONL of traces; None = bfcl: execute the ground truth and annotate it; others: find the calls of recorded
+    #: sub-answers
+    path: str | None = None
     style: str = "full"  #: annotator's wording: "full" or "compact"
     #: "one": each call in an assistant turn of its own, as its observation comes; "all": a user turn's calls together
     calls_per_turn: str = "one"
     teach_end_of_turn: bool = False  #: supervise the end-of-turn token after a call as part of the call span
     #: supervise what stands between reasoning and call, as part of the call span; False: the paper's literal rule
     teach_switch: bool = True
-    max_missing: float | None = (
-        None  #: largest share of training tasks that may have no trace; null = any share but all of ``path``'s
-    )
-    max_unreferenced: float | None = (
-        None  #: largest share of training tasks that may have no reference calls; null = any share
-    )
-    max_tasks: int | None = (
-        None  #: use the traces of at most so many training tasks; the others are trained on by RL alone
-    )
+    #: largest share of training tasks that may have no trace; null = any share but all of ``path``'s
+    max_missing: float | None = None
+    #: largest share of training tasks that may have no reference calls; null = any share
+    max_unreferenced: float | None = None
+    #: use the traces of at most so many training tasks; the others are trained on by RL alone
+    max_tasks: int | None = None
     components: list[str] = field(
         default_factory=lambda: ["reasoning", "calls", "observations"]
     )  #: what of a trace is used (paper, table 3)
-    control: str | None = (
-        #: experiment: what RL is conditioned on in place of h*: "other_task" (another task's) or "none"; SFT keeps h*
-        None
-    )
+    #: experiment: what RL is conditioned on in place of h*: "other_task" (another task's) or "none"; SFT keeps h*
+    control: str | None = None
     max_tokens: int = 4096  #: what becomes of a longer trace says ``overlong``
     #: a trace beyond its room, counted: "turn": cut after a whole turn; "segment": after a whole reasoning segment;
     #: "drop"
@@ -157,9 +143,8 @@ class TracesConfig:
         default_factory=list
     )  #: verified variants of each trace: "argument_order", "call_order" (beyond the paper)
     variants: int = 3  #: at most this many of them a task; a step takes one of a task's traces by (seed, step, task)
-    quality: bool = (
-        False  #: replay every trace first, and let one that rollouts keep beating lose weight (beyond the paper)
-    )
+    #: replay every trace first, and let one that rollouts keep beating lose weight (beyond the paper)
+    quality: bool = False
     quality_smoothing: float = 0.5  #: weight of the past in how often a trace was beaten, in [0, 1)
 
 
@@ -172,9 +157,8 @@ class SamplingConfig:
     top_p: float = 1.0  #: nothing else: a truncated distribution is not the policy that is trained
     max_turns_per_user_turn: int = 10  #: assistant turns that may follow one user turn
     max_turns: int = 100  #: assistant turns of the episode
-    max_turn_tokens: int = (
-        23000  #: policy tokens per assistant turn, its thought included: one may take the whole response
-    )
+    #: policy tokens per assistant turn, its thought included: one may take the whole response
+    max_turn_tokens: int = 23000
     max_response_tokens: int = 23000  #: tokens after x that the server sees at one time, observations included
     concurrency: int = 64  #: episodes in flight
 
@@ -187,13 +171,10 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     importance: str = "tis"  #: correction of sampler-trainer mismatch: "tis" (truncated importance sampling) or "off"
     importance_cap: float = 2.0
-    export_dtype: str = (
-        "bfloat16"  #: of the weights that the server reloads: bfloat16 | float16 | float32 | fp8_block (docs/refit.md)
-    )
-    exports_dir: str | None = (
-        #: disk for refit exports, an absolute path that servers see too (local NVMe, shared); None = the run folder
-        None
-    )
+    #: of the weights that the server reloads: bfloat16 | float16 | float32 | fp8_block (docs/refit.md)
+    export_dtype: str = "bfloat16"
+    #: disk for refit exports, an absolute path that servers see too (local NVMe, shared); None = the run folder
+    exports_dir: str | None = None
     keep_exports: int = 2  #: newest refit exports kept on disk
 
 
@@ -208,23 +189,20 @@ class ScheduleConfig:
     call_start: float = 0.8  #: lambda_start of eq. 11
     call_end: float = 0.2  #: lambda_end of eq. 11
     horizon: int | None = None  #: S; None = the run's steps
-    kind: str = (
-        "fixed"  #: "fixed": a function of the step; "adaptive": of the policy's progress (``objective/adaptive.py``)
-    )
+    #: "fixed": a function of the step; "adaptive": of the policy's progress (``objective/adaptive.py``)
+    kind: str = "fixed"
     success_target: float = 0.6  #: adaptive: success rate of rollouts at which annealing is through
     smoothing: float = 0.7  #: adaptive: weight of the past in the means it goes by
-    anchor_end: float | None = (
-        None  #: adaptive: anchoring probability at full progress; None = ``anchor_prob`` throughout
-    )
+    #: adaptive: anchoring probability at full progress; None = ``anchor_prob`` throughout
+    anchor_end: float | None = None
 
 
 @dataclass
 class ObjectiveConfig:
     """The PACT objective; see ``docs/objective.md`` for each symbol."""
 
-    method: str = (
-        "pact"  #: a name in ``pact_nemo.objective.methods.METHODS``, whose ``defaults`` take the place of those below
-    )
+    #: a name in ``pact_nemo.objective.methods.METHODS``, whose ``defaults`` take the place of those below
+    method: str = "pact"
     group_size: int = 8  #: K
     clip: bool = True  #: False: the surrogate without a range of ratios
     clip_low: float = 0.2
@@ -232,12 +210,10 @@ class ObjectiveConfig:
     dual_clip: float | None = None  #: c: a token of negative advantage loses at most c |A| (verl: 3.0); null = off
     gamma: float = 0.9  #: discount of the turn-level return
     advantage_eps: float = 1e-6
-    advantage_std: bool = (
-        True  #: divide by the group's standard deviation; False: the mean is taken off, and that is all
-    )
-    advantage_std_floor: float = (
-        0.0  #: a smaller standard deviation is taken as this much, in units of the reward; 0 = no floor
-    )
+    #: divide by the group's standard deviation; False: the mean is taken off, and that is all
+    advantage_std: bool = True
+    #: a smaller standard deviation is taken as this much, in units of the reward; 0 = no floor
+    advantage_std_floor: float = 0.0
     turn_level: bool = True  #: False: trajectory advantage only
     combine: str = "sum"  #: A^g + A^l: "sum" (eq. 32) or "mean"
     matching: str = "hungarian"  #: of calls in the rewards: "hungarian" (the largest sum) or "greedy"
@@ -253,19 +229,16 @@ class ObjectiveConfig:
     mu_schedule: str = "cosine"  #: chord: how mu goes down: "cosine" or "linear"
     shaping: float = 0.1  #: luffy: gamma of f(p) = p / (p + gamma)
     anchor_prob: float = 0.4  #: q
-    ftrl_count_malformed: bool = (
-        False  #: ftrl: malformed calls beside readable ones count among the calls of their turn
-    )
+    #: ftrl: malformed calls beside readable ones count among the calls of their turn
+    ftrl_count_malformed: bool = False
     toolrl_strict: bool = True  #: toolrl: one unreadable call gives the lowest correctness reward
     kl_coef: float = 0.001
-    entropy_coef: float = (
-        0.0  #: bonus on the entropy of each policy token's distribution under x (public scripts: 0.001); 0 = off
-    )
+    #: bonus on the entropy of each policy token's distribution under x (public scripts: 0.001); 0 = off
+    entropy_coef: float = 0.0
     aggregation: str = "rollout-mean"  #: rollout-mean | token-mean | constant-length
     sft_aggregation: str = "trace-mean"  #: of the SFT term: trace-mean (eq. 9) | token-mean
-    constant_length: int | None = (
-        None  #: denominator of aggregation=constant-length; null = ``rollout.sampling.max_response_tokens``
-    )
+    #: denominator of aggregation=constant-length; null = ``rollout.sampling.max_response_tokens``
+    constant_length: int | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
@@ -281,9 +254,8 @@ class WarmupConfig:
     max_tasks: int | None = None  #: training tasks whose traces the stage sees; None = all
     reasoning_weight: float = 1.0
     call_weight: float = 1.0
-    closing: str | None = (
-        None  #: a message without calls that ends the turn, taught in this stage only (traces hold no final answer)
-    )
+    #: a message without calls that ends the turn, taught in this stage only (traces hold no final answer)
+    closing: str | None = None
 
 
 @dataclass
@@ -291,34 +263,28 @@ class TrainerConfig:
     """The loop. Its length is said by one of ``steps`` and ``epochs``; the other one is null."""
 
     steps: int | None = 24  #: RL steps; ``epochs`` given and no ``steps`` anywhere: null
-    epochs: int | None = (
-        #: passes over the training tasks, of floor(tasks / batch_size) steps each: what fills no batch waits for the
-        #: next one
-        None
-    )
+    #: passes over the training tasks, of floor(tasks / batch_size) steps each: what fills no batch waits for the
+    #: next one
+    epochs: int | None = None
     batch_size: int = 256  #: prompts per step
     mini_batch_size: int = 32  #: prompts per optimizer update
     checkpoint_every: int = 5  #: steps; the last step is always saved; 0 = only the last
     keep_checkpoints: int = 2
-    async_checkpoint: bool = (
-        False  #: write checkpoints beside the next steps (a child process a rank); the last one is waited for
-    )
+    #: write checkpoints beside the next steps (a child process a rank); the last one is waited for
+    async_checkpoint: bool = False
     #: kl_coef=0: run conditioned rollouts under x, too, for privilege gap and mismatch only (needed by tis, adaptive)
     both_contexts: bool = True
-    score_first_update: bool = (
-        False  #: score pi_old for a step's first update, too, instead of taking its own log-probs, which are the same
-    )
+    #: score pi_old for a step's first update, too, instead of taking its own log-probs, which are the same
+    score_first_update: bool = False
     #: one-step-off: sample the next step's rollouts, from the weights of before, while this step's update runs; needs
     #: tis
     overlap: bool = False
-    skip_zero_advantage: bool = (
-        True  #: no pass under c_h for rollouts whose advantages are all 0 (surrogate: 0); not with adaptive annealing
-    )
+    #: no pass under c_h for rollouts whose advantages are all 0 (surrogate: 0); not with adaptive annealing
+    skip_zero_advantage: bool = True
     dump_rollouts: bool = True  #: every rollout of a step in rollouts/ of the run folder: what report and replay read
     keep_rollouts: int = 1000  #: newest steps whose rollouts stay there; 0 = all
-    replay: str | None = (
-        None  #: run folder whose dumped rollouts are trained on instead of sampling (no server is started)
-    )
+    #: run folder whose dumped rollouts are trained on instead of sampling (no server is started)
+    replay: str | None = None
 
 
 @dataclass
@@ -327,9 +293,8 @@ class EvaluationConfig:
 
     before: bool = True
     after: bool = True
-    max_turns_per_user_turn: int | None = (
-        None  #: assistant turns that may follow one user turn; None = as in the benchmark's own evaluation
-    )
+    #: assistant turns that may follow one user turn; None = as in the benchmark's own evaluation
+    max_turns_per_user_turn: int | None = None
     temperature: float = 0.0
     samples: int = 1  #: episodes per task; with more than one the score is their mean
     episodes_in_report: int = 12
@@ -342,9 +307,8 @@ class DiagnosticsConfig:
     #: steps from one comparison of the gradients of two halves of a mini-batch to the next (two updates' time); 0 =
     #: none
     gradient_every: int = 0
-    trace_every: int = (
-        0  #: steps, of warm-up and of RL, from one measurement of held-out traces' likelihood to the next; 0 = none
-    )
+    #: steps, of warm-up and of RL, from one measurement of held-out traces' likelihood to the next; 0 = none
+    trace_every: int = 0
     trace_tasks: int = 24  #: the first so many held-out tasks that have a trace
 
 
@@ -358,9 +322,8 @@ class AlarmsConfig:
     kl: float | None = 0.5  #: estimated KL to the reference, nats a token
     clip_fraction: float | None = 0.5  #: share of a surrogate's tokens that are clipped
     privilege_gap: float | None = 5.0  #: mean |log-prob under the trace - under x|, nats a token
-    failed_share: float = (
-        0.5  #: share of a step's rollouts that failed through no fault of the policy; above it: checkpoint and stop
-    )
+    #: share of a step's rollouts that failed through no fault of the policy; above it: checkpoint and stop
+    failed_share: float = 0.5
 
 
 @dataclass

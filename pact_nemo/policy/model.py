@@ -343,9 +343,8 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool, fp8: 
             num_layers_at_end_in_bf16=config.fp8_bf16_layers,
         )
         if provider.num_moe_experts and not config.fp8_emulate:
-            settings["moe_router_padding_for_quantization"] = (
-                True  # each expert's share of the tokens, too, to what its product needs
-            )
+            # each expert's share of the tokens, too, to what its product needs
+            settings["moe_router_padding_for_quantization"] = True
     if config.recompute == "full":
         settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif config.recompute == "selective":

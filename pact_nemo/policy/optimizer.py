@@ -129,9 +129,8 @@ def build_optimizer(
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:
-                group["fused"] = (
-                    True  # torch's one-pass kernel, also on the CPU; its default there goes over memory a dozen times
-                )
+                # torch's one-pass kernel, also on the CPU; its default there goes over memory a dozen times
+                group["fused"] = True
         if isinstance(part, DistributedOptimizer) and part.data_parallel_group.size() == 1:
             part.get_parameter_state_dp_zero = partial(_state_without_gathering, part)
     return optimizer

@@ -10,9 +10,8 @@ import json
 import math
 from typing import Any
 
-MAX_DEPTH = (
-    64  #: levels of lists and objects; everything that walks a row recursively stays far from Python's own limit
-)
+#: levels of lists and objects; everything that walks a row recursively stays far from Python's own limit
+MAX_DEPTH = 64
 
 MAX_BITS = 1000  #: of a whole number: what is longer can't be made a float
 

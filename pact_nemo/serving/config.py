@@ -29,34 +29,28 @@ class RolloutServerConfig:
     config.
     """
 
-    url: str | None = (
-        #: attach to the server at this address (``http://host:port``; several: a,b,c) instead of starting one
-        #: (tools/serve.py)
-        None
-    )
+    #: attach to the server at this address (``http://host:port``; several: a,b,c) instead of starting one
+    #: (tools/serve.py)
+    url: str | None = None
     #: with ``url``: variable that holds the key; a started server gets a random one where it is unset
     api_key_env: str = "PACT_ROLLOUT_API_KEY"
-    host: str = (
-        "127.0.0.1"  #: address that a started server listens on; anything else only within a cluster's own network
-    )
+    #: address that a started server listens on; anything else only within a cluster's own network
+    host: str = "127.0.0.1"
     device: str = "auto"  #: "cpu", "cuda", or "auto" = cuda where torch sees a GPU
     dtype: str = "bfloat16"  #: weights and KV cache of the sampler: bfloat16 | float16 | float32
     max_model_len: int = 4096  #: prompt + response, tokens
     max_num_seqs: int = 32  #: sequences decoded together
-    max_num_batched_tokens: int | None = (
-        None  #: tokens of one engine step; None = vLLM's default (CPU: at least ``max_model_len``)
-    )
-    prefix_caching: bool = (
-        True  #: share the KV cache of equal prefixes: the K rollouts of a prompt and the turns of an episode
-    )
+    #: tokens of one engine step; None = vLLM's default (CPU: at least ``max_model_len``)
+    max_num_batched_tokens: int | None = None
+    #: share the KV cache of equal prefixes: the K rollouts of a prompt and the turns of an episode
+    prefix_caching: bool = True
     enforce_eager: bool | None = None  #: no compiled graphs; None = true on the CPU (starts faster), false on a GPU
     seed: int = 0  #: engine seed; requests carry their own seeds
     cpu_threads: int | None = None  #: CPU only: OpenMP threads; None = every core that this process may use
     cpu_kv_cache_gib: int = 1  #: CPU only: memory of the KV cache, GiB
     cpu_block_size: int = 32  #: CPU only: tokens of a KV block, the grain of prefix sharing; a multiple of 32
-    cpu_single_process: bool = (
-        True  #: CPU only: worker inside the engine process, forked from the front end: half the start-up time
-    )
+    #: CPU only: worker inside the engine process, forked from the front end: half the start-up time
+    cpu_single_process: bool = True
     tensor_parallel_size: int = 1  #: GPUs that the model is split over
     gpu_memory_utilization: float = 0.85  #: GPU only: share of its memory that the server may take
     start_timeout_s: float = 600.0  #: from process start to healthy
@@ -64,20 +58,16 @@ class RolloutServerConfig:
     request_timeout_s: float = 600.0  #: deadline of one generation request, queueing included
     refit_timeout_s: float = 600.0  #: deadline of each call of a weight update
     heartbeat_s: float = 5.0  #: while generating, the server's engine is asked for a sign of life this often
-    heartbeat_timeout_s: float = (
-        60.0  #: without an answer for this long it counts as hung and is restarted; longer than its longest step
-    )
+    #: without an answer for this long it counts as hung and is restarted; longer than its longest step
+    heartbeat_timeout_s: float = 60.0
     max_restarts: int = 3  #: of a server that died or hung, in the whole run; then the run stops
-    reissue_limit: int = (
-        2  #: times that a request is sent again when a server that lives gave no usable answer, or none in time
-    )
-    log_stats: bool = (
-        False  #: vLLM's statistics: /metrics (sequences running and waiting, …) and a line in its log now and then
-    )
+    #: times that a request is sent again when a server that lives gave no usable answer, or none in time
+    reissue_limit: int = 2
+    #: vLLM's statistics: /metrics (sequences running and waiting, …) and a line in its log now and then
+    log_stats: bool = False
     log_mb: int = 64  #: when server.log is larger, it becomes server.log.1 (the one before is deleted) and starts anew
-    connect_retries: int = (
-        3  #: extra tries after a connection error, with growing pauses; a request that was answered is never repeated
-    )
+    #: extra tries after a connection error, with growing pauses; a request that was answered is never repeated
+    connect_retries: int = 3
     extra_args: list[str] = field(default_factory=list)  #: further words of vLLM's own command line
 
     def validate(self) -> None:

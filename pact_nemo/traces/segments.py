@@ -57,9 +57,8 @@ _RULES: tuple[tuple[str, str], ...] = (
 )
 
 
-_ARGUMENT = (
-    r"""(?:\)|\w+\s*=|['"\[{\d-]|True\b|False\b|None\b)"""  # what follows the bracket of a call that is written out
-)
+# what follows the bracket of a call that is written out
+_ARGUMENT = r"""(?:\)|\w+\s*=|['"\[{\d-]|True\b|False\b|None\b)"""
 
 
 def preview_start(text: str, tool_names: Iterable[str]) -> int:
