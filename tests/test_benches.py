@@ -11,6 +11,7 @@ import pytest
 
 from pact_nemo.config.schema import Config, load_config
 from pact_nemo.errors import ConfigError
+from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.trees import Segment, TokenTree
 from pact_nemo.training.prompt_trees import PROMPT_ONLY, grow_tree
@@ -64,12 +65,12 @@ def test_a_layout_counts_padding_empty_rows_and_repeated_prefixes() -> None:
 
 
 def test_a_peer_gets_the_tokens_that_our_step_scores_with_their_turns_advantages() -> None:
-    config = load_config(REPO / packing.CONFIG, ["objective.method=grpo"])
+    config = load_config(REPO / packing.CONFIG, ["method=grpo"])
     groups = kit.synthetic_groups(config, Lengths(12, 20, 0), 2, vocabulary=100, spread=0.5)
     groups[0].rollouts[1].status = "failed"
     samples = trl_peer.sequences_of(groups, config)
     assert len(samples) == 2 * config.objective.group_size - 1
-    trees = [grow_tree(group, [], config.objective, contexts=(PROMPT_ONLY,)).tree for group in groups]
+    trees = [grow_tree(group, [], make_method(config), contexts=(PROMPT_ONLY,)).tree for group in groups]
     scored = [
         token for t in trees for s in t.segments for token, flag in zip(s.token_ids, s.scored, strict=True) if flag
     ]

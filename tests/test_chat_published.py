@@ -18,9 +18,10 @@ from pact_nemo.chat.template import BOUNDARY_TEXT, ChatFormat
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.errors import ConfigError
+from pact_nemo.objective.components import Component
 from pact_nemo.traces.bfcl import ground_truth_trace
 from pact_nemo.traces.schema import Trace
-from pact_nemo.traces.spans import Component, encode_trace
+from pact_nemo.traces.spans import encode_trace
 from tests.fixtures.published import published, template, tokenizer
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"

@@ -14,8 +14,9 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.errors import ConfigError, DataError
+from pact_nemo.objective.components import CALL, REASONING
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn
-from pact_nemo.traces.spans import CALL, REASONING, encode_trace
+from pact_nemo.traces.spans import encode_trace
 from tests.fixtures.chat_models import tokenizer
 
 MESSAGE = "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"

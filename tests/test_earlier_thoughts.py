@@ -19,7 +19,9 @@ from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.errors import ConfigError, DataError
-from pact_nemo.objective.loss import pact_loss
+from pact_nemo.methods.registry import method_named
+from pact_nemo.objective.components import CALL
+from pact_nemo.objective.loss import batch_loss
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.objective.surrogate import Clip
 from pact_nemo.rollouts.episode import SeedPath, run_episode
@@ -28,8 +30,10 @@ from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.client import Completion
 from pact_nemo.serving.config import EpisodeLimits, Sampling
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn
-from pact_nemo.traces.spans import CALL, TraceTokens, encode_trace, truncate_at_turn
-from pact_nemo.training.prompt_trees import PromptGroup, fill_streams, form_group, grow_tree, supervised
+from pact_nemo.traces.spans import TraceTokens, encode_trace, truncate_at_turn
+from pact_nemo.training.prompt_groups import Gate, PromptGroup, TraceUse, form_group
+from pact_nemo.training.prompt_trees import grow_tree, supervised
+from pact_nemo.training.streams import Scores, with_streams
 from pact_nemo.training.warmup import closing_ids, sft_tree
 
 LS = {
@@ -340,7 +344,9 @@ def make_group(kind: str, trace: TraceTokens, objective: ObjectiveConfig) -> Pro
             )
         rollout.outcome = Outcome(k == 0, float(k == 0))
         rollouts.append(replace(rollout, sample=k))
-    return form_group(make_task(), rollouts, trace, objective, seed=1, step=0)
+    return form_group(
+        make_task(), rollouts, TraceUse(trace), method_named("pact", objective), Gate(1, 0, objective.anchor_prob)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -389,10 +395,13 @@ def test_the_loss_of_the_tree_is_that_of_separate_sequences(kind: str, anchored:
     group = make_group(kind, tokens, objective)
     assert group.anchored == anchored and sum(bool(r.rewinds) for r in group.rollouts) >= 2
     boundary = chat.boundary_ids()
-    prompt = grow_tree(group, boundary, objective, contexts=("x", "h"))
-    fill_streams([prompt], objective, schedule, 1, old=[score(prompt.tree, "old")], reference=None, importance_cap=2.0)
+    method = method_named("pact", objective)
+    bare = grow_tree(group, boundary, method, contexts=("x", "h"))
+    (prompt,) = with_streams([bare], method, schedule, 1, Scores([score(bare.tree, "old")], importance_cap=2.0))
     total = float(
-        pact_loss(score(prompt.tree), {k: v.double() for k, v in prompt.tree.streams.items()}, clip=Clip(0.2, 0.2))[0]
+        batch_loss(
+            score(prompt.tree), {k: v.double() for k, v in prompt.tree.streams.items()}, surrogate=Clip(0.2, 0.2)
+        )[0]
     )
 
     x, expected = group.rollouts[0].prompt_ids, 0.0
@@ -428,7 +437,7 @@ def test_shared_prefixes_are_computed_once(kind: str) -> None:
     chat = chat_of(kind)
     tokens, objective = encode_trace(make_trace(), chat), ObjectiveConfig(group_size=4, anchor_prob=0.0)
     group = make_group(kind, tokens, objective)
-    prompt = grow_tree(group, chat.boundary_ids(), objective, contexts=("x",))
+    prompt = grow_tree(group, chat.boundary_ids(), method_named("pact", objective), contexts=("x",))
     separate = sum(
         len(r.context_ids(turn.end)) if turn.end == len(r.token_ids) else len(r.context_ids(turn.end - 1)) + 1
         for r in group.rollouts

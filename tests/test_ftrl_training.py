@@ -16,12 +16,12 @@ from pact_nemo.config.schema import load_config
 from pact_nemo.environments.base import Outcome, ToolCall
 from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.errors import ConfigError, DataError
+from pact_nemo.methods.rewards import matching_rewards
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces.recorded import recorded_trace
 from pact_nemo.training.dataset import build_dataset, build_environment
-from pact_nemo.training.prompt_trees import turn_rewards_of
 from tests.test_question_environments import ftrl_row, write
 
 REPO = Path(__file__).resolve().parents[1]
@@ -115,6 +115,6 @@ def test_the_final_turn_is_paid_the_f1_of_its_tagged_answer(
     turns = [Turn(0, 1, "[find(...)]", calls=[FRANCE], observations=["x"]), Turn(1, 2, text)]
     rollout = Rollout(task.id, 0, [1], [1, 1], [1, 1], [0.0, 0.0], turns, Outcome(False, 0.3), 0, status=status)
     objective = settings(tmp_path / "x.jsonl").objective
-    np.testing.assert_allclose(turn_rewards_of(task, rollout, objective), [1.0, reward], atol=1e-12)
-    checked = turn_rewards_of(task, rollout, replace(objective, outcome="checker"))
+    np.testing.assert_allclose(matching_rewards(task, rollout, objective), [1.0, reward], atol=1e-12)
+    checked = matching_rewards(task, rollout, replace(objective, outcome="checker"))
     np.testing.assert_allclose(checked, [1.0, 0.3], atol=1e-12)

@@ -14,8 +14,8 @@ import torch
 from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
-from pact_nemo.training.gradient_signal import TERMS, halves, measure, term_of
-from tests.workers.pact_kit import make_pact_prompts, pact_terms
+from pact_nemo.training.gradient_signal import halves, measure, term_of, terms_of
+from tests.workers.pact_kit import PACT, make_pact_prompts, pact_terms
 from tests.workers.policy_kit import make_model
 
 
@@ -49,9 +49,9 @@ def test_a_term_is_measured_as_if_it_were_alone(tmp_path: Path) -> None:
         seed=1,
         total_steps=2,
     )
-    record = measure(policy, prompts, pact_terms, seed=1, step=2)
+    record = measure(policy, prompts, PACT, seed=1, step=2)
     first, second = halves(prompts, seed=1, step=2)
-    for term, names in TERMS.items():
+    for term, names in terms_of(PACT).items():
         # the loss of the term alone, written down from the streams that have weight in it
         def alone(
             logprobs: torch.Tensor, streams: dict[str, torch.Tensor], names: tuple[str, ...] = names
@@ -68,6 +68,6 @@ def test_a_term_is_measured_as_if_it_were_alone(tmp_path: Path) -> None:
         assert record[f"signal/{term}_norm"] == pytest.approx(
             math.sqrt(norm**2 + other**2 + 2 * cosine * norm * other), rel=1e-4
         )
-    assert term_of([p for p in prompts if p.group.anchored], TERMS["sft"]) == []
+    assert term_of([p for p in prompts if p.group.anchored], terms_of(PACT)["sft"]) == []
     anchored = [p for p in prompts if p.group.anchored]
-    assert not any(key.startswith("signal/sft") for key in measure(policy, anchored, pact_terms, seed=1, step=2))
+    assert not any(key.startswith("signal/sft") for key in measure(policy, anchored, PACT, seed=1, step=2))

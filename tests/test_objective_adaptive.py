@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pact_nemo.objective.adaptive import AdaptiveClock, between
-from pact_nemo.objective.schedules import CALL, REASONING, StepClock, TraceSchedule
+from pact_nemo.objective.components import CALL, REASONING
+from pact_nemo.objective.schedules import StepClock, TraceSchedule
 
 
 def test_progress_by_hand() -> None:

@@ -14,9 +14,9 @@ import pytest
 
 from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.environments.base import Outcome, Task, ToolCall
+from pact_nemo.methods.registry import method_named
 from pact_nemo.objective.baseline_rewards import ftrl_rewards, solved_by_equality, toolrl_reward
 from pact_nemo.rollouts.types import Rollout, Turn
-from pact_nemo.training.prompt_trees import turn_rewards_of
 
 
 def ftrl(solved: list[list[bool]], questions: int = 2, **words: Any) -> list[float]:
@@ -163,24 +163,24 @@ def test_rollouts_are_rewarded_by_the_methods_own_rule() -> None:
     task = Task("t", "t", "c", (({"role": "user", "content": "q"},),), (), ((want,),), reference_answer="1,024 km")
     turns = [Turn(0, 1, "calls", calls=[want, ToolCall("f", {"a": 2})]), Turn(1, 2, "It is 1024 km.")]
     rollout = played(turns, Outcome(True, 1.0))
-    assert turn_rewards_of(task, rollout, ObjectiveConfig(method="ftrl")).tolist() == pytest.approx([2 / 3, 1.0])
+    assert method_named("ftrl", ObjectiveConfig()).turn_rewards(task, rollout).tolist() == pytest.approx([2 / 3, 1.0])
     # names 1/2, best match 1 + 1, S = 3
-    assert turn_rewards_of(task, rollout, ObjectiveConfig(method="toolrl")).tolist() == pytest.approx(
+    assert method_named("toolrl", ObjectiveConfig()).turn_rewards(task, rollout).tolist() == pytest.approx(
         [0.0, 1 + 6 * 2.5 / 3 - 3]
     )
-    assert turn_rewards_of(task, rollout, ObjectiveConfig(method="grpo")).tolist() == [0.0, 1.0]
+    assert method_named("grpo", ObjectiveConfig()).turn_rewards(task, rollout).tolist() == [0.0, 1.0]
     truncated = played(turns, Outcome(True, 1.0), "truncated")
-    assert turn_rewards_of(task, truncated, ObjectiveConfig(method="toolrl"))[-1] == pytest.approx(6 * 2.5 / 3 - 3)
+    assert method_named("toolrl", ObjectiveConfig()).turn_rewards(task, truncated)[-1] == pytest.approx(6 * 2.5 / 3 - 3)
     for method in ("ftrl", "toolrl"):
         assert np.array_equal(
-            turn_rewards_of(task, played([], None, "failed"), ObjectiveConfig(method=method)), np.zeros(0)
+            method_named(method, ObjectiveConfig()).turn_rewards(task, played([], None, "failed")), np.zeros(0)
         )
     # a benchmark with sub-questions says itself which calls solved one; a call that a limit cut off was not executed
     own = Outcome(False, 0.5, metrics={"questions": 3.0}, solved=(True, True))
-    assert turn_rewards_of(task, played(turns, own), ObjectiveConfig(method="ftrl")).tolist() == pytest.approx(
+    assert method_named("ftrl", ObjectiveConfig()).turn_rewards(task, played(turns, own)).tolist() == pytest.approx(
         [4 / 3, 1 / 2]
     )
     cut = Outcome(False, 0.5, metrics={"questions": 3.0}, solved=(True,))
-    assert turn_rewards_of(task, played(turns, cut), ObjectiveConfig(method="ftrl")).tolist() == pytest.approx(
+    assert method_named("ftrl", ObjectiveConfig()).turn_rewards(task, played(turns, cut)).tolist() == pytest.approx(
         [2 / 3, 1 / 3]
     )

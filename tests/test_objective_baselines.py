@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from pact_nemo.config.schema import ObjectiveConfig, load_config
-from pact_nemo.objective.baselines import chord_mu, phi_weighted_nll, shaped_off_policy
+from pact_nemo.methods.chord import chord_mu, phi_weighted_nll
+from pact_nemo.methods.luffy import shaped_off_policy
+from pact_nemo.methods.registry import make_method, method_named
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
-from pact_nemo.training.prompt_trees import PromptGroup, loss_of
+from pact_nemo.training.prompt_groups import PromptGroup
 from tests.test_training_batch import TRACE, built, fake_logprob, make_groups, score
 
 TAUGHT = (0, 1, 2, 3)  # reasoning and call tokens of TRACE
@@ -90,16 +92,15 @@ def test_luffy_as_its_public_code_has_it() -> None:
     """No clip, no division by the deviation, every token over one constant length, K + 1 samples a group; written down
     token by token.
     """
-    objective = load_config(
-        None, ["objective.method=luffy", "objective.group_size=4", "rollout.sampling.max_response_tokens=50"]
-    ).objective
+    config = load_config(None, ["method=luffy", "objective.group_size=4", "rollout.sampling.max_response_tokens=50"])
+    objective, method = config.objective, make_method(config)
     assert (objective.clip, objective.advantage_std, objective.kl_coef, objective.constant_length) == (
         False,
         False,
         0.0,
         50,
     )
-    groups = make_groups(objective)
+    groups = make_groups(objective, method="luffy")
     expected = 0.0
     for group in groups:
         usable = [k for k, r in enumerate(group.rollouts) if r.status != "failed"]
@@ -118,20 +119,17 @@ def test_luffy_as_its_public_code_has_it() -> None:
         if group.trace is not None:
             total -= sum(math.exp(v) / (math.exp(v) + 0.1) for v in trace_logprobs(group)) * (1.0 - mean)
         expected += total / (50 * samples * len(groups))
-    trees = [p.tree for p in built(groups, objective, TraceSchedule(clock=StepClock(5)), 1)]
-    assert sum(float(loss_of(objective)(score(tree), tree.streams)[0]) for tree in trees) == pytest.approx(
-        expected, rel=1e-6
-    )
+    trees = [p.tree for p in built(groups, method, TraceSchedule(clock=StepClock(5)), 1)]
+    assert sum(float(method.loss(score(tree), tree.streams)[0]) for tree in trees) == pytest.approx(expected, rel=1e-6)
 
 
 def test_chord_as_its_public_code_has_it() -> None:
     """(1 - mu) times the token mean of the surrogate plus mu times the token mean of the traces' NLL, each over its own
     tokens of the mini-batch.
     """
-    objective = load_config(
-        None, ["objective.method=chord", "objective.group_size=4", "objective.mu_decay_steps=8"]
-    ).objective
-    groups = make_groups(objective)
+    config = load_config(None, ["method=chord", "objective.group_size=4", "method_config.mu_decay_steps=8"])
+    objective, method = config.objective, make_method(config)
+    groups = make_groups(objective, method="chord")
     rl, rl_tokens, sft, sft_tokens = 0.0, 0, 0.0, 0
     for group in groups:
         for k, rollout in enumerate(group.rollouts):
@@ -149,8 +147,8 @@ def test_chord_as_its_public_code_has_it() -> None:
             values = trace_logprobs(group)
             sft, sft_tokens = sft - sum(values), sft_tokens + len(values)
     mu = 0.05 + 0.85 * (1 + math.cos(math.pi * 3 / 8)) / 2
-    trees = [p.tree for p in built(groups, objective, TraceSchedule(clock=StepClock(5)), 3)]
-    total = sum(float(loss_of(objective)(score(tree), tree.streams)[0]) for tree in trees)
+    trees = [p.tree for p in built(groups, method, TraceSchedule(clock=StepClock(5)), 3)]
+    total = sum(float(method.loss(score(tree), tree.streams)[0]) for tree in trees)
     assert total == pytest.approx((1 - mu) * rl / rl_tokens + mu * sft / sft_tokens, rel=1e-6)
 
 
@@ -162,10 +160,10 @@ def trace_logprobs(group: PromptGroup) -> list[float]:
 @pytest.mark.parametrize("step", [0, 3, 20])
 @pytest.mark.parametrize("method", ["chord", "chord_phi", "luffy"])
 def test_the_summed_loss_is_the_papers(method: str, step: int) -> None:
-    objective = ObjectiveConfig(
-        method=method, group_size=4, kl_coef=0.01, anchor_prob=0.7, mu_start=0.9, mu_end=0.1, mu_decay_steps=8
-    )
-    groups = make_groups(objective)
+    objective = ObjectiveConfig(group_size=4, kl_coef=0.01, anchor_prob=0.7)
+    own = {} if method == "luffy" else {"mu_start": 0.9, "mu_end": 0.1, "mu_decay_steps": 8}
+    named = method_named(method, objective, **own)
+    groups = make_groups(objective, method=method)
     assert [g.anchored for g in groups] == [
         False,
         False,
@@ -189,9 +187,8 @@ def test_the_summed_loss_is_the_papers(method: str, step: int) -> None:
             sft = -sum(p * v for p, v in zip(phi, values, strict=True)) / len(values) if values else 0.0
             rl = (1 - mu) * rl + mu * sft
         expected += (rl + objective.kl_coef * kl) / len(groups)
-    loss_fn = loss_of(objective)
     total = sum(
-        float(loss_fn(score(p.tree), p.tree.streams)[0])
-        for p in built(groups, objective, TraceSchedule(clock=StepClock(5)), step)
+        float(named.loss(score(p.tree), p.tree.streams)[0])
+        for p in built(groups, named, TraceSchedule(clock=StepClock(5)), step)
     )
     assert total == pytest.approx(expected, rel=1e-6)

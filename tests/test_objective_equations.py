@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from pact_nemo.objective.advantages import group_advantages
+from pact_nemo.objective.components import CALL, REASONING
 from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
-from pact_nemo.objective.loss import STREAMS, pact_loss
-from pact_nemo.objective.schedules import CALL, REASONING, StepClock, TraceSchedule
+from pact_nemo.objective.loss import STREAMS, batch_loss
+from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.objective.surrogate import Clip
 from pact_nemo.objective.weights import rl_weights, sft_weights
 
@@ -152,7 +153,7 @@ def ours(batch: list[Prompt], step: int, aggregation: str) -> float:
             )
     streams = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
     logprobs = streams.pop("logprobs")
-    return pact_loss(logprobs, streams, clip=Clip(EPSILON, EPSILON))[0].item()
+    return batch_loss(logprobs, streams, surrogate=Clip(EPSILON, EPSILON))[0].item()
 
 
 @pytest.mark.parametrize("aggregation", ["rollout-mean", "token-mean", "constant-length"])

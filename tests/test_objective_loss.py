@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from pact_nemo.objective.gate import anchored, uniform
 from pact_nemo.objective.kl import kl_estimate
-from pact_nemo.objective.loss import STREAMS, pact_loss
+from pact_nemo.objective.loss import STREAMS, batch_loss
 from pact_nemo.objective.sft import token_nll
 from pact_nemo.objective.surrogate import Clip, clipped_surrogate, truncated_importance
 from pact_nemo.objective.weights import rl_weights, sft_weights
 
-CLIP = {"clip": Clip(0.2, 0.3)}
+CLIP = {"surrogate": Clip(0.2, 0.3)}
 
 
 def random_case(n: int, seed: int, old: bool = True) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -55,14 +55,14 @@ def naive_loss(logprobs: torch.Tensor, s: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_a_naive_loop_in_float64(seed: int) -> None:
     logprobs, streams = random_case(50, seed)
-    loss, _ = pact_loss(logprobs, streams, **CLIP)
+    loss, _ = batch_loss(logprobs, streams, **CLIP)
     assert float(loss) == pytest.approx(naive_loss(logprobs, streams), rel=1e-12)
 
 
 def test_gradient_equals_finite_differences() -> None:
     logprobs, streams = random_case(24, 11)
     assert torch.autograd.gradcheck(
-        lambda lp: pact_loss(lp, streams, **CLIP)[0], (logprobs.requires_grad_(),), eps=1e-7, atol=1e-6
+        lambda lp: batch_loss(lp, streams, **CLIP)[0], (logprobs.requires_grad_(),), eps=1e-7, atol=1e-6
     )
 
 
@@ -71,7 +71,7 @@ def test_first_on_policy_step_has_ratio_one_and_the_policy_gradient() -> None:
     for name in ("w_sft_reasoning", "w_sft_call", "w_kl"):
         streams[name].zero_()
     logprobs.requires_grad_()
-    loss, metrics = pact_loss(logprobs, streams, **CLIP)
+    loss, metrics = batch_loss(logprobs, streams, **CLIP)
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert float(metrics["max/ratio_h"]) == 1.0 and float(metrics["clip/h"]) == 0.0
     expected = -(streams["w_rl_x"] + streams["w_rl_h"]) * streams["importance"] * streams["advantages"]
@@ -79,7 +79,7 @@ def test_first_on_policy_step_has_ratio_one_and_the_policy_gradient() -> None:
         gradient, expected, rtol=1e-14, atol=0
     )  # r is 1 exactly; products are taken in another order
     explicit = dict(streams, old_logprobs=logprobs.detach().clone())
-    (again,) = torch.autograd.grad(pact_loss(logprobs, explicit, **CLIP)[0], logprobs)
+    (again,) = torch.autograd.grad(batch_loss(logprobs, explicit, **CLIP)[0], logprobs)
     assert torch.equal(again, gradient)
 
 
@@ -88,10 +88,10 @@ def test_first_on_policy_step_has_ratio_one_and_the_policy_gradient() -> None:
 def test_any_split_of_the_tokens_adds_up(seed: int, part_of: list[int], old: bool) -> None:
     logprobs, streams = random_case(64, seed, old)
     logprobs.requires_grad_()
-    whole, metrics = pact_loss(logprobs, streams, **CLIP)
+    whole, metrics = batch_loss(logprobs, streams, **CLIP)
     (gradient,) = torch.autograd.grad(whole, logprobs)
     cuts = [torch.tensor([n for n in range(64) if part_of[n] == part], dtype=torch.long) for part in range(6)]
-    parts = [pact_loss(logprobs[i], {k: v[i] for k, v in streams.items()}, **CLIP) for i in cuts]
+    parts = [batch_loss(logprobs[i], {k: v[i] for k, v in streams.items()}, **CLIP) for i in cuts]
     total = torch.stack([p[0] for p in parts]).sum()
     assert abs(total.item() - whole.item()) < 1e-12
     torch.testing.assert_close(torch.autograd.grad(total, logprobs)[0], gradient, rtol=0, atol=1e-15)
@@ -107,12 +107,12 @@ def test_tokens_without_weight_are_exactly_nothing_even_when_not_finite() -> Non
     logprobs = torch.tensor([-1.0, -math.inf, math.nan], requires_grad=True)
     streams = {name: torch.zeros(3) for name in STREAMS} | {"importance": torch.ones(3)}
     streams["w_sft_call"] = torch.tensor([1.0, 0.0, 0.0])
-    loss, metrics = pact_loss(logprobs, streams, **CLIP)
+    loss, metrics = batch_loss(logprobs, streams, **CLIP)
     loss.backward()
     assert loss.item() == 1.0 and logprobs.grad is not None and logprobs.grad.tolist() == [-1.0, 0.0, 0.0]
     assert all(float(v) == 0 for k, v in metrics.items() if k.startswith("nonfinite/"))
     streams["w_rl_h"] = torch.tensor([0.0, 0.0, 1.0])
-    assert float(pact_loss(logprobs, streams, **CLIP)[1]["nonfinite/rl_h"]) == 1.0
+    assert float(batch_loss(logprobs, streams, **CLIP)[1]["nonfinite/rl_h"]) == 1.0
 
 
 @pytest.mark.parametrize("bad", ["old_logprobs", "ref_logprobs", "advantages", "importance"])
@@ -124,16 +124,16 @@ def test_garbage_in_any_stream_of_an_unweighted_token_does_no_harm_and_on_a_weig
     base |= {"importance": torch.ones(3), "advantages": torch.ones(3)}
     base |= {"w_rl_h": torch.tensor([1.0, 0.0, 0.0]), "w_kl": torch.tensor([1.0, 0.0, 0.0])}
     for value in (math.nan, math.inf, -math.inf):
-        clean, _ = pact_loss(logprobs, base, **CLIP)
+        clean, _ = batch_loss(logprobs, base, **CLIP)
         dirty_stream = base[bad].clone()
         dirty_stream[1:] = value
-        dirty, metrics = pact_loss(logprobs, base | {bad: dirty_stream}, **CLIP)
+        dirty, metrics = batch_loss(logprobs, base | {bad: dirty_stream}, **CLIP)
         assert torch.equal(dirty, clean)
         assert torch.equal(torch.autograd.grad(dirty, logprobs)[0], torch.autograd.grad(clean, logprobs)[0])
         assert all(math.isfinite(float(v)) for v in metrics.values())
     dirty_stream = base[bad].clone()
     dirty_stream[0] = math.nan
-    _, metrics = pact_loss(logprobs, base | {bad: dirty_stream}, **CLIP)
+    _, metrics = batch_loss(logprobs, base | {bad: dirty_stream}, **CLIP)
     term = "kl" if bad == "ref_logprobs" else "rl_h"
     named = {key: float(v) for key, v in metrics.items() if key.startswith("nonfinite/")}
     assert named == {f"nonfinite/{t}": float(t == term) for t in ("rl_x", "rl_h", "sft_reasoning", "sft_call", "kl")}
@@ -151,7 +151,7 @@ def test_metrics_by_hand() -> None:
     streams["w_rl_h"] = torch.tensor([0.0, 0.0, 0.25, 0.0], dtype=torch.float64)
     streams["w_kl"] = torch.tensor([0.1, 0.1, 0.0, 0.0], dtype=torch.float64)
     streams["w_sft_reasoning"] = torch.tensor([0.0, 0.0, 0.0, 0.5], dtype=torch.float64)
-    loss, metrics = pact_loss(logprobs, streams, **CLIP)
+    loss, metrics = batch_loss(logprobs, streams, **CLIP)
     expected = {
         "loss/rl_x": 0.5 * -1.3 + 0.5 * 0.8,
         "clip/x": 2,
@@ -190,7 +190,7 @@ def test_wild_tokens_stay_finite_in_float32() -> None:
         "old_logprobs": torch.tensor([-300.0, -0.01, -300.0, -0.01]),
         "ref_logprobs": torch.tensor([-300.0, -0.01, -300.0, -0.01]),
     }
-    loss, metrics = pact_loss(logprobs, streams, **CLIP)
+    loss, metrics = batch_loss(logprobs, streams, **CLIP)
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert torch.isfinite(loss) and torch.isfinite(gradient).all() and all(torch.isfinite(v) for v in metrics.values())
     assert (
@@ -198,23 +198,23 @@ def test_wild_tokens_stay_finite_in_float32() -> None:
     )
     # a log-prob of -Inf gives a finite surrogate (its ratio is 0), and is counted all the same
     impossible = torch.tensor([-math.inf, -300.0, -0.01, -300.0])
-    loss, metrics = pact_loss(impossible, streams | {"w_kl": torch.zeros(4)}, **CLIP)
+    loss, metrics = batch_loss(impossible, streams | {"w_kl": torch.zeros(4)}, **CLIP)
     assert torch.isfinite(loss) and float(metrics["nonfinite/rl_h"]) == 1.0
 
 
 def test_a_stream_of_another_shape_or_a_missing_one_is_refused() -> None:
     logprobs, streams = random_case(4, 0)
     with pytest.raises(ValueError, match="importance"):
-        pact_loss(logprobs, streams | {"importance": torch.ones(1)}, **CLIP)
+        batch_loss(logprobs, streams | {"importance": torch.ones(1)}, **CLIP)
     with pytest.raises(KeyError, match="w_kl"):
-        pact_loss(logprobs, {name: stream for name, stream in streams.items() if name != "w_kl"}, **CLIP)
+        batch_loss(logprobs, {name: stream for name, stream in streams.items() if name != "w_kl"}, **CLIP)
     with pytest.raises(ValueError, match="clip range"):
-        pact_loss(logprobs, streams, clip=Clip(-0.1, 0.2))
+        batch_loss(logprobs, streams, surrogate=Clip(-0.1, 0.2))
 
 
 def test_an_empty_micro_batch_gives_zero_attached_to_the_graph() -> None:
     source = torch.ones(3, requires_grad=True)
-    loss, _ = pact_loss(source[:0], {name: torch.zeros(0) for name in STREAMS}, **CLIP)
+    loss, _ = batch_loss(source[:0], {name: torch.zeros(0) for name in STREAMS}, **CLIP)
     loss.backward()
     assert loss.item() == 0.0 and source.grad is not None and source.grad.tolist() == [0, 0, 0]
 
@@ -456,18 +456,18 @@ def test_the_entropy_bonus_is_weighted_masked_and_finite_differenced() -> None:
     logprobs, streams = random_case(24, 21)
     streams["w_entropy"] = 0.1 * (torch.arange(24) % 3 != 0).double()
     streams["entropy"] = torch.rand(24, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 4
-    loss, metrics = pact_loss(logprobs, streams, **CLIP)
+    loss, metrics = batch_loss(logprobs, streams, **CLIP)
     bonus = sum(float(w) * float(h) for w, h in zip(streams["w_entropy"], streams["entropy"], strict=True))
     assert float(metrics["loss/entropy"]) == pytest.approx(-bonus) and float(metrics["tokens/entropy"]) == 16
     without = {name: value for name, value in streams.items() if name not in ("w_entropy", "entropy")}
-    assert float(loss) == pytest.approx(float(pact_loss(logprobs, without, **CLIP)[0]) - bonus, rel=1e-12)
+    assert float(loss) == pytest.approx(float(batch_loss(logprobs, without, **CLIP)[0]) - bonus, rel=1e-12)
     entropy = streams["entropy"].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda h: pact_loss(logprobs, {**streams, "entropy": h}, **CLIP)[0], (entropy,))
+    assert torch.autograd.gradcheck(lambda h: batch_loss(logprobs, {**streams, "entropy": h}, **CLIP)[0], (entropy,))
     streams["entropy"][0], streams["entropy"][1] = math.nan, math.inf  # of weight 0, of weight 0.1
-    named = pact_loss(logprobs, streams, **CLIP)[1]
+    named = batch_loss(logprobs, streams, **CLIP)[1]
     assert float(named["nonfinite/entropy"]) == 1.0 and math.isinf(float(named["loss/entropy"]))
     with pytest.raises(KeyError, match="entropy"):
-        pact_loss(logprobs, {name: value for name, value in streams.items() if name != "entropy"}, **CLIP)
+        batch_loss(logprobs, {name: value for name, value in streams.items() if name != "entropy"}, **CLIP)
 
 
 def test_sft_tokens_can_share_one_denominator_over_the_mini_batch() -> None:

@@ -10,17 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pact_nemo.objective.schedules import (
-    CALL,
-    CALL_SCHEDULES,
-    OBSERVATION,
-    OTHER,
-    REASONING,
-    REASONING_SCHEDULES,
-    AnnealState,
-    StepClock,
-    TraceSchedule,
-)
+from pact_nemo.objective.components import CALL, OBSERVATION, OTHER, REASONING
+from pact_nemo.objective.schedules import CALL_SCHEDULES, REASONING_SCHEDULES, AnnealState, StepClock, TraceSchedule
 
 COMPONENT = np.array(
     [REASONING, REASONING, REASONING, REASONING, CALL, CALL, OTHER, OBSERVATION, REASONING, CALL, CALL]

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from pact_nemo.errors import ConfigError
+from pact_nemo.methods.registry import method_named
 from pact_nemo.policy.config import FP8_RECIPES, OptimizerConfig, PolicyConfig
 from pact_nemo.policy.fp8 import ALIGNMENT, E4M3, E5M2, Caster, round_in_blocks, round_to_fp8, scale_for
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import Segment, TokenTree
-from pact_nemo.training.prompt_trees import loss_of
 from tests.workers.pact_kit import OBJECTIVE, make_pact_trees
 from tests.workers.policy_kit import make_model
 
@@ -37,7 +37,7 @@ def build(path: Path, **config: Any) -> MegatronPolicy:
 
 #: the paper's terms at temperature 1: what the bounds below were measured on
 PAPERS = replace(OBJECTIVE, entropy_coef=0.0, dual_clip=None)
-pact_terms = loss_of(PAPERS)
+pact_terms = method_named("pact", PAPERS).loss
 
 
 def plain_trees(count: int = 6) -> list[TokenTree]:

@@ -16,10 +16,11 @@ from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.errors import ConfigError, DataError
+from pact_nemo.objective.components import CALL, OBSERVATION, OTHER, REASONING
 from pact_nemo.traces.bfcl import make_traces
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn
 from pact_nemo.traces.segments import NO_LEVEL
-from pact_nemo.traces.spans import CALL, OBSERVATION, OTHER, REASONING, TraceTokens, encode_trace, truncate_at_turn
+from pact_nemo.traces.spans import TraceTokens, encode_trace, truncate_at_turn
 
 SHORT = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,23 +15,18 @@ import torch
 
 from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.environments.base import Outcome, Task, ToolCall
+from pact_nemo.methods.base import Method
+from pact_nemo.methods.registry import method_named
+from pact_nemo.objective.components import CALL, OBSERVATION, OTHER, REASONING
 from pact_nemo.objective.gate import anchored
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.types import Rollout, Turn
-from pact_nemo.traces.spans import CALL, OBSERVATION, OTHER, REASONING, TraceTokens
+from pact_nemo.traces.spans import TraceTokens
 from pact_nemo.training.dataset import prompts_of_step
-from pact_nemo.training.loop import spread
-from pact_nemo.training.prompt_trees import (
-    PromptGroup,
-    PromptTree,
-    contexts_needed,
-    fill_streams,
-    form_group,
-    grow_tree,
-    loss_of,
-    set_temperature,
-)
+from pact_nemo.training.prompt_groups import Gate, PromptGroup, TraceUse, form_group
+from pact_nemo.training.prompt_trees import PromptTree, carried_over, contexts_needed, grow_tree, tempered
+from pact_nemo.training.streams import Scores, with_streams
 
 BOUNDARY = [900, 901]
 TRACE = TraceTokens(
@@ -82,7 +78,11 @@ def make_rollout(task: Task, k: int, calls: list[ToolCall], success: bool, statu
 
 
 def make_groups(
-    objective: ObjectiveConfig, seed: int = 5, step: int = 2, control: TraceTokens | None = None
+    objective: ObjectiveConfig,
+    seed: int = 5,
+    step: int = 2,
+    control: TraceTokens | None = None,
+    method: str = "pact",
 ) -> list[PromptGroup]:
     groups = []
     for i, name in enumerate(("p0", "p1", "p2", "p3")):
@@ -95,7 +95,11 @@ def make_groups(
         ]
         groups.append(
             form_group(
-                task, rollouts, None if name == "p3" else TRACE, objective, seed=seed, step=step, control=control
+                task,
+                rollouts,
+                TraceUse(None if name == "p3" else TRACE, control=control),
+                method_named(method, objective),
+                Gate(seed, step, objective.anchor_prob),
             )
         )
     return groups
@@ -137,21 +141,17 @@ def naive_loss(groups: list[PromptGroup], objective: ObjectiveConfig, schedule: 
 
 
 def built(
-    groups: list[PromptGroup], objective: ObjectiveConfig, schedule: TraceSchedule, step: int
+    groups: list[PromptGroup], objective: ObjectiveConfig | Method, schedule: TraceSchedule, step: int
 ) -> list[PromptTree]:
-    prompts = [
-        grow_tree(g, BOUNDARY, objective, contexts=contexts_needed(g, objective, diagnostics=True)) for g in groups
-    ]
-    bare = [grow_tree(g, BOUNDARY, objective, contexts=("x",)) for g in groups]
-    fill_streams(
-        prompts,
-        objective,
-        schedule,
-        step,
-        old=[score(p.tree, "old") for p in prompts],
-        reference=[spread(b, p, score(b.tree, "ref")) for b, p in zip(bare, prompts, strict=True)],
+    method = objective if isinstance(objective, Method) else method_named("pact", objective)
+    prompts = [grow_tree(g, BOUNDARY, method, contexts=contexts_needed(g, method, diagnostics=True)) for g in groups]
+    bare = [grow_tree(g, BOUNDARY, method, contexts=("x",)) for g in groups]
+    scores = Scores(
+        [score(p.tree, "old") for p in prompts],
+        [carried_over(b, p, score(b.tree, "ref")) for b, p in zip(bare, prompts, strict=True)],
         importance_cap=2.0,
     )
+    prompts = with_streams(prompts, method, schedule, step, scores)
     for prompt in prompts:
         prompt.tree.streams = {name: value.double() for name, value in prompt.tree.streams.items()}
     return prompts
@@ -163,7 +163,7 @@ def test_the_summed_loss_is_equation_14(q: float, step: int) -> None:
     objective = ObjectiveConfig(group_size=4, anchor_prob=q, kl_coef=0.01, sft_coef=0.3)
     schedule = TraceSchedule(clock=StepClock(5))
     groups = make_groups(objective)
-    loss_fn = loss_of(objective)
+    loss_fn = method_named("pact", objective).loss
     total = sum(float(loss_fn(score(p.tree), p.tree.streams)[0]) for p in built(groups, objective, schedule, step))
     assert total == pytest.approx(
         naive_loss(groups, objective, schedule, step), rel=1e-6
@@ -178,7 +178,7 @@ def test_a_control_changes_what_rl_is_conditioned_on_and_not_what_is_taught(show
     groups = make_groups(objective, control=control)
     assert any(not group.anchored for group in groups)
     prompts = built(groups, objective, schedule, 2)
-    loss_fn = loss_of(objective)
+    loss_fn = method_named("pact", objective).loss
     total = sum(float(loss_fn(score(p.tree), p.tree.streams)[0]) for p in prompts)
     assert total == pytest.approx(naive_loss(groups, objective, schedule, 2), rel=1e-6)
     own = built(make_groups(objective), objective, schedule, 2)
@@ -195,15 +195,18 @@ def test_gate_and_missing_trace_decide_the_contexts() -> None:
     assert [g.anchored for g in groups[:3]] == [anchored(5, 2, f"p{i}", 0.5) for i in range(3)]
     assert groups[3].anchored and groups[3].trace is None
     for group in groups:
-        contexts = {context for context, _ in grow_tree(group, BOUNDARY, objective, contexts=("x", "h")).spans}
+        contexts = {
+            context
+            for context, _ in grow_tree(group, BOUNDARY, method_named("pact", objective), contexts=("x", "h")).spans
+        }
         assert contexts == ({"x"} if group.anchored else {"x", "h", "sft"})
-    plain = ObjectiveConfig(method="grpo", group_size=4)
-    assert all(g.anchored and g.trace is None for g in make_groups(plain))
+    plain = make_groups(ObjectiveConfig(group_size=4), method="grpo")
+    assert all(g.anchored and g.trace is None for g in plain)
 
 
 def test_grpo_is_the_group_normalised_outcome_and_matchtir_is_pact_without_traces() -> None:
     groups = {
-        method: make_groups(ObjectiveConfig(method=method, group_size=4, anchor_prob=0.0))
+        method: make_groups(ObjectiveConfig(group_size=4, anchor_prob=0.0), method=method)
         for method in ("pact", "matchtir", "grpo")
     }
     for pact, matchtir, grpo in zip(*groups.values(), strict=True):
@@ -222,9 +225,10 @@ def test_grpo_is_the_group_normalised_outcome_and_matchtir_is_pact_without_trace
 def test_nothing_is_computed_that_no_term_reads() -> None:
     objective = ObjectiveConfig(group_size=4, anchor_prob=0.0, kl_coef=0.0)
     group = make_groups(objective)[0]
-    assert contexts_needed(group, objective, diagnostics=False) == ["h"]
-    assert contexts_needed(group, objective, diagnostics=True) == ["x", "h"]
-    no_trace_rl = ObjectiveConfig(group_size=4, anchor_prob=0.0, kl_coef=0.0, trace_rl=False)
+    pact = method_named("pact", objective)
+    assert contexts_needed(group, pact, diagnostics=False) == ["h"]
+    assert contexts_needed(group, pact, diagnostics=True) == ["x", "h"]
+    no_trace_rl = method_named("pact", replace(objective, trace_rl=False))
     spans = grow_tree(
         group, BOUNDARY, no_trace_rl, contexts=contexts_needed(group, no_trace_rl, diagnostics=False)
     ).spans
@@ -234,7 +238,7 @@ def test_nothing_is_computed_that_no_term_reads() -> None:
 def test_failed_rollouts_are_in_no_tree_and_carry_no_advantage() -> None:
     objective = ObjectiveConfig(group_size=4, anchor_prob=0.0)
     group = make_groups(objective)[1]
-    spans = grow_tree(group, BOUNDARY, objective, contexts=("x", "h")).spans
+    spans = grow_tree(group, BOUNDARY, method_named("pact", objective), contexts=("x", "h")).spans
     assert ("x", 3) not in spans and ("h", 3) not in spans and ("h", 2) in spans
     assert not group.advantages[3].any()
 
@@ -252,9 +256,9 @@ def test_a_prompt_whose_rollouts_all_failed_still_teaches_its_trace_and_counts()
     assert tree.streams["w_sft_call"].any() and not tree.streams["w_rl_h"].any() and not tree.streams["w_rl_x"].any()
     # |B| is what the caller says where prompts with nothing to compute were left out
     before = tree.streams["w_sft_call"].clone()
-    fill_streams(
-        prompts, objective, schedule, 1, old=None, reference=None, importance_cap=None, num_prompts=2 * len(groups)
-    )
+    method = method_named("pact", objective)
+    halved = with_streams(prompts, method, schedule, 1, Scores(), num_prompts=2 * len(groups))
+    tree = next(p for p in halved if p.group is lost).tree
     assert torch.allclose(tree.streams["w_sft_call"].double(), before / 2)
 
 
@@ -281,12 +285,11 @@ def test_prompt_order_is_a_function_of_seed_and_step_and_visits_all() -> None:
 
 def test_rollouts_are_scored_at_the_sampling_temperature_and_the_trace_at_one() -> None:
     for method, trace in (("pact", 1.0), ("chord", 1.0), ("luffy", 0.7)):  # LUFFY's trace is a sample of its group
-        objective = ObjectiveConfig(method=method, group_size=4, anchor_prob=0.0)
-        prompts = built(make_groups(objective), objective, TraceSchedule(clock=StepClock(5)), 0)
-        set_temperature(prompts, objective, 1.0)
-        assert all(prompt.tree.temperatures is None for prompt in prompts)
-        set_temperature(prompts, objective, 0.7)
-        for prompt in prompts:
+        objective = ObjectiveConfig(group_size=4, anchor_prob=0.0)
+        named = method_named(method, objective)
+        prompts = built(make_groups(objective, method=method), named, TraceSchedule(clock=StepClock(5)), 0)
+        assert all(prompt.tree.temperatures is None for prompt in tempered(prompts, named, 1.0))
+        for prompt in tempered(prompts, named, 0.7):
             assert prompt.tree.temperatures is not None and len(prompt.tree.temperatures) == prompt.tree.num_scored
             for (context, _), (start, end) in prompt.spans.items():
                 expected = trace if context == "sft" else 0.7
@@ -299,10 +302,8 @@ def test_rollouts_are_scored_at_the_sampling_temperature_and_the_trace_at_one() 
 def test_the_entropy_bonus_is_on_policy_tokens_under_the_prompt_with_the_weights_of_the_kl_term() -> None:
     objective = ObjectiveConfig(group_size=4, anchor_prob=0.5, kl_coef=0.01, entropy_coef=0.02)
     conditioned = make_groups(ObjectiveConfig(group_size=4, anchor_prob=0.0))[0]
-    assert contexts_needed(conditioned, ObjectiveConfig(entropy_coef=0.02, kl_coef=0.0), diagnostics=False) == [
-        "x",
-        "h",
-    ]
+    without_kl = method_named("pact", ObjectiveConfig(entropy_coef=0.02, kl_coef=0.0))
+    assert contexts_needed(conditioned, without_kl, diagnostics=False) == ["x", "h"]
     for prompt in built(make_groups(objective), objective, TraceSchedule(clock=StepClock(5)), 0):
         streams = prompt.tree.streams
         torch.testing.assert_close(streams["w_entropy"], 2.0 * streams["w_kl"], rtol=1e-6, atol=0)

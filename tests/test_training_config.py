@@ -11,7 +11,7 @@ import pytest
 
 from pact_nemo.config.schema import Config, load_config, settled, steps_of, to_yaml
 from pact_nemo.errors import ConfigError
-from pact_nemo.objective.methods import METHODS
+from pact_nemo.methods.registry import METHODS, method_class
 from pact_nemo.tracking import run_folder as workspace
 from pact_nemo.training.dataset import prompts_of_step
 
@@ -75,7 +75,7 @@ def test_overrides_win_over_yaml_and_parents_lose_to_children(tmp_path: Path) ->
     [
         (["trainer.stepz=5"], "stepz"),
         (["trainer.steps=many"], "trainer.steps"),
-        (["objective.method=ppo"], "objective.method"),
+        (["method=ppo"], "method"),
         (["objective.anchor_prob=1.5"], "objective.anchor_prob"),
         (["objective.group_size=1"], "objective.group_size"),
         (["trainer.mini_batch_size=7"], "trainer.mini_batch_size"),
@@ -89,7 +89,7 @@ def test_overrides_win_over_yaml_and_parents_lose_to_children(tmp_path: Path) ->
         (["objective.advantage_std_floor=-1"], "objective.advantage_std_floor"),
         (["objective.advantage_std=false", "objective.advantage_std_floor=0.1"], "objective.advantage_std"),
         (["objective.entropy_coef=-0.1"], "objective.entropy_coef"),
-        (["objective.mu_schedule=step"], "objective.mu_schedule"),
+        (["method=chord", "method_config.mu_schedule=step"], "method_config"),
         (["objective.sft_aggregation=sum"], "objective.sft_aggregation"),
         (["objective.constant_length=0"], "objective.constant_length"),
         (["objective.schedule.call=segment"], "objective.schedule.call"),
@@ -97,7 +97,7 @@ def test_overrides_win_over_yaml_and_parents_lose_to_children(tmp_path: Path) ->
         (["trainer.steps=5", "trainer.epochs=3"], "trainer.steps=5 and trainer.epochs=3"),
         (["trainer.steps=null"], "trainer.steps=null and trainer.epochs=null"),
         (["trainer.epochs=0"], "trainer.epochs=0"),
-        (["trainer.steps=null", "trainer.epochs=1", "objective.method=sft", "warmup.steps=1"], "trainer.steps=None"),
+        (["trainer.steps=null", "trainer.epochs=1", "method=sft", "warmup.steps=1"], "trainer.steps=None"),
         (["objective.outcome=answer_f1"], "objective.outcome=answer_f1: BFCL has no reference answers"),
         (["tasks.answer_rule=maybe"], "tasks.answer_rule"),
     ],
@@ -151,34 +151,32 @@ def test_an_epoch_is_the_batches_it_fills() -> None:
 
 def test_naming_a_method_brings_its_own_defaults_and_what_is_said_beside_it_wins(tmp_path: Path) -> None:
     plain = load_config()
-    luffy = load_config(None, ["objective.method=luffy"]).objective
-    assert {name: getattr(luffy, name) for name in METHODS["luffy"].defaults} == METHODS["luffy"].defaults
+    luffy = load_config(None, ["method=luffy"]).objective
+    assert {name: getattr(luffy, name) for name in method_class("luffy").defaults} == method_class("luffy").defaults
     assert (plain.objective.clip, plain.objective.kl_coef, plain.objective.aggregation) == (True, 0.001, "rollout-mean")
     for words in (
-        ["objective.kl_coef=0.5", "objective.method=luffy"],
-        ["objective.method=luffy", "objective.kl_coef=0.5"],
+        ["objective.kl_coef=0.5", "method=luffy"],
+        ["method=luffy", "objective.kl_coef=0.5"],
     ):
         assert load_config(None, words).objective.kl_coef == 0.5  # the order of words says nothing
     parent = tmp_path / "parent.yaml"
     parent.write_text("objective: {kl_coef: 0.25}\n")
     child = tmp_path / "child.yaml"
-    child.write_text("defaults: [parent.yaml]\nobjective: {method: luffy}\n")
+    child.write_text("defaults: [parent.yaml]\nmethod: luffy\n")
     assert load_config(child).objective.kl_coef == 0.25 and load_config(child).objective.clip is False
     # a finished run's file, whose every setting is spelled out, trained with another method: that method's defaults,
     # not the old one's
     saved = tmp_path / "saved.yaml"
     saved.write_text(to_yaml(load_config(child)))
-    assert load_config(saved) == load_config(child) == load_config(saved, ["objective.method=luffy"])
-    assert load_config(saved, ["objective.method=pact"]).objective == dataclasses.replace(
-        plain.objective, kl_coef=0.001
-    )
+    assert load_config(saved) == load_config(child) == load_config(saved, ["method=luffy"])
+    assert load_config(saved, ["method=pact"]).objective == dataclasses.replace(plain.objective, kl_coef=0.001)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_default_of_a_method_is_a_setting_that_passes_validation(method: str) -> None:
-    words = [f"objective.method={method}", *(["trainer.steps=0", "warmup.steps=1"] if method == "sft" else [])]
+    words = [f"method={method}", *(["trainer.steps=0", "warmup.steps=1"] if method == "sft" else [])]
     objective = load_config(None, words).objective
-    assert {name: getattr(objective, name) for name in METHODS[method].defaults} == METHODS[method].defaults
+    assert {name: getattr(objective, name) for name in method_class(method).defaults} == method_class(method).defaults
 
 
 def test_missing_file_list_file_and_circle(tmp_path: Path) -> None:

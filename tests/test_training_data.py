@@ -14,10 +14,10 @@ from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG, materialise_embedded
 from pact_nemo.config.schema import Config, load_config
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError, DataError
+from pact_nemo.objective.components import OTHER
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.schema import ReasoningSegment, Trace, write_traces
-from pact_nemo.traces.spans import OTHER
 from pact_nemo.training.dataset import (
     Dataset,
     build_dataset,
@@ -190,7 +190,7 @@ def test_a_control_that_no_trace_fits_and_one_that_would_change_nothing_are_refu
     one = replace(config, traces=replace(config.traces, control="other_task"), tasks=replace(config.tasks, max_train=1))
     with pytest.raises(ConfigError, match=r"traces.control=other_task: no whole trace"):
         build_dataset(one, build_environment(one), chat)
-    for word in ("objective.method=grpo", "objective.trace_rl=false"):
+    for word in ("method=grpo", "objective.trace_rl=false"):
         with pytest.raises(ConfigError, match="conditions on nothing"):
             load_config(REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml", ["traces.control=none", word])
 

@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pact_nemo.config.schema import Config, ObjectiveConfig, TrainerConfig
+from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.config import OptimizerConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.training.loop import Stopwatch, optimise
-from pact_nemo.training.prompt_trees import PromptGroup, grow_tree, has_advantage
+from pact_nemo.training.prompt_groups import PromptGroup, has_advantage
+from pact_nemo.training.prompt_trees import grow_tree
 from tests.workers.policy_kit import VOCAB, make_model
 from tools.benches.kit import stand_in, synthetic_groups
 
@@ -116,17 +118,15 @@ def test_without_a_kl_term_the_prompt_only_pass_of_conditioned_prompts_can_be_le
 def test_only_rollouts_with_an_advantage_are_computed_under_the_trace(models: dict[str, Path]) -> None:
     config = settings(4)
     config.objective.anchor_prob = 0.0
-    groups = batch(config)
-    found = [grow_tree(g, [5, 5], config.objective, contexts=("x", "h"), skip_zero_advantage=True) for g in groups]
+    groups, method = batch(config), make_method(config)
+    found = [grow_tree(g, [5, 5], method, contexts=("x", "h"), skip_zero_advantage=True) for g in groups]
     conditioned = [sorted(k for context, k in p.spans if context == "h") for p in found]
     assert conditioned == [[k for k in range(3) if has_advantage(g, k)] for g in groups]
     assert conditioned[1] == [] and 0 not in conditioned[2] and len(conditioned[0]) == 3
     assert all(
         ("sft", 0) in p.spans and len([1 for context, _ in p.spans if context == "x"]) == 3 for p in found
     )  # SFT and KL go on
-    assert (
-        found[1].tree.num_tokens < grow_tree(groups[1], [5, 5], config.objective, contexts=("x", "h")).tree.num_tokens
-    )
+    assert found[1].tree.num_tokens < grow_tree(groups[1], [5, 5], method, contexts=("x", "h")).tree.num_tokens
     record = one_step(models["llama"], config)["record"]
     assert record["rollout/not_conditioned"] == 12 - sum(len(c) for c in conditioned)
     assert record["groups/zero_advantage"] == 1

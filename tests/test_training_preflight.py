@@ -290,7 +290,7 @@ def test_batches_that_the_tasks_cannot_fill_are_refused_by_their_setting() -> No
     check_batches(config(), tasks, tasks[1:])
     check_batches(config("warmup.steps=0"), tasks, [])
     check_batches(config(), tasks, None)
-    check_batches(config("objective.method=sft", "trainer.steps=0"), tasks[1:], tasks[1:])
+    check_batches(config("method=sft", "trainer.steps=0"), tasks[1:], tasks[1:])
     for given, warmup, said in (
         (tasks[1:], tasks[1:], "there are 3: lower trainer.batch_size"),
         (tasks, tasks[:2], "lower warmup.batch_size"),

@@ -27,13 +27,15 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pact_nemo.config.schema import Config, load_config
+from pact_nemo.methods.registry import make_method
 from pact_nemo.policy.config import FP8_RECIPES, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.runtime.terminal import command
 from pact_nemo.training.loop import collect
 from pact_nemo.training.open_run import open_experiment
-from pact_nemo.training.prompt_trees import contexts_needed, fill_streams, grow_tree, loss_of
+from pact_nemo.training.prompt_trees import contexts_needed, grow_tree
+from pact_nemo.training.streams import Scores, with_streams
 
 
 def step_trees(config: Config, step: int) -> list[TokenTree]:
@@ -43,15 +45,13 @@ def step_trees(config: Config, step: int) -> list[TokenTree]:
     with open_experiment(config, None) as experiment:
         experiment.step = step
         groups = collect(experiment)
-        objective = config.objective
+        method = experiment.method
         prompts = [
-            grow_tree(g, experiment.boundary_ids, objective, contexts=contexts_needed(g, objective, diagnostics=True))
+            grow_tree(g, experiment.boundary_ids, method, contexts=contexts_needed(g, method, diagnostics=True))
             for g in groups
         ]
         prompts = [prompt for prompt in prompts if prompt.tree.num_scored]
-        fill_streams(prompts, objective, experiment.schedule, step, old=None, reference=None, importance_cap=None)
-    for prompt in prompts:
-        prompt.tree.streams.pop("old_logprobs", None)
+        prompts = with_streams(prompts, method, experiment.schedule, step, Scores())
     return [prompt.tree for prompt in prompts]
 
 
@@ -60,7 +60,7 @@ def measure(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Log-probs [S], gradient of the step and its norm under one precision."""
     policy = MegatronPolicy(policy_config, config.optimizer, model, seed=0, total_steps=1)
-    loss = loss_of(config.objective)
+    loss = make_method(config).loss
     if policy_config.fp8 == "delayed":  # its scales come from an earlier pass
         policy.update(trees, loss, lr=0.0)
     logprobs = torch.cat(policy.logprobs(trees))

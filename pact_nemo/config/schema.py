@@ -20,11 +20,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pact_nemo.chat.contexts import EARLIER_THOUGHTS
+from pact_nemo.config.own import own_config, refuse_moved
 from pact_nemo.config.recipes import Recipe
 from pact_nemo.config.text import load_word, load_yaml
 from pact_nemo.errors import ConfigError
-from pact_nemo.objective.baselines import MU_SCHEDULES
-from pact_nemo.objective.methods import METHODS
+from pact_nemo.methods.registry import METHODS, make_method, method_class
 from pact_nemo.objective.weights import AGGREGATIONS, SFT_AGGREGATIONS
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.runtime.quarantine import POLICIES
@@ -39,7 +39,7 @@ class RunConfig:
     """Where a run lives and what makes it reproducible."""
 
     name: str = "pact_bfcl"  #: prefix of the run folder
-    label: str | None = None  #: the method's name in folder names and comparisons; None = objective.method
+    label: str | None = None  #: the method's name in folder names and comparisons; None = method
     root: str = "runs"  #: run folders are made below it; ``<root>/latest`` points to the newest
     seed: int = 1234  #: every random choice derives from it: split, prompt order, gate, sampling, initialisation
     cache_dir: str = ".cache/pact_nemo"  #: converted models; safe to delete
@@ -199,10 +199,10 @@ class ScheduleConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """The PACT objective; see ``docs/objective.md`` for each symbol."""
+    """What methods have in common; see ``docs/objective.md`` for each symbol. A method may have other defaults for some
+    of them (its ``defaults``); what is its own alone is in ``method_config``.
+    """
 
-    #: a name in ``pact_nemo.objective.methods.METHODS``, whose ``defaults`` take the place of those below
-    method: str = "pact"
     group_size: int = 8  #: K
     clip: bool = True  #: False: the surrogate without a range of ratios
     clip_low: float = 0.2
@@ -223,15 +223,7 @@ class ObjectiveConfig:
     outcome_weight: float = 1.0  #: weight of the outcome in the final turn's reward
     trace_rl: bool = True  #: trace-conditioned surrogate; False evaluates the ratio under x for every prompt (ablation)
     sft_coef: float = 0.1  #: beta_SFT
-    mu_start: float = 0.9  #: chord: weight of its SFT term at the first step
-    mu_end: float = 0.05  #: chord: after ``mu_decay_steps``
-    mu_decay_steps: int = 12
-    mu_schedule: str = "cosine"  #: chord: how mu goes down: "cosine" or "linear"
-    shaping: float = 0.1  #: luffy: gamma of f(p) = p / (p + gamma)
     anchor_prob: float = 0.4  #: q
-    #: ftrl: malformed calls beside readable ones count among the calls of their turn
-    ftrl_count_malformed: bool = False
-    toolrl_strict: bool = True  #: toolrl: one unreadable call gives the lowest correctness reward
     kl_coef: float = 0.001
     #: bonus on the entropy of each policy token's distribution under x (public scripts: 0.001); 0 = off
     entropy_coef: float = 0.0
@@ -336,6 +328,9 @@ class Config:
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     traces: TracesConfig = field(default_factory=TracesConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    #: a name in ``pact_nemo.methods.registry.METHODS``, or a class from outside: module:Class or path/to/file.py:Class
+    method: str = "pact"
+    method_config: Any = field(default_factory=dict)  #: the method's own settings: the fields of its ``Config`` class
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -450,7 +445,8 @@ def load_config(
     for name, source in _method_first(sources):
         try:
             _refuse_resolvers(name, source)
-            merged = OmegaConf.merge(merged, _method_defaults(merged, source), source)
+            refuse_moved(name, source)
+            merged = OmegaConf.merge(_with_method(merged, source), source)
         except (OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
             key = getattr(error, "full_key", None) or ""
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -475,6 +471,8 @@ def load_config(
             f"{', '.join(name for name, _ in sources)}: no configuration, but a {type(config).__name__}; give settings"
             " by section"
         )
+    own = method_class(config.method).Config
+    config.method_config = own_config("method_config", config.method_config, own, f"method={config.method}")
     if config.trainer.epochs is not None and not any(
         _says(_plain(source, name), "trainer", "steps") for name, source in sources
     ):
@@ -482,6 +480,7 @@ def load_config(
     if config.objective.constant_length is None:
         config.objective.constant_length = config.rollout.sampling.max_response_tokens
     validate(config)
+    make_method(config)  # so that what the method itself refuses is refused here
     return config
 
 
@@ -525,7 +524,7 @@ def settled(config: Config, training_tasks: int) -> Config:
 
 
 def _method_first(sources: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The command line's ``objective.method`` before its other words, whose order so says nothing."""
+    """The command line's ``method`` before its other words, whose order so says nothing."""
     words = [source for source in sources if source[0].startswith("command line")]
     naming = [source for source in words if _method_of(source[1]) is not None]
     return (
@@ -536,23 +535,25 @@ def _method_first(sources: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 def _method_of(source: Any) -> str | None:
-    value = OmegaConf.select(source, "objective.method") if isinstance(source, DictConfig) else None
-    return value if isinstance(value, str) and value in METHODS else None
+    value = OmegaConf.select(source, "method") if isinstance(source, DictConfig) else None
+    return value if isinstance(value, str) else None
 
 
-def _method_defaults(merged: Any, source: Any) -> Any:
-    """Where a source changes the method: the objective's settings that some method has a default of its own for, as
-    this method has them.
+def _with_method(merged: Any, source: Any) -> Any:
+    """``merged``, and where ``source`` changes the method: with this method's defaults in place of the other one's, and
+    without the other one's own settings.
 
-    They lie below the source that names the method and above the sources before it."""
+    A method's defaults so lie below the source that names it and above the sources before it."""
     method = _method_of(source)
-    if method is None or method == merged.objective.method:
-        return OmegaConf.create({})
-    plain = ObjectiveConfig()
-    names = sorted({name for row in METHODS.values() for name in row.defaults})
-    return OmegaConf.create(
-        {"objective": {name: METHODS[method].defaults.get(name, getattr(plain, name)) for name in names}}
-    )
+    if method is None or method == merged.method:
+        return merged
+    plain, before, after = ObjectiveConfig(), method_class(merged.method).defaults, method_class(method).defaults
+    names = sorted({name for known in METHODS for name in method_class(known).defaults} | {*before, *after})
+    unknown = [name for name in after if not hasattr(plain, name)]
+    _require(not unknown, f"method={method}: its defaults name {', '.join(unknown)}, which objective doesn't have")
+    merged = OmegaConf.merge(merged, {"objective": {name: after.get(name, getattr(plain, name)) for name in names}})
+    merged.method_config = {}
+    return merged
 
 
 def to_yaml(config: Config) -> str:
@@ -608,13 +609,12 @@ def validate(config: Config) -> None:
     config.policy.validate_values()
     config.optimizer.validate()
     objective, trainer, tasks = config.objective, config.trainer, config.tasks
-    _one_of("objective.method", objective.method, tuple(METHODS))
+    method = method_class(config.method)
     _one_of("objective.outcome", objective.outcome, ("checker", "answer_f1"))
     _one_of("objective.combine", objective.combine, ("sum", "mean"))
     _one_of("objective.matching", objective.matching, ("hungarian", "greedy"))
     _one_of("objective.aggregation", objective.aggregation, AGGREGATIONS)
     _one_of("objective.sft_aggregation", objective.sft_aggregation, SFT_AGGREGATIONS)
-    _one_of("objective.mu_schedule", objective.mu_schedule, MU_SCHEDULES)
     _one_of(
         "objective.schedule.reasoning",
         objective.schedule.reasoning,
@@ -668,9 +668,9 @@ def validate(config: Config) -> None:
     if config.traces.control is not None:
         _one_of("traces.control", config.traces.control, CONTROLS)
         _require(
-            objective.trace_rl and METHODS[objective.method].trace_rl,
+            objective.trace_rl and method.conditions_on_trace,
             f"traces.control={config.traces.control} replaces what RL is conditioned on, and"
-            f" objective.method={objective.method} with objective.trace_rl={objective.trace_rl} conditions on nothing;"
+            f" method={config.method} with objective.trace_rl={objective.trace_rl} conditions on nothing;"
             " leave it out",
         )
     for key in ("max_missing", "max_unreferenced"):
@@ -716,12 +716,6 @@ def validate(config: Config) -> None:
     _require(objective.kl_coef >= 0.0, f"objective.kl_coef={objective.kl_coef}: must be >= 0")
     _require(objective.sft_coef >= 0.0, f"objective.sft_coef={objective.sft_coef}: must be >= 0")
     _require(
-        0.0 <= objective.mu_end <= 1.0 and 0.0 <= objective.mu_start <= 1.0,
-        "objective.mu_start and mu_end are weights in [0, 1]",
-    )
-    _require(objective.mu_decay_steps >= 1, f"objective.mu_decay_steps={objective.mu_decay_steps}: must be >= 1")
-    _require(objective.shaping > 0.0, f"objective.shaping={objective.shaping}: must be > 0")
-    _require(
         (trainer.steps is None) != (trainer.epochs is None),
         (
             f"trainer.steps={trainer.steps} and trainer.epochs={trainer.epochs}: one of them says how long the run is;"
@@ -737,10 +731,10 @@ def validate(config: Config) -> None:
     _require(
         (
             (trainer.steps == 0 and config.warmup.steps > 0)
-            if objective.method == "sft"
+            if not method.trains_by_rl
             else trainer.steps is None or trainer.steps >= 1
         ),
-        f"trainer.steps={trainer.steps}: must be >= 1, and 0 for objective.method=sft, which has warmup.steps > 0 only",
+        f"trainer.steps={trainer.steps}: must be >= 1, and 0 for method=sft, which has warmup.steps > 0 only",
     )
     _require(
         1 <= trainer.mini_batch_size <= trainer.batch_size and trainer.batch_size % trainer.mini_batch_size == 0,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pact_nemo.objective.schedules import CALL, REASONING
+from pact_nemo.objective.components import CALL, REASONING
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,60 @@ the device: no host synchronisation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pact_nemo.objective.baselines import phi_weighted_nll, shaped_off_policy
 from pact_nemo.objective.kl import kl_estimate
 from pact_nemo.objective.sft import token_nll
-from pact_nemo.objective.surrogate import Clip, clipped_surrogate, log_ratio
+from pact_nemo.objective.surrogate import Surrogate, log_ratio
 
 #: (log-probs [S], streams) -> (scalar loss, metrics)
 LossFn = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-#: What every call needs; ``old_logprobs``, ``w_sft_phi`` (CHORD), ``w_off`` (LUFFY), ``w_entropy`` with ``entropy`` may
-#: come besides.
+#: What every call needs; ``old_logprobs``, the streams of a method's own terms, ``w_entropy`` with ``entropy`` may come
+#: besides.
 STREAMS = ("advantages", "importance", "ref_logprobs", "w_rl_x", "w_rl_h", "w_sft_reasoning", "w_sft_call", "w_kl")
 
 
-def pact_loss(
-    logprobs: Tensor, streams: Mapping[str, Tensor], *, clip: Clip, shaping: float = 0.1
+@dataclass(frozen=True)
+class Term:
+    """A term that a method adds to the loss.
+
+    Attributes:
+        name: of its metrics: ``loss/<name>``, ``tokens/<name>``, ``nonfinite/<name>``.
+        stream: its weights, [S]; 0 = the token is not in the term. A batch without this stream has no such term.
+        values: (log-probs [S] with gradient, all streams, weights [S]) -> [S], which is summed. A token of weight 0 has
+            to have value and gradient exactly 0.
+    """
+
+    name: str
+    stream: str
+    values: Callable[[Tensor, Mapping[str, Tensor], Tensor], Tensor]
+
+
+class _Total:
+    """The loss and its metrics while terms are added."""
+
+    def __init__(self, logprobs: Tensor):
+        self.logprobs = logprobs
+        self.loss = logprobs.new_zeros(())
+        self.metrics: dict[str, Tensor] = {}
+
+    def add(self, term: str, count: str, active: Tensor, values: Tensor, of: Tensor | None = None) -> None:
+        """Add a term's [S] values; ``of``: what has to be finite where the term is active (the log-probs)."""
+        of = self.logprobs if of is None else of
+        total = values.sum()
+        self.loss = self.loss + total
+        self.metrics[f"loss/{term}"] = total.detach()
+        self.metrics[count] = _count(active, self.loss)
+        broken = active & ~(torch.isfinite(of) & torch.isfinite(values))
+        self.metrics[f"nonfinite/{term}"] = _count(broken, self.loss)
+
+
+def batch_loss(
+    logprobs: Tensor, streams: Mapping[str, Tensor], *, surrogate: Surrogate, terms: Sequence[Term] = ()
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = sum_n [ (w_rl_x + w_rl_h) importance surrogate_n - (w_sft_reasoning + w_sft_call) logprob_n + w_kl k3_n ].
 
@@ -33,10 +68,9 @@ def pact_loss(
         logprobs: [S] current log-probs in nats, with gradient; S may be 0.
         streams: [S] each, the names of ``STREAMS``; ``old_logprobs`` besides. Without ``old_logprobs`` the update is
             the single on-policy one and the detached current log-probs are used: every ratio is exactly 1.
-        clip: range of ratios, of both surrogates.
-        shaping: gamma of the ``w_off`` term (:func:`pact_nemo.objective.baselines.shaped_off_policy`).
+        surrogate: of both contexts; a :class:`~pact_nemo.objective.surrogate.Clip` is one.
+        terms: further terms; those whose stream is given are added.
 
-    The terms of ``w_sft_phi`` and ``w_off``, where given, are added and reported as ``loss/sft_phi`` and ``loss/off``.
     ``w_entropy`` adds the entropy bonus, -sum of w_entropy_n H_n, reported as ``loss/entropy``; ``entropy`` [S] then
     holds H_n in nats, with gradient.
 
@@ -65,53 +99,42 @@ def pact_loss(
     for name, stream in streams.items():
         if stream.shape != logprobs.shape:
             raise ValueError(f"stream {name} has shape {tuple(stream.shape)}, log-probs have {tuple(logprobs.shape)}")
-    loss = logprobs.new_zeros(())
-    metrics: dict[str, Tensor] = {}
-
-    def add(term: str, count: str, active: Tensor, values: Tensor, of: Tensor = logprobs) -> None:
-        nonlocal loss
-        total = values.sum()
-        loss = loss + total
-        metrics[f"loss/{term}"] = total.detach()
-        metrics[count] = _count(active, loss)
-        metrics[f"nonfinite/{term}"] = _count(active & ~(torch.isfinite(of) & torch.isfinite(values)), loss)
-
+    total = _Total(logprobs)
     for context in ("x", "h"):
-        weight = streams[f"w_rl_{context}"]
-        active = weight != 0
-        current = _only(active, logprobs)
-        before = _only(active, streams["old_logprobs"]) if "old_logprobs" in streams else current.detach()
-        surrogate, clipped = clipped_surrogate(current, before, _only(active, streams["advantages"]), clip)
-        add(f"rl_{context}", f"tokens/{context}", active, _only(active, weight * streams["importance"]) * surrogate)
-        change = log_ratio(current, before).detach()  # 0 on tokens without a weight
-        metrics[f"clip/{context}"] = _count(clipped, loss)
-        metrics[f"approx_kl/{context}"] = (torch.expm1(change) - change).sum()
-        metrics[f"max/ratio_{context}"] = (
-            _only(active, change.exp()).max() if len(change) else loss.detach().new_zeros(())
-        )
-
+        _add_surrogate(total, streams, context, surrogate)
     for part in ("reasoning", "call"):
         weight = streams[f"w_sft_{part}"]
-        add(f"sft_{part}", f"tokens/sft_{part}", weight != 0, token_nll(logprobs, weight))
-
-    if "w_sft_phi" in streams:
-        weight = streams["w_sft_phi"]
-        add("sft_phi", "tokens/sft_phi", weight != 0, phi_weighted_nll(logprobs, weight))
-    if "w_off" in streams:
-        weight = streams["w_off"]
-        add("off", "tokens/off", weight != 0, shaped_off_policy(logprobs, streams["advantages"], weight, shaping))
-
+        total.add(f"sft_{part}", f"tokens/sft_{part}", weight != 0, token_nll(logprobs, weight))
+    for term in terms:
+        if term.stream in streams:
+            weight = streams[term.stream]
+            total.add(term.name, f"tokens/{term.name}", weight != 0, term.values(logprobs, streams, weight))
     if "w_entropy" in streams:
         weight = streams["w_entropy"]
         active = weight != 0
-        add("entropy", "tokens/entropy", active, -weight * _only(active, streams["entropy"]), streams["entropy"])
-
+        bonus = -weight * _only(active, streams["entropy"])
+        total.add("entropy", "tokens/entropy", active, bonus, streams["entropy"])
     weight = streams["w_kl"]
     active = weight != 0
     estimate = kl_estimate(_only(active, logprobs), _only(active, streams["ref_logprobs"]))
-    add("kl", "kl/count", active, weight * estimate)
-    metrics["kl/sum"] = estimate.detach().sum()
-    return loss, metrics
+    total.add("kl", "kl/count", active, weight * estimate)
+    total.metrics["kl/sum"] = estimate.detach().sum()
+    return total.loss, total.metrics
+
+
+def _add_surrogate(total: _Total, streams: Mapping[str, Tensor], context: str, surrogate: Surrogate) -> None:
+    """The surrogate's term of one context, ``x`` or ``h``."""
+    weight, metrics = streams[f"w_rl_{context}"], total.metrics
+    active = weight != 0
+    current = _only(active, total.logprobs)
+    before = _only(active, streams["old_logprobs"]) if "old_logprobs" in streams else current.detach()
+    values, stopped = surrogate(current, before, _only(active, streams["advantages"]))
+    total.add(f"rl_{context}", f"tokens/{context}", active, _only(active, weight * streams["importance"]) * values)
+    change = log_ratio(current, before).detach()  # 0 on tokens without a weight
+    metrics[f"clip/{context}"] = _count(stopped, total.loss)
+    metrics[f"approx_kl/{context}"] = (torch.expm1(change) - change).sum()
+    largest = _only(active, change.exp()).max() if len(change) else total.loss.detach().new_zeros(())
+    metrics[f"max/ratio_{context}"] = largest
 
 
 def _only(active: Tensor, values: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-OTHER, OBSERVATION, CALL, REASONING = 0, 1, 2, 3
+from pact_nemo.objective.components import CALL, REASONING
+
 TOP_LEVEL = 4  #: L4, the longest reasoning prefix
 REASONING_SCHEDULES = ("none", "fixed", "token", "segment", "whole_trace_token")
 CALL_SCHEDULES = ("none", "fixed", "token", "scale")

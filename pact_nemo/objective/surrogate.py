@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+#: (log-probs, old log-probs, advantages), [S] each -> ([S] loss, [S] bool: the token has no gradient). Not reduced, not
+#: weighted. All three are 0 on tokens without a weight.
+Surrogate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 #: bound on log-ratios before exp, in nats; exp(20) = 4.9e8 is far outside every clip range and far inside float32
 MAX_LOG_RATIO = 20.0
@@ -46,6 +51,10 @@ class Clip:
             raise ValueError(
                 f"dual clip {self.dual} must be above the clip range's upper end, {1.0 + (self.high or 0.0)}"
             )
+
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`clipped_surrogate`."""
+        return clipped_surrogate(logprobs, old_logprobs, advantages, self)
 
 
 def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:

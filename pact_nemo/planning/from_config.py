@@ -9,7 +9,7 @@ from typing import Any
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG
 from pact_nemo.config.recipes import recipe
 from pact_nemo.config.schema import Config
-from pact_nemo.objective.methods import METHODS
+from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.hardware import Hardware, gpu, this_cpu
 from pact_nemo.planning.memory import GIB
 from pact_nemo.planning.plan import Plan, make_plan
@@ -48,17 +48,19 @@ def expected_lengths(config: Config) -> Lengths:
 def step_work(config: Config, lengths: Lengths) -> StepWork:
     """What a step of this config computes (see ``training/loop.py``)."""
     objective, trainer = config.objective, config.trainer
-    method = METHODS[objective.method]
+    method = make_method(config)
     updates = trainer.batch_size // trainer.mini_batch_size
     corrected = config.rollout.importance == "tis"
-    conditioned = 0.0 if method.teaching is None else 1.0 - objective.anchor_prob if method.gated else 1.0
+    conditioned = 0.0
+    if method.uses_traces:
+        conditioned = 1.0 - objective.anchor_prob if method.conditions_on_trace else 1.0
     return StepWork(
         lengths=lengths,
         prompts=trainer.batch_size,
         group=objective.group_size,
         updates=updates,
         conditioned=conditioned,
-        trace_rl=objective.trace_rl and method.trace_rl,
+        trace_rl=method.trace_rl,
         score_old=1.0 if trainer.score_first_update else 1.0 - 1.0 / updates,
         score_prompt_only=1.0 / updates if corrected and not trainer.score_first_update else 0.0,
         reference=objective.kl_coef > 0,
@@ -232,7 +234,7 @@ def describe_plan(config: Config) -> str:
     if config.warmup.steps:
         lines.append(f"  warm-up    {config.warmup.steps} SFT steps of {config.warmup.batch_size} traces")
     lines += [
-        f"  training   method {config.objective.method}: {_length(config)}",
+        f"  training   method {config.method}: {_length(config)}",
         "  evaluation "
         + ", ".join(
             name for name, on in (("before", config.evaluation.before), ("after", config.evaluation.after)) if on

@@ -17,7 +17,7 @@ TONES = 9  #: colours of the page
 CURVES = (
     ("reward/success", "Success of training rollouts", f"checker's pass; mean over seeds and over {WINDOW} steps"),
 )
-_OWN = ("run.", "objective.method")  #: settings that runs of a comparison differ in by design
+_OWN = ("run.", "method", "objective.method")  #: settings that runs of a comparison differ in by design
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Run:
         return str(
             self.summary.get("label")
             or self.summary.get("method")
+            or self.setting("method")
             or self.setting("objective.method")
             or "unknown method"
         )

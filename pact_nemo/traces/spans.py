@@ -24,27 +24,15 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
-from enum import IntEnum
 
 from pact_nemo.chat.template import ChatFormat, Continuation
 from pact_nemo.errors import ConfigError, DataError
+from pact_nemo.objective.components import Component
 from pact_nemo.traces.schema import Trace, TraceTurn
 from pact_nemo.traces.segments import NO_LEVEL
 
 COMPONENTS = frozenset({"reasoning", "calls", "observations"})
 OVERLONG = ("turn", "segment", "drop")  #: what may become of a trace that is longer than its room (:func:`fit_trace`)
-
-
-class Component(IntEnum):
-    """What a token of h* is part of."""
-
-    OTHER = 0
-    OBSERVATION = 1
-    CALL = 2
-    REASONING = 3
-
-
-OTHER, OBSERVATION, CALL, REASONING = Component.OTHER, Component.OBSERVATION, Component.CALL, Component.REASONING
 
 
 @dataclass(frozen=True)

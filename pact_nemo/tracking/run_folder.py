@@ -17,6 +17,7 @@ from pact_nemo.config.schema import Config, load_config, to_yaml
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.runtime import machine
 from pact_nemo.runtime.files import temporary_beside, write_text_atomic
+from pact_nemo.runtime.plugins import short_name
 
 
 class Workspace:
@@ -125,7 +126,7 @@ def create(config: Config) -> Workspace:
         config.trainer.replay = str(Path(config.trainer.replay).resolve())
     root = Path(config.run.root)
     root.mkdir(parents=True, exist_ok=True)
-    stem = f"{config.run.name}-{config.run.label or config.objective.method}-seed{config.run.seed}-"
+    stem = f"{config.run.name}-{config.run.label or short_name(config.method)}-seed{config.run.seed}-"
     taken = [int(m.group(1)) for p in root.iterdir() if (m := re.fullmatch(re.escape(stem) + r"(\d+)", p.name))]
     number = max(taken, default=0) + 1
     while True:

@@ -19,6 +19,7 @@ from pact_nemo.errors import CheckpointError
 from pact_nemo.planning.from_config import compare_with
 from pact_nemo.report import write_report
 from pact_nemo.runtime.files import write_json_atomic
+from pact_nemo.runtime.plugins import short_name
 from pact_nemo.tracking.metrics_log import read_metrics
 from pact_nemo.training.distributed import on_rank_zero, rank
 from pact_nemo.training.experiment import Experiment
@@ -70,8 +71,8 @@ def summarise(experiment: Experiment) -> dict[str, Any]:
     records = read_metrics(experiment.workspace.folder)
     tokens = {key: sum(int(r.get(f"tokens/{key}") or 0) for r in records) for key in ("policy", "trained")}
     return {
-        "method": config.objective.method,
-        "label": config.run.label or config.objective.method,
+        "method": short_name(config.method),
+        "label": config.run.label or short_name(config.method),
         "seed": config.run.seed,
         "steps": experiment.step,
         "warmup_steps": experiment.warmup_step,

@@ -23,6 +23,7 @@ from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.environments.splits import split
 from pact_nemo.environments.toolhop import Scenario, ToolHopEnvironment
 from pact_nemo.errors import ConfigError, DataError, ToolCallError
+from pact_nemo.objective.components import CALL, OTHER
 from pact_nemo.objective.gate import uniform
 from pact_nemo.planning.from_config import model_shape
 from pact_nemo.runtime.quarantine import Quarantine
@@ -34,7 +35,7 @@ from pact_nemo.traces.controls import other_trace
 from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.recorded import recorded_trace
 from pact_nemo.traces.schema import Trace, read_traces
-from pact_nemo.traces.spans import CALL, OTHER, TraceTokens, fit_trace
+from pact_nemo.traces.spans import TraceTokens, fit_trace
 from pact_nemo.training.distributed import on_rank_zero
 
 log = logging.getLogger(__name__)

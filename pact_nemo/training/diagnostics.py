@@ -12,23 +12,12 @@ import torch
 from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
 from pact_nemo.policy.policy import UpdateResult
 from pact_nemo.rollouts.types import LIMITS
-from pact_nemo.training.prompt_trees import (
-    PROMPT_ONLY,
-    TRACE,
-    TRACE_CONDITIONED,
-    PromptGroup,
-    PromptTree,
-    sampler_logprobs,
-    trace_rl,
-)
+from pact_nemo.training.prompt_groups import PromptGroup, has_policy_tokens
+from pact_nemo.training.prompt_trees import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptTree
+from pact_nemo.training.streams import sampler_logprobs
 
 if TYPE_CHECKING:
     from pact_nemo.training.experiment import Experiment
-
-
-def has_policy_tokens(group: PromptGroup) -> bool:
-    """Whether any rollout of the group can carry loss."""
-    return any(r.status != "failed" and any(r.loss_mask) for r in group.rollouts)
 
 
 def _mean(values: list[float] | np.ndarray) -> float | None:
@@ -151,7 +140,7 @@ def step_record(
     record.update(mismatch(prompts, old))
     record["policy/entropy"] = mean_entropy(prompts, [values for result in results for values in result.entropies])
     record.update(loss_record(results))
-    under_trace = [p for p in prompts if (TRACE, 0) in p.spans and trace_rl(experiment.config.objective)]
+    under_trace = [p for p in prompts if (TRACE, 0) in p.spans and experiment.method.trace_rl]
     record["rollout/not_conditioned"] = sum(
         (PROMPT_ONLY, k) in p.spans and (TRACE_CONDITIONED, k) not in p.spans
         for p in under_trace

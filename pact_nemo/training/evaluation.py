@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import Interrupted
+from pact_nemo.methods.rewards import matching_rewards
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.training.distributed import on_rank_zero
-from pact_nemo.training.prompt_trees import turn_rewards_of
 from pact_nemo.training.records import dump_evaluation
 
 if TYPE_CHECKING:
@@ -73,14 +73,12 @@ def episode_rewards(
     """Per episode: the reward of each turn; and, of the episodes whose task has reference calls, the mean matching
     reward of their tool turns (whatever the method trains on)."""
     by_task = {task.id: task for task in tasks}
-    scored = replace(config.objective, method="matchtir")
-    calls_only = replace(scored, outcome_weight=0.0)
     rewards, call_rewards = [], []
     for rollout in rollouts:
         task = by_task[rollout.task_id]
-        rewards.append(turn_rewards_of(task, rollout, scored).tolist())
+        rewards.append(matching_rewards(task, rollout, config.objective).tolist())
         if any(task.reference_calls):
-            reward = float(turn_rewards_of(task, rollout, calls_only).sum())
+            reward = float(matching_rewards(task, rollout, config.objective, outcome_weight=0.0).sum())
             call_rewards.append(reward / max(sum(turn.is_tool_turn for turn in rollout.turns), 1))
     return rewards, call_rewards
 

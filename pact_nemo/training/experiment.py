@@ -21,6 +21,7 @@ from pact_nemo.checkpoints.quantised import materialise
 from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import Environment
 from pact_nemo.errors import CheckpointError, Interrupted, PactError
+from pact_nemo.methods.registry import make_method
 from pact_nemo.objective.adaptive import AdaptiveClock, between
 from pact_nemo.objective.schedules import Clock, StepClock, TraceSchedule
 from pact_nemo.objective.trace_quality import TraceQuality
@@ -109,6 +110,7 @@ class Experiment:
         self.policy, self.generator, self.progress = policy, generator, progress
         self.source, self.stop = source, stop
         self.schedule = trace_schedule(config)
+        self.method = make_method(config)
         self.quality = TraceQuality(config.traces.quality_smoothing) if config.traces.quality else None
         self.boundary_ids = (
             chat.boundary_ids() if config.traces.control != "none" else chat.boundary_after_nothing_ids()

@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pact_nemo.methods.base import Method
 from pact_nemo.objective.gate import uniform
 from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
-from pact_nemo.objective.loss import STREAMS, LossFn
+from pact_nemo.objective.loss import STREAMS
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.training.prompt_trees import PromptTree
 
 if TYPE_CHECKING:
     from pact_nemo.policy.policy import MegatronPolicy
 
-#: term -> the weight streams that make it up
-TERMS = {"rl": ("w_rl_x", "w_rl_h"), "sft": ("w_sft_reasoning", "w_sft_call", "w_sft_phi", "w_off")}
+
+def terms_of(method: Method) -> dict[str, tuple[str, ...]]:
+    """term -> the weight streams that make it up."""
+    own = tuple(term.stream for term in method.terms)
+    return {"rl": ("w_rl_x", "w_rl_h"), "sft": ("w_sft_reasoning", "w_sft_call", *own)}
 
 
 def halves(prompts: list[PromptTree], *, seed: int, step: int) -> tuple[list[PromptTree], list[PromptTree]]:
@@ -46,7 +50,7 @@ def term_of(prompts: list[PromptTree], names: tuple[str, ...]) -> list[TokenTree
 
 
 def measure(
-    policy: MegatronPolicy, prompts: list[PromptTree], loss_fn: LossFn, *, seed: int, step: int
+    policy: MegatronPolicy, prompts: list[PromptTree], method: Method, *, seed: int, step: int
 ) -> dict[str, float | None]:
     """Of a mini-batch whose streams are filled. Collective.
 
@@ -57,11 +61,11 @@ def measure(
     """
     record: dict[str, float | None] = {}
     first, second = halves(prompts, seed=seed, step=step)
-    for term, names in TERMS.items():
+    for term, names in terms_of(method).items():
         one, other = term_of(first, names), term_of(second, names)
         if not one or not other:
             continue
-        cosine, norm, other_norm = policy.gradient_cosine(one, other, loss_fn)
+        cosine, norm, other_norm = policy.gradient_cosine(one, other, method.loss)
         if not math.isfinite(cosine):
             continue
         needed = prompts_for_half(cosine, len(prompts))

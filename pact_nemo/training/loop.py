@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,17 @@ from pact_nemo.training import alarms, diagnostics, gradient_signal, held_out_tr
 from pact_nemo.training.dataset import prompts_of_step
 from pact_nemo.training.distributed import on_rank_zero, rank
 from pact_nemo.training.experiment import Experiment
+from pact_nemo.training.prompt_groups import Gate, PromptGroup, TraceUse, form_group, has_policy_tokens
 from pact_nemo.training.prompt_trees import (
     PROMPT_ONLY,
-    PromptGroup,
     PromptTree,
+    carried_over,
     contexts_needed,
-    fill_streams,
-    form_group,
     grow_tree,
-    loss_of,
-    set_temperature,
+    tempered,
 )
 from pact_nemo.training.records import dump_step
+from pact_nemo.training.streams import Scores, with_streams
 
 
 class Stopwatch:
@@ -131,43 +129,41 @@ def collect(experiment: Experiment) -> list[PromptGroup]:
     """K prompt-only rollouts per prompt, then rewards, advantages and the gate. Traces join here, after generation has
     ended.
     """
-    config = experiment.config
-    tasks = tasks_of(experiment, experiment.step)
+    config, step = experiment.config, experiment.step
+    tasks = tasks_of(experiment, step)
     k = config.objective.group_size
-    objective = replace(config.objective, anchor_prob=experiment.anchor_prob)
 
     def sample() -> Batch:
         if config.trainer.replay is not None:
-            rollouts = replayed(experiment.replay_file(experiment.step), [task.id for task in tasks for _ in range(k)])
-            return Batch(experiment.step, rollouts, None)
-        if (ready := experiment.ahead.take(experiment.step)) is not None:
+            rollouts = replayed(experiment.replay_file(step), [task.id for task in tasks for _ in range(k)])
+            return Batch(step, rollouts, None)
+        if (ready := experiment.ahead.take(step)) is not None:
             return ready
         started = time.perf_counter()
-        rollouts = experiment.generator.rollouts(tasks, k, step=experiment.step, version=experiment.version)
-        return Batch(experiment.step, rollouts, time.perf_counter() - started)
+        rollouts = experiment.generator.rollouts(tasks, k, step=step, version=experiment.version)
+        return Batch(step, rollouts, time.perf_counter() - started)
 
     batch = on_rank_zero(sample)
     rollouts, experiment.rollout_seconds = batch.rollouts, batch.seconds
+    gate = Gate(config.run.seed, step, experiment.anchor_prob)
     groups = [
-        form_group(
-            task,
-            rollouts[i * k : (i + 1) * k],
-            experiment.dataset.trace_for(task.id, config.run.seed, experiment.step),
-            objective,
-            seed=config.run.seed,
-            step=experiment.step,
-            trace_weight=experiment.quality.weight(task.id) if experiment.quality is not None else 1.0,
-            control=experiment.dataset.control_for(task.id, config.run.seed, experiment.step),
-        )
+        form_group(task, rollouts[i * k : (i + 1) * k], trace_of(experiment, task), experiment.method, gate)
         for i, task in enumerate(tasks)
     ]
     if config.trainer.dump_rollouts:
-        on_rank_zero(
-            lambda: dump_step(
-                experiment.workspace.step_rollouts(experiment.step), groups, keep=config.trainer.keep_rollouts
-            )
-        )
+        file, keep = experiment.workspace.step_rollouts(step), config.trainer.keep_rollouts
+        on_rank_zero(lambda: dump_step(file, groups, keep=keep))
     return groups
+
+
+def trace_of(experiment: Experiment, task: Task) -> TraceUse:
+    """A prompt's trace in this step: one of its variants, by (seed, step, task)."""
+    seed, step, dataset = experiment.config.run.seed, experiment.step, experiment.dataset
+    return TraceUse(
+        dataset.trace_for(task.id, seed, step),
+        weight=experiment.quality.weight(task.id) if experiment.quality is not None else 1.0,
+        control=dataset.control_for(task.id, seed, step),
+    )
 
 
 def replayed(path: Path, expected: list[str]) -> list[Rollout]:
@@ -197,8 +193,8 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
     The first update is on-policy: its loss takes its own detached log-probs as pi_old, which they are by definition, so
     nothing is scored for it but what the sampler correction needs, pi_old(tau | x).
     """
-    config, policy = experiment.config, experiment.policy
-    objective, size = config.objective, config.trainer.mini_batch_size
+    config, policy, method = experiment.config, experiment.policy, experiment.method
+    size = config.trainer.mini_batch_size
     temperature = config.rollout.sampling.temperature
     correct_sampler = config.rollout.importance == "tis"
     adaptive = experiment.schedule.clock.adapts  # goes by every prompt's privilege gap
@@ -207,13 +203,13 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
         grow_tree(
             group,
             experiment.boundary_ids,
-            objective,
-            contexts=contexts_needed(group, objective, diagnostics=both),
+            method,
+            contexts=contexts_needed(group, method, diagnostics=both),
             skip_zero_advantage=config.trainer.skip_zero_advantage and not adaptive,
         )
         for group in groups
     ]
-    set_temperature(grown, objective, temperature)
+    grown = tempered(grown, method, temperature)
     # a prompt whose rollouts all failed still teaches its trace and counts in |B|; one that scores no token at all is
     # not computed
     cut = [grown[start : start + size] for start in range(0, len(grown), size)]
@@ -224,15 +220,12 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
         prompts: list[PromptTree], score: Callable[[list[TokenTree]], list[torch.Tensor]]
     ) -> list[torch.Tensor]:
         """What ``score`` says of the rollouts under x alone, laid out as the full trees (0 elsewhere)."""
-        alone = {
-            i: grow_tree(p.group, experiment.boundary_ids, objective, contexts=(PROMPT_ONLY,))
-            for i, p in enumerate(prompts)
-            if diagnostics.has_policy_tokens(p.group)
-        }
-        set_temperature(list(alone.values()), objective, temperature)
+        chosen = [i for i, p in enumerate(prompts) if has_policy_tokens(p.group)]
+        bare = [grow_tree(prompts[i].group, experiment.boundary_ids, method, contexts=(PROMPT_ONLY,)) for i in chosen]
+        alone = dict(zip(chosen, tempered(bare, method, temperature), strict=True))
         values = dict(zip(alone, score([p.tree for p in alone.values()]), strict=True)) if alone else {}
         return [
-            spread(alone[i], p, values[i]) if i in alone else torch.zeros(p.tree.num_scored)
+            carried_over(alone[i], p, values[i]) if i in alone else torch.zeros(p.tree.num_scored)
             for i, p in enumerate(prompts)
         ]
 
@@ -243,50 +236,42 @@ def optimise(experiment: Experiment, groups: list[PromptGroup], watch: Stopwatch
         old += [policy.logprobs([p.tree for p in members]) for members, _ in parts[on_policy:]]
         if correct_sampler and on_policy and parts:
             old[0] = under_prompt(parts[0][0], policy.logprobs)
-        reference = under_prompt(prompts, policy.reference_logprobs) if objective.kl_coef > 0 else None
+        reference = under_prompt(prompts, policy.reference_logprobs) if config.objective.kl_coef > 0 else None
 
     starts = [sum(len(members) for members, _ in parts[:number]) for number in range(len(parts))]
 
-    def fill(number: int) -> list[PromptTree]:
+    def filled(number: int) -> list[PromptTree]:
         """The prompts of an update with their streams."""
         members, num_prompts = parts[number]
         part = slice(starts[number], starts[number] + len(members))
+        scores = Scores(
+            old[number],
+            reference[part] if reference is not None else None,
+            config.rollout.importance_cap if correct_sampler else None,
+            on_policy=number < on_policy,
+        )
         try:
-            fill_streams(
-                members,
-                objective,
-                experiment.schedule,
-                experiment.step,
-                old=old[number],
-                reference=reference[part] if reference is not None else None,
-                importance_cap=config.rollout.importance_cap if correct_sampler else None,
-                num_prompts=num_prompts,
-            )
+            return with_streams(members, method, experiment.schedule, experiment.step, scores, num_prompts=num_prompts)
         except FloatingPointError as error:  # the same on every rank: what was scored is
             raise refused(
                 experiment, NumericsError(str(error), names=["importance"], logprobs=old[number]), members, number
             ) from error
-        if number < on_policy:
-            for prompt in members:
-                prompt.tree.streams.pop("old_logprobs", None)
-        return members
 
-    loss_fn, every = loss_of(objective), config.diagnostics.gradient_every
+    every = config.diagnostics.gradient_every
     results: list[UpdateResult] = []
     signal: dict[str, float | None] = {}
     if parts and every and experiment.step % every == 0:
         with watch("diagnostics"):
-            signal = gradient_signal.measure(policy, fill(0), loss_fn, seed=config.run.seed, step=experiment.step)
+            signal = gradient_signal.measure(policy, filled(0), method, seed=config.run.seed, step=experiment.step)
     with watch("update"):
         for number in range(len(parts)):
-            members = fill(number)
+            members = filled(number)
             try:
-                results.append(policy.update([p.tree for p in members], loss_fn, entropy=True))
+                results.append(policy.update([p.tree for p in members], method.loss, entropy=True))
             except NumericsError as error:
                 raise refused(experiment, error, members, number) from error
-    before = [
-        values for scored in [*(r.logprobs for r in results[:on_policy]), *old[on_policy:]] for values in scored or ()
-    ]
+    scored = [*(result.logprobs for result in results[:on_policy]), *old[on_policy:]]
+    before = [values for part in scored for values in part or ()]
     return diagnostics.step_record(experiment, groups, prompts, before, results) | signal
 
 
@@ -319,14 +304,3 @@ def mean_gap(record: dict[str, Any]) -> float | None:
     """
     gaps = [abs(record[key]) for key in ("latent/gap_success", "latent/gap_failure") if record.get(key) is not None]
     return sum(gaps) / len(gaps) if gaps else None
-
-
-def spread(source: PromptTree, target: PromptTree, values: torch.Tensor) -> torch.Tensor:
-    """Carry per-rollout values of a prompt-only tree over to the same rollouts' prompt-only ranges in the full tree (0
-    elsewhere).
-    """
-    out = torch.zeros(target.tree.num_scored, dtype=values.dtype)
-    for key, (start, end) in source.spans.items():
-        if key in target.spans:
-            out[slice(*target.spans[key])] = values[start:end]
-    return out

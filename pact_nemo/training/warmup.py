@@ -18,11 +18,12 @@ import torch
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import ServerLost
-from pact_nemo.objective.loss import pact_loss
+from pact_nemo.objective.components import CALL, REASONING
+from pact_nemo.objective.loss import batch_loss
 from pact_nemo.objective.surrogate import Clip
 from pact_nemo.objective.weights import sft_weights
 from pact_nemo.policy.trees import TokenTree, TreeBuilder
-from pact_nemo.traces.spans import CALL, REASONING, TraceTokens
+from pact_nemo.traces.spans import TraceTokens
 from pact_nemo.training import held_out_traces
 from pact_nemo.training.dataset import prompts_of_step
 from pact_nemo.training.diagnostics import loss_record
@@ -134,5 +135,5 @@ def sft_step(experiment: Experiment, batch: list[Task]) -> dict[str, Any]:
     prompts = [experiment.chat.prompt_ids(list(task.user_turns[0]), list(task.tools)) for task in batch]
     closing = closing_ids(experiment.chat, stage.closing)
     trees = [sft_tree(x, h, w, closing, 1.0 / len(batch)) for x, h, w in zip(prompts, traces, weights, strict=True)]
-    loss_fn = partial(pact_loss, clip=Clip())  # no token is in a surrogate
+    loss_fn = partial(batch_loss, surrogate=Clip())  # no token is in a surrogate
     return loss_record([experiment.policy.update(trees, loss_fn, lr=stage.lr)])

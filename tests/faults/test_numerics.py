@@ -16,13 +16,14 @@ import torch
 from pact_nemo.config.schema import AlarmsConfig
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import NumericsError
+from pact_nemo.methods.registry import make_method
 from pact_nemo.policy.config import OptimizerConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.training import alarms
 from pact_nemo.training.loop import Stopwatch, optimise
-from pact_nemo.training.prompt_trees import form_group
+from pact_nemo.training.prompt_groups import Gate, TraceUse, form_group
 from tests.test_training_fast_paths import batch, settings
 from tests.workers.policy_kit import make_model
 from tools.benches.kit import stand_in
@@ -100,7 +101,7 @@ def test_a_reward_that_is_no_number_stops_before_anything_is_computed() -> None:
     assert rollouts[2].outcome is not None
     object.__setattr__(rollouts[2].outcome, "score", float("nan"))
     with pytest.raises(NumericsError, match="rewards of bench_0, rollout 2"):
-        form_group(groups[0].task, rollouts, None, config.objective, seed=0, step=0)
+        form_group(groups[0].task, rollouts, TraceUse(), make_method(config), Gate(0, 0, 0.0))
 
 
 def test_spikes_are_told_with_their_setting() -> None:
@@ -147,8 +148,8 @@ def test_a_failed_rollout_gets_no_gradient_and_moves_no_mean() -> None:
     broken = Rollout(
         "t", 3, good[0].prompt_ids, [5, 6], [1, 1], [-1.0, -1.0], turns, None, 0, status="failed", error=error
     )
-    with_it = form_group(task, [*good, broken], None, config.objective, seed=0, step=0)
-    without = form_group(task, good, None, config.objective, seed=0, step=0)
+    with_it = form_group(task, [*good, broken], TraceUse(), make_method(config), Gate(0, 0, 0.0))
+    without = form_group(task, good, TraceUse(), make_method(config), Gate(0, 0, 0.0))
     for a, b in zip(with_it.advantages, without.advantages, strict=False):
         np.testing.assert_array_equal(a, b)
     assert not np.any(with_it.advantages[3])

@@ -9,24 +9,20 @@ import torch
 
 from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.environments.base import Outcome, Task, ToolCall
+from pact_nemo.methods.registry import method_named
+from pact_nemo.objective.components import CALL, OBSERVATION, OTHER, REASONING
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.types import Rollout, Turn
-from pact_nemo.traces.spans import CALL, OBSERVATION, OTHER, REASONING, TraceTokens
-from pact_nemo.training.prompt_trees import (
-    PromptGroup,
-    PromptTree,
-    contexts_needed,
-    fill_streams,
-    form_group,
-    grow_tree,
-    loss_of,
-    set_temperature,
-)
+from pact_nemo.traces.spans import TraceTokens
+from pact_nemo.training.prompt_groups import Gate, PromptGroup, TraceUse, form_group
+from pact_nemo.training.prompt_trees import PromptTree, contexts_needed, grow_tree, tempered
+from pact_nemo.training.streams import Scores, with_streams
 from tests.workers.policy_kit import VOCAB
 
 OBJECTIVE = ObjectiveConfig(group_size=4, anchor_prob=0.4, kl_coef=0.01, sft_coef=0.3, entropy_coef=0.05, dual_clip=3.0)
-pact_terms = loss_of(OBJECTIVE)
+PACT = method_named("pact", OBJECTIVE)
+pact_terms = PACT.loss
 
 
 def _trace(draw: random.Random) -> TraceTokens:
@@ -75,26 +71,21 @@ def make_pact_prompts(
     """
     draw = random.Random(seed)
     groups: list[PromptGroup] = []
+    method, gate = method_named("pact", objective), Gate(seed, 1, objective.anchor_prob)
     for index in range(count):
         task = Task(
             f"p{index}", f"p{index}", "c", (({"role": "user", "content": "u"},),), (), ((ToolCall("f", {"a": 1}),),)
         )
         prompt = [draw.randrange(VOCAB) for _ in range(draw.randint(4, 20))]
         rollouts = [_rollout(draw, task, prompt, k) for k in range(objective.group_size)]
-        groups.append(
-            form_group(task, rollouts, _trace(draw) if index % 5 != 4 else None, objective, seed=seed, step=1)
-        )
+        groups.append(form_group(task, rollouts, TraceUse(_trace(draw) if index % 5 != 4 else None), method, gate))
     prompts = [
-        grow_tree(group, [7, 8], objective, contexts=contexts_needed(group, objective, diagnostics=True))
-        for group in groups
+        grow_tree(group, [7, 8], method, contexts=contexts_needed(group, method, diagnostics=True)) for group in groups
     ]
     noise = torch.Generator().manual_seed(seed)
 
     def drawn() -> list[torch.Tensor]:
         return [-5.0 - torch.rand(prompt.tree.num_scored, generator=noise) for prompt in prompts]
 
-    fill_streams(
-        prompts, objective, TraceSchedule(clock=StepClock(5)), 1, old=drawn(), reference=drawn(), importance_cap=2.0
-    )
-    set_temperature(prompts, objective, temperature)
-    return prompts
+    scores = Scores(drawn(), drawn(), importance_cap=2.0)
+    return tempered(with_streams(prompts, method, TraceSchedule(clock=StepClock(5)), 1, scores), method, temperature)

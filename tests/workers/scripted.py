@@ -12,6 +12,7 @@ from typing import Any
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import Task
+from pact_nemo.methods.registry import make_method
 from pact_nemo.rollouts.episode import SeedPath, run_episode
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.client import Completion, GenerationRequest
@@ -19,7 +20,7 @@ from pact_nemo.serving.config import Sampling
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.training.dataset import build_dataset, build_environment, prompts_of_step
 from pact_nemo.training.limits import training_limits
-from pact_nemo.training.prompt_trees import form_group
+from pact_nemo.training.prompt_groups import Gate, TraceUse, form_group
 from pact_nemo.training.records import dump_step
 
 
@@ -65,12 +66,10 @@ def write_replay(config: Config, model: Path, folder: Path, steps: int) -> None:
         return asyncio.run(run_episode(task, k, environment, chat, client, limits, Sampling(), SeedPath(1, step)))
 
     for step in range(steps):
-        groups = []
+        groups, gate = [], Gate(config.run.seed, step, config.objective.anchor_prob)
         for task in prompts_of_step(dataset.train, step, config.trainer.batch_size, config.run.seed):
             rollouts = [play(task, k, step) for k in range(config.objective.group_size)]
             groups.append(
-                form_group(
-                    task, rollouts, dataset.trace_tokens.get(task.id), config.objective, seed=config.run.seed, step=step
-                )
+                form_group(task, rollouts, TraceUse(dataset.trace_tokens.get(task.id)), make_method(config), gate)
             )
         dump_step(Workspace(folder).step_rollouts(step), groups)

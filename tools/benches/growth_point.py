@@ -94,7 +94,7 @@ class Point:
         return load_config(
             None,
             [
-                f"objective.method={method}",
+                f"method={method}",
                 f"objective.group_size={self.group}",
                 "objective.anchor_prob=0",
                 f"trainer.batch_size={self.prompts}",

@@ -2,7 +2,7 @@
 the report.
 
 A recorded batch is what a finished run dumped (``runs/<run>/rollouts``): real tasks, traces and rollouts. A synthetic
-one has real structure (``grow_tree`` and ``fill_streams`` lay it out) and random tokens, so that lengths can be chosen.
+one has real structure (``grow_tree`` and ``with_streams`` lay it out) and random tokens, so that lengths can be chosen.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ import numpy as np
 
 from pact_nemo.config.schema import Config, load_config
 from pact_nemo.environments.base import Outcome, Task
-from pact_nemo.objective.methods import METHODS
+from pact_nemo.methods.registry import make_method
+from pact_nemo.objective.components import CALL, OTHER, REASONING
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.runtime.collective import from_rank_zero, rank
-from pact_nemo.traces.spans import CALL, OTHER, REASONING, TraceTokens
+from pact_nemo.traces.spans import TraceTokens
 from pact_nemo.training.experiment import Experiment, trace_schedule
 from pact_nemo.training.loop import Stopwatch, collect, optimise
 from pact_nemo.training.open_run import open_experiment
-from pact_nemo.training.prompt_trees import PromptGroup, form_group
+from pact_nemo.training.prompt_groups import Gate, PromptGroup, TraceUse, form_group
 
 BOUNDARY = 8  #: tokens of the turn between h* and tau in synthetic batches
 
@@ -53,7 +54,7 @@ def recorded_groups(
         the run's config with ``method``, and per step its groups.
     """
     with tempfile.TemporaryDirectory() as folder:
-        extra = [f"objective.method={method}"] if method is not None else []
+        extra = [f"method={method}"] if method is not None else []
         extra += [
             f"trainer.replay={run.resolve()}",
             f"run.root={folder}",
@@ -88,6 +89,7 @@ def synthetic_groups(
         return [int(token) for token in random.integers(10, vocabulary, count)]
 
     groups = []
+    method, gate = make_method(config), Gate(seed, 0, config.objective.anchor_prob)
     for index in range(prompts):
         prompt_ids, rollouts = tokens(lengths.prompt), []
         for k in range(config.objective.group_size):
@@ -104,12 +106,8 @@ def synthetic_groups(
                 )
             )
         task = Task(f"bench_{index}", f"bench_{index}", "bench", (), (), ())
-        trace = (
-            synthetic_trace(tokens(lengths.trace))
-            if lengths.trace and METHODS[config.objective.method].teaching is not None
-            else None
-        )
-        groups.append(form_group(task, rollouts, trace, config.objective, seed=seed, step=0))
+        trace = synthetic_trace(tokens(lengths.trace)) if lengths.trace and method.uses_traces else None
+        groups.append(form_group(task, rollouts, TraceUse(trace), method, gate))
     return groups
 
 
@@ -128,6 +126,7 @@ def stand_in(config: Config, policy: MegatronPolicy) -> Experiment:
     found = SimpleNamespace(
         config=config,
         policy=policy,
+        method=make_method(config),
         boundary_ids=[5] * BOUNDARY,
         schedule=trace_schedule(config),
         step=0,

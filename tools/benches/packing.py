@@ -23,11 +23,13 @@ from typing import Any
 
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.config.schema import Config, load_config
+from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.packing import pack
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import TokenTree
-from pact_nemo.training.prompt_trees import PromptGroup, contexts_needed, grow_tree
+from pact_nemo.training.prompt_groups import PromptGroup
+from pact_nemo.training.prompt_trees import contexts_needed, grow_tree
 from tools.benches.kit import (
     BOUNDARY,
     interleaved,
@@ -168,9 +170,9 @@ def _model(options: argparse.Namespace, config: Config, folder: Path) -> Path:
 
 def trees_of(groups: list[PromptGroup], config: Config) -> list[TokenTree]:
     """The trees of one update, without streams."""
-    objective = config.objective
+    method = make_method(config)
     return [
-        grow_tree(group, [5] * BOUNDARY, objective, contexts=contexts_needed(group, objective, diagnostics=True)).tree
+        grow_tree(group, [5] * BOUNDARY, method, contexts=contexts_needed(group, method, diagnostics=True)).tree
         for group in groups
     ]
 

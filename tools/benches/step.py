@@ -1,7 +1,7 @@
 """A whole PACT step against a plain GRPO step on the same rollouts: old-policy and reference scoring, both
 contexts forward and backward, SFT, optimizer.
 
-Same process, same policy object, same rollouts of a finished run; only ``objective.method`` differs (so GRPO has its
+Same process, same policy object, same rollouts of a finished run; only ``method`` differs (so GRPO has its
 own advantages and no traces). ``--naive`` adds PACT without the shared prefix (``policy.share_prefix=false``): every
 sequence on its own, as elsewhere.
 """

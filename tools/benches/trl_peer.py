@@ -32,13 +32,15 @@ from transformers.utils import logging as transformers_logging
 
 from pact_nemo.config.schema import Config
 from pact_nemo.errors import ConfigError, NumericsError
+from pact_nemo.methods.registry import make_method
 from pact_nemo.policy.device import use_cuda
 from pact_nemo.policy.packing import pack
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import world_size
 from pact_nemo.training.experiment import Experiment
 from pact_nemo.training.loop import Stopwatch, optimise
-from pact_nemo.training.prompt_trees import PROMPT_ONLY, PromptGroup, contexts_needed, grow_tree
+from pact_nemo.training.prompt_groups import PromptGroup
+from pact_nemo.training.prompt_trees import PROMPT_ONLY, contexts_needed, grow_tree
 from tools.benches.kit import interleaved, median_ratio, recorded_groups, report, scratch, stand_in, timed_step
 
 GOAL, PACT_GOAL = 0.9, 1.0
@@ -203,7 +205,7 @@ def sequences_of(groups: list[PromptGroup], config: Config) -> list[Sample]:
     """
     found = []
     for group in groups:
-        for _, k in grow_tree(group, [], config.objective, contexts=(PROMPT_ONLY,)).spans:
+        for _, k in grow_tree(group, [], make_method(config), contexts=(PROMPT_ONLY,)).spans:
             rollout = group.rollouts[k]
             if rollout.rewinds:
                 raise ConfigError(
@@ -223,13 +225,10 @@ def sequences_of(groups: list[PromptGroup], config: Config) -> list[Sample]:
 
 def padded_tokens(policy: MegatronPolicy, config: Config, batches: list[list[PromptGroup]]) -> int:
     """Tokens of our update's rows, padding included."""
-    total = 0
+    total, method = 0, make_method(config)
     for groups in batches:
         trees = [
-            grow_tree(
-                g, [5] * 8, config.objective, contexts=contexts_needed(g, config.objective, diagnostics=True)
-            ).tree
-            for g in groups
+            grow_tree(g, [5] * 8, method, contexts=contexts_needed(g, method, diagnostics=True)).tree for g in groups
         ]
         packed = pack(
             trees, policy.config.micro_batch_tokens, share_prefix=policy.config.share_prefix, multiple=policy.alignment
@@ -251,7 +250,7 @@ def check(
     """
     difference, count = 0.0, 0
     for batch, rows in zip(groups, sequences, strict=True):
-        trees = [grow_tree(group, [], config.objective, contexts=(PROMPT_ONLY,)).tree for group in batch]
+        trees = [grow_tree(group, [], make_method(config), contexts=(PROMPT_ONLY,)).tree for group in batch]
         ours = torch.cat(policy.logprobs([tree for tree in trees if tree.num_scored]))
         theirs = torch.cat(peer.logprobs(rows))
         difference, count = max(difference, float((ours - theirs).abs().max())), count + ours.shape[0]

@@ -1,0 +1,53 @@
+"""Settings of a part that has a config class of its own: the section is checked against that class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pact_nemo.errors import ConfigError
+
+#: settings that have moved: old key -> new key
+MOVED = {
+    "objective.method": "method",
+    "objective.mu_start": "method_config.mu_start",
+    "objective.mu_end": "method_config.mu_end",
+    "objective.mu_decay_steps": "method_config.mu_decay_steps",
+    "objective.mu_schedule": "method_config.mu_schedule",
+    "objective.shaping": "method_config.shaping",
+    "objective.ftrl_count_malformed": "method_config.count_malformed",
+    "objective.toolrl_strict": "method_config.strict",
+}
+
+
+def refuse_moved(name: str, source: Any) -> None:
+    """Raises ConfigError when a source says a setting by its old key; names the new one."""
+    if not isinstance(source, DictConfig):
+        return
+    for old, new in MOVED.items():
+        section, _, key = old.partition(".")
+        inner = source.get(section) if section in source and not OmegaConf.is_missing(source, section) else None
+        if isinstance(inner, DictConfig) and key in inner:
+            raise ConfigError(f"{name}: {old} is now {new}; rename it")
+
+
+def own_config(section: str, given: Any, schema: type, owner: str) -> Any:
+    """An instance of ``schema`` with the settings that ``given`` (a mapping) has.
+
+    Args:
+        section: its key, for messages.
+        owner: whose settings they are, for messages, as in ``method=chord``.
+
+    Raises:
+        ConfigError: a key that the class has no field for, a value of another type, or one that the class refuses.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        key = getattr(error, "full_key", None) or ""
+        known = ", ".join(sorted(OmegaConf.structured(schema))) or "none"
+        raise ConfigError(
+            f"{section}{'.' + key if key else ''}: {str(error).splitlines()[0]}; settings of {owner}: {known}"
+        ) from error

@@ -1,0 +1,67 @@
+"""What users bring along, by reference: a name of a table, ``module:attribute`` or ``path/to/file.py:attribute``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pact_nemo.errors import ConfigError
+
+
+def load_plugin(key: str, reference: str, known: Mapping[str, str]) -> Any:
+    """The object that a setting refers to.
+
+    Args:
+        key: the setting, for messages.
+        reference: a name of ``known``, or a reference to something from outside.
+        known: name -> reference.
+
+    Raises:
+        ConfigError: there is none, or it can't be imported; names key, reference and remedy.
+    """
+    target = known.get(reference, reference)
+    place, colon, attribute = target.rpartition(":")
+    if not colon or not place or not attribute.isidentifier():
+        raise ConfigError(
+            f"{key}={reference!r}: must be one of {', '.join(known)}, or module:name or path/to/file.py:name of your"
+            " own"
+        )
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # code of the user's own may raise anything
+        raise ConfigError(
+            f"{key}={reference!r}: {place} can't be imported: {type(error).__name__}: {error}; is its folder in "
+            "PYTHONPATH?"
+        ) from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"{key}={reference!r}: {place} has no {attribute}")
+    return getattr(module, attribute)
+
+
+def short_name(reference: str) -> str:
+    """A name for folders and tables: that of the table, or the attribute of something from outside."""
+    return reference.rpartition(":")[2]
+
+
+def _from_file(path: Path) -> Any:
+    """The module in a file, imported once under a name of its own, which worker processes find again."""
+    file = path.expanduser().resolve(strict=True)
+    name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
