@@ -25,18 +25,18 @@ FULL = "conf/pact_bfcl.yaml"  # the paper's settings; --recipe lays model and la
 
 def run(config: Config, resume: str | None) -> None:
     """The whole job, in the order of the paper's Algorithm 1."""
-    from pact_nemo.training.close_run import finish
+    from pact_nemo.training.close_run import close_run
     from pact_nemo.training.evaluation import evaluate
     from pact_nemo.training.loop import train
-    from pact_nemo.training.open_run import open_experiment
+    from pact_nemo.training.open_run import open_run
     from pact_nemo.training.warmup import warm_up
 
-    with open_experiment(config, resume) as experiment:
-        warm_up(experiment, evaluate)  # named stage, the same for every method; steps=0 leaves it out
-        evaluate(experiment, "before")
-        train(experiment)  # for each step: rollouts | x -> advantages -> gate -> update under x and [x; h*] -> refit
-        evaluate(experiment, "after")
-        finish(experiment)  # HF export, summary.json, report.html
+    with open_run(config, resume) as run:
+        warm_up(run, evaluate)  # named stage, the same for every method; steps=0 leaves it out
+        evaluate(run, "before")
+        train(run)  # for each step: rollouts | x -> advantages -> gate -> update under x and [x; h*] -> refit
+        evaluate(run, "after")
+        close_run(run)  # HF export, summary.json, report.html
 
 
 if __name__ == "__main__":

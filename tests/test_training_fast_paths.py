@@ -18,9 +18,10 @@ from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.config import OptimizerConfig
 from pact_nemo.policy.policy import MegatronPolicy
-from pact_nemo.training.loop import Stopwatch, optimise
 from pact_nemo.training.prompt_groups import PromptGroup, has_advantage
 from pact_nemo.training.prompt_trees import grow_tree
+from pact_nemo.training.stopwatch import Stopwatch
+from pact_nemo.training.update import update
 from tests.workers.policy_kit import VOCAB, make_model
 from tools.benches.kit import stand_in, synthetic_groups
 
@@ -58,8 +59,8 @@ def one_step(
     with torch.no_grad():
         for parameter in policy.chunks[0].parameters():
             parameter.mul_(1.02)  # away from the reference, so that the KL term is not 0
-    experiment = stand_in(config, policy)
-    record = optimise(experiment, batch(config), Stopwatch(experiment.progress))
+    run = stand_in(config, policy)
+    record = update(run, batch(config), Stopwatch(run.progress))
     gradient = torch.cat([parameter.main_grad.flatten() for parameter in policy.chunks[0].parameters()])
     weights = torch.cat([parameter.detach().flatten() for parameter in policy.chunks[0].parameters()])
     return {"record": record, "gradient": gradient.clone(), "weights": weights}

@@ -154,7 +154,7 @@ def test_faults_are_found_before_anything_is_started(
     for name in ("build_environment", "build_dataset", "Generator", "MegatronPolicy"):
         monkeypatch.setattr(setup, name, started)
     config = load_config(None, [f"model.path={folder}", f"run.root={tmp_path / 'runs'}"])
-    with pytest.raises((ConfigError, CheckpointError), match=match), setup.open_experiment(config, None):
+    with pytest.raises((ConfigError, CheckpointError), match=match), setup.open_run(config, None):
         pass
 
 

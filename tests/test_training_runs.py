@@ -25,7 +25,7 @@ from pact_nemo.config.schema import load_config
 from pact_nemo.errors import ConfigError
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.optimizer import learning_rate
-from pact_nemo.training.loop import replayed
+from pact_nemo.training.collect import replayed
 from tests.workers.policy_kit import make_model
 from tests.workers.scripted import write_replay
 

@@ -32,8 +32,8 @@ from pact_nemo.policy.config import FP8_RECIPES, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.runtime.terminal import command
-from pact_nemo.training.loop import collect
-from pact_nemo.training.open_run import open_experiment
+from pact_nemo.training.collect import groups_of_step
+from pact_nemo.training.open_run import open_run
 from pact_nemo.training.prompt_trees import contexts_needed, grow_tree
 from pact_nemo.training.streams import Scores, with_streams
 
@@ -42,16 +42,16 @@ def step_trees(config: Config, step: int) -> list[TokenTree]:
     """The trees of a dumped step's on-policy update, with all of the objective's terms but those that need a
     reference.
     """
-    with open_experiment(config, None) as experiment:
-        experiment.step = step
-        groups = collect(experiment)
-        method = experiment.method
+    with open_run(config, None) as run:
+        run.state.step = step
+        groups, _ = groups_of_step(run)
+        method = run.method
         prompts = [
-            grow_tree(g, experiment.boundary_ids, method, contexts=contexts_needed(g, method, diagnostics=True))
+            grow_tree(g, run.boundary_ids, method, contexts=contexts_needed(g, method, diagnostics=True))
             for g in groups
         ]
         prompts = [prompt for prompt in prompts if prompt.tree.num_scored]
-        prompts = with_streams(prompts, method, experiment.schedule, step, Scores())
+        prompts = with_streams(prompts, method, run.schedule, step, Scores())
     return [prompt.tree for prompt in prompts]
 
 

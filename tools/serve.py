@@ -31,8 +31,8 @@ from pact_nemo.errors import ConfigError, PactError  # noqa: E402
 from pact_nemo.runtime.files import write_text_atomic  # noqa: E402
 from pact_nemo.runtime.terminal import command  # noqa: E402
 from pact_nemo.serving.server import RolloutServer  # noqa: E402
-from pact_nemo.training.experiment import model_path, served_path  # noqa: E402
 from pact_nemo.training.preflight import preflight  # noqa: E402
+from pact_nemo.training.served_weights import model_path, served_path  # noqa: E402
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from pact_nemo.checkpoints.failures import told
 from pact_nemo.checkpoints.manifest import export_path, read_manifest, versions, write_manifest
 from pact_nemo.errors import CheckpointError
-from pact_nemo.runtime.collective import from_rank_zero
+from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.runtime.digests import FileEntry
 from pact_nemo.runtime.files import new_directory
 
@@ -48,14 +48,14 @@ def export_to(
     """
     target = Path(folder)
     with told(target, "can't be written", "nothing of it became visible"), ExitStack() as stack:
-        temporary = Path(from_rank_zero(lambda: str(stack.enter_context(new_directory(target)))))
+        temporary = Path(on_rank_zero(lambda: str(stack.enter_context(new_directory(target)))))
         written = policy.export_hf(temporary, dtype=dtype, previous=_entries(previous))
 
         def publish() -> None:
             write_manifest(temporary, version, {"dtype": dtype, **(extra or {})}, known=written)
             stack.close()
 
-        from_rank_zero(publish)
+        on_rank_zero(publish)
     return target
 
 
@@ -85,7 +85,7 @@ def export_version(
         earlier = [number for number in versions(root) if number < version]
         return str(export_path(root, earlier[-1])) if earlier else None
 
-    return export_to(policy, folder, version=version, dtype=dtype, extra=extra, previous=from_rank_zero(before))
+    return export_to(policy, folder, version=version, dtype=dtype, extra=extra, previous=on_rank_zero(before))
 
 
 def _entries(folder: str | Path | None) -> tuple[Path, dict[str, FileEntry]] | None:

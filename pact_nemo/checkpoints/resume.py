@@ -37,7 +37,7 @@ from pact_nemo.checkpoints.failures import told
 from pact_nemo.checkpoints.foreign import METADATA, check_weights
 from pact_nemo.errors import CheckpointError
 from pact_nemo.runtime import strict_json
-from pact_nemo.runtime.collective import from_rank_zero
+from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.runtime.files import new_directory, sha256_file, stays_inside, write_json_atomic, write_text_atomic
 from pact_nemo.runtime.files import remove_unfinished as remove_leftovers
 from pact_nemo.runtime.machine import short_folder
@@ -94,7 +94,7 @@ def save(policy: Resumable, root: str | Path, state: dict[str, Any]) -> Path:
 
 def _free_path(policy: Resumable, root: str | Path) -> Path:
     final = checkpoint_path(root, policy.step)
-    if from_rank_zero(final.exists):
+    if on_rank_zero(final.exists):
         raise CheckpointError(
             f"{final} exists already; a checkpoint is written once: remove it or save to another root"
         )
@@ -113,7 +113,7 @@ def _write(policy: Resumable, folder: Path, state: dict[str, Any]) -> Any:
         write_json_atomic(folder / RNG_NAME, states)
         write_json_atomic(folder / "state.json", {"step": policy.step, "ranks": dist.get_world_size(), "caller": state})
 
-    from_rank_zero(prepare)
+    on_rank_zero(prepare)
     _start_results_queue()
     options: dict[str, Any] = {"async_sharded_save": True}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
@@ -199,7 +199,7 @@ class BackgroundSave:
         self._stack = ExitStack()
         self._queue = AsyncCallsQueue()
         with self._closed_on_error():
-            self._folder = Path(from_rank_zero(lambda: str(self._stack.enter_context(new_directory(self.final)))))
+            self._folder = Path(on_rank_zero(lambda: str(self._stack.enter_context(new_directory(self.final)))))
             self._queue.schedule_async_request(_write(policy, self._folder, state))
 
     def finished(self) -> bool:
@@ -218,7 +218,7 @@ class BackgroundSave:
         """
         with self._closed_on_error():
             self._queue.maybe_finalize_async_calls(blocking=True)
-            from_rank_zero(lambda: _publish(self._folder, self.final, self._stack))
+            on_rank_zero(lambda: _publish(self._folder, self.final, self._stack))
         logger.info("saved %s", self.final)
         return self.final
 

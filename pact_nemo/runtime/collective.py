@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
+from pact_nemo import errors
 from pact_nemo.errors import CheckpointError, PactError
 
 T = TypeVar("T")
@@ -53,25 +54,33 @@ def raise_together(error: Exception | None) -> None:
     raise CheckpointError(f"rank {index}: {text}" if world_size() > 1 else str(text)) from error
 
 
-def from_rank_zero(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 and hand its result to every rank; its exception is raised on rank 0 as it is, elsewhere
-    as CheckpointError.
+def on_rank_zero(action: Callable[[], T], *, otherwise: type[PactError] = PactError) -> T:
+    """Run ``action`` on rank 0 and hand its result to every rank; its exception is raised on every rank, so that none
+    waits for ever: on rank 0 as it is, elsewhere with its type and text.
+
+    Args:
+        otherwise: the type elsewhere of an exception that isn't this package's own.
     """
-    result, error = None, None
+    if world_size() == 1:
+        return action()
+    message: list[Any] = [None, None]
+    failure: BaseException | None = None
     if rank() == 0:
         try:
-            result = action()
-        except Exception as caught:  # raised below, after the others have heard of it
-            error = caught
-    if world_size() > 1:
-        message = [result, f"{type(error).__name__}: {error}" if error is not None else None]
-        dist.broadcast_object_list(message, src=0)
-        result, text = cast(Any, message)
-        if text is not None and error is None:
-            raise CheckpointError(f"rank 0: {text}")
-    if error is not None:
-        raise error
-    return cast(T, result)
+            message[0] = action()
+        except Exception as error:  # re-raised below, after the others have heard of it
+            failure, message[1] = error, (type(error).__name__, str(error))
+    dist.broadcast_object_list(message, src=0)
+    if failure is not None:
+        raise failure
+    if message[1] is not None:
+        name, text = message[1]
+        kind = getattr(errors, name, None)
+        # the same type everywhere: who catches it on rank 0 catches it on all
+        if isinstance(kind, type) and issubclass(kind, PactError):
+            raise kind(f"rank 0: {text}")
+        raise otherwise(f"rank 0 stopped with {name}: {text}")
+    return cast(T, message[0])
 
 
 def host() -> str:

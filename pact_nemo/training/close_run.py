@@ -18,11 +18,11 @@ from pact_nemo.checkpoints.manifest import verify_manifest
 from pact_nemo.errors import CheckpointError
 from pact_nemo.planning.from_config import compare_with
 from pact_nemo.report import write_report
+from pact_nemo.runtime.collective import on_rank_zero, rank
 from pact_nemo.runtime.files import write_json_atomic
 from pact_nemo.runtime.plugins import short_name
 from pact_nemo.tracking.metrics_log import read_metrics
-from pact_nemo.training.distributed import on_rank_zero, rank
-from pact_nemo.training.experiment import Experiment
+from pact_nemo.training.run import TrainingRun
 
 log = logging.getLogger(__name__)
 
@@ -65,36 +65,36 @@ def added(records: list[dict[str, Any]], prefix: str) -> dict[str, int]:
     return dict(found)
 
 
-def summarise(experiment: Experiment) -> dict[str, Any]:
+def summarise(run: TrainingRun) -> dict[str, Any]:
     """The content of ``summary.json``; every count is over the whole run, resumed parts included."""
-    config = experiment.config
-    records = read_metrics(experiment.workspace.folder)
+    config = run.config
+    records = read_metrics(run.workspace.folder)
     tokens = {key: sum(int(r.get(f"tokens/{key}") or 0) for r in records) for key in ("policy", "trained")}
     return {
         "method": short_name(config.method),
         "label": config.run.label or short_name(config.method),
         "seed": config.run.seed,
-        "steps": experiment.step,
-        "warmup_steps": experiment.warmup_step,
-        "eval": experiment.scores,
-        "hf_export": str(experiment.workspace.hf),
-        "seconds": {name: round(value, 3) for name, value in experiment.seconds.items()},
+        "steps": run.state.step,
+        "warmup_steps": run.state.warmup_step,
+        "eval": run.state.scores,
+        "hf_export": str(run.workspace.hf),
+        "seconds": {name: round(value, 3) for name, value in run.state.seconds.items()},
         "peak_memory_bytes": {
             "trainer": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "server": experiment.generator.peak_memory_bytes(),
+            "server": run.generator.peak_memory_bytes(),
         },
         "tokens": tokens,
         "tasks": {
-            "train": len(experiment.dataset.train),
-            "held_out": len(experiment.dataset.held_out),
-            "traces": len(experiment.dataset.traces),
-            "without_trace": experiment.dataset.without_trace,
-            "without_reference_calls": experiment.dataset.without_reference_calls,
-            "dropped": experiment.dataset.dropped,
+            "train": len(run.dataset.train),
+            "held_out": len(run.dataset.held_out),
+            "traces": len(run.dataset.traces),
+            "without_trace": run.dataset.without_trace,
+            "without_reference_calls": run.dataset.without_reference_calls,
+            "dropped": run.dataset.dropped,
         },
         "failed_rollouts": added(records, "failed/"),
         "server": added(records, "server/") | added(records, "rollout/reissued"),
-        "plan": experiment.plan,
+        "plan": run.plan,
         "versions": versions(),
     }
 
@@ -118,28 +118,28 @@ def is_current(folder: Path, version: int) -> bool:
     return False
 
 
-def finish(experiment: Experiment) -> None:
+def close_run(run: TrainingRun) -> None:
     """Write the trained policy as an HF folder that transformers and vLLM load as it is, then the summary and the
     report.
     """
-    space = experiment.workspace
-    with experiment.progress.phase("export"):
+    space = run.workspace
+    with run.progress.phase("export"):
         start = time.perf_counter()
-        if not on_rank_zero(lambda: is_current(space.hf, experiment.version)):
-            export_to(experiment.policy, space.hf, version=experiment.version, dtype=experiment.policy.weight_dtype)
-        experiment.seconds["export"] = time.perf_counter() - start
+        if not on_rank_zero(lambda: is_current(space.hf, run.state.version)):
+            export_to(run.policy, space.hf, version=run.state.version, dtype=run.policy.weight_dtype)
+        run.state.seconds["export"] = time.perf_counter() - start
     if rank() != 0:
         return
     if (
-        experiment.config.rollout.exports_dir is not None
+        run.config.rollout.exports_dir is not None
     ):  # another disk: nobody would look for leftovers there; a resumed run exports anew
         shutil.rmtree(space.exports, ignore_errors=True)
-    summary = summarise(experiment)
+    summary = summarise(run)
     write_json_atomic(space.summary, summary)
-    if experiment.plan is not None:
-        for line in compare_with(experiment.plan, experiment.seconds, experiment.step, summary["peak_memory_bytes"]):
-            experiment.progress.message(line)
-    with experiment.progress.phase("report"):
+    if run.plan is not None:
+        for line in compare_with(run.plan, run.state.seconds, run.state.step, summary["peak_memory_bytes"]):
+            run.progress.message(line)
+    with run.progress.phase("report"):
         page = write_report(space.folder)
-    experiment.progress.message(f"trained checkpoint (HF format): {space.hf}")
-    experiment.progress.message(f"report: {page}")
+    run.progress.message(f"trained checkpoint (HF format): {space.hf}")
+    run.progress.message(f"report: {page}")

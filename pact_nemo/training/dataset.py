@@ -26,6 +26,7 @@ from pact_nemo.errors import ConfigError, DataError, ToolCallError
 from pact_nemo.objective.components import CALL, OTHER
 from pact_nemo.objective.gate import uniform
 from pact_nemo.planning.from_config import model_shape
+from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces.annotate import Style
@@ -36,7 +37,6 @@ from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.recorded import recorded_trace
 from pact_nemo.traces.schema import Trace, read_traces
 from pact_nemo.traces.spans import TraceTokens, fit_trace
-from pact_nemo.training.distributed import on_rank_zero
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

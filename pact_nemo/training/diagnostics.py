@@ -17,7 +17,7 @@ from pact_nemo.training.prompt_trees import PROMPT_ONLY, TRACE, TRACE_CONDITIONE
 from pact_nemo.training.streams import sampler_logprobs
 
 if TYPE_CHECKING:
-    from pact_nemo.training.experiment import Experiment
+    from pact_nemo.training.run import TrainingRun
 
 
 def _mean(values: list[float] | np.ndarray) -> float | None:
@@ -123,7 +123,7 @@ def data_record(dropped: dict[str, int], groups: list[PromptGroup]) -> dict[str,
 
 
 def step_record(
-    experiment: Experiment,
+    run: TrainingRun,
     groups: list[PromptGroup],
     prompts: list[PromptTree],
     old: list[torch.Tensor],
@@ -131,23 +131,23 @@ def step_record(
 ) -> dict[str, Any]:
     """One line of ``metrics.jsonl``; ``old`` are the prompts' log-probs under pi_old."""
     record = rollout_record(groups)
-    if experiment.config.trainer.replay is None:
+    if run.config.trainer.replay is None:
         record["rollout/lag"] = max(
-            experiment.version - rollout.weight_version for group in groups for rollout in group.rollouts
+            run.state.version - rollout.weight_version for group in groups for rollout in group.rollouts
         )
     current = [values for result in results for values in result.logprobs]
     record.update(latent(prompts, current))
     record.update(mismatch(prompts, old))
     record["policy/entropy"] = mean_entropy(prompts, [values for result in results for values in result.entropies])
     record.update(loss_record(results))
-    under_trace = [p for p in prompts if (TRACE, 0) in p.spans and experiment.method.trace_rl]
+    under_trace = [p for p in prompts if (TRACE, 0) in p.spans and run.method.trace_rl]
     record["rollout/not_conditioned"] = sum(
         (PROMPT_ONLY, k) in p.spans and (TRACE_CONDITIONED, k) not in p.spans
         for p in under_trace
         for k in range(len(p.group.rollouts))
     )
-    record["anneal/call_weight"] = experiment.schedule.call_weight(experiment.step)
-    record["anneal/prefix_level"] = experiment.schedule.level(experiment.step)
+    record["anneal/call_weight"] = run.schedule.call_weight(run.state.step)
+    record["anneal/prefix_level"] = run.schedule.level(run.state.step)
     return record
 
 

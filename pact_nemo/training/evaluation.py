@@ -11,11 +11,11 @@ from pact_nemo.environments.base import Task
 from pact_nemo.errors import Interrupted
 from pact_nemo.methods.rewards import matching_rewards
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.training.distributed import on_rank_zero
+from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.training.records import dump_evaluation
 
 if TYPE_CHECKING:
-    from pact_nemo.training.experiment import Experiment
+    from pact_nemo.training.run import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -83,34 +83,28 @@ def episode_rewards(
     return rewards, call_rewards
 
 
-def evaluate(experiment: Experiment, name: str) -> None:
+def evaluate(run: TrainingRun, name: str) -> None:
     """Play every held-out task with the weights being served, dump the episodes as ``eval/<name>.jsonl`` and keep the
     score.
 
     ``name`` is ``base`` (before the warm-up), ``before`` or ``after``; one that a resumed run has already is not played
     again. Replayed runs have no server and skip it.
     """
-    wanted = {
-        "base": experiment.config.evaluation.before,
-        "before": experiment.config.evaluation.before,
-        "after": experiment.config.evaluation.after,
-    }
-    if not wanted[name] or name in experiment.scores or experiment.config.trainer.replay is not None:
+    config, state, tasks = run.config, run.state, run.dataset.held_out
+    wanted = config.evaluation.after if name == "after" else config.evaluation.before
+    if not wanted or name in state.scores or config.trainer.replay is not None:
         return
 
-    def run() -> Score:
-        config, tasks = experiment.config, experiment.dataset.held_out
-        rollouts, seconds = experiment.generator.evaluation(tasks, name=name, version=experiment.version)
+    def play() -> Score:
+        rollouts, seconds = run.generator.evaluation(tasks, name=name, version=state.version)
         rewards, call_rewards = episode_rewards(config, tasks, rollouts)
-        dump_evaluation(experiment.workspace.evaluation(name), tasks, rollouts, rewards)
-        return summarise(tasks, rollouts, call_rewards, experiment.version, seconds)
+        dump_evaluation(run.workspace.evaluation(name), tasks, rollouts, rewards)
+        return summarise(tasks, rollouts, call_rewards, state.version, seconds)
 
     try:
-        score = on_rank_zero(run)
+        score = on_rank_zero(play)
     except Interrupted:
-        experiment.leave()
-    experiment.scores[name] = score.to_dict()
-    experiment.seconds["evaluation"] = experiment.seconds.get("evaluation", 0.0) + score.seconds
-    experiment.progress.message(
-        f"held-out score {name}: {score.score:.3f} over {score.n} episodes ({score.seconds:.0f} s)"
-    )
+        run.checkpoints.leave()
+    state.scores[name] = score.to_dict()
+    state.spend("evaluation", score.seconds)
+    run.progress.message(f"held-out score {name}: {score.score:.3f} over {score.n} episodes ({score.seconds:.0f} s)")

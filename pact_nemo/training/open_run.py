@@ -1,4 +1,4 @@
-"""From a config to a running experiment, and back to a clean machine."""
+"""From a config to a run, and back to a clean machine."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from pact_nemo.config.schema import Config, settled, steps_of, to_yaml
 from pact_nemo.planning.from_config import brief, run_plan
 from pact_nemo.policy.device import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.runtime.collective import on_rank_zero, rank
 from pact_nemo.runtime.files import write_text_atomic
-from pact_nemo.runtime.interrupt import stop_request
+from pact_nemo.runtime.interrupt import StopRequest, stop_request
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.runtime.terminal import RunLog, guarded_output, on_loss
 from pact_nemo.traces.schema import write_traces
-from pact_nemo.tracking import run_folder as workspaces
+from pact_nemo.tracking import run_folder
 from pact_nemo.tracking.metrics_log import MetricsLog
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.dataset import Dataset, build_dataset, build_environment, check_batches
-from pact_nemo.training.distributed import on_rank_zero, rank
-from pact_nemo.training.experiment import Experiment, model_path, served_path
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.preflight import chat_format, check_room, preflight
+from pact_nemo.training.run import TrainingRun
+from pact_nemo.training.served_weights import model_path, served_path
 
 
 @contextmanager
-def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
+def open_run(config: Config, resume: str | None) -> Iterator[TrainingRun]:
     """Build everything, start the rollout server, restore a checkpoint when resuming; stop and release it all at the
     end, however it ends.
     """
@@ -40,79 +41,88 @@ def open_experiment(config: Config, resume: str | None) -> Iterator[Experiment]:
         stack.enter_context(guarded_output())
         init_distributed(config.policy.init_timeout_s)
         stop = stack.enter_context(stop_request())
-        opened: list[Workspace] = []  # rank 0's holds the folder's lock
-        folder = on_rank_zero(lambda: _open_folder(config, resume, opened))
-        space = opened[0] if opened else Workspace(Path(folder))
-        space.place_exports(config.rollout.exports_dir)
-        run_log = RunLog(space.run_log)
-        stack.callback(run_log.close)
-        stack.push(lambda kind, error, trace: _note_end(run_log, error))
-        stack.enter_context(on_loss(lambda text: run_log.write(f"rank {rank()}: {text}; the run goes on")))
-        progress = stack.enter_context(
-            RunProgress(total_steps=config.trainer.steps or 0, enabled=rank() == 0, log=run_log)
-        )
-        progress.message(f"run folder {folder}")
+        space = _open_folder(stack, config, resume)
+        log = RunLog(space.run_log)
+        stack.callback(log.close)
+        stack.push(lambda kind, error, trace: _note_end(log, error))
+        stack.enter_context(on_loss(lambda text: log.write(f"rank {rank()}: {text}; the run goes on")))
+        steps = config.trainer.steps or 0
+        progress = stack.enter_context(RunProgress(total_steps=steps, enabled=rank() == 0, log=log))
+        progress.message(f"run folder {space.folder}")
         with progress.phase("set-up"):
             on_rank_zero(space.check_exports)
             if resume is None:
                 on_rank_zero(lambda: check_room(config))
-            checked: list[ChatFormat | None] = []
-            on_rank_zero(lambda: checked.append(preflight(config, dist.get_world_size())))
-            source = model_path(config)
-            chat = next(filter(None, checked), None) or chat_format(config, source)
-            quarantine = Quarantine(config.run.bad_rows)
-            environment = build_environment(config, quarantine)
-            stack.callback(environment.close)
-            try:
-                dataset = build_dataset(config, environment, chat, note=progress.message, quarantine=quarantine)
-            finally:  # also where too little is left to train on: the file says why
-                if rank() == 0 and (bad := quarantine.write(space.folder)) is not None:
-                    progress.message(
-                        f"{len(quarantine)} bad rows were left out ({quarantine.by_file()}), kept with their errors in"
-                        f" {bad}"
-                    )
-            config = _settle(config, space, dataset, progress)
-            check_batches(config, dataset.train, dataset.warmup_tasks(config.warmup.max_tasks))
-            if rank() == 0:
-                write_traces(space.traces, list(dataset.traces.values()))
-            generator = Generator(config, chat, environment, progress, space.server_log)
-            stack.callback(generator.close)
-            generator.check = stop.raise_if_set
-            on_rank_zero(
-                lambda: generator.launch(served_path(config, source))
-            )  # loads in the background while the policy is built
-            policy = MegatronPolicy(
-                config.policy,
-                config.optimizer,
-                source,
-                seed=config.run.seed,
-                total_steps=config.warmup.steps
-                + progress.total_steps * (config.trainer.batch_size // config.trainer.mini_batch_size),
-            )
-            experiment = Experiment(
-                config, space, chat, environment, dataset, policy, generator, progress, source, stop
-            )
-            if rank() == 0:
-                plan = run_plan(config, world=dist.get_world_size())
-                experiment.plan = plan.as_json()
-                progress.message(brief(plan))
-            restored = resume is not None and experiment.restore()
-            if experiment.warmup_step >= config.warmup.steps:
-                experiment.freeze_reference()
-            if rank() == 0:
-                experiment.metrics = stack.enter_context(
-                    MetricsLog(
-                        space.folder,
-                        resume_from=(experiment.warmup_step, experiment.step) if resume is not None else None,
-                    )
-                )
-            on_rank_zero(generator.wait_ready)
-            if restored:
-                progress.message(f"resumed after step {experiment.step} (weight version {experiment.version})")
-                if experiment.version > 0:
-                    experiment.serve_current()
-        experiment.seconds["setup"] = experiment.seconds.get("setup", 0.0) + time.perf_counter() - started
-        yield experiment
+            run = _build(stack, config, space, progress, stop)
+            _begin(stack, run, resumed=resume is not None)
+        run.state.spend("setup", time.perf_counter() - started)
+        yield run
+
+
+def _open_folder(stack: ExitStack, config: Config, resume: str | None) -> Workspace:
+    """The run folder, made anew or opened again; rank 0's object holds its lock."""
+    opened: list[Workspace] = []
+
+    def make() -> str:
+        opened.append(run_folder.reopen(resume) if resume is not None else run_folder.create(config))
+        if resume is not None:
+            write_text_atomic(opened[0].config, to_yaml(config))
+        return str(opened[0].folder)
+
+    folder = on_rank_zero(make)
+    space = opened[0] if opened else Workspace(Path(folder))
+    space.place_exports(config.rollout.exports_dir)
+    return space
+
+
+def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProgress, stop: StopRequest) -> TrainingRun:
+    """Check, read the data, and build policy and generation. The server loads while the policy is built."""
+    checked: list[ChatFormat | None] = []
+    on_rank_zero(lambda: checked.append(preflight(config, dist.get_world_size())))
+    source = model_path(config)
+    chat = next(filter(None, checked), None) or chat_format(config, source)
+    quarantine = Quarantine(config.run.bad_rows)
+    environment = build_environment(config, quarantine)
+    stack.callback(environment.close)
+    try:
+        dataset = build_dataset(config, environment, chat, note=progress.message, quarantine=quarantine)
+    finally:  # also where too little is left to train on: the file says why
+        if rank() == 0 and (bad := quarantine.write(space.folder)) is not None:
+            count, files = len(quarantine), quarantine.by_file()
+            progress.message(f"{count} bad rows were left out ({files}), kept with their errors in {bad}")
+    config = _settle(config, space, dataset, progress)
+    check_batches(config, dataset.train, dataset.warmup_tasks(config.warmup.max_tasks))
+    if rank() == 0:
+        write_traces(space.traces, list(dataset.traces.values()))
+    generator = Generator(config, chat, environment, progress, space.server_log)
+    stack.callback(generator.close)
+    generator.check = stop.raise_if_set
+    on_rank_zero(lambda: generator.launch(served_path(config, source)))
+    updates = progress.total_steps * (config.trainer.batch_size // config.trainer.mini_batch_size)
+    policy = MegatronPolicy(
+        config.policy, config.optimizer, source, seed=config.run.seed, total_steps=config.warmup.steps + updates
+    )
+    return TrainingRun(config, space, chat, environment, dataset, policy, generator, progress, source, stop)
+
+
+def _begin(stack: ExitStack, run: TrainingRun, *, resumed: bool) -> None:
+    """Restore what there is, open the metrics, and wait until the servers have the weights to begin with."""
+    config, state = run.config, run.state
+    if rank() == 0:
+        plan = run_plan(config, world=dist.get_world_size())
+        run.plan = plan.as_json()
+        run.progress.message(brief(plan))
+    restored = resumed and run.checkpoints.restore()
+    if state.warmup_step >= config.warmup.steps:
+        run.weights.freeze_reference()
+    if rank() == 0:
+        done = (state.warmup_step, state.step) if resumed else None
+        run.recorder.metrics = stack.enter_context(MetricsLog(run.workspace.folder, resume_from=done))
+    on_rank_zero(run.generator.wait_ready)
+    if restored:
+        run.progress.message(f"resumed after step {state.step} (weight version {state.version})")
+        if state.version > 0:
+            run.weights.serve_current()
 
 
 def _note_end(run_log: RunLog, error: BaseException | None) -> None:
@@ -134,10 +144,3 @@ def _settle(config: Config, space: Workspace, dataset: Dataset, progress: RunPro
         )
         on_rank_zero(lambda: write_text_atomic(space.config, to_yaml(resolved)))
     return resolved
-
-
-def _open_folder(config: Config, resume: str | None, opened: list[Workspace]) -> str:
-    opened.append(workspaces.reopen(resume) if resume is not None else workspaces.create(config))
-    if resume is not None:
-        write_text_atomic(opened[0].config, to_yaml(config))
-    return str(opened[0].folder)

@@ -30,7 +30,7 @@ from pact_nemo.training.diagnostics import loss_record
 from pact_nemo.training.prompt_trees import add_trace, supervised
 
 if TYPE_CHECKING:
-    from pact_nemo.training.experiment import Experiment
+    from pact_nemo.training.run import TrainingRun
 
 
 def closing_ids(chat: ChatFormat, text: str | None) -> tuple[list[int], list[bool]]:
@@ -77,51 +77,45 @@ def sft_tree(
     return replace(builder.build(), streams=streams)
 
 
-def warm_up(experiment: Experiment, evaluate: Callable[[Experiment, str], object]) -> None:
+def warm_up(run: TrainingRun, evaluate: Callable[[TrainingRun, str], object]) -> None:
     """Evaluate the untouched model as ``base``, run the stage with its own learning rate, refit, and freeze the result
     as the KL reference.
     """
-    stage = experiment.config.warmup
-    if experiment.warmup_step >= stage.steps:  # left out, or done before a resume
+    stage, state = run.config.warmup, run.state
+    if state.warmup_step >= stage.steps:  # left out, or done before a resume
         return
-    evaluate(experiment, "base")
-    tasks = experiment.dataset.warmup_tasks(stage.max_tasks)
-    with experiment.progress.phase("warm-up", total=stage.steps - experiment.warmup_step) as phase:
-        while experiment.warmup_step < stage.steps:
-            experiment.leave_if_asked()
+    evaluate(run, "base")
+    tasks, seed = run.dataset.warmup_tasks(stage.max_tasks), f"warmup:{run.config.run.seed}"
+    with run.progress.phase("warm-up", total=stage.steps - state.warmup_step) as phase:
+        while state.warmup_step < stage.steps:
+            run.checkpoints.leave_if_asked()
             start = time.perf_counter()
-            record = sft_step(
-                experiment,
-                prompts_of_step(
-                    tasks, experiment.warmup_step, stage.batch_size, f"warmup:{experiment.config.run.seed}"
-                ),
-            )
-            experiment.warmup_step += 1
-            if held_out_traces.due(experiment.config.diagnostics.trace_every, experiment.warmup_step, stage.steps):
-                record |= held_out_traces.measure(experiment)
-            experiment.log_step("warmup", record | {"time/total": time.perf_counter() - start})
+            record = sft_step(run, prompts_of_step(tasks, state.warmup_step, stage.batch_size, seed))
+            state.warmup_step += 1
+            if held_out_traces.due(run.config.diagnostics.trace_every, state.warmup_step, stage.steps):
+                record |= held_out_traces.measure(run)
+            run.recorder.step("warmup", record | {"time/total": time.perf_counter() - start})
             phase.advance()
-    for part, run in (
-        ("refit", experiment.refit),
-        ("KL reference", experiment.freeze_reference),
-        ("checkpoint", experiment.checkpoint),
-    ):
-        with experiment.progress.phase(part, brief=True):
+    ends = {
+        "refit": run.weights.refit,
+        "KL reference": run.weights.freeze_reference,
+        "checkpoint": run.checkpoints.save,
+    }
+    for part, action in ends.items():
+        with run.progress.phase(part, brief=True):
             try:
-                run()
+                action()
             except ServerLost as error:
-                experiment.give_up(error)
+                run.checkpoints.give_up(error)
 
 
-def sft_step(experiment: Experiment, batch: list[Task]) -> dict[str, Any]:
+def sft_step(run: TrainingRun, batch: list[Task]) -> dict[str, Any]:
     """One optimizer step of component-aware SFT, every prefix level active, mean over traces of the weighted token
     mean.
     """
-    config = experiment.config
+    config = run.config
     stage = config.warmup
-    chosen = [
-        experiment.dataset.trace_for(task.id, f"warmup:{config.run.seed}", experiment.warmup_step) for task in batch
-    ]
+    chosen = [run.dataset.trace_for(task.id, f"warmup:{config.run.seed}", run.state.warmup_step) for task in batch]
     traces = [trace for trace in chosen if trace is not None]  # the stage's tasks all have one
     masks = []
     for trace in traces:
@@ -132,8 +126,8 @@ def sft_step(experiment: Experiment, batch: list[Task]) -> dict[str, Any]:
             + stage.call_weight * (component == CALL)
         )
     weights = sft_weights(masks, [False] * len(batch), num_prompts=len(batch), beta=1.0)
-    prompts = [experiment.chat.prompt_ids(list(task.user_turns[0]), list(task.tools)) for task in batch]
-    closing = closing_ids(experiment.chat, stage.closing)
+    prompts = [run.chat.prompt_ids(list(task.user_turns[0]), list(task.tools)) for task in batch]
+    closing = closing_ids(run.chat, stage.closing)
     trees = [sft_tree(x, h, w, closing, 1.0 / len(batch)) for x, h, w in zip(prompts, traces, weights, strict=True)]
     loss_fn = partial(batch_loss, surrogate=Clip())  # no token is in a surrogate
-    return loss_record([experiment.policy.update(trees, loss_fn, lr=stage.lr)])
+    return loss_record([run.policy.update(trees, loss_fn, lr=stage.lr)])

@@ -15,12 +15,13 @@ import pytest
 
 from pact_nemo import errors
 from pact_nemo.report.page import facts
+from pact_nemo.runtime import collective
 from pact_nemo.runtime.files import remove_unfinished, write_text_atomic
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.server import RolloutServer
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.training import close_run as finish
-from pact_nemo.training import distributed, records
+from pact_nemo.training import records
 
 
 def test_counters_of_all_steps_are_added_by_name() -> None:
@@ -77,22 +78,22 @@ def test_an_error_of_rank_zero_has_its_type_on_every_rank(name: str, monkeypatch
     def receive(message: list[Any], src: int) -> None:
         message[1] = (name, "what happened")
 
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    monkeypatch.setattr(distributed.dist, "broadcast_object_list", receive)
+    monkeypatch.setattr(collective, "world_size", lambda: 2)
+    monkeypatch.setattr(collective, "rank", lambda: 1)
+    monkeypatch.setattr(collective.dist, "broadcast_object_list", receive)
     with pytest.raises(getattr(errors, name), match="what happened"):
-        distributed.on_rank_zero(lambda: None)
+        collective.on_rank_zero(lambda: None)
 
 
 @pytest.mark.parametrize("name", ["KeyError", "Sequence"])  # not ours, and a name of the module that is no error
 def test_another_error_of_rank_zero_is_ours_by_its_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(collective, "world_size", lambda: 2)
+    monkeypatch.setattr(collective, "rank", lambda: 1)
     monkeypatch.setattr(
-        distributed.dist, "broadcast_object_list", lambda message, src: message.__setitem__(1, (name, "x"))
+        collective.dist, "broadcast_object_list", lambda message, src: message.__setitem__(1, (name, "x"))
     )
     with pytest.raises(errors.PactError, match=f"rank 0 stopped with {name}: x"):
-        distributed.on_rank_zero(lambda: None)
+        collective.on_rank_zero(lambda: None)
 
 
 def test_runs_of_the_same_path_on_two_machines_share_no_exports_folder(tmp_path: Path) -> None:

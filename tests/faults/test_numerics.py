@@ -22,8 +22,9 @@ from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.training import alarms
-from pact_nemo.training.loop import Stopwatch, optimise
 from pact_nemo.training.prompt_groups import Gate, TraceUse, form_group
+from pact_nemo.training.stopwatch import Stopwatch
+from pact_nemo.training.update import update
 from tests.test_training_fast_paths import batch, settings
 from tests.workers.policy_kit import make_model
 from tools.benches.kit import stand_in
@@ -37,13 +38,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def attempt(model: Path, folder: Path, break_it: Any) -> tuple[MegatronPolicy, NumericsError, list[Path]]:
     config = settings(4)
     policy = MegatronPolicy(config.policy, OptimizerConfig(lr=1e-3), model, seed=1, total_steps=4, keep_reference=True)
-    experiment = stand_in(config, policy)
-    experiment.workspace = Workspace(folder)
+    run = stand_in(config, policy)
+    run.workspace = Workspace(folder)
     groups = batch(config)
     break_it(groups, policy)
     before = [parameter.detach().clone() for parameter in policy.chunks[0].parameters()]
     with pytest.raises(NumericsError) as caught:
-        optimise(experiment, groups, Stopwatch(experiment.progress))
+        update(run, groups, Stopwatch(run.progress))
     assert all(
         torch.equal(a, b) or a.isnan().any() for a, b in zip(before, policy.chunks[0].parameters(), strict=True)
     ), "weights changed"
@@ -157,18 +158,18 @@ def test_a_failed_rollout_gets_no_gradient_and_moves_no_mean() -> None:
 
 def test_a_run_gives_up_with_a_checkpoint() -> None:
     from pact_nemo.errors import TooManyFailures
-    from pact_nemo.training.experiment import Experiment
+    from pact_nemo.training.checkpointer import Checkpointer
 
     calls: list[str] = []
     stand = SimpleNamespace(
         policy=SimpleNamespace(step=3),
-        step=2,
+        state=SimpleNamespace(step=2),
         workspace=SimpleNamespace(folder=Path("runs/x")),
-        checkpoint=lambda: calls.append("checkpoint"),
+        save=lambda: calls.append("checkpoint"),
         finish_saving=lambda wait: calls.append("finish"),
     )
     with pytest.raises(
         TooManyFailures, match="step 3: the cause\nWhat was finished before is checkpointed: go on with --resume runs/x"
     ):
-        Experiment.give_up(stand, TooManyFailures("the cause"))  # type: ignore[arg-type]
+        Checkpointer.give_up(stand, TooManyFailures("the cause"))  # type: ignore[arg-type]
     assert calls == ["checkpoint", "finish"]

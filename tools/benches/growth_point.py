@@ -23,7 +23,7 @@ from pact_nemo.planning.memory import memory_plan
 from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.planning.timing import scoring_seconds, update_seconds
 from pact_nemo.planning.workload import Lengths
-from pact_nemo.runtime.collective import from_rank_zero, rank
+from pact_nemo.runtime.collective import on_rank_zero, rank
 from tools.benches.kit import BOUNDARY, PeakMemory, interleaved, random_llama, stand_in, synthetic_groups, timed_step
 
 METHODS = ("grpo", "pact")
@@ -138,7 +138,7 @@ def measure(point: Point, folder: Path) -> dict[str, dict[str, float]]:
     configs = {method: point.config(method) for method in METHODS}
     init_distributed(configs["pact"].policy.init_timeout_s)
     source = folder / f"llama-{point.hidden}-{point.layers}-{point.vocabulary}"
-    from_rank_zero(lambda: source.exists() or random_llama(source, **point.model, tied=True))
+    on_rank_zero(lambda: source.exists() or random_llama(source, **point.model, tied=True))
     policy = MegatronPolicy(
         configs["pact"].policy, configs["pact"].optimizer, source, seed=0, total_steps=1, keep_reference=True
     )

@@ -32,12 +32,15 @@ from pact_nemo.objective.components import CALL, OTHER, REASONING
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.rollouts.types import Rollout, Turn
-from pact_nemo.runtime.collective import from_rank_zero, rank
+from pact_nemo.runtime.collective import on_rank_zero, rank
 from pact_nemo.traces.spans import TraceTokens
-from pact_nemo.training.experiment import Experiment, trace_schedule
-from pact_nemo.training.loop import Stopwatch, collect, optimise
-from pact_nemo.training.open_run import open_experiment
+from pact_nemo.training.collect import groups_of_step
+from pact_nemo.training.open_run import open_run
 from pact_nemo.training.prompt_groups import Gate, PromptGroup, TraceUse, form_group
+from pact_nemo.training.run import TrainingRun, trace_schedule
+from pact_nemo.training.state import new_state
+from pact_nemo.training.stopwatch import Stopwatch
+from pact_nemo.training.update import update
 
 BOUNDARY = 8  #: tokens of the turn between h* and tau in synthetic batches
 
@@ -64,10 +67,10 @@ def recorded_groups(
         ]
         config = load_config(run / "config.yaml", extra)
         found = []
-        with open_experiment(config, None) as experiment:
+        with open_run(config, None) as opened:
             for step in steps:
-                experiment.step = step
-                found.append(collect(experiment))
+                opened.state.step = step
+                found.append(groups_of_step(opened)[0])
         kl = load_config(run / "config.yaml", words).objective.kl_coef
     return replace(config, objective=replace(config.objective, kl_coef=kl)), found
 
@@ -121,19 +124,19 @@ def synthetic_trace(token_ids: list[int]) -> TraceTokens:
     return TraceTokens(token_ids, component, level, [0] * size, ranks, [size])
 
 
-def stand_in(config: Config, policy: MegatronPolicy) -> Experiment:
-    """What :func:`pact_nemo.training.loop.optimise` reads of an experiment, without a run folder, server or dataset."""
+def stand_in(config: Config, policy: MegatronPolicy) -> TrainingRun:
+    """What :func:`pact_nemo.training.update.update` reads of a run, without a run folder, server or dataset."""
+    state = new_state(config)
     found = SimpleNamespace(
         config=config,
         policy=policy,
         method=make_method(config),
         boundary_ids=[5] * BOUNDARY,
-        schedule=trace_schedule(config),
-        step=0,
-        version=0,
+        schedule=trace_schedule(config, state.clock),
+        state=state,
         progress=_Quiet(),
     )
-    return cast(Experiment, found)
+    return cast(TrainingRun, found)
 
 
 class _Quiet:
@@ -144,12 +147,12 @@ class _Quiet:
         yield
 
 
-def timed_step(experiment: Experiment, groups: list[PromptGroup]) -> dict[str, float]:
+def timed_step(run: TrainingRun, groups: list[PromptGroup]) -> dict[str, float]:
     """One step from finished rollouts to new weights: seconds of ``score``, ``update`` and ``total``, and ``tokens`` of
     the update.
     """
-    watch = Stopwatch(experiment.progress)
-    record = optimise(experiment, groups, watch)
+    watch = Stopwatch(run.progress)
+    record = update(run, groups, watch)
     times = {key.removeprefix("time/"): value for key, value in watch.times.items()}
     return times | {"total": watch.total(), "tokens": float(record.get("tokens/trained", 0.0))}
 
@@ -296,7 +299,7 @@ def scratch(folder: Path, name: str) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         return tempfile.mkdtemp(prefix=f"bench-{name}-", dir=folder)
 
-    path = Path(from_rank_zero(make)).resolve()
+    path = Path(on_rank_zero(make)).resolve()
     try:
         yield path
     finally:

@@ -108,10 +108,10 @@ def run(options: argparse.Namespace) -> int:
             layout(trees, config, ranks, multiple) for ranks in options.data_parallel for multiple in options.multiples
         ]
         policy = MegatronPolicy(config.policy, replace(config.optimizer, lr=0.0), model, seed=0, total_steps=1)
-        experiment = stand_in(config, policy)
+        stand = stand_in(config, policy)
 
         def speed(name: str) -> float:
-            times = timed_step(experiment, batches[name])
+            times = timed_step(stand, batches[name])
             return times["tokens"] / times["update"]
 
         shape = {name: layout([trees_of(groups, config)], config, 1, 1) for name, groups in batches.items()}

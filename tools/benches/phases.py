@@ -75,12 +75,12 @@ def matmul_share(run: Path, step: int, top: int) -> tuple[float, float, dict[str
     policy = MegatronPolicy(
         config.policy, replace(config.optimizer, lr=0.0), run / "hf", seed=0, total_steps=1, keep_reference=keep
     )
-    experiment = stand_in(config, policy)
-    experiment.step = step
-    timed_step(experiment, groups[0])
+    run_of = stand_in(config, policy)
+    run_of.state.step = step
+    timed_step(run_of, groups[0])
     cuda = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
-        wall = timed_step(experiment, groups[0])["total"]
+        wall = timed_step(run_of, groups[0])["total"]
     spent = {
         event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
         for event in found.key_averages()

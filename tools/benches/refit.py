@@ -29,7 +29,7 @@ from pact_nemo.checkpoints.manifest import prune_exports, verify_manifest
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.device import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
-from pact_nemo.runtime.collective import from_rank_zero, rank, world_size
+from pact_nemo.runtime.collective import on_rank_zero, rank, world_size
 from pact_nemo.serving.client import GenerationRequest, RolloutClient
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.refit import refit
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     init_distributed(600)
     rows: list[dict[str, float]] = []
     with scratch(options.folder, "refit") as folder:
-        source = from_rank_zero(lambda: _source(options, folder))
+        source = on_rank_zero(lambda: _source(options, folder))
         policy = MegatronPolicy(
             PolicyConfig(
                 tensor_parallel=options.tensor_parallel,
@@ -102,7 +102,7 @@ def _round(
     for chunk in policy.chunks:
         for param in chunk.parameters():
             param.mul_(1 + 2**-6)  # every weight of every version differs in bfloat16
-    row = from_rank_zero(lambda: _copy(exports / f"v{version - 1:06d}", copy))
+    row = on_rank_zero(lambda: _copy(exports / f"v{version - 1:06d}", copy))
     start = time.perf_counter()
     folder = export_version(policy, exports, version, dtype=dtype)
     row["export_s"] = time.perf_counter() - start
@@ -122,7 +122,7 @@ def _round(
         prune_exports(exports, keep=1)
         return times
 
-    return row | from_rank_zero(reload)
+    return row | on_rank_zero(reload)
 
 
 async def _one_token(client: RolloutClient) -> None:

@@ -47,11 +47,11 @@ def run(options: argparse.Namespace) -> int:
     def contest(name: str) -> dict[str, float]:
         settings, batches, shared = contestants[name]
         policy.config.share_prefix = shared
-        experiment = stand_in(settings, policy)
+        run_of = stand_in(settings, policy)
         total: dict[str, float] = {}
         for step, batch in zip(steps, batches, strict=True):
-            experiment.step = step
-            for key, value in timed_step(experiment, batch).items():
+            run_of.state.step = step
+            for key, value in timed_step(run_of, batch).items():
                 total[key] = total.get(key, 0.0) + value
         return total
 

@@ -37,10 +37,11 @@ from pact_nemo.policy.device import use_cuda
 from pact_nemo.policy.packing import pack
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import world_size
-from pact_nemo.training.experiment import Experiment
-from pact_nemo.training.loop import Stopwatch, optimise
 from pact_nemo.training.prompt_groups import PromptGroup
 from pact_nemo.training.prompt_trees import PROMPT_ONLY, contexts_needed, grow_tree
+from pact_nemo.training.run import TrainingRun
+from pact_nemo.training.stopwatch import Stopwatch
+from pact_nemo.training.update import update
 from tools.benches.kit import interleaved, median_ratio, recorded_groups, report, scratch, stand_in, timed_step
 
 GOAL, PACT_GOAL = 0.9, 1.0
@@ -132,8 +133,8 @@ def run(options: argparse.Namespace) -> int:
 
         def ours(method: str) -> dict[str, float]:
             settings, batches = contestants[method]
-            experiment = stand_in(settings, policy)
-            return _sum([timed_step(_at(experiment, step), batch) for step, batch in zip(steps, batches, strict=True)])
+            stand = stand_in(settings, policy)
+            return _sum([timed_step(_at(stand, step), batch) for step, batch in zip(steps, batches, strict=True)])
 
         def theirs(compact: bool) -> dict[str, float]:
             peer.compact(compact)
@@ -188,9 +189,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _at(experiment: Experiment, step: int) -> Experiment:
-    experiment.step = step
-    return experiment
+def _at(run: TrainingRun, step: int) -> TrainingRun:
+    run.state.step = step
+    return run
 
 
 def _sum(parts: list[dict[str, float]]) -> dict[str, float]:
@@ -254,8 +255,8 @@ def check(
         ours = torch.cat(policy.logprobs([tree for tree in trees if tree.num_scored]))
         theirs = torch.cat(peer.logprobs(rows))
         difference, count = max(difference, float((ours - theirs).abs().max())), count + ours.shape[0]
-    experiment = stand_in(config, policy)
-    ours_norm = float(optimise(experiment, groups[0], Stopwatch(experiment.progress))["policy/grad_norm"])
+    stand = stand_in(config, policy)
+    ours_norm = float(update(stand, groups[0], Stopwatch(stand.progress))["policy/grad_norm"])
     their_norm = peer.step(sequences[0], 1)["grad_norm"]
     complete = len(sequences[0]) == sum(len(group.rollouts) for group in groups[0])
     if not policy.bf16 and not difference <= TOLERANCE:

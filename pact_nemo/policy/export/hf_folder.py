@@ -115,7 +115,7 @@ def write_folder(
         target.mkdir(parents=True, exist_ok=True)
         copy_artifacts(source, target, dtype, shapes)
 
-    collective.from_rank_zero(prepare)
+    collective.on_rank_zero(prepare)
     ranks = _writing_ranks(target)
     layout = plan_layout(shapes, dtype, len(ranks), settings)
     mine = [plan for plan in layout.files if ranks[plan.writer] == collective.rank()]

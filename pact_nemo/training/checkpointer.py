@@ -1,0 +1,135 @@
+"""When a run saves, goes on and ends before its end."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from pact_nemo.checkpoints import resume
+from pact_nemo.config.schema import Config
+from pact_nemo.errors import Interrupted, PactError
+from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.runtime.collective import on_rank_zero
+from pact_nemo.runtime.files import remove_unfinished
+from pact_nemo.runtime.interrupt import StopRequest
+from pact_nemo.tracking.run_folder import Workspace
+from pact_nemo.tracking.terminal import RunProgress
+from pact_nemo.training.served_weights import ServedWeights, tidy
+from pact_nemo.training.state import RunState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Checkpointer:
+    """Checkpoints of one run. Every method is collective.
+
+    Attributes:
+        saving: a checkpoint that is being written beside the steps.
+    """
+
+    config: Config
+    workspace: Workspace
+    policy: MegatronPolicy
+    weights: ServedWeights
+    state: RunState
+    progress: RunProgress
+    stop: StopRequest
+    saving: resume.BackgroundSave | None = None
+
+    def after_step(self) -> None:
+        """Save where one is due: every ``trainer.checkpoint_every`` steps and after the last."""
+        trainer, step = self.config.trainer, self.state.step
+        last = step == trainer.steps
+        self.finish_saving(wait=False)
+        if last or (trainer.checkpoint_every and step % trainer.checkpoint_every == 0):
+            with self.progress.phase("checkpoint", brief=True):
+                self.save(background=trainer.async_checkpoint and not last)
+
+    def save(self, *, background: bool = False) -> None:
+        """Save now, or start to, then delete all but the newest ``trainer.keep_checkpoints``."""
+        start = time.perf_counter()
+        self.finish_saving(wait=True)
+        if on_rank_zero(resume.checkpoint_path(self.workspace.checkpoints, self.policy.step).exists):
+            return  # nothing has been trained since; what stands under a checkpoint's name is whole
+        if background:
+            self.saving = resume.BackgroundSave(self.policy, self.workspace.checkpoints, self.state.as_row())
+        else:
+            resume.save(self.policy, self.workspace.checkpoints, self.state.as_row())
+            self._prune()
+        self.state.spend("checkpoint", time.perf_counter() - start)
+
+    def finish_saving(self, *, wait: bool) -> None:
+        """Make a checkpoint that was written in the background visible, once it is whole; ``wait`` for that."""
+        if self.saving is None or not (wait or self.saving.finished()):
+            return
+        saving, self.saving = self.saving, None
+        saving.finish()
+        self._prune()
+
+    def _prune(self) -> None:
+        folder, keep = self.workspace.checkpoints, self.config.trainer.keep_checkpoints
+        on_rank_zero(lambda: tidy(lambda: resume.prune(folder, keep), self.progress.message))
+
+    def restore(self) -> bool:
+        """Continue from the newest complete checkpoint; torn newer ones are removed with a warning. False when there is
+        none: the run starts from its beginning.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another seed or model, or was annealed by another kind of clock.
+        """
+        folder = on_rank_zero(self._newest)
+        if folder is None:
+            on_rank_zero(lambda: self.weights.forget_exports_after(-1))
+            return False
+        self.state.load(resume.load(self.policy, folder), str(folder))
+        on_rank_zero(lambda: self.weights.forget_exports_after(self.state.version))
+        return True
+
+    def _newest(self) -> Path | None:
+        root = self.workspace.checkpoints
+        resume.remove_unfinished(root)
+        # exports that were cut off: the final one, the reference
+        for place in (self.workspace.folder, self.weights.reference_path.parent):
+            if place.is_relative_to(self.workspace.folder):
+                remove_unfinished(place)
+        folder = resume.latest_complete(root)
+        for step in resume.steps(root):
+            torn = resume.checkpoint_path(root, step)
+            if folder is None or torn.name > folder.name:
+                log.warning("removing %s: it is not complete", torn)
+                shutil.rmtree(torn)
+        return folder
+
+    def leave_if_asked(self) -> None:
+        """Between two steps: if a rank was asked to stop, checkpoint and raise.
+
+        Raises:
+            Interrupted: says how to go on.
+        """
+        if self.stop.agreed():
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        """Checkpoint what is finished and raise Interrupted."""
+        state = self.state
+        done = f"after step {state.step}" if state.step else f"after warm-up step {state.warmup_step}"
+        if self.policy.step > 0:
+            self.save()
+            done += ", which is checkpointed"
+        else:
+            done = "before the first step"
+        self.finish_saving(wait=True)
+        raise Interrupted(f"{self.stop.name}: stopped {done}; go on with --resume {self.workspace.folder}")
+
+    def give_up(self, problem: PactError) -> NoReturn:
+        """Checkpoint what is finished and raise the problem, of the same type, with how to go on."""
+        if self.policy.step > 0:
+            self.save()
+        self.finish_saving(wait=True)
+        remedy = f"What was finished before is checkpointed: go on with --resume {self.workspace.folder}"
+        raise type(problem)(f"step {self.state.step + 1}: {problem}\n{remedy}") from problem
