@@ -20,11 +20,12 @@ from pact_nemo.environments.bfcl.data import CATEGORIES, function_documents, loa
 from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.environments.grounding import is_grounded
 from pact_nemo.errors import ConfigError, EnvironmentFailure
+from tests.workers.bfcl_tasks import bfcl_environment
 
 
 @cache
 def environment(window: str, category: str | None = None, **settings: object) -> BFCLEnvironment:
-    return BFCLEnvironment(categories=(category,) if category else CATEGORIES, window=window, **settings)
+    return bfcl_environment(categories=(category,) if category else CATEGORIES, window=window, **settings)
 
 
 def _globals() -> list[str]:
@@ -120,9 +121,9 @@ def test_turn_window_filters() -> None:
                     task.id,
                     key,
                 )
-    loose = BFCLEnvironment(("multi_turn_base",), window="turn", grounded_only=False, max_calls=None).tasks()
+    loose = bfcl_environment(("multi_turn_base",), window="turn", grounded_only=False, max_calls=None).tasks()
     assert len(loose) > len(env.tasks()) and max(len(task.reference_calls[0]) for task in loose) > 2
-    short = BFCLEnvironment(("multi_turn_base",), window="turn", max_user_chars=80).tasks()
+    short = bfcl_environment(("multi_turn_base",), window="turn", max_user_chars=80).tasks()
     assert short and all(len(task.user_turns[0][0]["content"]) <= 80 for task in short)
 
 
@@ -233,7 +234,7 @@ def test_an_episode_that_stops_early_fails_as_in_the_official_runner() -> None:
         session.execute([call])
     assert session.outcome() == Outcome(False, 0.0, "multi_turn:force_terminated")
     session.close()
-    lenient = BFCLEnvironment(("multi_turn_base",), window="turn", judge_unfinished=True)
+    lenient = bfcl_environment(("multi_turn_base",), window="turn", judge_unfinished=True)
     task = lenient.tasks()[0]
     session = lenient.start(task)
     for call in task.reference_calls[0]:
@@ -280,7 +281,7 @@ def test_miss_func_reveals_its_tools_at_the_right_turn() -> None:
 
 
 def test_irrelevance_check_is_a_setting() -> None:
-    strict = BFCLEnvironment(("multi_turn_miss_func",), irrelevance_check=True)
+    strict = bfcl_environment(("multi_turn_miss_func",), irrelevance_check=True)
     task = next(
         task
         for task in strict.tasks()
@@ -295,8 +296,8 @@ def test_irrelevance_check_is_a_setting() -> None:
 
 def test_max_tools_keeps_the_needed_ones_and_is_seeded() -> None:
     tasks = environment("turn", "multi_turn_base", max_tools=5).tasks()
-    again = BFCLEnvironment(("multi_turn_base",), window="turn", max_tools=5).tasks()
-    other = BFCLEnvironment(("multi_turn_base",), window="turn", max_tools=5, seed=1).tasks()
+    again = bfcl_environment(("multi_turn_base",), window="turn", max_tools=5).tasks()
+    other = bfcl_environment(("multi_turn_base",), window="turn", max_tools=5, seed=1).tasks()
     documents = function_documents()
     firsts = 0
     for task, same in zip(tasks, again, strict=True):
@@ -322,7 +323,7 @@ def test_schemas_use_json_schema_types() -> None:
 
 
 def test_long_observations_are_cut_for_the_policy_only() -> None:
-    env = BFCLEnvironment(("multi_turn_long_context",), window="full", max_observation_chars=50)
+    env = bfcl_environment(("multi_turn_long_context",), window="full", max_observation_chars=50)
     task = env.tasks()[0]
     outcome, observations = _play(env, task, _reference(task))
     assert outcome.success
@@ -375,15 +376,16 @@ def test_settings_are_checked() -> None:
         {"max_tools": 0},
     ):
         with pytest.raises(ConfigError):
-            BFCLEnvironment(**settings)
+            bfcl_environment(**settings)
 
 
 def test_importing_is_quiet_and_drags_in_no_vendor_sdk() -> None:
     code = (
-        "import sys\nfrom pact_nemo.environments.bfcl.environment import BFCLEnvironment\nenv ="
-        " BFCLEnvironment(('multi_turn_base',))\nsession = env.start(env.tasks()[0]); session.next_user_turn();"
-        " session.outcome(); session.close()\nbad = {'openai', 'anthropic', 'cohere', 'mistralai', 'boto3',"
-        " 'google.genai', 'torch', 'transformers'} & set(sys.modules)\nassert not bad, bad\n"
+        "import sys\nfrom pact_nemo.environments.bfcl.environment import BFCLConfig, BFCLEnvironment\n"
+        "env = BFCLEnvironment(BFCLConfig(['multi_turn_base']))\nsession = env.start(env.tasks()[0])\n"
+        "session.next_user_turn(); session.outcome(); session.close()\n"
+        "bad = {'openai', 'anthropic', 'cohere', 'mistralai', 'boto3', 'google.genai', 'torch', 'transformers'}\n"
+        "bad &= set(sys.modules)\nassert not bad, bad\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

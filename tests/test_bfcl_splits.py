@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pact_nemo.environments.base import Task
-from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError
+from tests.workers.bfcl_tasks import bfcl_environment
 
 
 def _tasks(groups: int, per_group: int = 2) -> list[Task]:
@@ -15,7 +15,7 @@ def _tasks(groups: int, per_group: int = 2) -> list[Task]:
 
 
 def test_scenarios_are_on_one_side_across_categories_and_windows() -> None:
-    full, turn = BFCLEnvironment().tasks(), BFCLEnvironment(window="turn").tasks()
+    full, turn = bfcl_environment().tasks(), bfcl_environment(window="turn").tasks()
     train, held_out = split(full + turn, 0.2, seed=3)
     assert len(train) + len(held_out) == len(full) + len(turn)
     assert not {task.group for task in train} & {task.group for task in held_out}

@@ -16,13 +16,13 @@ import pytest
 
 from pact_nemo.chat.template import BOUNDARY_TEXT, ChatFormat
 from pact_nemo.environments.base import Task, ToolCall
-from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.errors import ConfigError
 from pact_nemo.objective.components import Component
-from pact_nemo.traces.bfcl import ground_truth_trace
+from pact_nemo.traces.ground_truth import ground_truth_trace
 from pact_nemo.traces.schema import Trace
 from pact_nemo.traces.spans import encode_trace
 from tests.fixtures.published import published, template, tokenizer
+from tests.workers.bfcl_tasks import bfcl_environment
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @cache
 def traced() -> tuple[Task, Trace]:
     """A short task of BFCL with two calls, and its ground truth as a trace."""
-    environment = BFCLEnvironment(("multi_turn_base",), window="turn", max_tools=3)
+    environment = bfcl_environment(("multi_turn_base",), window="turn", max_tools=3)
     for task in environment.tasks():
         if len(task.reference_calls[0]) == 2 and sum(len(json.dumps(tool)) for tool in task.tools) < 1200:
             trace = ground_truth_trace(environment, task, "full", "one")

@@ -132,10 +132,10 @@ def test_no_run_starts_when_the_budget_is_spent_and_a_failure_loses_nothing(
     place(root, first, 7)
     original = plans.run_one
 
-    def fails(config: Path, benchmark: str, seed: int, folder: Path, words: list[str]) -> Path:
+    def fails(config: Path, seed: int, folder: Path, words: list[str]) -> Path:
         if folder.name not in (first.id, *PLAN.starts):
             raise PactError("exit code 1")
-        return original(config, benchmark, seed, folder, words)
+        return original(config, seed, folder, words)
 
     monkeypatch.setattr(plans, "run_one", fails)
     with pytest.raises(PactError, match="exit code 1"):

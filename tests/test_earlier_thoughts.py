@@ -456,12 +456,11 @@ def test_what_contexts_cost_in_tokens(capsys: pytest.CaptureFixture[str]) -> Non
     """The counts of docs/performance.md: ground-truth traces as rollouts, eight of a kind a prompt, with the template's
     contexts.
     """
-    from pact_nemo.environments.bfcl.environment import BFCLEnvironment
-    from pact_nemo.traces.bfcl import make_trace
     from pact_nemo.traces.spans import encode_trace
+    from tests.workers.bfcl_tasks import bfcl_environment, make_trace
 
     chat, group = chat_of("thinks"), 8
-    environment = BFCLEnvironment(categories=["multi_turn_base"], window="full")
+    environment = bfcl_environment(categories=["multi_turn_base"], window="full")
     tree, contexts, messages = [], [], []
     for task in environment.tasks()[:40]:
         trace = make_trace(environment, task, style="full", calls_per_turn="one")

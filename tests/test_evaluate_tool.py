@@ -18,9 +18,9 @@ import pytest
 
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.environments.bfcl.data import data_dir
-from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.environments.calls import call_text
 from tests.test_question_environments import toolhop_row
+from tests.workers.bfcl_tasks import bfcl_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 Answer = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -69,7 +69,7 @@ def evaluate(*words: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def bfcl_tasks() -> list[Task]:
-    return BFCLEnvironment(("multi_turn_base",)).tasks()[:6]
+    return bfcl_environment(("multi_turn_base",)).tasks()[:6]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_verdicts_are_bfcl_evals_own_item_by_item(tmp_path: Path, solver: ChatSe
         str(tmp_path),
         "--limit",
         "6",
-        "tasks.categories=[multi_turn_base]",
+        "environment_config.categories=[multi_turn_base]",
     ]
     result = evaluate(*words)
     assert (result["score"], result["n"], result["failed"]) == (0.5, 6, 0)

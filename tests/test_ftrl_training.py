@@ -21,7 +21,8 @@ from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces.recorded import recorded_trace
-from pact_nemo.training.dataset import build_dataset, build_environment
+from pact_nemo.training.dataset import build_dataset
+from pact_nemo.training.tasks import build_environment
 from tests.test_question_environments import ftrl_row, write
 
 REPO = Path(__file__).resolve().parents[1]
@@ -92,7 +93,7 @@ def test_training_tasks_have_their_rows_calls_and_an_answer_to_compare_with(tmp_
         assert len(everything) + len(quarantine) == 5
         assert all("no reference answer" in str(bad.error) for bad in quarantine.rows)
     for policy, kind in (("strict", DataError), ("quarantine", ConfigError)):
-        config = settings(path, "tasks.answer_rule=as_written", f"run.bad_rows={policy}")
+        config = settings(path, "environment_config.answer_rule=as_written", f"run.bad_rows={policy}")
         environment = build_environment(config)
         with pytest.raises(kind, match="<answer></answer>" if policy == "strict" else "no training task is left"):
             build_dataset(config, environment, chat)

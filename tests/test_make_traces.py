@@ -91,7 +91,7 @@ def make(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
         str(ROOT / "tools" / "make_traces.py"),
         "--out",
         str(tmp_path / "traces.jsonl"),
-        "tasks.benchmark=toolhop",
+        "environment=toolhop",
     ]
     return subprocess.run(
         [*command, f"tasks.path={tmp_path / 'rows.jsonl'}", *words],

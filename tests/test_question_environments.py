@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from pact_nemo.environments.base import ToolCall
-from pact_nemo.environments.ftrl import ANSWER_RULE, FTRLEnvironment, solve_metrics, with_answer_rule
+from pact_nemo.environments.ftrl import ANSWER_RULE, FTRLConfig, FTRLEnvironment, solve_metrics, with_answer_rule
 from pact_nemo.environments.rows import read_rows
-from pact_nemo.environments.toolhop import INSTRUCTIONS, ToolHopEnvironment, defined_functions
+from pact_nemo.environments.toolhop import INSTRUCTIONS, ToolHopConfig, ToolHopEnvironment, defined_functions
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
@@ -163,10 +163,10 @@ def test_toolhop_scenarios(tmp_path: Path, sandbox: Sandbox) -> None:
     path = write(tmp_path / "x.jsonl", toolhop_row())
     prompts = {}
     for scenario in ("direct", "mandatory", "free"):
-        (task,) = ToolHopEnvironment(path, sandbox, scenario).tasks()  # type: ignore[arg-type]
+        (task,) = ToolHopEnvironment(path, sandbox, ToolHopConfig(scenario)).tasks()
         prompts[scenario] = task.user_turns[0][0]["content"]
         assert bool(task.tools) is (scenario != "direct")
-        session = ToolHopEnvironment(path, sandbox, scenario).start(task)  # type: ignore[arg-type]
+        session = ToolHopEnvironment(path, sandbox, ToolHopConfig(scenario)).start(task)
         if scenario == "direct":
             assert "unknown function" in session.execute([ToolCall("find", {"place": "Peru"})])[0]
         assert prompts[scenario] == INSTRUCTIONS[scenario] + toolhop_row()["question"]  # type: ignore[index]
@@ -184,7 +184,7 @@ def test_toolhop_scenarios(tmp_path: Path, sandbox: Sandbox) -> None:
     )
     assert "<answer>final answer here</answer>\nAnswer as short as possible.\nQuestion: " in prompts["free"]
     with pytest.raises(ConfigError, match="scenario"):
-        ToolHopEnvironment(path, sandbox, "other")  # type: ignore[arg-type]
+        ToolHopEnvironment(path, sandbox, ToolHopConfig("other"))
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_the_prompt_asks_for_a_tagged_answer_once(tmp_path: Path, sandbox: Sandb
     assert prompts[1][0]["content"] == tagged  # the published training prompts have it
     assert prompts[2][0]["content"] == f"who?\n{ANSWER_RULE}" == with_answer_rule("who?")
     assert prompts[3][0]["content"] == "Be brief." and prompts[3][1]["content"] == f"who?\n{ANSWER_RULE}"
-    as_written = FTRLEnvironment(path, sandbox, answer_rule=False).tasks()
+    as_written = FTRLEnvironment(path, sandbox, settings=FTRLConfig("as_written")).tasks()
     assert [task.user_turns[0][-1]["content"] for task in as_written] == [asked, tagged, "who?", "who?"]
 
 

@@ -17,12 +17,13 @@ import pytest
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.config.schema import load_config
+from pact_nemo.environments.answers import in_order
 from pact_nemo.environments.base import Task
 from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.environments.toolhop import ToolHopEnvironment
 from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces.filters import reject_reason
-from pact_nemo.traces.recorded import candidate_arguments, example_calls, in_order, recorded_trace
+from pact_nemo.traces.recorded import candidate_arguments, example_calls, recorded_trace
 from tests.workers.policy_kit import make_model
 from tests.workers.scripted import write_replay
 

@@ -18,15 +18,15 @@ from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.objective.trace_quality import TraceQuality, beats
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.traces.augment import new_solutions, promoted, replay, variants
-from pact_nemo.traces.bfcl import make_trace
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn, read_traces, write_traces
+from tests.workers.bfcl_tasks import bfcl_environment, make_trace
 
 REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def bfcl() -> tuple[BFCLEnvironment, list[tuple[Task, Trace]]]:
-    environment = BFCLEnvironment(categories=["multi_turn_base"], window="turn", max_tools=6, max_calls=3)
+    environment = bfcl_environment(categories=["multi_turn_base"], window="turn", max_tools=6, max_calls=3)
     pairs = []
     for task in environment.tasks():
         if sum(len(calls) for calls in task.reference_calls) < 2:
@@ -72,7 +72,7 @@ def test_variants_say_what_execution_gives(bfcl: tuple[BFCLEnvironment, list[tup
 
 
 def test_a_reordering_that_changes_what_happens_is_no_variant() -> None:
-    environment = BFCLEnvironment(categories=["multi_turn_base"], window="turn")
+    environment = bfcl_environment(categories=["multi_turn_base"], window="turn")
     for task in environment.tasks():
         trace = make_trace(environment, task, style="compact", calls_per_turn="all")
         if trace is not None and [call.name for call in trace.turns[0].calls][:2] == ["cd", "mv"]:
@@ -180,9 +180,9 @@ def test_the_weight_scales_the_sft_term_and_nothing_else() -> None:
 
 def test_the_tool_extends_a_trace_file(tmp_path: Path) -> None:
     words = [
-        "tasks.window=turn",
-        "tasks.max_calls=2",
-        "tasks.max_tools=4",
+        "environment_config.window=turn",
+        "environment_config.max_calls=2",
+        "environment_config.max_tools=4",
         "traces.calls_per_turn=all",
         "traces.style=compact",
     ]

@@ -18,10 +18,11 @@ from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.errors import ConfigError, ServerError
 from pact_nemo.rollouts.chat_endpoint import chat_endpoint
 from pact_nemo.traces.annotate import Context, annotate_turn, purpose
-from pact_nemo.traces.bfcl import ground_truth_trace, make_trace, make_traces
+from pact_nemo.traces.ground_truth import ground_truth_trace
 from pact_nemo.traces.schema import Trace
 from pact_nemo.traces.segments import SEGMENT_TYPES, preview_start
 from pact_nemo.traces.teacher import teacher_trace
+from tests.workers.bfcl_tasks import bfcl_environment, make_trace, make_traces
 
 SEARCH = {
     "name": "search",
@@ -40,7 +41,7 @@ SEARCH = {
 
 @cache
 def environment(window: str) -> BFCLEnvironment:
-    return BFCLEnvironment(window=window, max_tools=5 if window == "turn" else None)  # type: ignore[arg-type]
+    return bfcl_environment(window=window, max_tools=5 if window == "turn" else None)  # type: ignore[arg-type]
 
 
 @cache

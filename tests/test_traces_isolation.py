@@ -57,8 +57,8 @@ def test_no_module_below_the_traces_imports_them(package: str) -> None:
         "from pact_nemo.traces import schema",
         "from ..traces.spans import encode_trace",
         "from .. import traces",
-        "def f():\n    from pact_nemo.traces.bfcl import make_trace",
-        "import importlib\nimportlib.import_module('pact_nemo.traces.bfcl')",
+        "def f():\n    from pact_nemo.traces.ground_truth import make_trace",
+        "import importlib\nimportlib.import_module('pact_nemo.traces.ground_truth')",
     ],
 )
 def test_the_walk_sees_every_spelling(source: str) -> None:

@@ -14,13 +14,12 @@ from fixtures.chat_models import KINDS, chat_format, tokenizer
 from pact_nemo.chat.template import BOUNDARY_TEXT, ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.environments.base import Task, ToolCall
-from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.objective.components import CALL, OBSERVATION, OTHER, REASONING
-from pact_nemo.traces.bfcl import make_traces
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn
 from pact_nemo.traces.segments import NO_LEVEL
 from pact_nemo.traces.spans import TraceTokens, encode_trace, truncate_at_turn
+from tests.workers.bfcl_tasks import bfcl_environment, make_traces
 
 SHORT = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param")
 
@@ -30,7 +29,7 @@ def traced(window: str, style: str) -> list[tuple[Task, Trace]]:
     """All tasks of the three short categories; every 20th of the long-context one, whose observations are long."""
     pairs = []
     for categories, step in ((SHORT, 1), (("multi_turn_long_context",), 20)):
-        env = BFCLEnvironment(categories, window=window, max_tools=5 if window == "turn" else None)  # type: ignore[arg-type]
+        env = bfcl_environment(categories, window=window, max_tools=5 if window == "turn" else None)  # type: ignore[arg-type]
         tasks = env.tasks()[::step]
         traces, rejected = make_traces(env, tasks, style=style)  # type: ignore[arg-type]
         assert not rejected
@@ -257,7 +256,7 @@ def _percentile(values: Sequence[int], share: float) -> int:
 
 def test_the_small_models_prompts_and_traces_stay_short() -> None:
     chat = chat_format("smollm/pythonic")
-    env = BFCLEnvironment(("multi_turn_base",), window="turn", max_tools=5)
+    env = bfcl_environment(("multi_turn_base",), window="turn", max_tools=5)
     traces, _ = make_traces(env, env.tasks(), style="compact")
     encoded = [encode_trace(trace, chat) for trace in traces]
     prompts = [len(chat.prompt_ids(task.user_turns[0], task.tools)) for task in env.tasks()]

@@ -23,10 +23,10 @@ from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.traces.spans import TraceTokens
-from pact_nemo.training.dataset import prompts_of_step
 from pact_nemo.training.prompt_groups import Gate, PromptGroup, TraceUse, form_group
 from pact_nemo.training.prompt_trees import PromptTree, carried_over, contexts_needed, grow_tree, tempered
 from pact_nemo.training.streams import Scores, with_streams
+from pact_nemo.training.tasks import prompts_of_step
 
 BOUNDARY = [900, 901]
 TRACE = TraceTokens(

@@ -13,14 +13,14 @@ from pact_nemo.config.schema import Config, load_config, settled, steps_of, to_y
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import METHODS, method_class
 from pact_nemo.tracking import run_folder as workspace
-from pact_nemo.training.dataset import prompts_of_step
+from pact_nemo.training.tasks import prompts_of_step
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_config_resolves_and_round_trips(path: Path, tmp_path: Path) -> None:
-    own_rows = "_bfcl" not in path.name  # the user brings the rows of the other benchmarks
+    own_rows = "_ftrl" in path.name or "_toolhop" in path.name  # the user brings the rows of these benchmarks
     config = load_config(path, ["tasks.path=rows.jsonl"] if own_rows else [])
     saved = tmp_path / "config.yaml"
     saved.write_text(to_yaml(config))
@@ -80,7 +80,10 @@ def test_overrides_win_over_yaml_and_parents_lose_to_children(tmp_path: Path) ->
         (["objective.group_size=1"], "objective.group_size"),
         (["trainer.mini_batch_size=7"], "trainer.mini_batch_size"),
         (["traces.components=[answers]"], "traces.components"),
-        (["tasks.max_calls=2"], "tasks.max_calls"),
+        (["environment_config.max_calls=2"], "environment_config.max_calls only"),
+        (["environment_config.window=half"], "environment_config.window"),
+        (["tasks.path=rows.json"], "tasks.path=rows.json: environment=bfcl reads no file"),
+        (["tasks.max_observation_chars=0"], "tasks.max_observation_chars"),
         (["rollout.sampling.top_p=0.9"], "top_p"),
         (["rollout.sampling.top_p=0.9", "rollout.importance=off"], "top_p"),
         (["rollout.sampling.temperature=0"], "rollout.sampling.temperature"),
@@ -98,8 +101,12 @@ def test_overrides_win_over_yaml_and_parents_lose_to_children(tmp_path: Path) ->
         (["trainer.steps=null"], "trainer.steps=null and trainer.epochs=null"),
         (["trainer.epochs=0"], "trainer.epochs=0"),
         (["trainer.steps=null", "trainer.epochs=1", "method=sft", "warmup.steps=1"], "trainer.steps=None"),
-        (["objective.outcome=answer_f1"], "objective.outcome=answer_f1: BFCL has no reference answers"),
-        (["tasks.answer_rule=maybe"], "tasks.answer_rule"),
+        (["objective.outcome=answer_f1"], "objective.outcome=answer_f1: environment=bfcl has no reference answers"),
+        (
+            ["environment=ftrl", "environment_config.answer_rule=maybe"],
+            "environment_config.answer_rule",
+        ),
+        (["environment=toolhop", "environment_config.scenario=other"], "environment_config.scenario"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(words: list[str], named: str) -> None:
@@ -281,14 +288,11 @@ def test_a_text_setting_is_what_is_typed(text: str) -> None:
 
 @pytest.mark.parametrize("text", WORDS_OF_YAML)
 def test_a_text_in_a_file_is_what_is_written(text: str, tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text(
-        f"run:\n  name: {text}\n  label: {text} # a remark\ntasks: {{categories: [{text}, x]}}\n"
-    )
+    (tmp_path / "a.yaml").write_text(f"run:\n  name: {text}\n  label: {text} # a remark\nwarmup: {{closing: {text}}}\n")
     config = load_config(tmp_path / "a.yaml")
-    assert (config.run.name, config.run.label, config.tasks.categories) == (text, text, [text, "x"])
+    assert (config.run.name, config.run.label, config.warmup.closing) == (text, text, text)
     (tmp_path / "saved.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "saved.yaml") == config
-    assert load_config(None, [f"tasks.categories=[{text}, x]"]).tasks.categories == [text, "x"]
     assert load_config(None, [f"run={{name: {text}, seed: 5}}"]).run.name == text
 
 

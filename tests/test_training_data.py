@@ -12,20 +12,15 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import tool_format
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG, materialise_embedded_model
 from pact_nemo.config.schema import Config, load_config
+from pact_nemo.environments.ftrl import FTRLConfig
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.objective.components import OTHER
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.schema import ReasoningSegment, Trace, write_traces
-from pact_nemo.training.dataset import (
-    Dataset,
-    build_dataset,
-    build_environment,
-    check_server_length,
-    load_tasks,
-    prompts_of_step,
-)
+from pact_nemo.training.dataset import Dataset, build_dataset, check_server_length
+from pact_nemo.training.tasks import build_environment, load_tasks, prompts_of_step
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -150,8 +145,14 @@ def test_a_tool_that_the_format_cannot_call_is_refused_when_its_task_is_loaded(
         "unsolved_set": {},
     }
     (tmp_path / "odd.json").write_text(json.dumps([row, row]))
-    tasks = replace(config.tasks, benchmark="ftrl", path=str(tmp_path / "odd.json"))
-    config = replace(config, tasks=tasks, run=replace(config.run, bad_rows=bad_rows))
+    tasks = replace(config.tasks, path=str(tmp_path / "odd.json"))
+    config = replace(
+        config,
+        environment="ftrl",
+        environment_config=FTRLConfig(),
+        tasks=tasks,
+        run=replace(config.run, bad_rows=bad_rows),
+    )
     assert chat.tool_format.name == "pythonic"
     quarantine = Quarantine(bad_rows)
     error = ConfigError if bad_rows == "quarantine" else DataError

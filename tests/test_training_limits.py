@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from pact_nemo.config.schema import load_config
-from pact_nemo.environments.bfcl.environment import FORCE_TERMINATED, BFCLEnvironment
+from pact_nemo.environments.bfcl.session import FORCE_TERMINATED
 from pact_nemo.errors import ConfigError
 from pact_nemo.rollouts.chat_episode import play_by_chat
 from pact_nemo.training.limits import evaluation_limits, training_limits
+from tests.workers.bfcl_tasks import bfcl_environment
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -46,7 +47,7 @@ def test_bfcls_twenty_steps_and_a_closing_message_pass_and_one_step_more_is_forc
     from bfcl_eval.constants.default_prompts import MAXIMUM_STEP_LIMIT
 
     assert MAXIMUM_STEP_LIMIT == 20
-    environment = BFCLEnvironment(("multi_turn_base",))
+    environment = bfcl_environment(("multi_turn_base",))
     task = environment.tasks()[0]
     limits = evaluation_limits(load_config(CONF / "pact_bfcl.yaml"))
 

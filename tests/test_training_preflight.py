@@ -16,8 +16,8 @@ from pact_nemo.config.schema import Config, load_config
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.runtime import machine
 from pact_nemo.training import open_run as setup
-from pact_nemo.training.dataset import check_batches
 from pact_nemo.training.preflight import check_room, check_served_folder, check_token_ids, preflight
+from pact_nemo.training.tasks import check_batches
 from tests.fixtures.chat_models import tokenizer
 from tests.workers.policy_kit import VOCAB, make_model
 
@@ -274,7 +274,7 @@ def test_a_dry_run_reads_tasks_and_traces(dry: Dry, tmp_path: Path) -> None:
     (tmp_path / "traces.jsonl").write_text('{"task_id": "multi_turn_base_0", "turns": 3}\n')
     for words, said in (
         ([f"traces.path={tmp_path / 'traces.jsonl'}"], "traces.jsonl"),
-        (["tasks.benchmark=ftrl", f"tasks.path={tmp_path / 'rows.json'}"], "rows.json"),
+        (["environment=ftrl", f"tasks.path={tmp_path / 'rows.json'}"], "rows.json"),
     ):
         code, out, err = dry(*words)
         assert code in (1, 2) and said in err and not out and len(err.splitlines()) == 1, (words, err)

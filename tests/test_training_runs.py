@@ -325,8 +325,9 @@ def test_a_run_with_its_own_server(stage: dict[str, Any]) -> None:
     from pact_nemo.chat.template import ChatFormat
     from pact_nemo.environments.base import Task
     from pact_nemo.tracking.terminal import RunProgress
-    from pact_nemo.training.dataset import build_dataset, build_environment
+    from pact_nemo.training.dataset import build_dataset
     from pact_nemo.training.generation import Generator
+    from pact_nemo.training.tasks import build_environment
 
     config = load_config(stage["preset"], [*stage["words"], *words])
     chat = ChatFormat.from_pretrained(run / "hf", config.model.tool_format)

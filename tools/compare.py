@@ -134,7 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["pact", "grpo"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--benchmark", default="bfcl", choices=["bfcl", "ftrl", "toolhop"])
+    parser.add_argument("--benchmark", default="bfcl", help="second word of the settings files' names")
     parser.add_argument("--preset", default="smollm2_135m-cpu", help="rest of the settings files' names")
     parser.add_argument("--root", type=Path, default=Path("runs/compare"))
     parser.add_argument("--baseline", default="grpo", help="the method that the others are compared with")
@@ -179,9 +179,7 @@ def main() -> int:
                     f"[{time.monotonic() - started:6.0f} s] run {index + 1}/{len(pairs)}: {method}, seed {seed}",
                     flush=True,
                 )
-                folder = run_one(
-                    configs[method], options.benchmark, seed, options.root / f"{method}-seed{seed}", overrides
-                )
+                folder = run_one(configs[method], seed, options.root / f"{method}-seed{seed}", overrides)
                 methods[method].append(load_run(folder))
         if options.picture is not None:
             write_text_atomic(options.picture, comparison_svg([run for runs in methods.values() for run in runs]))

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Score any model on a benchmark with its official check: a Hugging Face folder (served by vLLM here) or a
+"""Score any model in an environment with its official check: a Hugging Face folder (served by vLLM here) or a
 chat-completions server by URL.
 
-    python tools/evaluate.py --model runs/latest/hf --benchmark bfcl --out eval/mine
-    python tools/evaluate.py --model http://127.0.0.1:8000/v1 --name Qwen3-4B --benchmark toolhop \\
-        tasks.path=ToolHop.json tasks.scenario=free
-    python tools/evaluate.py --model /models/Qwen3-4B --benchmark bfcl --json model.tool_format=hermes
+    python tools/evaluate.py --model runs/latest/hf --environment bfcl --out eval/mine
+    python tools/evaluate.py --model http://127.0.0.1:8000/v1 --name Qwen3-4B --environment toolhop \\
+        tasks.path=ToolHop.json environment_config.scenario=free
+    python tools/evaluate.py --model /models/Qwen3-4B --environment shop.py:Shop --json model.tool_format=hermes
 
-Every task of the benchmark is played, or with ``--held-out`` the run's held-out split only. Episodes are kept in
-``OUT/episodes.jsonl`` as they are finished, so that an evaluation that was cut goes on where it stopped. BFCL's score
-files are written in the layout of its leaderboard.
+Every task is played, or with ``--held-out`` the run's held-out split only. Episodes are kept in
+``OUT/episodes.jsonl`` as they are finished, so that an evaluation that was cut goes on where it stopped. An environment
+with a leaderboard has its score files written in that layout.
 """
 
 from __future__ import annotations
@@ -35,21 +35,22 @@ from rich.table import Table  # noqa: E402
 from pact_nemo.chat.template import ChatFormat  # noqa: E402
 from pact_nemo.config.schema import Config, load_config, to_dict  # noqa: E402
 from pact_nemo.environments.base import Environment, Task  # noqa: E402
+from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec  # noqa: E402
 from pact_nemo.environments.splits import split  # noqa: E402
 from pact_nemo.errors import ConfigError, PactError, ServerError  # noqa: E402
 from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
 from pact_nemo.rollouts.chat_episode import play_by_chat  # noqa: E402
 from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
 from pact_nemo.rollouts.types import Rollout  # noqa: E402
-from pact_nemo.runtime.files import write_json_atomic, write_text_atomic  # noqa: E402
+from pact_nemo.runtime.files import write_json_atomic  # noqa: E402
 from pact_nemo.runtime.terminal import command  # noqa: E402
 from pact_nemo.tracking.terminal import RunProgress  # noqa: E402
-from pact_nemo.training.dataset import build_environment, limited  # noqa: E402
 from pact_nemo.training.evaluation import episode_rewards, summarise  # noqa: E402
 from pact_nemo.training.generation import Generator  # noqa: E402
 from pact_nemo.training.limits import evaluation_limits  # noqa: E402
 from pact_nemo.training.preflight import check_served_folder  # noqa: E402
 from pact_nemo.training.records import dump_evaluation  # noqa: E402
+from pact_nemo.training.tasks import build_environment, limited  # noqa: E402
 
 
 @contextmanager
@@ -88,34 +89,14 @@ def player(
         generator.close()
 
 
-def bfcl_score_files(folder: Path, name: str, tasks: list[Task], rollouts: list[Rollout]) -> None:
-    """``score/<model>/multi_turn/BFCL_v4_<category>_score.json``: the header line and one line per failed task, as
-    bfcl-eval writes them.
-    """
-    from bfcl_eval.utils import get_directory_structure_by_category, get_file_name_by_category
-
-    by_id = {rollout.task_id: rollout for rollout in rollouts}
-    for category in sorted({task.category for task in tasks}):
-        rows = [(task.id, by_id[task.id]) for task in tasks if task.category == category]
-        good = sum(rollout.outcome is not None and rollout.outcome.success for _, rollout in rows)
-        lines: list[dict[str, Any]] = [{"accuracy": good / len(rows), "correct_count": good, "total_count": len(rows)}]
-        for task_id, rollout in rows:
-            if rollout.outcome is None or not rollout.outcome.success:
-                reason = rollout.error if rollout.outcome is None else rollout.outcome.reason
-                lines.append(
-                    {
-                        "id": task_id,
-                        "model_name": name,
-                        "test_category": category,
-                        "valid": False,
-                        "error": {"error_type": reason},
-                    }
-                )
-        path = folder / "score" / name.replace("/", "_") / get_directory_structure_by_category(category)
-        write_text_atomic(
-            path / get_file_name_by_category(category, is_score_file=True),
-            "".join(json.dumps(line) + "\n" for line in lines),
-        )
+def verdicts(rollouts: list[Rollout]) -> dict[str, tuple[bool, str | None]]:
+    """Task id -> (passed, the checker's reason or why there is no verdict)."""
+    return {
+        rollout.task_id: (False, rollout.error)
+        if rollout.outcome is None
+        else (rollout.outcome.success, rollout.outcome.reason)
+        for rollout in rollouts
+    }
 
 
 def identity(config: Config, options: argparse.Namespace) -> dict[str, Any]:
@@ -127,6 +108,8 @@ def identity(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         "model": model,
         "name": options.name if options.model.startswith("http") else None,
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+        "environment": config.environment,
+        "environment_config": settings["environment_config"],
         "tool_format": settings["model"]["tool_format"],
         "tasks": {key: value for key, value in settings["tasks"].items() if key not in ("max_train", "max_eval")},
         "sampling": settings["rollout"]["sampling"],
@@ -189,9 +172,10 @@ def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     _, call_rewards = episode_rewards(config, tasks, rollouts)
     score = summarise(tasks, rollouts, call_rewards, 0, time.monotonic() - started).to_dict()
     name = options.name if options.model.startswith("http") else Path(options.model).resolve().name
-    result = {"model": options.model, "name": name, "benchmark": config.tasks.benchmark, **score}
-    if config.tasks.benchmark == "bfcl":
-        bfcl_score_files(options.out, name, tasks, rollouts)
+    result = {"model": options.model, "name": name, "benchmark": config.environment, **score}
+    write_scores = environment_spec(config.environment).write_scores
+    if write_scores is not None:
+        write_scores(options.out, name, tasks, verdicts(rollouts))
     write_json_atomic(options.out / "result.json", result)
     return result
 
@@ -202,12 +186,18 @@ def main() -> int:
         "--model", required=True, help="HF folder, or base URL of a chat-completions server (key in OPENAI_API_KEY)"
     )
     parser.add_argument("--name", default="default", help="the model's name at that server")
-    parser.add_argument("--benchmark", choices=["bfcl", "ftrl", "toolhop"], default="bfcl")
+    parser.add_argument(
+        "--environment",
+        "--benchmark",
+        default="bfcl",
+        metavar="NAME",
+        help="bfcl, ftrl, toolhop, or one of your own: module:factory, path/to/file.py:factory",
+    )
     parser.add_argument(
         "--config",
         action="append",
         metavar="YAML",
-        help="settings as for the recipes; default: the benchmark's full settings",
+        help="settings as for the recipes; default: the environment's full settings",
     )
     parser.add_argument("--out", type=Path, default=Path("eval"))
     parser.add_argument(
@@ -219,8 +209,10 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
     try:
-        files = options.config or [REPOSITORY / "conf" / f"pact_{options.benchmark}.yaml"]
-        result = evaluate(load_config(files, [f"tasks.benchmark={options.benchmark}", *options.overrides]), options)
+        known = options.environment in ENVIRONMENTS
+        full = REPOSITORY / "conf" / (f"pact_{options.environment}.yaml" if known else "pact.yaml")
+        words = [f"environment={options.environment}", *options.overrides]
+        result = evaluate(load_config(options.config or [full], words), options)
     except PactError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

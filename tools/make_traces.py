@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Expert traces for any benchmark: a teacher behind an OpenAI-compatible endpoint, the recorded sub-answers, or BFCL's
-ground truth.
+"""Expert traces for any environment: a teacher behind an OpenAI-compatible endpoint, or what the environment has, which
+is reference calls that are executed (BFCL) or recorded sub-answers (FTRL, ToolHop).
 
-    python tools/make_traces.py --out traces.jsonl tasks.benchmark=toolhop tasks.path=ToolHop.json --recorded
+    python tools/make_traces.py --out traces.jsonl environment=toolhop tasks.path=ToolHop.json --recorded
     TEACHER_API_KEY=... python tools/make_traces.py --out traces.jsonl --teacher http://127.0.0.1:8000/v1 \\
         --model NAME --attempts 4 \\
-        tasks.benchmark=ftrl tasks.path=ftrl_train.parquet
+        environment=ftrl tasks.path=ftrl_train.parquet
     python tools/make_traces.py --out more.jsonl --extend traces.jsonl --augment argument_order --promote \\
-        runs/latest tasks.benchmark=...
+        runs/latest environment=...
     python tools/make_traces.py --show traces.jsonl --limit 3
 
 Each task is tried up to ``--attempts`` times; what passes the benchmark's own check and the filters is kept. Every
@@ -39,23 +39,23 @@ from pact_nemo.chat.tool_formats import tool_format  # noqa: E402
 from pact_nemo.config.schema import Config, load_config  # noqa: E402
 from pact_nemo.environments.base import Environment, Task  # noqa: E402
 from pact_nemo.environments.calls import shown  # noqa: E402
-from pact_nemo.errors import DataError, PactError, ServerError  # noqa: E402
+from pact_nemo.environments.registry import environment_spec  # noqa: E402
+from pact_nemo.errors import ConfigError, DataError, PactError, ServerError  # noqa: E402
 from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
 from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
 from pact_nemo.rollouts.types import Rollout  # noqa: E402
 from pact_nemo.runtime.files import write_json_atomic  # noqa: E402
 from pact_nemo.runtime.terminal import command  # noqa: E402
 from pact_nemo.traces.annotate import Style  # noqa: E402
-from pact_nemo.traces.augment import KINDS, Replay, new_solutions, promoted, replay, variants  # noqa: E402
-from pact_nemo.traces.bfcl import ground_truth_trace  # noqa: E402
+from pact_nemo.traces.augment import KINDS, new_solutions, promoted, replay, variants  # noqa: E402
 from pact_nemo.traces.filters import turns_without_reasoning, why_not  # noqa: E402
 from pact_nemo.traces.llm_annotate import ModelAnnotator  # noqa: E402
-from pact_nemo.traces.recorded import recorded_trace  # noqa: E402
 from pact_nemo.traces.schema import Trace, read_traces, write_traces  # noqa: E402
 from pact_nemo.traces.segments import split_reasoning  # noqa: E402
 from pact_nemo.traces.teacher import teacher_trace  # noqa: E402
+from pact_nemo.traces.without_teacher import expert_trace  # noqa: E402
 from pact_nemo.tracking.terminal import RunProgress  # noqa: E402
-from pact_nemo.training.dataset import build_environment  # noqa: E402
+from pact_nemo.training.tasks import build_environment  # noqa: E402
 
 Attempt = Callable[[Task], Trace | None]
 NAMED = 100  #: tasks that the quality report names, at most
@@ -189,7 +189,8 @@ def extend(config: Config, options: argparse.Namespace) -> dict[str, Any]:
                         found[task.id].append(solution)
             for task_id, candidates in found.items():
                 fresh = new_solutions(known[task_id], candidates)
-                checked = [trace for trace in fresh if _passes(replay(environment, tasks[task_id], trace))]
+                played = [(trace, replay(environment, tasks[task_id], trace)) for trace in fresh]
+                checked = [trace for trace, result in played if result is not None and result.outcome.success]
                 known[task_id] += checked[: config.traces.variants]
                 counts["promoted"] += len(checked[: config.traces.variants])
                 counts["promoted_but_failed_replay"] += len(fresh) - len(checked)
@@ -220,10 +221,6 @@ def reasoning_of(config: Config, task: Task) -> Callable[[str], str]:
     return lambda text: "\n\n".join(part for part in thoughts_and_visible(parse(text, task.tools).reasoning) if part)
 
 
-def _passes(result: Replay | None) -> bool:
-    return result is not None and result.outcome.success
-
-
 def rollouts_of(run: Path) -> list[Rollout]:
     """Every dumped training rollout of a run, in order of steps."""
     files = sorted((run / "rollouts").glob("step_*.jsonl"))
@@ -236,10 +233,12 @@ def rollouts_of(run: Path) -> list[Rollout]:
 
 
 def without_teacher(config: Config, environment: Environment) -> Attempt:
-    style = cast(Style, config.traces.style)
-    if config.tasks.benchmark == "bfcl":
-        return lambda task: ground_truth_trace(environment, task, style, cast(Any, config.traces.calls_per_turn))
-    return lambda task: recorded_trace(environment, task, style)
+    """An attempt from what the environment has. Raises ConfigError where it has nothing."""
+    style, per_turn = cast(Style, config.traces.style), cast(Any, config.traces.calls_per_turn)
+    kind = environment_spec(config.environment).expert_traces
+    if kind == "none":
+        raise ConfigError(f"environment={config.environment} has no expert traces of its own; give --teacher URL")
+    return lambda task: expert_trace(kind, environment, task, style, per_turn)
 
 
 def run_attempts(tasks: list[Task], journal: Journal, attempt: Attempt, attempts: int, concurrency: int) -> None:
@@ -298,7 +297,7 @@ def main() -> int:
     parser.add_argument(
         "--recorded",
         action="store_true",
-        help="no teacher: recorded sub-answers (FTRL, ToolHop) or ground truth (BFCL)",
+        help="no teacher: what the environment has, recorded sub-answers (FTRL, ToolHop) or ground truth (BFCL)",
     )
     parser.add_argument("--extend", type=Path, metavar="TRACES", help="start from these traces and add more to them")
     parser.add_argument(
@@ -325,7 +324,7 @@ def main() -> int:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="any setting, e.g. tasks.benchmark=ftrl tasks.path=rows.parquet",
+        help="any setting, e.g. environment=ftrl tasks.path=rows.parquet",
     )
     options = parser.parse_intermixed_args()
     try:

@@ -19,6 +19,15 @@ MOVED = {
     "objective.shaping": "method_config.shaping",
     "objective.ftrl_count_malformed": "method_config.count_malformed",
     "objective.toolrl_strict": "method_config.strict",
+    "tasks.benchmark": "environment",
+    "tasks.answer_rule": "environment_config.answer_rule",
+    "tasks.categories": "environment_config.categories",
+    "tasks.grounded_only": "environment_config.grounded_only",
+    "tasks.max_calls": "environment_config.max_calls",
+    "tasks.max_tools": "environment_config.max_tools",
+    "tasks.max_user_chars": "environment_config.max_user_chars",
+    "tasks.scenario": "environment_config.scenario",
+    "tasks.window": "environment_config.window",
 }
 
 

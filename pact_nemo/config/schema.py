@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pact_nemo.chat.contexts import EARLIER_THOUGHTS
+from pact_nemo.config.environment import SECTION, begin_anew, check_section, named_environment, schema_for
 from pact_nemo.config.own import own_config, refuse_moved
 from pact_nemo.config.recipes import Recipe
 from pact_nemo.config.text import load_word, load_yaml
+from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import METHODS, make_method, method_class
 from pact_nemo.objective.weights import AGGREGATIONS, SFT_AGGREGATIONS
@@ -63,32 +64,13 @@ class ModelConfig:
 
 @dataclass
 class TasksConfig:
-    """Which tasks, and how they are reduced for small machines. The full BFCL: ``window=full`` and no limits."""
+    """What every environment has: where its tasks are, how they are split and limited."""
 
-    benchmark: str = "bfcl"  #: "bfcl" (its package carries the data), "ftrl" or "toolhop" (published files at ``path``)
-    path: str | None = None  #: ftrl: parquet, jsonl or json of the training set; toolhop: json or jsonl
-    eval_path: str | None = None  #: ftrl, toolhop: a file of held-out tasks; None = ``held_out`` tasks of ``path``
-    scenario: str = "mandatory"  #: toolhop: "direct", "mandatory" or "free"
-    #: ftrl, prompts that don't ask for <answer></answer>: "add" the published rule, or leave them "as_written"
-    answer_rule: str = "add"
-    categories: list[str] = field(
-        default_factory=lambda: [
-            "multi_turn_base",
-            "multi_turn_miss_func",
-            "multi_turn_miss_param",
-            "multi_turn_long_context",
-        ]
-    )
-    #: "full": whole episodes; "turn": one user turn a task, earlier turns replayed from the ground truth
-    window: str = "full"
-    max_calls: int | None = None  #: window=turn: keep turns with 1..max_calls ground-truth calls
-    #: window=turn: keep turns whose every argument occurs in the user's words or an earlier observation
-    grounded_only: bool = False
-    max_user_chars: int | None = None  #: window=turn: keep turns whose request is at most this long
+    #: a file of training tasks, for environments that read one; ftrl: parquet, jsonl or json; toolhop: json or jsonl
+    path: str | None = None
+    eval_path: str | None = None  #: a file of held-out tasks, likewise; None = ``held_out`` groups of ``path``
     #: longer observations are cut for the policy (the checker sees them whole)
     max_observation_chars: int | None = None
-    #: offer the needed tools plus seeded distractors, this many in all; None = all of the involved classes
-    max_tools: int | None = None
     max_prompt_tokens: int = 7000  #: what becomes of longer prompts says ``overlong``
     #: prompts beyond ``max_prompt_tokens``: "drop": the task is left out, counted; "stop": the run ends
     overlong: str = "drop"
@@ -101,7 +83,7 @@ class TasksConfig:
 
 @dataclass
 class SandboxConfig:
-    """Where the tools of FTRL and ToolHop run; limits are per call."""
+    """Where tools that are given as source run, those of FTRL and ToolHop; limits are per call."""
 
     workers: int = 2
     seconds: float = 10.0
@@ -115,8 +97,8 @@ class SandboxConfig:
 class TracesConfig:
     """Expert traces h*."""
 
-    #: JSONL of traces; None = bfcl: execute the ground truth and annotate it; others: find the calls of recorded
-    #: sub-answers
+    #: JSONL of traces; None = what the environment has: reference calls that are executed and annotated (bfcl), or
+    #: recorded sub-answers whose calls are found (ftrl, toolhop)
     path: str | None = None
     style: str = "full"  #: annotator's wording: "full" or "compact"
     #: "one": each call in an assistant turn of its own, as its observation comes; "all": a user turn's calls together
@@ -285,7 +267,8 @@ class EvaluationConfig:
 
     before: bool = True
     after: bool = True
-    #: assistant turns that may follow one user turn; None = as in the benchmark's own evaluation
+    #: assistant turns that may follow one user turn; None = as in the benchmark's own evaluation, or in training where
+    #: it has none
     max_turns_per_user_turn: int | None = None
     temperature: float = 0.0
     samples: int = 1  #: episodes per task; with more than one the score is their mean
@@ -324,6 +307,9 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    environment: str = "bfcl"  #: "bfcl", "ftrl", "toolhop", or ``module:factory``, ``path/to/file.py:factory``
+    #: what only this environment reads; its keys: the ``config`` of its spec (``pact_nemo/environments/spec.py``)
+    environment_config: Any = field(default_factory=lambda: environment_spec(Config.environment).config())
     tasks: TasksConfig = field(default_factory=TasksConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     traces: TracesConfig = field(default_factory=TracesConfig)
@@ -341,8 +327,12 @@ class Config:
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
-    """A YAML file with its ``defaults:`` parents merged below it."""
+def _read_yaml(path: Path, environment: str, seen: tuple[Path, ...] = ()) -> DictConfig:
+    """A YAML file with its ``defaults:`` parents merged below it.
+
+    Args:
+        environment: the one that the settings below this file name.
+    """
     if path in seen:
         raise ConfigError(f"{path}: 'defaults' go in a circle: {' -> '.join(map(str, (*seen, path)))}")
     if not path.is_file():
@@ -367,7 +357,14 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
         raise ConfigError(f"{path}: 'defaults' must be a list of file names")
     merged = OmegaConf.create({})
     for parent in parents:
-        merged = OmegaConf.merge(merged, _read_yaml((path.parent / str(parent)).resolve(), (*seen, path)))  # type: ignore[assignment]
+        below = _read_yaml((path.parent / str(parent)).resolve(), environment, (*seen, path))
+        named = named_environment(str(path), below)
+        begin_anew(merged, environment, named)
+        environment = named or environment
+        merged = OmegaConf.merge(merged, below)  # type: ignore[assignment]
+    named = named_environment(str(path), loaded)
+    begin_anew(merged, environment, named)
+    loaded = _with_own_section(path, loaded, named or environment)
     try:
         return OmegaConf.merge(merged, loaded)  # type: ignore[return-value]
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -375,6 +372,17 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
             f"{path}: it doesn't fit the files it names under 'defaults': {str(error).splitlines()[0]}; repair one of"
             " them"
         ) from error
+
+
+def _with_own_section(path: Path, loaded: DictConfig, environment: str) -> DictConfig:
+    """A file's settings with the section of its environment read by that environment's types, and checked."""
+    if SECTION not in loaded:
+        return loaded
+    typed = load_yaml(path, schema_for(environment, Config))
+    assert isinstance(typed, DictConfig)  # it was one before
+    typed.pop("defaults", None)
+    check_section(str(path), typed, environment)
+    return typed
 
 
 def _plain(source: Any, name: str) -> Any:
@@ -403,11 +411,6 @@ def _refuse_resolvers(name: str, source: Any) -> None:
 _RESOLVER = re.compile(r"\$\{[^}]*:")
 
 
-@lru_cache(maxsize=1)
-def _schema() -> Any:
-    return OmegaConf.structured(Config)  # merging copies it
-
-
 def load_config(
     path: str | Path | Sequence[str | Path | Recipe] | None = None, overrides: list[str] | None = None
 ) -> Config:
@@ -418,30 +421,8 @@ def load_config(
         ConfigError: unknown key, wrong type, or settings that contradict each other; the message names the key and the
             source.
     """
-    merged: Any = _schema()
-    sources: list[tuple[str, Any]] = []
-    for file in [] if path is None else [path] if isinstance(path, str | Path) else path:
-        if isinstance(file, Recipe):
-            sources.append(
-                (
-                    f"recipe {file.name}",
-                    OmegaConf.create({**file.settings(), "model": {**file.settings()["model"], "recipe": file.name}}),
-                )
-            )
-            continue
-        sources.append((str(file), _read_yaml(Path(file).resolve())))
-    for word in overrides or []:
-        key, separator, _ = word.partition("=")
-        if not separator or key.startswith("-"):
-            raise ConfigError(f"command line: {word!r} is not a key=value override, e.g. trainer.steps=50")
-        try:
-            sources.append((f"command line '{word}'", load_word(word, Config)))
-        except ConfigError:
-            raise
-        except Exception as error:  # yaml and OmegaConf raise unrelated families; all mean "not a setting"
-            raise ConfigError(
-                f"command line {word!r}: the value can't be read: {error}; give it as YAML, e.g. trainer.steps=50"
-            ) from error
+    sources, environment = _sources(path, overrides)
+    merged: Any = OmegaConf.structured(schema_for(environment, Config))
     for name, source in _method_first(sources):
         try:
             _refuse_resolvers(name, source)
@@ -479,9 +460,63 @@ def load_config(
         config.trainer.steps = None  # nobody has said a number of steps: the default isn't one to contradict
     if config.objective.constant_length is None:
         config.objective.constant_length = config.rollout.sampling.max_response_tokens
+    config = Config(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(Config)})
     validate(config)
     make_method(config)  # so that what the method itself refuses is refused here
     return config
+
+
+def _sources(
+    path: str | Path | Sequence[str | Path | Recipe] | None, overrides: list[str] | None
+) -> tuple[list[tuple[str, Any]], str]:
+    """Files, recipes and words as named sources of settings, and the environment that they name."""
+    environment = Config.environment
+    sources: list[tuple[str, Any]] = []
+    for file in [] if path is None else [path] if isinstance(path, str | Path) else path:
+        if isinstance(file, Recipe):
+            sources.append(
+                (
+                    f"recipe {file.name}",
+                    OmegaConf.create({**file.settings(), "model": {**file.settings()["model"], "recipe": file.name}}),
+                )
+            )
+            continue
+        sources.append((str(file), _read_yaml(Path(file).resolve(), environment)))
+        environment = _environment_after(sources, environment)
+    for word in sorted(overrides or [], key=lambda word: word.partition("=")[0] != "environment"):  # whatever the order
+        sources.append(_word(word, environment))
+        environment = _environment_after(sources, environment)
+    return sources, environment
+
+
+def _word(word: str, environment: str) -> tuple[str, DictConfig]:
+    """A ``key=value`` word of the command line as a named source of settings.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    key, separator, _ = word.partition("=")
+    if not separator or key.startswith("-"):
+        raise ConfigError(f"command line: {word!r} is not a key=value override, e.g. trainer.steps=50")
+    name = f"command line '{word}'"
+    try:
+        source = load_word(word, schema_for(environment, Config) if key.startswith(SECTION) else Config)
+    except ConfigError:
+        raise
+    except Exception as error:  # yaml and OmegaConf raise unrelated families; all mean "not a setting"
+        raise ConfigError(
+            f"command line {word!r}: the value can't be read: {error}; give it as YAML, e.g. trainer.steps=50"
+        ) from error
+    check_section(name, source, environment)
+    return name, source
+
+
+def _environment_after(sources: list[tuple[str, Any]], environment: str) -> str:
+    """The environment after the last source; where that names another one, the sections before it are taken out."""
+    named = named_environment(*sources[-1])
+    for _, source in sources[:-1]:
+        begin_anew(source, environment, named)
+    return named or environment
 
 
 def _says(source: dict[str, Any], section: str, key: str) -> bool:
@@ -597,6 +632,33 @@ def _require_writable(value: Any, key: str = "") -> None:
         )
 
 
+def _validate_environment(config: Config) -> None:
+    """What the environment needs and refuses of the settings."""
+    name, tasks = config.environment, config.tasks
+    spec = environment_spec(name)
+    _require(
+        isinstance(config.environment_config, spec.config),
+        f"environment_config={config.environment_config!r:.80}: must be the settings of environment={name}",
+    )
+    config.environment_config.validate()
+    _require(
+        spec.tasks_file != "required" or tasks.path is not None,
+        f"environment={name} needs tasks.path=FILE, the benchmark's published rows",
+    )
+    for key in ("path", "eval_path"):
+        _require(
+            spec.tasks_file != "none" or getattr(tasks, key) is None,
+            f"tasks.{key}={getattr(tasks, key)}: environment={name} reads no file of tasks; leave it out",
+        )
+    most = tasks.max_observation_chars
+    _require(most is None or most >= 1, f"tasks.max_observation_chars={most}: must be >= 1, or null for no limit")
+    _require(
+        config.objective.outcome == "checker" or spec.reference_answers,
+        f"objective.outcome={config.objective.outcome}: environment={name} has no reference answers to compare with;"
+        " set objective.outcome=checker",
+    )
+
+
 def validate(config: Config) -> None:
     """Checks that types can't express. Raises ConfigError with the key and the remedy."""
     _require_writable(to_dict(config))
@@ -633,19 +695,7 @@ def validate(config: Config) -> None:
     _one_of("rollout.importance", config.rollout.importance, ("tis", "off"))
     if config.model.earlier_thoughts is not None:
         _one_of("model.earlier_thoughts", config.model.earlier_thoughts, EARLIER_THOUGHTS)
-    _one_of("tasks.benchmark", tasks.benchmark, ("bfcl", "ftrl", "toolhop"))
-    _one_of("tasks.scenario", tasks.scenario, ("direct", "mandatory", "free"))
-    _require(
-        tasks.benchmark == "bfcl" or tasks.path is not None,
-        f"tasks.benchmark={tasks.benchmark} needs tasks.path=FILE, the benchmark's published rows",
-    )
-    _one_of("tasks.answer_rule", tasks.answer_rule, ("add", "as_written"))
-    _require(
-        objective.outcome == "checker" or tasks.benchmark != "bfcl",
-        f"objective.outcome={objective.outcome}: BFCL has no reference answers to compare with; set"
-        " objective.outcome=checker",
-    )
-    _one_of("tasks.window", tasks.window, ("full", "turn"))
+    _validate_environment(config)
     _one_of("tasks.overlong", tasks.overlong, ("drop", "stop"))
     _one_of("run.bad_rows", config.run.bad_rows, POLICIES)
     _one_of("traces.overlong", config.traces.overlong, OVERLONG)
@@ -758,12 +808,6 @@ def validate(config: Config) -> None:
         f"evaluation.max_turns_per_user_turn={turns}: must be >= 1, or null for the benchmark's own limit",
     )
     _require(tasks.held_out >= 1, f"tasks.held_out={tasks.held_out}: at least one scenario group must be held out")
-    if tasks.window == "full":
-        reduced = [k for k in ("max_calls", "max_user_chars") if getattr(tasks, k) is not None]
-        _require(
-            not reduced and not tasks.grounded_only,
-            f"tasks.{', tasks.'.join(reduced or ['grounded_only'])} only apply to tasks.window=turn",
-        )
     _require(
         not trainer.overlap or config.rollout.importance == "tis",
         "trainer.overlap=true trains on rollouts of older weights: it needs rollout.importance=tis, which corrects for"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Mapping
 
 from pact_nemo.chat.thoughts import visible_text
 
@@ -36,6 +37,26 @@ def contains_answer(text: str, answer: str) -> bool:
 def says_nothing(answer: str) -> bool:
     """Whether an answer is empty in :func:`plain` form, so that any text contains it."""
     return not any(plain(part) for part in answer.split(", "))
+
+
+def names_answer(question: str, answer: str) -> bool:
+    """Whether a question names an answer, as whole words."""
+    return bool(plain(answer)) and re.search(rf"(?<!\w){re.escape(plain(answer))}(?!\w)", plain(question)) is not None
+
+
+def in_order(questions: Mapping[str, str]) -> list[str]:
+    """Sub-questions so that one whose words contain another's answer comes after it; otherwise as given.
+
+    Args:
+        questions: question -> its answer.
+    """
+    left, ordered = list(questions), []
+    while left:
+        free = [q for q in left if not any(other != q and names_answer(q, questions[other]) for other in left)]
+        chosen = (free or left)[0]
+        ordered.append(chosen)
+        left.remove(chosen)
+    return ordered
 
 
 def tagged_answer(message: str) -> str | None:

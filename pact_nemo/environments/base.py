@@ -88,6 +88,7 @@ class Task:
         reference_calls: ground-truth calls per user turn; never shown to the policy.
         reference_answer: text of the expected final answer, where the benchmark has one.
         data: the benchmark's own record, for its environment and checker only.
+        later_tools: function schemas that later user turns reveal, where the reference calls may use them.
     """
 
     id: str
@@ -99,6 +100,24 @@ class Task:
     reference_answer: str | None = None
     data: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     tags: tuple[str, ...] = ()
+    later_tools: tuple[dict[str, Any], ...] = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One sub-question of a task whose answer the benchmark recorded.
+
+    Attributes:
+        question: its text; the whole request where the benchmark words no sub-questions.
+        tool: the name of the tool that answers it; empty where the row names none.
+        answer: the recorded answer, which a call's observation has to contain.
+        source: Python source of the tool, which likely arguments are read from; None where there is none.
+    """
+
+    question: str
+    tool: str
+    answer: str
+    source: str | None
 
 
 @dataclass(frozen=True)
@@ -163,4 +182,12 @@ class Environment(Protocol):
 
     def close(self) -> None:
         """Stop whatever the environment keeps running; safe to call twice."""
+        ...
+
+
+class RecordsAnswers(Environment, Protocol):
+    """An environment that knows the answer of each sub-question: ``expert_traces="recorded"``."""
+
+    def goals(self, task: Task) -> list[Goal]:
+        """The sub-questions of a task, in an order that can be solved; empty where there are none."""
         ...

@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.environments.answers import contains_answer, says_nothing
-from pact_nemo.environments.base import Outcome, Task, ToolCall
+from pact_nemo.environments.base import Goal, Outcome, Task, ToolCall
 from pact_nemo.environments.calls import check_call
 from pact_nemo.environments.python_tools import (
     Executed,
-    PythonTools,
     as_schema,
     defined_functions,
     python_name,
     tool_schemas,
 )
-from pact_nemo.environments.rows import Row, number_text, read_rows
-from pact_nemo.errors import ConfigError, EnvironmentFailure, ToolCallError
+from pact_nemo.environments.rows import Row, number_text, read_tasks
+from pact_nemo.environments.sessions import SourceSession, call_counts
+from pact_nemo.environments.spec import EnvironmentConfig, EnvironmentSpec, Setup
+from pact_nemo.errors import ConfigError, ToolCallError
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
 
@@ -36,9 +37,25 @@ ANSWER_RULE = (
     "Only output the final answer (in words, numbers or phrase) inside the <answer></answer> tag, without any"
     " explanations or extra information."
 )
+ANSWER_RULES = ("add", "as_written")
 _QUESTION = "\nQuestion: "
 #: assistant turns that the public evaluation allows (MatchTIR's ``max_turns``), the answer among them
 OFFICIAL_TURNS = 10
+
+
+@dataclass
+class FTRLConfig(EnvironmentConfig):
+    """What only FTRL reads of the settings."""
+
+    #: prompts that don't ask for <answer></answer>: "add" the published rule, or leave them "as_written"
+    answer_rule: str = "add"
+
+    def validate(self) -> None:
+        """See :class:`~pact_nemo.environments.spec.EnvironmentConfig`."""
+        if self.answer_rule not in ANSWER_RULES:
+            raise ConfigError(
+                f"environment_config.answer_rule={self.answer_rule!r}: must be one of {', '.join(ANSWER_RULES)}"
+            )
 
 
 def with_answer_rule(content: str) -> str:
@@ -140,18 +157,20 @@ class FTRLEnvironment:
         path: ``.parquet``, ``.jsonl`` or ``.json`` with messages, tools, codes, unsolved_set, solve_rate, data_source,
             split, answer and, in training rows, ground_truth.
         sandbox: where the tools run.
+        settings: whether prompts that don't ask for the final answer inside ``<answer></answer>`` are made to.
         max_observation_chars: longer observations are cut for the policy; scoring sees them whole. None: no limit.
-        answer_rule: ask for the final answer inside ``<answer></answer>`` in prompts that don't
-            (:func:`with_answer_rule`); False: prompts stay as they are written.
         quarantine: takes bad rows; as it comes, the first one is refused.
     """
 
     path: str | Path
     sandbox: Sandbox
+    settings: FTRLConfig = field(default_factory=FTRLConfig)
     max_observation_chars: int | None = None
-    answer_rule: bool = True
     quarantine: Quarantine = field(default_factory=Quarantine, repr=False, compare=False)
     _tasks: list[Task] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.settings.validate()
 
     def tasks(self) -> list[Task]:
         """All tasks in file order.
@@ -160,14 +179,10 @@ class FTRLEnvironment:
             DataError: the file is unusable, or a row is and the quarantine is strict; names file, row and field.
         """
         if not self._tasks:
-            name = Path(self.path).stem
-            rows = read_rows(self.path, self.quarantine)
-            found = (
-                # called at once, so that the late binding of `row` does no harm
-                self.quarantine.guard(lambda: self._task(row, f"{name}_{row.number - 1}"), row.values)  # noqa: B023
-                for row in rows
+            stem = Path(self.path).stem
+            self._tasks[:] = read_tasks(
+                self.path, self.quarantine, lambda row: self._task(row, f"{stem}_{row.number - 1}")
             )
-            self._tasks[:] = [task for task in found if task is not None]
         return list(self._tasks)
 
     def _task(self, row: Row, name: str) -> Task:
@@ -211,7 +226,7 @@ class FTRLEnvironment:
         if final is not None:
             final = row.text("answer")
         prompt = [{"role": message["role"], "content": message["content"]} for message in messages]
-        if self.answer_rule and not any("<answer>" in message["content"] for message in prompt):
+        if self.settings.answer_rule == "add" and not any("<answer>" in message["content"] for message in prompt):
             asking = next((message for message in reversed(prompt) if message["role"] == "user"), prompt[-1])
             asking["content"] = with_answer_rule(asking["content"])
         return Task(
@@ -236,46 +251,48 @@ class FTRLEnvironment:
     def start(self, task: Task) -> FTRLSession:
         if "unsolved" not in task.data:
             raise ConfigError(f"task {task.id} is not an FTRL task")
-        return FTRLSession(self, task)
+        return FTRLSession(task, self.sandbox, task.data["codes"], self.max_observation_chars)
 
-
-class FTRLSession:
-    """One episode: one question, any number of calls, a final message."""
-
-    def __init__(self, environment: FTRLEnvironment, task: Task):
-        self.task = task
-        self._limit = environment.max_observation_chars
-        self._tools = PythonTools(environment.sandbox, task.data["codes"])
-        self._closed = False
-
-    def execute(self, calls: list[ToolCall]) -> list[str]:
-        """Raises EnvironmentFailure after :meth:`close`; whatever a tool does is its observation."""
-        if self._closed:
-            raise EnvironmentFailure(f"{self.task.id}: a call after the episode's end")
-        texts = self._tools.execute(calls)
+    def goals(self, task: Task) -> list[Goal]:
+        """Every open answer, under the tool whose calls have to bring it in; rows word no sub-questions."""
+        question, codes = task.user_turns[0][-1]["content"], task.data["codes"]
         return [
-            text if self._limit is None or len(text) <= self._limit else f"{text[: self._limit]} [cut]"
-            for text in texts
+            Goal(question, name, answer, codes.get(name))
+            for name, answers in task.data["unsolved"].items()
+            for answer in answers
         ]
 
-    def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
-        """There is one user turn."""
-        return None
+
+class FTRLSession(SourceSession):
+    """One episode: one question, any number of calls, a final message."""
 
     def outcome(self) -> Outcome:
         """Score: Solve-F1; success: every sub-question solved."""
         unsolved: dict[str, list[str]] = self.task.data["unsolved"]
         questions = sum(len(answers) for answers in unsolved.values())
-        executed = list(self._tools.executed)
+        executed = self.executed
         by_call = solved_calls(executed, unsolved)
         solved = sum(by_call)
         metrics = solve_metrics(solved, len(executed), questions)
         metrics["questions"] = float(questions)
-        metrics["calls"] = float(len(executed))
-        metrics["invocation_errors"] = float(sum(not done.result.ok for done in executed))
+        metrics |= call_counts(executed)
         complete = solved == questions
         reason = "ok" if complete else f"{solved} of {questions} sub-questions solved"
         return Outcome(complete, metrics["solve_f1"], reason, metrics, tuple(by_call))
 
-    def close(self) -> None:
-        self._closed = True
+
+def _build(setup: Setup) -> FTRLEnvironment:
+    assert setup.path is not None  # the settings were checked
+    return FTRLEnvironment(setup.path, setup.sandbox(), setup.settings, setup.max_observation_chars, setup.quarantine)
+
+
+FTRL = EnvironmentSpec(
+    build=_build,
+    config=FTRLConfig,
+    tasks_file="required",
+    expert_traces="recorded",
+    uses_sandbox=True,
+    answer_remedy="set environment_config.answer_rule=add",
+    official_turns=lambda: OFFICIAL_TURNS,
+    describe=lambda settings: f"answer rule {settings.answer_rule}",
+)

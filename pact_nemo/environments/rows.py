@@ -12,12 +12,14 @@ What writers of tables make of Python values is undone, so that a row reads the 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pact_nemo.environments.base import Task
 from pact_nemo.errors import DataError
 from pact_nemo.runtime import strict_json
 from pact_nemo.runtime.quarantine import Quarantine
@@ -55,6 +57,15 @@ def read_rows(path: str | Path, quarantine: Quarantine | None = None) -> list[Ro
         raise DataError("expected a list of rows at the top level; fetch the file again", file=str(file))
     rows = (quarantine.guard(lambda: _row(value, file, number), value) for number, value in enumerate(values, start=1))  # noqa: B023 - called at once
     return [row for row in rows if row is not None]
+
+
+def read_tasks(path: str | Path, quarantine: Quarantine, make: Callable[[Row], Task]) -> list[Task]:
+    """A task of each row of a file, in order; rows that ``make`` raises DataError for go into the quarantine."""
+
+    def made(row: Row) -> Task | None:
+        return quarantine.guard(lambda: make(row), row.values)
+
+    return [task for task in map(made, read_rows(path, quarantine)) if task is not None]
 
 
 def _of_list(file: Path) -> Any:

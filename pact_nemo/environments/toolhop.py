@@ -9,25 +9,39 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from pact_nemo.environments.answers import contains_answer, says_nothing, visible
-from pact_nemo.environments.base import Outcome, Task, ToolCall
+from pact_nemo.environments.answers import contains_answer, in_order, says_nothing, visible
+from pact_nemo.environments.base import Goal, Outcome, Task
 from pact_nemo.environments.python_tools import (
-    PythonTools,
     defined_functions,
     first_function,
     python_name,
     tool_schemas,
 )
-from pact_nemo.environments.rows import Row, number_text, read_rows
-from pact_nemo.errors import ConfigError, EnvironmentFailure
+from pact_nemo.environments.rows import Row, number_text, read_tasks
+from pact_nemo.environments.sessions import SourceSession, call_counts
+from pact_nemo.environments.spec import EnvironmentConfig, EnvironmentSpec, Setup
+from pact_nemo.errors import ConfigError
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
 Scenario = Literal["direct", "mandatory", "free"]
 SCENARIOS: tuple[Scenario, ...] = ("direct", "mandatory", "free")
+
+
+@dataclass
+class ToolHopConfig(EnvironmentConfig):
+    """What only ToolHop reads of the settings."""
+
+    scenario: str = "mandatory"  #: "direct", "mandatory" or "free"
+
+    def validate(self) -> None:
+        """See :class:`~pact_nemo.environments.spec.EnvironmentConfig`."""
+        if self.scenario not in SCENARIOS:
+            raise ConfigError(f"environment_config.scenario={self.scenario!r}: must be one of {', '.join(SCENARIOS)}")
+
 
 _WITH_TOOLS = "You will be asked a question with some tools, and should provide a short final answer.\n"
 _FINAL_ANSWER = (
@@ -87,21 +101,20 @@ class ToolHopEnvironment:
         path: the published ``.json`` list, or ``.jsonl`` / ``.parquet`` of the same rows: question, answer, sub_task,
             tools, functions.
         sandbox: where the functions run.
-        scenario: ``direct``, ``mandatory`` or ``free``.
+        settings: the scenario.
         max_observation_chars: longer observations are cut for the policy. None: no limit.
         quarantine: takes bad rows; as it comes, the first one is refused.
     """
 
     path: str | Path
     sandbox: Sandbox
-    scenario: Scenario = "mandatory"
+    settings: ToolHopConfig = field(default_factory=ToolHopConfig)
     max_observation_chars: int | None = None
     quarantine: Quarantine = field(default_factory=Quarantine, repr=False, compare=False)
     _tasks: list[Task] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.scenario not in SCENARIOS:
-            raise ConfigError(f"unknown ToolHop scenario {self.scenario!r}; known: {', '.join(SCENARIOS)}")
+        self.settings.validate()
 
     def tasks(self) -> list[Task]:
         """All tasks in file order.
@@ -111,13 +124,9 @@ class ToolHopEnvironment:
         """
         if not self._tasks:
             seen: dict[str, int] = {}
-            found = (
-                self.quarantine.guard(lambda: self._task(row, seen), row.values)  # noqa: B023
-                for row in read_rows(self.path, self.quarantine)
-            )
-            self._tasks[:] = [task for task in found if task is not None]
+            self._tasks[:] = read_tasks(self.path, self.quarantine, lambda row: self._task(row, seen))
             odd = [str(task.data["odd"]) for task in self._tasks if task.data["odd"] is not None]
-            if odd and self.scenario != "direct":
+            if odd and self.settings.scenario != "direct":
                 log.warning(
                     "%s: %d of %d rows run as published, with tools that aren't clear: %s",
                     self.path,
@@ -149,8 +158,10 @@ class ToolHopEnvironment:
             id=name,
             group=name,
             category=f"{len(sub_task)} hops",
-            user_turns=(({"role": "user", "content": INSTRUCTIONS[self.scenario] + question},),),
-            tools=tuple(schemas) if self.scenario != "direct" else (),
+            user_turns=(
+                ({"role": "user", "content": INSTRUCTIONS[cast(Scenario, self.settings.scenario)] + question},),
+            ),
+            tools=tuple(schemas) if self.settings.scenario != "direct" else (),
             reference_calls=((),),
             reference_answer=answer,
             data={
@@ -175,31 +186,23 @@ class ToolHopEnvironment:
     def start(self, task: Task) -> ToolHopSession:
         if "functions" not in task.data:
             raise ConfigError(f"task {task.id} is not a ToolHop task")
-        return ToolHopSession(self, task)
+        offered = {tool["name"] for tool in task.tools}
+        sources = {name: source for name, source in task.data["functions"].items() if name in offered}
+        return ToolHopSession(task, self.sandbox, sources, self.max_observation_chars)
+
+    def goals(self, task: Task) -> list[Goal]:
+        """The sub-questions, one whose words contain another's answer after it, and the tool that each names."""
+        answers, tool_of, sources = task.data["sub_task"], task.data["tool_of"], task.data["functions"]
+        return [
+            Goal(question, tool_of.get(question, ""), answers[question], sources.get(tool_of.get(question, "")))
+            for question in in_order(answers)
+        ]
 
 
-class ToolHopSession:
+class ToolHopSession(SourceSession):
     """One episode: one question, any number of calls, the final message is the answer."""
 
-    def __init__(self, environment: ToolHopEnvironment, task: Task):
-        self.task = task
-        self._limit = environment.max_observation_chars
-        offered = {tool["name"] for tool in task.tools}
-        self._tools = PythonTools(
-            environment.sandbox, {name: source for name, source in task.data["functions"].items() if name in offered}
-        )
-        self._message: str | None = None
-        self._closed = False
-
-    def execute(self, calls: list[ToolCall]) -> list[str]:
-        """Raises EnvironmentFailure after :meth:`close`; whatever a tool does is its observation."""
-        if self._closed:
-            raise EnvironmentFailure(f"{self.task.id}: a call after the episode's end")
-        texts = self._tools.execute(calls)
-        return [
-            text if self._limit is None or len(text) <= self._limit else f"{text[: self._limit]} [cut]"
-            for text in texts
-        ]
+    _message: str | None = None
 
     def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
         """There is one user turn; ``message``, without its thought, is the answer."""
@@ -213,19 +216,30 @@ class ToolHopSession:
         A thought is no part of the message: what it weighs up is no answer.
         """
         answer = self.task.reference_answer or ""
-        executed = list(self._tools.executed)
+        executed = self.executed
         correct, reason = False, "no final message"
         if self._message:
             correct = contains_answer(self._message, answer) or (
                 bool(executed) and contains_answer(executed[-1].text, answer)
             )
             reason = "ok" if correct else "wrong answer"
-        metrics = {
-            "answer_correctness": float(correct),
-            "calls": float(len(executed)),
-            "invocation_errors": float(sum(not done.result.ok for done in executed)),
-        }
+        metrics = {"answer_correctness": float(correct), **call_counts(executed)}
         return Outcome(correct, float(correct), reason, metrics)
 
-    def close(self) -> None:
-        self._closed = True
+
+def _build(setup: Setup) -> ToolHopEnvironment:
+    assert setup.path is not None  # the settings were checked
+    return ToolHopEnvironment(
+        setup.path, setup.sandbox(), setup.settings, setup.max_observation_chars, setup.quarantine
+    )
+
+
+TOOLHOP = EnvironmentSpec(
+    build=_build,
+    config=ToolHopConfig,
+    tasks_file="required",
+    expert_traces="recorded",
+    uses_sandbox=True,
+    official_turns=lambda: OFFICIAL_TURNS,
+    describe=lambda settings: f"scenario {settings.scenario}",
+)

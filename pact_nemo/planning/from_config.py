@@ -9,6 +9,7 @@ from typing import Any
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG
 from pact_nemo.config.recipes import recipe
 from pact_nemo.config.schema import Config
+from pact_nemo.environments.registry import environment_spec
 from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.hardware import Hardware, gpu, this_cpu
 from pact_nemo.planning.memory import GIB
@@ -190,11 +191,17 @@ def compare_with(plan: dict[str, Any], seconds: dict[str, float], steps: int, pe
 
 
 def _tasks(config: Config) -> str:
-    tasks = config.tasks
-    if tasks.benchmark == "bfcl":
-        return f"BFCL {', '.join(tasks.categories)}; window {tasks.window}; {tasks.held_out} scenario groups held out"
-    scenario = f", scenario {tasks.scenario}" if tasks.benchmark == "toolhop" else ""
-    return f"{tasks.benchmark} of {tasks.path}{scenario}; held out: {tasks.eval_path or f'{tasks.held_out} tasks'}"
+    """Environment, its own settings and the split, in one line."""
+    tasks, own = config.tasks, environment_spec(config.environment).describe(config.environment_config)
+    source = f" of {tasks.path}" if tasks.path is not None else ""
+    held_out = tasks.eval_path or f"{tasks.held_out} groups of tasks"
+    return f"{config.environment}{source}; {f'{own}; ' if own else ''}held out: {held_out}"
+
+
+def _turns_from(config: Config) -> str:
+    """Where the limit of evaluation comes from that the settings don't say."""
+    own = environment_spec(config.environment).official_turns()
+    return "as in training" if own is None else "the benchmark's own limit"
 
 
 def _length(config: Config) -> str:
@@ -240,7 +247,7 @@ def describe_plan(config: Config) -> str:
             name for name, on in (("before", config.evaluation.before), ("after", config.evaluation.after)) if on
         )
         + f"; at most {evaluation_limits(config).max_turns_per_user_turn} assistant turns after a user turn"
-        + (" (the benchmark's own limit)" if config.evaluation.max_turns_per_user_turn is None else ""),
+        + (f" ({_turns_from(config)})" if config.evaluation.max_turns_per_user_turn is None else ""),
     ]
     if world % split:
         return "\n".join(

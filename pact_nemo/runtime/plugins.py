@@ -33,13 +33,14 @@ def load_plugin(key: str, reference: str, known: Mapping[str, str]) -> Any:
         )
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # code of the user's own may raise anything
+    except (Exception, SystemExit) as error:  # code of the user's own may raise anything
         raise ConfigError(
             f"{key}={reference!r}: {place} can't be imported: {type(error).__name__}: {error}; is its folder in "
             "PYTHONPATH?"
         ) from error
     if not hasattr(module, attribute):
-        raise ConfigError(f"{key}={reference!r}: {place} has no {attribute}")
+        there = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        raise ConfigError(f"{key}={reference!r}: {place} has no {attribute}; it has {', '.join(there) or 'nothing'}")
     return getattr(module, attribute)
 
 

@@ -15,34 +15,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pact_nemo.chat.tool_formats import first_type
-from pact_nemo.environments.answers import contains_answer, plain
-from pact_nemo.environments.base import Environment, Task, ToolCall
+from pact_nemo.environments.answers import contains_answer, names_answer, plain
+from pact_nemo.environments.base import Environment, RecordsAnswers, Task, ToolCall
 from pact_nemo.environments.calls import check_call, literal
 from pact_nemo.errors import ToolCallError
 from pact_nemo.traces.annotate import Context, Style, annotate_turn
-from pact_nemo.traces.bfcl import ground_truth_trace
 from pact_nemo.traces.builder import TraceBuilder
+from pact_nemo.traces.ground_truth import ground_truth_trace
 from pact_nemo.traces.schema import Trace
 
 SOURCE = "recorded"
 TRIES = 60  #: calls tried for one sub-question
 _PER_ARGUMENT = 12
-
-
-def _names(question: str, answer: str) -> bool:
-    """Whether the question names the answer, as whole words."""
-    return bool(plain(answer)) and re.search(rf"(?<!\w){re.escape(plain(answer))}(?!\w)", plain(question)) is not None
-
-
-def in_order(questions: Mapping[str, str]) -> list[str]:
-    """Sub-questions so that one whose words contain another's answer comes after it; otherwise as given."""
-    left, ordered = list(questions), []
-    while left:
-        free = [q for q in left if not any(other != q and _names(q, questions[other]) for other in left)]
-        chosen = (free or left)[0]
-        ordered.append(chosen)
-        left.remove(chosen)
-    return ordered
 
 
 def _parse(source: str) -> ast.Module | None:
@@ -82,7 +66,7 @@ def _literals(source: str, question: str, known: Sequence[str]) -> list[Any]:
     question first.
     """
     tree = _parse(source)
-    named: list[Any] = [answer for answer in known if _names(question, answer)]
+    named: list[Any] = [answer for answer in known if names_answer(question, answer)]
     numbers = [int(text) for text in re.findall(r"(?<![\w.])\d{1,9}(?![\w.]*\d)", question)]
     found: dict[str, Any] = {repr(value): value for value in [*named, *numbers, *(str(number) for number in numbers)]}
     for node in ast.walk(tree) if tree is not None else ():
@@ -120,27 +104,16 @@ def candidate_arguments(
         yield dict(zip(required, values, strict=True))
 
 
-def _goals(task: Task) -> list[tuple[str, str, str]]:
-    """(sub-question, tool, recorded answer), in an order that can be solved."""
-    if "sub_task" in task.data:  # ToolHop
-        answers: Mapping[str, str] = task.data["sub_task"]
-        return [(question, task.data["tool_of"].get(question, ""), answers[question]) for question in in_order(answers)]
-    question = task.user_turns[0][-1]["content"]
-    return [
-        (question, name, answer) for name, values in task.data.get("unsolved", {}).items() for answer in values
-    ]  # FTRL
-
-
-def recorded_trace(environment: Environment, task: Task, style: Style, tries: int = TRIES) -> Trace | None:
+def recorded_trace(environment: RecordsAnswers, task: Task, style: Style, tries: int = TRIES) -> Trace | None:
     """One verified trace, a call per assistant turn, or None where some recorded answer can't be brought in.
 
     A task's own reference calls are executed first; a search is made only where it has none, or where they don't bring
     every answer in.
 
     Args:
-        environment: where the calls run; a second session of it tries candidates, so that the trace holds the
-            successful calls only.
-        task: an FTRL or ToolHop task.
+        environment: where the calls run, and who knows the sub-questions; a second session of it tries candidates, so
+            that the trace holds the successful calls only.
+        task: one of its tasks.
         style: of the annotator.
         tries: calls tried per sub-question.
     """
@@ -148,22 +121,21 @@ def recorded_trace(environment: Environment, task: Task, style: Style, tries: in
         trace = ground_truth_trace(environment, task, style, "one")
         if trace is not None and trace.verified:
             return trace
-    sources: Mapping[str, str] = task.data.get("functions") or task.data.get("codes") or {}
     tools = {tool["name"]: tool for tool in task.tools}
     calls: list[ToolCall] = []
     known: list[str] = []
     trial = environment.start(task)
     try:
-        for question, name, answer in _goals(task):
-            if name not in tools or name not in sources:
+        for goal in environment.goals(task):
+            if goal.tool not in tools or goal.source is None:
                 return None
-            call = _search(
-                trial, tools[name], candidate_arguments(tools[name], sources[name], question, known), answer, tries
-            )
+            tool = tools[goal.tool]
+            candidates = candidate_arguments(tool, goal.source, goal.question, known)
+            call = _search(trial, tool, candidates, goal.answer, tries)
             if call is None:
                 return None
             calls.append(call)
-            known.append(answer)
+            known.append(goal.answer)
     finally:
         trial.close()
     if not calls:

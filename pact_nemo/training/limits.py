@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from pact_nemo.config.schema import Config
-from pact_nemo.environments import ftrl, toolhop
-from pact_nemo.environments.bfcl import environment as bfcl
+from pact_nemo.environments.registry import environment_spec
 from pact_nemo.serving.config import EpisodeLimits
 
 _ENDLESS = 1 << 30
-
-
-def official_turns(benchmark: str) -> int:
-    """Assistant turns that a benchmark's own evaluation allows after one user turn, the closing message among them."""
-    if benchmark == "bfcl":
-        return bfcl.official_turns()
-    return ftrl.OFFICIAL_TURNS if benchmark == "ftrl" else toolhop.OFFICIAL_TURNS
 
 
 def training_limits(config: Config) -> EpisodeLimits:
@@ -30,12 +22,14 @@ def training_limits(config: Config) -> EpisodeLimits:
 
 
 def evaluation_limits(config: Config) -> EpisodeLimits:
-    """Limits of held-out episodes: assistant turns by ``evaluation.max_turns_per_user_turn`` alone, tokens as in
-    training.
+    """Limits of held-out episodes: assistant turns by ``evaluation.max_turns_per_user_turn``, by the benchmark's own
+    limit where that is null, and as in training where there is none; tokens as in training.
     """
     sampling, turns = config.rollout.sampling, config.evaluation.max_turns_per_user_turn
+    if turns is None:
+        turns = environment_spec(config.environment).official_turns()
     return EpisodeLimits(
-        max_turns_per_user_turn=turns if turns is not None else official_turns(config.tasks.benchmark),
+        max_turns_per_user_turn=turns if turns is not None else sampling.max_turns_per_user_turn,
         max_turns=_ENDLESS,
         max_turn_tokens=sampling.max_turn_tokens,
         max_response_tokens=sampling.max_response_tokens,

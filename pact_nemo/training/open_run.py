@@ -24,11 +24,12 @@ from pact_nemo.tracking import run_folder
 from pact_nemo.tracking.metrics_log import MetricsLog
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.tracking.terminal import RunProgress
-from pact_nemo.training.dataset import Dataset, build_dataset, build_environment, check_batches
+from pact_nemo.training.dataset import Dataset, build_dataset
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.preflight import chat_format, check_room, preflight
 from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.served_weights import model_path, served_path
+from pact_nemo.training.tasks import build_environment, check_batches
 
 
 @contextmanager

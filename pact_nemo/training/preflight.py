@@ -12,6 +12,7 @@ from typing import Any
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import FOLDER_NAME, convert_gguf, find_embedded_gguf
 from pact_nemo.config.schema import Config, settled
+from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning import disk
 from pact_nemo.planning.from_config import model_shape
@@ -22,7 +23,8 @@ from pact_nemo.policy.model_folder import check_model_folder, check_values
 from pact_nemo.runtime import machine, strict_json
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.runtime.tensor_files import read_tensors
-from pact_nemo.training.dataset import build_dataset, build_environment, check_batches, check_server_length, load_tasks
+from pact_nemo.training.dataset import build_dataset, check_server_length
+from pact_nemo.training.tasks import build_environment, check_batches, load_tasks
 
 READ_BYTES = (
     4 << 30
@@ -148,7 +150,7 @@ def chat_format(config: Config, source: Path) -> ChatFormat:
 def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[str]]:
     """Read tasks and traces as a run would, for ``--dry-run``: what a run would refuse is refused here.
 
-    Traces that the run makes from recorded sub-answers (FTRL, ToolHop) are not made: that takes calls by the thousand.
+    Traces that the run finds for recorded sub-answers are not made: that takes calls by the thousand.
 
     Args:
         chat: of the model folder; None: the embedded model's is taken. A recipe without ``model.path`` has no
@@ -167,7 +169,7 @@ def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[
     chat = chat if chat is not None else _embedded_chat_format(config)
     environment = build_environment(config, quarantine)
     try:
-        if config.tasks.benchmark == "bfcl" or config.traces.path is not None:
+        if environment_spec(config.environment).expert_traces != "recorded" or config.traces.path is not None:
             dataset = build_dataset(config, environment, chat, notes.append, quarantine)
             train, warmup_tasks = dataset.train, dataset.warmup_tasks(config.warmup.max_tasks)
         else:

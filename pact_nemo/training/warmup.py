@@ -25,9 +25,9 @@ from pact_nemo.objective.weights import sft_weights
 from pact_nemo.policy.trees import TokenTree, TreeBuilder
 from pact_nemo.traces.spans import TraceTokens
 from pact_nemo.training import held_out_traces
-from pact_nemo.training.dataset import prompts_of_step
 from pact_nemo.training.diagnostics import loss_record
 from pact_nemo.training.prompt_trees import add_trace, supervised
+from pact_nemo.training.tasks import prompts_of_step
 
 if TYPE_CHECKING:
     from pact_nemo.training.run import TrainingRun

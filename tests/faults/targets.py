@@ -43,6 +43,7 @@ from pact_nemo.tracking import metrics_log as metrics_module
 from pact_nemo.training.records import task_view
 from tests.fixtures.chat_models import chat_format, tokenizer
 from tests.fixtures.run_folders import make_run
+from tests.workers.bfcl_tasks import bfcl_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 REMEDY = re.compile(
@@ -339,7 +340,7 @@ def _make_bfcl(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
             named(row.error, name, line=True)
             row.to_dict()
         for window in ("full", "turn"):
-            environment = bfcl.BFCLEnvironment((category,), window=window, max_tools=4, quarantine=Quarantine("strict"))  # type: ignore[arg-type]
+            environment = bfcl_environment((category,), window, max_tools=4, quarantine=Quarantine("strict"))
             for entry in entries:
                 for task in environment._tasks_of(entry):
                     show(task)

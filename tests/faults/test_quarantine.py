@@ -24,8 +24,9 @@ from pact_nemo.runtime.quarantine import FILE, Quarantine
 from pact_nemo.runtime.strict_json import MAX_DEPTH, loads
 from pact_nemo.traces.schema import Trace, read_traces, write_traces
 from pact_nemo.traces.spans import encode_trace, fit_trace
-from pact_nemo.training.dataset import build_dataset, build_environment
+from pact_nemo.training.dataset import build_dataset
 from pact_nemo.training.diagnostics import data_record
+from pact_nemo.training.tasks import build_environment
 from tests.faults.targets import FTRL_ROW, TOOLHOP_ROW, TRACE
 from tests.fixtures.chat_models import chat_format
 

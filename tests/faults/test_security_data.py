@@ -25,7 +25,6 @@ from pact_nemo.checkpoints import foreign, manifest, resume
 from pact_nemo.config.schema import load_config
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.bfcl import data as bfcl_data
-from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.errors import CheckpointError, ConfigError, DataError
 from pact_nemo.policy.device import init_distributed  # noqa: F401 - what the child process below imports
 from pact_nemo.runtime import tensor_files
@@ -36,6 +35,7 @@ from pact_nemo.serving.launch import engine_arguments, engine_environment
 from pact_nemo.serving.server import RolloutServer
 from pact_nemo.tracking import run_folder as workspace
 from tests.faults import tally
+from tests.workers.bfcl_tasks import bfcl_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,7 +81,7 @@ def hostile(mark: Path) -> list[str]:
 
 def test_no_call_text_runs_and_the_virtual_file_system_stays_virtual(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    environment = BFCLEnvironment(("multi_turn_base",), window="full")
+    environment = bfcl_environment(("multi_turn_base",), window="full")
     task = next(task for task in environment.tasks() if "GorillaFileSystem" in task.data["entry"].classes)
     names = {tool["name"] for tool in task.tools}
     assert {"ls", "cat", "echo", "touch", "cp", "mkdir", "cd"} <= names

@@ -18,10 +18,11 @@ from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.client import Completion, GenerationRequest
 from pact_nemo.serving.config import Sampling
 from pact_nemo.tracking.run_folder import Workspace
-from pact_nemo.training.dataset import build_dataset, build_environment, prompts_of_step
+from pact_nemo.training.dataset import build_dataset
 from pact_nemo.training.limits import training_limits
 from pact_nemo.training.prompt_groups import Gate, TraceUse, form_group
 from pact_nemo.training.records import dump_step
+from pact_nemo.training.tasks import build_environment, prompts_of_step
 
 
 class ScriptedPolicy:

@@ -38,8 +38,9 @@ from pact_nemo.rollouts.episode import SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.config import Sampling
 from pact_nemo.serving.server import RolloutServer
-from pact_nemo.training.dataset import build_dataset, build_environment, prompts_of_step
+from pact_nemo.training.dataset import build_dataset
 from pact_nemo.training.limits import training_limits
+from pact_nemo.training.tasks import build_environment, prompts_of_step
 from tools.benches.kit import report
 from tools.benches.rollouts_watch import Record, TimedChat, TimedClient, TimedEnvironment, analyse, sampling_server
 

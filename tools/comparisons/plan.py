@@ -188,9 +188,7 @@ def run_plan(
         note(f"[{time.monotonic() - started:6.0f} s] run {number}/{len(todo)}: {cell.id}")
         arm = plan.arms[cell.arm]
         words = [*plan.set, *start_words(cell.start, folders.get(cell.start)), *arm.set]
-        run = run_one(
-            config_of(arm.method, plan.benchmark, plan.preset), plan.benchmark, cell.seed, root / cell.id, words
-        )
+        run = run_one(config_of(arm.method, plan.benchmark, plan.preset), cell.seed, root / cell.id, words)
         spent += _keep(plan, cell, run, words, results)
         if not keep_weights:
             for name in WEIGHTS:
@@ -205,7 +203,7 @@ def _start(plan: Plan, name: str, root: Path, results: Path, note: Callable[[str
     if new:
         note(f"starting policy {name}")
     words = [*plan.set, *arm.set]
-    run = run_one(config_of(arm.method, plan.benchmark, plan.preset), plan.benchmark, seed, place, words)
+    run = run_one(config_of(arm.method, plan.benchmark, plan.preset), seed, place, words)
     seconds = _keep(plan, Cell(PUBLISHED, name, seed), run, words, results)
     for part in ("checkpoints", "exports", "reference"):
         shutil.rmtree(run / part, ignore_errors=True)

@@ -33,7 +33,7 @@ def finished(root: Path) -> Path | None:
     return next((path.parent for path in sorted(root.glob("*/summary.json")) if not path.parent.is_symlink()), None)
 
 
-def run_one(config: Path, benchmark: str, seed: int, root: Path, overrides: Sequence[str]) -> Path:
+def run_one(config: Path, seed: int, root: Path, overrides: Sequence[str]) -> Path:
     """Run to the end, or go on where it was cut.
 
     Args:
@@ -58,7 +58,7 @@ def run_one(config: Path, benchmark: str, seed: int, root: Path, overrides: Sequ
                 f"{done} was run with other settings ({', '.join(different)}); give --root another folder, or delete it"
             )
         return done
-    recipe = str(REPOSITORY / "recipes" / f"pact_{benchmark}.py")
+    recipe = str(REPOSITORY / "recipes" / "pact.py")
     cut = [path.parent for path in sorted(root.glob("*/checkpoints/latest")) if not path.parent.parent.is_symlink()]
     words = (
         ["--resume", str(cut[-1].parent)]

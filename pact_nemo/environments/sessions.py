@@ -1,0 +1,66 @@
+"""What sessions have in common: the cut of long observations, the end of an episode, and tools given as Python
+source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pact_nemo.environments.base import Task, ToolCall
+from pact_nemo.environments.python_tools import Executed, PythonTools
+from pact_nemo.errors import EnvironmentFailure
+from pact_nemo.sandbox import Sandbox
+
+
+def shown_to_policy(observations: Sequence[str], limit: int | None) -> list[str]:
+    """Observations as the policy sees them: those longer than ``limit`` characters are cut. None: no limit."""
+    return [text if limit is None or len(text) <= limit else f"{text[:limit]} [cut]" for text in observations]
+
+
+def after_the_end(task: Task) -> EnvironmentFailure:
+    """The error for a call when the episode is over."""
+    return EnvironmentFailure(f"{task.id}: a call after the episode's end")
+
+
+class SourceSession:
+    """An episode of one user turn whose tools are Python source that runs in the sandbox.
+
+    Args:
+        task: what is being solved.
+        sandbox: where the tools run.
+        sources: Python source of each tool, by name.
+        max_observation_chars: longer observations are cut for the policy; scoring sees them whole. None: no limit.
+    """
+
+    def __init__(self, task: Task, sandbox: Sandbox, sources: Mapping[str, str], max_observation_chars: int | None):
+        self.task = task
+        self._limit = max_observation_chars
+        self._tools = PythonTools(sandbox, sources)
+        self._closed = False
+
+    @property
+    def executed(self) -> list[Executed]:
+        """The calls made so far, in order, with their whole results."""
+        return list(self._tools.executed)
+
+    def execute(self, calls: list[ToolCall]) -> list[str]:
+        """Raises EnvironmentFailure after :meth:`close`; whatever a tool does is its observation."""
+        if self._closed:
+            raise after_the_end(self.task)
+        return shown_to_policy(self._tools.execute(calls), self._limit)
+
+    def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
+        """There is one user turn."""
+        return None
+
+    def close(self) -> None:
+        self._closed = True
+
+
+def call_counts(executed: Sequence[Executed]) -> dict[str, float]:
+    """Metrics ``calls`` and ``invocation_errors`` of an episode: numbers of executed calls."""
+    return {
+        "calls": float(len(executed)),
+        "invocation_errors": float(sum(not done.result.ok for done in executed)),
+    }

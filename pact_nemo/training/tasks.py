@@ -1,0 +1,212 @@
+"""Tasks, their split and the order they are visited in: what is fixed before the first step."""
+
+from __future__ import annotations
+
+import random
+
+from pact_nemo.chat.template import ChatFormat
+from pact_nemo.config.schema import Config
+from pact_nemo.environments import registry
+from pact_nemo.environments.answers import answer_words
+from pact_nemo.environments.base import Environment, Task
+from pact_nemo.environments.spec import Setup
+from pact_nemo.environments.splits import split
+from pact_nemo.errors import ConfigError, DataError, ToolCallError
+from pact_nemo.runtime.quarantine import Quarantine
+from pact_nemo.sandbox import Limits, Sandbox
+
+
+def build_environment(config: Config, quarantine: Quarantine | None = None, path: str | None = None) -> Environment:
+    """The environment that the setting ``environment`` names; its sandbox, where it has one, starts when it is first
+    needed.
+
+    Args:
+        quarantine: takes the bad rows of its files; None: one of its own, with the policy of ``run.bad_rows``.
+        path: a file of tasks in place of ``tasks.path``.
+
+    Raises:
+        ConfigError: there is no such environment, or it can't be built.
+    """
+    limits = Limits(
+        seconds=config.sandbox.seconds, memory_mb=config.sandbox.memory_mb, processes=config.sandbox.processes
+    )
+    setup = Setup(
+        settings=config.environment_config,
+        path=path if path is not None else config.tasks.path,
+        max_observation_chars=config.tasks.max_observation_chars,
+        seed=config.tasks.split_seed,
+        quarantine=quarantine if quarantine is not None else Quarantine(config.run.bad_rows),
+        sandbox=lambda: Sandbox(config.sandbox.workers, limits, unconfined=config.sandbox.unconfined),
+    )
+    return registry.build_environment(config.environment, setup)
+
+
+def _short_enough(
+    config: Config, tasks: list[Task], chat: ChatFormat, quarantine: Quarantine, dropped: dict[str, int]
+) -> list[Task]:
+    """The tasks whose prompt fits ``tasks.max_prompt_tokens``; the others are counted in ``dropped``."""
+    fitting = []
+    for task in tasks:
+        length = quarantine.guard(lambda: prompt_length(chat, task), _rows_of(task))  # noqa: B023 - called at once
+        if length is None:
+            continue
+        if length <= config.tasks.max_prompt_tokens:
+            fitting.append(task)
+        elif config.tasks.overlong == "stop":
+            raise DataError(
+                f"the prompt of {task.id} has {length} tokens: raise"
+                f" tasks.max_prompt_tokens={config.tasks.max_prompt_tokens}, or leave such tasks out with"
+                " tasks.overlong=drop",
+                file=config.tasks.path,
+            )
+        else:
+            dropped["prompt_too_long"] += 1
+    return fitting
+
+
+def load_tasks(
+    config: Config, environment: Environment, chat: ChatFormat, quarantine: Quarantine
+) -> tuple[list[Task], list[Task], dict[str, int]]:
+    """Training and held-out tasks, split by scenario group, and how many were left out, by reason.
+
+    Raises:
+        ConfigError: no task is left on one side of the split.
+        DataError: a task row is malformed (file, line and field named) and ``run.bad_rows`` is strict, or a prompt is
+            too long and ``tasks.overlong`` is stop.
+    """
+    dropped = {"prompt_too_long": 0}
+
+    def short_enough(tasks: list[Task]) -> list[Task]:
+        return _short_enough(config, tasks, chat, quarantine, dropped)
+
+    if config.tasks.eval_path is not None:
+        other = build_environment(config, quarantine, config.tasks.eval_path)
+        try:
+            held_out = short_enough(other.tasks())
+        finally:
+            other.close()
+        train = short_enough(environment.tasks())
+    else:
+        usable = short_enough(environment.tasks())
+        try:
+            train, held_out = split(usable, held_out=config.tasks.held_out, seed=config.tasks.split_seed)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_quarantined(quarantine)}") from error
+    asked = {str(task.user_turns) for task in held_out}
+    unseen = [task for task in train if str(task.user_turns) not in asked]
+    if len(unseen) < len(train):  # the same request in another row, or in another scenario
+        dropped["held_out_too"], train = len(train) - len(unseen), unseen
+    if config.objective.outcome == "answer_f1":
+        train = [
+            task
+            for task in train
+            if quarantine.guard(lambda: _answerable(config, task), _rows_of(task)) is not None  # noqa: B023
+        ]
+    train, held_out = limited(config, train, held_out)
+    for name, side in (("training", train), ("held-out", held_out)):
+        if not side:
+            bad = _quarantined(quarantine)
+            raise ConfigError(
+                f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out{bad}"
+            )
+    return train, held_out, dropped
+
+
+def check_batches(config: Config, train: list[Task], warmup_tasks: list[Task] | None) -> None:
+    """Refuse batches that the tasks can't fill, before anything is started.
+
+    Args:
+        warmup_tasks: None: not known yet.
+
+    Raises:
+        ConfigError: names the batch size and the tasks that there are.
+    """
+    if config.trainer.steps != 0:
+        prompts_of_step(train, 0, config.trainer.batch_size, config.run.seed, "trainer.batch_size")
+    if config.warmup.steps and warmup_tasks is not None:
+        if not warmup_tasks:
+            raise ConfigError(
+                "warmup.steps > 0 needs training tasks with traces, and there are none; set warmup.steps=0 or check"
+                " traces.path"
+            )
+        prompts_of_step(warmup_tasks, 0, config.warmup.batch_size, config.run.seed, "warmup.batch_size")
+
+
+def _quarantined(quarantine: Quarantine) -> str:
+    """What an error for want of tasks says of the rows that were left out."""
+    return (
+        f"; {len(quarantine)} rows are in quarantine, the first one: {quarantine.rows[0].error}"
+        if quarantine.rows
+        else ""
+    )
+
+
+def limited(config: Config, train: list[Task], held_out: list[Task]) -> tuple[list[Task], list[Task]]:
+    """Both sides in the order of ``tasks.split_seed``, the first ``tasks.max_train`` and ``tasks.max_eval`` of them."""
+    shuffler = random.Random(config.tasks.split_seed)
+    train, held_out = sorted(train, key=lambda t: t.id), sorted(held_out, key=lambda t: t.id)
+    shuffler.shuffle(train)
+    shuffler.shuffle(held_out)
+    return train[: config.tasks.max_train], held_out[: config.tasks.max_eval]
+
+
+def prompt_length(chat: ChatFormat, task: Task) -> int:
+    """Tokens of a task's prompt x.
+
+    Raises:
+        DataError: tool format or chat template can't render it; names the task.
+    """
+    try:
+        chat.tool_format.check_tools(task.tools)
+    except ToolCallError as error:
+        raise DataError(f"task {task.id}: {error}", field="tools") from error
+    try:
+        return len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools)))
+    except DataError as error:
+        raise DataError(f"task {task.id}: {error}") from error
+
+
+def _rows_of(task: Task) -> list[list[dict[str, str]]]:
+    """What the quarantine keeps of a task."""
+    return [list(turn) for turn in task.user_turns]
+
+
+def _answerable(config: Config, task: Task) -> Task:
+    """A training task of ``objective.outcome=answer_f1``.
+
+    Raises:
+        DataError: it has no reference answer, or its prompt asks for no ``<answer>``, so that every rollout would get
+            0.
+    """
+    remedy = "objective.outcome=answer_f1 would pay every rollout 0; set objective.outcome=checker, or"
+    if task.reference_answer is None or not answer_words(task.reference_answer):
+        raise DataError(
+            f"task {task.id} has no reference answer: {remedy} give the row one", file=config.tasks.path, field="answer"
+        )
+    if not any("<answer>" in message["content"] for turn in task.user_turns for message in turn):
+        raise DataError(
+            f"the prompt of {task.id} asks for no <answer></answer>: {remedy}"
+            f" {registry.environment_spec(config.environment).answer_remedy}",
+            file=config.tasks.path,
+        )
+    return task
+
+
+def prompts_of_step(
+    train: list[Task], step: int, batch_size: int, seed: int | str, key: str = "the batch size"
+) -> list[Task]:
+    """The prompts of 0-based ``step``: consecutive slices of a new permutation per epoch, what doesn't fill a batch
+    left out until the next one. A function of its arguments only, so that a resumed run visits the same prompts; no
+    batch holds a prompt twice. ``key``: the setting that an error names.
+
+    Raises:
+        ConfigError: there are fewer prompts than a batch needs.
+    """
+    if batch_size > len(train):
+        raise ConfigError(
+            f"a batch of {batch_size} prompts needs as many training tasks; there are {len(train)}: lower {key}"
+        )
+    epoch, index = divmod(step, len(train) // batch_size)
+    order = list(range(len(train)))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return [train[i] for i in order[index * batch_size : (index + 1) * batch_size]]
