@@ -39,7 +39,8 @@ def load_plugin(key: str, reference: str, known: Mapping[str, str]) -> Any:
             "PYTHONPATH?"
         ) from error
     if not hasattr(module, attribute):
-        there = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        mine = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+        there = sorted(name for name in mine if name[0] != "_")
         raise ConfigError(f"{key}={reference!r}: {place} has no {attribute}; it has {', '.join(there) or 'nothing'}")
     return getattr(module, attribute)
 
