@@ -99,10 +99,12 @@ def _main(
         check_places(config)
         if arguments.dry_run:
             from pact_nemo.planning.from_config import describe_plan
+            from pact_nemo.tracking.registry import check_trackers
             from pact_nemo.training.preflight import check_room, look_at_data, preflight
 
             if config.model.recipe is None:  # a recipe is explained on machines that it is not for
                 check_room(config)
+                check_trackers(config.tracking.trackers)
             config, notes = look_at_data(config, preflight(config))
             print(to_yaml(config))
             print("\n".join([describe_plan(config), "data", *(f"  {note}" for note in notes)]))

@@ -33,6 +33,7 @@ from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.traces.augment import KINDS
 from pact_nemo.traces.controls import CONTROLS
 from pact_nemo.traces.spans import OVERLONG
+from pact_nemo.tracking.registry import check_settings
 
 
 @dataclass
@@ -302,6 +303,14 @@ class AlarmsConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Where a run's numbers are shown. ``metrics.jsonl`` and the terminal line are always there (docs/tracking.md)."""
+
+    #: tracker: its settings ({}: the defaults; null: off). A name in ``pact_nemo/tracking/`` or "module:Class"
+    trackers: dict[str, Any] = field(default_factory=lambda: {"tensorboard": {}})
+
+
+@dataclass
 class Config:
     """Everything a run can be told."""
 
@@ -325,6 +334,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 def _read_yaml(path: Path, environment: str, seen: tuple[Path, ...] = ()) -> DictConfig:
@@ -802,6 +812,7 @@ def validate(config: Config) -> None:
     _require(
         config.diagnostics.trace_tasks >= 1, f"diagnostics.trace_tasks={config.diagnostics.trace_tasks}: must be >= 1"
     )
+    check_settings(config.tracking.trackers)
     turns = config.evaluation.max_turns_per_user_turn
     _require(
         turns is None or turns >= 1,

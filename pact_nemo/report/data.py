@@ -15,7 +15,7 @@ from pact_nemo.report import shapes
 from pact_nemo.report.stats import mean, passed
 from pact_nemo.runtime import strict_json
 from pact_nemo.traces.schema import Trace, read_traces
-from pact_nemo.tracking.metrics_log import read_metrics
+from pact_nemo.tracking.jsonl import read_metrics
 
 Row = dict[str, Any]
 _REMEDY = "repair the file or remove it"

@@ -21,7 +21,7 @@ from pact_nemo.report import write_report
 from pact_nemo.runtime.collective import on_rank_zero, rank
 from pact_nemo.runtime.files import write_json_atomic
 from pact_nemo.runtime.plugins import short_name
-from pact_nemo.tracking.metrics_log import read_metrics
+from pact_nemo.tracking.jsonl import read_metrics
 from pact_nemo.training.run import TrainingRun
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         },
         "failed_rollouts": added(records, "failed/"),
         "server": added(records, "server/") | added(records, "rollout/reissued"),
+        "tracking_failures": run.recorder.trackers.failures if run.recorder.trackers is not None else {},
         "plan": run.plan,
         "versions": versions(),
     }

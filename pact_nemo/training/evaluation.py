@@ -105,6 +105,5 @@ def evaluate(run: TrainingRun, name: str) -> None:
         score = on_rank_zero(play)
     except Interrupted:
         run.checkpoints.leave()
-    state.scores[name] = score.to_dict()
-    state.spend("evaluation", score.seconds)
+    run.recorder.evaluation(name, score.to_dict(), score.seconds)
     run.progress.message(f"held-out score {name}: {score.score:.3f} over {score.n} episodes ({score.seconds:.0f} s)")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pact_nemo.chat.template import ChatFormat
-from pact_nemo.config.schema import Config, settled, steps_of, to_yaml
+from pact_nemo.config.schema import Config, settled, steps_of, to_dict, to_yaml
 from pact_nemo.planning.from_config import brief, run_plan
 from pact_nemo.policy.device import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
@@ -21,7 +21,7 @@ from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.runtime.terminal import RunLog, guarded_output, on_loss
 from pact_nemo.traces.schema import write_traces
 from pact_nemo.tracking import run_folder
-from pact_nemo.tracking.metrics_log import MetricsLog
+from pact_nemo.tracking.registry import check_trackers, open_recorder
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.dataset import Dataset, build_dataset
@@ -42,6 +42,7 @@ def open_run(config: Config, resume: str | None) -> Iterator[TrainingRun]:
         stack.enter_context(guarded_output())
         init_distributed(config.policy.init_timeout_s)
         stop = stack.enter_context(stop_request())
+        on_rank_zero(lambda: check_trackers(config.tracking.trackers))
         space = _open_folder(stack, config, resume)
         log = RunLog(space.run_log)
         stack.callback(log.close)
@@ -118,7 +119,10 @@ def _begin(stack: ExitStack, run: TrainingRun, *, resumed: bool) -> None:
         run.weights.freeze_reference()
     if rank() == 0:
         done = (state.warmup_step, state.step) if resumed else None
-        run.recorder.metrics = stack.enter_context(MetricsLog(run.workspace.folder, resume_from=done))
+        trackers = open_recorder(
+            run.workspace.folder, to_dict(config), resume_from=done, scores=state.scores, say=run.progress.message
+        )
+        run.recorder.trackers = stack.enter_context(trackers)
     on_rank_zero(run.generator.wait_ready)
     if restored:
         run.progress.message(f"resumed after step {state.step} (weight version {state.version})")

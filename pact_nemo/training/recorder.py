@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from pact_nemo.runtime.collective import rank
-from pact_nemo.tracking.metrics_log import MetricsLog
+from pact_nemo.tracking.base import Recorder as Trackers
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.state import RunState
 
 
 @dataclass
 class Recorder:
-    """Records of steps, in metrics.jsonl, TensorBoard and on the terminal.
+    """Records of steps and evaluations, for the trackers and on the terminal.
 
     Attributes:
-        metrics: opened on rank 0 before the first step.
+        trackers: opened on rank 0 before the first step.
     """
 
     state: RunState
     progress: RunProgress
-    metrics: MetricsLog | None = None
+    trackers: Trackers | None = None
 
     def step(self, stage: str, record: dict[str, Any]) -> None:
         """Write down a finished step.
@@ -33,12 +33,19 @@ class Recorder:
         state = self.state
         finished = state.step if stage == "rl" else state.warmup_step
         if rank() == 0:
-            assert self.metrics is not None
+            assert self.trackers is not None
             row = {"step": finished, "stage": stage, **record}
-            self.metrics.append(row)
+            self.trackers.append(row)
             self.progress.step_line(row)
         for key, value in record.items():
             if key.startswith("time/") and key != "time/total":
                 state.spend(key.removeprefix("time/"), value)
         if stage == "warmup":
             state.spend("warmup", record["time/total"])
+
+    def evaluation(self, name: str, score: dict[str, Any], seconds: float) -> None:
+        """Keep a held-out evaluation's score."""
+        self.state.scores[name] = score
+        if self.trackers is not None:
+            self.trackers.evaluation(name, score)
+        self.state.spend("evaluation", seconds)

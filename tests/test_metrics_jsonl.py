@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: what is written, what a resume keeps, what is refused."""
+"""metrics.jsonl: what is written, what a resume keeps, what is refused."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pact_nemo.errors import DataError, NumericsError
-from pact_nemo.tracking.metrics_log import MetricsLog, read_metrics
+from pact_nemo.tracking.jsonl import MetricsLog, read_metrics
 
 
 def record(stage: str, step: int, **values: Any) -> dict[str, Any]:
@@ -23,12 +22,6 @@ def fill(folder: Path, resume_from: tuple[int, int] | None, records: list[dict[s
             log.append(row)
 
 
-def board(folder: Path, tag: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    return [(event.step, round(event.value, 6)) for event in events.Scalars(tag)]
-
-
 def test_records_come_back_as_written_with_gaps(tmp_path: Path) -> None:
     rows = [
         record("warmup", 1),
@@ -37,9 +30,6 @@ def test_records_come_back_as_written_with_gaps(tmp_path: Path) -> None:
     ]
     fill(tmp_path, None, rows)
     assert read_metrics(tmp_path) == rows
-    assert board(tmp_path, "loss/total") == [(1, 0.1), (2, 0.2)]
-    assert board(tmp_path, "warmup/loss/total") == [(1, 0.1)]
-    assert board(tmp_path, "latent/gap_success") == [(2, 0.5)]
 
 
 def test_each_line_is_on_disk_as_soon_as_it_is_appended(tmp_path: Path) -> None:
@@ -48,7 +38,7 @@ def test_each_line_is_on_disk_as_soon_as_it_is_appended(tmp_path: Path) -> None:
         assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
-def test_resume_drops_what_the_checkpoint_does_not_know_in_each_stage_and_in_tensorboard(tmp_path: Path) -> None:
+def test_resume_drops_what_the_checkpoint_does_not_know_in_each_stage(tmp_path: Path) -> None:
     fill(
         tmp_path,
         None,
@@ -58,8 +48,6 @@ def test_resume_drops_what_the_checkpoint_does_not_know_in_each_stage_and_in_ten
     assert [(r["stage"], r["step"]) for r in read_metrics(tmp_path)] == [("warmup", s) for s in range(1, 6)] + [
         ("rl", s) for s in (1, 2, 3)
     ]
-    assert board(tmp_path, "loss/total") == [(1, 0.1), (2, 0.2), (3, 9.0)]
-    assert [step for step, _ in board(tmp_path, "warmup/loss/total")] == [1, 2, 3, 4, 5]
 
 
 def test_a_torn_last_line_is_left_out_and_overwritten_on_resume(tmp_path: Path) -> None:

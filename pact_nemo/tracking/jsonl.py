@@ -1,10 +1,9 @@
-"""``metrics.jsonl`` and TensorBoard: one record per step, appended as it happens."""
+"""``metrics.jsonl``: the run's own record, one line per step, appended as it happens. Trackers are drawn from it."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +13,6 @@ from pact_nemo.runtime import strict_json
 from pact_nemo.runtime.files import write_text_atomic
 
 FILE = "metrics.jsonl"
-BOARD = "tensorboard"
 STAGES = ("warmup", "rl")
 
 
@@ -83,47 +81,35 @@ def check_finite(record: dict[str, Any]) -> None:
 
 
 class MetricsLog:
-    """Writes the records of one run; rank 0 only, a context manager.
+    """Writes the records of one run; rank 0 only, a context manager. A failure here is an error of the run, because
+    resume, report and comparison read this file.
 
     Args:
         folder: run folder.
         resume_from: finished (warm-up, RL) steps of the checkpoint that the run goes on from. Later records are dropped
-            in one atomic replacement, because their steps are about to be run again, and TensorBoard's files are
-            written anew from the kept ones. None for a new run.
+            in one atomic replacement, because their steps are about to be run again. None for a new run.
+
+    Attributes:
+        kept: the records that a resumed run goes on from, in file order; empty for a new run.
 
     Raises:
         DataError: on resume, ``metrics.jsonl`` holds a malformed line other than a torn last one.
     """
 
     def __init__(self, folder: str | Path, *, resume_from: tuple[int, int] | None):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and readers of metrics don't need it
-
-        self.folder = Path(folder)
-        path = self.folder / FILE
-        kept: list[dict[str, Any]] = []
+        path = Path(folder) / FILE
+        self.kept: list[dict[str, Any]] = []
         if resume_from is not None:
             done = dict(zip(STAGES, resume_from, strict=True))
-            kept = [record for record in read_metrics(self.folder) if record["step"] <= done[record["stage"]]]
-            write_text_atomic(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
-            # TensorBoard's own purge_step knows one step count only; here the two stages each have theirs
-            shutil.rmtree(self.folder / BOARD, ignore_errors=True)
+            self.kept = [record for record in read_metrics(folder) if record["step"] <= done[record["stage"]]]
+            write_text_atomic(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in self.kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self._board = SummaryWriter(str(self.folder / BOARD))
-        for record in kept:
-            self._draw(record)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one record; it needs ``step`` and ``stage``. Raises NumericsError before anything is written."""
         check_finite(record)
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        self._draw(record)
-
-    def _draw(self, record: dict[str, Any]) -> None:
-        prefix = "warmup/" if record["stage"] == "warmup" else ""
-        for key, value in record.items():
-            if isinstance(value, int | float) and key != "step":
-                self._board.add_scalar(prefix + key, value, record["step"])
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -132,4 +118,3 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        self._board.close()
