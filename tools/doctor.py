@@ -366,6 +366,8 @@ def examine(mode: str, gpus: list[str], folder: Path) -> list[Finding]:
         lambda: package("gguf", "reads the small model's file", ("cpu",), f"{INSTALL}, or set model.path"),
         lambda: package("omegaconf", "configuration", ALL, INSTALL),
         lambda: package("tensorboard", "curves", ALL, INSTALL),
+        lambda: package("wandb", "curves in Weights & Biases", NONE, f"optional: {INSTALL}"),
+        lambda: package("mlflow-skinny", "curves in MLflow", NONE, f"optional: {INSTALL}", "mlflow"),
         lambda: package("Jinja2", "chat templates, report", ALL, INSTALL),
         transformer_engine,
         apex,
