@@ -306,7 +306,8 @@ class AlarmsConfig:
 class TrackingConfig:
     """Where a run's numbers are shown. ``metrics.jsonl`` and the terminal line are always there (docs/tracking.md)."""
 
-    #: tracker: its settings ({}: the defaults; null: off). A name in ``pact_nemo/tracking/`` or "module:Class"
+    #: tracker: its settings ({}: the defaults; null: off). A module of ``pact_nemo.tracking``,
+    #: or a class from outside: module:Class or path/to/file.py:Class
     trackers: dict[str, Any] = field(default_factory=lambda: {"tensorboard": {}})
 
 

@@ -1,4 +1,5 @@
-"""From a name in ``tracking.trackers`` to a tracker: a module of this package, or ``module:Class`` of anyone's."""
+"""From a name in ``tracking.trackers`` to a tracker: a module of this package, or anyone's
+``module:Class`` or ``path/to/file.py:Class``."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ import dataclasses
 import importlib
 import importlib.util
 import pkgutil
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 import pact_nemo.tracking
 from pact_nemo.errors import ConfigError
+from pact_nemo.runtime.plugins import load_plugin
 from pact_nemo.tracking.base import Recorder, ResumePoint, RunFacts, Tracker, flat_score
 from pact_nemo.tracking.jsonl import MetricsLog
 
 KEY = "tracking.trackers"
-_OUTSIDE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def built_in() -> dict[str, type[Tracker]]:
@@ -40,20 +40,12 @@ def _built_in(name: str) -> type[Tracker]:
     always = "metrics.jsonl is always written and needs no entry; " if name == "jsonl" else ""
     raise ConfigError(
         f"{KEY}.{name}: no such tracker; {always}there are {', '.join(sorted(built_in()))}, and your own as"
-        " 'module:Class'"
+        " 'module:Class' or 'path/to/file.py:Class'"
     )
 
 
 def _outside(name: str) -> type[Tracker]:
-    module_name, _, class_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module does while it is imported
-        raise ConfigError(
-            f"{KEY}: '{name}' can't be imported ({type(error).__name__}: {error}); put the folder of {module_name} into"
-            f" PYTHONPATH, or repair it"
-        ) from error
-    found = getattr(module, class_name, None)
+    found = load_plugin(KEY, name, {})
     if not (isinstance(found, type) and issubclass(found, Tracker)):
         raise ConfigError(
             f"{KEY}: '{name}' is no subclass of pact_nemo.tracking.base.Tracker; docs/extend/logger.md has an example"
@@ -80,14 +72,14 @@ def check_settings(trackers: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{KEY}.{name}={given!r}: give its settings, {{}} for the defaults, or null to leave it out"
             )
-        if not _OUTSIDE.fullmatch(str(name)):
+        if ":" not in str(name):
             _settings(name, _built_in(str(name)), given or {})
 
 
 def chosen(trackers: Mapping[str, Any]) -> dict[str, tuple[type[Tracker], Any]]:
     """Class and settings of each tracker that is not null; imports those from outside. Raises ConfigError."""
     classes = {
-        name: _outside(name) if _OUTSIDE.fullmatch(name) else _built_in(name)
+        name: _outside(name) if ":" in name else _built_in(name)
         for name, given in trackers.items()
         if given is not None
     }
