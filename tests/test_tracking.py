@@ -18,7 +18,7 @@ from pact_nemo.config.schema import load_config
 from pact_nemo.errors import ConfigError, Interrupted, NumericsError
 from pact_nemo.tracking.base import Outcome, Record, RunFacts, Tracker, flat_score, scalars
 from pact_nemo.tracking.jsonl import read_metrics
-from pact_nemo.tracking.registry import built_in, check_settings, check_trackers, open_recorder
+from pact_nemo.tracking.registry import built_in, check_settings, check_trackers, open_trackers
 from tests.test_training_runs import recipe, records, stage, weights  # noqa: F401 - stage is a fixture
 from tests.workers.wandb_files import offline_runs
 
@@ -60,7 +60,7 @@ def fill(
     """One process of a run."""
     config = {"run": {"name": "x"}, "tracking": {"trackers": trackers}}
     lines = said if said is not None else []
-    with open_recorder(folder, config, resume_from=resume_from, scores=scores or {}, say=lines.append) as recorder:
+    with open_trackers(folder, config, resume_from=resume_from, scores=scores or {}, say=lines.append) as recorder:
         for row in records:
             recorder.append(row)
 
@@ -68,9 +68,9 @@ def fill(
 def fill_and_be_killed(folder: Path, trackers: dict[str, Any], records: list[Record]) -> None:
     """The same in a process that is killed after the last record."""
     code = (
-        "import json, os, sys\nfrom pathlib import Path\nfrom pact_nemo.tracking.registry import open_recorder\n"
+        "import json, os, sys\nfrom pathlib import Path\nfrom pact_nemo.tracking.registry import open_trackers\n"
         "folder, config, rows = json.loads(sys.argv[1])\n"
-        "recorder = open_recorder(Path(folder), config, resume_from=None, scores={}, say=print).__enter__()\n"
+        "recorder = open_trackers(Path(folder), config, resume_from=None, scores={}, say=print).__enter__()\n"
         "for row in rows:\n    recorder.append(row)\nos.kill(os.getpid(), 9)\n"
     )
     words = json.dumps([str(folder), {"run": {"name": "x"}, "tracking": {"trackers": trackers}}, records])
@@ -194,7 +194,7 @@ def test_the_same_run_of_mlflow_and_wandb_goes_on_where_nothing_is_taken_back(tm
 
 def test_what_wandb_is_told(tmp_path: Path) -> None:
     config = {"run": {"name": "x", "seed": 3}, "tracking": {"trackers": {"wandb": settings_in(tmp_path, "wandb")}}}
-    with open_recorder(tmp_path, config, resume_from=None, scores={}, say=print) as recorder:
+    with open_trackers(tmp_path, config, resume_from=None, scores={}, say=print) as recorder:
         recorder.append(WARMUP[0])
         recorder.append(record("rl", 1))
         recorder.evaluation("after", SCORE)
@@ -214,7 +214,7 @@ def test_what_mlflow_is_told(tmp_path: Path) -> None:
     config = {"run": {"name": "x", "seed": 3}, "tracking": {"trackers": trackers}}
     with (
         pytest.raises(Interrupted),
-        open_recorder(tmp_path, config, resume_from=None, scores={}, say=print) as recorder,
+        open_trackers(tmp_path, config, resume_from=None, scores={}, say=print) as recorder,
     ):
         recorder.evaluation("base", SCORE)
         raise Interrupted("SIGTERM")
@@ -223,7 +223,7 @@ def test_what_mlflow_is_told(tmp_path: Path) -> None:
     assert run.data.params["run.seed"] == "3" and run.info.run_name == tmp_path.name
     assert run.data.metrics["eval/base/score"] == 0.5 and run.info.status == "KILLED"
     config["run"] = {"name": "x", "seed": 4}
-    with open_recorder(tmp_path, config, resume_from=(0, 0), scores={"base": SCORE}, say=print):
+    with open_trackers(tmp_path, config, resume_from=(0, 0), scores={"base": SCORE}, say=print):
         assert client.get_run(run_id).info.status == "RUNNING"
     run = client.get_run(run_id)
     assert run.data.tags["config/run.seed"] == "4" and run.info.status == "FINISHED"
@@ -317,7 +317,7 @@ def test_three_failures_in_a_row_switch_a_tracker_off_and_it_is_still_closed(tmp
 def test_a_tracker_that_fails_now_and_then_stays_on_and_is_counted(tmp_path: Path) -> None:
     said: list[str] = []
     config = {"tracking": {"trackers": {name_of(Sometimes): {}}}}
-    with open_recorder(tmp_path, config, resume_from=None, scores={}, say=said.append) as recorder:
+    with open_trackers(tmp_path, config, resume_from=None, scores={}, say=said.append) as recorder:
         for row in rl(1, 8):
             recorder.append(row)
         assert recorder.failures == {name_of(Sometimes): 4}
@@ -335,7 +335,7 @@ def test_a_failure_of_the_runs_own_record_is_an_error_of_the_run(tmp_path: Path)
     Listener.seen.clear()
     config = {"tracking": {"trackers": {name_of(Listener): {}}}}
     with pytest.raises(NumericsError, match="loss/total"):
-        with open_recorder(tmp_path, config, resume_from=None, scores={}, say=print) as recorder:
+        with open_trackers(tmp_path, config, resume_from=None, scores={}, say=print) as recorder:
             recorder.append(record("rl", 1, float("nan")))
     assert Listener.seen == [Outcome("failed", "NumericsError")]
 

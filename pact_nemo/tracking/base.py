@@ -82,7 +82,7 @@ class NoSettings:
 class Tracker:
     """Shows a run's numbers somewhere. Subclass it; ``open`` and ``log`` are all that a tracker must have.
 
-    Any method may raise: the run goes on (:class:`Recorder` has the rule). Methods are called from one thread.
+    Any method may raise: the run goes on (:class:`Trackers` has the rule). Methods are called from one thread.
 
     Args:
         settings: an instance of the class's ``Settings``, made from ``tracking.trackers.<name>``.
@@ -169,7 +169,7 @@ class _Fed:
     in_a_row: int = field(default=0)
 
 
-class Recorder:
+class Trackers:
     """Writes each record to ``metrics.jsonl``, then hands it to every tracker; rank 0 only, a context manager.
 
     A tracker whose ``open`` fails is off for this run. One that fails later loses that record and is called again at
@@ -225,7 +225,7 @@ class Recorder:
         fed.in_a_row = 0
         return True
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Trackers:
         self._journal.__enter__()
         for name, fed in self._fed.items():
             fed.opened = self._try(name, fed, "open", lambda tracker: tracker.open(self._run))

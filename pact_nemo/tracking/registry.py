@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 import pact_nemo.tracking
 from pact_nemo.errors import ConfigError
 from pact_nemo.runtime.plugins import load_plugin
-from pact_nemo.tracking.base import Recorder, ResumePoint, RunFacts, Tracker, flat_score
+from pact_nemo.tracking.base import ResumePoint, RunFacts, Tracker, Trackers, flat_score
 from pact_nemo.tracking.jsonl import MetricsLog
 
 KEY = "tracking.trackers"
@@ -96,14 +96,14 @@ def check_trackers(trackers: Mapping[str, Any]) -> None:
         found.check(settings)
 
 
-def open_recorder(
+def open_trackers(
     folder: Path,
     config: dict[str, Any],
     *,
     resume_from: tuple[int, int] | None,
     scores: Mapping[str, Mapping[str, Any]],
     say: Callable[[str], None],
-) -> Recorder:
+) -> Trackers:
     """The recorder of one run, to be entered; rank 0 only.
 
     Args:
@@ -123,4 +123,4 @@ def open_recorder(
     if resume_from is not None:
         flat = {name: flat_score(name, score) for name, score in scores.items()}
         resume = ResumePoint(*resume_from, records=journal.kept, scores=flat)
-    return Recorder(journal, trackers, RunFacts(folder.name, folder, config, resume, say))
+    return Trackers(journal, trackers, RunFacts(folder.name, folder, config, resume, say))

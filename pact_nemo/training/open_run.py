@@ -21,7 +21,7 @@ from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.runtime.terminal import RunLog, guarded_output, on_loss
 from pact_nemo.traces.schema import write_traces
 from pact_nemo.tracking import run_folder
-from pact_nemo.tracking.registry import check_trackers, open_recorder
+from pact_nemo.tracking.registry import check_trackers, open_trackers
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.dataset import Dataset, build_dataset
@@ -119,7 +119,7 @@ def _begin(stack: ExitStack, run: TrainingRun, *, resumed: bool) -> None:
         run.weights.freeze_reference()
     if rank() == 0:
         done = (state.warmup_step, state.step) if resumed else None
-        trackers = open_recorder(
+        trackers = open_trackers(
             run.workspace.folder, to_dict(config), resume_from=done, scores=state.scores, say=run.progress.message
         )
         run.recorder.trackers = stack.enter_context(trackers)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pact_nemo.runtime.collective import rank
-from pact_nemo.tracking.base import Recorder as Trackers
+from pact_nemo.tracking.base import Trackers
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.state import RunState
 
