@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
-from pact_nemo.config.schema import Config, load_config, to_yaml
+from pact_nemo.config.schema import Config, to_yaml
 from pact_nemo.errors import ConfigError, Interrupted, PactError
 from pact_nemo.runtime import machine
 from pact_nemo.runtime.terminal import command, expendable_output

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pact_nemo.config.schema import Config, load_config
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.workload import Lengths

@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from pact_nemo.config.schema import load_config, to_yaml
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import to_yaml
 from pact_nemo.report.stats import paired_bootstrap
 from tests.fixtures.run_folders import make_run
 

@@ -23,8 +23,9 @@ import pytest
 import pact_nemo
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.config.load import load_config
 from pact_nemo.config.own import MOVED
-from pact_nemo.config.schema import Config, load_config, to_dict, to_yaml
+from pact_nemo.config.schema import Config, to_dict, to_yaml
 from pact_nemo.environments.base import Outcome, Session, Task, ToolCall
 from pact_nemo.environments.outside import OutsideEnvironment, task_fault
 from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec

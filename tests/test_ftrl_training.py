@@ -12,7 +12,7 @@ import pytest
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
-from pact_nemo.config.schema import load_config
+from pact_nemo.config.load import load_config
 from pact_nemo.environments.base import Outcome, ToolCall
 from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.errors import ConfigError, DataError

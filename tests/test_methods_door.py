@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
-from pact_nemo.config.schema import ObjectiveConfig, load_config, to_yaml
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import ObjectiveConfig, to_yaml
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.base import Method
 from pact_nemo.methods.registry import METHODS, make_method, method_class

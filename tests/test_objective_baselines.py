@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pact_nemo.config.schema import ObjectiveConfig, load_config
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.methods.chord import chord_mu, phi_weighted_nll
 from pact_nemo.methods.luffy import shaped_off_policy
 from pact_nemo.methods.registry import make_method, method_named

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from pact_nemo.checkpoints.manifest import new_export, read_manifest, verify_manifest
 from pact_nemo.checkpoints.quantised import materialise
-from pact_nemo.config.schema import load_config
+from pact_nemo.config.load import load_config
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.policy.export import fp8_block
 from pact_nemo.policy.export import writer as export_writer

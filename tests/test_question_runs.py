@@ -16,7 +16,7 @@ import pytest
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
-from pact_nemo.config.schema import load_config
+from pact_nemo.config.load import load_config
 from pact_nemo.environments.answers import in_order
 from pact_nemo.environments.base import Task
 from pact_nemo.environments.ftrl import FTRLEnvironment

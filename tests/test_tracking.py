@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pact_nemo.config.schema import load_config
+from pact_nemo.config.load import load_config
 from pact_nemo.errors import ConfigError, Interrupted, NumericsError
 from pact_nemo.tracking.base import Outcome, Record, RunFacts, Tracker, flat_score, scalars
 from pact_nemo.tracking.jsonl import read_metrics

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pact_nemo.config.schema import load_config
+from pact_nemo.config.load import load_config
 from pact_nemo.errors import ConfigError, DataError, Interrupted, ServerError
 from pact_nemo.rollouts.overlap import Ahead
 from pact_nemo.rollouts.types import Rollout

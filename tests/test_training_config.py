@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pact_nemo.config.schema import Config, load_config, settled, steps_of, to_yaml
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config, settled, steps_of, to_yaml
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import METHODS, method_class
 from pact_nemo.tracking import run_folder as workspace

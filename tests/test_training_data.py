@@ -11,7 +11,8 @@ import pytest
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import tool_format
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG, materialise_embedded_model
-from pact_nemo.config.schema import Config, load_config
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config
 from pact_nemo.environments.ftrl import FTRLConfig
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pact_nemo.config.schema import load_config
+from pact_nemo.config.load import load_config
 from pact_nemo.environments.bfcl.session import FORCE_TERMINATED
 from pact_nemo.errors import ConfigError
 from pact_nemo.rollouts.chat_episode import play_by_chat

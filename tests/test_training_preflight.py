@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pact_nemo import cli
-from pact_nemo.config.schema import Config, load_config
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.runtime import machine
 from pact_nemo.training import open_run as setup

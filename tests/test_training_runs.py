@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.resume import steps as resume_steps
 from pact_nemo.checkpoints.resume import verify
-from pact_nemo.config.schema import load_config
+from pact_nemo.config.load import load_config
 from pact_nemo.errors import ConfigError
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.optimizer import learning_rate

@@ -33,7 +33,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from pact_nemo.chat.template import ChatFormat  # noqa: E402
-from pact_nemo.config.schema import Config, load_config, to_dict  # noqa: E402
+from pact_nemo.config.load import load_config  # noqa: E402
+from pact_nemo.config.schema import Config, to_dict  # noqa: E402
 from pact_nemo.environments.base import Environment, Task  # noqa: E402
 from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec  # noqa: E402
 from pact_nemo.environments.splits import split  # noqa: E402

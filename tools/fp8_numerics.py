@@ -26,7 +26,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pact_nemo.config.schema import Config, load_config
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config
 from pact_nemo.methods.registry import make_method
 from pact_nemo.policy.config import FP8_RECIPES, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy

@@ -36,7 +36,8 @@ from rich.text import Text  # noqa: E402
 
 from pact_nemo.chat.thoughts import thoughts_and_visible  # noqa: E402
 from pact_nemo.chat.tool_formats import tool_format  # noqa: E402
-from pact_nemo.config.schema import Config, load_config  # noqa: E402
+from pact_nemo.config.load import load_config  # noqa: E402
+from pact_nemo.config.schema import Config  # noqa: E402
 from pact_nemo.environments.base import Environment, Task  # noqa: E402
 from pact_nemo.environments.calls import shown  # noqa: E402
 from pact_nemo.environments.registry import environment_spec  # noqa: E402

@@ -29,8 +29,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
-from pact_nemo.config.schema import Config, load_config
+from pact_nemo.config.schema import Config
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning.from_config import (
     describe,

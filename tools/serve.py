@@ -25,8 +25,8 @@ from urllib.parse import urlsplit
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from pact_nemo.config.load import load_config  # noqa: E402
 from pact_nemo.config.recipes import RECIPES, recipe  # noqa: E402
-from pact_nemo.config.schema import load_config  # noqa: E402
 from pact_nemo.errors import ConfigError, PactError  # noqa: E402
 from pact_nemo.runtime.files import write_text_atomic  # noqa: E402
 from pact_nemo.runtime.terminal import command  # noqa: E402

@@ -13,7 +13,8 @@ from typing import IO
 from blake3 import blake3
 
 from pact_nemo.checkpoints.embedded import FOLDER_NAME
-from pact_nemo.config.schema import Config, load_config, to_yaml
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config, to_yaml
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.runtime import machine
 from pact_nemo.runtime.files import temporary_beside, write_text_atomic

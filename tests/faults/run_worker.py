@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 import torch.utils.tensorboard  # noqa: E402, F401 - slow to import
 import transformers  # noqa: E402, F401
 
-from pact_nemo.config.schema import load_config  # noqa: E402
+from pact_nemo.config.load import load_config  # noqa: E402
 from pact_nemo.errors import Interrupted, PactError  # noqa: E402
 from pact_nemo.serving.server import RolloutServer  # noqa: E402
 from pact_nemo.tracking.terminal import Phase, RunProgress  # noqa: E402

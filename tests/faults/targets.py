@@ -25,8 +25,9 @@ from pact_nemo.chat import template as chat_template
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.checkpoints import manifest, resume
-from pact_nemo.config import schema as config_module
-from pact_nemo.config.schema import load_config, to_yaml
+from pact_nemo.config import load as config_module
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import to_yaml
 from pact_nemo.environments import calls, ftrl, python_tools, rows, toolhop
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.environments.bfcl import data as bfcl_data

@@ -11,7 +11,7 @@ import pytest
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.checkpoints import manifest, resume
-from pact_nemo.config.schema import load_config
+from pact_nemo.config.load import load_config
 from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.environments.toolhop import ToolHopEnvironment
 from pact_nemo.errors import CheckpointError, ConfigError, DataError

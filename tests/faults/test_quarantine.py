@@ -13,7 +13,8 @@ import pytest
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
-from pact_nemo.config.schema import Config, load_config
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.environments.rows import read_rows

@@ -22,7 +22,7 @@ import torch
 
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.checkpoints import foreign, manifest, resume
-from pact_nemo.config.schema import load_config
+from pact_nemo.config.load import load_config
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.bfcl import data as bfcl_data
 from pact_nemo.errors import CheckpointError, ConfigError, DataError

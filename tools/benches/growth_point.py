@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_nemo.config.schema import Config, load_config
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config
 from pact_nemo.planning.from_config import step_work
 from pact_nemo.planning.hardware import Hardware
 from pact_nemo.planning.memory import memory_plan

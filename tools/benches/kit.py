@@ -25,7 +25,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from pact_nemo.config.schema import Config, load_config
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import Outcome, Task
 from pact_nemo.methods.registry import make_method
 from pact_nemo.objective.components import CALL, OTHER, REASONING

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
-from pact_nemo.config.schema import Config, load_config
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config
 from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.packing import pack

@@ -31,7 +31,8 @@ from pathlib import Path
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
-from pact_nemo.config.schema import Config, load_config
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.rollouts.batch import run_batch
 from pact_nemo.rollouts.episode import SeedPath

@@ -30,7 +30,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pact_nemo.config.schema import load_config
+from pact_nemo.config.load import load_config
 from pact_nemo.errors import ConfigError
 from pact_nemo.report.comparison import total_seconds
 from pact_nemo.report.data import load_run

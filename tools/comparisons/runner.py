@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pact_nemo.config.schema import load_config, to_dict
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import to_dict
 from pact_nemo.errors import ConfigError, PactError
 from pact_nemo.report.comparison import flat
 from pact_nemo.report.data import load_run
