@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from pact_nemo.batches.prompt_trees import PROMPT_ONLY, grow_tree
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.trees import Segment, TokenTree
-from pact_nemo.training.prompt_trees import PROMPT_ONLY, grow_tree
 from tools.benches import kit, packing, trl_peer
 
 REPO = Path(__file__).resolve().parents[1]

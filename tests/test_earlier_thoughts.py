@@ -14,6 +14,9 @@ import pytest
 from fixtures.chat_models import tokenizer
 from test_training_batch import fake_logprob, score
 
+from pact_nemo.batches.prompt_groups import Gate, PromptGroup, TraceUse, form_group
+from pact_nemo.batches.prompt_trees import grow_tree, supervised
+from pact_nemo.batches.streams import Scores, with_streams
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.config.schema import ObjectiveConfig
@@ -31,9 +34,6 @@ from pact_nemo.serving.client import Completion
 from pact_nemo.serving.config import EpisodeLimits, Sampling
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn
 from pact_nemo.traces.spans import TraceTokens, encode_trace, truncate_at_turn
-from pact_nemo.training.prompt_groups import Gate, PromptGroup, TraceUse, form_group
-from pact_nemo.training.prompt_trees import grow_tree, supervised
-from pact_nemo.training.streams import Scores, with_streams
 from pact_nemo.training.warmup import closing_ids, sft_tree
 
 LS = {

@@ -26,6 +26,8 @@ from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.config.load import load_config
 from pact_nemo.config.own import MOVED
 from pact_nemo.config.schema import Config, to_dict, to_yaml
+from pact_nemo.data.dataset import build_dataset
+from pact_nemo.data.tasks import build_environment
 from pact_nemo.environments.base import Outcome, Session, Task, ToolCall
 from pact_nemo.environments.outside import OutsideEnvironment, task_fault
 from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec
@@ -33,9 +35,7 @@ from pact_nemo.environments.spec import EnvironmentSpec
 from pact_nemo.errors import ConfigError, EnvironmentFailure
 from pact_nemo.planning.from_config import describe_plan
 from pact_nemo.traces.without_teacher import expert_trace
-from pact_nemo.training.dataset import build_dataset
 from pact_nemo.training.limits import evaluation_limits
-from pact_nemo.training.tasks import build_environment
 from tests.test_question_environments import ftrl_row, toolhop_row, write
 from tests.workers.policy_kit import make_model
 from tests.workers.scripted import write_replay

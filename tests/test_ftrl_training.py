@@ -13,6 +13,8 @@ import pytest
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.config.load import load_config
+from pact_nemo.data.dataset import build_dataset
+from pact_nemo.data.tasks import build_environment
 from pact_nemo.environments.base import Outcome, ToolCall
 from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.errors import ConfigError, DataError
@@ -21,8 +23,6 @@ from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces.recorded import recorded_trace
-from pact_nemo.training.dataset import build_dataset
-from pact_nemo.training.tasks import build_environment
 from tests.test_question_environments import ftrl_row, write
 
 REPO = Path(__file__).resolve().parents[1]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from pact_nemo.monitoring.gradient_signal import halves, measure, term_of, terms_of
 from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
-from pact_nemo.training.gradient_signal import halves, measure, term_of, terms_of
 from tests.workers.pact_kit import PACT, make_pact_prompts, pact_terms
 from tests.workers.policy_kit import make_model
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from pact_nemo.batches.prompt_groups import PromptGroup
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.methods.chord import chord_mu, phi_weighted_nll
 from pact_nemo.methods.luffy import shaped_off_policy
 from pact_nemo.methods.registry import make_method, method_named
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
-from pact_nemo.training.prompt_groups import PromptGroup
 from tests.test_training_batch import TRACE, built, fake_logprob, make_groups, score
 
 TAUGHT = (0, 1, 2, 3)  # reasoning and call tokens of TRACE

@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from pact_nemo.batches.prompt_groups import Gate, PromptGroup, TraceUse, form_group
+from pact_nemo.batches.prompt_trees import PromptTree, carried_over, contexts_needed, grow_tree, tempered
+from pact_nemo.batches.streams import Scores, with_streams
 from pact_nemo.config.schema import ObjectiveConfig
+from pact_nemo.data.tasks import prompts_of_step
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.methods.base import Method
 from pact_nemo.methods.registry import method_named
@@ -23,10 +27,6 @@ from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.traces.spans import TraceTokens
-from pact_nemo.training.prompt_groups import Gate, PromptGroup, TraceUse, form_group
-from pact_nemo.training.prompt_trees import PromptTree, carried_over, contexts_needed, grow_tree, tempered
-from pact_nemo.training.streams import Scores, with_streams
-from pact_nemo.training.tasks import prompts_of_step
 
 BOUNDARY = [900, 901]
 TRACE = TraceTokens(

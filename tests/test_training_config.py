@@ -11,10 +11,10 @@ import pytest
 
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config, settled, steps_of, to_yaml
+from pact_nemo.data.tasks import prompts_of_step
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import METHODS, method_class
 from pact_nemo.tracking import run_folder as workspace
-from pact_nemo.training.tasks import prompts_of_step
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

@@ -13,6 +13,8 @@ from pact_nemo.chat.tool_formats import tool_format
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG, materialise_embedded_model
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
+from pact_nemo.data.dataset import Dataset, build_dataset, check_server_length
+from pact_nemo.data.tasks import build_environment, load_tasks, prompts_of_step
 from pact_nemo.environments.ftrl import FTRLConfig
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError, DataError
@@ -20,8 +22,6 @@ from pact_nemo.objective.components import OTHER
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.schema import ReasoningSegment, Trace, write_traces
-from pact_nemo.training.dataset import Dataset, build_dataset, check_server_length
-from pact_nemo.training.tasks import build_environment, load_tasks, prompts_of_step
 
 REPO = Path(__file__).resolve().parents[1]
 

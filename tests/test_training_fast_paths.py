@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pact_nemo.batches.prompt_groups import PromptGroup, has_advantage
+from pact_nemo.batches.prompt_trees import grow_tree
 from pact_nemo.config.schema import Config, ObjectiveConfig, TrainerConfig
 from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.config import OptimizerConfig
 from pact_nemo.policy.policy import MegatronPolicy
-from pact_nemo.training.prompt_groups import PromptGroup, has_advantage
-from pact_nemo.training.prompt_trees import grow_tree
 from pact_nemo.training.stopwatch import Stopwatch
 from pact_nemo.training.update import update
 from tests.workers.policy_kit import VOCAB, make_model

@@ -323,11 +323,11 @@ def test_a_run_with_its_own_server(stage: dict[str, Any]) -> None:
     assert summary["peak_memory_bytes"]["server"] > 0 and summary["seconds"]["rollout"] > 0
 
     from pact_nemo.chat.template import ChatFormat
+    from pact_nemo.data.dataset import build_dataset
+    from pact_nemo.data.tasks import build_environment
     from pact_nemo.environments.base import Task
     from pact_nemo.tracking.terminal import RunProgress
-    from pact_nemo.training.dataset import build_dataset
     from pact_nemo.training.generation import Generator
-    from pact_nemo.training.tasks import build_environment
 
     config = load_config(stage["preset"], [*stage["words"], *words])
     chat = ChatFormat.from_pretrained(run / "hf", config.model.tool_format)

@@ -35,6 +35,7 @@ from rich.table import Table  # noqa: E402
 from pact_nemo.chat.template import ChatFormat  # noqa: E402
 from pact_nemo.config.load import load_config  # noqa: E402
 from pact_nemo.config.schema import Config, to_dict  # noqa: E402
+from pact_nemo.data.tasks import build_environment, limited  # noqa: E402
 from pact_nemo.environments.base import Environment, Task  # noqa: E402
 from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec  # noqa: E402
 from pact_nemo.environments.splits import split  # noqa: E402
@@ -45,13 +46,12 @@ from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
 from pact_nemo.rollouts.types import Rollout  # noqa: E402
 from pact_nemo.runtime.files import write_json_atomic  # noqa: E402
 from pact_nemo.runtime.terminal import command  # noqa: E402
+from pact_nemo.tracking.episodes import dump_evaluation  # noqa: E402
 from pact_nemo.tracking.terminal import RunProgress  # noqa: E402
 from pact_nemo.training.evaluation import episode_rewards, summarise  # noqa: E402
 from pact_nemo.training.generation import Generator  # noqa: E402
 from pact_nemo.training.limits import evaluation_limits  # noqa: E402
 from pact_nemo.training.preflight import check_served_folder  # noqa: E402
-from pact_nemo.training.records import dump_evaluation  # noqa: E402
-from pact_nemo.training.tasks import build_environment, limited  # noqa: E402
 
 
 @contextmanager

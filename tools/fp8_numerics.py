@@ -26,6 +26,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pact_nemo.batches.prompt_trees import contexts_needed, grow_tree
+from pact_nemo.batches.streams import Scores, with_streams
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
 from pact_nemo.methods.registry import make_method
@@ -35,8 +37,6 @@ from pact_nemo.policy.trees import TokenTree
 from pact_nemo.runtime.terminal import command
 from pact_nemo.training.collect import groups_of_step
 from pact_nemo.training.open_run import open_run
-from pact_nemo.training.prompt_trees import contexts_needed, grow_tree
-from pact_nemo.training.streams import Scores, with_streams
 
 
 def step_trees(config: Config, step: int) -> list[TokenTree]:

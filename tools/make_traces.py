@@ -38,6 +38,7 @@ from pact_nemo.chat.thoughts import thoughts_and_visible  # noqa: E402
 from pact_nemo.chat.tool_formats import tool_format  # noqa: E402
 from pact_nemo.config.load import load_config  # noqa: E402
 from pact_nemo.config.schema import Config  # noqa: E402
+from pact_nemo.data.tasks import build_environment  # noqa: E402
 from pact_nemo.environments.base import Environment, Task  # noqa: E402
 from pact_nemo.environments.calls import shown  # noqa: E402
 from pact_nemo.environments.registry import environment_spec  # noqa: E402
@@ -56,7 +57,6 @@ from pact_nemo.traces.segments import split_reasoning  # noqa: E402
 from pact_nemo.traces.teacher import teacher_trace  # noqa: E402
 from pact_nemo.traces.without_teacher import expert_trace  # noqa: E402
 from pact_nemo.tracking.terminal import RunProgress  # noqa: E402
-from pact_nemo.training.tasks import build_environment  # noqa: E402
 
 Attempt = Callable[[Task], Trace | None]
 NAMED = 100  #: tasks that the quality report names, at most

@@ -332,7 +332,7 @@ def steps_of(config: Config, training_tasks: int) -> int:
     """RL steps of a run: ``trainer.steps``, or ``trainer.epochs`` times the batches that an epoch fills.
 
     Args:
-        training_tasks: tasks that are trained on, as :func:`pact_nemo.training.dataset.build_dataset` counts them.
+        training_tasks: tasks that are trained on, as :func:`pact_nemo.data.dataset.build_dataset` counts them.
 
     Raises:
         ConfigError: ``trainer.epochs``, and fewer tasks than a batch needs.

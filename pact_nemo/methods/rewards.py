@@ -45,7 +45,7 @@ def outcome_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) -> floa
     without one).
 
     A held-out task without a reference answer keeps the checker's score; a training task always has one where the F1 is
-    asked for (:func:`pact_nemo.training.dataset.build_dataset`).
+    asked for (:func:`pact_nemo.data.dataset.build_dataset`).
     """
     if objective.outcome == "answer_f1" and task.reference_answer is not None:
         last = rollout.turns[-1] if rollout.turns else None

@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from pact_nemo.batches.prompt_groups import Gate, PromptGroup, TraceUse, form_group
+from pact_nemo.data.tasks import prompts_of_step
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import ConfigError, Interrupted, ServerLost, TooManyFailures
+from pact_nemo.monitoring import alarms
 from pact_nemo.rollouts.overlap import Batch
 from pact_nemo.rollouts.store import read_rollouts
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.runtime.collective import on_rank_zero, rank
+from pact_nemo.tracking.episodes import dump_step
 from pact_nemo.tracking.run_folder import Workspace
-from pact_nemo.training import alarms
-from pact_nemo.training.prompt_groups import Gate, PromptGroup, TraceUse, form_group
-from pact_nemo.training.records import dump_step
 from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.stopwatch import Stopwatch
-from pact_nemo.training.tasks import prompts_of_step
 
 
 def collect(run: TrainingRun, watch: Stopwatch) -> tuple[list[PromptGroup], float | None]:

@@ -12,7 +12,7 @@ from pact_nemo.errors import Interrupted
 from pact_nemo.methods.rewards import matching_rewards
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.runtime.collective import on_rank_zero
-from pact_nemo.training.records import dump_evaluation
+from pact_nemo.tracking.episodes import dump_evaluation
 
 if TYPE_CHECKING:
     from pact_nemo.training.run import TrainingRun

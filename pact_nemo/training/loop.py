@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from pact_nemo.batches.prompt_groups import PromptGroup
 from pact_nemo.errors import ServerLost
+from pact_nemo.monitoring import alarms, diagnostics, held_out_traces
 from pact_nemo.objective.trace_quality import TraceQuality, beats
 from pact_nemo.runtime.collective import on_rank_zero
-from pact_nemo.training import alarms, diagnostics, held_out_traces
 from pact_nemo.training.collect import collect, start_ahead
-from pact_nemo.training.prompt_groups import PromptGroup
 from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.stopwatch import Stopwatch
 from pact_nemo.training.update import update
@@ -52,7 +52,7 @@ def observe(run: TrainingRun, groups: list[PromptGroup], record: dict[str, Any],
         found["trace/weight"] = sum(group.trace_weight for group in groups) / len(groups)
     if held_out_traces.due(config.diagnostics.trace_every, state.step, run.total_steps):
         with watch("diagnostics"):
-            found |= held_out_traces.measure(run)
+            found |= held_out_traces.measure(run.policy, run.chat, run.dataset.held_out_traces)
     for warning in filter(None, [alarms.told(_rollouts(groups)), *alarms.spikes(record, config.alarms)]):
         run.progress.message(f"warning: step {state.step}: {warning}")
     return found

@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config, settled, steps_of, to_dict, to_yaml
+from pact_nemo.data.dataset import Dataset, build_dataset
+from pact_nemo.data.tasks import build_environment, check_batches
 from pact_nemo.planning.from_config import brief, run_plan
 from pact_nemo.policy.device import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
@@ -24,12 +26,10 @@ from pact_nemo.tracking import run_folder
 from pact_nemo.tracking.registry import check_trackers, open_trackers
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.tracking.terminal import RunProgress
-from pact_nemo.training.dataset import Dataset, build_dataset
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.preflight import chat_format, check_room, preflight
 from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.served_weights import model_path, served_path
-from pact_nemo.training.tasks import build_environment, check_batches
 
 
 @contextmanager

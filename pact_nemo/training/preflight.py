@@ -12,6 +12,8 @@ from typing import Any
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import FOLDER_NAME, convert_gguf, find_embedded_gguf
 from pact_nemo.config.schema import Config, settled
+from pact_nemo.data.dataset import build_dataset, check_server_length
+from pact_nemo.data.tasks import build_environment, check_batches, load_tasks
 from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning import disk
@@ -23,8 +25,6 @@ from pact_nemo.policy.model_folder import check_model_folder, check_values
 from pact_nemo.runtime import machine, strict_json
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.runtime.tensor_files import read_tensors
-from pact_nemo.training.dataset import build_dataset, check_server_length
-from pact_nemo.training.tasks import build_environment, check_batches, load_tasks
 
 READ_BYTES = (
     4 << 30
@@ -160,7 +160,7 @@ def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[
         The config with its length in steps, and lines that say what was found.
 
     Raises:
-        ConfigError, DataError: as :func:`~pact_nemo.training.dataset.build_dataset` does.
+        ConfigError, DataError: as :func:`~pact_nemo.data.dataset.build_dataset` does.
     """
     if chat is None and config.model.recipe is not None:
         return config, ["tasks and traces were not read: lengths need a tokenizer, model.path=FOLDER"]

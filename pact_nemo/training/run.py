@@ -8,6 +8,7 @@ from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config
+from pact_nemo.data.dataset import Dataset
 from pact_nemo.environments.base import Environment
 from pact_nemo.methods.base import Method
 from pact_nemo.methods.registry import make_method
@@ -18,7 +19,6 @@ from pact_nemo.runtime.interrupt import StopRequest
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.checkpointer import Checkpointer
-from pact_nemo.training.dataset import Dataset
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.recorder import Recorder
 from pact_nemo.training.served_weights import ServedWeights

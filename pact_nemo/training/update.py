@@ -8,13 +8,8 @@ from typing import Any
 
 import torch
 
-from pact_nemo.errors import NumericsError
-from pact_nemo.policy.policy import UpdateResult
-from pact_nemo.policy.trees import TokenTree
-from pact_nemo.runtime.collective import on_rank_zero
-from pact_nemo.training import diagnostics, gradient_signal, numerics
-from pact_nemo.training.prompt_groups import PromptGroup, has_policy_tokens
-from pact_nemo.training.prompt_trees import (
+from pact_nemo.batches.prompt_groups import PromptGroup, has_policy_tokens
+from pact_nemo.batches.prompt_trees import (
     PROMPT_ONLY,
     PromptTree,
     carried_over,
@@ -22,9 +17,14 @@ from pact_nemo.training.prompt_trees import (
     grow_tree,
     tempered,
 )
+from pact_nemo.batches.streams import Scores, with_streams
+from pact_nemo.errors import NumericsError
+from pact_nemo.monitoring import diagnostics, gradient_signal, numerics
+from pact_nemo.policy.policy import UpdateResult
+from pact_nemo.policy.trees import TokenTree
+from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.stopwatch import Stopwatch
-from pact_nemo.training.streams import Scores, with_streams
 
 Score = Callable[[list[TokenTree]], list[torch.Tensor]]
 
@@ -80,7 +80,14 @@ def update(run: TrainingRun, groups: list[PromptGroup], watch: Stopwatch) -> dic
         for values in (result.logprobs if known.on_policy else known.old) or ()
     ]
     prompts = [prompt for part in parts for prompt in part.members]
-    return diagnostics.step_record(run, groups, prompts, old, results) | signal
+    record = diagnostics.rollout_record(groups)
+    if run.config.trainer.replay is None:
+        versions = [rollout.weight_version for group in groups for rollout in group.rollouts]
+        record["rollout/lag"] = run.state.version - min(versions)
+    record |= diagnostics.update_record(prompts, old, results, trace_rl=run.method.trace_rl)
+    record["anneal/call_weight"] = run.schedule.call_weight(step)
+    record["anneal/prefix_level"] = run.schedule.level(step)
+    return record | signal
 
 
 def mini_batches(run: TrainingRun, groups: list[PromptGroup]) -> list[MiniBatch]:

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pact_nemo.batches.prompt_trees import add_trace, supervised
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.data.tasks import prompts_of_step
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import ServerLost
+from pact_nemo.monitoring import held_out_traces
+from pact_nemo.monitoring.diagnostics import loss_record
 from pact_nemo.objective.components import CALL, REASONING
 from pact_nemo.objective.loss import batch_loss
 from pact_nemo.objective.surrogate import Clip
 from pact_nemo.objective.weights import sft_weights
 from pact_nemo.policy.trees import TokenTree, TreeBuilder
 from pact_nemo.traces.spans import TraceTokens
-from pact_nemo.training import held_out_traces
-from pact_nemo.training.diagnostics import loss_record
-from pact_nemo.training.prompt_trees import add_trace, supervised
-from pact_nemo.training.tasks import prompts_of_step
 
 if TYPE_CHECKING:
     from pact_nemo.training.run import TrainingRun
@@ -93,7 +93,7 @@ def warm_up(run: TrainingRun, evaluate: Callable[[TrainingRun, str], object]) ->
             record = sft_step(run, prompts_of_step(tasks, state.warmup_step, stage.batch_size, seed))
             state.warmup_step += 1
             if held_out_traces.due(run.config.diagnostics.trace_every, state.warmup_step, stage.steps):
-                record |= held_out_traces.measure(run)
+                record |= held_out_traces.measure(run.policy, run.chat, run.dataset.held_out_traces)
             run.recorder.step("warmup", record | {"time/total": time.perf_counter() - start})
             phase.advance()
     ends = {

@@ -23,8 +23,8 @@ from blake3 import blake3
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.config.load import load_config
-from pact_nemo.training.dataset import build_dataset
-from pact_nemo.training.tasks import build_environment
+from pact_nemo.data.dataset import build_dataset
+from pact_nemo.data.tasks import build_environment
 from tests.faults.kit import REPO
 from tests.workers.policy_kit import make_model
 

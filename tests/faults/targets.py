@@ -41,7 +41,7 @@ from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces import annotate, filters, recorded, schema, spans
 from pact_nemo.tracking import jsonl as metrics_module
-from pact_nemo.training.records import task_view
+from pact_nemo.tracking.episodes import task_view
 from tests.fixtures.chat_models import chat_format, tokenizer
 from tests.fixtures.run_folders import make_run
 from tests.workers.bfcl_tasks import bfcl_environment

@@ -19,9 +19,9 @@ from pact_nemo.runtime import collective
 from pact_nemo.runtime.files import remove_unfinished, write_text_atomic
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.server import RolloutServer
+from pact_nemo.tracking import episodes as records
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.training import close_run as finish
-from pact_nemo.training import records
 
 
 def test_counters_of_all_steps_are_added_by_name() -> None:

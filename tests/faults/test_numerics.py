@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from pact_nemo.batches.prompt_groups import Gate, TraceUse, form_group
 from pact_nemo.config.schema import AlarmsConfig
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import NumericsError
 from pact_nemo.methods.registry import make_method
+from pact_nemo.monitoring import alarms
 from pact_nemo.policy.config import OptimizerConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.tracking.run_folder import Workspace
-from pact_nemo.training import alarms
-from pact_nemo.training.prompt_groups import Gate, TraceUse, form_group
 from pact_nemo.training.stopwatch import Stopwatch
 from pact_nemo.training.update import update
 from tests.test_training_fast_paths import batch, settings

@@ -15,19 +15,19 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
+from pact_nemo.data.dataset import build_dataset
+from pact_nemo.data.tasks import build_environment
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.environments.rows import read_rows
 from pact_nemo.environments.toolhop import ToolHopEnvironment
 from pact_nemo.errors import ConfigError, DataError, ToolCallError
+from pact_nemo.monitoring.diagnostics import data_record
 from pact_nemo.report.page import left_out
 from pact_nemo.runtime.quarantine import FILE, Quarantine
 from pact_nemo.runtime.strict_json import MAX_DEPTH, loads
 from pact_nemo.traces.schema import Trace, read_traces, write_traces
 from pact_nemo.traces.spans import encode_trace, fit_trace
-from pact_nemo.training.dataset import build_dataset
-from pact_nemo.training.diagnostics import data_record
-from pact_nemo.training.tasks import build_environment
 from tests.faults.targets import FTRL_ROW, TOOLHOP_ROW, TRACE
 from tests.fixtures.chat_models import chat_format
 

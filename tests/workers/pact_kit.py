@@ -7,6 +7,9 @@ import random
 
 import torch
 
+from pact_nemo.batches.prompt_groups import Gate, PromptGroup, TraceUse, form_group
+from pact_nemo.batches.prompt_trees import PromptTree, contexts_needed, grow_tree, tempered
+from pact_nemo.batches.streams import Scores, with_streams
 from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.methods.registry import method_named
@@ -15,9 +18,6 @@ from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.traces.spans import TraceTokens
-from pact_nemo.training.prompt_groups import Gate, PromptGroup, TraceUse, form_group
-from pact_nemo.training.prompt_trees import PromptTree, contexts_needed, grow_tree, tempered
-from pact_nemo.training.streams import Scores, with_streams
 from tests.workers.policy_kit import VOCAB
 
 OBJECTIVE = ObjectiveConfig(group_size=4, anchor_prob=0.4, kl_coef=0.01, sft_coef=0.3, entropy_coef=0.05, dual_clip=3.0)

@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from pact_nemo.batches.prompt_groups import Gate, PromptGroup, TraceUse, form_group
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import Outcome, Task
@@ -37,7 +38,6 @@ from pact_nemo.runtime.collective import on_rank_zero, rank
 from pact_nemo.traces.spans import TraceTokens
 from pact_nemo.training.collect import groups_of_step
 from pact_nemo.training.open_run import open_run
-from pact_nemo.training.prompt_groups import Gate, PromptGroup, TraceUse, form_group
 from pact_nemo.training.run import TrainingRun, trace_schedule
 from pact_nemo.training.state import new_state
 from pact_nemo.training.stopwatch import Stopwatch

@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pact_nemo.batches.prompt_groups import PromptGroup
+from pact_nemo.batches.prompt_trees import contexts_needed, grow_tree
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
@@ -29,8 +31,6 @@ from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.packing import pack
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import TokenTree
-from pact_nemo.training.prompt_groups import PromptGroup
-from pact_nemo.training.prompt_trees import contexts_needed, grow_tree
 from tools.benches.kit import (
     BOUNDARY,
     interleaved,

@@ -33,15 +33,15 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
+from pact_nemo.data.dataset import build_dataset
+from pact_nemo.data.tasks import build_environment, prompts_of_step
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.rollouts.batch import run_batch
 from pact_nemo.rollouts.episode import SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.config import Sampling
 from pact_nemo.serving.server import RolloutServer
-from pact_nemo.training.dataset import build_dataset
 from pact_nemo.training.limits import training_limits
-from pact_nemo.training.tasks import build_environment, prompts_of_step
 from tools.benches.kit import report
 from tools.benches.rollouts_watch import Record, TimedChat, TimedClient, TimedEnvironment, analyse, sampling_server
 

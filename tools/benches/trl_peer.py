@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from pact_nemo.batches.prompt_groups import PromptGroup
+from pact_nemo.batches.prompt_trees import PROMPT_ONLY, contexts_needed, grow_tree
 from pact_nemo.config.schema import Config
 from pact_nemo.errors import ConfigError, NumericsError
 from pact_nemo.methods.registry import make_method
@@ -37,8 +39,6 @@ from pact_nemo.policy.device import use_cuda
 from pact_nemo.policy.packing import pack
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import world_size
-from pact_nemo.training.prompt_groups import PromptGroup
-from pact_nemo.training.prompt_trees import PROMPT_ONLY, contexts_needed, grow_tree
 from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.stopwatch import Stopwatch
 from pact_nemo.training.update import update

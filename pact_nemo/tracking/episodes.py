@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pact_nemo.batches.prompt_trees import PromptGroup
 from pact_nemo.environments.base import Task
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.runtime.files import write_text_atomic
-from pact_nemo.training.prompt_trees import PromptGroup
 
 
 def task_view(task: Task) -> dict[str, Any]:

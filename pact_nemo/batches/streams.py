@@ -11,14 +11,14 @@ from functools import partial
 import numpy as np
 import torch
 
+from pact_nemo.batches.prompt_groups import usable
+from pact_nemo.batches.prompt_trees import PROMPT_ONLY, TRACE, PromptTree
 from pact_nemo.methods.base import Coefficients, Method
 from pact_nemo.objective.loss import STREAMS
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.objective.surrogate import truncated_importance
 from pact_nemo.objective.weights import rl_weights, sft_weights
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.training.prompt_groups import usable
-from pact_nemo.training.prompt_trees import PROMPT_ONLY, TRACE, PromptTree
 
 
 @dataclass(frozen=True)

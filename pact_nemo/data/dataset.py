@@ -9,6 +9,8 @@ from functools import cached_property
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config
+from pact_nemo.data.task_traces import TaskTraces, find_traces, with_reference_calls
+from pact_nemo.data.tasks import load_tasks, prompt_length
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ConfigError, DataError, ToolCallError
 from pact_nemo.objective.components import CALL, OTHER
@@ -18,8 +20,6 @@ from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.controls import other_trace
 from pact_nemo.traces.schema import Trace
 from pact_nemo.traces.spans import TraceTokens, fit_trace
-from pact_nemo.training.task_traces import TaskTraces, find_traces, with_reference_calls
-from pact_nemo.training.tasks import load_tasks, prompt_length
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from pact_nemo.batches.prompt_groups import PromptGroup, has_advantage, usable
 from pact_nemo.methods.base import Method
 from pact_nemo.objective.components import is_taught
 from pact_nemo.policy.trees import Place, TokenTree, TreeBuilder
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.traces.spans import TraceTokens
-from pact_nemo.training.prompt_groups import PromptGroup, has_advantage, usable
 
 PROMPT_ONLY, TRACE_CONDITIONED, TRACE = "x", "h", "sft"
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pact_nemo.batches.prompt_trees import PromptTree
 from pact_nemo.methods.base import Method
 from pact_nemo.objective.gate import uniform
 from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
 from pact_nemo.objective.loss import STREAMS
 from pact_nemo.policy.trees import TokenTree
-from pact_nemo.training.prompt_trees import PromptTree
 
 if TYPE_CHECKING:
     from pact_nemo.policy.policy import MegatronPolicy

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from pact_nemo.batches.prompt_trees import PromptTree
 from pact_nemo.errors import NumericsError
 from pact_nemo.runtime.files import write_json_atomic
-from pact_nemo.training.prompt_trees import PromptTree
 
 NAMES = {"x": "under x", "h": "under the trace", "sft": "the trace itself"}
 

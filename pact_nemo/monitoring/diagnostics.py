@@ -4,20 +4,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from pact_nemo.batches.prompt_groups import PromptGroup, has_policy_tokens
+from pact_nemo.batches.prompt_trees import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptTree
+from pact_nemo.batches.streams import sampler_logprobs
 from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
 from pact_nemo.policy.policy import UpdateResult
 from pact_nemo.rollouts.types import LIMITS
-from pact_nemo.training.prompt_groups import PromptGroup, has_policy_tokens
-from pact_nemo.training.prompt_trees import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptTree
-from pact_nemo.training.streams import sampler_logprobs
-
-if TYPE_CHECKING:
-    from pact_nemo.training.run import TrainingRun
 
 
 def _mean(values: list[float] | np.ndarray) -> float | None:
@@ -122,32 +119,26 @@ def data_record(dropped: dict[str, int], groups: list[PromptGroup]) -> dict[str,
     }
 
 
-def step_record(
-    run: TrainingRun,
-    groups: list[PromptGroup],
-    prompts: list[PromptTree],
-    old: list[torch.Tensor],
-    results: list[UpdateResult],
+def update_record(
+    prompts: list[PromptTree], old: list[torch.Tensor], results: list[UpdateResult], *, trace_rl: bool
 ) -> dict[str, Any]:
-    """One line of ``metrics.jsonl``; ``old`` are the prompts' log-probs under pi_old."""
-    record = rollout_record(groups)
-    if run.config.trainer.replay is None:
-        record["rollout/lag"] = max(
-            run.state.version - rollout.weight_version for group in groups for rollout in group.rollouts
-        )
-    current = [values for result in results for values in result.logprobs]
-    record.update(latent(prompts, current))
+    """What a step's updates say.
+
+    Args:
+        prompts: of all updates, in order.
+        old: [S] log-probs of each under pi_old.
+        trace_rl: whether un-anchored prompts' ratios are evaluated under the trace.
+    """
+    record: dict[str, Any] = latent(prompts, [values for result in results for values in result.logprobs])
     record.update(mismatch(prompts, old))
     record["policy/entropy"] = mean_entropy(prompts, [values for result in results for values in result.entropies])
     record.update(loss_record(results))
-    under_trace = [p for p in prompts if (TRACE, 0) in p.spans and run.method.trace_rl]
+    under_trace = [p for p in prompts if (TRACE, 0) in p.spans and trace_rl]
     record["rollout/not_conditioned"] = sum(
         (PROMPT_ONLY, k) in p.spans and (TRACE_CONDITIONED, k) not in p.spans
         for p in under_trace
         for k in range(len(p.group.rollouts))
     )
-    record["anneal/call_weight"] = run.schedule.call_weight(run.state.step)
-    record["anneal/prefix_level"] = run.schedule.level(run.state.step)
     return record
 
 

@@ -1,0 +1,1 @@
+"""What an update is given: prompt groups, token trees, per-token streams."""

@@ -1,0 +1,1 @@
+"""Which tasks and traces a run trains on."""
