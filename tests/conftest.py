@@ -7,6 +7,7 @@ import pytest
 #: files of more than half a minute on two cores, the longest first; a file that is not named here only comes later
 LONG = (
     "test_training_runs",
+    "test_tracking_run",
     "test_rollouts_server",
     "test_policy_parallel",
     "test_checkpoints_resume",
@@ -18,6 +19,7 @@ LONG = (
     "test_saves",
     "test_training_fast_paths",
     "test_planning_timing",
+    "test_tracking",
     "test_hangs",
     "test_policy_model_folder",
     "test_benches",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pact_nemo.config.load import load_config
 from pact_nemo.errors import ConfigError, Interrupted, NumericsError
 from pact_nemo.tracking.base import Outcome, Record, RunFacts, Tracker, flat_score, scalars
 from pact_nemo.tracking.jsonl import read_metrics
 from pact_nemo.tracking.registry import built_in, check_settings, check_trackers, open_trackers
-from tests.test_training_runs import recipe, records, stage, weights  # noqa: F401 - stage is a fixture
+from tests.workers.tracker_files import Curve, mlflow_curves, tensorboard_curves, wandb_curves
 from tests.workers.wandb_files import offline_runs
 
 REPO = Path(__file__).resolve().parents[1]
-Curve = list[tuple[int, float]]
 SCORE = {
     "score": 0.5,
     "n": 4,
@@ -76,38 +72,6 @@ def fill_and_be_killed(folder: Path, trackers: dict[str, Any], records: list[Rec
     words = json.dumps([str(folder), {"run": {"name": "x"}, "tracking": {"trackers": trackers}}, records])
     done = subprocess.run([sys.executable, "-c", code, words], cwd=REPO, capture_output=True, text=True, timeout=300)
     assert done.returncode == -9, done.stderr
-
-
-def tensorboard_curves(folder: Path) -> dict[str, Curve]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def wandb_curves(folder: Path) -> dict[str, Curve]:
-    """Of the one W&B run that ``wandb sync`` would make of the folder."""
-    runs = offline_runs(folder)
-    (rows,) = [run.history for run in runs.values()]
-    assert [row["_step"] for row in rows] == list(range(1, len(rows) + 1))
-    curves: dict[str, Curve] = {}
-    for row in rows:
-        for key, value in row.items():
-            if not key.startswith("_") and not key.endswith("step"):
-                curves.setdefault(key, []).append((row["warmup/step" if key.startswith("warmup/") else "step"], value))
-    return curves
-
-
-def mlflow_curves(folder: Path) -> dict[str, Curve]:
-    """Of the one MLflow run that is not in the trash."""
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
-    keys = [key for key in run.data.metrics if not key.startswith("eval/")]
-    history = {key: client.get_metric_history(run.info.run_id, key) for key in keys}
-    return {key: sorted((point.step, point.value) for point in points) for key, points in history.items()}
 
 
 CURVES: dict[str, Callable[[Path], dict[str, Curve]]] = {
@@ -440,60 +404,3 @@ def test_the_two_views_of_a_record_and_a_score() -> None:
         "eval/base/metrics/calls": 3.0,
         "eval/base/base/score": 0.25,
     }
-
-
-# -- in a whole run
-
-
-def example(folder: Path) -> None:
-    """The class of docs/extend/logger.md, as it stands there."""
-    (code,) = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "extend" / "logger.md").read_text(), flags=re.DOTALL)
-    assert code.count("\n") <= 60
-    (folder / "my_tracker.py").write_text(code)
-
-
-def test_trackers_change_no_number_of_a_run_and_the_pages_example_follows_a_resume(
-    stage: dict[str, Any],  # noqa: F811 - the fixture
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """One run with no tracker; one with the example, both services and one tracker that fails, stopped and resumed."""
-    example(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(REPO))  # for the trackers of this file
-    alone = recipe(stage, "alone", "tracking.trackers.tensorboard=null")
-    assert not (alone / "tensorboard").exists()
-    mlflow = f"sqlite:///{tmp_path}/mlflow.db"
-    broken = f"'{name_of(Everywhere)}': {{}}, '{name_of(AfterOpening)}': {{}}"
-    words = [
-        f"tracking.trackers={{'{tmp_path}/my_tracker.py:CsvTracker': {{only: loss/}}, {broken}}}",
-        "tracking.trackers.wandb.mode=offline",
-        f"tracking.trackers.mlflow.uri={mlflow}",
-        "tracking.trackers.mlflow.experiment=tests",
-        "trainer.async_checkpoint=true",  # forks beside the trackers' threads
-    ]
-    first = recipe(stage, "watched", *words, "trainer.steps=1")
-    ids = [json.loads((first / f"{name}_run.json").read_text()) for name in ("wandb", "mlflow")]
-    watched = recipe(stage, "watched", "trainer.steps=2", resume=first)
-    assert records(watched) == records(alone)
-    one, other = weights(alone), weights(watched)
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-    expected = {
-        key: [(row["step"], row[key]) for row in records(watched) if row["stage"] == "rl"] for key in ("loss/total",)
-    }
-    expected["warmup/loss/total"] = [(row["step"], row["loss/total"]) for row in records(watched)[:1]]
-    with open(watched / "curves.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert rows[-1] == {"key": "outcome", "step": "", "value": "finished"}
-    assert all("loss/" in row["key"] for row in rows[:-1])
-    for key, curve in expected.items():
-        assert [(int(row["step"]), float(row["value"])) for row in rows if row["key"] == key] == curve
-        assert wandb_curves(watched)[key] == curve
-        assert mlflow_curves(tmp_path)[key] == curve
-        assert tensorboard_curves(watched)[key] == pytest.approx(curve)
-    assert json.loads((watched / "wandb_run.json").read_text())["id"] == ids[0]["id"]
-    assert json.loads((watched / "mlflow_run.json").read_text()) == ids[1]
-    said = (watched / "run.log").read_text()
-    assert f"tracker {name_of(Everywhere)} failed in open" in said
-    failures = json.loads((watched / "summary.json").read_text())["tracking_failures"]
-    assert failures == {name_of(Everywhere): 1, name_of(AfterOpening): 1}
