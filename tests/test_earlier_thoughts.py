@@ -453,8 +453,8 @@ def test_shared_prefixes_are_computed_once(kind: str) -> None:
 
 @pytest.mark.slow
 def test_what_contexts_cost_in_tokens(capsys: pytest.CaptureFixture[str]) -> None:
-    """The counts of docs/performance.md: ground-truth traces as rollouts, eight of a kind a prompt, with the template's
-    contexts.
+    """The counts of docs/cluster/performance.md: ground-truth traces as rollouts, eight of a kind a prompt, with the
+    template's contexts.
     """
     from pact_nemo.traces.spans import encode_trace
     from tests.workers.bfcl_tasks import bfcl_environment, make_trace

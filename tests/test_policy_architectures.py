@@ -1,7 +1,8 @@
 """Every setting of every supported configuration class: computed as transformers computes it, or refused by name.
 
 For each class, each field is changed in turn, on models with and without biases and windows, and so are keys that the
-class lacks. ``make test`` runs a sample, ``make test-slow`` all of them and prints the counts of docs/reliability.md.
+class lacks. ``make test`` runs a sample, ``make test-slow`` all of them and prints the counts of
+docs/cluster/reliability.md.
 """
 
 from __future__ import annotations
@@ -403,7 +404,7 @@ def test_refusals_name_file_key_value_layers_and_what_is_supported(tmp_path: Pat
     assert "GemmaForCausalLM" in gemma and all(name in gemma for name in FAMILIES)
     assert "model_type" in refusal({**config_of("llama"), "model_type": "gemma"})
     mixed = refusal({**config_of("qwen3_moe"), "mlp_only_layers": [0, 2]})
-    assert "mlp_only_layers=[0, 2]" in mixed and "layers 0, 2" in mixed and "docs/models.md" in mixed
+    assert "mlp_only_layers=[0, 2]" in mixed and "layers 0, 2" in mixed and "docs/reference/models.md" in mixed
     assert "layer 1" in refusal({**config_of("qwen3_moe"), "decoder_sparse_step": 2}).replace("layers 0, 2", "layer 1")
     assert "layers 1-2" in refusal(config_of("qwen2, window"), attention="te")
     assert "contradicts" in refusal({**config_of("qwen3_moe"), "num_local_experts": 8})

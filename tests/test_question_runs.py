@@ -96,7 +96,7 @@ def test_recorded_traces_bring_every_recorded_answer_in(benchmark: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("benchmark", "count"), [("ftrl", 11), ("toolhop", 52)])
 def test_how_many_of_a_hundred_tasks_get_a_recorded_trace(benchmark: str, count: int) -> None:
-    """The figures of docs/traces.md."""
+    """The figures of docs/design/traces.md."""
     with Sandbox(2, Limits(seconds=3.0)) as sandbox, ThreadPoolExecutor(2) as threads:
         environment: Any = (
             FTRLEnvironment(FILES["ftrl"], sandbox)

@@ -12,8 +12,8 @@
     python tools/plan.py --recipe llama3p1_70b_64xh100_bf16 --servers 2 --server-gpus 8
 
 Lengths are means over a run's prompts; without them the limits of the config are scaled
-(``planning/from_config.py: expected_lengths``). What the numbers rest on: docs/planner.md. Exit codes: 0, 2 when the
-asked-for layout is impossible or nothing fits, 1 when it does not fit.
+(``planning/from_config.py: expected_lengths``). What the numbers rest on: docs/cluster/planner.md. Exit
+codes: 0, 2 when the asked-for layout is impossible or nothing fits, 1 when it does not fit.
 """
 
 from __future__ import annotations

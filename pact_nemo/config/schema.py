@@ -134,7 +134,7 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     importance: str = "tis"  #: correction of sampler-trainer mismatch: "tis" (truncated importance sampling) or "off"
     importance_cap: float = 2.0
-    #: of the weights that the server reloads: bfloat16 | float16 | float32 | fp8_block (docs/refit.md)
+    #: of the weights that the server reloads: bfloat16 | float16 | float32 | fp8_block (docs/cluster/refit.md)
     export_dtype: str = "bfloat16"
     #: disk for refit exports, an absolute path that servers see too (local NVMe, shared); None = the run folder
     exports_dir: str | None = None
@@ -162,8 +162,8 @@ class ScheduleConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """What methods have in common; see ``docs/objective.md`` for each symbol. A method may have other defaults for some
-    of them (its ``defaults``); what is its own alone is in ``method_config``.
+    """What methods have in common; see ``docs/design/objective.md`` for each symbol. A method may have other defaults
+    for some of them (its ``defaults``); what is its own alone is in ``method_config``.
     """
 
     group_size: int = 8  #: K

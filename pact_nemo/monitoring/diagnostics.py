@@ -1,5 +1,5 @@
 """What a step reports, all of it from parts that the step computed anyway. Every key says its denominator in
-``docs/metrics.md``.
+``docs/reference/metrics.md``.
 """
 
 from __future__ import annotations

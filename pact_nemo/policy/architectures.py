@@ -4,8 +4,8 @@ A setting is *computed* (any value that passes its check is honoured), *harmless
 or accepted with *some values only*. Everything else is refused before weights are read. Defaults of absent keys are
 those of the transformers configuration class, because that class decides what the folder means.
 
-No Megatron and no weights here: :func:`check_architecture` reads ``config.json`` alone. ``docs/models.md`` has the
-table in words and says how to add a family.
+No Megatron and no weights here: :func:`check_architecture` reads ``config.json`` alone. ``docs/reference/models.md``
+has the table in words and says how to add a family.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from pact_nemo.errors import ConfigError
 from pact_nemo.runtime import strict_json
 
-REMEDY = "use another model, or a folder with a supported value (docs/models.md lists them)"
+REMEDY = "use another model, or a folder with a supported value (docs/reference/models.md lists them)"
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of layer types
 
 Check = Callable[[Any], str | None]  # of a resolved value: what is wrong with it, or None

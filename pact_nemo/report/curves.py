@@ -1,4 +1,4 @@
-"""Which curves the report shows, and what each is divided by (``docs/metrics.md`` has the full list)."""
+"""Which curves the report shows, and what each is divided by (``docs/reference/metrics.md`` has the full list)."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ threads.
 A file's digest is a list of consecutive parts, each with the BLAKE3 of its bytes; together they cover the file. Whoever
 writes a file knows the digests of its parts from memory and needs no second look at the disk. BLAKE3 instead of SHA-256
 because it is the cheaper of two cryptographic hashes: 4.7 against 1.35 GB/s on one core that has the SHA instructions
-(docs/refit.md).
+(docs/cluster/refit.md).
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from typing import Any
 from pact_nemo.runtime import strict_json
 
 WANTED = (
-    "a trace is one JSON object a line with version, task_id, source, verified and turns (docs/traces.md). Nothing"
-    " reads other formats yet, an importer is planned; until then make traces of your tasks with tools/make_traces.py,"
-    " from ground truth, recorded answers or a teacher"
+    "a trace is one JSON object a line with version, task_id, source, verified and turns"
+    " (docs/design/traces.md). Nothing reads other formats yet, an importer is planned; until then make traces of your"
+    " tasks with tools/make_traces.py, from ground truth, recorded answers or a teacher"
 )
 _ENVELOPES = ("body", "request", "response", "data", "sample", "example")
 _RESPONSES = ("function_call", "function_call_output", "reasoning")  # item types of OpenAI's responses

@@ -170,7 +170,7 @@ def write_folder_alone(
 def _single_threaded_operations() -> Iterator[None]:
     """One thread for each torch operation of this thread and of those it starts. The parallelism of an export is in its
     stages; the small copies of gathering and converting would only wait for the threads of the others (measured: a
-    third of the processor time, docs/refit.md).
+    third of the processor time, docs/cluster/refit.md).
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,0 +1,176 @@
+#!/usr/bin/env python
+"""Checks of the Markdown pages that need no network: lines of at most 100 columns, no dead link, no dead anchor.
+
+python tools/check_markdown.py                     # README.md, CONTRIBUTING.md, CHANGELOG.md and docs/
+python tools/check_markdown.py --wrap docs/x.md    # lay its paragraphs and lists out in 100 columns, then check
+
+Tables may be wider, and so may a line that holds nothing but one word, such as an address. An anchor has to work on
+GitHub and on the built site, whose rules differ for headings with punctuation between blanks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = 100
+LINK = re.compile(r"(?<!\\)!?\[(?:[^\[\]]|\[[^\]]*\]\([^)]*\))*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)")
+ITEM = re.compile(r"^(\s*)([-*+]|\d+[.)])(\s+)")
+TITLE = re.compile(r"^#{1,6}\s+(.*?)\s*#*$")
+#: what stays on one line: a word, and a short piece of code with what hangs on it
+WORD = re.compile(r"(?:`[^`]{1,60}`|\S)+")
+#: a wrapped line must not begin with what Markdown takes for a mark of its own
+MARK = re.compile(r"^([-*+#>|=]|\d+[.)]|```|~~~)")
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """Every Markdown page of the project."""
+    top = [root / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md") if (root / name).is_file()]
+    return top + sorted((root / "docs").rglob("*.md"))
+
+
+def kinds(lines: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Each line with its number and what it is: code, table, title, comment, blank or text."""
+    fence, before, in_list = "", "blank", False
+    for number, line in enumerate(lines, 1):
+        mark = re.match(r"^\s*(```+|~~~+)", line)
+        if fence:
+            kind = "code"
+            if mark and line.strip() == fence:
+                fence = ""
+        elif mark:
+            kind, fence = "code", mark.group(1)
+        elif not line.strip():
+            kind = "blank"
+        elif line.startswith("    ") and before in ("blank", "code", "title") and not in_list:
+            kind = "code"
+        elif line.startswith("|") and line.rstrip().endswith("|"):
+            kind = "table"
+        elif TITLE.match(line):
+            kind = "title"
+        elif line.lstrip().startswith("<!--"):
+            kind = "comment"
+        else:
+            kind = "text"
+        if kind == "text" and (ITEM.match(line) or not line.startswith(" ")):
+            in_list = ITEM.match(line) is not None or (in_list and before == "text")
+        elif kind in ("title", "table"):
+            in_list = False
+        yield number, line, kind
+        before = kind
+
+
+def slugs(title: str) -> tuple[str, str]:
+    """A heading's anchor on GitHub and on the site."""
+    plain = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", title)
+    plain = re.sub(r"[`*]", "", plain).strip().lower()
+    kept = re.sub(r"[^\w\s-]", "", plain)
+    return re.sub(r"\s", "-", kept), re.sub(r"[-\s]+", "-", kept).strip("-")
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors that mean the same heading on GitHub and on the site."""
+    seen: dict[str, int] = {}
+    found = set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", path.read_text(encoding="utf-8")))
+    for _, line, kind in kinds(path.read_text(encoding="utf-8").splitlines()):
+        if kind == "title" and (match := TITLE.match(line)):
+            github, site = slugs(match.group(1))
+            if github == site and not seen.get(site):  # a second heading of the name is numbered differently
+                found.add(site)
+            seen[site] = seen.get(site, 0) + 1
+    return found
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with a page, each fault with its line."""
+    text, told = path.read_text(encoding="utf-8"), []
+    for number, line, kind in kinds(text.splitlines()):
+        where = f"{path}:{number}"
+        if len(line) > COLUMNS and kind != "table" and len(line.split()) > 1:
+            told.append(f"{where}: {len(line)} columns, at most {COLUMNS}")
+        if kind == "code":
+            continue
+        for target in LINK.findall(re.sub(r"`[^`]*`", "", line)):
+            if fault := dead(path, target):
+                told.append(f"{where}: {fault}")
+    return told
+
+
+def dead(page: Path, target: str) -> str | None:
+    """Why a link of a page leads nowhere; None: it is alive, or another site's."""
+    if re.match(r"[a-z][a-z+.-]*:", target):
+        return None
+    name, _, anchor = target.partition("#")
+    there = (page.parent / unquote(name)).resolve() if name else page
+    if not there.exists():
+        return f"dead link {target}: {there} does not exist"
+    if anchor and there.suffix == ".md" and anchor not in anchors(there):
+        return f"dead anchor {target}: no heading of {there.name} has it on GitHub and on the site"
+    return None
+
+
+def wrapped(text: str) -> str:
+    """The page with its paragraphs and list items laid out in ``COLUMNS``; code, tables and titles stay."""
+    out: list[str] = []
+    block: list[str] = []
+    lead = rest = ""
+
+    def close() -> None:
+        nonlocal block
+        lines: list[list[str]] = [[]]
+        for word in WORD.findall(" ".join(block)):
+            if lines[-1] and len(lead) + len(" ".join([*lines[-1], word])) > COLUMNS:
+                lines.append([])
+                while MARK.match(word) and len(lines[-2]) > 1:  # not at the start of a line
+                    lines[-1].insert(0, word)
+                    word = lines[-2].pop()
+                lines[-1].insert(0, word)
+            else:
+                lines[-1].append(word)
+        out.extend((rest if index else lead) + " ".join(words) for index, words in enumerate(lines) if words)
+        block = []
+
+    for _, line, kind in kinds(text.splitlines()):
+        item = ITEM.match(line) if kind == "text" else None
+        if kind != "text" or item:
+            close()
+        if kind != "text":
+            out.append(line)
+            continue
+        if item:
+            lead, rest = item.group(0), " " * len(item.group(0))
+            block = [line[item.end() :]]
+        elif block:
+            block.append(line)
+        else:
+            lead = rest = line[: len(line) - len(line.lstrip())]
+            block = [line]
+        if line.endswith("  ") or line.endswith("\\"):
+            close()
+    close()
+    return "\n".join(out) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wrap", action="store_true", help="first lay the pages out in 100 columns")
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="default: all")
+    options = parser.parse_args()
+    told = []
+    for page in options.pages or pages():
+        if options.wrap:
+            text = page.read_text(encoding="utf-8")
+            if (laid := wrapped(text)) != text:
+                page.write_text(laid, encoding="utf-8")
+        told += faults(page)
+    print("\n".join(told) if told else "Markdown: no fault", file=sys.stderr if told else sys.stdout)
+    return 1 if told else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
