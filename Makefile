@@ -1,6 +1,7 @@
 # make run    set up, then train PACT on BFCL with the preset for this machine; ends with a report
 # make test   set up, then the whole test suite (make test-slow: its slow tests; make test-faults: thousands of injected faults and a table of them)
 # make test-policy   only what differs between the Python versions: policy, checkpoints and whole runs
+# make docs   the pages as a site in site/, built without a network
 # PYTHON=python3.12 make run   picks another interpreter (3.11 or 3.12); VENV=.venv312 beside it keeps the environments of both
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu make run   takes torch from PyTorch's own (smaller) CPU index
 SHELL := /bin/bash
@@ -12,9 +13,9 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ARGS ?=
-STAMP := $(VENV)/.installed-$(shell cat requirements.txt tools/install.sh 2>/dev/null | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(shell cat requirements.txt pyproject.toml tools/install.sh 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: run test test-slow test-faults test-policy lint install check-python doctor clean
+.PHONY: run test test-slow test-faults test-policy lint docs install check-python doctor clean
 
 run: install
 	$(BIN)/python recipes/pact_bfcl.py $(ARGS)
@@ -39,6 +40,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check_markdown.py
+
+# the pages as a site in site/; any warning, dead link or dead anchor ends it
+docs: install
+	$(BIN)/python tools/check_markdown.py
+	$(BIN)/python tools/settings_reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 doctor: install
 	$(BIN)/python tools/doctor.py
@@ -52,10 +61,10 @@ check-python:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash tools/install.sh check
 endif
 
-$(STAMP): requirements.txt tools/install.sh
+$(STAMP): requirements.txt pyproject.toml tools/install.sh
 	PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH_INDEX="$(TORCH_INDEX)" bash tools/install.sh
 	rm -f $(VENV)/.installed-*
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache site

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pact_nemo.checkout import ROOT as REPOSITORY
 from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.config.schema import Config, to_yaml
@@ -18,7 +19,6 @@ from pact_nemo.runtime.terminal import command, expendable_output
 from pact_nemo.tracking.run_folder import check_places, check_replay
 
 INTERRUPTED = 75  # EX_TEMPFAIL: try again later
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def resolve(arguments: argparse.Namespace, preset: str | None, full: str) -> Config:

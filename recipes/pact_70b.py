@@ -10,13 +10,12 @@ torchrun --nproc-per-node=8 recipes/pact_70b.py --recipe qwen3_14b_8xh100_bf16 m
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from pact_nemo import checkout
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+checkout.enter(__file__)
 
-from pact_nemo.cli import main  # noqa: E402
-from recipes.pact_bfcl import FULL, run  # noqa: E402
+from pact_nemo.cli import main
+from recipes.pact_bfcl import FULL, run
 
 if __name__ == "__main__":
     main(run, None, FULL, description=__doc__, default_recipe="llama3p1_70b_64xh100_bf16")

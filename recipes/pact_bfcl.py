@@ -11,13 +11,12 @@ torchrun --nproc-per-node=2 recipes/pact_bfcl.py policy.pipeline_parallel=2
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from pact_nemo import checkout
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+checkout.enter(__file__)
 
-from pact_nemo.cli import main  # noqa: E402
-from pact_nemo.config.schema import Config  # noqa: E402
+from pact_nemo.cli import main
+from pact_nemo.config.schema import Config
 
 PRESET = "conf/pact_bfcl-smollm2_135m-cpu.yaml"  # runs anywhere, on a GPU too
 FULL = "conf/pact_bfcl.yaml"  # the paper's settings; --recipe lays model and layout over them

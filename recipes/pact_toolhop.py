@@ -11,13 +11,12 @@ tasks.path=... python recipes/pact_toolhop.py --resume runs/latest
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from pact_nemo import checkout
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+checkout.enter(__file__)
 
-from pact_nemo.cli import main  # noqa: E402
-from recipes.pact_bfcl import run  # noqa: E402
+from pact_nemo.cli import main
+from recipes.pact_bfcl import run
 
 PRESET = "conf/pact_toolhop-smollm2_135m-cpu.yaml"
 FULL = "conf/pact_toolhop.yaml"  # the paper's settings; --recipe lays model and layout over them

@@ -14,6 +14,7 @@
 set -euo pipefail
 REPOSITORY="${PACT_REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}"
 cd "$REPOSITORY"
+export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}" # also in a container, where nothing of this checkout is installed
 DRY_RUN=
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
 JOB="${SLURM_JOB_ID:-JOBID}"

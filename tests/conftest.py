@@ -1,8 +1,17 @@
-"""Order of the tests: files that take minutes first, so that no process is left alone with one of them at the end."""
+"""Order of the tests: files that take minutes first, so that no process is left alone with one of them at the end.
+And the code that is tested: this checkout's, in the tests' processes as well.
+"""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
+
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")))
+)
 
 #: files of more than half a minute on two cores, the longest first; a file that is not named here only comes later
 LONG = (

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from pact_nemo import checkout
 
-from pact_nemo.errors import PactError  # noqa: E402
-from pact_nemo.runtime.terminal import command  # noqa: E402
-from tools.benches import growth, logprobs, packing, phases, refit, rollouts, step, trl_peer  # noqa: E402
+checkout.enter(__file__)
+
+from pact_nemo.errors import PactError
+from pact_nemo.runtime.terminal import command
+from tools.benches import growth, logprobs, packing, phases, refit, rollouts, step, trl_peer
 
 BENCHES = {
     "step": step,

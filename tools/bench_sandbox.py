@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pact_nemo import checkout
 
-from pact_nemo.runtime.terminal import command  # noqa: E402
-from pact_nemo.sandbox import Sandbox  # noqa: E402
+checkout.enter(__file__)
+
+from pact_nemo.runtime.terminal import command
+from pact_nemo.sandbox import Sandbox
 
 SOURCE = """
 def find(place, kind="capital", limit=5):

@@ -24,22 +24,25 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from pact_nemo import checkout
 
-from pact_nemo.errors import ConfigError, PactError  # noqa: E402
-from pact_nemo.report.comparison import differences, total_seconds  # noqa: E402
-from pact_nemo.report.data import Run, load_run  # noqa: E402
-from pact_nemo.report.picture import comparison_svg  # noqa: E402
-from pact_nemo.report.stats import deviation, mean, paired_bootstrap  # noqa: E402
-from pact_nemo.runtime.files import write_text_atomic  # noqa: E402
-from pact_nemo.runtime.terminal import command  # noqa: E402
-from tools.comparisons import plan as plans  # noqa: E402
-from tools.comparisons import results as kept  # noqa: E402
-from tools.comparisons.picture import starts_svg  # noqa: E402
-from tools.comparisons.results import SCORE  # noqa: E402
-from tools.comparisons.results import by_task as task_scores  # noqa: E402
-from tools.comparisons.runner import config_of, run_one  # noqa: E402
+checkout.enter(__file__)
+
+from pact_nemo.errors import ConfigError, PactError
+from pact_nemo.report.comparison import differences, total_seconds
+from pact_nemo.report.data import Run, load_run
+from pact_nemo.report.picture import comparison_svg
+from pact_nemo.report.stats import deviation, mean, paired_bootstrap
+from pact_nemo.runtime.files import write_text_atomic
+from pact_nemo.runtime.terminal import command
+from tools.comparisons import plan as plans
+from tools.comparisons import results as kept
+from tools.comparisons.picture import starts_svg
+from tools.comparisons.results import SCORE
+from tools.comparisons.results import by_task as task_scores
+from tools.comparisons.runner import config_of, run_one
+
+REPOSITORY = checkout.ROOT
 
 
 def by_task(runs: list[Run]) -> dict[str, list[float]]:

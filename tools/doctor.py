@@ -23,10 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+# no checkout.enter(): this tool looks at environments that nothing is installed in yet
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pact_nemo.policy.config import FIRST_CAPABILITY  # noqa: E402  (standard library only)
-from pact_nemo.runtime.terminal import command  # noqa: E402
+from pact_nemo.policy.config import FIRST_CAPABILITY  # standard library only
+from pact_nemo.runtime.terminal import command
 
 #: ``slurm`` asks what a login node must have: its GPUs are elsewhere, and a CPU cluster has none
 ALL, GPU, SLURM, NONE = ("cpu", "gpu", "slurm"), ("gpu",), ("slurm",), ()

@@ -26,32 +26,35 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from pact_nemo import checkout
 
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+checkout.enter(__file__)
 
-from pact_nemo.chat.template import ChatFormat  # noqa: E402
-from pact_nemo.config.load import load_config  # noqa: E402
-from pact_nemo.config.schema import Config, to_dict  # noqa: E402
-from pact_nemo.data.tasks import build_environment, limited  # noqa: E402
-from pact_nemo.environments.base import Environment, Task  # noqa: E402
-from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec  # noqa: E402
-from pact_nemo.environments.splits import split  # noqa: E402
-from pact_nemo.errors import ConfigError, PactError, ServerError  # noqa: E402
-from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
-from pact_nemo.rollouts.chat_episode import play_by_chat  # noqa: E402
-from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
-from pact_nemo.rollouts.types import Rollout  # noqa: E402
-from pact_nemo.runtime.files import write_json_atomic  # noqa: E402
-from pact_nemo.runtime.terminal import command  # noqa: E402
-from pact_nemo.tracking.episodes import dump_evaluation  # noqa: E402
-from pact_nemo.tracking.terminal import RunProgress  # noqa: E402
-from pact_nemo.training.evaluation import episode_rewards, summarise  # noqa: E402
-from pact_nemo.training.generation import Generator  # noqa: E402
-from pact_nemo.training.limits import evaluation_limits  # noqa: E402
-from pact_nemo.training.preflight import check_served_folder  # noqa: E402
+from rich.console import Console
+from rich.table import Table
+
+from pact_nemo.chat.template import ChatFormat
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config, to_dict
+from pact_nemo.data.tasks import build_environment, limited
+from pact_nemo.environments.base import Environment, Task
+from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec
+from pact_nemo.environments.splits import split
+from pact_nemo.errors import ConfigError, PactError, ServerError
+from pact_nemo.rollouts.chat_endpoint import chat_endpoint
+from pact_nemo.rollouts.chat_episode import play_by_chat
+from pact_nemo.rollouts.store import read_rollouts
+from pact_nemo.rollouts.types import Rollout
+from pact_nemo.runtime.files import write_json_atomic
+from pact_nemo.runtime.terminal import command
+from pact_nemo.tracking.episodes import dump_evaluation
+from pact_nemo.tracking.terminal import RunProgress
+from pact_nemo.training.evaluation import episode_rewards, summarise
+from pact_nemo.training.generation import Generator
+from pact_nemo.training.limits import evaluation_limits
+from pact_nemo.training.preflight import check_served_folder
+
+REPOSITORY = checkout.ROOT
 
 
 @contextmanager

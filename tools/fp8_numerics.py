@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pact_nemo import checkout
+
+checkout.enter(__file__)
 
 from pact_nemo.batches.prompt_trees import contexts_needed, grow_tree
 from pact_nemo.batches.streams import Scores, with_streams

@@ -27,11 +27,13 @@ fi
 [ "${1:-}" != check ] || exit 0
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 PIP=("$VENV/bin/python" -m pip --disable-pip-version-check)
-echo "[1/3] pip and build tools"
+echo "[1/4] pip and build tools"
 "${PIP[@]}" install -q "pip>=25" setuptools==78.1.1 wheel
-echo "[2/3] torch"
+echo "[2/4] torch"
 "${PIP[@]}" install -q ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
-echo "[3/3] $(grep -cE '^[a-zA-Z]' requirements.txt) pinned packages"
+echo "[3/4] $(grep -cE '^[a-zA-Z]' requirements.txt) pinned packages"
 "${PIP[@]}" install -q --no-deps -r requirements.txt
+echo "[4/4] this checkout, in editable mode"
+"${PIP[@]}" install -q --no-deps --no-build-isolation -e .
 "$VENV/bin/python" -c "import torch, megatron.core; print('installed: torch', torch.__version__, 'megatron-core', megatron.core.__version__)"
 du -sh "$VENV" | awk '{print "environment size: " $1}'

@@ -28,35 +28,36 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from pact_nemo import checkout
 
-from rich.console import Console  # noqa: E402
-from rich.text import Text  # noqa: E402
+checkout.enter(__file__)
 
-from pact_nemo.chat.thoughts import thoughts_and_visible  # noqa: E402
-from pact_nemo.chat.tool_formats import tool_format  # noqa: E402
-from pact_nemo.config.load import load_config  # noqa: E402
-from pact_nemo.config.schema import Config  # noqa: E402
-from pact_nemo.data.tasks import build_environment  # noqa: E402
-from pact_nemo.environments.base import Environment, Task  # noqa: E402
-from pact_nemo.environments.calls import shown  # noqa: E402
-from pact_nemo.environments.registry import environment_spec  # noqa: E402
-from pact_nemo.errors import ConfigError, DataError, PactError, ServerError  # noqa: E402
-from pact_nemo.rollouts.chat_endpoint import chat_endpoint  # noqa: E402
-from pact_nemo.rollouts.store import read_rollouts  # noqa: E402
-from pact_nemo.rollouts.types import Rollout  # noqa: E402
-from pact_nemo.runtime.files import write_json_atomic  # noqa: E402
-from pact_nemo.runtime.terminal import command  # noqa: E402
-from pact_nemo.traces.annotate import Style  # noqa: E402
-from pact_nemo.traces.augment import KINDS, new_solutions, promoted, replay, variants  # noqa: E402
-from pact_nemo.traces.filters import turns_without_reasoning, why_not  # noqa: E402
-from pact_nemo.traces.llm_annotate import ModelAnnotator  # noqa: E402
-from pact_nemo.traces.schema import Trace, read_traces, write_traces  # noqa: E402
-from pact_nemo.traces.segments import split_reasoning  # noqa: E402
-from pact_nemo.traces.teacher import teacher_trace  # noqa: E402
-from pact_nemo.traces.without_teacher import expert_trace  # noqa: E402
-from pact_nemo.tracking.terminal import RunProgress  # noqa: E402
+from rich.console import Console
+from rich.text import Text
+
+from pact_nemo.chat.thoughts import thoughts_and_visible
+from pact_nemo.chat.tool_formats import tool_format
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config
+from pact_nemo.data.tasks import build_environment
+from pact_nemo.environments.base import Environment, Task
+from pact_nemo.environments.calls import shown
+from pact_nemo.environments.registry import environment_spec
+from pact_nemo.errors import ConfigError, DataError, PactError, ServerError
+from pact_nemo.rollouts.chat_endpoint import chat_endpoint
+from pact_nemo.rollouts.store import read_rollouts
+from pact_nemo.rollouts.types import Rollout
+from pact_nemo.runtime.files import write_json_atomic
+from pact_nemo.runtime.terminal import command
+from pact_nemo.traces.annotate import Style
+from pact_nemo.traces.augment import KINDS, new_solutions, promoted, replay, variants
+from pact_nemo.traces.filters import turns_without_reasoning, why_not
+from pact_nemo.traces.llm_annotate import ModelAnnotator
+from pact_nemo.traces.schema import Trace, read_traces, write_traces
+from pact_nemo.traces.segments import split_reasoning
+from pact_nemo.traces.teacher import teacher_trace
+from pact_nemo.traces.without_teacher import expert_trace
+from pact_nemo.tracking.terminal import RunProgress
 
 Attempt = Callable[[Task], Trace | None]
 NAMED = 100  #: tasks that the quality report names, at most

@@ -22,11 +22,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from pact_nemo import checkout
 
-from pact_nemo.errors import MissingDependency, PactError  # noqa: E402
-from pact_nemo.runtime.terminal import command  # noqa: E402
+checkout.enter(__file__)
+
+from pact_nemo.errors import MissingDependency, PactError
+from pact_nemo.runtime.terminal import command
+
+REPOSITORY = checkout.ROOT
 
 
 def nemo_run() -> Any:
@@ -65,6 +68,7 @@ def task(options: argparse.Namespace) -> Any:
     command += [str(REPOSITORY / options.script), *source, *options.words]
     lines = [
         f"cd {shlex.quote(str(REPOSITORY))}",
+        f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}",  # in a container nothing of the checkout is installed
         *([SLURM_RANK] if options.executor == "slurm" else []),
         f"exec {shlex.join(command)}",
     ]

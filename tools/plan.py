@@ -27,7 +27,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pact_nemo import checkout
+
+checkout.enter(__file__)
 
 from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
@@ -48,7 +50,7 @@ from pact_nemo.planning.plan import Plan, make_plan, search
 from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.runtime.terminal import command
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = checkout.ROOT
 
 
 def parse() -> argparse.Namespace:

@@ -12,11 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pact_nemo import checkout
 
-from pact_nemo.errors import PactError  # noqa: E402
-from pact_nemo.report import write_report  # noqa: E402
-from pact_nemo.runtime.terminal import command  # noqa: E402
+checkout.enter(__file__)
+
+from pact_nemo.errors import PactError
+from pact_nemo.report import write_report
+from pact_nemo.runtime.terminal import command
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,17 +22,18 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from pact_nemo import checkout
 
-from pact_nemo.config.load import load_config  # noqa: E402
-from pact_nemo.config.recipes import RECIPES, recipe  # noqa: E402
-from pact_nemo.errors import ConfigError, PactError  # noqa: E402
-from pact_nemo.runtime.files import write_text_atomic  # noqa: E402
-from pact_nemo.runtime.terminal import command  # noqa: E402
-from pact_nemo.serving.server import RolloutServer  # noqa: E402
-from pact_nemo.training.preflight import preflight  # noqa: E402
-from pact_nemo.training.served_weights import model_path, served_path  # noqa: E402
+checkout.enter(__file__)
+
+from pact_nemo.config.load import load_config
+from pact_nemo.config.recipes import RECIPES, recipe
+from pact_nemo.errors import ConfigError, PactError
+from pact_nemo.runtime.files import write_text_atomic
+from pact_nemo.runtime.terminal import command
+from pact_nemo.serving.server import RolloutServer
+from pact_nemo.training.preflight import preflight
+from pact_nemo.training.served_weights import model_path, served_path
 
 
 def main() -> int:
