@@ -66,10 +66,10 @@ class TasksConfig:
 class SandboxConfig:
     """Where tools that are given as source run, those of FTRL and ToolHop; limits are per call."""
 
-    workers: int = 2
-    seconds: float = 10.0
-    memory_mb: int = 1024
-    processes: int = 16
+    workers: int = 2  #: confined processes that run tools
+    seconds: float = 10.0  #: wall time of a call
+    memory_mb: int = 1024  #: memory of a call
+    processes: int = 16  #: processes that a call may start
     #: run untrusted tools without namespaces; for machines that can't confine, and only on purpose
     unconfined: bool = False
 
@@ -133,7 +133,7 @@ class RolloutConfig:
     server: RolloutServerConfig = field(default_factory=RolloutServerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     importance: str = "tis"  #: correction of sampler-trainer mismatch: "tis" (truncated importance sampling) or "off"
-    importance_cap: float = 2.0
+    importance_cap: float = 2.0  #: tis: largest importance weight
     #: of the weights that the server reloads: bfloat16 | float16 | float32 | fp8_block (docs/cluster/refit.md)
     export_dtype: str = "bfloat16"
     #: disk for refit exports, an absolute path that servers see too (local NVMe, shared); None = the run folder
@@ -147,7 +147,7 @@ class ScheduleConfig:
 
     reasoning: str = "segment"  #: none | fixed | token | segment | whole_trace_token
     call: str = "scale"  #: none | fixed | token | scale
-    reasoning_scale: float = 1.0
+    reasoning_scale: float = 1.0  #: weight of a reasoning token that is taught
     fixed_level: int = 4  #: prefix level of reasoning=fixed
     call_start: float = 0.8  #: lambda_start of eq. 11
     call_end: float = 0.2  #: lambda_end of eq. 11
@@ -168,11 +168,11 @@ class ObjectiveConfig:
 
     group_size: int = 8  #: K
     clip: bool = True  #: False: the surrogate without a range of ratios
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float = 0.2  #: ratios below 1 minus this are clipped
+    clip_high: float = 0.2  #: ratios above 1 plus this are clipped
     dual_clip: float | None = None  #: c: a token of negative advantage loses at most c |A| (verl: 3.0); null = off
     gamma: float = 0.9  #: discount of the turn-level return
-    advantage_eps: float = 1e-6
+    advantage_eps: float = 1e-6  #: added to the standard deviation
     #: divide by the group's standard deviation; False: the mean is taken off, and that is all
     advantage_std: bool = True
     #: a smaller standard deviation is taken as this much, in units of the reward; 0 = no floor
@@ -187,7 +187,7 @@ class ObjectiveConfig:
     trace_rl: bool = True  #: trace-conditioned surrogate; False evaluates the ratio under x for every prompt (ablation)
     sft_coef: float = 0.1  #: beta_SFT
     anchor_prob: float = 0.4  #: q
-    kl_coef: float = 0.001
+    kl_coef: float = 0.001  #: weight of the KL term; 0 = off
     #: bonus on the entropy of each policy token's distribution under x (public scripts: 0.001); 0 = off
     entropy_coef: float = 0.0
     aggregation: str = "rollout-mean"  #: rollout-mean | token-mean | constant-length
@@ -203,12 +203,12 @@ class WarmupConfig:
     it out.
     """
 
-    steps: int = 0
+    steps: int = 0  #: optimizer steps; 0 = none
     batch_size: int = 8  #: traces per optimizer step
-    lr: float = 2e-5
+    lr: float = 2e-5  #: learning rate
     max_tasks: int | None = None  #: training tasks whose traces the stage sees; None = all
-    reasoning_weight: float = 1.0
-    call_weight: float = 1.0
+    reasoning_weight: float = 1.0  #: weight of a reasoning token
+    call_weight: float = 1.0  #: weight of a call token
     #: a message without calls that ends the turn, taught in this stage only (traces hold no final answer)
     closing: str | None = None
 
@@ -224,7 +224,7 @@ class TrainerConfig:
     batch_size: int = 256  #: prompts per step
     mini_batch_size: int = 32  #: prompts per optimizer update
     checkpoint_every: int = 5  #: steps; the last step is always saved; 0 = only the last
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  #: newest checkpoints kept on disk
     #: write checkpoints beside the next steps (a child process a rank); the last one is waited for
     async_checkpoint: bool = False
     #: kl_coef=0: run conditioned rollouts under x, too, for privilege gap and mismatch only (needed by tis, adaptive)
@@ -246,14 +246,14 @@ class TrainerConfig:
 class EvaluationConfig:
     """Held-out evaluation with the benchmark's own checker."""
 
-    before: bool = True
-    after: bool = True
+    before: bool = True  #: evaluate the model as published, and after the warm-up
+    after: bool = True  #: evaluate the trained policy
     #: assistant turns that may follow one user turn; None = as in the benchmark's own evaluation, or in training where
     #: it has none
     max_turns_per_user_turn: int | None = None
-    temperature: float = 0.0
+    temperature: float = 0.0  #: of its sampling; 0 = greedy
     samples: int = 1  #: episodes per task; with more than one the score is their mean
-    episodes_in_report: int = 12
+    episodes_in_report: int = 12  #: held-out episodes that the report shows
 
 
 @dataclass

@@ -57,7 +57,7 @@ class ChordConfig:
 
     mu_start: float = 0.9  #: weight of the SFT term at the first step, in [0, 1]
     mu_end: float = 0.05  #: after ``mu_decay_steps``
-    mu_decay_steps: int = 12
+    mu_decay_steps: int = 12  #: steps from the first weight to the last
     mu_schedule: str = "cosine"  #: how mu goes down: "cosine" or "linear"
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ or accepted with *some values only*. Everything else is refused before weights a
 those of the transformers configuration class, because that class decides what the folder means.
 
 No Megatron and no weights here: :func:`check_architecture` reads ``config.json`` alone. ``docs/reference/models.md``
-has the table in words and says how to add a family.
+has the table in words, and ``docs/extend/model.md`` says how to add a family.
 """
 
 from __future__ import annotations
