@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""PACT at scale: any recipe of ``pact_nemo/config/recipes.py`` on BFCL; without ``--recipe``, Llama-3.1-70B on 8
-nodes with 8 GPUs.
+"""PACT at scale: any recipe of ``pact_nemo/config/recipes.py`` on BFCL; without ``--recipe``, Llama-3.1-70B on 8 nodes
+with 8 GPUs.
 
-sbatch slurm/pact_70b.sh model.path=/models/Llama-3.1-70B-Instruct
-python recipes/pact_70b.py --dry-run                                        # settings, layout and memory per GPU;
-starts nothing python recipes/pact_70b.py --recipe qwen3_32b_16xh100_bf16 --dry-run
-torchrun --nproc-per-node=8 recipes/pact_70b.py --recipe qwen3_14b_8xh100_bf16 model.path=/models/Qwen3-14B
+    sbatch slurm/pact_70b.sh model.path=/models/Llama-3.1-70B-Instruct
+    python recipes/pact_70b.py --dry-run                     # settings, layout and memory per GPU; starts nothing
+    python recipes/pact_70b.py --recipe qwen3_32b_16xh100_bf16 --dry-run
+    torchrun --nproc-per-node=8 recipes/pact_70b.py --recipe qwen3_14b_8xh100_bf16 model.path=/models/Qwen3-14B
+
+Every setting is in docs/reference/settings.md.
 """
 
 from __future__ import annotations

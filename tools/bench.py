@@ -1,17 +1,20 @@
 #!/usr/bin/env python
-"""Measured figures of single parts. Each subcommand runs its rounds interleaved with what it is compared to and ends
-with medians and a ratio.
+"""Measured figures of single parts. Each subcommand runs its rounds interleaved with what it is compared to and ends with
+medians and a ratio.
 
-python tools/bench.py step --run runs/latest --naive            # a PACT step against a GRPO step on the same rollouts
-python tools/bench.py trl --run runs/latest                     # our steps against TRL's GRPO on the same rollouts
-python tools/bench.py logprobs                                  # vocabulary head: memory at 32k tokens, time
-python tools/bench.py packing --run runs/latest                 # real tokens in packed rows; ragged against equal
-lengths python tools/bench.py rollouts                                  # how busy the rollout server is
-python tools/bench.py phases --run runs/latest                  # a step's wall time by phase
-python tools/bench.py growth --out docs/growth.json --picture docs/growth.svg   # time and memory against K, lengths,
-vocabulary, processes python tools/bench.py refit                                   # embedded model, one process, real
-vLLM server torchrun --standalone --nproc-per-node 2 tools/bench.py refit --pipeline-parallel 2
-python tools/bench.py refit --synthetic 2.0 --no-server --json   # a random Llama of about 2 GB in bfloat16
+    python tools/bench.py step --run runs/latest --naive     # a PACT step against a GRPO step on the same rollouts
+    python tools/bench.py trl --run runs/latest              # our steps against TRL's GRPO on the same rollouts
+    python tools/bench.py logprobs                           # vocabulary head: memory at 32k tokens, time
+    python tools/bench.py packing --run runs/latest          # real tokens in packed rows; ragged against equal lengths
+    python tools/bench.py rollouts                           # how busy the rollout server is
+    python tools/bench.py phases --run runs/latest           # a step's wall time by phase
+    # time and memory against K, lengths, vocabulary, processes
+    python tools/bench.py growth --out docs/growth.json --picture docs/growth.svg
+    python tools/bench.py refit                              # embedded model, one process, real vLLM server
+    torchrun --standalone --nproc-per-node 2 tools/bench.py refit --pipeline-parallel 2
+    python tools/bench.py refit --synthetic 2.0 --no-server --json   # a random Llama of about 2 GB in bfloat16
+
+Every subcommand has --help.
 """
 
 from __future__ import annotations

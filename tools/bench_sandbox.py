@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Calls per second of the sandbox against plain ``exec`` in this process, at 1 and 8 workers, interleaved, medians.
 
-python tools/bench_sandbox.py --rounds 7 --calls 200
+    python tools/bench_sandbox.py --rounds 7 --calls 200
+
+A figure is calls per second; the ratio is sandbox over exec.
 """
 
 from __future__ import annotations

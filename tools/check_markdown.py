@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Checks of the Markdown pages that need no network: lines of at most 100 columns, no dead link, no dead anchor.
 
-python tools/check_markdown.py                     # README.md, CONTRIBUTING.md, CHANGELOG.md and docs/
-python tools/check_markdown.py --wrap docs/x.md    # lay its paragraphs and lists out in 100 columns, then check
+    python tools/check_markdown.py                     # README.md, CONTRIBUTING.md, CHANGELOG.md and docs/
+    python tools/check_markdown.py --wrap docs/x.md    # lay its paragraphs and lists out in 100 columns, then check
 
 Tables may be wider, and so may a line that holds nothing but one word, such as an address. An anchor has to work on
 GitHub and on the built site, whose rules differ for headings with punctuation between blanks.

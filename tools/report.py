@@ -1,9 +1,11 @@
 #!/usr/bin/env python
 """Write (again) the report of a run, alone or beside other runs: the first one's report, compared with the others.
 
-python tools/report.py runs/latest
-python tools/report.py runs/pact_bfcl-pact-seed1-1 runs/pact_bfcl-grpo-seed1-1 runs/pact_bfcl-pact-seed2-1
-python tools/report.py runs/latest --png report.png --width 390 --dark
+    python tools/report.py runs/latest
+    python tools/report.py runs/pact_bfcl-pact-seed1-1 runs/pact_bfcl-grpo-seed1-1 runs/pact_bfcl-pact-seed2-1
+    python tools/report.py runs/latest --png report.png --width 390 --dark
+
+Without --png it needs no browser.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write docs/reference/settings.md from the configuration classes.
 
-python tools/settings_reference.py             # write the page
-python tools/settings_reference.py --check     # exit code 1 where the page is not what the classes say
+    python tools/settings_reference.py             # write the page
+    python tools/settings_reference.py --check     # exit code 1 where the page is not what the classes say
 
 What a setting means is read where it stands in the code: the ``#:`` comment behind a field or on the lines above it, or
 its entry under ``Attributes:`` in the docstring of its class.
