@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Measured figures of single parts. Each subcommand runs its rounds interleaved with what it is compared to and ends with
-medians and a ratio.
+"""Measured figures of single parts. Each subcommand runs its rounds interleaved with what it is compared to and ends
+with medians and a ratio.
 
     python tools/bench.py step --run runs/latest --naive     # a PACT step against a GRPO step on the same rollouts
     python tools/bench.py trl --run runs/latest              # our steps against TRL's GRPO on the same rollouts
