@@ -17,7 +17,7 @@ import pytest
 from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning.shape import Layout, ModelShape, padded_vocab, rank_parameters
-from pact_nemo.policy.architectures import MODEL_TYPES
+from pact_nemo.policy.families import MODEL_TYPES
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = {

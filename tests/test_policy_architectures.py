@@ -23,9 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning.shape import ModelShape
 from pact_nemo.policy import attention
-from pact_nemo.policy.architectures import FAMILIES, MODEL_TYPES, check_architecture, resolve_sizes
+from pact_nemo.policy.architectures import check_architecture, resolve_sizes
 from pact_nemo.policy.attention import lower_right_mask, plan_attention
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.families import FAMILIES, MODEL_TYPES
 from pact_nemo.policy.packing import pack, zigzag_positions
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import Segment, TokenTree

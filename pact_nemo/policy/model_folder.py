@@ -18,9 +18,10 @@ import torch
 from safetensors import safe_open
 
 from pact_nemo.errors import CheckpointError, ConfigError
-from pact_nemo.policy.architectures import Architecture, check_architecture, silent
+from pact_nemo.policy.architectures import Architecture, check_architecture
 from pact_nemo.policy.expected_weights import EMBEDDING, HEAD, Shapes, expected_weights
 from pact_nemo.policy.export import fp8_block
+from pact_nemo.policy.hf_config import silent
 from pact_nemo.runtime import strict_json
 from pact_nemo.runtime.tensor_files import TensorEntry, is_derived, read_tensors
 
