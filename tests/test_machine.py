@@ -239,7 +239,7 @@ def test_the_server_gets_such_a_place_and_leaves_nothing(tmp_path: Path, monkeyp
 
 POLICY = """
 import torch.distributed as dist
-from pact_nemo.policy.device import prepare_megatron
+from pact_nemo.policy.megatron_import import prepare_megatron
 prepare_megatron()
 from pact_nemo.policy.bridge import load_bridge
 print(type(load_bridge(MODEL)).__name__)

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
-from pact_nemo.policy.device import prepare_megatron
+from pact_nemo.policy.megatron_import import prepare_megatron
 
 prepare_megatron()
 from pact_nemo.policy.optimizer import learning_rate  # noqa: E402

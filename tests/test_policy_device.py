@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pact_nemo.policy import device
+from pact_nemo.policy import megatron_import, without_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the redirection is for machines without CUDA")
-device.prepare_megatron()
+megatron_import.prepare_megatron()
 
 CPU = torch.device("cpu")
 REPO = Path(__file__).resolve().parents[1]
@@ -25,15 +25,15 @@ REPO = Path(__file__).resolve().parents[1]
 
 def test_installing_twice_changes_nothing() -> None:
     before = torch.zeros
-    assert device.install_cpu_redirection() is True
+    assert without_cuda.install_cpu_redirection() is True
     assert torch.zeros is before
 
 
 def test_with_cuda_nothing_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "use_cuda", lambda: True)
-    monkeypatch.setattr(device, "_redirect_cuda_module", lambda: pytest.fail("redirected although CUDA is there"))
-    monkeypatch.setattr(device, "_installed", False)
-    assert device.install_cpu_redirection() is False
+    monkeypatch.setattr(without_cuda, "use_cuda", lambda: True)
+    monkeypatch.setattr(without_cuda, "_redirect_cuda_module", lambda: pytest.fail("redirected although CUDA is there"))
+    monkeypatch.setattr(without_cuda, "_installed", False)
+    assert without_cuda.install_cpu_redirection() is False
 
 
 FACTORIES: dict[str, Callable[..., torch.Tensor]] = {
@@ -57,15 +57,15 @@ FACTORIES: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def test_every_factory_has_its_test() -> None:
-    assert set(FACTORIES) == set(device._FACTORIES)
+    assert set(FACTORIES) == set(without_cuda._FACTORIES)
 
 
 @pytest.mark.parametrize("name", FACTORIES)
 @pytest.mark.parametrize("spelling", ["cuda", "cuda:0", torch.device("cuda", 0)])
 def test_factories_with_a_cuda_device(name: str, spelling: Any) -> None:
-    before = device.REDIRECTED[f"torch.{name}"]
+    before = without_cuda.REDIRECTED[f"torch.{name}"]
     assert FACTORIES[name](device=spelling).device == CPU
-    assert device.REDIRECTED[f"torch.{name}"] == before + 1
+    assert without_cuda.REDIRECTED[f"torch.{name}"] == before + 1
     assert FACTORIES[name](device="meta").device.type == "meta", "other devices pass through"
 
 
@@ -93,7 +93,7 @@ def test_device_context_still_reaches_the_factories() -> None:
 )
 def test_cuda_module_answers(name: str, arguments: tuple[Any, ...], expected: Any) -> None:
     assert getattr(torch.cuda, name)(*arguments) == expected
-    assert device.REDIRECTED[f"torch.cuda.{name}"] > 0
+    assert without_cuda.REDIRECTED[f"torch.cuda.{name}"] > 0
 
 
 @pytest.mark.parametrize("name", ["current_stream", "default_stream"])
@@ -169,7 +169,7 @@ def test_scatter_makes_its_chunks_contiguous(monkeypatch: pytest.MonkeyPatch) ->
         "scatter",
         lambda tensor, chunks=None, *a, **k: seen.extend(chunk.is_contiguous() for chunk in chunks or []),
     )
-    device._patch_gloo_scatter()
+    megatron_import._patch_gloo_scatter()
     dist.scatter(torch.empty(2, 2), list(torch.ones(2, 4).chunk(2, dim=1)))
     dist.scatter(torch.empty(2, 2))
     assert seen == [True, True]
@@ -178,7 +178,8 @@ def test_scatter_makes_its_chunks_contiguous(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_plain_process_is_a_job_of_one_rank() -> None:
     code = (
         "import torch.distributed as dist\n"
-        "from pact_nemo.policy.device import init_distributed, local_device\n"
+        "from pact_nemo.policy.device import local_device\n"
+        "from pact_nemo.policy.distributed import init_distributed\n"
         "init_distributed(30); init_distributed(30)\n"
         "print(dist.get_world_size(), dist.get_backend(), local_device())\n"
     )
@@ -188,7 +189,7 @@ def test_a_plain_process_is_a_job_of_one_rank() -> None:
 
 def test_importing_megatron_says_nothing() -> None:
     program = (
-        "import logging; logging.basicConfig(); from pact_nemo.policy.device import prepare_megatron;"
+        "import logging; logging.basicConfig(); from pact_nemo.policy.megatron_import import prepare_megatron;"
         " prepare_megatron()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
@@ -206,9 +207,9 @@ def test_megatrons_loggers_obey_the_process() -> None:
 
 
 def test_megatron_imported_before_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_prepared", False)
+    monkeypatch.setattr(megatron_import, "_prepared", False)
     with pytest.raises(RuntimeError, match="imported before .*prepare_megatron"):
-        device.prepare_megatron()
+        megatron_import.prepare_megatron()
 
 
 def test_megatron_is_prepared_in_every_module_that_imports_it() -> None:

@@ -16,7 +16,7 @@ from pact_nemo.checkpoints.manifest import verify_manifest
 from pact_nemo.errors import CheckpointError, ConfigError, NumericsError
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
-from pact_nemo.policy.device import init_distributed
+from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.packing import pack
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import Place, Segment, TokenTree, TreeBuilder

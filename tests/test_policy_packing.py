@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pact_nemo.errors import DataError
-from pact_nemo.policy.device import prepare_megatron
+from pact_nemo.policy.megatron_import import prepare_megatron
 from pact_nemo.policy.packing import PackedMicroBatch, Run, pack, zigzag_positions
 from pact_nemo.policy.trees import Segment, TokenTree
 from tests.workers.policy_kit import make_trees
@@ -14,7 +14,7 @@ from tests.workers.policy_kit import make_trees
 prepare_megatron()
 from pact_nemo.policy.attention import AttentionPlan, plan_attention  # noqa: E402
 from pact_nemo.policy.config import PolicyConfig  # noqa: E402
-from pact_nemo.policy.device import init_distributed  # noqa: E402
+from pact_nemo.policy.distributed import init_distributed  # noqa: E402
 from pact_nemo.policy.engine import to_local  # noqa: E402
 from pact_nemo.policy.model import initialize_model_parallel  # noqa: E402
 

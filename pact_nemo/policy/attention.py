@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from pact_nemo.policy.device import prepare_megatron
 from pact_nemo.policy.fused import rotate
+from pact_nemo.policy.megatron_import import prepare_megatron
 from pact_nemo.policy.packing import Run
 
 prepare_megatron()

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.policy.architectures import Architecture
-from pact_nemo.policy.device import prepare_megatron
+from pact_nemo.policy.megatron_import import prepare_megatron
 from pact_nemo.policy.model_folder import ModelFolder, WeightReader, check_model_folder
 from pact_nemo.runtime.collective import raise_together
 

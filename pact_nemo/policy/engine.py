@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from pact_nemo.policy.attention import TreeBatch, plan_attention
 from pact_nemo.policy.config import PolicyConfig
-from pact_nemo.policy.device import prepare_megatron
+from pact_nemo.policy.megatron_import import prepare_megatron
 from pact_nemo.policy.packing import PackedMicroBatch, pack, zigzag_positions
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.runtime.hangs import beat

@@ -22,10 +22,12 @@ from pact_nemo.policy import fused
 from pact_nemo.policy.architectures import Architecture
 from pact_nemo.policy.attention import TreeBatch, TreeCoreAttention
 from pact_nemo.policy.config import PolicyConfig
-from pact_nemo.policy.device import local_device, patience, prepare_megatron
+from pact_nemo.policy.device import local_device
+from pact_nemo.policy.distributed import patience
 from pact_nemo.policy.fp8 import HISTORY, emulate, number_format
 from pact_nemo.policy.fused import SwiGLU
 from pact_nemo.policy.heads import vocab_parallel_logprobs_and_entropies
+from pact_nemo.policy.megatron_import import prepare_megatron
 
 prepare_megatron()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pact_nemo.policy.config import OptimizerConfig
-from pact_nemo.policy.device import prepare_megatron
+from pact_nemo.policy.megatron_import import prepare_megatron
 
 prepare_megatron()
 

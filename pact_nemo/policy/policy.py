@@ -20,6 +20,7 @@ from pact_nemo.policy import bridge, engine, fp8, model, optimizer
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.export.hf_folder import write_folder
 from pact_nemo.policy.export.layout import LayoutSettings, check_dtype
 from pact_nemo.policy.fp8 import ALIGNMENT
@@ -83,7 +84,7 @@ class MegatronPolicy:
             ConfigError: contradictory settings, or a model that isn't computed or can't be laid out this way.
             CheckpointError: the folder's tensors are not those of its model, or not finite.
         """
-        devices.init_distributed(config.init_timeout_s)
+        init_distributed(config.init_timeout_s)
         cuda = devices.use_cuda()
         if config.keep_freed_memory and not cuda:
             devices.keep_freed_memory()

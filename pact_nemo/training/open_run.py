@@ -14,7 +14,7 @@ from pact_nemo.config.schema import Config, settled, steps_of, to_dict, to_yaml
 from pact_nemo.data.dataset import Dataset, build_dataset
 from pact_nemo.data.tasks import build_environment, check_batches
 from pact_nemo.planning.from_config import brief, run_plan
-from pact_nemo.policy.device import init_distributed
+from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import on_rank_zero, rank
 from pact_nemo.runtime.files import write_text_atomic

@@ -12,7 +12,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from pact_nemo.policy.device import init_distributed
+from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.runtime.hangs import beat
 
 LIMIT_S = 4.0

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from pact_nemo.checkpoints import manifest, resume
-from pact_nemo.policy.device import init_distributed
+from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.faults import tally
 from tests.faults.kit import COUNT, FAIL_FROM, FAIL_ONCE, KILL, KILL_SELF, TORN, Saver, build_cutter

@@ -26,7 +26,7 @@ from pact_nemo.config.load import load_config
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.bfcl import data as bfcl_data
 from pact_nemo.errors import CheckpointError, ConfigError, DataError
-from pact_nemo.policy.device import init_distributed  # noqa: F401 - what the child process below imports
+from pact_nemo.policy.distributed import init_distributed  # noqa: F401 - what the child process below imports
 from pact_nemo.runtime import tensor_files
 from pact_nemo.runtime.files import stays_inside
 from pact_nemo.serving.config import RolloutServerConfig
@@ -392,7 +392,7 @@ def test_a_process_of_one_rank_listens_on_the_loopback_only() -> None:
     code = (
         "import os, torch, torch.distributed as dist\n"
         "from tests.faults.sockets import foreign\n"
-        "from pact_nemo.policy.device import init_distributed\n"
+        "from pact_nemo.policy.distributed import init_distributed\n"
         "init_distributed(60)\n"
         "dist.all_reduce(torch.ones(1)); dist.new_group([0])\n"
         "print('foreign', foreign([os.getpid()]))\n"

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 def count(folder: str, settings: dict[str, object], world: int, ranks: list[int]) -> list[dict[str, int]]:
     """Parameters of each of ``ranks``, by kind."""
     from pact_nemo.policy.config import PolicyConfig
-    from pact_nemo.policy.device import prepare_megatron
+    from pact_nemo.policy.megatron_import import prepare_megatron
 
     prepare_megatron()
     from megatron.core import parallel_state, tensor_parallel

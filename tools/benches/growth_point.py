@@ -133,7 +133,7 @@ def measure(point: Point, folder: Path) -> dict[str, dict[str, float]]:
     """
     import torch.distributed as dist
 
-    from pact_nemo.policy.device import init_distributed
+    from pact_nemo.policy.distributed import init_distributed
     from pact_nemo.policy.policy import MegatronPolicy
 
     configs = {method: point.config(method) for method in METHODS}

@@ -27,7 +27,7 @@ from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import prune_exports, verify_manifest
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
-from pact_nemo.policy.device import init_distributed
+from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import on_rank_zero, rank, world_size
 from pact_nemo.serving.client import GenerationRequest, RolloutClient
