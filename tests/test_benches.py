@@ -16,7 +16,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.trees import Segment, TokenTree
-from tools.benches import kit, packing, trl_peer
+from tools.benches import kit, packing, trl_peer, trl_trainer
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -85,7 +85,7 @@ def test_a_peer_gets_the_tokens_that_our_step_scores_with_their_turns_advantages
 
 def test_without_trl_the_error_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pip install --no-deps --target .* trl==") as caught:
-        trl_peer.Peer(tmp_path, tmp_path, Config(), tmp_path)
+        trl_trainer.Trainer(tmp_path, tmp_path, Config(), tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 

@@ -32,7 +32,9 @@ def build(path: Path, **config: Any) -> MegatronPolicy:
     settings = PolicyConfig(
         **{"precision": "fp32", "micro_batch_tokens": 256, "logprob_chunk": 64, "fp8_emulate": True, **fp8, **config}
     )
-    return MegatronPolicy(settings, OptimizerConfig(lr=1e-3), path, seed=1, total_steps=4, keep_reference=True)
+    policy = MegatronPolicy(settings, OptimizerConfig(lr=1e-3), path, seed=1, total_steps=4)
+    policy.load_reference(path)
+    return policy
 
 
 #: the paper's terms at temperature 1: what the bounds below were measured on

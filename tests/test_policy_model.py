@@ -24,6 +24,8 @@ from tests.workers.policy_kit import VOCAB, loss_fn, make_model, make_trees
 
 from pact_nemo.policy import bridge as bridges  # isort: skip
 from pact_nemo.policy import engine, model  # isort: skip
+from pact_nemo.policy.process_groups import initialize_model_parallel  # isort: skip
+from pact_nemo.policy.provider import build_provider, configure_provider  # isort: skip
 
 FAMILIES = ["llama", "llama3", "qwen2", "qwen3", "qwen3_moe"]
 
@@ -238,10 +240,10 @@ def rewound_trees(count: int, *, seed: int) -> list[TokenTree]:
 def test_trees_equal_separate_sequences_to_the_last_digits_in_float64(models: Callable[[str], Path]) -> None:
     config = PolicyConfig(precision="fp32", logprob_chunk=7)
     init_distributed(config.init_timeout_s)
-    model.initialize_model_parallel(config, seed=1)
+    initialize_model_parallel(config, seed=1)
     bridge, architecture = bridges.load_bridge(models("qwen3")), check_architecture(models("qwen3"))
-    provider = bridges.build_provider(architecture)
-    model.configure_provider(provider, config, cuda=False)
+    provider = build_provider(architecture)
+    configure_provider(provider, config, cuda=False)
     provider.params_dtype = torch.float64
     (network,) = model.build_chunks(provider, architecture, config, cuda=False)
     bridge.load_hf_weights([network])
@@ -311,7 +313,8 @@ def test_temperature_and_entropy(models: Callable[[str], Path]) -> None:
 
 def test_reference_logprobs_stay_those_of_the_initial_weights(models: Callable[[str], Path]) -> None:
     trees = make_trees(3, seed=16)
-    policy = build(models("qwen2"), policy={"keep_reference": True})
+    policy = build(models("qwen2"))
+    policy.load_reference(models("qwen2"))
     initial = policy.logprobs(trees)
     policy.update(trees, loss_fn)
     trained = policy.logprobs(trees)
@@ -323,7 +326,7 @@ def test_reference_logprobs_stay_those_of_the_initial_weights(models: Callable[[
     assert not any(torch.equal(a, b) for a, b in zip(trained, initial, strict=True))
     policy.update(trees, loss_fn)
     assert not torch.equal(policy.logprobs(trees)[0], trained[0]), "the optimizer still reaches the weights"
-    with pytest.raises(ConfigError, match="keep_reference"):
+    with pytest.raises(ConfigError, match="load_reference"):
         build(models("qwen2")).reference_logprobs(trees)
 
 
@@ -410,9 +413,9 @@ def test_what_cannot_be_built_is_refused_with_a_reason(models: Callable[[str], P
         "tensor_parallel": "8 attention heads",
     }
     for field, message in refusals.items():
-        provider = bridges.build_provider(policy.architecture)
+        provider = build_provider(policy.architecture)
         with pytest.raises(ConfigError, match=message):
-            model.configure_provider(provider, PolicyConfig(**{field: 3}), cuda=False)
+            configure_provider(provider, PolicyConfig(**{field: 3}), cuda=False)
     with pytest.raises(ConfigError, match="trainable"):
         policy.update(make_trees(1), loss_fn)
     assert policy.provider.vocab_size == VOCAB

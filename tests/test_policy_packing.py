@@ -16,7 +16,7 @@ from pact_nemo.policy.attention import AttentionPlan, plan_attention  # noqa: E4
 from pact_nemo.policy.config import PolicyConfig  # noqa: E402
 from pact_nemo.policy.distributed import init_distributed  # noqa: E402
 from pact_nemo.policy.engine import to_local  # noqa: E402
-from pact_nemo.policy.model import initialize_model_parallel  # noqa: E402
+from pact_nemo.policy.process_groups import initialize_model_parallel  # noqa: E402
 
 
 def model_parallel_of_one() -> None:
@@ -159,7 +159,7 @@ def test_chains_score_each_token_once_in_the_same_order() -> None:
     chains = [chain for chain, _ in tree.chains()]
     contexts = [context for chain in chains for context in scored_contexts([chain])]
     assert [contexts[index.index(i)] for i in range(tree.num_scored)] == scored_contexts([tree])
-    assert [len(chain.segments) for chain in tree.unshared()] == [1] * len(chains)
+    assert [len(chain.segments) for chain in chains] == [1] * len(chains)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -185,7 +185,7 @@ def test_rows_of_plain_sequences_for_kernels_without_trees() -> None:
     (row,) = pack(trees, 10_000, share_prefix=False, multiple=16)[0]
     model_parallel_of_one()
     batch = to_local(row, device=torch.device("cpu"), mask_dtype=None, varlen=True).tree
-    lengths = [chain.num_tokens for tree in trees for chain in tree.unshared() if chain.num_scored]
+    lengths = [chain.num_tokens for tree in trees for chain, _ in tree.chains() if chain.num_scored]
     boundaries = batch.cu_seqlens_q.tolist()
     assert (
         batch.qkv_format == "thd"

@@ -53,9 +53,8 @@ def one_step(
 ) -> dict[str, Any]:
     policy_config = replace(config.policy, share_prefix=share_prefix, fused_elementwise=fused_elementwise)
     config = replace(config, policy=policy_config, trainer=replace(config.trainer, **trainer))  # type: ignore[arg-type]
-    policy = MegatronPolicy(
-        config.policy, OptimizerConfig(lr=1e-3, eps=1e-5), model, seed=1, total_steps=4, keep_reference=True
-    )
+    policy = MegatronPolicy(config.policy, OptimizerConfig(lr=1e-3, eps=1e-5), model, seed=1, total_steps=4)
+    policy.load_reference(model)
     with torch.no_grad():
         for parameter in policy.chunks[0].parameters():
             parameter.mul_(1.02)  # away from the reference, so that the KL term is not 0

@@ -13,7 +13,7 @@ from pact_nemo.batches.prompt_groups import PromptGroup, has_policy_tokens
 from pact_nemo.batches.prompt_trees import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptTree
 from pact_nemo.batches.streams import sampler_logprobs
 from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
-from pact_nemo.policy.policy import UpdateResult
+from pact_nemo.policy.update_result import UpdateResult
 from pact_nemo.rollouts.types import LIMITS
 
 

@@ -20,7 +20,9 @@ recipe            block                                   scale from            
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +39,19 @@ def number_format(recipe: str) -> str:
     scales need no range).
     """
     return "hybrid" if recipe in ("delayed", "tensorwise") else "e4m3"
+
+
+@contextlib.contextmanager
+def switched_off(chunks: list[Any]) -> Iterator[None]:
+    """The chunks' next passes in bf16 (megatron asks its configuration for FP8 at every forward)."""
+    formats = [chunk.config.fp8 for chunk in chunks]
+    try:
+        for chunk in chunks:
+            chunk.config.fp8 = None
+        yield
+    finally:
+        for chunk, name in zip(chunks, formats, strict=True):
+            chunk.config.fp8 = name
 
 
 def round_to_fp8(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

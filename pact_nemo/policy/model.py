@@ -1,42 +1,34 @@
 """The policy network: Megatron-core's GPT model on packed token trees.
 
-Differences to ``GPTModel``: rotary angles come from each token's depth in its tree, core attention is
-:class:`TreeCoreAttention`, and the last stage returns log-probabilities of the scored tokens instead of logits.
+Differences to ``GPTModel``: rotary angles come from each token's depth in its tree; core attention is
+:class:`~pact_nemo.policy.attention.TreeCoreAttention`; the last stage returns log-probabilities of the scored tokens
+instead of logits.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy import fused
 from pact_nemo.policy.architectures import Architecture
-from pact_nemo.policy.attention import TreeBatch, TreeCoreAttention
+from pact_nemo.policy.attention import TreeBatch
 from pact_nemo.policy.config import PolicyConfig
 from pact_nemo.policy.device import local_device
-from pact_nemo.policy.distributed import patience
-from pact_nemo.policy.fp8 import HISTORY, emulate, number_format
-from pact_nemo.policy.fused import SwiGLU
+from pact_nemo.policy.fp8 import emulate
 from pact_nemo.policy.heads import vocab_parallel_logprobs_and_entropies
+from pact_nemo.policy.layer_spec import layer_spec
 from pact_nemo.policy.megatron_import import prepare_megatron
 
 prepare_megatron()
 
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core import tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.pipeline_parallel.utils import (  # noqa: E402
     is_pp_first_stage,
     is_pp_last_stage,
@@ -44,34 +36,10 @@ from megatron.core.pipeline_parallel.utils import (  # noqa: E402
     is_vp_last_stage,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import (  # noqa: E402
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-
-
-class PlainRMSNorm(torch.nn.Module):
-    """Torch's RMSNorm for specs without Transformer Engine; unlike megatron's wrapper of it, it works under sequence
-    parallelism.
-    """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # megatron sums the gradients of parameters so marked over the tensor-parallel ranks
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-class RMSNorm(PlainRMSNorm):
-    """The same in one autograd function."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return fused.rms_norm(x, self.weight, self.eps)
 
 
 class PactGPTModel(GPTModel):
@@ -168,200 +136,6 @@ class PactGPTModel(GPTModel):
             "main_grad": main_grad,
             "placeholder": not tied,
         }  # tied: the embedding's gradient, which comes later, calls the hook
-
-
-def layer_spec(
-    provider: Any, architecture: Architecture, *, transformer_engine: bool, attention: str, fused_elementwise: bool
-) -> ModuleSpec:
-    """Layer spec with our core attention: Transformer Engine modules if asked for, local ones with our RMSNorm and
-    activation otherwise.
-    """
-    moe = dict(
-        num_experts=provider.num_moe_experts,
-        moe_grouped_gemm=provider.moe_grouped_gemm,
-        qk_layernorm=provider.qk_layernorm,
-    )
-    if transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(**moe)
-    else:
-        spec = get_gpt_layer_local_spec(**{**moe, "moe_grouped_gemm": False}, normalization=provider.normalization)
-        norm = RMSNorm if fused_elementwise else PlainRMSNorm
-        spec.submodules.input_layernorm = norm
-        spec.submodules.pre_mlp_layernorm = norm
-        if provider.qk_layernorm:
-            _submodules(spec.submodules.self_attention).q_layernorm = norm
-            _submodules(spec.submodules.self_attention).k_layernorm = norm
-        if provider.use_te_activation_func:
-            _set_activation(spec.submodules.mlp)
-    if attention != "te":
-        _submodules(spec.submodules.self_attention).core_attention = TreeCoreAttention
-    if architecture.output_bias:
-        inner = _submodules(spec.submodules.self_attention)
-        inner.linear_proj = _with_bias(inner.linear_proj)
-    if architecture.mlp_bias:
-        inner = _submodules(spec.submodules.mlp)
-        inner.linear_fc1, inner.linear_fc2 = _with_bias(inner.linear_fc1), _with_bias(inner.linear_fc2)
-    return spec
-
-
-def _with_bias(linear: Any) -> type:
-    """A linear layer's class that has a bias whatever it is told: megatron has one flag for all of them, models have
-    several.
-
-    The class keeps its name, by which Megatron-Bridge knows how a layer is cut over ranks.
-
-    Raises:
-        ConfigError: this version of megatron-core builds linear layers from something else than classes.
-    """
-    if not isinstance(linear, type):
-        raise ConfigError(
-            f"this megatron-core builds linear layers from {type(linear).__name__}; use the versions of"
-            " requirements.txt"
-        )
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        linear.__init__(self, *args, **{**kwargs, "bias": True})  # type: ignore[misc]
-
-    return type(linear.__name__, (linear,), {"__init__": __init__, "__module__": linear.__module__})
-
-
-def _submodules(builder: Any) -> Any:
-    """The submodules that a layer's part is built with: megatron-core says them in a ModuleSpec (0.16) or in a
-    ``functools.partial`` (0.19).
-
-    Raises:
-        ConfigError: neither, so this version of megatron-core says them in a way that isn't known here.
-    """
-    found = (
-        builder.keywords.get("submodules")
-        if isinstance(builder, functools.partial)
-        else getattr(builder, "submodules", None)
-    )
-    if found is None:
-        raise ConfigError(
-            f"this megatron-core describes a layer's parts by {type(builder).__name__}; use the versions of"
-            " requirements.txt"
-        )
-    return found
-
-
-def _set_activation(builder: Any) -> None:
-    """Put our SwiGLU where MLPs look for an activation module: the dense one's, or that of routed and shared
-    experts.
-    """
-    submodules = _submodules(builder)
-    if hasattr(submodules, "activation_func"):
-        submodules.activation_func = SwiGLU
-        return
-    for name in ("experts", "shared_experts"):
-        inner = getattr(submodules, name, None)
-        if inner is not None:
-            _set_activation(inner)
-
-
-def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool, fp8: str | None = None) -> None:
-    """Write the parallel layout, precision and kernel choices into Megatron-Bridge's provider (a TransformerConfig),
-    then finalize it.
-
-    ``fp8`` is the FP8 recipe that runs, or None.
-
-    Raises:
-        ConfigError: the model can't be laid out this way (layers, heads).
-    """
-    chunks = config.pipeline_parallel * (config.virtual_pipeline or 1)
-    if fp8 is not None and 2 * config.fp8_bf16_layers >= provider.num_layers:
-        raise ConfigError(
-            f"policy.fp8_bf16_layers={config.fp8_bf16_layers} at each end leaves none of {provider.num_layers} layers"
-            " in FP8"
-        )
-    if provider.num_layers % chunks:
-        raise ConfigError(
-            f"{provider.num_layers} layers can't be cut into pipeline_parallel x virtual_pipeline = {chunks} equal"
-            " parts"
-        )
-    if provider.num_attention_heads % config.tensor_parallel:
-        raise ConfigError(
-            f"{provider.num_attention_heads} attention heads can't be split over tensor_parallel ="
-            f" {config.tensor_parallel}"
-        )
-    experts = provider.num_moe_experts or 1
-    if experts % config.expert_parallel:
-        raise ConfigError(
-            f"{experts} expert(s) can't be split over expert_parallel = {config.expert_parallel}; dense models need 1"
-        )
-    if provider.num_moe_experts and config.tensor_parallel > 1 and not config.sequence_parallel:
-        raise ConfigError("a mixture of experts under policy.tensor_parallel > 1 needs policy.sequence_parallel=true")
-    bf16 = config.resolved_precision(cuda=cuda) == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    settings: dict[str, Any] = dict(
-        tensor_model_parallel_size=config.tensor_parallel,
-        pipeline_model_parallel_size=config.pipeline_parallel,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline,
-        context_parallel_size=config.context_parallel,
-        expert_model_parallel_size=config.expert_parallel,
-        expert_tensor_parallel_size=1,
-        sequence_parallel=config.sequence_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        autocast_dtype=dtype,
-        bf16=bf16,
-        fp16=False,
-        # gradients are plain sums over tokens: no division by micro-batches, ranks or token counts anywhere
-        calculate_per_token_loss=True,
-        # packed rows differ in length from micro-batch to micro-batch
-        variable_seq_lengths=config.pipeline_parallel > 1,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        should_pad_vocab=True,
-        make_vocab_size_divisible_by=1,
-        use_cpu_initialization=not cuda,
-        perform_initialization=False,
-        attention_softmax_in_fp32=True,
-        cross_entropy_loss_fusion=False,
-        gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=cuda,
-        batch_p2p_comm=config.virtual_pipeline is None,
-        overlap_p2p_comm=config.virtual_pipeline is not None,
-        # our rotary angles differ per token, and the fused kernels need CUDA
-        apply_rope_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=cuda,
-        bias_dropout_fusion=cuda,
-        persist_layer_norm=False,
-        moe_aux_loss_coeff=0.0,
-        moe_token_dispatcher_type="alltoall",
-        moe_permute_fusion=False,
-    )
-    if config.fused_elementwise and not cuda and provider.gated_linear_unit and provider.activation_func is F.silu:
-        settings["use_te_activation_func"] = True  # megatron's name for "the activation is a module": ours (layer_spec)
-    if fp8 is not None:
-        settings.update(
-            fp8=number_format(fp8),
-            fp8_recipe=fp8,
-            fp8_amax_history_len=HISTORY,
-            fp8_amax_compute_algo="max",
-            first_last_layers_bf16=config.fp8_bf16_layers > 0,
-            num_layers_at_start_in_bf16=config.fp8_bf16_layers,
-            num_layers_at_end_in_bf16=config.fp8_bf16_layers,
-        )
-        if provider.num_moe_experts and not config.fp8_emulate:
-            # each expert's share of the tokens, too, to what its product needs
-            settings["moe_router_padding_for_quantization"] = True
-    if config.recompute == "full":
-        settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    elif config.recompute == "selective":
-        settings.update(recompute_granularity="selective", recompute_modules=["core_attn"])
-    for name, value in settings.items():
-        if not hasattr(provider, name):
-            raise ConfigError(
-                f"this megatron version's TransformerConfig has no field {name}; use the versions of requirements.txt"
-            )
-        setattr(provider, name, value)
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # about CUDA graphs and Transformer Engine's attention, neither in use
-        provider.finalize()
 
 
 def rotary_frequencies(architecture: Architecture) -> torch.Tensor:
@@ -465,35 +239,3 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
             # that with expert parallelism only, and would leave each rank with the gradient of its own tokens without
             param.allreduce = False  # type: ignore[attr-defined]
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
-
-
-_layout: tuple[Any, ...] | None = None  # of the process groups that exist
-
-
-def initialize_model_parallel(config: PolicyConfig, *, seed: int) -> None:
-    """Create megatron's process groups for this layout and seed its generators. Groups of the same layout are used
-    again: torch keeps every group, with its sockets, until the process ends or the group is destroyed by name."""
-    global _layout
-    layout = (
-        dist.group.WORLD,
-        config.tensor_parallel,
-        config.pipeline_parallel,
-        config.virtual_pipeline,
-        config.context_parallel,
-        config.expert_parallel,
-    )
-    if layout != _layout or not parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.tensor_parallel,
-            pipeline_model_parallel_size=config.pipeline_parallel,
-            virtual_pipeline_model_parallel_size=config.virtual_pipeline,
-            context_parallel_size=config.context_parallel,
-            expert_model_parallel_size=config.expert_parallel,
-            expert_tensor_parallel_size=1,
-            distributed_timeout_minutes=int(patience(config.init_timeout_s).total_seconds() // 60),
-        )
-        _layout = layout
-    if config.virtual_pipeline is not None:
-        parallel_state.set_virtual_pipeline_model_parallel_rank(0)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -4,19 +4,16 @@ and export.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pact_nemo.errors import ConfigError, DataError, NumericsError
-from pact_nemo.policy import bridge, engine, fp8, model, optimizer
+from pact_nemo.errors import ConfigError, NumericsError
+from pact_nemo.policy import bridge, engine, fp8, optimizer
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
@@ -24,33 +21,16 @@ from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.export.hf_folder import write_folder
 from pact_nemo.policy.export.layout import LayoutSettings, check_dtype
 from pact_nemo.policy.fp8 import ALIGNMENT
-from pact_nemo.policy.trees import TokenTree
+from pact_nemo.policy.model import build_chunks
+from pact_nemo.policy.process_groups import initialize_model_parallel
+from pact_nemo.policy.provider import build_provider, configure_provider
+from pact_nemo.policy.reference import Weights, in_place_of_own, read_weights
+from pact_nemo.policy.sharded_state import load_sharded_state, sharded_state
+from pact_nemo.policy.trees import TokenTree, check_token_ids
+from pact_nemo.policy.update_result import UpdateResult
 from pact_nemo.runtime.digests import FileEntry
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class UpdateResult:
-    """One optimizer step.
-
-    Attributes:
-        loss: sum of the loss function over all scored tokens of all trees.
-        grad_norm: global L2 norm of the gradient of ``loss`` before clipping.
-        metrics: the loss function's metrics: sums over the step, maxima for names starting with ``max/``.
-        lr: learning rate of this step.
-        tokens: tree tokens that went through the model.
-        logprobs: per tree [S] float32 log-probs before the step, in nats, detached.
-        entropies: per tree [S] float32 entropies of the distributions, likewise; empty unless they were asked for.
-    """
-
-    loss: float
-    grad_norm: float
-    metrics: dict[str, float]
-    lr: float
-    tokens: int
-    logprobs: list[torch.Tensor]
-    entropies: list[torch.Tensor] = field(default_factory=list)
 
 
 class MegatronPolicy:
@@ -67,7 +47,6 @@ class MegatronPolicy:
         seed: int,
         total_steps: int,
         trainable: bool = True,
-        keep_reference: bool = False,
     ):
         """Build the model and load its weights.
 
@@ -78,7 +57,6 @@ class MegatronPolicy:
             seed: for megatron's generators (dropout is off, so results don't depend on it).
             total_steps: optimizer steps of the whole run, for the learning-rate schedule.
             trainable: False = no gradients and no optimizer.
-            keep_reference: keep a host copy of the initial weights for :meth:`reference_logprobs`.
 
         Raises:
             ConfigError: contradictory settings, or a model that isn't computed or can't be laid out this way.
@@ -103,20 +81,15 @@ class MegatronPolicy:
                 precision,
             )
         self.alignment = ALIGNMENT[self.fp8] if self.fp8 is not None else 1
-        model.initialize_model_parallel(config, seed=seed)
+        initialize_model_parallel(config, seed=seed)
         self.bridge = bridge.load_bridge(hf_path)
         self.architecture = check_architecture(hf_path, attention=config.attention)
         with bridge.quiet():
-            self.provider = bridge.build_provider(self.architecture)
-        model.configure_provider(self.provider, config, cuda=cuda, fp8=self.fp8)
-        self.chunks = model.build_chunks(self.provider, self.architecture, config, cuda=cuda)
+            self.provider = build_provider(self.architecture)
+        configure_provider(self.provider, config, cuda=cuda, fp8=self.fp8)
+        self.chunks = build_chunks(self.provider, self.architecture, config, cuda=cuda)
         bridge.load_weights(self.bridge, self.chunks)
-        self._reference: list[dict[str, torch.Tensor]] | None = None
-        if keep_reference:
-            self._reference = [
-                {name: param.detach().cpu().clone() for name, param in chunk.named_parameters()}
-                for chunk in self.chunks
-            ]
+        self._reference: Weights | None = None
         self.wrapped: list[Any] = []
         self.optimizer: Any = None
         if trainable:
@@ -157,9 +130,11 @@ class MegatronPolicy:
         """Like :meth:`logprobs`, under the reference weights instead of the current ones.
 
         Raises:
-            ConfigError: there is no reference: neither ``keep_reference`` nor :meth:`load_reference`.
+            ConfigError: there is no reference yet: :meth:`load_reference`.
         """
-        with self._reference_weights(), self._without_fp8():
+        if self._reference is None:
+            raise ConfigError("reference log-probs need load_reference()")
+        with in_place_of_own(self._reference, self.chunks, self.device), fp8.switched_off(self.chunks):
             return self.logprobs(trees)
 
     @property
@@ -179,64 +154,7 @@ class MegatronPolicy:
             raise ConfigError(
                 f"{theirs} describes another model than {ours}; take a reference of the same architecture"
             )
-        current = [{name: param.data for name, param in chunk.named_parameters()} for chunk in self.chunks]
-        try:
-            for chunk in self.chunks:
-                for param in chunk.parameters():
-                    param.data = torch.empty_like(param.data)
-            bridge.load_weights(bridge.load_bridge(hf_path), self.chunks)
-            self._reference = [
-                {name: param.data.cpu() for name, param in chunk.named_parameters()} for chunk in self.chunks
-            ]
-        finally:
-            self._point_to(current)
-
-    @contextlib.contextmanager
-    def _reference_weights(self) -> Iterator[None]:
-        """The reference weights in place of the current ones. Only pointers are exchanged, so the current weights come
-        back bit for bit.
-        """
-        if self._reference is None:
-            raise ConfigError("reference log-probs need load_reference() or a policy built with keep_reference=True")
-        current = [{name: param.data for name, param in chunk.named_parameters()} for chunk in self.chunks]
-        try:
-            self._point_to(self._reference)
-            yield
-        finally:
-            self._point_to(current)
-
-    @contextlib.contextmanager
-    def _without_fp8(self) -> Iterator[None]:
-        """The next passes in bf16 (megatron asks its configuration for FP8 at every forward)."""
-        formats = [chunk.config.fp8 for chunk in self.chunks]
-        try:
-            for chunk in self.chunks:
-                chunk.config.fp8 = None
-            yield
-        finally:
-            for chunk, name in zip(self.chunks, formats, strict=True):
-                chunk.config.fp8 = name
-
-    def _point_to(self, weights: list[dict[str, torch.Tensor]]) -> None:
-        for chunk, values in zip(self.chunks, weights, strict=True):
-            for name, param in chunk.named_parameters():
-                param.data = values[name].to(self.device)
-
-    def _check_ids(self, trees: list[TokenTree]) -> None:
-        """Token ids without a row in the embedding are refused: under tensor parallelism they would be computed with
-        zeros.
-        """
-        rows = self.provider.vocab_size
-        for index, tree in enumerate(trees):
-            extremes = [
-                extreme(segment.token_ids) for segment in tree.segments if segment.token_ids for extreme in (min, max)
-            ]
-            strange = next((token for token in extremes if not 0 <= token < rows), None)
-            if strange is not None:
-                raise DataError(
-                    f"tree {index}: the model has no row for token id {strange}, only for 0 to {rows - 1}; use its own"
-                    " tokenizer"
-                )
+        self._reference = read_weights(hf_path, self.chunks, self.device)
 
     def _local_batches(self, trees: list[TokenTree], *, entropy: bool) -> tuple[list[engine.LocalMicroBatch], int]:
         """This rank's micro-batches of ``trees`` as this model computes them, and the number of tree tokens on all
@@ -253,7 +171,7 @@ class MegatronPolicy:
         )
 
     def _score(self, trees: list[TokenTree], *, entropy: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        self._check_ids(trees)
+        check_token_ids(trees, self.provider.vocab_size)
         bare = [TokenTree(tree.segments, temperatures=tree.temperatures) for tree in trees]
         batches, _ = self._local_batches(bare, entropy=entropy)
         for chunk in self.chunks:
@@ -337,7 +255,7 @@ class MegatronPolicy:
         """
         if self.optimizer is None:
             raise ConfigError("this policy was built with trainable=False")
-        with self._without_fp8():
+        with fp8.switched_off(self.chunks):
             self._backward(first, loss_fn)
             norm = optimizer.gradient_norm(self.optimizer)
             kept = optimizer.KeptGradient(self.optimizer)
@@ -352,7 +270,7 @@ class MegatronPolicy:
         """Leave the gradient of the loss in the buffers, in place of what was there. Returns what was collected, and
         the tree tokens of all ranks.
         """
-        self._check_ids(trees)
+        check_token_ids(trees, self.provider.vocab_size)
         batches, tokens = self._local_batches(trees, entropy=entropy)
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
@@ -407,25 +325,16 @@ class MegatronPolicy:
         """
         if self.optimizer is None:
             raise ConfigError("a policy built with trainable=False has no state to resume from; export it instead")
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-        names = ["model"] if len(self.chunks) == 1 else [f"model{index}" for index in range(len(self.chunks))]
-        state: dict[str, Any] = {
-            name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, self.chunks, strict=True)
-        }
-        state["optimizer"] = self.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
-        return state
+        return sharded_state(self.chunks, self.optimizer, is_loading=is_loading)
 
     def load_state_dict(self, state: dict[str, Any], *, step: int) -> None:
-        """Take over a loaded state. Reference weights stay those of ``hf_path``.
+        """Take over a loaded state. Reference weights stay what they are.
 
         Args:
             state: as :meth:`state_dict`, with the tensors loaded.
             step: optimizer steps behind it.
         """
-        names = ["model"] if len(self.chunks) == 1 else [f"model{index}" for index in range(len(self.chunks))]
-        for name, chunk in zip(names, self.chunks, strict=True):
-            chunk.load_state_dict(state[name], strict=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_sharded_state(self.chunks, self.optimizer, state)
         self.step = step
 
     def _per_tree(self, trees: list[TokenTree], parts: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:

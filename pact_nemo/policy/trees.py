@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pact_nemo.errors import DataError
+
 
 @dataclass
 class Segment:
@@ -128,11 +130,28 @@ class TokenTree:
             found.append((TokenTree([Segment(token_ids, -1, scored)], piece.streams, piece.temperatures), index))
         return found
 
-    def unshared(self) -> list[TokenTree]:
-        """The same work as separate root-to-leaf chains (each scored token exactly once), for kernels without tree
-        attention.
-        """
-        return [chain for chain, _ in self.chains()]
+
+def check_token_ids(trees: Sequence[TokenTree], rows: int) -> None:
+    """Token ids without a row in the embedding are refused: under tensor parallelism they would be computed with
+    zeros.
+
+    Args:
+        trees: whose ids are looked at.
+        rows: of the embedding.
+
+    Raises:
+        DataError: names the first tree and id.
+    """
+    for index, tree in enumerate(trees):
+        extremes = [
+            extreme(segment.token_ids) for segment in tree.segments if segment.token_ids for extreme in (min, max)
+        ]
+        strange = next((token for token in extremes if not 0 <= token < rows), None)
+        if strange is not None:
+            raise DataError(
+                f"tree {index}: the model has no row for token id {strange}, only for 0 to {rows - 1}; use its own"
+                " tokenizer"
+            )
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from pact_nemo.batches.prompt_trees import (
 from pact_nemo.batches.streams import Scores, with_streams
 from pact_nemo.errors import NumericsError
 from pact_nemo.monitoring import diagnostics, gradient_signal, numerics
-from pact_nemo.policy.policy import UpdateResult
 from pact_nemo.policy.trees import TokenTree
+from pact_nemo.policy.update_result import UpdateResult
 from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.stopwatch import Stopwatch

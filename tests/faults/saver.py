@@ -37,9 +37,7 @@ KEEP = 1
 def build(source: Path) -> MegatronPolicy:
     """The policy that savers and checkers have."""
     settings = PolicyConfig(precision="fp32", micro_batch_tokens=96, logprob_chunk=16)
-    return MegatronPolicy(
-        settings, OptimizerConfig(lr=1e-3, eps=1e-5), source, seed=1, total_steps=8, keep_reference=False
-    )
+    return MegatronPolicy(settings, OptimizerConfig(lr=1e-3, eps=1e-5), source, seed=1, total_steps=8)
 
 
 def save(policy: MegatronPolicy, root: Path) -> None:

@@ -37,7 +37,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def attempt(model: Path, folder: Path, break_it: Any) -> tuple[MegatronPolicy, NumericsError, list[Path]]:
     config = settings(4)
-    policy = MegatronPolicy(config.policy, OptimizerConfig(lr=1e-3), model, seed=1, total_steps=4, keep_reference=True)
+    policy = MegatronPolicy(config.policy, OptimizerConfig(lr=1e-3), model, seed=1, total_steps=4)
+    policy.load_reference(model)
     run = stand_in(config, policy)
     run.workspace = Workspace(folder)
     groups = batch(config)

@@ -22,8 +22,9 @@ def count(folder: str, settings: dict[str, object], world: int, ranks: list[int]
     prepare_megatron()
     from megatron.core import parallel_state, tensor_parallel
 
-    from pact_nemo.policy import bridge, model
+    from pact_nemo.policy import model
     from pact_nemo.policy.architectures import check_architecture
+    from pact_nemo.policy.provider import build_provider, configure_provider
 
     config = PolicyConfig(**settings)  # type: ignore[arg-type]
     answers = []
@@ -40,9 +41,9 @@ def count(folder: str, settings: dict[str, object], world: int, ranks: list[int]
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         architecture = check_architecture(folder)
-        provider = bridge.build_provider(architecture)
+        provider = build_provider(architecture)
         provider.expert_tensor_parallel_size = 1
-        model.configure_provider(provider, config, cuda=False)
+        configure_provider(provider, config, cuda=False)
         local, model.local_device = (
             model.local_device,
             lambda: torch.device("meta"),

@@ -140,9 +140,8 @@ def measure(point: Point, folder: Path) -> dict[str, dict[str, float]]:
     init_distributed(configs["pact"].policy.init_timeout_s)
     source = folder / f"llama-{point.hidden}-{point.layers}-{point.vocabulary}"
     on_rank_zero(lambda: source.exists() or random_llama(source, **point.model, tied=True))
-    policy = MegatronPolicy(
-        configs["pact"].policy, configs["pact"].optimizer, source, seed=0, total_steps=1, keep_reference=True
-    )
+    policy = MegatronPolicy(configs["pact"].policy, configs["pact"].optimizer, source, seed=0, total_steps=1)
+    policy.load_reference(source)
     groups = {
         method: synthetic_groups(configs[method], point.lengths, point.prompts, vocabulary=point.vocabulary)
         for method in METHODS

@@ -140,6 +140,16 @@ def stand_in(config: Config, policy: MegatronPolicy) -> TrainingRun:
     return cast(TrainingRun, found)
 
 
+def still_policy(config: Config, model: Path) -> MegatronPolicy:
+    """A policy whose weights no step changes (its learning rate is 0), with itself as the reference if there is a KL
+    term.
+    """
+    policy = MegatronPolicy(config.policy, replace(config.optimizer, lr=0.0), model, seed=0, total_steps=1)
+    if config.objective.kl_coef > 0:
+        policy.load_reference(model)
+    return policy
+
+
 class _Quiet:
     """A progress display that shows nothing."""
 

@@ -11,15 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pact_nemo.policy.policy import MegatronPolicy
-from tools.benches.kit import recorded_groups, report, stand_in, timed_step
+from tools.benches.kit import recorded_groups, report, stand_in, still_policy, timed_step
 
 GOAL = 0.10
 ATTENTION = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention")
@@ -71,10 +69,7 @@ def matmul_share(run: Path, step: int, top: int) -> tuple[float, float, dict[str
     other operators.
     """
     config, groups = recorded_groups(run, [step])
-    keep = config.objective.kl_coef > 0
-    policy = MegatronPolicy(
-        config.policy, replace(config.optimizer, lr=0.0), run / "hf", seed=0, total_steps=1, keep_reference=keep
-    )
+    policy = still_policy(config, run / "hf")
     run_of = stand_in(config, policy)
     run_of.state.step = step
     timed_step(run_of, groups[0])

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pact_nemo.policy.policy import MegatronPolicy
-from tools.benches.kit import interleaved, median_ratio, recorded_groups, report, stand_in, timed_step
+from tools.benches.kit import interleaved, median_ratio, recorded_groups, report, stand_in, still_policy, timed_step
 
 GOAL = 1.35
 
@@ -36,10 +34,7 @@ def run(options: argparse.Namespace) -> int:
     )
     config, groups = recorded_groups(options.run, steps, method="pact", words=options.set)
     plain_config, plain_groups = recorded_groups(options.run, steps, method="grpo", words=options.set)
-    keep = config.objective.kl_coef > 0
-    policy = MegatronPolicy(
-        config.policy, replace(config.optimizer, lr=0.0), options.run / "hf", seed=0, total_steps=1, keep_reference=keep
-    )
+    policy = still_policy(config, options.run / "hf")
     contestants = {"grpo": (plain_config, plain_groups, True), "pact": (config, groups, True)}
     if options.naive:
         contestants["pact, naive"] = (config, groups, False)
