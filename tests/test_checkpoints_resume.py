@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pact_nemo.checkpoints import resume
+from pact_nemo.checkpoints import resume, resume_folders, resume_manifest
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
@@ -182,16 +182,16 @@ def test_torn_checkpoints_are_refused_and_the_older_one_is_found_on_request(
     damage, message = DAMAGE[kind]
     root = tmp_path / "root"
     shutil.copytree(saved, root)
-    newest = resume.latest(root)
-    assert newest == root / "step_000002" == resume.latest_complete(root)
+    newest = resume_folders.latest(root)
+    assert newest == root / "step_000002" == resume_folders.latest_complete(root)
     damage(newest)
     policy = build(hf)
     before = [param.detach().clone() for param in policy.chunks[0].parameters()]
     with pytest.raises(CheckpointError, match=message):
         resume.load(policy, newest)
     assert all(torch.equal(a, b) for a, b in zip(policy.chunks[0].parameters(), before, strict=True))
-    assert resume.latest(root) == newest, "no silent fallback"
-    older = resume.latest_complete(root)
+    assert resume_folders.latest(root) == newest, "no silent fallback"
+    older = resume_folders.latest_complete(root)
     assert older == root / "step_000001"
     assert resume.load(policy, older) == {"step": 1} and policy.step == 1
 
@@ -205,14 +205,14 @@ def test_checkpoints_of_another_model_are_refused(saved: Path, tmp_path: Path) -
 def test_of_large_checkpoints_only_small_files_are_hashed(
     hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume, "HASH_TOTAL", 1000)
-    monkeypatch.setattr(resume, "HASH_LIMIT", 1000)
+    monkeypatch.setattr(resume_manifest, "HASH_TOTAL", 1000)
+    monkeypatch.setattr(resume_manifest, "HASH_LIMIT", 1000)
     folder = resume.save(build(hf), tmp_path, {})
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert files["state.json"]["sha256"] and any(entry["sha256"] is None for entry in files.values())
     truncate(folder)
     with pytest.raises(CheckpointError, match="bytes, the manifest says"):
-        resume.verify(folder)
+        resume_manifest.verify(folder)
 
 
 def test_a_step_is_saved_once_and_a_failed_save_leaves_nothing_behind(
@@ -226,7 +226,7 @@ def test_a_step_is_saved_once_and_a_failed_save_leaves_nothing_behind(
     with pytest.raises(ValueError, match="not JSON compliant"):
         resume.save(policy, tmp_path, {"loss": float("nan")})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000000"]
-    assert resume.latest(tmp_path) == tmp_path / "step_000000"
+    assert resume_folders.latest(tmp_path) == tmp_path / "step_000000"
 
 
 def slow_writer(monkeypatch: pytest.MonkeyPatch, then: Callable[[], None] = lambda: None) -> None:
@@ -255,11 +255,11 @@ def test_a_save_in_the_background_has_the_weights_of_its_step(
     saving = resume.BackgroundSave(policy, tmp_path / "checkpoints", {"note": "a"})
     assert not saving.finished()
     losses = [policy.update(TREES, loss_fn).loss for _ in range(2)]
-    assert resume.latest(tmp_path / "checkpoints") is None, "nothing to be seen before it is whole"
+    assert resume_folders.latest(tmp_path / "checkpoints") is None, "nothing to be seen before it is whole"
     saving.finish()
     policy.export_hf(tmp_path / "now", dtype="float32")
     again = build(hf)
-    folder = resume.latest(tmp_path / "checkpoints")
+    folder = resume_folders.latest(tmp_path / "checkpoints")
     assert folder is not None and resume.load(again, folder) == {"note": "a"} and again.step == 1
     again.export_hf(tmp_path / "loaded", dtype="float32")
     then, now, loaded = (load_file(tmp_path / name / "model.safetensors") for name in ("then", "now", "loaded"))
@@ -283,7 +283,7 @@ def test_a_failed_save_in_the_background_is_told_and_leaves_nothing(
             saving.finish()
     assert list(tmp_path.iterdir()) == []
     resume.BackgroundSave(policy, tmp_path, {}).finish()
-    assert resume.latest(tmp_path) == tmp_path / "step_000000"
+    assert resume_folders.latest(tmp_path) == tmp_path / "step_000000"
 
 
 def test_policies_without_an_optimizer_cannot_be_saved(hf: Path, tmp_path: Path) -> None:
@@ -295,18 +295,18 @@ def test_policies_without_an_optimizer_cannot_be_saved(hf: Path, tmp_path: Path)
 
 
 def test_finding_and_pruning(tmp_path: Path) -> None:
-    assert resume.latest(tmp_path) is None and resume.latest_complete(tmp_path / "absent") is None
+    assert resume_folders.latest(tmp_path) is None and resume_folders.latest_complete(tmp_path / "absent") is None
     for step in (3, 20, 1000000):
-        folder = resume.checkpoint_path(tmp_path, step)
+        folder = resume_folders.checkpoint_path(tmp_path, step)
         folder.mkdir()
         (folder / "manifest.json").write_text(json.dumps({"schema": 1, "files": {}}))
     (tmp_path / ".step_000021.9.tmp").mkdir()
-    assert resume.steps(tmp_path) == [3, 20, 1000000]
+    assert resume_folders.steps(tmp_path) == [3, 20, 1000000]
     with pytest.raises(CheckpointError, match="latest is missing"):
-        resume.latest(tmp_path)
-    assert resume.prune(tmp_path, 2) == [3] and resume.steps(tmp_path) == [20, 1000000]
+        resume_folders.latest(tmp_path)
+    assert resume_folders.prune(tmp_path, 2) == [3] and resume_folders.steps(tmp_path) == [20, 1000000]
     (tmp_path / "latest").write_text("step_000003\n")
     with pytest.raises(CheckpointError, match="not there"):
-        resume.latest(tmp_path)
+        resume_folders.latest(tmp_path)
     with pytest.raises(CheckpointError, match="keep=0"):
-        resume.prune(tmp_path, 0)
+        resume_folders.prune(tmp_path, 0)

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
-from pact_nemo.checkpoints.resume import steps as resume_steps
-from pact_nemo.checkpoints.resume import verify
+from pact_nemo.checkpoints.resume_folders import steps as resume_steps
+from pact_nemo.checkpoints.resume_manifest import verify
 from pact_nemo.config.load import load_config
 from pact_nemo.errors import ConfigError
 from pact_nemo.objective.schedules import StepClock, TraceSchedule

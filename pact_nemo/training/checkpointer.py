@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from pact_nemo.checkpoints import resume
+from pact_nemo.checkpoints import resume, resume_folders
 from pact_nemo.config.schema import Config
 from pact_nemo.errors import Interrupted, PactError
 from pact_nemo.policy.policy import MegatronPolicy
@@ -54,7 +54,7 @@ class Checkpointer:
         """Save now, or start to, then delete all but the newest ``trainer.keep_checkpoints``."""
         start = time.perf_counter()
         self.finish_saving(wait=True)
-        if on_rank_zero(resume.checkpoint_path(self.workspace.checkpoints, self.policy.step).exists):
+        if on_rank_zero(resume_folders.checkpoint_path(self.workspace.checkpoints, self.policy.step).exists):
             return  # nothing has been trained since; what stands under a checkpoint's name is whole
         if background:
             self.saving = resume.BackgroundSave(self.policy, self.workspace.checkpoints, self.state.as_row())
@@ -73,7 +73,7 @@ class Checkpointer:
 
     def _prune(self) -> None:
         folder, keep = self.workspace.checkpoints, self.config.trainer.keep_checkpoints
-        on_rank_zero(lambda: tidy(lambda: resume.prune(folder, keep), self.progress.message))
+        on_rank_zero(lambda: tidy(lambda: resume_folders.prune(folder, keep), self.progress.message))
 
     def restore(self) -> bool:
         """Continue from the newest complete checkpoint; torn newer ones are removed with a warning. False when there is
@@ -92,14 +92,14 @@ class Checkpointer:
 
     def _newest(self) -> Path | None:
         root = self.workspace.checkpoints
-        resume.remove_unfinished(root)
+        resume_folders.remove_unfinished(root)
         # exports that were cut off: the final one, the reference
         for place in (self.workspace.folder, self.weights.reference_path.parent):
             if place.is_relative_to(self.workspace.folder):
                 remove_unfinished(place)
-        folder = resume.latest_complete(root)
-        for step in resume.steps(root):
-            torn = resume.checkpoint_path(root, step)
+        folder = resume_folders.latest_complete(root)
+        for step in resume_folders.steps(root):
+            torn = resume_folders.checkpoint_path(root, step)
             if folder is None or torn.name > folder.name:
                 log.warning("removing %s: it is not complete", torn)
                 shutil.rmtree(torn)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 torch.set_num_threads(1)
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
-from pact_nemo.checkpoints import hf, manifest, resume  # noqa: E402
+from pact_nemo.checkpoints import hf, manifest, resume, resume_folders  # noqa: E402
 from pact_nemo.errors import PactError  # noqa: E402
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig  # noqa: E402
 from pact_nemo.policy.policy import MegatronPolicy  # noqa: E402
@@ -42,7 +42,7 @@ def build(source: Path) -> MegatronPolicy:
 
 def save(policy: MegatronPolicy, root: Path) -> None:
     resume.save(policy, root, {"step": policy.step})
-    resume.prune(root, KEEP)
+    resume_folders.prune(root, KEEP)
 
 
 def background(policy: MegatronPolicy, root: Path) -> None:
@@ -50,7 +50,7 @@ def background(policy: MegatronPolicy, root: Path) -> None:
     saving = resume.BackgroundSave(policy, root, {"step": policy.step})
     policy.update(TREES, loss_fn)
     saving.finish()
-    resume.prune(root, KEEP)
+    resume_folders.prune(root, KEEP)
 
 
 def export(policy: MegatronPolicy, root: Path) -> None:

@@ -24,7 +24,7 @@ from pact_nemo.chat import json_calls, parsing, tool_formats
 from pact_nemo.chat import template as chat_template
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
-from pact_nemo.checkpoints import manifest, resume
+from pact_nemo.checkpoints import manifest, resume_folders, resume_manifest
 from pact_nemo.config import load as config_module
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import to_yaml
@@ -524,18 +524,18 @@ def _make_checkpoint_manifest(folder: Path) -> tuple[Callable[[bytes], None], li
     (base / "weights").mkdir(parents=True)
     (base / "state.json").write_text("{}")
     (base / "weights" / "x.distcp").write_bytes(bytes(100))
-    resume._write_manifest(base)
-    path = base / resume.MANIFEST_NAME
+    resume_manifest.write_manifest(base)
+    path = base / resume_manifest.MANIFEST_NAME
 
     def target(data: bytes) -> None:
         path.write_bytes(data)
         try:
-            resume.verify(base)
+            resume_manifest.verify(base)
         except CheckpointError as error:
             if str(base) not in str(error) or not REMEDY.search(str(error)):
                 raise Unnamed(str(error)) from error
             raise
-        assert resume.latest_complete(folder) == base
+        assert resume_folders.latest_complete(folder) == base
 
     return target, [path.read_bytes()]
 
@@ -615,7 +615,7 @@ def targets() -> dict[str, Target]:
         "config": Target(_make_config, (config_module,), (ConfigError,)),
         "overrides": Target(_make_overrides, (config_module,), (ConfigError,)),
         "export-manifest": Target(_make_export_manifest, (manifest,), (CheckpointError,)),
-        "checkpoint-manifest": Target(_make_checkpoint_manifest, (resume,), (CheckpointError,)),
+        "checkpoint-manifest": Target(_make_checkpoint_manifest, (resume_manifest, resume_folders), (CheckpointError,)),
         "safetensors": Target(_make_tensor_files, (tensor_files,), (CheckpointError,)),
         "metrics": Target(_make_metrics, (metrics_module,), refused),
         "run-folder": Target(_make_report, (report_data, report_page), refused),

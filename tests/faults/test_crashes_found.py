@@ -10,7 +10,7 @@ import pytest
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
-from pact_nemo.checkpoints import manifest, resume
+from pact_nemo.checkpoints import manifest, resume_manifest
 from pact_nemo.config.load import load_config
 from pact_nemo.environments.ftrl import FTRLEnvironment
 from pact_nemo.environments.toolhop import ToolHopEnvironment
@@ -123,7 +123,7 @@ def test_manifests(tmp_path: Path) -> None:
     for entry in ({}, {"size": 2}, {"size": None, "sha256": "x"}, 3, {"sha256": "x"}):
         (base / "manifest.json").write_text(json.dumps({"schema": 1, "files": {"state.json": entry}}))
         with pytest.raises(CheckpointError, match=r"manifest.json is missing or unreadable"):
-            resume.verify(base)
+            resume_manifest.verify(base)
 
 
 @pytest.mark.parametrize(

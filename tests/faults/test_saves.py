@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pact_nemo.checkpoints import manifest, resume
+from pact_nemo.checkpoints import manifest, resume, resume_folders, resume_manifest
 from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.faults import tally
@@ -69,7 +69,7 @@ class Stage:
                 if path.name != manifest.MANIFEST_NAME:
                     digest.update(path.name.encode() + path.read_bytes())
             return step, digest.hexdigest()
-        resume.verify(folder)
+        resume_manifest.verify(folder)
         for path in sorted(folder.rglob("*")):
             digest.update(str(path.relative_to(folder)).encode() + (path.read_bytes() if path.is_file() else b""))
         files = digest.hexdigest()
@@ -94,7 +94,7 @@ class Stage:
     def visible(self, kind: str, root: Path) -> list[Path]:
         if kind == "export":
             return [manifest.export_path(root, version) for version in manifest.versions(root)]
-        return [resume.checkpoint_path(root, step) for step in resume.steps(root)]
+        return [resume_folders.checkpoint_path(root, step) for step in resume_folders.steps(root)]
 
     def check(self, kind: str, root: Path, *, go_on: bool = True) -> int:
         """What has to hold however a save ended. Returns the newest whole step."""
@@ -104,8 +104,8 @@ class Stage:
             step, content = self.fingerprint(kind, folder)
             assert folder.name.endswith(f"{step:06d}") and self.prints[kind][step] == content, folder
         if kind != "export":
-            assert resume.latest_complete(root) == folders[-1]
-            resume.remove_unfinished(root)
+            assert resume_folders.latest_complete(root) == folders[-1]
+            resume_folders.remove_unfinished(root)
         if not go_on:
             return step
         self.checks += 1
@@ -124,7 +124,7 @@ class Stage:
         elif kind == "export":  # a resumed run prunes before and after each refit
             manifest.prune_exports(root, 1)
         else:
-            resume.prune(root, 1)
+            resume_folders.prune(root, 1)
         assert self.fingerprint(kind, self.visible(kind, root)[-1]) == (2, self.prints[kind][2])
         assert sorted(path.name for path in root.iterdir()) == (
             ["v000002"] if kind == "export" else ["latest", "step_000002"]

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
-from pact_nemo.checkpoints import foreign, manifest, resume
+from pact_nemo.checkpoints import foreign, manifest, random_state, resume_folders, resume_manifest
 from pact_nemo.config.load import load_config
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.bfcl import data as bfcl_data
@@ -158,8 +158,8 @@ class Evil:
 
 def seal(base: Path) -> None:
     """Write the manifest anew: whoever can change a file of a checkpoint can do that too."""
-    (base / resume.MANIFEST_NAME).unlink(missing_ok=True)
-    resume._write_manifest(base)
+    (base / resume_manifest.MANIFEST_NAME).unlink(missing_ok=True)
+    resume_manifest.write_manifest(base)
 
 
 def checkpoint(folder: Path) -> Path:
@@ -175,7 +175,7 @@ def checkpoint(folder: Path) -> Path:
 
 
 def test_a_checkpoint_as_it_is_written_passes(tmp_path: Path) -> None:
-    resume.verify(checkpoint(tmp_path))
+    resume_manifest.verify(checkpoint(tmp_path))
 
 
 def test_pickles_that_would_run_something_are_refused_unread(tmp_path: Path) -> None:
@@ -207,10 +207,10 @@ def test_pickles_that_would_run_something_are_refused_unread(tmp_path: Path) -> 
             path.write_bytes(content)
             seal(base)
             with pytest.raises(CheckpointError, match=re.escape(path.name)):
-                resume.verify(base)
+                resume_manifest.verify(base)
             path.write_bytes(whole[path])
     seal(base)
-    resume.verify(base)
+    resume_manifest.verify(base)
     assert not mark.exists()
     tally.record("pickles in checkpoints", injected=2 * len(pickles), survived=2 * len(pickles), lost=0)
 
@@ -224,7 +224,7 @@ def test_an_object_among_the_weights_is_looked_into_too(tmp_path: Path) -> None:
     save({"w": torch.arange(4.0), "object": Evil(mark)}, checkpoint_id=base / "weights", no_dist=True)
     seal(base)
     with pytest.raises(CheckpointError, match="would run .*system"):
-        resume.verify(base)
+        resume_manifest.verify(base)
     assert not mark.exists()
 
 
@@ -236,9 +236,9 @@ def test_random_states_come_back_exactly_and_hold_no_pickle(tmp_path: Path) -> N
     random.gauss(0, 1)
     np.random.standard_normal(3)
     torch.randn(5)
-    states = json.loads(json.dumps([resume._rng_state()]))
+    states = json.loads(json.dumps([random_state.rng_state()]))
     before = random.random(), random.gauss(0, 1), np.random.standard_normal(4).tolist(), torch.randn(5).tolist()
-    resume._set_rng_state(states[0])
+    random_state.set_rng_state(states[0])
     assert (
         random.random(),
         random.gauss(0, 1),
@@ -282,7 +282,7 @@ def test_no_manifest_and_no_index_leads_out_of_its_folder(name: str, folder: Pat
     with pytest.raises(CheckpointError, match="not in that folder"):
         manifest.verify_manifest(folder)
     with pytest.raises(CheckpointError, match="not in that folder"):
-        resume.verify(folder)
+        resume_manifest.verify(folder)
     (folder / tensor_files.INDEX_NAME).write_text(
         json.dumps({"weight_map": {"w": f"{name}.safetensors" if name else name}})
     )
@@ -297,7 +297,7 @@ def test_a_file_beside_the_manifest_is_refused(tmp_path: Path) -> None:
     base = checkpoint(tmp_path)
     (base / "weights" / "extra.pt").write_bytes(pickle.dumps(Evil(tmp_path / "mark")))
     with pytest.raises(CheckpointError, match=r"extra\.pt is not in the manifest"):
-        resume.verify(base)
+        resume_manifest.verify(base)
 
 
 def test_a_pointer_does_not_lead_out_of_its_root(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_a_pointer_does_not_lead_out_of_its_root(tmp_path: Path) -> None:
     (tmp_path / "step_000001").mkdir()
     (root / "latest").write_text("../step_000001\n")
     with pytest.raises(CheckpointError, match="not there"):
-        resume.latest(root)
+        resume_folders.latest(root)
 
 
 # -- configuration and keys
