@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from pact_nemo.chat.template import BOUNDARY_TEXT, ChatFormat
+from pact_nemo.chat.conversation_tokens import BOUNDARY_TEXT
+from pact_nemo.chat.template import ChatFormat
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.errors import ConfigError
 from pact_nemo.objective.components import Component

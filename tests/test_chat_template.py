@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fixtures.chat_models import KINDS, chat_format, tokenizer
 
-from pact_nemo.chat.template import BOUNDARY_TEXT, ChatFormat
+from pact_nemo.chat.conversation_tokens import BOUNDARY_TEXT
+from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.errors import ConfigError
@@ -57,7 +58,7 @@ def test_continuation_starts_with_end_of_turn_exactly_when_it_was_not_sampled(ki
     without, after = chat.continuation_ids([USER], after_eos=False), chat.continuation_ids([USER], after_eos=True)
     assert without == [chat.end_of_turn_id, *after]
     assert chat.eos_ids[0] == chat.end_of_turn_id
-    assert without == chat.interlude_ids([USER], after_eos=False) + chat.generation_ids()
+    assert without == list(chat.continuation([USER], generation=False).ids) + chat.generation_ids()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,7 +67,7 @@ def test_boundary_follows_the_last_observation(kind: str) -> None:
     text = chat.tool_format.render_calls([ToolCall("ls", {})])
     observation = chat.tool_format.render_observation(["[]"])
     ids = chat.prompt_ids([USER], TOOLS) + chat.encode_assistant(text)[0]
-    ids += chat.interlude_ids(observation, after_eos=False) + chat.boundary_ids()
+    ids += list(chat.continuation(observation, generation=False).ids) + chat.boundary_ids()
     whole = [USER, {"role": "assistant", "content": text}, *observation, {"role": "user", "content": BOUNDARY_TEXT}]
     assert ids == chat.prompt_ids(whole, TOOLS)
 

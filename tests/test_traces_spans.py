@@ -11,7 +11,8 @@ from functools import cache
 import pytest
 from fixtures.chat_models import KINDS, chat_format, tokenizer
 
-from pact_nemo.chat.template import BOUNDARY_TEXT, ChatFormat
+from pact_nemo.chat.conversation_tokens import BOUNDARY_TEXT
+from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.errors import ConfigError, DataError

@@ -5,15 +5,11 @@ pieces that runs use.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from pact_nemo.chat.conversation_tokens import ConversationTokens
 from pact_nemo.chat.probing import HARD, TOOL, Message, check_marks, first_difference, observation_forms
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from pact_nemo.chat.template import ChatFormat
-
 
 _APPENDS = "take a template that only appends"
 _LONG, _MANY = 100_000, 40  #: characters of a long message; turns of a long conversation
@@ -33,7 +29,7 @@ class _Turn:
         return any(message["role"] == "user" for message in self.after)
 
 
-def check_conversation(chat: ChatFormat) -> None:
+def check_conversation(chat: ConversationTokens) -> None:
     """System text, tools, thoughts, calls, several observations in a turn and a second user turn: everything is in the
     rendering, once and as it is, in order, and the pieces concatenate to it, as text and as tokens. So it is with long
     messages and with many. Tokens say what the text says.
@@ -57,7 +53,7 @@ def check_conversation(chat: ChatFormat) -> None:
         raise ConfigError(f"the model's chat template can't be used: {error}") from error
 
 
-def _renders(chat: ChatFormat, messages: list[dict[str, str]]) -> bool:
+def _renders(chat: ConversationTokens, messages: list[dict[str, str]]) -> bool:
     """Whether the template takes a system message. Only where tools are passed to it can the project do without."""
     try:
         chat.render(messages, [TOOL])
@@ -67,7 +63,7 @@ def _renders(chat: ChatFormat, messages: list[dict[str, str]]) -> bool:
         return False
 
 
-def _turns(chat: ChatFormat, users: list[dict[str, str]]) -> list[_Turn]:
+def _turns(chat: ConversationTokens, users: list[dict[str, str]]) -> list[_Turn]:
     """Two tool turns, an answer, the second user turn, a tool turn, an answer, the third user turn."""
     observe = chat.tool_format.render_observation
     numbered = iter(range(100))
@@ -93,7 +89,7 @@ def _turns(chat: ChatFormat, users: list[dict[str, str]]) -> list[_Turn]:
     return [call_turn(2), call_turn(1), answer([users[1]]), call_turn(2), answer([users[2]])]
 
 
-def _check_prefix(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Turn]) -> None:
+def _check_prefix(chat: ConversationTokens, start: list[dict[str, str]], turns: list[_Turn]) -> None:
     messages: list[Message] = list(start)
     for turn in turns:
         messages += [{"role": "assistant", "content": _written(chat, turn)}, *turn.after]
@@ -123,7 +119,7 @@ def _check_prefix(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Tu
         )
 
 
-def _check_long(chat: ChatFormat, start: list[dict[str, str]]) -> None:
+def _check_long(chat: ConversationTokens, start: list[dict[str, str]]) -> None:
     """What the template does with long messages, with many of them, and with more results in a turn."""
     observe, fill = chat.tool_format.render_observation, "go on, " * (_LONG // 7)
     messages = [{**message, "content": f"{message['content']} {fill}END"} for message in start]
@@ -140,7 +136,7 @@ def _check_long(chat: ChatFormat, start: list[dict[str, str]]) -> None:
     check_marks(f"{chat.source}, in a long conversation,", chat.render(messages, [TOOL]), marks)
 
 
-def _check_tokens(chat: ChatFormat, written: str) -> None:
+def _check_tokens(chat: ConversationTokens, written: str) -> None:
     """A tokenizer that folds case, accents or blanks, or has no token for a quote or bracket, would show and teach
     another text.
     """
@@ -152,12 +148,12 @@ def _check_tokens(chat: ChatFormat, written: str) -> None:
         )
 
 
-def _written(chat: ChatFormat, turn: _Turn) -> str:
+def _written(chat: ConversationTokens, turn: _Turn) -> str:
     return turn.visible if chat.thought is None else chat.assistant_parts(turn.thought, turn.visible).text
 
 
 def _pieces(
-    chat: ChatFormat, start: list[dict[str, str]], turns: list[_Turn], dropped: list[bool]
+    chat: ConversationTokens, start: list[dict[str, str]], turns: list[_Turn], dropped: list[bool]
 ) -> tuple[str, list[int]]:
     """The conversation put together as runs and traces do it; turns whose thought is ``dropped`` without it."""
     tail = chat.generation_thought
@@ -170,12 +166,14 @@ def _pieces(
             written = _written(chat, turn)
         continuation = chat.continuation(turn.after)
         text += written + continuation.text
-        ids += chat.encode_assistant(written)[0] + chat.interlude_ids(turn.after, after_eos=False)
+        ids += chat.encode_assistant(written)[0] + list(chat.continuation(turn.after, generation=False).ids)
         ids += chat.visible_generation_ids() if index + 1 < len(turns) and dropped[index + 1] else chat.generation_ids()
     return text, ids
 
 
-def _marks(chat: ChatFormat, start: list[dict[str, str]], turns: list[_Turn]) -> list[tuple[str, str, list[str]]]:
+def _marks(
+    chat: ConversationTokens, start: list[dict[str, str]], turns: list[_Turn]
+) -> list[tuple[str, str, list[str]]]:
     """What has to be in the rendering: (what, its word, accepted forms) each, in order."""
     found = [_mark(message) for message in start]
     if not chat.shows_tools:  # at the end of the system message

@@ -55,8 +55,8 @@ def latest(root: str | Path) -> Path | None:
 
 
 def latest_complete(root: str | Path) -> Path | None:
-    """The newest checkpoint that passes ``resume_manifest.verify``, whatever the pointer says; None if there is none. Refused ones
-    are logged.
+    """The newest checkpoint that its manifest says is whole, whatever the pointer says; None if there is none. Refused
+    ones are logged.
     """
     for step in reversed(steps(root)):
         folder = checkpoint_path(root, step)
@@ -84,8 +84,7 @@ def remove_unfinished(root: str | Path) -> None:
 def prune(root: str | Path, keep: int) -> list[int]:
     """Delete all but the ``keep`` newest checkpoints (call on rank 0). Returns the steps deleted, ascending.
 
-    Nothing is deleted unless the newest one passes ``resume_manifest.verify``: until then an older one is what a resume would go on
-    from.
+    Nothing is deleted unless the newest one is whole: until then an older one is what a resume would go on from.
 
     Raises:
         CheckpointError: ``keep`` < 1; the newest checkpoint is not whole; or an old one can't be deleted.

@@ -25,7 +25,8 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 
-from pact_nemo.chat.template import ChatFormat, Continuation
+from pact_nemo.chat.conversation_tokens import Continuation
+from pact_nemo.chat.template import ChatFormat
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.objective.components import Component
 from pact_nemo.traces.schema import Trace, TraceTurn

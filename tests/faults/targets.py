@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pact_nemo.chat import json_calls, parsing, tool_formats
+from pact_nemo.chat import conversation_text, conversation_tokens, json_calls, parsing, tool_formats
 from pact_nemo.chat import template as chat_template
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
@@ -609,9 +609,14 @@ def targets() -> dict[str, Target]:
         "traces": Target(_make_traces, (schema, filters, spans, annotate, strict_json), refused),
         "rollouts": Target(_make_rollouts, (store, strict_json), refused),
         **{f"calls-{name}": _tool_format(name) for name in TOOL_FORMATS},
-        "conversations": Target(_make_conversations, (chat_template, schema), ()),
+        "conversations": Target(_make_conversations, (conversation_text, conversation_tokens, schema), ()),
         # jinja folds `- - - … x` in time cubic in the signs (300: 5 s), up to Python's recursion limit
-        "chat-templates": Target(_make_templates, (chat_template,), (ConfigError, DataError), hang_s=60.0),
+        "chat-templates": Target(
+            _make_templates,
+            (conversation_text, conversation_tokens, chat_template),
+            (ConfigError, DataError),
+            hang_s=60.0,
+        ),
         "config": Target(_make_config, (config_module,), (ConfigError,)),
         "overrides": Target(_make_overrides, (config_module,), (ConfigError,)),
         "export-manifest": Target(_make_export_manifest, (manifest,), (CheckpointError,)),
