@@ -27,7 +27,7 @@ from pact_nemo.objective.components import CALL
 from pact_nemo.objective.loss import batch_loss
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.objective.surrogate import Clip
-from pact_nemo.rollouts.episode import SeedPath, run_episode
+from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath, run_episode
 from pact_nemo.rollouts.store import parse_rollout
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.client import Completion
@@ -137,7 +137,9 @@ def play(chat: ChatFormat, texts: list[str], limits: EpisodeLimits = LIMITS) -> 
     """The rollout, and the ids of each request."""
     policy = ScriptedPolicy(chat, texts)
     environment: Any = ScriptedEnvironment()
-    rollout = asyncio.run(run_episode(make_task(), 0, environment, chat, policy, limits, Sampling(), SeedPath(1, 0)))
+    rollout = asyncio.run(
+        run_episode(make_task(), 0, EpisodeSetup(environment, chat, limits, Sampling(), SeedPath(1, 0)), policy)
+    )
     assert rollout.status != "failed", rollout.error
     return rollout, policy.requests
 

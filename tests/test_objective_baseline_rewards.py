@@ -16,6 +16,7 @@ from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.methods.registry import method_named
 from pact_nemo.objective.baseline_rewards import ftrl_rewards, solved_by_equality, toolrl_reward
+from pact_nemo.objective.rewards import CallsOf
 from pact_nemo.rollouts.types import Rollout, Turn
 
 
@@ -66,7 +67,10 @@ def test_a_reference_call_is_solved_once_and_in_its_own_group() -> None:
 def toolrl(predicted: list[ToolCall], reference: list[ToolCall], well_formed: bool = True, **settings: Any) -> float:
     settings = {"readable": True, **settings}
     return toolrl_reward(
-        predicted, [0] * len(predicted), reference, [0] * len(reference), well_formed=well_formed, **settings
+        CallsOf(predicted, [0] * len(predicted)),
+        CallsOf(reference, [0] * len(reference)),
+        well_formed=well_formed,
+        **settings,
     )
 
 

@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pact_nemo.objective.advantages import Normalisation, group_advantages, returns_to_go
-from pact_nemo.objective.rewards import assign, call_similarity, match_calls, turn_rewards, values_equal
+from pact_nemo.objective.rewards import (
+    CallsOf,
+    TurnCalls,
+    assign,
+    call_similarity,
+    match_calls,
+    turn_rewards,
+    values_equal,
+)
 
 
 @dataclass(frozen=True)
@@ -113,41 +121,39 @@ def test_matched_calls_equal_brute_force_over_all_assignments(
     assert sum(match_calls(predicted, reference, groups=(left, right), method="greedy")) <= best + 1e-12
 
 
-def test_lists_of_the_wrong_length_and_negative_penalties_are_refused() -> None:
+def test_labels_of_the_wrong_length_and_negative_penalties_are_refused() -> None:
     call = Call("f")
     with pytest.raises(ValueError, match="group labels"):
         match_calls([call], [call], groups=([0, 1], [0]))
     with pytest.raises(ValueError, match="penalty"):
         match_calls([call], [call], penalty=-1.0)
-    with pytest.raises(ValueError, match="different lengths"):
-        turn_rewards([[call]], [0], [call], [0], is_tool_turn=[True], malformed=[], outcome=1.0)
 
 
 def test_the_final_turn_gets_the_outcome_even_when_it_is_a_tool_turn() -> None:
     f = Call("f")
-    arguments: dict[str, Any] = {"is_tool_turn": [True, False, True], "malformed": [0, 0, 0], "outcome": 0.5}
-    assert turn_rewards([[f], [], [f]], [0, 0, 1], [f, f], [0, 1], **arguments).tolist() == [1.0, 0.0, 1.5]
+
+    def rewards(references: list[int], *, silent_tool_turn: bool = False, penalty: float = 0.0) -> list[float]:
+        turns = [TurnCalls([f], 0, True), TurnCalls([], 0, silent_tool_turn), TurnCalls([f], 1, True)]
+        return turn_rewards(turns, CallsOf([f, f], references), outcome=0.5, penalty=penalty).tolist()
+
+    assert rewards([0, 1]) == [1.0, 0.0, 1.5]
     # the second f belongs to user turn 1, the only reference left is user turn 0's
-    assert turn_rewards([[f], [], [f]], [0, 0, 1], [f, f], [0, 0], **arguments).tolist() == [1.0, 0.0, 0.5]
-    arguments["is_tool_turn"] = [True, True, True]  # a tool turn in which nothing was parsed and nothing was malformed
-    assert turn_rewards([[f], [], [f]], [0, 0, 1], [f, f], [0, 1], penalty=0.5, **arguments).tolist() == [1.0, 0.0, 1.5]
+    assert rewards([0, 0]) == [1.0, 0.0, 0.5]
+    # a tool turn in which nothing was parsed and nothing was malformed
+    assert rewards([0, 1], silent_tool_turn=True, penalty=0.5) == [1.0, 0.0, 1.5]
 
 
 def test_turn_rewards_by_hand() -> None:
     f, g = Call("f", {"a": 1}), Call("g", {})
     rewards = turn_rewards(
-        [[f], [f, g], [], []],
-        [0, 0, 0, 0],
-        [f, g],
-        [0, 0],
-        is_tool_turn=[True, True, True, False],
-        malformed=[0, 0, 2, 0],
+        [TurnCalls([f], 0, True), TurnCalls([f, g], 0, True), TurnCalls([], 0, True, 2), TurnCalls([], 0, False)],
+        CallsOf([f, g], [0, 0]),
         outcome=1.0,
         penalty=0.5,
         outcome_weight=2.0,
     )
     assert rewards.tolist() == [1.0, (-0.5 + 1.0) / 2, -0.5, 2.0]
-    assert turn_rewards([], [], [f], [0], is_tool_turn=[], malformed=[], outcome=0.0).tolist() == []
+    assert turn_rewards([], CallsOf([f], [0]), outcome=0.0).tolist() == []
 
 
 def test_advantages_by_hand() -> None:

@@ -33,16 +33,7 @@ def planned(found: dict[str, Any], case: dict[str, Any], *, world: int = 1, stag
     )
     shape, layout, numbers = ModelShape.from_hf(found["hf"]), Layout.of(policy, world), Numbers.of(policy.precision)
     rows = case.get("trees", 1)
-    peak = training_peak(
-        shape,
-        layout,
-        numbers,
-        row,
-        stage=stage,
-        micro_batches=rows,
-        recompute=policy.recompute,
-        chunk=policy.logprob_chunk,
-    )
+    peak = training_peak(shape, layout, policy, numbers, row, stage=stage, micro_batches=rows)
     between = (
         communication_bytes(shape, layout, numbers, row, cuda=False, flying=in_flight(layout, stage, rows))
         if layout.pipeline > 1

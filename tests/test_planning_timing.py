@@ -15,7 +15,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.planning.hardware import gpu, this_cpu
 from pact_nemo.planning.plan import make_plan, search
 from pact_nemo.planning.shape import Layout, ModelShape
-from pact_nemo.planning.timing import ServerPlan, forward_operations, model_operations, pass_seconds, phases
+from pact_nemo.planning.timing import Pass, ServerPlan, forward_operations, model_operations, pass_seconds, phases
 from pact_nemo.planning.workload import Lengths, Row, StepWork, causal_pairs
 from pact_nemo.policy.config import PolicyConfig
 from tools import plan as plan_tool
@@ -137,7 +137,7 @@ def test_fp8_throughput_of_70b_comes_out_as_published(
     """Megatron-Bridge's Llama-3-70B on H100, FP8: tokens per second and GPU."""
     row = Row(tokens=sequences * length, scored=sequences * length, pairs=sequences * causal_pairs(length, length))
     policy = dataclasses.replace(POLICY, fp8="tensorwise")
-    seconds = pass_seconds(LLAMA_70B, layout, policy, H100, row, sequences // layout.data, train=True, fp8=True)
+    seconds = pass_seconds(LLAMA_70B, layout, policy, H100, Pass(row, sequences // layout.data, train=True, fp8=True))
     rate, tflops = row.tokens / seconds / layout.world, model_operations(LLAMA_70B, row) / seconds / layout.world / 1e12
     print(
         f"{name}: planned {rate:.0f} tokens/s/GPU at {tflops:.0f} TFLOP/s, published {published},"

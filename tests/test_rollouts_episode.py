@@ -13,7 +13,7 @@ from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.environments.base import Outcome, Task, ToolCall
 from pact_nemo.errors import EnvironmentFailure, Interrupted, ServerError, ToolCallError
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.episode import SeedPath, run_episode
+from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath, run_episode
 from pact_nemo.serving.client import Completion, StaleWeights
 from pact_nemo.serving.config import EpisodeLimits, Sampling
 
@@ -113,7 +113,9 @@ class ScriptedPolicy:
 
 def play(chat, policy, environment=None, limits=LIMITS, task=None):
     environment = environment if environment is not None else ScriptedEnvironment()
-    rollout = asyncio.run(run_episode(task or make_task(), 0, environment, chat, policy, limits, Sampling(), SEEDS))
+    rollout = asyncio.run(
+        run_episode(task or make_task(), 0, EpisodeSetup(environment, chat, limits, Sampling(), SEEDS), policy)
+    )
     for session in environment.sessions:
         assert session.closed == 1
     n = len(rollout.token_ids)
@@ -195,7 +197,10 @@ def test_a_broken_start_or_close_is_survived(chat):
     environment = ScriptedEnvironment()
     rollout = asyncio.run(
         run_episode(
-            make_task(), 0, NoClose(environment), chat, ScriptedPolicy(chat, ["Hi."]), LIMITS, Sampling(), SEEDS
+            make_task(),
+            0,
+            EpisodeSetup(NoClose(environment), chat, LIMITS, Sampling(), SEEDS),
+            ScriptedPolicy(chat, ["Hi."]),
         )
     )
     assert rollout.status == "ok"
@@ -328,12 +333,8 @@ def test_a_batch_is_ordered_limited_and_reported(chat):
         run_batch(
             tasks,
             3,
-            environment=ScriptedEnvironment(),
-            chat=chat,
+            setup=EpisodeSetup(ScriptedEnvironment(), chat, LIMITS, Sampling(), SEEDS),
             clients=[Policy(chat, [])],
-            limits=LIMITS,
-            sampling=Sampling(),
-            seeds=SEEDS,
             concurrency=4,
             on_progress=lambda *counts: reports.append(counts),
         )
@@ -371,12 +372,8 @@ def test_a_batch_is_broken_off_when_the_check_says_so_and_leaves_no_session_open
             run_batch(
                 [make_task()],
                 3,
-                environment=Environment(),
-                chat=chat,
+                setup=EpisodeSetup(Environment(), chat, LIMITS, Sampling(), SEEDS),
                 clients=[Slow(chat, [])],
-                limits=LIMITS,
-                sampling=Sampling(),
-                seeds=SEEDS,
                 concurrency=2,
                 check=check,
             )
@@ -398,9 +395,7 @@ def test_tools_that_wait_hold_up_no_other_episode(chat):
         async def generate(self, request):
             raise ServerError("no policy needed")
 
-    settings = dict(
-        environment=Environment(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SEEDS, concurrency=open_episodes
-    )
+    settings = dict(setup=EpisodeSetup(Environment(), chat, LIMITS, Sampling(), SEEDS), concurrency=open_episodes)
     rollouts = asyncio.run(run_batch([make_task()], open_episodes, clients=[Cut(chat, [])], **settings))
     assert {rollout.error for rollout in rollouts} == {"ServerError: no policy needed"}
 
@@ -419,9 +414,7 @@ def test_tasks_go_to_the_servers_in_turn_and_stay_there(chat):
             return Completion(ids, [-1.0] * len(ids), "stop", 3)
 
     tasks = [make_task(f"t{i}", f"This is task {i}.") for i in range(5)]
-    settings = dict(
-        environment=ScriptedEnvironment(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SEEDS, concurrency=4
-    )
+    settings = dict(setup=EpisodeSetup(ScriptedEnvironment(), chat, LIMITS, Sampling(), SEEDS), concurrency=4)
     rollouts = asyncio.run(run_batch(tasks, 2, clients=[Policy(0), Policy(1)], **settings))
     assert [(r.task_id, r.sample) for r in rollouts] == [(f"t{i}", k) for i in range(5) for k in range(2)]
     assert asked == {0: {"0", "2", "4"}, 1: {"1", "3"}}

@@ -25,7 +25,7 @@ from pact_nemo.checkpoints.manifest import MANIFEST_NAME, new_export
 from pact_nemo.environments.base import Outcome, Task
 from pact_nemo.errors import CheckpointError, ConfigError, ServerError
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.episode import SeedPath
+from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.serving.client import GenerationRequest, RolloutClient, StaleWeights
 from pact_nemo.serving.config import EpisodeLimits, RolloutServerConfig, Sampling
 from pact_nemo.serving.endpoint import ServerEndpoint
@@ -218,11 +218,7 @@ def play(server, chat, client, tasks=2, samples=2, concurrency=8):
         Task(f"t{i}", f"t{i}", "c", (({"role": "user", "content": text},),), (), ((),)) for i, text in enumerate(texts)
     ]
     settings = dict(
-        environment=TwoTurns(),
-        chat=chat,
-        limits=LIMITS,
-        sampling=Sampling(),
-        seeds=SeedPath(3, 1),
+        setup=EpisodeSetup(TwoTurns(), chat, LIMITS, Sampling(), SeedPath(3, 1)),
         concurrency=concurrency,
     )
     return asyncio.run(run_batch(items, samples, clients=client if isinstance(client, list) else [client], **settings))

@@ -12,8 +12,9 @@ import numpy as np
 from pact_nemo.environments.answers import plain
 from pact_nemo.environments.base import Task
 from pact_nemo.methods.base import Method
-from pact_nemo.methods.rewards import CallsOf, reference_of, written_by
+from pact_nemo.methods.rewards import reference_of, written_by
 from pact_nemo.objective.baseline_rewards import ftrl_rewards, solved_by_equality
+from pact_nemo.objective.rewards import CallsOf
 from pact_nemo.rollouts.types import Rollout
 
 

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pact_nemo.environments.answers import answer_f1
-from pact_nemo.environments.base import Task, ToolCall
-from pact_nemo.objective.rewards import turn_rewards
+from pact_nemo.environments.base import Task
+from pact_nemo.objective.rewards import CallsOf, TurnCalls, turn_rewards
 from pact_nemo.rollouts.types import Rollout
 
 if TYPE_CHECKING:
     from pact_nemo.config.schema import ObjectiveConfig
-
-
-@dataclass(frozen=True)
-class CallsOf:
-    """The calls of an episode or a reference in one list, each with its user turn."""
-
-    calls: list[ToolCall]
-    groups: list[int]
 
 
 def reference_of(task: Task) -> CallsOf:
@@ -78,14 +69,9 @@ def _rewards(
     penalty: float,
     outcome_weight: float | None,
 ) -> np.ndarray:
-    turns = rollout.turns
     return turn_rewards(
-        [turn.calls for turn in turns],
-        [turn.user_turn for turn in turns],
-        reference.calls,
-        reference.groups,
-        is_tool_turn=[turn.is_tool_turn for turn in turns],
-        malformed=[len(turn.call_errors) for turn in turns],
+        [TurnCalls(turn.calls, turn.user_turn, turn.is_tool_turn, len(turn.call_errors)) for turn in rollout.turns],
+        reference,
         outcome=outcome_of(task, rollout, objective),
         method=objective.matching,
         penalty=penalty,

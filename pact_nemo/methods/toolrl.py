@@ -37,10 +37,8 @@ class ToolRL(Method):
         written, reference = written_by(rollout), reference_of(task)
         readable = not any(turn.call_errors for turn in rollout.turns)
         rewards[-1] = toolrl_reward(
-            written.calls,
-            written.groups,
-            reference.calls,
-            reference.groups,
+            written,
+            reference,
             well_formed=rollout.status == "ok" and readable,
             readable=readable,
             method=self.objective.matching,

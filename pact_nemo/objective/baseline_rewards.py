@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from pact_nemo.objective.rewards import Call, call_similarity, values_equal
+from pact_nemo.objective.rewards import Call, CallsOf, call_similarity, values_equal
 
 Groups = Sequence[Hashable]
 
@@ -89,10 +89,8 @@ def _jaccard(left: Sequence[Hashable], right: Sequence[Hashable]) -> float:
 
 
 def toolrl_reward(
-    predicted: Sequence[Call],
-    groups: Groups,
-    reference: Sequence[Call],
-    reference_groups: Groups,
+    predicted: CallsOf,
+    reference: CallsOf,
     *,
     well_formed: bool,
     readable: bool,
@@ -107,6 +105,7 @@ def toolrl_reward(
     different groups never match.
 
     Args:
+        predicted, reference: the calls, each with its group.
         well_formed: the answer has the form that the format reward asks for.
         readable: every call that was written could be read.
         method: ``greedy``: each reference call in its order takes the best call that is left, as in the public code;
@@ -120,24 +119,24 @@ def toolrl_reward(
     if method not in ("hungarian", "greedy"):
         raise ValueError(f"matching method {method!r} is neither 'hungarian' nor 'greedy'")
     form = float(well_formed)
-    if not reference:
+    if not reference.calls:
         return form
     if strict and not readable:
         return form - 3.0
     score = _jaccard(
-        [(group, call.name) for call, group in zip(predicted, groups, strict=True)],
-        [(group, call.name) for call, group in zip(reference, reference_groups, strict=True)],
+        [(group, call.name) for call, group in zip(predicted.calls, predicted.groups, strict=True)],
+        [(group, call.name) for call, group in zip(reference.calls, reference.groups, strict=True)],
     )
-    pairs = np.zeros((len(predicted), len(reference)))
-    for a, (p, p_group) in enumerate(zip(predicted, groups, strict=True)):
-        for b, (g, g_group) in enumerate(zip(reference, reference_groups, strict=True)):
+    pairs = np.zeros((len(predicted.calls), len(reference.calls)))
+    for a, (p, p_group) in enumerate(zip(predicted.calls, predicted.groups, strict=True)):
+        for b, (g, g_group) in enumerate(zip(reference.calls, reference.groups, strict=True)):
             if p.name == g.name and p_group == g_group:
                 equal = sum(
                     key in p.arguments and values_equal(p.arguments[key], value) for key, value in g.arguments.items()
                 )
                 pairs[a, b] = _jaccard(list(p.arguments), list(g.arguments)) + equal
     score += _best_sum(pairs) if method == "hungarian" else _greedy_sum(pairs)
-    most = 1.0 + sum(1 + len(call.arguments) for call in reference)
+    most = 1.0 + sum(1 + len(call.arguments) for call in reference.calls)
     return form + 6.0 * score / most - 3.0
 
 

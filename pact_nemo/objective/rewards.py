@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,31 @@ class Call(Protocol):
 
     @property
     def arguments(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class CallsOf:
+    """The calls of an episode or a reference in one list, each with its label: the user turn that it belongs to."""
+
+    calls: Sequence[Call]
+    groups: Sequence[Hashable]
+
+
+@dataclass(frozen=True)
+class TurnCalls:
+    """What one assistant turn called.
+
+    Attributes:
+        calls: those that could be read.
+        group: label of the turn; see :func:`match_calls`.
+        is_tool_turn: whether the turn asked for a tool at all.
+        malformed: number of malformed calls.
+    """
+
+    calls: Sequence[Call]
+    group: Hashable
+    is_tool_turn: bool
+    malformed: int = 0
 
 
 def values_equal(left: Any, right: Any) -> bool:
@@ -125,13 +151,9 @@ def match_calls(
 
 
 def turn_rewards(
-    turn_calls: Sequence[Sequence[Call]],
-    turn_groups: Sequence[Hashable],
-    reference: Sequence[Call],
-    reference_groups: Sequence[Hashable],
+    turns: Sequence[TurnCalls],
+    reference: CallsOf,
     *,
-    is_tool_turn: Sequence[bool],
-    malformed: Sequence[int],
     outcome: float,
     method: str = "hungarian",
     penalty: float = 0.0,
@@ -144,28 +166,23 @@ def turn_rewards(
     ``outcome_weight * outcome`` on top, whatever it is.
 
     Args:
-        turn_calls: the parsed calls of each turn.
-        turn_groups, reference_groups: labels of turns and reference calls; see :func:`match_calls`.
-        is_tool_turn: whether the turn asked for a tool at all.
-        malformed: number of malformed calls of each turn.
+        turns: of the rollout, in order.
+        reference: the reference calls.
         outcome: the checker's verdict in [0, 1], or the F1 of the answer where ``objective.outcome`` says so.
         method, penalty: see :func:`match_calls`; the matching is over the calls of the whole rollout.
 
     Raises:
-        ValueError: lists of different lengths, or as :func:`match_calls`.
+        ValueError: as :func:`match_calls`.
     """
-    lengths = {len(turn_calls), len(turn_groups), len(is_tool_turn), len(malformed)}
-    if len(lengths) != 1:
-        raise ValueError(
-            f"turn_calls, turn_groups, is_tool_turn and malformed have different lengths: {sorted(lengths)}"
-        )
-    flat = [call for calls in turn_calls for call in calls]
-    flat_groups = [group for calls, group in zip(turn_calls, turn_groups, strict=True) for _ in calls]
-    matched = iter(match_calls(flat, reference, groups=(flat_groups, reference_groups), method=method, penalty=penalty))
-    rewards = np.zeros(len(turn_calls))
-    for t, calls in enumerate(turn_calls):
-        scores = [next(matched) for _ in calls] + [-penalty] * malformed[t]
-        if is_tool_turn[t] and scores:
+    flat = [call for turn in turns for call in turn.calls]
+    flat_groups = [turn.group for turn in turns for _ in turn.calls]
+    matched = iter(
+        match_calls(flat, reference.calls, groups=(flat_groups, reference.groups), method=method, penalty=penalty)
+    )
+    rewards = np.zeros(len(turns))
+    for t, turn in enumerate(turns):
+        scores = [next(matched) for _ in turn.calls] + [-penalty] * turn.malformed
+        if turn.is_tool_turn and scores:
             rewards[t] = float(np.mean(scores))
     if len(rewards):
         rewards[-1] += outcome_weight * outcome

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from pact_nemo.planning.shape import Layout, ModelShape, padded_vocab
 from pact_nemo.planning.workload import Row
+from pact_nemo.policy.config import PolicyConfig
 
 FP32 = 4
 INDEX = 8  # int64
@@ -222,15 +223,24 @@ class ActivationPeak:
 def training_peak(
     shape: ModelShape,
     layout: Layout,
+    policy: PolicyConfig,
     numbers: Numbers,
     row: Row,
     *,
     stage: int,
     micro_batches: int,
-    recompute: str,
-    chunk: int,
 ) -> ActivationPeak:
-    """The larger of two moments: the last layer's backward pass, and (last stage) the head's."""
+    """The larger of two moments: the last layer's backward pass, and (last stage) the head's.
+
+    Args:
+        shape, layout: the model, and how it is cut.
+        policy: its ``recompute`` and ``logprob_chunk``.
+        numbers: how numbers are kept.
+        row: one micro-batch.
+        stage: pipeline stage of the rank.
+        micro_batches: of an update, on one data-parallel rank.
+    """
+    recompute, chunk = policy.recompute, policy.logprob_chunk
     layers = shape.layers // layout.pipeline
     flying = in_flight(layout, stage, micro_batches)
     own = Widths.of(shape, layout)

@@ -118,16 +118,7 @@ def stage_memory(
     row = row if row is not None else work.micro_batch(policy.micro_batch_tokens, layout.data)
     rows = work.micro_batches(policy.micro_batch_tokens, layout.data)
     between = communication_bytes(shape, layout, numbers, row, cuda=cuda, flying=in_flight(layout, stage, rows))
-    peak: ActivationPeak = training_peak(
-        shape,
-        layout,
-        numbers,
-        row,
-        stage=stage,
-        micro_batches=rows,
-        recompute=policy.recompute,
-        chunk=policy.logprob_chunk,
-    )
+    peak: ActivationPeak = training_peak(shape, layout, policy, numbers, row, stage=stage, micro_batches=rows)
     # the reference pass puts the reference weights beside the current ones, without gradients
     reference = (state.weights if work.reference and cuda else 0) + scoring_peak(
         shape, layout, numbers, row, stage=stage, chunk=policy.logprob_chunk

@@ -91,26 +91,31 @@ def _exchange(shape: ModelShape, layout: Layout, hardware: Hardware, tokens: flo
     return seconds
 
 
-def pass_seconds(
-    shape: ModelShape,
-    layout: Layout,
-    policy: PolicyConfig,
-    hardware: Hardware,
-    row: Row,
-    rows: int,
-    *,
-    train: bool,
-    fp8: bool,
-) -> float:
-    """Of ``row`` (all tokens of the pass, over all ranks) in ``rows`` micro-batches a data-parallel rank; ``train``:
-    forward and backward.
+@dataclass(frozen=True)
+class Pass:
+    """What goes through the model at once.
+
+    Attributes:
+        row: all tokens of the pass, over all ranks.
+        rows: micro-batches of a data-parallel rank.
+        train: forward and backward, else forward alone.
+        fp8: the decoder's products are in FP8.
     """
-    layers, head = forward_operations(shape, row)
-    passes = 1.0 if not train else 4.0 if policy.recompute == "full" else 3.0
-    operations = passes * layers + (4.0 if train else 1.0) * head
-    seconds = operations / (layout.world * compute_rate(shape, hardware, fp8=fp8))
-    seconds += _exchange(shape, layout, hardware, row.tokens / (layout.data * layout.context), passes)
-    return seconds * (1.0 + (layout.pipeline - 1) / (layout.virtual * max(rows, 1)))
+
+    row: Row
+    rows: int
+    train: bool
+    fp8: bool
+
+
+def pass_seconds(shape: ModelShape, layout: Layout, policy: PolicyConfig, hardware: Hardware, one: Pass) -> float:
+    """Seconds of one pass."""
+    layers, head = forward_operations(shape, one.row)
+    passes = 1.0 if not one.train else 4.0 if policy.recompute == "full" else 3.0
+    operations = passes * layers + (4.0 if one.train else 1.0) * head
+    seconds = operations / (layout.world * compute_rate(shape, hardware, fp8=one.fp8))
+    seconds += _exchange(shape, layout, hardware, one.row.tokens / (layout.data * layout.context), passes)
+    return seconds * (1.0 + (layout.pipeline - 1) / (layout.virtual * max(one.rows, 1)))
 
 
 def update_seconds(
@@ -119,7 +124,8 @@ def update_seconds(
     """All optimizer updates of a step: passes, gradient reduction, Adam, parameter gathering."""
     row = work.mean_tree * (work.prompts / work.updates)
     rows = work.micro_batches(policy.micro_batch_tokens, layout.data)
-    one = pass_seconds(shape, layout, policy, hardware, row, rows, train=True, fp8=policy.fp8 is not None)
+    training = Pass(row, rows, train=True, fp8=policy.fp8 is not None)
+    one = pass_seconds(shape, layout, policy, hardware, training)
     held = max(
         (rank_parameters(shape, layout, stage) for stage in range(layout.pipeline)), key=lambda found: found.total
     )
@@ -151,12 +157,12 @@ def scoring_seconds(
     for row, share in ((work.mean_tree * float(work.prompts), work.score_old), (alone, work.score_prompt_only)):
         if share:
             passes = max(1, round(rows * work.updates * share))
-            seconds = pass_seconds(shape, layout, policy, hardware, row * share, passes, train=False, fp8=fp8)
+            scoring = Pass(row * share, passes, train=False, fp8=fp8)
+            seconds = pass_seconds(shape, layout, policy, hardware, scoring)
             found["old-policy scoring"] = found.get("old-policy scoring", 0.0) + seconds
     if work.reference:
-        found["reference scoring"] = pass_seconds(
-            shape, layout, policy, hardware, alone, rows * work.updates, train=False, fp8=False
-        )
+        scoring = Pass(alone, rows * work.updates, train=False, fp8=False)
+        found["reference scoring"] = pass_seconds(shape, layout, policy, hardware, scoring)
     return found
 
 

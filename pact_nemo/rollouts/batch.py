@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
-from pact_nemo.environments.base import Environment, Task
+from pact_nemo.environments.base import Task
 from pact_nemo.errors import Interrupted, ServerLost
-from pact_nemo.rollouts.episode import Chat, Generates, SeedPath, run_episode
+from pact_nemo.rollouts.episode import EpisodeSetup, Generates, run_episode
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.serving.config import EpisodeLimits, Sampling
 
 CHECK_SECONDS = 0.25
 
@@ -31,13 +30,9 @@ BatchProgress = Callable[[int, int, int], None]
 async def run_batch(
     tasks: Sequence[Task],
     samples: int,
+    setup: EpisodeSetup,
     *,
-    environment: Environment,
-    chat: Chat,
     clients: Sequence[Served],
-    limits: EpisodeLimits,
-    sampling: Sampling,
-    seeds: SeedPath,
     concurrency: int,
     on_progress: BatchProgress | None = None,
     check: Callable[[], None] | None = None,
@@ -47,7 +42,7 @@ async def run_batch(
     Returns ``len(tasks) * samples`` rollouts ordered by (task, sample): ``tasks[i]``'s are
     ``[i * samples : (i + 1) * samples]``. Tasks go to the clients in turn, all rollouts of a task to the same one, one
     after another, so that they find its prompt in that server's prefix cache. Each request has its own seed
-    (:class:`SeedPath`), so which episodes ran side by side does not decide what is drawn (up to the last bits of the
+    (``episode.SeedPath``), so which episodes ran side by side does not decide what is drawn (up to the last bits of the
     server's arithmetic, which depend on the batch).
 
     Each open episode has a thread for its environment, so that tools which wait hold up no other episode.
@@ -64,7 +59,7 @@ async def run_batch(
     async def one(task: Task, sample: int, client: Served) -> Rollout:
         nonlocal done, tokens
         async with gate:
-            rollout = await run_episode(task, sample, environment, chat, client, limits, sampling, seeds)
+            rollout = await run_episode(task, sample, setup, client)
         done += 1
         tokens += sum(rollout.loss_mask)
         if on_progress is not None:

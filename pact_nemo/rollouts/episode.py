@@ -83,6 +83,25 @@ class SeedPath:
         return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big") >> 1
 
 
+@dataclass(frozen=True)
+class EpisodeSetup:
+    """What all episodes of a batch have in common.
+
+    Attributes:
+        environment: that they are played in.
+        chat: the policy's text and token conventions.
+        limits: that end an episode.
+        sampling: temperature and top-p.
+        seeds: where the batch stands in the run.
+    """
+
+    environment: Environment
+    chat: Chat
+    limits: EpisodeLimits
+    sampling: Sampling
+    seeds: SeedPath
+
+
 class _Truncated(Exception):
     """A limit ended the episode."""
 
@@ -91,29 +110,20 @@ class _Truncated(Exception):
         self.limit = limit
 
 
-async def run_episode(
-    task: Task,
-    sample: int,
-    environment: Environment,
-    chat: Chat,
-    client: Generates,
-    limits: EpisodeLimits,
-    sampling: Sampling,
-    seeds: SeedPath,
-) -> Rollout:
-    """Play ``task`` once with the policy being served. Never raises for a server or environment failure: the rollout
-    says ``failed`` then.
+async def run_episode(task: Task, sample: int, setup: EpisodeSetup, client: Generates) -> Rollout:
+    """Play ``task`` once with the policy that ``client`` serves. Never raises for a server or environment failure: the
+    rollout says ``failed`` then.
 
     Malformed calls are answered by error observations that the model sees. A message without calls ends the user turn;
     the environment gets what it says outside of its thought. The checker's verdict is taken of truncated episodes too.
     """
     started = time.perf_counter()
-    prompt = chat.prompt_ids(list(task.user_turns[0]), list(task.tools))
+    prompt = setup.chat.prompt_ids(list(task.user_turns[0]), list(task.tools))
     rollout = Rollout(task.id, sample, prompt, [], [], [], [], None, client.weight_version)
     session: Session | None = None
     try:
-        session = await _in_thread(task, environment.start, task)
-        episode = _Episode(task, rollout, session, chat, client, limits, sampling, seeds)
+        session = await _in_thread(task, setup.environment.start, task)
+        episode = _Episode(task, rollout, session, setup, client)
         try:
             await episode.play()
         except _Truncated as limit:
@@ -140,22 +150,12 @@ async def run_episode(
 class _Episode:
     """State of one running episode."""
 
-    def __init__(
-        self,
-        task: Task,
-        rollout: Rollout,
-        session: Session,
-        chat: Chat,
-        client: Generates,
-        limits: EpisodeLimits,
-        sampling: Sampling,
-        seeds: SeedPath,
-    ):
+    def __init__(self, task: Task, rollout: Rollout, session: Session, setup: EpisodeSetup, client: Generates):
         self.task, self.rollout, self.session = task, rollout, session
-        self.chat, self.client = chat, client
-        self.limits, self.sampling, self.seeds = limits, sampling, seeds
+        self.chat, self.client = setup.chat, client
+        self.limits, self.sampling, self.seeds = setup.limits, setup.sampling, setup.seeds
         self.tools = list(task.tools)
-        self.contexts = chat.contexts()
+        self.contexts = setup.chat.contexts()
         self.context_ids = list(rollout.prompt_ids)  #: what the server is sent next
         self.user_turn = 0
         self.turns_here = 0

@@ -16,7 +16,7 @@ from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ServerError
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.episode import SeedPath
+from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.config import EpisodeLimits, Sampling
 from pact_nemo.serving.health import State
@@ -105,16 +105,14 @@ class Generator:
             def show(done: int, total: int, tokens: int) -> None:
                 phase.update(done, f"{tokens / max(time.perf_counter() - started, 1e-9):.0f} tokens/s")
 
+            seeds = SeedPath(self._config.run.seed, step)
+            setup = EpisodeSetup(self._environment, self._chat, limits, sampling, seeds)
             rollouts = asyncio.run(
                 run_batch(
                     tasks,
                     samples,
-                    environment=self._environment,
-                    chat=self._chat,
+                    setup,
                     clients=self._servers,
-                    limits=limits,
-                    sampling=sampling,
-                    seeds=SeedPath(self._config.run.seed, step),
                     concurrency=self._config.rollout.sampling.concurrency,
                     on_progress=show,
                     check=self.check,

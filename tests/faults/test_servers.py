@@ -27,7 +27,7 @@ from pact_nemo.checkpoints.manifest import new_export
 from pact_nemo.environments.base import Outcome, Task
 from pact_nemo.errors import CheckpointError, ServerError, ServerLost
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.episode import SeedPath
+from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.config import EpisodeLimits, RolloutServerConfig, Sampling
 from pact_nemo.serving.refit import check_export, load
@@ -189,11 +189,7 @@ def play(served: SupervisedServer, step: int = 0) -> list[Rollout]:
         items,
         2,
         clients=[served],
-        environment=environment,
-        chat=Chat(),
-        limits=LIMITS,
-        sampling=Sampling(),
-        seeds=SeedPath(3, step),
+        setup=EpisodeSetup(environment, Chat(), LIMITS, Sampling(), SeedPath(3, step)),
         concurrency=4,
     )  # type: ignore[arg-type]
     rollouts = asyncio.run(batch)
@@ -296,11 +292,7 @@ def test_a_server_that_only_answers_garbage_fails_episodes_not_the_run(bench: Be
             items,
             1,
             clients=[served],
-            environment=Turns(),
-            chat=Chat(),
-            limits=LIMITS,
-            sampling=Sampling(),
-            seeds=SeedPath(3, 0),
+            setup=EpisodeSetup(Turns(), Chat(), LIMITS, Sampling(), SeedPath(3, 0)),
             concurrency=1,
         )  # type: ignore[arg-type]
     )
@@ -390,11 +382,7 @@ def test_a_stop_does_not_wait_for_a_restart(bench: Bench) -> None:
                 items,
                 1,
                 clients=[served],
-                environment=Turns(),
-                chat=Chat(),
-                limits=LIMITS,
-                sampling=Sampling(),
-                seeds=SeedPath(3, 0),
+                setup=EpisodeSetup(Turns(), Chat(), LIMITS, Sampling(), SeedPath(3, 0)),
                 concurrency=1,
                 check=check,
             )  # type: ignore[arg-type]

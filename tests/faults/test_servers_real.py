@@ -15,7 +15,7 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.environments.base import Outcome, Task
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.episode import SeedPath
+from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.config import EpisodeLimits, RolloutServerConfig, Sampling
 from pact_nemo.serving.server import RolloutServer, group_members
@@ -80,9 +80,7 @@ def test_vllm_killed_and_stopped_in_mid_generation(tmp_path: Path) -> None:
             Task(f"t{i}", "g", "c", (({"role": "user", "content": f"Name a number above {i}."},),), (), ((),))
             for i in range(4)
         ]
-        settings: Any = dict(
-            environment=OneTurn(), chat=chat, limits=LIMITS, sampling=Sampling(), seeds=SeedPath(3, 1), concurrency=4
-        )
+        settings: Any = dict(setup=EpisodeSetup(OneTurn(), chat, LIMITS, Sampling(), SeedPath(3, 1)), concurrency=4)
         return asyncio.run(run_batch(tasks, 2, clients=[supervised], **settings))
 
     def engine() -> int:

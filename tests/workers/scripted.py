@@ -16,7 +16,7 @@ from pact_nemo.data.dataset import build_dataset
 from pact_nemo.data.tasks import build_environment, prompts_of_step
 from pact_nemo.environments.base import Task
 from pact_nemo.methods.registry import make_method
-from pact_nemo.rollouts.episode import SeedPath, run_episode
+from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath, run_episode
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.client import Completion, GenerationRequest
 from pact_nemo.serving.config import Sampling
@@ -64,7 +64,9 @@ def write_replay(config: Config, model: Path, folder: Path, steps: int) -> None:
 
     def play(task: Task, k: int, step: int) -> Rollout:
         client: Any = ScriptedPolicy(chat, scripts(task, chat, random.Random(f"{task.id}{k}{step}")))
-        return asyncio.run(run_episode(task, k, environment, chat, client, limits, Sampling(), SeedPath(1, step)))
+        return asyncio.run(
+            run_episode(task, k, EpisodeSetup(environment, chat, limits, Sampling(), SeedPath(1, step)), client)
+        )
 
     for step in range(steps):
         groups, gate = [], Gate(config.run.seed, step, config.objective.anchor_prob)

@@ -37,7 +37,7 @@ from pact_nemo.data.dataset import build_dataset
 from pact_nemo.data.tasks import build_environment, prompts_of_step
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.episode import SeedPath
+from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.config import Sampling
 from pact_nemo.serving.server import RolloutServer
@@ -132,9 +132,15 @@ def play(
         connect_retries=0,
         admin_timeout_s=server_settings.refit_timeout_s,
     )
-    limits = training_limits(config)
     record = Record()
     client.record = record
+    setup = EpisodeSetup(
+        TimedEnvironment(environment, record, tool_seconds),
+        TimedChat(chat, record),
+        training_limits(config),
+        Sampling(config.rollout.sampling.temperature, config.rollout.sampling.top_p),
+        SeedPath(config.run.seed, 0),
+    )
 
     def ended(*_: int) -> None:
         record.ended.append(time.perf_counter())
@@ -144,12 +150,8 @@ def play(
             run_batch(
                 tasks,
                 config.objective.group_size,
-                environment=TimedEnvironment(environment, record, tool_seconds),
-                chat=TimedChat(chat, record),
+                setup,
                 clients=[client],
-                limits=limits,
-                sampling=Sampling(config.rollout.sampling.temperature, config.rollout.sampling.top_p),
-                seeds=SeedPath(config.run.seed, 0),
                 concurrency=concurrency,
                 on_progress=ended,
             )
