@@ -17,6 +17,7 @@ from pact_nemo.report.charts import (
     RIGHT,
     TOP,
     WIDTH,
+    Axis,
     Series,
     make_chart,
     reading,
@@ -118,11 +119,13 @@ def test_stacked_boxes_stand_on_each_other_and_add_up() -> None:
 
 
 def test_levels_and_percentages_are_named_so() -> None:
-    chart = make_chart("t", "n", [1, 2], [Series("a", [4, 0], 0, steps=True)], levels=("L0", "L1", "L2", "L3", "L4"))
+    chart = make_chart(
+        "t", "n", [1, 2], [Series("a", [4, 0], 0, steps=True)], axis=Axis(levels=("L0", "L1", "L2", "L3", "L4"))
+    )
     assert chart is not None
     assert [tick.text for tick in chart.y_ticks] == ["L0", "L1", "L2", "L3", "L4"]
     assert chart.series[0].readings == ["L4", "L0"] and "H" in chart.series[0].path
-    chart = make_chart("t", "n", [1, 2], [Series("a", [0.125, 0.3], 0)], percent=True)
+    chart = make_chart("t", "n", [1, 2], [Series("a", [0.125, 0.3], 0)], axis=Axis(percent=True))
     assert chart is not None and chart.series[0].readings == ["12.5 %", "30 %"]
     assert "first 12.5 %, last 30 %" in chart.summary
 

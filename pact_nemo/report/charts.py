@@ -16,6 +16,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 26
 DOTS_UP_TO = 40  #: points are marked while there are at most this many
 
 Values = Sequence[float | None]
+Kind = Literal["line", "stack"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,61 @@ def reading(value: float | None, least: int = 0) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+@dataclass(frozen=True)
+class Axis:
+    """How values are shown.
+
+    Attributes:
+        bounds: values that the y axis must include.
+        percent: values are shares in [0, 1]; shown as percentages.
+        levels: names of the whole values 0, 1, …, which then are the y ticks.
+    """
+
+    bounds: tuple[float | None, float | None] = (None, None)
+    percent: bool = False
+    levels: Sequence[str] | None = None
+
+    def show(self, value: float | None, least: int) -> str:
+        """A value as text, with at least ``least`` decimals."""
+        if value is None:
+            return "–"
+        if self.percent:
+            return f"{reading(value * 100, least)} %"
+        if self.levels is not None and 0 <= round(value) < len(self.levels):
+            return self.levels[round(value)]
+        return reading(value, least)
+
+
+PLAIN = Axis()
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where values are on the page.
+
+    Attributes:
+        low_x: at the left edge.
+        span: user units of one step; 0 for a single step.
+        marks: the y ticks, ascending.
+    """
+
+    low_x: float
+    span: float
+    marks: list[float]
+
+    @classmethod
+    def of(cls, steps: Sequence[int], marks: list[float], kind: Kind) -> _Frame:
+        half = 0.5 if kind == "stack" else 0.0
+        low_x, high_x = steps[0] - half, steps[-1] + half
+        return cls(low_x, (WIDTH - LEFT - RIGHT) / (high_x - low_x) if high_x > low_x else 0.0, marks)
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.low_x) * self.span if self.span else (LEFT + WIDTH - RIGHT) / 2
+
+    def y(self, value: float) -> float:
+        return TOP + (self.marks[-1] - value) / (self.marks[-1] - self.marks[0]) * (HEIGHT - TOP - BOTTOM)
+
+
 def ticks_between(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that enclose ``low`` and ``high``."""
     raw = (high - low) / count
@@ -151,102 +207,98 @@ def make_chart(
     steps: Sequence[int],
     series: Sequence[Series],
     *,
-    kind: Literal["line", "stack"] = "line",
-    bounds: tuple[float | None, float | None] = (None, None),
-    percent: bool = False,
-    levels: Sequence[str] | None = None,
+    kind: Kind = "line",
+    axis: Axis = PLAIN,
 ) -> Chart | None:
     """Lay a chart out; None when no series has a value (a run without that part).
 
     Args:
+        title, note: what is written above it.
         steps: x, ascending.
-        bounds: values that the y axis must include.
-        percent: values are shares in [0, 1]; shown as percentages.
-        levels: names of the whole values 0, 1, …, which then are the y ticks.
+        series: lines, or layers of a stack from the bottom up; one value per step.
+        kind: lines, or boxes that stand on each other.
+        axis: how values are shown.
     """
-    drawn_series = [s for s in series if any(value is not None for value in s.values)]
-    if not drawn_series:
+    shown = [s for s in series if any(value is not None for value in s.values)]
+    if not shown:
         return None
-    if kind == "stack":
-        tops = [sum(s.values[i] or 0.0 for s in drawn_series) for i in range(len(steps))]
-        marks = _limits([0.0, *tops], bounds)
-    elif levels is not None:
-        marks = [float(level) for level in range(len(levels))]
-    else:
-        marks = _limits([value for s in drawn_series for value in s.values if value is not None], bounds)
-
+    marks = _marks(shown, len(steps), kind, axis)
     # decimals that tell two neighbouring ticks apart: the axis of values between 0.9998 and 1.0002 must not read 1, 1,
     # 1
-    decimals = max(-math.floor(math.log10(abs(marks[1] - marks[0]) * (100 if percent else 1)) + 1e-9), 0)
-
-    def show(value: float | None, least: int = decimals + 1) -> str:
-        if value is None:
-            return "–"
-        if percent:
-            return f"{reading(value * 100, least)} %"
-        if levels is not None and 0 <= round(value) < len(levels):
-            return levels[round(value)]
-        return reading(value, least)
-
-    half = 0.5 if kind == "stack" else 0.0
-    low_x, high_x = steps[0] - half, steps[-1] + half
-    span = (WIDTH - LEFT - RIGHT) / (high_x - low_x) if high_x > low_x else 0.0
-
-    def place_x(value: float) -> float:
-        return LEFT + (value - low_x) * span if span else (LEFT + WIDTH - RIGHT) / 2
-
-    def place_y(value: float) -> float:
-        return TOP + (marks[-1] - value) / (marks[-1] - marks[0]) * (HEIGHT - TOP - BOTTOM)
-
-    xs = [place_x(step) for step in steps]
+    decimals = max(-math.floor(math.log10(abs(marks[1] - marks[0]) * (100 if axis.percent else 1)) + 1e-9), 0)
+    frame = _Frame.of(steps, marks, kind)
+    xs = [frame.x(step) for step in steps]
     floor = [0.0] * len(steps)
     drawn: list[Drawn] = []
     heights: list[list[float | None]] = []
-    for s in drawn_series:
+    for s in shown:
         path, dots, boxes = "", [], []
+        ys: list[float | None] = [None] * len(steps)
         if kind == "stack":
-            width = max((span or 60.0) * 0.72, 0.6)
-            ys: list[float | None] = []
-            for index, value in enumerate(s.values):
-                bottom = place_y(floor[index])
-                floor[index] += value or 0.0
-                top = place_y(floor[index])
-                ys.append(None)
-                if value:
-                    boxes.append(
-                        (round(xs[index] - width / 2, 2), round(top, 2), round(width, 2), round(bottom - top, 2))
-                    )
+            boxes = _boxes(s, xs, floor, frame)
         else:
-            ys = [None if value is None else place_y(value) for value in s.values]
+            ys = [None if value is None else frame.y(value) for value in s.values]
             path = _line(xs, ys, s.steps)
-            few = len(steps) <= DOTS_UP_TO and not s.steps
-            dots = [
-                (round(x, 1), round(y, 1))
-                for i, (x, y) in enumerate(zip(xs, ys, strict=True))
-                if y is not None and (few or _alone(s.values, i))
-            ]
-        readings = [show(value) for value in s.values]
+            dots = _dots(s, xs, ys)
+        readings = [axis.show(value, decimals + 1) for value in s.values]
         last = next(
             (text for text, value in zip(reversed(readings), reversed(s.values), strict=True) if value is not None), "–"
         )
         heights.append([None if y is None else round(y, 1) for y in ys])
         drawn.append(Drawn(s.label, s.tone, s.faint, path, dots, boxes, readings, last))
-
-    tellings = []
-    for s, d in zip(drawn_series, drawn, strict=True):
-        known = [value for value in s.values if value is not None]
-        first = next(value for value in s.values if value is not None)
-        tellings.append(
-            f"{s.label}: first {show(first)}, last {d.latest}, lowest {show(min(known))}, highest {show(max(known))}"
-        )
-    steps_said = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     return Chart(
         title=title,
         note=note,
-        summary=f"{steps_said}. {'; '.join(tellings)}.",
-        x_ticks=[Tick(place_x(value), str(value)) for value in whole_ticks(steps[0], steps[-1])],
-        y_ticks=[Tick(place_y(mark), show(0.0 if abs(mark) < 1e-15 else mark, decimals)) for mark in marks],
+        summary=_summary(steps, shown, drawn, axis, decimals + 1),
+        x_ticks=[Tick(frame.x(value), str(value)) for value in whole_ticks(steps[0], steps[-1])],
+        y_ticks=[Tick(frame.y(mark), axis.show(0.0 if abs(mark) < 1e-15 else mark, decimals)) for mark in marks],
         series=drawn,
         data={"x": [round(x, 1) for x in xs], "step": list(steps), "y": heights, "text": [d.readings for d in drawn]},
-        zero=place_y(0.0) if marks[0] < 0 < marks[-1] else None,
+        zero=frame.y(0.0) if marks[0] < 0 < marks[-1] else None,
     )
+
+
+def _marks(shown: list[Series], count: int, kind: Kind, axis: Axis) -> list[float]:
+    """Where the y axis has ticks, ascending."""
+    if kind == "stack":
+        tops = [sum(s.values[i] or 0.0 for s in shown) for i in range(count)]
+        return _limits([0.0, *tops], axis.bounds)
+    if axis.levels is not None:
+        return [float(level) for level in range(len(axis.levels))]
+    return _limits([value for s in shown for value in s.values if value is not None], axis.bounds)
+
+
+def _boxes(
+    series: Series, xs: list[float], floor: list[float], frame: _Frame
+) -> list[tuple[float, float, float, float]]:
+    """One layer of a stack: boxes (x, y, width, height) on ``floor``, which is raised by them."""
+    width = max((frame.span or 60.0) * 0.72, 0.6)
+    boxes = []
+    for index, value in enumerate(series.values):
+        bottom = frame.y(floor[index])
+        floor[index] += value or 0.0
+        top = frame.y(floor[index])
+        if value:
+            boxes.append((round(xs[index] - width / 2, 2), round(top, 2), round(width, 2), round(bottom - top, 2)))
+    return boxes
+
+
+def _dots(series: Series, xs: list[float], ys: list[float | None]) -> list[tuple[float, float]]:
+    """Marked points: all of them while they are few, else those without a neighbour."""
+    few = len(xs) <= DOTS_UP_TO and not series.steps
+    return [
+        (round(x, 1), round(y, 1))
+        for i, (x, y) in enumerate(zip(xs, ys, strict=True))
+        if y is not None and (few or _alone(series.values, i))
+    ]
+
+
+def _summary(steps: Sequence[int], shown: list[Series], drawn: list[Drawn], axis: Axis, least: int) -> str:
+    """What a screen reader says; readings have at least ``least`` decimals."""
+    tellings = []
+    for s, d in zip(shown, drawn, strict=True):
+        known = [value for value in s.values if value is not None]
+        low, high = axis.show(min(known), least), axis.show(max(known), least)
+        tellings.append(f"{s.label}: first {axis.show(known[0], least)}, last {d.latest}, lowest {low}, highest {high}")
+    steps_said = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    return f"{steps_said}. {'; '.join(tellings)}."

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pact_nemo.config.schema import Config
-from pact_nemo.report.charts import Chart, Series, Tick, make_chart, ticks_between
+from pact_nemo.report.charts import Axis, Chart, Series, Tick, make_chart, ticks_between
 from pact_nemo.report.curves import WINDOW
 from pact_nemo.report.data import Run
 from pact_nemo.report.stats import deviation, mean, running_mean
@@ -198,7 +198,7 @@ def learning_curves(runs: list[Run]) -> list[Chart]:
                         by_step[int(record["step"])].append(float(record[key]))
             values = [mean(by_step[step]) if by_step[step] else None for step in steps]
             series.append(Series(method, running_mean(values, WINDOW), tone % TONES))
-        chart = make_chart(title, note, steps, series, percent=True, bounds=(0.0, None))
+        chart = make_chart(title, note, steps, series, axis=Axis(bounds=(0.0, None), percent=True))
         if chart is not None:
             charts.append(chart)
     return charts

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pact_nemo.report.charts import Chart, Series, make_chart
+from pact_nemo.report.charts import PLAIN, Axis, Chart, Series, make_chart
 from pact_nemo.report.data import Run
 from pact_nemo.report.stats import running_mean
 
@@ -59,188 +60,238 @@ def _times(records: Records) -> list[Series]:
     return [Series(phase, values, tone) for tone, phase, values in layers]
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A chart of one run.
+
+    Attributes:
+        title, note: what is written above it.
+        keys: of the run's records, each with the label of its line.
+        axis: how values are shown.
+        how: ``plain``: one line a key; ``noisy``: with running means; ``staircase``: levels that change at once;
+            ``measured``: over the steps alone in which one of the keys was measured; ``phases``: a stack of the phases'
+            seconds.
+    """
+
+    title: str
+    note: str
+    keys: tuple[tuple[str, str], ...]
+    axis: Axis = PLAIN
+    how: Literal["plain", "noisy", "staircase", "measured", "phases"] = "plain"
+
+    def drawn(self, records: Records) -> Chart | None:
+        """The chart; None when no record has one of its values."""
+        if self.how == "measured":
+            return make_chart(self.title, self.note, *_measured(records, *self.keys), axis=self.axis)
+        steps = [record["step"] for record in records]
+        if self.how == "phases":
+            return make_chart(self.title, self.note, steps, _times(records), kind="stack", axis=self.axis)
+        if self.how == "noisy":
+            series = _noisy(records, *self.keys)
+        else:
+            series = _plain(records, *self.keys, steps=self.how == "staircase")
+        return make_chart(self.title, self.note, steps, series, axis=self.axis)
+
+
+FROM_ZERO = Axis(bounds=(0.0, None))
+SHARE_FROM_ZERO = Axis(bounds=(0.0, None), percent=True)
+
+#: the stage before RL
+WARMUP = (
+    Curve(
+        "Trace SFT loss",
+        "nats; mean over traces of the weighted token mean",
+        (("loss/total", "total"), ("loss/sft_reasoning", "reasoning"), ("loss/sft_call", "calls")),
+        FROM_ZERO,
+    ),
+    Curve(
+        "Held-out trace log-likelihood",
+        "log π(h*|x) of traces that are never trained on, nats per token",
+        (("held_out/trace_reasoning", "reasoning"), ("held_out/trace_call", "calls")),
+        how="measured",
+    ),
+    Curve(
+        "Gradient norm",
+        "before clipping",
+        (("policy/grad_norm", "norm"),),
+        FROM_ZERO,
+    ),
+)
+
+#: Algorithm 1, step by step
+RL = (
+    Curve(
+        "Reward",
+        "sum over a rollout's turns; mean over rollouts",
+        (("reward/mean", "reward"),),
+        FROM_ZERO,
+        how="noisy",
+    ),
+    Curve(
+        "Training success",
+        "official checker's pass; share of rollouts",
+        (("reward/success", "success"),),
+        SHARE_FROM_ZERO,
+        how="noisy",
+    ),
+    Curve(
+        "Total loss",
+        "mean over the step's updates",
+        (("loss/total", "total"),),
+    ),
+    Curve(
+        "Surrogate terms",
+        "as they enter the loss, gate inside",
+        (("loss/rl_x", "prompt-only"), ("loss/rl_h", "trace-conditioned")),
+    ),
+    Curve(
+        "Trace SFT terms",
+        "as they enter the loss, β and masks inside",
+        (("loss/sft_reasoning", "reasoning"), ("loss/sft_call", "calls")),
+        FROM_ZERO,
+    ),
+    Curve(
+        "KL term",
+        "as it enters the loss, coefficient inside",
+        (("loss/kl", "KL term"),),
+        FROM_ZERO,
+    ),
+    Curve(
+        "Privilege gap",
+        "log π(τ|x,h*) − log π(τ|x), nats per policy token",
+        (("latent/gap_success", "successes"), ("latent/gap_failure", "failures")),
+        Axis(bounds=(0.0, 0.0)),
+    ),
+    Curve(
+        "Trace log-likelihood",
+        "log π(h*|x), nats per token",
+        (("latent/trace_reasoning", "reasoning"), ("latent/trace_call", "calls")),
+    ),
+    Curve(
+        "Held-out trace log-likelihood",
+        "log π(h*|x) of traces that are never trained on, nats per token",
+        (("held_out/trace_reasoning", "reasoning"), ("held_out/trace_call", "calls")),
+        how="measured",
+    ),
+    Curve(
+        "Signal in the gradient",
+        "share of a mini-batch's squared gradient norm that its two halves agree on, by term",
+        (("signal/rl_share", "RL"), ("signal/sft_share", "trace SFT")),
+        Axis(bounds=(0.0, 1.0), percent=True),
+        how="measured",
+    ),
+    Curve(
+        "Call weight λₐ and anchoring",
+        "λₐ(s) of eq. 11; anchored share of the step's prompts",
+        (("anneal/call_weight", "λₐ"), ("gate/anchored", "anchored")),
+        Axis(bounds=(0.0, 1.0)),
+    ),
+    Curve(
+        "Reasoning prefix level",
+        "active level of the segment schedule",
+        (("anneal/prefix_level", "level"),),
+        Axis(levels=("L0", "L1", "L2", "L3", "L4")),
+        how="staircase",
+    ),
+    Curve(
+        "Clip fractions",
+        "clipped tokens / tokens of that surrogate",
+        (("policy/clip_fraction_x", "prompt-only"), ("policy/clip_fraction_h", "trace-conditioned")),
+        Axis(bounds=(0.0, 0.01), percent=True),
+    ),
+    Curve(
+        "KL of the update",
+        "from the sampling policy, nats per token of that surrogate",
+        (("policy/approx_kl_x", "prompt-only"), ("policy/approx_kl_h", "trace-conditioned")),
+        FROM_ZERO,
+    ),
+    Curve(
+        "KL to the reference",
+        "estimate under x, nats per policy token",
+        (("policy/kl_ref", "KL"),),
+        FROM_ZERO,
+    ),
+    Curve(
+        "Entropy",
+        "of the policy's distributions under x, nats per policy token",
+        (("policy/entropy", "entropy"),),
+        FROM_ZERO,
+    ),
+    Curve(
+        "Sampler mismatch",
+        "|trainer − sampler log-prob|, mean, nats per token",
+        (("mismatch/mean_abs", "difference"),),
+        FROM_ZERO,
+    ),
+    Curve(
+        "Importance weight",
+        "mean over policy tokens, before truncation",
+        (("mismatch/weight_mean", "weight"),),
+        Axis(bounds=(0.99, 1.01)),
+    ),
+    Curve(
+        "Gradient norm",
+        "before clipping; mean over updates",
+        (("policy/grad_norm", "norm"),),
+        FROM_ZERO,
+    ),
+    Curve(
+        "Generation speed",
+        "policy tokens / seconds of the rollout phase",
+        (("rollout/tokens_per_second", "tokens/s"),),
+        FROM_ZERO,
+    ),
+    Curve(
+        "Without a signal",
+        "counts per step: prompts whose rollouts are all alike or without a verified trace; rollouts that skip the "
+        "pass under the trace",
+        (
+            ("groups/zero_advantage", "no advantage"),
+            ("gate/no_trace", "no trace"),
+            ("rollout/not_conditioned", "rollouts skipped"),
+        ),
+        FROM_ZERO,
+    ),
+    Curve(
+        "Rollout health",
+        "counts per step",
+        (
+            ("rollout/truncated_turn_tokens", "cut in a turn"),
+            ("rollout/truncated_turns", "turn never closed"),
+            ("rollout/truncated_response_tokens", "no room left"),
+            ("rollout/failed", "failed"),
+            ("rollout/malformed_calls", "malformed calls"),
+            ("server/restarts", "server restarts"),
+            ("rollout/reissued", "requests sent again"),
+        ),
+        FROM_ZERO,
+    ),
+    Curve(
+        "Turns",
+        "assistant turns per rollout",
+        (("rollout/mean_turns", "turns"),),
+        FROM_ZERO,
+    ),
+    Curve(
+        "Time per phase",
+        "seconds per step",
+        (),
+        how="phases",
+    ),
+)
+
+
 def warmup_curves(run: Run) -> list[Chart]:
     """The stage before RL."""
-    records = run.warmup
-    if not records:
-        return []
-    steps = [record["step"] for record in records]
-    charts = [
-        make_chart(
-            "Trace SFT loss",
-            "nats; mean over traces of the weighted token mean",
-            steps,
-            _plain(records, ("loss/total", "total"), ("loss/sft_reasoning", "reasoning"), ("loss/sft_call", "calls")),
-            bounds=(0.0, None),
-        ),
-        make_chart(
-            "Held-out trace log-likelihood",
-            "log π(h*|x) of traces that are never trained on, nats per token",
-            *_measured(records, ("held_out/trace_reasoning", "reasoning"), ("held_out/trace_call", "calls")),
-        ),
-        make_chart(
-            "Gradient norm", "before clipping", steps, _plain(records, ("policy/grad_norm", "norm")), bounds=(0.0, None)
-        ),
-    ]
-    return [chart for chart in charts if chart is not None]
+    return _drawn(WARMUP, run.warmup)
 
 
 def rl_curves(run: Run) -> list[Chart]:
     """Algorithm 1, step by step."""
-    records = run.rl
-    if not records:
-        return []
-    steps = [record["step"] for record in records]
+    return _drawn(RL, run.rl)
 
-    def chart(title: str, note: str, series: list[Series], **options: Any) -> Chart | None:
-        return make_chart(title, note, steps, series, **options)
 
-    charts = [
-        chart(
-            "Reward",
-            "sum over a rollout's turns; mean over rollouts",
-            _noisy(records, ("reward/mean", "reward")),
-            bounds=(0.0, None),
-        ),
-        chart(
-            "Training success",
-            "official checker's pass; share of rollouts",
-            _noisy(records, ("reward/success", "success")),
-            bounds=(0.0, None),
-            percent=True,
-        ),
-        chart("Total loss", "mean over the step's updates", _plain(records, ("loss/total", "total"))),
-        chart(
-            "Surrogate terms",
-            "as they enter the loss, gate inside",
-            _plain(records, ("loss/rl_x", "prompt-only"), ("loss/rl_h", "trace-conditioned")),
-        ),
-        chart(
-            "Trace SFT terms",
-            "as they enter the loss, β and masks inside",
-            _plain(records, ("loss/sft_reasoning", "reasoning"), ("loss/sft_call", "calls")),
-            bounds=(0.0, None),
-        ),
-        chart(
-            "KL term",
-            "as it enters the loss, coefficient inside",
-            _plain(records, ("loss/kl", "KL term")),
-            bounds=(0.0, None),
-        ),
-        chart(
-            "Privilege gap",
-            "log π(τ|x,h*) − log π(τ|x), nats per policy token",
-            _plain(records, ("latent/gap_success", "successes"), ("latent/gap_failure", "failures")),
-            bounds=(0.0, 0.0),
-        ),
-        chart(
-            "Trace log-likelihood",
-            "log π(h*|x), nats per token",
-            _plain(records, ("latent/trace_reasoning", "reasoning"), ("latent/trace_call", "calls")),
-        ),
-        make_chart(
-            "Held-out trace log-likelihood",
-            "log π(h*|x) of traces that are never trained on, nats per token",
-            *_measured(records, ("held_out/trace_reasoning", "reasoning"), ("held_out/trace_call", "calls")),
-        ),
-        make_chart(
-            "Signal in the gradient",
-            "share of a mini-batch's squared gradient norm that its two halves agree on, by term",
-            *_measured(records, ("signal/rl_share", "RL"), ("signal/sft_share", "trace SFT")),
-            bounds=(0.0, 1.0),
-            percent=True,
-        ),
-        chart(
-            "Call weight λₐ and anchoring",
-            "λₐ(s) of eq. 11; anchored share of the step's prompts",
-            _plain(records, ("anneal/call_weight", "λₐ"), ("gate/anchored", "anchored")),
-            bounds=(0.0, 1.0),
-        ),
-        chart(
-            "Reasoning prefix level",
-            "active level of the segment schedule",
-            _plain(records, ("anneal/prefix_level", "level"), steps=True),
-            levels=("L0", "L1", "L2", "L3", "L4"),
-        ),
-        chart(
-            "Clip fractions",
-            "clipped tokens / tokens of that surrogate",
-            _plain(records, ("policy/clip_fraction_x", "prompt-only"), ("policy/clip_fraction_h", "trace-conditioned")),
-            bounds=(0.0, 0.01),
-            percent=True,
-        ),
-        chart(
-            "KL of the update",
-            "from the sampling policy, nats per token of that surrogate",
-            _plain(records, ("policy/approx_kl_x", "prompt-only"), ("policy/approx_kl_h", "trace-conditioned")),
-            bounds=(0.0, None),
-        ),
-        chart(
-            "KL to the reference",
-            "estimate under x, nats per policy token",
-            _plain(records, ("policy/kl_ref", "KL")),
-            bounds=(0.0, None),
-        ),
-        chart(
-            "Entropy",
-            "of the policy's distributions under x, nats per policy token",
-            _plain(records, ("policy/entropy", "entropy")),
-            bounds=(0.0, None),
-        ),
-        chart(
-            "Sampler mismatch",
-            "|trainer − sampler log-prob|, mean, nats per token",
-            _plain(records, ("mismatch/mean_abs", "difference")),
-            bounds=(0.0, None),
-        ),
-        chart(
-            "Importance weight",
-            "mean over policy tokens, before truncation",
-            _plain(records, ("mismatch/weight_mean", "weight")),
-            bounds=(0.99, 1.01),
-        ),
-        chart(
-            "Gradient norm",
-            "before clipping; mean over updates",
-            _plain(records, ("policy/grad_norm", "norm")),
-            bounds=(0.0, None),
-        ),
-        chart(
-            "Generation speed",
-            "policy tokens / seconds of the rollout phase",
-            _plain(records, ("rollout/tokens_per_second", "tokens/s")),
-            bounds=(0.0, None),
-        ),
-        chart(
-            "Without a signal",
-            "counts per step: prompts whose rollouts are all alike or without a verified trace; rollouts that skip the "
-            "pass under the trace",
-            _plain(
-                records,
-                ("groups/zero_advantage", "no advantage"),
-                ("gate/no_trace", "no trace"),
-                ("rollout/not_conditioned", "rollouts skipped"),
-            ),
-            bounds=(0.0, None),
-        ),
-        chart(
-            "Rollout health",
-            "counts per step",
-            _plain(
-                records,
-                ("rollout/truncated_turn_tokens", "cut in a turn"),
-                ("rollout/truncated_turns", "turn never closed"),
-                ("rollout/truncated_response_tokens", "no room left"),
-                ("rollout/failed", "failed"),
-                ("rollout/malformed_calls", "malformed calls"),
-                ("server/restarts", "server restarts"),
-                ("rollout/reissued", "requests sent again"),
-            ),
-            bounds=(0.0, None),
-        ),
-        chart(
-            "Turns", "assistant turns per rollout", _plain(records, ("rollout/mean_turns", "turns")), bounds=(0.0, None)
-        ),
-        chart("Time per phase", "seconds per step", _times(records), kind="stack"),
-    ]
-    return [made for made in charts if made is not None]
+def _drawn(curves: tuple[Curve, ...], records: Records) -> list[Chart]:
+    """Those that the run has values for."""
+    charts = [curve.drawn(records) for curve in curves] if records else []
+    return [chart for chart in charts if chart is not None]
