@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,111 +74,130 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
 
 def parse_rollout(row: Any, file: str, line: int) -> Rollout:
     """One row as a rollout. Raises DataError with ``file``, ``line`` and the field that is wrong."""
+    place = _Place(file, line)
+    if not isinstance(row, dict):
+        raise place.fail("a row has to be a JSON object")
+    place.typed(row, _SCALARS)
+    _check_tokens(row, place)
+    place.typed(row, {"turns": (list,)})
+    length = len(row["token_ids"])
+    turns = [_turn(turn, f"turns[{i}]", length, place) for i, turn in enumerate(row["turns"])]
+    rewinds = _rewinds(row.get("rewinds", []), len(row["prompt_ids"]), length, turns, place)
+    outcome = None if row["outcome"] is None else _outcome(row["outcome"], place)
+    if row.get("limit") not in (None, *LIMITS):
+        raise place.fail(f"{row['limit']!r} is no limit; one of {', '.join(LIMITS)}, or null", "limit")
+    own = {item.name: row[item.name] for item in fields(Rollout) if item.name in row}
+    return Rollout(**(own | {"turns": turns, "outcome": outcome, "rewinds": rewinds}))
 
-    def fail(message: str, name: str | None = None) -> DataError:
-        return DataError(f"{message}; dump the step again or take the row out", file=file, line=line, field=name)
 
-    def typed(container: dict[str, Any], schema: dict[str, tuple[type, ...]], prefix: str = "") -> None:
+@dataclass(frozen=True)
+class _Place:
+    """The row that is read."""
+
+    file: str
+    line: int
+
+    def fail(self, message: str, name: str | None = None) -> DataError:
+        return DataError(
+            f"{message}; dump the step again or take the row out", file=self.file, line=self.line, field=name
+        )
+
+    def typed(self, container: dict[str, Any], schema: dict[str, tuple[type, ...]], prefix: str = "") -> None:
+        """Raises DataError unless ``container`` has each key of ``schema`` with a value of one of its types."""
         for key, kinds in schema.items():
             if key not in container:
-                raise fail("the key is missing", prefix + key)
+                raise self.fail("the key is missing", prefix + key)
             value = container[key]
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise fail(
+                raise self.fail(
                     f"{type(value).__name__} where {' or '.join(kind.__name__ for kind in kinds)} is needed",
                     prefix + key,
                 )
 
-    if not isinstance(row, dict):
-        raise fail("a row has to be a JSON object")
-    typed(row, _SCALARS)
+
+def _check_tokens(row: dict[str, Any], place: _Place) -> None:
+    """Token ids and what stands beside each of them, and the status."""
     for name, kinds in (
         ("prompt_ids", (int,)),
         ("token_ids", (int,)),
         ("loss_mask", (int,)),
         ("sampler_logprobs", (int, float)),
     ):
-        typed(row, {name: (list,)})
+        place.typed(row, {name: (list,)})
         bad = next(
             (i for i, value in enumerate(row[name]) if not isinstance(value, kinds) or isinstance(value, bool)), None
         )
         if bad is not None:
-            raise fail("a list of numbers is needed", f"{name}[{bad}]")
+            raise place.fail("a list of numbers is needed", f"{name}[{bad}]")
     if row["status"] not in _STATUSES:
-        raise fail(f"{row['status']!r} is no status; one of {', '.join(_STATUSES)}", "status")
+        raise place.fail(f"{row['status']!r} is no status; one of {', '.join(_STATUSES)}", "status")
     length = len(row["token_ids"])
     for name in ("loss_mask", "sampler_logprobs"):
         if len(row[name]) != length:
-            raise fail(f"{len(row[name])} entries for {length} token ids", name)
+            raise place.fail(f"{len(row[name])} entries for {length} token ids", name)
     if not set(row["loss_mask"]) <= {0, 1}:
-        raise fail("entries have to be 0 or 1", "loss_mask")
+        raise place.fail("entries have to be 0 or 1", "loss_mask")
     if not all(math.isfinite(value) for value in row["sampler_logprobs"]):
-        raise fail("entries have to be finite", "sampler_logprobs")
-    typed(row, {"turns": (list,)})
-    turns = [_turn(turn, f"turns[{i}]", length, typed, fail) for i, turn in enumerate(row["turns"])]
-    rewinds = _rewinds(row.get("rewinds", []), len(row["prompt_ids"]), length, turns, fail)
-    outcome = None
-    if row["outcome"] is not None:
-        typed(row["outcome"], {"success": (bool,), "score": (int, float), "reason": (str,)}, "outcome.")
-        verdict = row["outcome"]
-        metrics = verdict.get("metrics", {})
-        if not isinstance(metrics, dict) or not all(type(value) in (int, float) for value in metrics.values()):
-            raise fail("an object of numbers is needed", "outcome.metrics")
-        solved = verdict.get("solved")
-        if solved is not None and not (isinstance(solved, list) and all(isinstance(value, bool) for value in solved)):
-            raise fail("a list of true and false, or null, is needed", "outcome.solved")
-        outcome = Outcome(
-            bool(verdict["success"]),
-            float(verdict["score"]),
-            verdict["reason"],
-            metrics,
-            None if solved is None else tuple(solved),
-        )
-    if row.get("limit") not in (None, *LIMITS):
-        raise fail(f"{row['limit']!r} is no limit; one of {', '.join(LIMITS)}, or null", "limit")
-    own = {item.name: row[item.name] for item in fields(Rollout) if item.name in row}
-    return Rollout(**(own | {"turns": turns, "outcome": outcome, "rewinds": rewinds}))
+        raise place.fail("entries have to be finite", "sampler_logprobs")
 
 
-def _rewinds(rows: Any, prompt: int, length: int, turns: list[Turn], fail: Any) -> list[tuple[int, int]]:
+def _outcome(verdict: dict[str, Any], place: _Place) -> Outcome:
+    """The checker's verdict."""
+    place.typed(verdict, {"success": (bool,), "score": (int, float), "reason": (str,)}, "outcome.")
+    metrics = verdict.get("metrics", {})
+    if not isinstance(metrics, dict) or not all(type(value) in (int, float) for value in metrics.values()):
+        raise place.fail("an object of numbers is needed", "outcome.metrics")
+    solved = verdict.get("solved")
+    if solved is not None and not (isinstance(solved, list) and all(isinstance(value, bool) for value in solved)):
+        raise place.fail("a list of true and false, or null, is needed", "outcome.solved")
+    return Outcome(
+        bool(verdict["success"]),
+        float(verdict["score"]),
+        verdict["reason"],
+        metrics,
+        None if solved is None else tuple(solved),
+    )
+
+
+def _rewinds(rows: Any, prompt: int, length: int, turns: list[Turn], place: _Place) -> list[tuple[int, int]]:
     """Checked ``Rollout.rewinds``; a dump without them is of one context."""
     if not isinstance(rows, list):
-        raise fail("a list is needed", "rewinds")
+        raise place.fail("a list is needed", "rewinds")
     found: list[tuple[int, int]] = []
     before, context = 0, 0
     for i, row in enumerate(rows):
         where = f"rewinds[{i}]"
         if not (isinstance(row, list | tuple) and len(row) == 2 and all(type(value) is int for value in row)):
-            raise fail("two whole numbers, position and tokens kept, are needed", where)
+            raise place.fail("two whole numbers, position and tokens kept, are needed", where)
         start, keep = row
         if not before < start < length:
-            raise fail(f"position {start} has to lie behind {before} and before {length}", where)
+            raise place.fail(f"position {start} has to lie behind {before} and before {length}", where)
         context += start - before
         if not -prompt < keep < context:
-            raise fail(f"{keep} tokens can't be kept of a context of {context} after a prompt of {prompt}", where)
+            raise place.fail(f"{keep} tokens can't be kept of a context of {context} after a prompt of {prompt}", where)
         if any(turn.start < start < turn.end for turn in turns):
-            raise fail(f"position {start} lies within an assistant turn", where)
+            raise place.fail(f"position {start} lies within an assistant turn", where)
         found.append((start, keep))
         before, context = start, keep
     return found
 
 
-def _turn(row: Any, where: str, length: int, typed: Any, fail: Any) -> Turn:
+def _turn(row: Any, where: str, length: int, place: _Place) -> Turn:
     if not isinstance(row, dict):
-        raise fail("a turn has to be a JSON object", where)
-    typed(row, _TURN, f"{where}.")
+        raise place.fail("a turn has to be a JSON object", where)
+    place.typed(row, _TURN, f"{where}.")
     if not 0 <= row["start"] <= row["end"] <= length:
-        raise fail(f"range {row['start']}..{row['end']} lies outside the {length} token ids", f"{where}.end")
+        raise place.fail(f"range {row['start']}..{row['end']} lies outside the {length} token ids", f"{where}.end")
     calls = []
     for i, call in enumerate(row["calls"]):
         if not isinstance(call, dict):
-            raise fail("a call has to be a JSON object", f"{where}.calls[{i}]")
-        typed(call, {"name": (str,), "arguments": (dict,)}, f"{where}.calls[{i}].")
+            raise place.fail("a call has to be a JSON object", f"{where}.calls[{i}]")
+        place.typed(call, {"name": (str,), "arguments": (dict,)}, f"{where}.calls[{i}].")
         calls.append(ToolCall(call["name"], call["arguments"]))
     for name in ("call_errors", "observations"):
         if not all(isinstance(text, str) for text in row[name]):
-            raise fail("a list of strings is needed", f"{where}.{name}")
+            raise place.fail("a list of strings is needed", f"{where}.{name}")
     if "visible" in row:  # older dumps have none
-        typed(row, {"visible": (str,)}, f"{where}.")
+        place.typed(row, {"visible": (str,)}, f"{where}.")
     own = {item.name: row[item.name] for item in fields(Turn) if item.name in row}
     return Turn(**(own | {"calls": calls}))

@@ -25,7 +25,16 @@ from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.planning.timing import scoring_seconds, update_seconds
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.runtime.collective import on_rank_zero, rank
-from tools.benches.kit import BOUNDARY, PeakMemory, interleaved, random_llama, stand_in, synthetic_groups, timed_step
+from tools.benches.kit import (
+    BOUNDARY,
+    LlamaShape,
+    PeakMemory,
+    interleaved,
+    random_llama,
+    stand_in,
+    synthetic_groups,
+    timed_step,
+)
 
 METHODS = ("grpo", "pact")
 ACTIVATIONS = (
@@ -61,31 +70,26 @@ class Point:
         return Lengths(self.prompt, self.response, self.trace, longest=self.response, boundary=BOUNDARY)
 
     @property
-    def model(self) -> dict[str, Any]:
-        """Arguments of :func:`tools.benches.kit.random_llama`; the head is tied to the embedding."""
+    def model(self) -> LlamaShape:
+        """The head is tied to the embedding."""
         heads = max(2, self.hidden // 64)
-        return {
-            "hidden": self.hidden,
-            "ffn": self.hidden * 11 // 4,
-            "layers": self.layers,
-            "heads": heads,
-            "kv_heads": heads // 2,
-            "vocabulary": self.vocabulary,
-        }
+        return LlamaShape(
+            self.hidden, self.hidden * 11 // 4, self.layers, heads, heads // 2, self.vocabulary, tied=True
+        )
 
     @property
     def shape(self) -> ModelShape:
         m = self.model
         return ModelShape(
-            m["layers"],
-            m["hidden"],
-            m["heads"],
-            m["kv_heads"],
-            m["hidden"] // m["heads"],
-            m["ffn"],
-            m["vocabulary"],
-            tied=True,
-            positions=65536,
+            m.layers,
+            m.hidden,
+            m.heads,
+            m.kv_heads,
+            m.hidden // m.heads,
+            m.ffn,
+            m.vocabulary,
+            tied=m.tied,
+            positions=m.positions,
         )
 
     def config(self, method: str) -> Config:
@@ -139,7 +143,7 @@ def measure(point: Point, folder: Path) -> dict[str, dict[str, float]]:
     configs = {method: point.config(method) for method in METHODS}
     init_distributed(configs["pact"].policy.init_timeout_s)
     source = folder / f"llama-{point.hidden}-{point.layers}-{point.vocabulary}"
-    on_rank_zero(lambda: source.exists() or random_llama(source, **point.model, tied=True))
+    on_rank_zero(lambda: source.exists() or random_llama(source, point.model))
     policy = MegatronPolicy(configs["pact"].policy, configs["pact"].optimizer, source, seed=0, total_steps=1)
     policy.load_reference(source)
     groups = {

@@ -18,7 +18,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -171,35 +171,44 @@ def timed_step(run: TrainingRun, groups: list[PromptGroup]) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def random_llama(
-    folder: Path,
-    *,
-    hidden: int,
-    ffn: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    vocabulary: int,
-    tied: bool = False,
-    dtype: str = "float32",
-    positions: int = 65536,
-    tokenizer: Path | None = None,
-) -> Path:
-    """An untrained Llama of a shape as a Hugging Face folder; with the tokenizer files of another folder where a server
-    needs some.
+@dataclass(frozen=True)
+class LlamaShape:
+    """Sizes of a Llama.
+
+    Attributes:
+        hidden, ffn: numbers of a token between layers, and within the feed-forward.
+        layers, heads, kv_heads: how many; ``kv_heads`` of each layer's ``heads`` have keys and values of their own.
+        vocabulary: rows of the embedding.
+        tied: the output matrix is the embedding.
+        positions: tokens of the longest sequence.
+    """
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool = False
+    positions: int = 65536
+
+
+def random_llama(folder: Path, size: LlamaShape, *, dtype: str = "float32", tokenizer: Path | None = None) -> Path:
+    """An untrained Llama as a Hugging Face folder; with the tokenizer files of another folder where a server needs
+    some.
     """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     shape = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=positions,
-        tie_word_embeddings=tied,
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.ffn,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=size.positions,
+        tie_word_embeddings=size.tied,
         dtype=dtype,
     )
     AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype)).save_pretrained(folder)

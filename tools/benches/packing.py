@@ -33,6 +33,7 @@ from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import TokenTree
 from tools.benches.kit import (
     BOUNDARY,
+    LlamaShape,
     interleaved,
     median_ratio,
     random_llama,
@@ -88,18 +89,7 @@ def run(options: argparse.Namespace) -> int:
     )
     with scratch(Path(config.run.cache_dir), "packing") as folder:
         model = _model(options, config, folder)
-        vocabulary = int(json.loads((model / "config.json").read_text())["vocab_size"])
-        prompt, response, trace = options.lengths
-
-        def batch(mean: int, spread: float) -> list[PromptGroup]:
-            return synthetic_groups(
-                config, Lengths(prompt, mean, trace), options.prompts, vocabulary=vocabulary, spread=spread
-            )
-
-        batches = {"ragged": batch(response, options.spread)}
-        batches["equal"] = batch(
-            round(statistics.mean(len(r.token_ids) for group in batches["ragged"] for r in group.rollouts)), 0.0
-        )
+        batches = synthetic_batches(options, config, model)
         trees = (
             [trees_of(groups, config) for groups in _recorded(options)]
             if options.run
@@ -108,27 +98,60 @@ def run(options: argparse.Namespace) -> int:
         layouts = [
             layout(trees, config, ranks, multiple) for ranks in options.data_parallel for multiple in options.multiples
         ]
-        policy = MegatronPolicy(config.policy, replace(config.optimizer, lr=0.0), model, seed=0, total_steps=1)
-        stand = stand_in(config, policy)
-
-        def speed(name: str) -> float:
-            times = timed_step(stand, batches[name])
-            return times["tokens"] / times["update"]
-
         shape = {name: layout([trees_of(groups, config)], config, 1, 1) for name, groups in batches.items()}
-        speeds = interleaved(options.rounds, {name: lambda name=name: speed(name) for name in batches})  # type: ignore[misc]
-    ratio, spread = median_ratio(speeds["ragged"], speeds["equal"])
-    distinct = {name: 1 - row["repeated"] for name, row in shape.items()}
-    result: dict[str, Any] = {
-        "packed": f"{len(trees)} steps of {options.run.resolve().name}" if options.run else "one synthetic step",
+        speeds = measure(config, model, batches, options.rounds)
+    packed = f"{len(trees)} steps of {options.run.resolve().name}" if options.run else "one synthetic step"
+    title = f"{packed}, packed for data-parallel ranks and row multiples; rounds: {options.rounds}"
+    result = {"packed": packed, **packing_numbers(layouts, options.data_parallel), **speed_numbers(speeds, shape)}
+    report(options, title, layouts, result)
+    return 0
+
+
+def synthetic_batches(options: argparse.Namespace, config: Config, model: Path) -> dict[str, list[PromptGroup]]:
+    """``ragged``: responses of varying lengths; ``equal``: all of their mean length."""
+    vocabulary = int(json.loads((model / "config.json").read_text())["vocab_size"])
+    prompt, response, trace = options.lengths
+
+    def batch(mean: int, spread: float) -> list[PromptGroup]:
+        return synthetic_groups(
+            config, Lengths(prompt, mean, trace), options.prompts, vocabulary=vocabulary, spread=spread
+        )
+
+    ragged = batch(response, options.spread)
+    mean = round(statistics.mean(len(r.token_ids) for group in ragged for r in group.rollouts))
+    return {"ragged": ragged, "equal": batch(mean, 0.0)}
+
+
+def measure(config: Config, model: Path, batches: dict[str, list[PromptGroup]], rounds: int) -> dict[str, list[float]]:
+    """Tokens per second of an update of each batch, in each round."""
+    policy = MegatronPolicy(config.policy, replace(config.optimizer, lr=0.0), model, seed=0, total_steps=1)
+    stand = stand_in(config, policy)
+
+    def speed(name: str) -> float:
+        times = timed_step(stand, batches[name])
+        return times["tokens"] / times["update"]
+
+    return interleaved(rounds, {name: lambda name=name: speed(name) for name in batches})  # type: ignore[misc]
+
+
+def packing_numbers(layouts: list[dict[str, Any]], data_parallel: list[int]) -> dict[str, Any]:
+    """Of all layouts, the worst; fill and repeated prefixes are of the first."""
+    return {
         "real_token_share": min(row["real"] for row in layouts),
         "real_token_share_goal": f">= {SHARE_GOAL}",
         "row_fill": layouts[0]["fill"],
         "repeated_share": layouts[0]["repeated"],
         "imbalance": {
-            str(ranks): max(row["imbalance"] for row in layouts if row["ranks"] == ranks)
-            for ranks in options.data_parallel
+            str(ranks): max(row["imbalance"] for row in layouts if row["ranks"] == ranks) for ranks in data_parallel
         },
+    }
+
+
+def speed_numbers(speeds: dict[str, list[float]], shape: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Speeds of ragged and equal lengths, their ratio and its goal; ``shape`` has each batch's layout on one rank."""
+    ratio, spread = median_ratio(speeds["ragged"], speeds["equal"])
+    distinct = {name: 1 - row["repeated"] for name, row in shape.items()}
+    return {
         **{f"{name}_tokens_per_s": statistics.median(found) for name, found in speeds.items()},
         **{f"{name}_rows": row["rows"] for name, row in shape.items()},
         "distinct_ratio": ratio * distinct["ragged"] / distinct["equal"],
@@ -136,13 +159,6 @@ def run(options: argparse.Namespace) -> int:
         "ratio": ratio,
         "goal": f">= {GOAL}",
     }
-    report(
-        options,
-        f"{result['packed']}, packed for data-parallel ranks and row multiples; rounds: {options.rounds}",
-        layouts,
-        result,
-    )
-    return 0
 
 
 def _recorded(options: argparse.Namespace) -> list[list[PromptGroup]]:
@@ -156,16 +172,8 @@ def _model(options: argparse.Namespace, config: Config, folder: Path) -> Path:
     if options.random is not None:
         layers, hidden = options.random
         heads = max(1, hidden // 64)
-        return random_llama(
-            folder / "model",
-            hidden=hidden,
-            ffn=3 * hidden,
-            layers=layers,
-            heads=heads,
-            kv_heads=heads,
-            vocabulary=4096,
-            tied=True,
-        )
+        size = LlamaShape(hidden, 3 * hidden, layers, heads=heads, kv_heads=heads, vocabulary=4096, tied=True)
+        return random_llama(folder / "model", size)
     return options.model if options.model is not None else materialise_embedded_model(config.run.cache_dir)
 
 

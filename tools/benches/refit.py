@@ -34,7 +34,7 @@ from pact_nemo.serving.client import GenerationRequest, RolloutClient
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.refit import refit
 from pact_nemo.serving.server import RolloutServer
-from tools.benches.kit import random_llama, scratch
+from tools.benches.kit import LlamaShape, random_llama, scratch
 
 GOAL = 0.8
 CACHE = Path(".cache/pact_nemo")
@@ -177,18 +177,8 @@ def _synthetic_llama(folder: Path, gigabytes: float, tokenizer: Path) -> Path:
     hidden, ffn, vocabulary = 2048, 5632, 49152
     per_layer = 2 * (hidden * (2 * hidden + 2 * 512) + 3 * hidden * ffn)
     layers = max(2, round((gigabytes * 1e9 - 4 * hidden * vocabulary) / per_layer / 2) * 2)
-    return random_llama(
-        folder,
-        hidden=hidden,
-        ffn=ffn,
-        layers=layers,
-        heads=32,
-        kv_heads=8,
-        vocabulary=vocabulary,
-        dtype="bfloat16",
-        positions=2048,
-        tokenizer=tokenizer,
-    )
+    size = LlamaShape(hidden, ffn, layers, heads=32, kv_heads=8, vocabulary=vocabulary, positions=2048)
+    return random_llama(folder, size, dtype="bfloat16", tokenizer=tokenizer)
 
 
 def report(rows: list[dict[str, float]], options: argparse.Namespace) -> None:
