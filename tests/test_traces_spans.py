@@ -70,7 +70,7 @@ def _text(chat: ChatFormat, tokens: TraceTokens, turn: int, *components: int) ->
 
 def _check(task: Task, trace: Trace, chat: ChatFormat) -> TraceTokens:
     tokens = encode_trace(trace, chat)
-    lists = (tokens.component, tokens.segment_level, tokens.turn, tokens.reasoning_rank)
+    lists = (tokens.component, tokens.segment_level, tokens.turn)
     assert all(len(values) == len(tokens.token_ids) for values in lists)
     for index, turn in enumerate(trace.turns):
         calls = chat.tool_format.render_calls(turn.calls) if turn.calls else ""
@@ -85,10 +85,8 @@ def _check(task: Task, trace: Trace, chat: ChatFormat) -> TraceTokens:
         assert not calls or _text(chat, tokens, index, CALL).endswith(switch + calls)
         assert not calls or _text(chat, tokens, index, CALL).startswith(opening)
         assert reasoning.startswith(_text(chat, tokens, index, REASONING))
-        ranks = [r for r, t in zip(tokens.reasoning_rank, tokens.turn, strict=True) if t == index and r >= 0]
-        assert ranks == list(range(len(ranks)))
-    for component, level, rank in zip(tokens.component, tokens.segment_level, tokens.reasoning_rank, strict=True):
-        assert component == REASONING or (level == NO_LEVEL and rank == -1)
+    for component, level in zip(tokens.component, tokens.segment_level, strict=True):
+        assert component == REASONING or level == NO_LEVEL
     x, messages = chat.prompt_ids(task.user_turns[0], task.tools), _messages(task, trace, chat)
     if chat.thought is None:
         # x + h* + boundary is what the template renders for the whole conversation; so x + h* is its exact prefix

@@ -34,7 +34,6 @@ TRACE = TraceTokens(
     component=[REASONING, REASONING, CALL, CALL, OTHER, OBSERVATION],
     segment_level=[1, 4, -1, -1, -1, -1],
     turn=[0] * 6,
-    reasoning_rank=[0, 1, -1, -1, -1, -1],
     turn_ends=[6],
 )
 

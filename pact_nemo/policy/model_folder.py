@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from pact_nemo.policy.architectures import Architecture, check_architecture
 from pact_nemo.policy.expected_weights import EMBEDDING, HEAD, Shapes, expected_weights
 from pact_nemo.policy.export import fp8_block
 from pact_nemo.policy.hf_config import silent
+from pact_nemo.policy.weight_names import check_names, check_prefixes
 from pact_nemo.runtime import strict_json
 from pact_nemo.runtime.tensor_files import TensorEntry, is_derived, read_tensors
 
@@ -30,55 +30,6 @@ _SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 _FP8 = "F8_E4M3"
 _LARGEST = torch.finfo(torch.bfloat16).max
 _ROWS = 4096  # of two matrices that are compared, at a time
-#: prefixes that wrappers leave on every name
-_WRAPPERS = {
-    "_orig_mod.": "torch.compile",
-    "module.": "DistributedDataParallel or DeepSpeed",
-    "base_model.model.": "PEFT",
-    "language_model.": "a multimodal model",
-    "model.language_model.": "a multimodal model",
-    "actor_module.": "a trainer",
-    "policy.": "a trainer",
-    "transformer.": "another model class",
-}
-#: what a tensor that the model doesn't have is a sign of, and what to do
-_SIGNS: tuple[tuple[str, str], ...] = (
-    (
-        r"lora_|\.adapter|modules_to_save",
-        "it belongs to a LoRA adapter; merge that into the weights (merge_and_unload) and save the model",
-    ),
-    (
-        r"weight_scale_inv$",
-        (
-            "it holds scales of an FP8 weight, which need a quantization_config in config.json and an FP8 weight of"
-            " their name"
-        ),
-    ),
-    (
-        r"qweight|qzeros|g_idx|\.scales$|absmax|quant_map|quant_state|\.SCB$|weight_format|weight_(?:packed|shape|zero_point|scale)|input_scale",
-        "it is part of a quantised weight; give a folder of the unquantised weights",
-    ),
-    (
-        r"(?:^|\.)(?:v_head|value_head|score|classifier|reward_head|critic)\b",
-        "it is a value or reward head; save the language model without it",
-    ),
-    (
-        r"(?:^|\.)mtp|eh_proj|enorm|hnorm|shared_head|medusa|eagle",
-        "it is for predicting several tokens at once, which is not trained; take it out",
-    ),
-    (
-        r"vision|visual|image|audio|multi_modal|mm_projector",
-        "it is part of a multimodal model; give its language model alone",
-    ),
-    (
-        r"\.bias$",
-        (
-            "this configuration has no such bias; see attention_bias and mlp_bias in config.json, or take another"
-            " model_type"
-        ),
-    ),
-    (r"\.experts\.|shared_expert|mlp\.gate\.", "this configuration has no such expert; see num_experts in config.json"),
-)
 #: settings that give a weight its shape, by its name
 _SIZES: tuple[tuple[str, str], ...] = (
     (r"embed_tokens|lm_head", "vocab_size and hidden_size"),
@@ -197,7 +148,7 @@ def check_model_folder(path: str | Path) -> ModelFolder:
     tensors = read_tensors(base)
     expected = expected_weights(architecture)
     held = {name: entry for name, entry in tensors.items() if not is_derived(name)}
-    _check_prefixes(base, expected, held)
+    check_prefixes(base, expected, held)
     scales = (
         {name: held[name + fp8_block.SCALE_SUFFIX] for name in expected if name + fp8_block.SCALE_SUFFIX in held}
         if block is not None
@@ -205,7 +156,7 @@ def check_model_folder(path: str | Path) -> ModelFolder:
     )
     known = expected.keys() | {name + fp8_block.SCALE_SUFFIX for name in scales}
     tied = HEAD in held and HEAD not in expected and expected.get(EMBEDDING) == held[HEAD].shape
-    _check_names(base, architecture, expected, held, known | ({HEAD} if tied else set()))
+    check_names(base, architecture, expected, held, known | ({HEAD} if tied else set()))
     folder = ModelFolder(
         base, architecture, {name: held[name] for name in held if name in expected}, scales, block or ModelFolder.block
     )
@@ -279,70 +230,6 @@ def _check_transformers_reads(base: Path) -> None:
         raise ConfigError(
             f"{base / 'config.json'}: transformers can't read it ({type(error).__name__}: {text}); repair that file"
         ) from error
-
-
-def _check_prefixes(base: Path, expected: Iterable[str], held: dict[str, TensorEntry]) -> None:
-    """Refuse a folder whose names all carry a prefix too many, or lack theirs: transformers loads some of these,
-    servers don't.
-    """
-    if EMBEDDING in held:
-        return
-    bare = EMBEDDING.removeprefix("model.")
-    found = next((name for name in held if name == bare or name.endswith(f".{bare}")), None)
-    if found is None:
-        return
-    got = found.removesuffix(bare)
-    if not got:
-        raise CheckpointError(
-            f"{base / held[found].file}: {found} should be {EMBEDDING}: the folder was saved from the base model,"
-            " without 'model.'; load it with AutoModelForCausalLM and save that"
-        )
-    wrapper = next((f" ({source} leaves it)" for prefix, source in _WRAPPERS.items() if got.startswith(prefix)), "")
-    raise CheckpointError(
-        f"{base / held[found].file}: {found} should be {EMBEDDING}: names begin with {got!r} instead of"
-        f" 'model.'{wrapper}; save the unwrapped model"
-    )
-
-
-def _check_names(
-    base: Path, model: Architecture, expected: Shapes, held: dict[str, TensorEntry], known: set[str]
-) -> None:
-    strange = next((name for name in held if name not in known), None)
-    missing = next((name for name in expected if name not in held), None)
-    if missing is not None:
-        files = sorted({entry.file for entry in held.values()})
-        where = base / files[0] if len(files) == 1 else base
-        also = f"; it holds {strange}, which is none of the model's: was it renamed?" if strange is not None else ""
-        tied = (
-            "; where the head is the embedding, set tie_word_embeddings to true in config.json"
-            if missing == HEAD
-            else ""
-        )
-        raise CheckpointError(
-            f"{where} lacks {missing} {list(expected[missing])}, which config.json ({model.family}) asks"
-            f" for{tied}{also}; export the whole model again"
-        )
-    if strange is not None:
-        raise CheckpointError(
-            f"{base / held[strange].file}: {strange} is no weight of this {model.family}: {_sign(strange, model)}"
-        )
-
-
-def _sign(name: str, model: Architecture) -> str:
-    layer = re.search(r"\.layers\.(\d+)\.", name)
-    if layer is not None and int(layer[1]) >= model.layers:
-        return (
-            f"it belongs to a layer beyond num_hidden_layers={model.layers} (does that predict several tokens at"
-            " once?); take it out"
-        )
-    if name == HEAD:
-        return (
-            "with tie_word_embeddings=true the head is the embedding, and this one has another shape; take it out or"
-            " set the flag to false"
-        )
-    return next(
-        (sign for pattern, sign in _SIGNS if re.search(pattern, name)), "nothing reads it; take it out of the folder"
-    )
 
 
 def _check_stored(folder: ModelFolder, name: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> None:

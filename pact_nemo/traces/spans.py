@@ -65,7 +65,6 @@ class TraceTokens:
             for reasoning from the first preview of the call on.
         turn: [H] index of the trace turn; delimiters, observations and user messages after a turn count to it, as does
             the generation prompt before it.
-        reasoning_rank: [H] index of a reasoning token within its turn's reasoning; −1 for all other tokens.
         turn_ends: one per turn: h* cut at ``[:turn_ends[t]]`` holds turns 0…t and can be followed by ``boundary_ids``.
         cuts: one per turn: how the context of the message after it is cut back; None: it isn't. Empty where no context
             is.
@@ -77,7 +76,6 @@ class TraceTokens:
     component: list[int] = field(default_factory=list)
     segment_level: list[int] = field(default_factory=list)
     turn: list[int] = field(default_factory=list)
-    reasoning_rank: list[int] = field(default_factory=list)
     turn_ends: list[int] = field(default_factory=list)
     cuts: list[TraceCut | None] = field(default_factory=list)
     turns_dropped: int = 0
@@ -102,14 +100,11 @@ class TraceTokens:
         """The cut before a message that follows the whole of h*."""
         return self.cuts[-1] if self.cuts else None
 
-    def _append(
-        self, token: int, turn: int, component: Component = Component.OTHER, level: int = NO_LEVEL, rank: int = -1
-    ) -> None:
+    def _append(self, token: int, turn: int, component: Component = Component.OTHER, level: int = NO_LEVEL) -> None:
         self.token_ids.append(token)
         self.component.append(int(component))
         self.segment_level.append(level)
         self.turn.append(turn)
-        self.reasoning_rank.append(rank)
 
 
 def encode_trace(
@@ -192,13 +187,11 @@ def _append_assistant(
     switched = reasoned + len(parts.switch)
     ids, offsets = chat.encode_assistant(parts.text)
     chat.check_assistant(ids)
-    rank = 0
     for token, (start, end) in zip(ids, offsets, strict=True):
         if end <= thought:
             result._append(token, index, marker)
         elif end <= reasoned:
-            result._append(token, index, Component.REASONING, levels[end - thought - 1], rank)
-            rank += 1
+            result._append(token, index, Component.REASONING, levels[end - thought - 1])
         elif end <= switched:
             result._append(token, index, marker)
         elif start >= reasoned:

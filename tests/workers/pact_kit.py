@@ -35,7 +35,6 @@ def _trace(draw: random.Random) -> TraceTokens:
         component=component,
         segment_level=[draw.randint(1, 4) if own else -1 for own in reasoning],
         turn=[0] * total,
-        reasoning_rank=[i if own else -1 for i, own in enumerate(reasoning)],
         turn_ends=[total],
     )
 

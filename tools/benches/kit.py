@@ -121,8 +121,7 @@ def synthetic_trace(token_ids: list[int]) -> TraceTokens:
     reasoning, calls = size // 2, size // 3
     component = [int(REASONING)] * reasoning + [int(CALL)] * calls + [int(OTHER)] * (size - reasoning - calls)
     level = [0 if c == REASONING else -1 for c in component]
-    ranks = [i if c == REASONING else -1 for i, c in enumerate(component)]
-    return TraceTokens(token_ids, component, level, [0] * size, ranks, [size])
+    return TraceTokens(token_ids, component, level, [0] * size, [size])
 
 
 def stand_in(config: Config, policy: MegatronPolicy) -> TrainingRun:
