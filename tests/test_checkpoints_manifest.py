@@ -28,7 +28,7 @@ def test_round_trip(tmp_path):
     assert manifest.version == 7 and manifest.extra == {"step": 7}
     assert set(manifest.files) == {"model.safetensors", "config.json", "sub/vocab.txt"}
     assert manifest.total_bytes == 7000 + 8 + 1
-    assert m.latest_version(tmp_path) == 7
+    assert m.versions(tmp_path) == [7]
 
 
 def test_flipped_bit_is_refused_by_name(tmp_path):
@@ -93,7 +93,7 @@ def test_nothing_is_visible_when_writing_fails(tmp_path):
 def test_a_folder_without_weights_gets_no_manifest(tmp_path):
     with pytest.raises(CheckpointError, match="no .*safetensors"), m.new_export(tmp_path, 1) as folder:
         (folder / "config.json").write_text("{}")
-    assert m.latest_version(tmp_path) is None
+    assert m.versions(tmp_path) == []
 
 
 def test_versions_are_written_once(tmp_path):

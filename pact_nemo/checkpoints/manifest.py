@@ -72,12 +72,6 @@ def versions(root: str | Path) -> list[int]:
     return sorted(int(match.group(1)) for match in matches if match)
 
 
-def latest_version(root: str | Path) -> int | None:
-    """Highest visible export version, or None when there is none."""
-    found = versions(root)
-    return found[-1] if found else None
-
-
 def write_manifest(
     folder: str | Path, version: int, extra: dict[str, Any] | None = None, *, known: dict[str, FileEntry] | None = None
 ) -> Manifest:

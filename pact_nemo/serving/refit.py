@@ -35,10 +35,6 @@ class RefitReport:
     reload_s: float
     finish_s: float
 
-    @property
-    def total_s(self) -> float:
-        return self.verify_s + self.pause_s + self.reload_s + self.finish_s
-
 
 def refit(
     client: RolloutClient,
