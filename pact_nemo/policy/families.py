@@ -1,6 +1,6 @@
 """The supported architectures: each field of their configuration classes, and what other keys may say.
 
-``docs/models.md`` has the table in words and says how to add a family.
+``docs/reference/models.md`` has the table in words, ``docs/extend/model.md`` says how to add a family.
 """
 
 from __future__ import annotations

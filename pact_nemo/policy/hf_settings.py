@@ -10,7 +10,7 @@ from typing import Any
 
 from pact_nemo.errors import ConfigError
 
-REMEDY = "use another model, or a folder with a supported value (docs/models.md lists them)"
+REMEDY = "use another model, or a folder with a supported value (docs/reference/models.md lists them)"
 Check = Callable[[Any], str | None]  # of a resolved value: what is wrong with it, or None
 
 
