@@ -61,13 +61,7 @@ def main(
     command(lambda: _main(run, preset, full, description, default_recipe))
 
 
-def _main(
-    run: Callable[[Config, str | None], None],
-    preset: str | None,
-    full: str,
-    description: str | None,
-    default_recipe: str | None,
-) -> int:
+def _arguments(description: str | None, default_recipe: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config",
@@ -88,7 +82,31 @@ def _main(
     )
     parser.add_argument("--verbose", action="store_true", help="log at INFO")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of pact_nemo/config/schema.py")
-    arguments = parser.parse_intermixed_args()
+    return parser.parse_intermixed_args()
+
+
+def _explain(config: Config) -> None:
+    """``--dry-run``: check everything, print settings, plan and what the data brings."""
+    from pact_nemo.planning.from_config import describe_plan
+    from pact_nemo.tracking.registry import check_trackers
+    from pact_nemo.training.preflight import check_room, look_at_data, preflight
+
+    if config.model.recipe is None:  # a recipe is explained on machines that it is not for
+        check_room(config)
+        check_trackers(config.tracking.trackers)
+    config, notes = look_at_data(config, preflight(config))
+    print(to_yaml(config))
+    print("\n".join([describe_plan(config), "data", *(f"  {note}" for note in notes)]))
+
+
+def _main(
+    run: Callable[[Config, str | None], None],
+    preset: str | None,
+    full: str,
+    description: str | None,
+    default_recipe: str | None,
+) -> int:
+    arguments = _arguments(description, default_recipe)
     logging.basicConfig(
         level=logging.INFO if arguments.verbose else logging.WARNING, format="%(asctime)s %(name)s: %(message)s"
     )
@@ -99,16 +117,7 @@ def _main(
         check_replay(config)
         check_places(config)
         if arguments.dry_run:
-            from pact_nemo.planning.from_config import describe_plan
-            from pact_nemo.tracking.registry import check_trackers
-            from pact_nemo.training.preflight import check_room, look_at_data, preflight
-
-            if config.model.recipe is None:  # a recipe is explained on machines that it is not for
-                check_room(config)
-                check_trackers(config.tracking.trackers)
-            config, notes = look_at_data(config, preflight(config))
-            print(to_yaml(config))
-            print("\n".join([describe_plan(config), "data", *(f"  {note}" for note in notes)]))
+            _explain(config)
             return 0
         with expendable_output():
             run(config, arguments.resume)

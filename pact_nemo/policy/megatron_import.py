@@ -67,7 +67,8 @@ def prepare_megatron() -> None:
         if found is None:
             raise MissingDependency(f"the policy needs {package}; install the packages of requirements.txt")
     on_cpu = install_cpu_redirection()
-    with warnings.catch_warnings(), _without_remarks(), uncompiled() if on_cpu else contextlib.nullcontext():
+    compiled = uncompiled() if on_cpu else contextlib.nullcontext()
+    with warnings.catch_warnings(), _without_remarks(), _hidden("wandb"), compiled:
         # these warnings say that Apex, Transformer Engine and CUDA are absent
         warnings.simplefilter("ignore")
         import megatron.core.models.gpt.gpt_layer_specs
@@ -81,6 +82,21 @@ def prepare_megatron() -> None:
             import megatron.bridge  # noqa: F401
     _leave_out_known_remarks()
     _prepared = True
+
+
+@contextlib.contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """As if ``package`` were not installed: megatron's timers import W&B where it is, for reports that nothing here
+    asks for. That is a second of each process.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 @contextlib.contextmanager
