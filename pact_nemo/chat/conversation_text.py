@@ -119,9 +119,8 @@ class ConversationText:
         """
         for message in messages:
             content = self._control.neutral(message)["content"].strip()
-            if (
-                self.thought is not None and message["role"] == "assistant"
-            ):  # a thought may be dropped: earlier_thoughts goes by that
+            # a thought may be dropped: earlier_thoughts goes by that
+            if self.thought is not None and message["role"] == "assistant":
                 content = split_thought(content, self.opens_thought)[1]
             if content not in text and not any(
                 form.strip() in text for form in observation_forms(content) if message["role"] == "tool"

@@ -132,9 +132,8 @@ class ChatFormat(ConversationTokens):
             return None
         text = self.decode(ids)
         shown, whole = self._earlier_text(text, user), self.generation_thought + text
-        if shown == whole or not (
-            OPENING in whole or CLOSING in whole
-        ):  # without a thought, white space at most differs: ids stay as they came
+        # without a thought, white space at most differs: ids stay as they came
+        if shown == whole or not (OPENING in whole or CLOSING in whole):
             return None
         said = len(ids)
         while said and ids[said - 1] in self.eos_ids:

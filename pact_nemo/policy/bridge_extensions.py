@@ -119,9 +119,8 @@ def _extend_expert_names() -> None:
         local = LOCAL_EXPERT.search(name)
         name = original_name(models, config, name, *args, **kwargs)
         found = LOCAL_EXPERT.search(name)
-        if (
-            found is None or local is None or found[1] != local[1]
-        ):  # no separate expert, or numbered by the bridge itself (from 0.6 on)
+        # no separate expert, or numbered by the bridge itself (from 0.6 on)
+        if found is None or local is None or found[1] != local[1]:
             return name
         size, rank = (
             parallel_state.get_expert_model_parallel_world_size(),

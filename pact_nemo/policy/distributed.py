@@ -53,9 +53,8 @@ def init_distributed(timeout_s: float) -> None:
         if os.environ.get("LOCAL_WORLD_SIZE") == world:  # torchrun on one machine
             _stay_on_loopback()
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        own = (
-            store.clone() if hasattr(store, "clone") else store
-        )  # a connection of its own: the main thread's may be waiting
+        # a connection of its own: the main thread's may be waiting
+        own = store.clone() if hasattr(store, "clone") else store
         HangWatch(dist.PrefixStore("pact_nemo/hangs", own), rank, size, timeout_s).start()
         dist.init_process_group(
             backend,

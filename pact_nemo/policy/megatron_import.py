@@ -216,9 +216,8 @@ def _stand_ins() -> Iterator[None]:
     from megatron.core import utils
 
     if "transformer_engine" in absent and hasattr(utils, "_te_version"):
-        utils._te_version = PkgVersion(
-            "0"
-        )  # asked for while modules are imported (0.19): older than any version that a feature needs
+        # asked for while modules are imported (0.19): older than any version that a feature needs
+        utils._te_version = PkgVersion("0")
     for name in added:
         module = _StandIn(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)

@@ -47,9 +47,8 @@ def build_provider(architecture: Architecture) -> GPTModelProvider:
         # one flag for all other matrices in megatron; layer_spec.layer_spec adds those that are there
         add_bias_linear=False,
     )
-    if (
-        architecture.window is not None
-    ):  # read by our attention, in megatron's own words: tokens to the left and to the right
+    # read by our attention, in megatron's own words: tokens to the left and to the right
+    if architecture.window is not None:
         settings["window_size"] = (architecture.window - 1, 0)
         settings["window_attn_skip_freq"] = [int(window is not None) for window in architecture.windows]
     if architecture.experts:
@@ -95,9 +94,8 @@ def configure_provider(provider: Any, config: PolicyConfig, *, cuda: bool, fp8: 
             )
         setattr(provider, name, value)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # about CUDA graphs and Transformer Engine's attention, neither in use
+        # about CUDA graphs and Transformer Engine's attention, neither in use
+        warnings.simplefilter("ignore", UserWarning)
         provider.finalize()
 
 

@@ -56,9 +56,8 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"rollouts can't be read: {error}; dump them again", file=file) from error
     rollouts = []
-    lines = (
-        text.removesuffix("\n").split("\n") if text else []
-    )  # not splitlines(): U+2028 and its kin are no line ends in JSON
+    # not splitlines(): U+2028 and its kin are no line ends in JSON
+    lines = text.removesuffix("\n").split("\n") if text else []
     for number, line in enumerate(lines, start=1):
         try:
             row = strict_json.loads(line)
