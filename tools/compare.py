@@ -131,9 +131,7 @@ def collect(folder: Path) -> dict[str, list[Run]]:
     }
 
 
-def main() -> int:
-    words = sys.argv[1:]
-    overrides = words[words.index("--") + 1 :] if "--" in words else []
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["pact", "grpo"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
@@ -164,26 +162,31 @@ def main() -> int:
         type=Path,
         help="markdown file; the part between its two 'table' comments is replaced, a new file is made",
     )
-    options = parser.parse_args(words[: words.index("--")] if "--" in words else words)
+    return parser
+
+
+def run_methods(options: argparse.Namespace, overrides: list[str]) -> dict[str, list[Run]]:
+    """Run every method with every seed, seed by seed, so that a cut comparison is still paired."""
+    pairs = [(method, seed) for seed in options.seeds for method in options.methods]
+    configs = {method: config_of(method, options.benchmark, options.preset) for method in options.methods}
+    methods: dict[str, list[Run]] = {method: [] for method in options.methods}
+    started = time.monotonic()
+    for index, (method, seed) in enumerate(pairs):
+        seconds = time.monotonic() - started
+        print(f"[{seconds:6.0f} s] run {index + 1}/{len(pairs)}: {method}, seed {seed}", flush=True)
+        folder = run_one(configs[method], seed, options.root / f"{method}-seed{seed}", overrides)
+        methods[method].append(load_run(folder))
+    return methods
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    overrides = words[words.index("--") + 1 :] if "--" in words else []
+    options = _parser().parse_args(words[: words.index("--")] if "--" in words else words)
     try:
         if options.plan is not None:
             return of_plan(options)
-        if options.collect is not None:
-            methods = collect(options.collect)
-        else:
-            pairs = [
-                (method, seed) for seed in options.seeds for method in options.methods
-            ]  # seed by seed: a cut comparison is still paired
-            configs = {method: config_of(method, options.benchmark, options.preset) for method in options.methods}
-            methods = {method: [] for method in options.methods}
-            started = time.monotonic()
-            for index, (method, seed) in enumerate(pairs):
-                print(
-                    f"[{time.monotonic() - started:6.0f} s] run {index + 1}/{len(pairs)}: {method}, seed {seed}",
-                    flush=True,
-                )
-                folder = run_one(configs[method], seed, options.root / f"{method}-seed{seed}", overrides)
-                methods[method].append(load_run(folder))
+        methods = collect(options.collect) if options.collect is not None else run_methods(options, overrides)
         if options.picture is not None:
             write_text_atomic(options.picture, comparison_svg([run for runs in methods.values() for run in runs]))
             print(f"picture: {options.picture}")

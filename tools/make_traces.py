@@ -335,9 +335,7 @@ def main() -> int:
             return 0
         more = bool(options.promote is not None or (options.extend is not None and options.augment))
         if (options.teacher is not None) + options.recorded + more != 1:
-            parser.error(
-                "say where traces come from: --teacher URL, --recorded, or --extend TRACES with --augment or --promote"
-            )
+            parser.error("where are traces from? --teacher URL, --recorded, or --extend with --augment or --promote")
         config = load_config(options.config, options.overrides)
         found = extend(config, options) if more else make(config, options)
     except PactError as error:
