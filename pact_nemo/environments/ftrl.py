@@ -288,6 +288,7 @@ def _build(setup: Setup) -> FTRLEnvironment:
 
 FTRL = EnvironmentSpec(
     build=_build,
+    checked=False,
     config=FTRLConfig,
     tasks_file="required",
     expert_traces="recorded",

@@ -45,14 +45,13 @@ def environment_spec(name: str) -> EnvironmentSpec:
 
 
 def build_environment(name: str, setup: Setup) -> Environment:
-    """The environment ``name`` for a setup. One that is not of this package is checked at every step
-    (:mod:`pact_nemo.environments.outside`).
+    """The environment ``name`` for a setup, checked at every step where its spec says so.
 
     Raises:
         ConfigError: the factory takes no setup, raises, or what it returns lacks a method.
     """
     spec = environment_spec(name)
-    if name in ENVIRONMENTS:
+    if not spec.checked:
         environment: Environment = spec.build(setup)
         return environment
     try:

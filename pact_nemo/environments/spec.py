@@ -82,6 +82,8 @@ class EnvironmentSpec:
         official_turns: assistant turns after one user turn in the benchmark's own evaluation, the closing message among
             them. None: evaluation goes by the limit of training.
         describe: its own settings in the plan, in one line.
+        checked: every call is held against the protocol, what may be missing is supplied, and observations are cut to
+            ``tasks.max_observation_chars`` (:mod:`pact_nemo.environments.outside`). False: its own tests see to that.
         write_scores: (folder, model name, tasks, task id -> (passed, reason)); writes the files of a leaderboard.
     """
 
@@ -94,5 +96,6 @@ class EnvironmentSpec:
     reference_answers: bool = True
     answer_remedy: str = "let the prompts ask for it"
     official_turns: Callable[[], int | None] = _no_limit_of_its_own
+    checked: bool = True
     describe: Callable[[Any], str] = _no_words
     write_scores: Callable[[Path, str, Sequence[Task], Mapping[str, tuple[bool, str | None]]], None] | None = None

@@ -236,6 +236,7 @@ def _build(setup: Setup) -> ToolHopEnvironment:
 
 TOOLHOP = EnvironmentSpec(
     build=_build,
+    checked=False,
     config=ToolHopConfig,
     tasks_file="required",
     expert_traces="recorded",

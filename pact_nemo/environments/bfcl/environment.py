@@ -206,6 +206,7 @@ def _describe(settings: BFCLConfig) -> str:
 
 BFCL = EnvironmentSpec(
     build=_build,
+    checked=False,
     config=BFCLConfig,
     tasks_file="none",
     expert_traces="ground_truth",
