@@ -19,7 +19,7 @@ from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.registry import ENVIRONMENTS
 from pact_nemo.methods.registry import METHODS
-from pact_nemo.policy.architectures import FAMILIES, MODEL_TYPES
+from pact_nemo.policy.families import FAMILIES, MODEL_TYPES
 from tools import check_markdown, settings_reference
 
 ROOT = Path(__file__).resolve().parents[1]
