@@ -55,7 +55,7 @@ def tasks(path: Path) -> list[Task]:
     return FTRLEnvironment(path, BOX).tasks()
 
 
-def told(found: list[Task]) -> list[Any]:
+def shown_rows(found: list[Task]) -> list[Any]:
     return [(task.tools, task.data, task.user_turns, task.reference_answer) for task in found]
 
 
@@ -74,24 +74,24 @@ def with_nulls(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_struct_columns_their_json_export_and_json_strings_give_the_same_tasks(tmp_path: Path) -> None:
-    wanted = told(tasks(saved(tmp_path / "a.json", ROWS)))
+    wanted = shown_rows(tasks(saved(tmp_path / "a.json", ROWS)))
     assert wanted[0][0][0]["parameters"]["properties"] == {"x": {"type": "integer", "description": "a number"}}
-    assert told(tasks(saved(tmp_path / "a.parquet", ROWS))) == wanted
+    assert shown_rows(tasks(saved(tmp_path / "a.parquet", ROWS))) == wanted
     (tmp_path / "n").mkdir()
-    assert told(tasks(saved(tmp_path / "n" / "a.json", with_nulls(ROWS)))) == wanted
+    assert shown_rows(tasks(saved(tmp_path / "n" / "a.json", with_nulls(ROWS)))) == wanted
     texts = [r | {key: json.dumps(r[key]) for key in ("messages", "tools", "codes", "unsolved_set")} for r in ROWS]
     (tmp_path / "s").mkdir()
-    assert told(tasks(saved(tmp_path / "s" / "a.parquet", texts))) == wanted
+    assert shown_rows(tasks(saved(tmp_path / "s" / "a.parquet", texts))) == wanted
     parts = copy.deepcopy(ROWS)
     for part in parts:
         function = part["tools"][0]["function"]
         function["parameters"] = json.dumps(function["parameters"])
     (tmp_path / "p").mkdir()
-    assert told(tasks(saved(tmp_path / "p" / "a.parquet", parts))) == wanted
+    assert shown_rows(tasks(saved(tmp_path / "p" / "a.parquet", parts))) == wanted
 
 
 def test_maps_floats_and_gaps_of_a_table_are_undone(tmp_path: Path) -> None:
-    wanted = told(tasks(saved(tmp_path / "a.json", ROWS)))
+    wanted = shown_rows(tasks(saved(tmp_path / "a.json", ROWS)))
     table = pa.Table.from_pylist([r | {"answer": float(r["answer"])} for r in ROWS])
     codes = pa.array([list(r["codes"].items()) for r in ROWS], pa.map_(pa.string(), pa.string()))
     unsolved = pa.array(
@@ -102,7 +102,7 @@ def test_maps_floats_and_gaps_of_a_table_are_undone(tmp_path: Path) -> None:
     table = table.set_column(table.column_names.index("unsolved_set"), "unsolved_set", unsolved)
     (tmp_path / "m").mkdir()
     parquet.write_table(table, tmp_path / "m" / "a.parquet")
-    assert told(tasks(tmp_path / "m" / "a.parquet")) == wanted
+    assert shown_rows(tasks(tmp_path / "m" / "a.parquet")) == wanted
     gaps = [r | {"data_source": None, "answer": None} for r in ROWS]
     assert [(task.category, task.reference_answer) for task in tasks(saved(tmp_path / "g.json", gaps))] == [
         ("ftrl", None)
@@ -286,9 +286,9 @@ def test_toolhop_rows_read_from_struct_columns_as_from_json(tmp_path: Path) -> N
     who = {"Who?": {"name": "who", "description": None, "parameters": None}}
     other = toolhop_row(id=8, tools=who, sub_task={"Who?": "Ann"}, functions=["def who(): return 1"])
     rows = [toolhop_row(), other]
-    wanted = told(ToolHopEnvironment(saved(tmp_path / "a.json", rows), BOX).tasks())
+    wanted = shown_rows(ToolHopEnvironment(saved(tmp_path / "a.json", rows), BOX).tasks())
     table = [r | {"tools": json.loads(json.dumps(r["tools"]))} for r in rows]
-    assert told(ToolHopEnvironment(saved(tmp_path / "a.parquet", table), BOX).tasks()) == wanted
+    assert shown_rows(ToolHopEnvironment(saved(tmp_path / "a.parquet", table), BOX).tasks()) == wanted
     assert wanted[1][0][0] == {"name": "who", "description": "", "parameters": {"type": "object", "properties": {}}}
 
 

@@ -1,5 +1,5 @@
-"""What a disk does wrong while a checkpoint or an export is written or deleted, told as CheckpointError: the file and
-the remedy.
+"""What a disk does wrong while a checkpoint or an export is written or deleted, as a CheckpointError: it names the file
+and the remedy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _STREAM_WRITER = (
 
 
 @contextmanager
-def told(target: Path, action: str, consequence: str) -> Iterator[None]:
+def naming_the_file(target: Path, action: str, consequence: str) -> Iterator[None]:
     """Turn failures of the disk within the block into CheckpointError; others pass as they are.
 
     Args:

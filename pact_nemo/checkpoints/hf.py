@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from pact_nemo.checkpoints.failures import told
+from pact_nemo.checkpoints.failures import naming_the_file
 from pact_nemo.checkpoints.manifest import export_path, read_manifest, versions, write_manifest
 from pact_nemo.errors import CheckpointError
 from pact_nemo.runtime.collective import on_rank_zero
@@ -47,7 +47,7 @@ def export_to(
         FileExistsError: the folder exists already (CheckpointError on ranks other than 0).
     """
     target = Path(folder)
-    with told(target, "can't be written", "nothing of it became visible"), ExitStack() as stack:
+    with naming_the_file(target, "can't be written", "nothing of it became visible"), ExitStack() as stack:
         temporary = Path(on_rank_zero(lambda: str(stack.enter_context(new_directory(target)))))
         written = policy.export_hf(temporary, dtype=dtype, previous=_entries(previous))
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from pact_nemo.checkpoints.failures import told
+from pact_nemo.checkpoints.failures import naming_the_file
 from pact_nemo.checkpoints.random_state import RNG_NAME, read_rng_states, rng_state, set_rng_state
 from pact_nemo.checkpoints.resume_folders import checkpoint_path, point_to
 from pact_nemo.checkpoints.resume_manifest import verify, write_manifest
@@ -146,7 +146,7 @@ class BackgroundSave:
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
-        with told(self.final, "can't be written", _STANDS):
+        with naming_the_file(self.final, "can't be written", _STANDS):
             try:
                 yield
             except BaseException as error:

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from pact_nemo.checkpoints.failures import told
+from pact_nemo.checkpoints.failures import naming_the_file
 from pact_nemo.checkpoints.resume_manifest import verify
 from pact_nemo.errors import CheckpointError
 from pact_nemo.runtime.files import remove_unfinished as remove_leftovers
@@ -98,7 +98,7 @@ def prune(root: str | Path, keep: int) -> list[int]:
     for step in doomed:
         folder = checkpoint_path(root, step)
         hidden = folder.with_name(f".{folder.name}.deleted")
-        with told(folder, "can't be deleted", "newer checkpoints are whole"):
+        with naming_the_file(folder, "can't be deleted", "newer checkpoints are whole"):
             shutil.rmtree(hidden, ignore_errors=True)
             folder.rename(hidden)
             shutil.rmtree(hidden)

@@ -72,7 +72,7 @@ def failures(rollouts: Sequence[Rollout]) -> dict[str, int]:
     return dict(Counter(kind_of(rollout) for rollout in rollouts if rollout.status == "failed").most_common())
 
 
-def told(rollouts: Sequence[Rollout]) -> str | None:
+def failure_summary(rollouts: Sequence[Rollout]) -> str | None:
     """How many rollouts failed and what the most frequent cause is; None if none did."""
     causes = Counter(str(rollout.error) for rollout in rollouts if rollout.status == "failed")
     if not causes:
@@ -88,4 +88,4 @@ def too_many(rollouts: Sequence[Rollout], limits: AlarmsConfig) -> str | None:
     failed = sum(rollout.status == "failed" for rollout in rollouts)
     if failed <= limits.failed_share * len(rollouts):
         return None
-    return f"{told(rollouts)}. More than alarms.failed_share={limits.failed_share:g}: repair the cause"
+    return f"{failure_summary(rollouts)}. More than alarms.failed_share={limits.failed_share:g}: repair the cause"

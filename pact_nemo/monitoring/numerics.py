@@ -53,7 +53,7 @@ def suspects(members: list[PromptTree], logprobs: list[torch.Tensor] | None) -> 
     return found
 
 
-def described(found: list[dict[str, Any]]) -> str:
+def suspects_in_words(found: list[dict[str, Any]]) -> str:
     """The first three of :func:`suspects` in words."""
     if not found:
         return "all log-probs and streams of the batch are finite: the gradient overflowed on its way back"

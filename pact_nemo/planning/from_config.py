@@ -155,7 +155,7 @@ def describe(plan: Plan) -> list[str]:
     return lines
 
 
-def brief(plan: Plan) -> str:
+def plan_in_one_line(plan: Plan) -> str:
     """A plan in one line."""
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in plan.phases.items())
     return (

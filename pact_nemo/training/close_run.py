@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def added(records: list[dict[str, Any]], prefix: str) -> dict[str, int]:
+def sum_counters(records: list[dict[str, Any]], prefix: str) -> dict[str, int]:
     """Sums over all steps of the counters whose names start so, by what follows the slash."""
     found: Counter[str] = Counter()
     for record in records:
@@ -92,8 +92,8 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
             "without_reference_calls": run.dataset.without_reference_calls,
             "dropped": run.dataset.dropped,
         },
-        "failed_rollouts": added(records, "failed/"),
-        "server": added(records, "server/") | added(records, "rollout/reissued"),
+        "failed_rollouts": sum_counters(records, "failed/"),
+        "server": sum_counters(records, "server/") | sum_counters(records, "rollout/reissued"),
         "tracking_failures": run.recorder.trackers.failures if run.recorder.trackers is not None else {},
         "plan": run.plan,
         "versions": versions(),

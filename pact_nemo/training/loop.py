@@ -53,7 +53,7 @@ def observe(run: TrainingRun, groups: list[PromptGroup], record: dict[str, Any],
     if held_out_traces.due(config.diagnostics.trace_every, state.step, run.total_steps):
         with watch("diagnostics"):
             found |= held_out_traces.measure(run.policy, run.chat, run.dataset.held_out_traces)
-    for warning in filter(None, [alarms.told(_rollouts(groups)), *alarms.spikes(record, config.alarms)]):
+    for warning in filter(None, [alarms.failure_summary(_rollouts(groups)), *alarms.spikes(record, config.alarms)]):
         run.progress.message(f"warning: step {state.step}: {warning}")
     return found
 

@@ -13,7 +13,7 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config, settled, steps_of, to_dict, to_yaml
 from pact_nemo.data.dataset import Dataset, build_dataset
 from pact_nemo.data.tasks import build_environment, check_batches
-from pact_nemo.planning.from_config import brief, run_plan
+from pact_nemo.planning.from_config import plan_in_one_line, run_plan
 from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import on_rank_zero, rank
@@ -113,7 +113,7 @@ def _begin(stack: ExitStack, run: TrainingRun, *, resumed: bool) -> None:
     if rank() == 0:
         plan = run_plan(config, world=dist.get_world_size())
         run.plan = plan.as_json()
-        run.progress.message(brief(plan))
+        run.progress.message(plan_in_one_line(plan))
     restored = resumed and run.checkpoints.restore()
     if state.warmup_step >= config.warmup.steps:
         run.weights.freeze_reference()

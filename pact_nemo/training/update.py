@@ -72,7 +72,7 @@ def update(run: TrainingRun, groups: list[PromptGroup], watch: Stopwatch) -> dic
             try:
                 results.append(run.policy.update([p.tree for p in members], run.method.loss, entropy=True))
             except NumericsError as error:
-                raise refused(run, error, members, part.number) from error
+                raise refused_update(run, error, members, part.number) from error
     # under pi_old: what was scored, or what the on-policy update computed itself
     old = [
         values
@@ -156,13 +156,13 @@ def filled(run: TrainingRun, part: MiniBatch, scores: Scores) -> list[PromptTree
         )
     except FloatingPointError as error:  # the same on every rank: what was scored is
         broken = NumericsError(str(error), names=["importance"], logprobs=scores.old)
-        raise refused(run, broken, part.members, part.number) from error
+        raise refused_update(run, broken, part.members, part.number) from error
 
 
-def refused(run: TrainingRun, error: NumericsError, members: list[PromptTree], number: int) -> NumericsError:
+def refused_update(run: TrainingRun, error: NumericsError, members: list[PromptTree], number: int) -> NumericsError:
     """Name the samples behind a refused update and dump its mini-batch."""
     step, found = run.state.step, numerics.suspects(members, error.logprobs)
     path = run.workspace.numerics / f"step_{step:06d}_update_{number}.json"
     on_rank_zero(lambda: numerics.dump(path, error, members, found))
-    what = numerics.described(found)
+    what = numerics.suspects_in_words(found)
     return NumericsError(f"step {step + 1}: {error}; {what}. The mini-batch is in {path}", names=error.names)

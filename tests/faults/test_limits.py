@@ -21,7 +21,7 @@ from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.server import RolloutServer
 from pact_nemo.tracking import episodes as records
 from pact_nemo.tracking.run_folder import Workspace
-from pact_nemo.training import close_run as finish
+from pact_nemo.training import close_run
 
 
 def test_counters_of_all_steps_are_added_by_name() -> None:
@@ -29,11 +29,11 @@ def test_counters_of_all_steps_are_added_by_name() -> None:
         {"failed/ServerError": 2, "server/restarts": 1.0, "rollout/reissued": 3.0, "loss/total": 1.5},
         {"failed/ServerError": 1, "failed/X": 4},
     ]
-    assert finish.added(rows, "failed/") == {"ServerError": 3, "X": 4}
-    assert finish.added(rows, "server/") == {"restarts": 1} and finish.added(rows, "rollout/reissued") == {
-        "reissued": 3
-    }
-    assert finish.added([{"server/restarts": 0.0}], "server/") == {}
+    assert close_run.sum_counters(rows, "failed/") == {"ServerError": 3, "X": 4}
+    assert close_run.sum_counters(rows, "server/") == {"restarts": 1} and close_run.sum_counters(
+        rows, "rollout/reissued"
+    ) == {"reissued": 3}
+    assert close_run.sum_counters([{"server/restarts": 0.0}], "server/") == {}
 
 
 def test_the_report_tells_failures_and_restarts() -> None:

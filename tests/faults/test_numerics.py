@@ -139,7 +139,7 @@ def test_failures_are_counted_by_kind_and_too_many_end_the_run_with_the_top_caus
     assert alarms.too_many(rollouts, AlarmsConfig(failed_share=0.5)) is None
     problem = alarms.too_many([*rollouts, *played("EnvironmentFailure: tool crashed")], AlarmsConfig(failed_share=0.5))
     assert problem is not None and "6 of 11" in problem and "(4 times): EnvironmentFailure: tool crashed" in problem
-    assert alarms.told(played(None)) is None
+    assert alarms.failure_summary(played(None)) is None
 
 
 def test_a_failed_rollout_gets_no_gradient_and_moves_no_mean() -> None:
