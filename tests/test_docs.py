@@ -41,6 +41,9 @@ def test_no_page_has_a_fault() -> None:
         ("- item\n  [x](absent.md)", "dead link"),
         ("```text\n" + "word " * 21 + "\n```", "105 columns"),
         ("![x](absent.png)", "dead link absent.png"),
+        ("word\n" * 26, "a sentence of 26 words"),
+        ("- " + "word\n  " * 26, "a sentence of 26 words"),
+        ("word\n" * 13 + "(e.g. " + "word\n" * 12 + "word)", "a sentence of 27 words"),
     ],
 )
 def test_a_fault_is_found(tmp_path: Path, text: str, words: str) -> None:
@@ -60,6 +63,15 @@ def test_a_fault_is_found(tmp_path: Path, text: str, words: str) -> None:
         "`[x](absent.md)`",
         "    [x](absent.md)",
         "[x](https://example.org/absent.md#a)",
+        ("word\n" * 25 + ".\n") * 2,
+        "word\n" * 24 + "`" + "code " * 9 + "`",
+        "word\n" * 24 + "[" + "name " * 9 + "](other.md)",
+        "# " + "word " * 19,
+        "> word\n\n" + "word\n" * 25,
+        "```\n" + "word\n" * 26 + "```",
+        "| a |\n" * 26,
+        "1. word\n\n" + "        code\n" * 26,
+        "<!-- table -->\n" + "word\n" * 26 + "<!-- /table -->",
     ],
 )
 def test_what_may_be_is_no_fault(tmp_path: Path, text: str) -> None:
@@ -67,6 +79,31 @@ def test_what_may_be_is_no_fault(tmp_path: Path, text: str) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"{text}\n")
     assert check_markdown.faults(page) == []
+
+
+def test_a_long_sentence_is_found_where_it_begins(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\nA short one.\n- An item.\n  It is short. The next\n" + "  word\n" * 24)
+    (fault,) = check_markdown.faults(page)
+    assert fault == f"{page}:5: a sentence of 26 words, at most 25: The next word word ..."
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("Run `a. b c`, or `a\nb. c`. Then ``x ` y. z``.", [4, 2]),
+        ("See [a page. Of mine](other.md#a). See ![it](x.png).", [2, 2]),
+        ("A tool, e.g. this, i.e. that, etc. and so on. It is (cf. there) mine.", [10, 5]),
+        ("It takes 1.5 s. Then 1,024.25 of 3.11.7. Done!", [4, 4, 1]),
+        ('**Bold.** A name (of it). Is it "so?" Yes', [1, 4, 3, 1]),
+        ("a - b + c = d", [4]),
+        ("- One item\n- another\n  one. Yes.\n\nThe end", [2, 2, 1, 2]),
+        ("One:\n\n    code here\n\nTwo words:\n```\ncode\n```\nThree words now", [1, 2, 3]),
+        ("Before it\n<!-- table -->\nMade by a tool.\n<!-- /table -->\nBehind it now", [2, 3]),
+    ],
+)
+def test_the_words_of_a_sentence_are_counted(text: str, counts: list[int]) -> None:
+    assert [count for _, count, _ in check_markdown.sentences(text.splitlines())] == counts
 
 
 def test_wrapping_changes_no_word_and_is_settled() -> None:

@@ -1,11 +1,15 @@
 #!/usr/bin/env python
-"""Checks of the Markdown pages that need no network: lines of at most 100 columns, no dead link, no dead anchor.
+"""Checks of the Markdown pages that need no network: lines of at most 100 columns, sentences of at most 25 words, no
+dead link, no dead anchor.
 
     python tools/check_markdown.py                     # README.md, CONTRIBUTING.md, CHANGELOG.md and docs/
     python tools/check_markdown.py --wrap docs/x.md    # lay its paragraphs and lists out in 100 columns, then check
 
 Tables may be wider, and so may a line that holds nothing but one word, such as an address. An anchor has to work on
 GitHub and on the built site, whose rules differ for headings with punctuation between blanks.
+
+The sentences are those of paragraphs and list items. Inline code is one word, and so is a link. What a tool writes
+between ``<!-- table -->`` and ``<!-- /table -->`` is left out.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = 100
+WORDS = 25
 LINK = re.compile(r"(?<!\\)!?\[(?:[^\[\]]|\[[^\]]*\]\([^)]*\))*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)")
 ITEM = re.compile(r"^(\s*)([-*+]|\d+[.)])(\s+)")
 TITLE = re.compile(r"^#{1,6}\s+(.*?)\s*#*$")
@@ -26,6 +31,10 @@ TITLE = re.compile(r"^#{1,6}\s+(.*?)\s*#*$")
 WORD = re.compile(r"(?:`[^`]{1,60}`|\S)+")
 #: a wrapped line must not begin with what Markdown takes for a mark of its own
 MARK = re.compile(r"^([-*+#>|=]|\d+[.)]|```|~~~)")
+CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
+#: the last word of a sentence, with what may close behind its mark
+END = re.compile(r"[.!?][)\]\"'*_]*$")
+ABBREVIATION = re.compile(r"(?:^|\W)(?:e\.g|i\.e|cf|vs|etc|al|approx)\.$", re.IGNORECASE)
 
 
 def pages(root: Path = ROOT) -> list[Path]:
@@ -36,7 +45,7 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 def kinds(lines: list[str]) -> Iterator[tuple[int, str, str]]:
     """Each line with its number and what it is: code, table, title, comment, blank or text."""
-    fence, before, in_list = "", "blank", False
+    fence, before, margin = "", "blank", 0  # margin: where the text of the list item begins
     for number, line in enumerate(lines, 1):
         mark = re.match(r"^\s*(```+|~~~+)", line)
         if fence:
@@ -47,7 +56,7 @@ def kinds(lines: list[str]) -> Iterator[tuple[int, str, str]]:
             kind, fence = "code", mark.group(1)
         elif not line.strip():
             kind = "blank"
-        elif line.startswith("    ") and before in ("blank", "code", "title") and not in_list:
+        elif line.startswith(" " * (margin + 4)) and before in ("blank", "code", "title"):
             kind = "code"
         elif line.startswith("|") and line.rstrip().endswith("|"):
             kind = "table"
@@ -57,10 +66,10 @@ def kinds(lines: list[str]) -> Iterator[tuple[int, str, str]]:
             kind = "comment"
         else:
             kind = "text"
-        if kind == "text" and (ITEM.match(line) or not line.startswith(" ")):
-            in_list = ITEM.match(line) is not None or (in_list and before == "text")
-        elif kind in ("title", "table"):
-            in_list = False
+        if kind == "text" and (item := ITEM.match(line)):
+            margin = len(item.group(0))
+        elif kind in ("title", "table") or (kind == "text" and not line.startswith(" ") and before != "text"):
+            margin = 0
         yield number, line, kind
         before = kind
 
@@ -86,6 +95,46 @@ def anchors(path: Path) -> set[str]:
     return found
 
 
+def paragraphs(lines: list[str]) -> Iterator[tuple[int, str]]:
+    """Each paragraph and list item with the number of its first line; nothing from between table markers."""
+    block: list[str] = []
+    first, generated = 0, False
+    for number, line, kind in [*kinds(lines), (len(lines) + 1, "", "blank")]:
+        item = ITEM.match(line) if kind == "text" else None
+        if block and (kind != "text" or item):
+            yield first, "\n".join(block)
+            block = []
+        if kind == "comment" and re.search(r"<!-- /?table -->", line):
+            generated = "/table" not in line
+        if kind == "text" and not generated:
+            first = first if block else number
+            block.append(line[item.end() :] if item else line)
+
+
+def one_word(pattern: re.Pattern[str], word: str, text: str) -> str:
+    """The text with a word for whatever matches; its line breaks stay, so that lines can be counted."""
+    return pattern.sub(lambda match: word + "\n" * match.group(0).count("\n"), text)
+
+
+def sentences(lines: list[str]) -> Iterator[tuple[int, int, str]]:
+    """Each sentence of a page: the line where it begins, its number of words, and its first words."""
+    for first, block in paragraphs(lines):
+        text = one_word(LINK, "link", one_word(CODE, "code", block))
+        start = first
+        words: list[str] = []
+        for match in re.finditer(r"\S+", text):
+            word = match.group(0)
+            if not words:
+                start = first + text.count("\n", 0, match.start())
+            if re.search(r"\w", word):  # a dash or a plus sign between blanks is no word
+                words.append(word)
+            if words and END.search(word) and not ABBREVIATION.search(word):
+                yield start, len(words), " ".join(words[:4])
+                words = []
+        if words:
+            yield start, len(words), " ".join(words[:4])
+
+
 def faults(path: Path) -> list[str]:
     """What is wrong with a page, each fault with its line."""
     text, told = path.read_text(encoding="utf-8"), []
@@ -98,6 +147,9 @@ def faults(path: Path) -> list[str]:
         for target in LINK.findall(re.sub(r"`[^`]*`", "", line)):
             if fault := dead(path, target):
                 told.append(f"{where}: {fault}")
+    for number, count, words in sentences(text.splitlines()):
+        if count > WORDS:
+            told.append(f"{path}:{number}: a sentence of {count} words, at most {WORDS}: {words} ...")
     return told
 
 
