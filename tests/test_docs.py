@@ -39,6 +39,7 @@ def test_no_page_has_a_fault() -> None:
         ("[x](#absent)", "dead anchor"),
         ("# A & B\n[x](#a--b)", "dead anchor"),  # GitHub's spelling only
         ("- item\n  [x](absent.md)", "dead link"),
+        ("text [of two\nlines](absent.md)", ":1: dead link"),
         ("```text\n" + "word " * 21 + "\n```", "105 columns"),
         ("![x](absent.png)", "dead link absent.png"),
         ("word\n" * 26, "a sentence of 26 words"),

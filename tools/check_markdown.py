@@ -142,11 +142,12 @@ def faults(path: Path) -> list[str]:
         where = f"{path}:{number}"
         if len(line) > COLUMNS and kind != "table" and len(line.split()) > 1:
             told.append(f"{where}: {len(line)} columns, at most {COLUMNS}")
-        if kind == "code":
-            continue
-        for target in LINK.findall(re.sub(r"`[^`]*`", "", line)):
-            if fault := dead(path, target):
-                told.append(f"{where}: {fault}")
+    # a link may go on in the next line, so it is looked for in the page as one text
+    shown = [re.sub(r"`[^`]*`", "", line) if kind != "code" else "" for _, line, kind in kinds(text.splitlines())]
+    page = "\n".join(shown)
+    for found in LINK.finditer(page):
+        if fault := dead(path, found[1]):
+            told.append(f"{path}:{page.count(chr(10), 0, found.start()) + 1}: {fault}")
     for number, count, words in sentences(text.splitlines()):
         if count > WORDS:
             told.append(f"{path}:{number}: a sentence of {count} words, at most {WORDS}: {words} ...")
