@@ -187,7 +187,7 @@ def test_where_no_short_place_is_left_the_variable_is_named(tmp_path: Path, monk
 
 def test_a_dry_run_names_it_too(tmp_path: Path) -> None:
     program = (
-        "from pact_nemo import machine; machine.writable = lambda folder: False\nfrom recipes.pact_bfcl import *;"
+        "from pact_nemo.runtime import machine; machine.writable = lambda folder: False\nfrom recipes.pact_bfcl import *;"
         " main(run, PRESET, FULL, '')"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPO)}

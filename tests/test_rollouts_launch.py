@@ -133,8 +133,9 @@ def test_settings_are_an_omegaconf_schema():
 
 def test_the_package_imports_neither_vllm_nor_torch_nor_traces():
     """What the trainer pays for, and the wall: generation can't reach a trace."""
-    names = ["batch", "client", "config", "episode", "launch", "refit", "server", "store"]
-    code = "import sys\n" + "".join(f"import pact_nemo.rollouts.{name}\n" for name in names)
+    names = [*(f"rollouts.{name}" for name in ("batch", "chat_episode", "episode", "overlap", "store", "types"))]
+    names += [f"serving.{name}" for name in ("client", "config", "launch", "refit", "server", "supervisor")]
+    code = "import sys\n" + "".join(f"import pact_nemo.{name}\n" for name in names)
     code += "wall = ('vllm', 'torch', 'pact_nemo.traces', 'pact_nemo.training')\n"
     code += "bad = [m for m in sys.modules if m.startswith(wall)]\n"
     code += "sys.exit(repr(bad) if bad else 0)"

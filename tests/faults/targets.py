@@ -165,17 +165,18 @@ def _questions(
             path = folder / f"rows{endings[data[0] % 3] if data else '.txt'}"
             path.write_bytes(data[1:])
             try:
-                tasks = environment_of(path).tasks()
+                environment = environment_of(path)
+                tasks = environment.tasks()
             except DataError as error:
                 named(error, path, line=path.suffix == ".jsonl")
                 raise
             for task in tasks:
                 show(task)
-                for question, name, _ in recorded._goals(task):
-                    source = (task.data.get("functions") or task.data.get("codes") or {}).get(name)
-                    tool = {tool["name"]: tool for tool in task.tools}.get(name)
-                    if source is not None and tool is not None:
-                        list(itertools.islice(recorded.candidate_arguments(tool, source, question, ()), 5))
+                for goal in environment.goals(task):
+                    tool = {tool["name"]: tool for tool in task.tools}.get(goal.tool)
+                    if goal.source is not None and tool is not None:
+                        candidates = recorded.candidate_arguments(tool, goal.source, goal.question, ())
+                        list(itertools.islice(candidates, 5))
             assert len({task.id for task in tasks}) == len(tasks)
 
         return target, [bytes([endings.index(ending)]) + data for ending, data in contents]
