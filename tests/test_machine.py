@@ -187,8 +187,8 @@ def test_where_no_short_place_is_left_the_variable_is_named(tmp_path: Path, monk
 
 def test_a_dry_run_names_it_too(tmp_path: Path) -> None:
     program = (
-        "from pact_nemo.runtime import machine; machine.writable = lambda folder: False\nfrom recipes.pact_bfcl import *;"
-        " main(run, PRESET, FULL, '')"
+        "from pact_nemo.runtime import machine; machine.writable = lambda folder: False\n"
+        "from recipes.pact_bfcl import *; main(run, PRESET, FULL, '')"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     done = subprocess.run(

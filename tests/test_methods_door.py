@@ -28,8 +28,15 @@ from tests.workers.policy_kit import make_model
 from tests.workers.scripted import write_replay
 
 REPO = Path(__file__).resolve().parents[1]
-PAGE = REPO / "docs" / "extend" / "method.md"
-(EXAMPLE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def programs(page: str) -> list[str]:
+    """The programs of a page of docs/extend, as they stand."""
+    text = (REPO / "docs" / "extend" / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+(EXAMPLE,) = programs("method.md")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,10 @@ def test_the_pages_example_is_short() -> None:
     assert len(EXAMPLE.splitlines()) <= 60
 
 
-def test_the_pages_method_trains_a_replayed_run(cispo: Path, tmp_path: Path) -> None:
+def test_method_environment_and_logger_of_the_pages_share_a_replayed_run(cispo: Path, tmp_path: Path) -> None:
+    """Nothing of the three is in the repository: each is a file beside the command."""
+    (cispo.parent / "shop.py").write_text(programs("environment.md")[0], encoding="utf-8")
+    (cispo.parent / "my_tracker.py").write_text(programs("logger.md")[0], encoding="utf-8")
     embedded = materialise_embedded_model(REPO / ".cache" / "pact_nemo")
     model = make_model(tmp_path / "model", "llama", layers=2, vocabulary=49152, heads=2)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -56,13 +66,21 @@ def test_the_pages_method_trains_a_replayed_run(cispo: Path, tmp_path: Path) -> 
         "trainer.batch_size=2",
         "trainer.mini_batch_size=1",
         "tasks.max_train=6",
+        "tasks.held_out=4",
         f"run.root={tmp_path / 'runs'}",
     ]
-    preset = REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml"
-    write_replay(load_config(preset, words), model, tmp_path / "replay", 2)
-    mine = ["method=cispo.py:Cispo", "method_config.ceiling=1.5", f"trainer.replay={tmp_path / 'replay'}"]
+    preset = REPO / "conf" / "pact-smollm2_135m-cpu.yaml"
+    there = load_config(preset, [f"environment={cispo.parent / 'shop.py'}:Shop", *words])
+    write_replay(there, model, tmp_path / "replay", 2)
+    mine = [
+        "environment=shop.py:Shop",
+        "method=cispo.py:Cispo",
+        "method_config.ceiling=1.5",
+        "tracking.trackers={'my_tracker.py:CsvTracker': {only: loss/}}",
+        f"trainer.replay={tmp_path / 'replay'}",
+    ]
     done = subprocess.run(
-        [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), *words, *mine],
+        [sys.executable, str(REPO / "recipes" / "pact.py"), *words, *mine],
         capture_output=True,
         text=True,
         timeout=500,
@@ -70,12 +88,17 @@ def test_the_pages_method_trains_a_replayed_run(cispo: Path, tmp_path: Path) -> 
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-    run = tmp_path / "runs" / "pact_bfcl-Cispo-seed1234-1"
+    (summary,) = (tmp_path / "runs").glob("*-Cispo-seed1234-1/summary.json")
+    run = summary.parent
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [("rl", 1), ("rl", 2)]
     assert any(row["policy/grad_norm"] > 0 for row in rows) and all(row["gate/anchored"] == 1.0 for row in rows)
     assert "method: cispo.py:Cispo\nmethod_config:\n  ceiling: 1.5\n" in (run / "config.yaml").read_text()
-    assert json.loads((run / "summary.json").read_text())["method"] == "Cispo"
+    assert json.loads(summary.read_text())["method"] == "Cispo"
+    assert "environment: shop.py:Shop\n" in (run / "config.yaml").read_text()
+    curves = [line.split(",") for line in (run / "curves.csv").read_text().splitlines()]
+    drawn = {(key, int(step)): float(value) for key, step, value in curves[1:] if key == "loss/total"}
+    assert drawn == {("loss/total", row["step"]): row["loss/total"] for row in rows}
 
 
 def test_the_pages_surrogate_is_cispos(cispo: Path) -> None:

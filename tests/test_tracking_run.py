@@ -36,6 +36,7 @@ def example(folder: Path) -> None:
     (folder / "my_tracker.py").write_text(code)
 
 
+@pytest.mark.slow
 def test_trackers_change_no_number_of_a_run_and_the_pages_example_follows_a_resume(
     stage: dict[str, Any],  # noqa: F811 - the fixture
     tmp_path: Path,
