@@ -45,8 +45,10 @@ def _chunks(data: bytes) -> Iterator[bytes]:
 
 def offline_runs(folder: Path) -> dict[str, OfflineRun]:
     """What ``wandb sync`` would upload of a run folder, by W&B's run id."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # W&B's service writes in a process beside this one; the files are whole once it has ended
     runs: dict[str, OfflineRun] = {}
     found = {path.resolve() for path in (folder / "wandb").glob("*/*.wandb")}  # latest-run is a link to one of them
     for path in sorted(found, key=lambda file: file.stat().st_mtime_ns):
