@@ -130,7 +130,10 @@ def test_a_saved_run_with_a_method_from_outside_is_read_again(cispo: Path, tmp_p
     [
         (["method=ppo"], "method='ppo'.*pact, matchtir"),
         (["method=no_such_module_here:Thing"], "no_such_module_here can't be imported"),
-        (["method=no_such_file.py:Thing"], "no_such_file.py can't be imported"),
+        (
+            ["method=no_such_file.py:Thing"],
+            "no_such_file.py can't be imported.*relative path starts at the working folder",
+        ),
         (["method={file}:Missing"], "has no Missing"),
         (["method={file}:CispoConfig"], "no subclass"),
         (["method={file}:Cispo", "method_config.floor=1"], r"method_config.*floor.*ceiling"),
@@ -155,6 +158,25 @@ def test_code_that_breaks_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="no_such_setting"):
         load_config(None, [f"method={tmp_path / 'odd.py'}:Odd"])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "def surrogate(self, logprobs): ...",
+            r"Odd.surrogate\(self, logprobs\) can't be called like Method.surrogate",
+        ),
+        ("def trace_streams(self, component, weights): ...", "Odd.trace_streams.*can't be called like"),
+        ("def surogate(self, a, b, c): ...", "Odd.surogate overrides nothing; is surrogate meant"),
+        ("default = {}", "Odd.default overrides nothing; is defaults meant"),
+    ],
+)
+def test_what_overrides_nothing_or_cannot_be_called_is_named(tmp_path: Path, body: str, said: str) -> None:
+    file = tmp_path / "odd.py"
+    file.write_text(f"from pact_nemo.methods.base import Method\n\n\nclass Odd(Method):\n    {body}\n")
+    with pytest.raises(ConfigError, match=said):
+        load_config(None, [f"method={file}:Odd"])
 
 
 def built(name: str, **objective: object) -> Method:

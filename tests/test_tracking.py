@@ -156,6 +156,22 @@ def test_the_same_run_of_mlflow_and_wandb_goes_on_where_nothing_is_taken_back(tm
     assert list(offline_runs(tmp_path)) == [ids[0][0]] and len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def open(self, run): ...", "has no log"),
+        ("def log(self, record, step): ...", "can't be called like Tracker.log"),
+        ("def opne(self, run): ...", "overrides nothing; is open meant"),
+    ],
+)
+def test_a_class_that_lacks_what_a_tracker_must_have_is_refused(tmp_path: Path, body: str, said: str) -> None:
+    (tmp_path / "odd.py").write_text(
+        f"from pact_nemo.tracking.base import Tracker\n\n\nclass Odd(Tracker):\n    {body}\n"
+    )
+    with pytest.raises(ConfigError, match=said):
+        check_trackers({f"{tmp_path}/odd.py:Odd": {}})
+
+
 def test_what_wandb_is_told(tmp_path: Path) -> None:
     config = {"run": {"name": "x", "seed": 3}, "tracking": {"trackers": {"wandb": settings_in(tmp_path, "wandb")}}}
     with open_trackers(tmp_path, config, resume_from=None, scores={}, say=print) as recorder:

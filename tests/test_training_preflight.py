@@ -271,7 +271,7 @@ def test_a_dry_run_reads_tasks_and_traces(dry: Dry, tmp_path: Path) -> None:
         "trainer.batch_size=2",
         "trainer.mini_batch_size=2",
     )
-    assert code == 0 and "9 training tasks with 9 verified traces" in out and "16 steps x" in out
+    assert code == 0 and "9 training tasks, 9 with a verified trace" in out and "16 steps x" in out
     (tmp_path / "traces.jsonl").write_text('{"task_id": "multi_turn_base_0", "turns": 3}\n')
     for words, said in (
         ([f"traces.path={tmp_path / 'traces.jsonl'}"], "traces.jsonl"),

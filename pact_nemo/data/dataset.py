@@ -127,8 +127,8 @@ def build_dataset(
     extra = sum(map(len, dataset.alternatives.values()))
     more = f" and {extra} alternatives" if extra else ""
     note(
-        f"{len(train)} training tasks with {len(traces)} verified traces{more}, {len(held_out)} held-out tasks; left"
-        f" out: {dropped}"
+        f"{len(train)} training tasks, {len(dataset.trace_tokens)} with a verified trace{more}, {len(held_out)}"
+        f" held-out tasks; left out: {dropped}"
     )
     if measured:
         encoded = [

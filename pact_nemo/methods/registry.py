@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.base import Method
-from pact_nemo.runtime.plugins import load_plugin
+from pact_nemo.runtime.plugins import check_overrides, load_plugin
 
 if TYPE_CHECKING:
     from pact_nemo.config.schema import Config
@@ -34,6 +34,8 @@ def method_class(name: str) -> type[Method]:
     found = load_plugin("method", name, METHODS)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(f"method={name}: {found!r:.80} is no subclass of pact_nemo.methods.base.Method")
+    if name not in METHODS:
+        check_overrides("method", name, found, Method)
     return found
 
 

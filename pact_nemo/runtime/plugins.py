@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,53 @@ def load_plugin(key: str, reference: str, known: Mapping[str, str]) -> Any:
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # code of the user's own may raise anything
+        remedy = "is its folder in PYTHONPATH?"
+        if isinstance(error, FileNotFoundError):
+            remedy = f"a relative path starts at the working folder, {Path.cwd()}; start there, or give the whole path"
         raise ConfigError(
-            f"{key}={reference!r}: {place} can't be imported: {type(error).__name__}: {error}; is its folder in "
-            "PYTHONPATH?"
+            f"{key}={reference!r}: {place} can't be imported: {type(error).__name__}: {error}; {remedy}"
         ) from error
     if not hasattr(module, attribute):
         mine = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
         there = sorted(name for name in mine if name[0] != "_")
         raise ConfigError(f"{key}={reference!r}: {place} has no {attribute}; it has {', '.join(there) or 'nothing'}")
     return getattr(module, attribute)
+
+
+def check_overrides(key: str, reference: str, found: type, base: type) -> None:
+    """Hold a class from outside against the class that it extends.
+
+    Raises:
+        ConfigError: a method takes other arguments than the base's, or has a name that is nearly one of the base's.
+    """
+    known = {name for name in vars(base) if not name.startswith("_")}
+    for name, value in vars(found).items():
+        if name.startswith("_"):
+            continue
+        near = get_close_matches(name, known, n=1, cutoff=0.75)
+        if name not in known and near and not hasattr(base, name):
+            raise ConfigError(
+                f"{key}={reference!r}: {found.__name__}.{name} overrides nothing; is {near[0]} meant? (Your own helpers"
+                " may begin with an underscore.)"
+            )
+        wanted = getattr(base, name, None)
+        if inspect.isfunction(value) and inspect.isfunction(wanted) and not _takes(value, wanted):
+            raise ConfigError(
+                f"{key}={reference!r}: {found.__name__}.{name}{inspect.signature(value)} can't be called like "
+                f"{base.__name__}.{name}{inspect.signature(wanted)}"
+            )
+
+
+def _takes(given: Any, wanted: Any) -> bool:
+    """Whether ``given`` can be called with the arguments of ``wanted``."""
+    parameters = list(inspect.signature(wanted).parameters.values())
+    positional = [None for each in parameters if each.kind is not each.KEYWORD_ONLY]
+    named = {each.name: None for each in parameters if each.kind is each.KEYWORD_ONLY}
+    try:
+        inspect.signature(given).bind(*positional, **named)
+    except TypeError:
+        return False
+    return True
 
 
 def short_name(reference: str) -> str:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import pact_nemo.tracking
 from pact_nemo.errors import ConfigError
-from pact_nemo.runtime.plugins import load_plugin
+from pact_nemo.runtime.plugins import check_overrides, load_plugin
 from pact_nemo.tracking.base import ResumePoint, RunFacts, Tracker, Trackers, flat_score
 from pact_nemo.tracking.jsonl import MetricsLog
 
@@ -50,6 +50,10 @@ def _outside(name: str) -> type[Tracker]:
         raise ConfigError(
             f"{KEY}: '{name}' is no subclass of pact_nemo.tracking.base.Tracker; docs/extend/logger.md has an example"
         )
+    check_overrides(KEY, name, found, Tracker)
+    missing = [method for method in ("open", "log") if getattr(found, method) is getattr(Tracker, method)]
+    if missing:
+        raise ConfigError(f"{KEY}: '{name}' has no {' and no '.join(missing)}; docs/extend/logger.md has an example")
     return found
 
 
