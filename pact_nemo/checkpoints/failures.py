@@ -4,6 +4,7 @@ and the remedy.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,22 @@ def naming_the_file(target: Path, action: str, consequence: str) -> Iterator[Non
         reason = str(cause).strip().splitlines()[-1:] or [repr(cause)]
         remedy = disk_remedy(cause) if isinstance(cause, OSError) else "free or repair the disk"
         raise CheckpointError(f"{target} {action} ({reason[0]}); {remedy}; {consequence}") from error
+
+
+def delete_folder(folder: Path, consequence: str) -> None:
+    """Delete a folder that others may be reading: it is renamed out of sight first, so that none is found half deleted.
+
+    Args:
+        consequence: see :func:`naming_the_file`.
+
+    Raises:
+        CheckpointError: it can't be deleted.
+    """
+    hidden = folder.with_name(f".{folder.name}.deleted")
+    with naming_the_file(folder, "can't be deleted", consequence):
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def _of_the_disk(error: BaseException) -> BaseException | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pact_nemo.checkpoints.failures import naming_the_file
+from pact_nemo.checkpoints.failures import delete_folder
 from pact_nemo.errors import CheckpointError
 from pact_nemo.runtime import strict_json
 from pact_nemo.runtime.digests import FileEntry, check_files, file_entries
@@ -208,12 +208,7 @@ def prune_exports(root: str | Path, keep: int, protect: Collection[int] = ()) ->
             shutil.rmtree(path, ignore_errors=True)
     doomed = [version for version in versions(root)[:-keep] if version not in protect]
     for version in doomed:
-        folder = export_path(root, version)
-        hidden = folder.with_name(f".{folder.name}.deleted")
-        with naming_the_file(folder, "can't be deleted", "newer exports are whole"):
-            shutil.rmtree(hidden, ignore_errors=True)
-            folder.rename(hidden)
-            shutil.rmtree(hidden)
+        delete_folder(export_path(root, version), "newer exports are whole")
     return doomed
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from pact_nemo.checkpoints.failures import naming_the_file
+from pact_nemo.checkpoints.failures import delete_folder
 from pact_nemo.checkpoints.resume_manifest import verify
 from pact_nemo.errors import CheckpointError
 from pact_nemo.runtime.files import remove_unfinished as remove_leftovers
@@ -96,10 +96,5 @@ def prune(root: str | Path, keep: int) -> list[int]:
     if doomed:
         verify(checkpoint_path(root, found[-1]))
     for step in doomed:
-        folder = checkpoint_path(root, step)
-        hidden = folder.with_name(f".{folder.name}.deleted")
-        with naming_the_file(folder, "can't be deleted", "newer checkpoints are whole"):
-            shutil.rmtree(hidden, ignore_errors=True)
-            folder.rename(hidden)
-            shutil.rmtree(hidden)
+        delete_folder(checkpoint_path(root, step), "newer checkpoints are whole")
     return doomed
