@@ -70,6 +70,11 @@ class PromptGroup:
     control: TraceTokens | None = None
 
 
+def rollouts_of(groups: list[PromptGroup]) -> list[Rollout]:
+    """The rollouts of all groups, prompt by prompt."""
+    return [rollout for group in groups for rollout in group.rollouts]
+
+
 def usable(rollout: Rollout) -> bool:
     """Whether a rollout carries loss: it did not fail and the policy wrote a token of it."""
     return rollout.status != "failed" and any(rollout.loss_mask)

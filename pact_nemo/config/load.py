@@ -121,7 +121,7 @@ def load_config(
     """
     sources, environment = _sources(path, overrides)
     merged: Any = OmegaConf.structured(schema_for(environment, Config))
-    for name, source in _method_first(sources):
+    for name, source in sources:
         try:
             _refuse_resolvers(name, source)
             refuse_moved(name, source)
@@ -181,7 +181,9 @@ def _sources(
             continue
         sources.append((str(file), _read_yaml(Path(file).resolve(), environment)))
         environment = _environment_after(sources, environment)
-    for word in sorted(overrides or [], key=lambda word: word.partition("=")[0] != "environment"):  # whatever the order
+    # what brings settings of its own comes first, so that the order of words says nothing
+    first = ("environment", "method")
+    for word in sorted(overrides or [], key=lambda word: word.partition("=")[0] not in first):
         sources.append(_word(word, environment))
         environment = _environment_after(sources, environment)
     return sources, environment
@@ -223,17 +225,6 @@ def _says(source: dict[str, Any], section: str, key: str) -> bool:
     return isinstance(found, str) or (
         isinstance(found, dict) and key in found
     )  # a text: an interpolation of the whole section
-
-
-def _method_first(sources: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The command line's ``method`` before its other words, whose order so says nothing."""
-    words = [source for source in sources if source[0].startswith("command line")]
-    naming = [source for source in words if _method_of(source[1]) is not None]
-    return (
-        [source for source in sources if source not in words]
-        + naming
-        + [source for source in words if source not in naming]
-    )
 
 
 def _method_of(source: Any) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pact_nemo.batches.prompt_groups import PromptGroup, has_policy_tokens
+from pact_nemo.batches.prompt_groups import PromptGroup, has_policy_tokens, rollouts_of
 from pact_nemo.batches.prompt_trees import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptTree
 from pact_nemo.batches.streams import sampler_logprobs
 from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
@@ -81,7 +81,7 @@ def rollout_record(groups: list[PromptGroup]) -> dict[str, Any]:
     """Reward (sum over turns, mean over rollouts), success share, counts. Failed rollouts are counted and left out of
     the means.
     """
-    rollouts = [r for g in groups for r in g.rollouts]
+    rollouts = rollouts_of(groups)
     rewards = [
         float(reward.sum())
         for g in groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pact_nemo.batches.prompt_groups import Gate, PromptGroup, TraceUse, form_group
+from pact_nemo.batches.prompt_groups import Gate, PromptGroup, TraceUse, form_group, rollouts_of
 from pact_nemo.data.tasks import prompts_of_step
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import ConfigError, Interrupted, ServerLost, TooManyFailures
@@ -37,8 +37,7 @@ def collect(run: TrainingRun, watch: Stopwatch) -> tuple[list[PromptGroup], floa
             run.checkpoints.leave()
         except ServerLost as error:
             run.checkpoints.give_up(error)
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    if (problem := alarms.too_many(rollouts, run.config.alarms)) is not None:
+    if (problem := alarms.too_many(rollouts_of(groups), run.config.alarms)) is not None:
         run.checkpoints.give_up(TooManyFailures(problem))
     return groups, seconds
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pact_nemo.batches.prompt_groups import PromptGroup
+from pact_nemo.batches.prompt_groups import PromptGroup, rollouts_of
 from pact_nemo.errors import ServerLost
 from pact_nemo.monitoring import alarms, diagnostics, held_out_traces
 from pact_nemo.objective.trace_quality import TraceQuality, beats
@@ -26,7 +26,7 @@ def train(run: TrainingRun) -> None:
         run.state.step += 1
         record |= observe(run, groups, record, watch)
         lost = refit(run, record, watch)
-        record |= {f"failed/{kind}": count for kind, count in alarms.failures(_rollouts(groups)).items()}
+        record |= {f"failed/{kind}": count for kind, count in alarms.failures(rollouts_of(groups)).items()}
         record |= {**watch.times, "time/total": watch.total()}
         if seconds:
             record["rollout/tokens_per_second"] = record["tokens/policy"] / seconds
@@ -53,7 +53,7 @@ def observe(run: TrainingRun, groups: list[PromptGroup], record: dict[str, Any],
     if held_out_traces.due(config.diagnostics.trace_every, state.step, run.total_steps):
         with watch("diagnostics"):
             found |= held_out_traces.measure(run.policy, run.chat, run.dataset.held_out_traces)
-    for warning in filter(None, [alarms.failure_summary(_rollouts(groups)), *alarms.spikes(record, config.alarms)]):
+    for warning in filter(None, [alarms.failure_summary(rollouts_of(groups)), *alarms.spikes(record, config.alarms)]):
         run.progress.message(f"warning: step {state.step}: {warning}")
     return found
 
@@ -70,10 +70,6 @@ def refit(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) -> ServerL
     except ServerLost as error:
         return error
     return None
-
-
-def _rollouts(groups: list[PromptGroup]) -> list[Any]:
-    return [rollout for group in groups for rollout in group.rollouts]
 
 
 def observe_traces(quality: TraceQuality, groups: list[PromptGroup], results: dict[str, tuple[float, int]]) -> None:

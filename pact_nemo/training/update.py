@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pact_nemo.batches.prompt_groups import PromptGroup, has_policy_tokens
+from pact_nemo.batches.prompt_groups import PromptGroup, has_policy_tokens, rollouts_of
 from pact_nemo.batches.prompt_trees import (
     PROMPT_ONLY,
     PromptTree,
@@ -82,7 +82,7 @@ def update(run: TrainingRun, groups: list[PromptGroup], watch: Stopwatch) -> dic
     prompts = [prompt for part in parts for prompt in part.members]
     record = diagnostics.rollout_record(groups)
     if run.config.trainer.replay is None:
-        versions = [rollout.weight_version for group in groups for rollout in group.rollouts]
+        versions = [rollout.weight_version for rollout in rollouts_of(groups)]
         record["rollout/lag"] = run.state.version - min(versions)
     record |= diagnostics.update_record(prompts, old, results, trace_rl=run.method.trace_rl)
     record["anneal/call_weight"] = run.schedule.call_weight(step)
