@@ -58,7 +58,14 @@ def main(
     resumable, 1 anything else.
 
     A standard output that gets lost or full ends no run (:mod:`pact_nemo.runtime.terminal`)."""
-    command(lambda: _main(run, preset, full, description, default_recipe))
+    try:
+        command(lambda: _main(run, preset, full, description, default_recipe))
+    except SystemExit as end:
+        if "torch.distributed" in sys.modules:
+            from pact_nemo.policy.distributed import exit_rank
+
+            exit_rank(end.code if isinstance(end.code, int) else 0)
+        raise
 
 
 def _arguments(description: str | None, default_recipe: str | None) -> argparse.Namespace:

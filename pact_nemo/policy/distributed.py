@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import datetime
 import os
 import socket
+import sys
 
 import torch
 import torch.distributed as dist
@@ -28,6 +31,22 @@ def patience(timeout_s: float) -> datetime.timedelta:
     """How long collectives wait: ranks may wait for one that generates for hours, and when nobody gets on for
     ``timeout_s``, the hang watch ends the job before they do, and says why."""
     return datetime.timedelta(days=1, seconds=timeout_s)
+
+
+def exit_rank(code: int) -> None:
+    """End this process now where it is one of several ranks; otherwise do nothing.
+
+    The interpreter's own end would destroy its objects while threads of gloo and of the job's store still run. One that
+    drops a finished collective's tensors at that moment aborts a process whose work was done (exit code -6). Megatron
+    keeps its groups alive by a cycle through C++, so they can't be ended before.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 def init_distributed(timeout_s: float) -> None:

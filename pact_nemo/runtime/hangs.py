@@ -7,6 +7,7 @@ all of them print who is missing and leave.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
@@ -123,7 +124,8 @@ def verdict(signs: dict[int, Sign | None], silent: set[int], limit_s: float) -> 
 
 
 class HangWatch(threading.Thread):
-    """Tells the store of this rank, and ends the process when no rank gets on. A daemon: it ends with the process.
+    """Tells the store of this rank, and ends the process when no rank gets on. A daemon that is stopped before the
+    interpreter ends: a thread that is inside the store's C++ code at that moment aborts the whole process.
 
     Args:
         store: of the whole job; used by this thread only.
@@ -137,11 +139,19 @@ class HangWatch(threading.Thread):
         self._period = min(_PERIOD_S, limit_s / (2 * _SILENT_PERIODS))
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> number of its newest sign, when that was first seen
         self._main = threading.main_thread().ident
+        self._stopped = threading.Event()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Watch no longer; returns when the thread has left the store, or after a second."""
+        self._stopped.set()
+        if self.is_alive():
+            self.join(1.0)
 
     def run(self) -> None:
         number = 0
         try:
-            while True:
+            while not self._stopped.is_set():
                 number += 1
                 sign = self._sign(number)
                 self._store.set(f"sign/{self._rank}", json.dumps(asdict(sign)))
@@ -149,7 +159,7 @@ class HangWatch(threading.Thread):
                     sign.quiet_s >= self._limit_s - (_SILENT_PERIODS + 1) * self._period
                 ):  # look a little earlier: silence takes time to see
                     self._look()
-                time.sleep(self._period)
+                self._stopped.wait(self._period)
         except Exception as error:  # the store is gone: the job is ending, or will by the collectives' own timeout
             log.info("hang watch of rank %d: %s", self._rank, error)
 

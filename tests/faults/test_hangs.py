@@ -74,7 +74,7 @@ def ranks(what: str, folder: Path, world: int) -> list[tuple[int, str]]:
     try:
         deadline = time.monotonic() + 90
         for rank, process in enumerate(processes):
-            if rank != 1 or what == "busy":
+            if rank != 1 or what in ("busy", "leaves"):
                 process.wait(max(deadline - time.monotonic(), 0.1))
     finally:
         for process in processes:
@@ -111,3 +111,10 @@ def test_a_rank_that_hangs_is_named_by_all_others(what: str, said: str, tmp_path
 @pytest.mark.slow
 def test_a_rank_that_gets_on_is_waited_for(tmp_path: Path) -> None:
     assert all(code == 0 and "done" in output for code, output in ranks("busy", tmp_path, 2))
+
+
+def test_a_finished_rank_keeps_its_exit_code_while_threads_are_inside_the_store(tmp_path: Path) -> None:
+    """The interpreter's own end aborts such a process: exit code -6 of work that was done."""
+    found = ranks("leaves", tmp_path, 2)
+    assert [code for code, _ in found] == [0, 3], found
+    assert ["the end" in output for _, output in found] == [True, True], "what was not flushed yet"

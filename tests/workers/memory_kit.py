@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.distributed import exit_rank
 from pact_nemo.policy.trees import Segment, TokenTree
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 8192}
@@ -144,4 +145,4 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(everyone))
     dist.barrier()
-    dist.destroy_process_group()  # left to the interpreter's exit, gloo's threads now and then abort the process
+    exit_rank(0)

@@ -24,6 +24,7 @@ from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.errors import NumericsError, PactError
 from pact_nemo.policy import policy as policy_module
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.distributed import exit_rank
 from pact_nemo.policy.export import writer as export_writer
 from pact_nemo.policy.export.layout import LayoutSettings
 from pact_nemo.policy.policy import MegatronPolicy
@@ -184,7 +185,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         Path(spec["out"]).write_text(json.dumps(results))
     dist.barrier()
-    dist.destroy_process_group()
+    exit_rank(0)
 
 
 if __name__ == "__main__":

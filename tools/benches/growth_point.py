@@ -180,6 +180,9 @@ def main() -> None:
     found = measure(point, Path(sys.argv[3]))
     if rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps({"point": dataclasses.asdict(point), **found}), encoding="utf-8")
+    from pact_nemo.policy.distributed import exit_rank
+
+    exit_rank(0)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import prune_exports, verify_manifest
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
-from pact_nemo.policy.distributed import init_distributed
+from pact_nemo.policy.distributed import exit_rank, init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import on_rank_zero, rank, world_size
 from pact_nemo.serving.client import GenerationRequest, RolloutClient
@@ -85,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
                     rows.append(row)
     if rank() == 0:
         report(rows, options)
+    exit_rank(0)
     return 0
 
 
