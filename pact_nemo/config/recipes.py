@@ -9,14 +9,17 @@ layout fits its hardware by the plan (``--dry-run``); the tests hold it to that.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy.config import PolicyConfig
 
-QWEN_POSITIONS, PAPER_LENGTH = 40960, 30000  # prompt 7,000 + response 23,000 tokens
+QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 40960}
+QWEN2P5_72B = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 32768}
+LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
+PAPER_LENGTH = 30000  # prompt 7,000 + response 23,000 tokens
 LONGEST_REQUEST_S = 3600.0  # one turn may think for all of the response: 23,000 tokens, seven a second at the least
 
 
@@ -83,29 +86,17 @@ class Recipe:
         }
 
 
-def _shape(
-    kind: str,
-    layers: int,
-    hidden: int,
-    heads: int,
-    kv_heads: int,
-    ffn: int,
-    vocab: int,
-    tied: bool,
-    positions: int,
-    **more: int,
-) -> dict[str, Any]:
+def _shape(family: Mapping[str, Any], layers: int, hidden: int, heads: int, ffn: int, **more: Any) -> dict[str, Any]:
+    """The fields of a ``config.json`` that the plan reads."""
     return {
-        "model_type": kind,
+        **family,
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": 8,
         "head_dim": 128,
         "intermediate_size": ffn,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        "max_position_embeddings": positions,
+        "tie_word_embeddings": False,
         **more,
     }
 
@@ -128,7 +119,7 @@ def qwen3_0p6b_1xh100_bf16() -> Recipe:
     return Recipe(
         name="qwen3_0p6b_1xh100_bf16",
         model="Qwen/Qwen3-0.6B",
-        shape=_shape("qwen3", 28, 1024, 16, 8, 3072, 151936, True, QWEN_POSITIONS),
+        shape=_shape(QWEN3, 28, 1024, 16, 3072, tie_word_embeddings=True),
         tool_format="hermes",
         nodes=1,
         gpus_per_node=1,
@@ -145,7 +136,7 @@ def qwen3_1p7b_4xh100_bf16() -> Recipe:
     return Recipe(
         name="qwen3_1p7b_4xh100_bf16",
         model="Qwen/Qwen3-1.7B",
-        shape=_shape("qwen3", 28, 2048, 16, 8, 6144, 151936, True, QWEN_POSITIONS),
+        shape=_shape(QWEN3, 28, 2048, 16, 6144, tie_word_embeddings=True),
         tool_format="hermes",
         nodes=1,
         gpus_per_node=4,
@@ -162,7 +153,7 @@ def qwen3_4b_4xh100_bf16() -> Recipe:
     return Recipe(
         name="qwen3_4b_4xh100_bf16",
         model="Qwen/Qwen3-4B",
-        shape=_shape("qwen3", 36, 2560, 32, 8, 9728, 151936, True, QWEN_POSITIONS),
+        shape=_shape(QWEN3, 36, 2560, 32, 9728, tie_word_embeddings=True),
         tool_format="hermes",
         nodes=1,
         gpus_per_node=4,
@@ -178,7 +169,7 @@ def qwen3_8b_8xh100_bf16() -> Recipe:
     return Recipe(
         name="qwen3_8b_8xh100_bf16",
         model="Qwen/Qwen3-8B",
-        shape=_shape("qwen3", 36, 4096, 32, 8, 12288, 151936, False, QWEN_POSITIONS),
+        shape=_shape(QWEN3, 36, 4096, 32, 12288),
         tool_format="hermes",
         nodes=1,
         gpus_per_node=8,
@@ -194,7 +185,7 @@ def qwen3_14b_8xh100_bf16() -> Recipe:
     return Recipe(
         name="qwen3_14b_8xh100_bf16",
         model="Qwen/Qwen3-14B",
-        shape=_shape("qwen3", 40, 5120, 40, 8, 17408, 151936, False, QWEN_POSITIONS),
+        shape=_shape(QWEN3, 40, 5120, 40, 17408),
         tool_format="hermes",
         nodes=1,
         gpus_per_node=8,
@@ -210,7 +201,7 @@ def qwen3_32b_16xh100_bf16() -> Recipe:
     return Recipe(
         name="qwen3_32b_16xh100_bf16",
         model="Qwen/Qwen3-32B",
-        shape=_shape("qwen3", 64, 5120, 64, 8, 25600, 151936, False, QWEN_POSITIONS),
+        shape=_shape(QWEN3, 64, 5120, 64, 25600),
         tool_format="hermes",
         nodes=2,
         gpus_per_node=8,
@@ -226,7 +217,7 @@ def qwen2p5_72b_64xh100_bf16() -> Recipe:
     return Recipe(
         name="qwen2p5_72b_64xh100_bf16",
         model="Qwen/Qwen2.5-72B-Instruct",
-        shape=_shape("qwen2", 80, 8192, 64, 8, 29568, 152064, False, 32768),
+        shape=_shape(QWEN2P5_72B, 80, 8192, 64, 29568),
         tool_format="hermes",
         nodes=8,
         gpus_per_node=8,
@@ -242,7 +233,7 @@ def llama3p1_70b_64xh100_bf16() -> Recipe:
     return Recipe(
         name="llama3p1_70b_64xh100_bf16",
         model="meta-llama/Llama-3.1-70B-Instruct",
-        shape=_shape("llama", 80, 8192, 64, 8, 28672, 128256, False, 131072),
+        shape=_shape(LLAMA3, 80, 8192, 64, 28672),
         tool_format="llama3_json",
         nodes=8,
         gpus_per_node=8,
@@ -273,15 +264,12 @@ def qwen3_30b_a3b_16xh100_bf16() -> Recipe:
         name="qwen3_30b_a3b_16xh100_bf16",
         model="Qwen/Qwen3-30B-A3B",
         shape=_shape(
-            "qwen3_moe",
+            QWEN3 | {"model_type": "qwen3_moe"},
             48,
             2048,
             32,
-            4,
             6144,
-            151936,
-            False,
-            QWEN_POSITIONS,
+            num_key_value_heads=4,
             num_experts=128,
             num_experts_per_tok=8,
             moe_intermediate_size=768,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import pkgutil
@@ -11,10 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 import pact_nemo.tracking
+from pact_nemo.config.own import own_config
 from pact_nemo.errors import ConfigError
 from pact_nemo.runtime.plugins import check_overrides, load_plugin
 from pact_nemo.tracking.base import ResumePoint, RunFacts, Tracker, Trackers, flat_score
@@ -58,11 +55,7 @@ def _outside(name: str) -> type[Tracker]:
 
 
 def _settings(name: str, tracker: type[Tracker], given: Mapping[str, Any]) -> Any:
-    fields = ", ".join(item.name for item in dataclasses.fields(tracker.Settings)) or "none"
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(tracker.Settings), dict(given)))
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(f"{KEY}.{name}: {str(error).splitlines()[0]}; its settings are: {fields}") from error
+    return own_config(f"{KEY}.{name}", dict(given), tracker.Settings, name)
 
 
 def check_settings(trackers: Mapping[str, Any]) -> None:
