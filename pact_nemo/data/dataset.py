@@ -121,7 +121,8 @@ def build_dataset(
     traces = {task_id: several[0] for task_id, several in found.sources.items()}
     train = [with_reference_calls(task, traces.get(task.id)) for task in train]
     dataset = Dataset(train, held_out, traces, {}, dropped, trace_results=found.results, control=config.traces.control)
-    dataset.rooms = {task.id: _room(config, chat, task) for task in [*train, *measured]}
+    positions = model_shape(config).positions  # reads and checks the model's folder
+    dataset.rooms = {task.id: _room(config, positions, chat, task) for task in [*train, *measured]}
     _add_tokens(config, chat, dataset, found)
     dropped["rows_quarantined"] = len(quarantine)
     extra = sum(map(len, dataset.alternatives.values()))
@@ -204,11 +205,11 @@ def _check_shares(config: Config, dataset: Dataset, note: Callable[[str], None])
             note(f"{count} of {total} training tasks ({share:.0%}) have no {what}")
 
 
-def _room(config: Config, chat: ChatFormat, task: Task) -> int:
-    """Tokens that a trace of this task may have."""
+def _room(config: Config, positions: int, chat: ChatFormat, task: Task) -> int:
+    """Tokens that a trace of this task may have, with a model of so many ``positions``."""
     prompt = prompt_length(chat, task)
     sequence = min(prompt + config.rollout.sampling.max_response_tokens, config.rollout.server.max_model_len)
-    return max(min(config.traces.max_tokens, model_shape(config).positions - sequence), 0)
+    return max(min(config.traces.max_tokens, positions - sequence), 0)
 
 
 def check_server_length(config: Config) -> None:

@@ -114,10 +114,9 @@ def batch_loss(
         active = weight != 0
         bonus = -weight * _only(active, streams["entropy"])
         total.add("entropy", "tokens/entropy", active, bonus, streams["entropy"])
-    weight = streams["w_kl"]
-    active = weight != 0
+    active = streams["w_kl"] != 0
     estimate = kl_estimate(_only(active, logprobs), _only(active, streams["ref_logprobs"]))
-    total.add("kl", "kl/count", active, weight * estimate)
+    total.add("kl", "kl/count", active, streams["w_kl"] * estimate)
     total.metrics["kl/sum"] = estimate.detach().sum()
     return total.loss, total.metrics
 

@@ -118,8 +118,7 @@ def to_local(
         tree.qkv_format = "thd"
         tree.cu_seqlens_q = tree.cu_seqlens_kv = starts
         tree.max_seqlen_q = tree.max_seqlen_kv = longest
-    streams = {name: stream.to(device) for name, stream in streams.items()}
-    return LocalMicroBatch(tokens[None].to(device), tree, streams, flat)
+    return LocalMicroBatch(tokens[None].to(device), tree, {n: s.to(device) for n, s in streams.items()}, flat)
 
 
 def local_batches(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib.machinery
 import importlib.util
 import logging
@@ -68,7 +69,7 @@ def prepare_megatron() -> None:
             raise MissingDependency(f"the policy needs {package}; install the packages of requirements.txt")
     on_cpu = install_cpu_redirection()
     compiled = uncompiled() if on_cpu else contextlib.nullcontext()
-    with warnings.catch_warnings(), _without_remarks(), _hidden("wandb"), compiled:
+    with warnings.catch_warnings(), _without_remarks(), _hidden("wandb"), _without_collector(), compiled:
         # these warnings say that Apex, Transformer Engine and CUDA are absent
         warnings.simplefilter("ignore")
         import megatron.core.models.gpt.gpt_layer_specs
@@ -82,6 +83,21 @@ def prepare_megatron() -> None:
             import megatron.bridge  # noqa: F401
     _leave_out_known_remarks()
     _prepared = True
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Imports make a million objects that stay; looking for garbage among them again and again takes a quarter of the
+    time. Afterwards the collector leaves them out for good.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -218,6 +218,19 @@ def _fullest(pieces: list[_Piece], ranks: list[int]) -> int:
     return max(loads)
 
 
+def _first_fit(sizes: list[int], ranks: list[int], token_budget: int, data_parallel: int) -> list[list[list[int]]]:
+    """Per rank its rows, each the indices of its pieces: the largest first, into the first row with room."""
+    bins: list[list[list[int]]] = [[] for _ in range(data_parallel)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        for row in bins[ranks[index]]:
+            if sum(sizes[i] for i in row) + sizes[index] <= token_budget:
+                row.append(index)
+                break
+        else:
+            bins[ranks[index]].append([index])
+    return bins
+
+
 def pack(
     trees: list[TokenTree],
     token_budget: int,
@@ -260,15 +273,7 @@ def pack(
         limits |= {max(1, min(token_budget, round(share * part))) for part in _PIECE_SHARES}
     cuts = [_cut(trees, limit, share_prefix=share_prefix) for limit in sorted(limits, reverse=True)]
     pieces, ranks = min(((cut, _deal(cut, data_parallel)) for cut in cuts), key=lambda found: _fullest(*found))
-    sizes = [piece.num_tokens for piece, _ in pieces]
-    bins: list[list[list[int]]] = [[] for _ in range(data_parallel)]
-    for index in sorted(range(len(pieces)), key=lambda i: (-sizes[i], i)):
-        for row in bins[ranks[index]]:
-            if sum(sizes[i] for i in row) + sizes[index] <= token_budget:
-                row.append(index)
-                break
-        else:
-            bins[ranks[index]].append([index])
+    bins = _first_fit([piece.num_tokens for piece, _ in pieces], ranks, token_budget, data_parallel)
     rows = max(1, max(len(bin_) for bin_ in bins))
     rows += -rows % group_of
     packed = []

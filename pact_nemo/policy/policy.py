@@ -93,15 +93,19 @@ class MegatronPolicy:
         self.wrapped: list[Any] = []
         self.optimizer: Any = None
         if trainable:
-            self.wrapped = optimizer.wrap_data_parallel(
-                self.chunks, distributed_optimizer=config.distributed_optimizer, overlap=config.overlap_grad_reduce
-            )
-            self.optimizer = optimizer.build_optimizer(
-                optimizer_config, self.wrapped, bf16=self.bf16, distributed_optimizer=config.distributed_optimizer
-            )
+            self._build_optimizer()
         else:
             for chunk in self.chunks:
                 chunk.requires_grad_(False)
+
+    def _build_optimizer(self) -> None:
+        distributed = self.config.distributed_optimizer
+        self.wrapped = optimizer.wrap_data_parallel(
+            self.chunks, distributed_optimizer=distributed, overlap=self.config.overlap_grad_reduce
+        )
+        self.optimizer = optimizer.build_optimizer(
+            self.optimizer_config, self.wrapped, bf16=self.bf16, distributed_optimizer=distributed
+        )
 
     # ---------------------------------------------------------------- scoring
 

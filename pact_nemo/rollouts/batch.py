@@ -27,6 +27,14 @@ class Served(Generates, Protocol):
 BatchProgress = Callable[[int, int, int], None]
 
 
+def _give_threads(count: int) -> None:
+    """asyncio's own pool has a few threads more than there are cores, and never above 32; asyncio.run closes this one
+    as it would close that.
+    """
+    threads = ThreadPoolExecutor(count, thread_name_prefix="environment")
+    asyncio.get_running_loop().set_default_executor(threads)
+
+
 async def run_batch(
     tasks: Sequence[Task],
     samples: int,
@@ -50,10 +58,7 @@ async def run_batch(
     ``check`` is called a few times a second; what it raises ends the batch and is passed on.
     """
     gate = asyncio.Semaphore(concurrency)
-    # asyncio's own pool has a few threads more than there are cores, and never above 32; asyncio.run closes this one as
-    # it would close that
-    threads = ThreadPoolExecutor(concurrency, thread_name_prefix="environment")
-    asyncio.get_running_loop().set_default_executor(threads)
+    _give_threads(concurrency)
     total, done, tokens = len(tasks) * samples, 0, 0
 
     async def one(task: Task, sample: int, client: Served) -> Rollout:
@@ -79,12 +84,11 @@ async def run_batch(
                 await opened.enter_async_context(client)
             async with asyncio.TaskGroup() as group:
                 watching = group.create_task(watch())
-                pairs = [
-                    (task, sample, clients[i % len(clients)])
+                running = [
+                    group.create_task(one(task, sample, clients[i % len(clients)]))
                     for i, task in enumerate(tasks)
                     for sample in range(samples)
                 ]
-                running = [group.create_task(one(*pair)) for pair in pairs]
                 if running:
                     await asyncio.wait(running)
                 watching.cancel()

@@ -76,6 +76,24 @@ def message_parts(message: Mapping[str, Any]) -> tuple[str, str]:
     return beside or inside, visible
 
 
+def _answers(session: Any, named: list[tuple[str, ToolCall | str]], turn: Turn) -> list[dict[str, Any]]:
+    """Run the calls of a turn, note in it what they were and gave, and return their messages in the calls' order."""
+    turn.calls = [call for _, call in named if isinstance(call, ToolCall)]
+    turn.call_errors = [call for _, call in named if isinstance(call, str)]
+    unread = [f"Error: the call could not be read: {error}" for error in turn.call_errors]
+    observations = _observe(session, turn.calls)
+    good, bad = iter(observations), iter(unread)
+    turn.observations = observations + unread
+    return [
+        {
+            "role": "tool",
+            "tool_call_id": identifier,
+            "content": next(good) if isinstance(call, ToolCall) else next(bad),
+        }
+        for identifier, call in named
+    ]
+
+
 def play_by_chat(
     environment: Environment,
     task: Task,
@@ -111,16 +129,7 @@ def play_by_chat(
             rollout.turns.append(turn)
             if named:
                 messages.append({"role": "assistant", "content": text, "tool_calls": answer["tool_calls"]})
-                turn.calls = [call for _, call in named if isinstance(call, ToolCall)]
-                turn.call_errors = [call for _, call in named if isinstance(call, str)]
-                observations = _observe(session, turn.calls)
-                good = iter(observations)
-                for identifier, call in named:
-                    content = next(good) if isinstance(call, ToolCall) else f"Error: the call could not be read: {call}"
-                    messages.append({"role": "tool", "tool_call_id": identifier, "content": content})
-                turn.observations = observations + [
-                    f"Error: the call could not be read: {error}" for error in turn.call_errors
-                ]
+                messages += _answers(session, named, turn)
             if watcher is not None:
                 watcher.assistant(answer, turn)
             if named:
