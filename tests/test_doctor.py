@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import doctor, findings
+from pact_nemo.planning import findings
+from tools import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import ObjectiveConfig, to_yaml
 from pact_nemo.errors import ConfigError
@@ -24,7 +23,7 @@ from pact_nemo.methods.registry import METHODS, make_method, method_class
 from pact_nemo.objective.components import CALL, REASONING
 from pact_nemo.objective.loss import STREAMS
 from pact_nemo.planning.from_config import describe_plan
-from tests.workers.policy_kit import make_model
+from tests.workers.policy_kit import make_chat_model
 from tests.workers.scripted import write_replay
 
 REPO = Path(__file__).resolve().parents[1]
@@ -55,10 +54,7 @@ def test_method_environment_and_logger_of_the_pages_share_a_replayed_run(cispo: 
     """Nothing of the three is in the repository: each is a file beside the command."""
     (cispo.parent / "shop.py").write_text(programs("environment.md")[0], encoding="utf-8")
     (cispo.parent / "my_tracker.py").write_text(programs("logger.md")[0], encoding="utf-8")
-    embedded = materialise_embedded_model(REPO / ".cache" / "pact_nemo")
-    model = make_model(tmp_path / "model", "llama", layers=2, vocabulary=49152, heads=2)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (model / name).write_bytes((embedded / name).read_bytes())
+    model = make_chat_model(tmp_path / "model")
     words = [
         f"model.path={model}",
         "warmup.steps=0",

@@ -23,7 +23,7 @@ from pact_nemo.policy.trees import Place, Segment, TokenTree, TreeBuilder
 from tests.workers.policy_kit import VOCAB, loss_fn, make_model, make_trees
 
 from pact_nemo.policy import bridge as bridges  # isort: skip
-from pact_nemo.policy import engine, model  # isort: skip
+from pact_nemo.policy import microbatches, model  # isort: skip
 from pact_nemo.policy.process_groups import initialize_model_parallel  # isort: skip
 from pact_nemo.policy.provider import build_provider, configure_provider  # isort: skip
 
@@ -253,7 +253,7 @@ def test_trees_equal_separate_sequences_to_the_last_digits_in_float64(models: Ca
         network.zero_grad()
         flat = torch.zeros(sum(tree.num_scored for tree in trees), dtype=torch.float64)
         for row in pack(trees, budget, share_prefix=share_prefix)[0]:
-            batch = engine.to_local(row, device=torch.device("cpu"), mask_dtype=mask_dtype)
+            batch = microbatches.to_local(row, device=torch.device("cpu"), mask_dtype=mask_dtype)
             logprobs = network(batch.tokens, batch.tree.position_ids[None], None, packed_seq_params=batch.tree)
             loss_fn(logprobs, batch.streams)[0].backward()
             flat[row.flat_index] = logprobs.detach()

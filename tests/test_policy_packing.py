@@ -15,7 +15,7 @@ prepare_megatron()
 from pact_nemo.policy.attention import AttentionPlan, plan_attention  # noqa: E402
 from pact_nemo.policy.config import PolicyConfig  # noqa: E402
 from pact_nemo.policy.distributed import init_distributed  # noqa: E402
-from pact_nemo.policy.engine import to_local  # noqa: E402
+from pact_nemo.policy.microbatches import to_local  # noqa: E402
 from pact_nemo.policy.process_groups import initialize_model_parallel  # noqa: E402
 
 

@@ -26,10 +26,10 @@ from pact_nemo.environments.base import Outcome, Task
 from pact_nemo.errors import CheckpointError, ConfigError, ServerError
 from pact_nemo.rollouts.batch import run_batch
 from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
+from pact_nemo.serving.api_key import OPEN_PATHS
 from pact_nemo.serving.client import GenerationRequest, RolloutClient, StaleWeights
 from pact_nemo.serving.config import EpisodeLimits, RolloutServerConfig, Sampling
 from pact_nemo.serving.endpoint import ServerEndpoint
-from pact_nemo.serving.guard import OPEN_PATHS
 from pact_nemo.serving.refit import refit
 from pact_nemo.serving.server import RolloutServer, group_members
 from tests.faults.sockets import foreign, listening

@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.resume_folders import steps as resume_steps
 from pact_nemo.checkpoints.resume_manifest import verify
 from pact_nemo.config.load import load_config
@@ -26,7 +25,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.optimizer import learning_rate
 from pact_nemo.training.collect import replayed
-from tests.workers.policy_kit import make_model
+from tests.workers.policy_kit import make_chat_model
 from tests.workers.scripted import write_replay
 
 REPO = Path(__file__).resolve().parents[1]
@@ -40,10 +39,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     of it.
     """
     folder = tmp_path_factory.mktemp("runs")
-    embedded = materialise_embedded_model(REPO / ".cache" / "pact_nemo")
-    model = make_model(folder / "model", "llama", layers=2, vocabulary=49152, heads=2)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (model / name).write_bytes((embedded / name).read_bytes())
+    model = make_chat_model(folder / "model")
     words = [
         f"model.path={model}",
         f"run.root={folder / 'runs'}",

@@ -18,8 +18,7 @@ from pathlib import Path
 # no checkout.enter(): this tool looks at environments that nothing is installed in yet
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pact_nemo.runtime.terminal import command
-from tools.findings import (
+from pact_nemo.planning.findings import (
     ALL,
     INSTALL,
     NONE,
@@ -41,6 +40,7 @@ from tools.findings import (
     transformer_engine,
     vllm,
 )
+from pact_nemo.runtime.terminal import command
 
 
 def examine(mode: str, gpus: list[str], folder: Path) -> list[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pact_nemo.checkpoints.foreign import METADATA, check_weights
+from pact_nemo.checkpoints.pickles import METADATA, check_weights
 from pact_nemo.errors import CheckpointError
 from pact_nemo.runtime import strict_json
 from pact_nemo.runtime.files import sha256_file, stays_inside, write_json_atomic

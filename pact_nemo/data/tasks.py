@@ -47,7 +47,7 @@ def _short_enough(
     """The tasks whose prompt fits ``tasks.max_prompt_tokens``; the others are counted in ``dropped``."""
     fitting = []
     for task in tasks:
-        length = quarantine.guard(lambda: prompt_length(chat, task), _rows_of(task))  # noqa: B023 - called at once
+        length = quarantine.parse(lambda: prompt_length(chat, task), _rows_of(task))  # noqa: B023 - called at once
         if length is None:
             continue
         if length <= config.tasks.max_prompt_tokens:
@@ -100,7 +100,7 @@ def load_tasks(
         train = [
             task
             for task in train
-            if quarantine.guard(lambda: _answerable(config, task), _rows_of(task)) is not None  # noqa: B023
+            if quarantine.parse(lambda: _answerable(config, task), _rows_of(task)) is not None  # noqa: B023
         ]
     train, held_out = limited(config, train, held_out)
     for name, side in (("training", train), ("held-out", held_out)):

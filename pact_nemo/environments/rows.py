@@ -55,7 +55,7 @@ def read_rows(path: str | Path, quarantine: Quarantine | None = None) -> list[Ro
         )
     if not isinstance(values, list):
         raise DataError("expected a list of rows at the top level; fetch the file again", file=str(file))
-    rows = (quarantine.guard(lambda: _row(value, file, number), value) for number, value in enumerate(values, start=1))  # noqa: B023 - called at once
+    rows = (quarantine.parse(lambda: _row(value, file, number), value) for number, value in enumerate(values, start=1))  # noqa: B023 - called at once
     return [row for row in rows if row is not None]
 
 
@@ -63,7 +63,7 @@ def read_tasks(path: str | Path, quarantine: Quarantine, make: Callable[[Row], T
     """A task of each row of a file, in order; rows that ``make`` raises DataError for go into the quarantine."""
 
     def made(row: Row) -> Task | None:
-        return quarantine.guard(lambda: make(row), row.values)
+        return quarantine.parse(lambda: make(row), row.values)
 
     return [task for task in map(made, read_rows(path, quarantine)) if task is not None]
 
@@ -98,7 +98,7 @@ def _of_lines(file: Path, quarantine: Quarantine) -> list[Row]:
     rows = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):  # bytes: U+2028 is no line end in JSON
         if line.strip():
-            row = quarantine.guard(
+            row = quarantine.parse(
                 lambda: _row(_line(line, file, number), file, number),  # noqa: B023
                 line.decode("utf-8", "backslashreplace"),
             )

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pact_nemo.errors import ConfigError, NumericsError
-from pact_nemo.policy import bridge, engine, fp8, optimizer
+from pact_nemo.policy import bridge, fp8, microbatches, optimizer
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
@@ -21,6 +21,7 @@ from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.export.hf_folder import write_folder
 from pact_nemo.policy.export.layout import LayoutSettings, check_dtype
 from pact_nemo.policy.fp8 import ALIGNMENT
+from pact_nemo.policy.microbatches import LocalMicroBatch
 from pact_nemo.policy.model import build_chunks
 from pact_nemo.policy.process_groups import initialize_model_parallel
 from pact_nemo.policy.provider import build_provider, configure_provider
@@ -160,11 +161,11 @@ class MegatronPolicy:
             )
         self._reference = read_weights(hf_path, self.chunks, self.device)
 
-    def _local_batches(self, trees: list[TokenTree], *, entropy: bool) -> tuple[list[engine.LocalMicroBatch], int]:
+    def _local_batches(self, trees: list[TokenTree], *, entropy: bool) -> tuple[list[LocalMicroBatch], int]:
         """This rank's micro-batches of ``trees`` as this model computes them, and the number of tree tokens on all
         ranks together.
         """
-        return engine.local_batches(
+        return microbatches.local_batches(
             trees,
             self.config,
             device=self.device,
@@ -180,7 +181,7 @@ class MegatronPolicy:
         batches, _ = self._local_batches(bare, entropy=entropy)
         for chunk in self.chunks:
             chunk.eval()
-        collected = engine.run_schedule(self.chunks, batches, None, forward_only=True)
+        collected = microbatches.run_schedule(self.chunks, batches, None, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
         logprobs = self._per_tree(trees, collected.logprobs)
@@ -189,7 +190,7 @@ class MegatronPolicy:
     # --------------------------------------------------------------- training
 
     def update(
-        self, trees: list[TokenTree], loss_fn: engine.LossFn, *, entropy: bool = False, lr: float | None = None
+        self, trees: list[TokenTree], loss_fn: microbatches.LossFn, *, entropy: bool = False, lr: float | None = None
     ) -> UpdateResult:
         """One optimizer step on a loss that is a plain sum over scored tokens.
 
@@ -216,7 +217,7 @@ class MegatronPolicy:
             raise ConfigError("this policy was built with trainable=False")
         collected, tokens = self._backward(trees, loss_fn, entropy=entropy)
         fp8.end_pass(self.chunks)
-        loss, metrics = engine.gather_metrics(collected)
+        loss, metrics = microbatches.gather_metrics(collected)
         grad_norm = optimizer.gradient_norm(self.optimizer)
         broken = [
             name
@@ -240,7 +241,7 @@ class MegatronPolicy:
         return UpdateResult(loss, grad_norm, metrics, lr, tokens, self._per_tree(trees, collected.logprobs), entropies)
 
     def gradient_cosine(
-        self, first: list[TokenTree], second: list[TokenTree], loss_fn: engine.LossFn
+        self, first: list[TokenTree], second: list[TokenTree], loss_fn: microbatches.LossFn
     ) -> tuple[float, float, float]:
         """How far the gradients of a loss on two sets of trees point the same way. Changes nothing that a later pass or
         update reads.
@@ -269,8 +270,8 @@ class MegatronPolicy:
         return dot / (norm * other) if norm * other > 0 else math.nan, norm, other
 
     def _backward(
-        self, trees: list[TokenTree], loss_fn: engine.LossFn, *, entropy: bool = False
-    ) -> tuple[engine.Collected, int]:
+        self, trees: list[TokenTree], loss_fn: microbatches.LossFn, *, entropy: bool = False
+    ) -> tuple[microbatches.Collected, int]:
         """Leave the gradient of the loss in the buffers, in place of what was there. Returns what was collected, and
         the tree tokens of all ranks.
         """
@@ -279,7 +280,7 @@ class MegatronPolicy:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return engine.run_schedule(self.wrapped, batches, loss_fn, forward_only=False), tokens
+        return microbatches.run_schedule(self.wrapped, batches, loss_fn, forward_only=False), tokens
 
     # ----------------------------------------------------------------- export
 
@@ -343,4 +344,4 @@ class MegatronPolicy:
 
     def _per_tree(self, trees: list[TokenTree], parts: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
         sizes = [tree.num_scored for tree in trees]
-        return list(engine.gather_flat(parts, sum(sizes), self.device).split(sizes))
+        return list(microbatches.gather_flat(parts, sum(sizes), self.device).split(sizes))

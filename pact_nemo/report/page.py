@@ -20,6 +20,7 @@ from pact_nemo.report.curves import rl_curves, warmup_curves
 from pact_nemo.report.data import Run, Stage, load_run
 from pact_nemo.report.episodes import held_out_cards, training_cards
 from pact_nemo.report.stats import pair, wilson
+from pact_nemo.report.templates import templates
 from pact_nemo.runtime.files import write_text_atomic
 from pact_nemo.tracking.terminal import duration
 
@@ -151,13 +152,7 @@ def time_shares(run: Run) -> list[tuple[str, float, float]]:
 
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(HERE)
     environment.filters |= {
         "percent": lambda share: f"{share * 100:.1f} %",
         "points": lambda share: f"{share * 100:+.1f}".replace("-", "−"),

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
 from pact_nemo.report.charts import HEIGHT, LEFT, RIGHT, WIDTH
 from pact_nemo.report.comparison import compare
 from pact_nemo.report.data import Run
+from pact_nemo.report.templates import templates
 
 TONES = (
     "#2467a6",
@@ -27,13 +26,7 @@ TONES = (
 def comparison_svg(runs: Sequence[Run]) -> str:
     """The picture as text. A line of the curves has the colour of its method's dots."""
     found = compare(list(runs))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     curve = found.curves[0] if found.curves else None
     dots = found.chart.height if found.chart else 0
     return environment.get_template("comparison.svg").render(

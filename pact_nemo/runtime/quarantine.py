@@ -79,7 +79,7 @@ class Quarantine:
         error.__traceback__ = error.__cause__ = error.__context__ = None
         self.rows.append(BadRow(error, raw))
 
-    def guard(self, parse: Callable[[], T], raw: Any) -> T | None:
+    def parse(self, parse: Callable[[], T], raw: Any) -> T | None:
         """What ``parse`` makes of a row, or None when the row went into quarantine."""
         try:
             return parse()

@@ -13,7 +13,7 @@ from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.endpoint import ServerEndpoint
 from pact_nemo.serving.serve_process import FORK_ENGINE_ENV, PARENT_ENV
 
-GUARD = "pact_nemo.serving.guard.RequireApiKey"
+GUARD = "pact_nemo.serving.api_key.RequireApiKey"
 WORKER_EXTENSION = "pact_nemo.serving.worker.RefitExtension"
 #: What a trainer's environment may say about its own ranks and threads; none of it is meant for the server.
 _TRAINER_ONLY = (

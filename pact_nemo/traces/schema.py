@@ -253,7 +253,7 @@ def read_traces(path: str | os.PathLike[str], quarantine: Quarantine | None = No
     _refuse_other_format(lines, file)
     for line, text in enumerate(lines, start=1):
         if text.strip():
-            trace = quarantine.guard(lambda: _read(text, file, line, seen), text.decode("utf-8", "backslashreplace"))  # noqa: B023 - called at once
+            trace = quarantine.parse(lambda: _read(text, file, line, seen), text.decode("utf-8", "backslashreplace"))  # noqa: B023 - called at once
             if trace is not None:
                 traces.append(trace)
     return traces

@@ -21,12 +21,11 @@ from typing import Any
 from blake3 import blake3
 
 from pact_nemo.chat.template import ChatFormat
-from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.config.load import load_config
 from pact_nemo.data.dataset import build_dataset
 from pact_nemo.data.tasks import build_environment
 from tests.faults.kit import REPO
-from tests.workers.policy_kit import make_model
+from tests.workers.policy_kit import make_chat_model
 
 PRESET = REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml"
 STEPS = 4
@@ -98,10 +97,7 @@ class Runner:
 @contextmanager
 def open_stage(folder: Path, *further: str) -> Iterator[dict[str, Any]]:
     """A tiny model, the words of a configuration that uses it (``further`` ones last), and a Runner."""
-    embedded = materialise_embedded_model(REPO / ".cache" / "pact_nemo")
-    model = make_model(folder / "model", "llama", layers=2, vocabulary=49152, heads=2)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (model / name).write_bytes((embedded / name).read_bytes())
+    model = make_chat_model(folder / "model")
     words = [
         f"model.path={model}",
         f"trainer.steps={STEPS}",

@@ -22,7 +22,7 @@ ALLOWED = {
     ("tools/bench_sandbox.py", "exec"): "runs its own constant source, to time the sandbox against it",
     ("tools/bench_sandbox.py", "compile"): "of the same constant source",
     (
-        "pact_nemo/checkpoints/foreign.py",
+        "pact_nemo/checkpoints/pickles.py",
         "import pickle",
     ): "a reader that resolves known names only, and takes members of enumerations for getattr",
 }

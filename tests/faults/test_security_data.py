@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
-from pact_nemo.checkpoints import foreign, manifest, random_state, resume_folders, resume_manifest
+from pact_nemo.checkpoints import manifest, pickles, random_state, resume_folders, resume_manifest
 from pact_nemo.config.load import load_config
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.bfcl import data as bfcl_data
@@ -402,7 +402,7 @@ def test_a_process_of_one_rank_listens_on_the_loopback_only() -> None:
 
 
 def test_names_are_listed_without_running_anything(tmp_path: Path) -> None:
-    assert foreign.names_in(pickle.dumps(Evil(tmp_path / "mark"))) == {"posix.system"}
+    assert pickles.names_in(pickle.dumps(Evil(tmp_path / "mark"))) == {"posix.system"}
     assert not (tmp_path / "mark").exists()
 
 
@@ -422,13 +422,13 @@ def test_getattr_in_a_checkpoint_may_fetch_members_of_known_enumerations_and_not
 
     known = frozenset({"torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING", "pathlib.PosixPath"})
     members = [_Fetched(_MEM_FORMAT_ENCODING, member.name) for member in _MEM_FORMAT_ENCODING]
-    foreign.check_pickle(pickle.dumps(members), known, "index")
+    pickles.check_pickle(pickle.dumps(members), known, "index")
     for owner, name in (
         (Path.cwd().__class__, "unlink"),
         (_MEM_FORMAT_ENCODING, "mro"),
         (_MEM_FORMAT_ENCODING, "__subclasses__"),
     ):
         with pytest.raises(CheckpointError, match="would run builtins.getattr"):
-            foreign.check_pickle(pickle.dumps([*members, _Fetched(owner, name)]), known, "index")
+            pickles.check_pickle(pickle.dumps([*members, _Fetched(owner, name)]), known, "index")
     with pytest.raises(CheckpointError, match="would run .*Decimal"):
-        foreign.check_pickle(pickle.dumps([*members, Decimal(1)]), known, "index")
+        pickles.check_pickle(pickle.dumps([*members, Decimal(1)]), known, "index")

@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 from scipy.stats import theilslopes
 
-from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from tests.faults import tally
 from tests.faults.kit import REPO
-from tests.workers.policy_kit import make_model
+from tests.workers.policy_kit import make_chat_model
 
 KEEP = 5  #: steps whose rollouts stay on disk
 LOOK_S = 2.0
@@ -100,10 +99,7 @@ def look(root: int, run: Path) -> Sample | None:
 @pytest.mark.timeout(7200)
 def test_a_long_run_stays_as_large_as_it_is(tmp_path: Path) -> None:
     steps = int(os.environ.get("PACT_SOAK_STEPS", "500"))
-    embedded = materialise_embedded_model(REPO / ".cache" / "pact_nemo")
-    model = make_model(tmp_path / "model", "llama", layers=2, vocabulary=49152, heads=2)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (model / name).write_bytes((embedded / name).read_bytes())
+    model = make_chat_model(tmp_path / "model")
     words = [
         f"model.path={model}",
         f"run.root={tmp_path / 'runs'}",

@@ -80,15 +80,17 @@ def peak_bytes(policy: Any, trees: list[TokenTree]) -> int:
     What stands before (weights, gradient buffers, optimizer state) is not in it."""
     from torch.profiler import ProfilerActivity, profile
 
-    from pact_nemo.policy import engine
+    from pact_nemo.policy import microbatches
 
     policy.update(trees, loss_fn, entropy=True)  # optimizer state and megatron's lasting buffers come into being
     for chunk in policy.wrapped:
         chunk.zero_grad_buffer()
     policy.optimizer.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        batches, _ = engine.local_batches(trees, policy.config, device=policy.device, bf16=policy.bf16, entropy=True)
-        engine.run_schedule(policy.wrapped, batches, loss_fn, forward_only=False)
+        batches, _ = microbatches.local_batches(
+            trees, policy.config, device=policy.device, bf16=policy.bf16, entropy=True
+        )
+        microbatches.run_schedule(policy.wrapped, batches, loss_fn, forward_only=False)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.policy.trees import Segment, TokenTree
 
 REPO = Path(__file__).resolve().parents[2]
@@ -178,3 +179,12 @@ def _trace(text: str) -> str:
     lines = text.splitlines()
     ranks = [line.partition("]:")[0] for line in lines if "]: Traceback" in line]
     return "\n".join(line for line in lines if not ranks or line.startswith(ranks[0] + "]:"))[-6000:]
+
+
+def make_chat_model(folder: Path) -> Path:
+    """A tiny random model with the embedded model's tokenizer and chat template."""
+    embedded = materialise_embedded_model(REPO / ".cache" / "pact_nemo")
+    model = make_model(folder, "llama", layers=2, vocabulary=49152, heads=2)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (model / name).write_bytes((embedded / name).read_bytes())
+    return model

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from pact_nemo.report.templates import templates
 
 PANEL, TALL = 264, 190  #: of one panel, in user units, margins included
 LEFT, RIGHT, TOP, BOTTOM = 40, 14, 20, 24
@@ -69,13 +69,7 @@ def growth_svg(data: dict[str, Any]) -> str:
                 ],
             }
         )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     return environment.get_template("growth.svg").render(
         columns=columns,
         panel=PANEL,

@@ -8,11 +8,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
 from pact_nemo.report.charts import ticks_between
 from pact_nemo.report.picture import TONES
 from pact_nemo.report.stats import mean
+from pact_nemo.report.templates import templates
 from tools.comparisons.results import Result, groups
 
 WIDTH, HEIGHT = 560, 340
@@ -60,13 +59,7 @@ def starts_svg(results: Sequence[Result]) -> str:
                 ],
             }
         )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     return environment.get_template("starts.svg").render(
         arms=arms,
         ticks=[(mark, f"{mark:.1f}" if marks[1] >= 0.1 else f"{mark:.2f}", x(mark), y(mark)) for mark in marks],

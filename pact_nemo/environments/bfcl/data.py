@@ -58,7 +58,7 @@ def _read_rows(path: Path, quarantine: Quarantine) -> list[tuple[int, dict[str, 
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # U+2028 is no line end in JSON
         if line.strip():
-            row = quarantine.guard(lambda: _object(line, path, number), line.decode("utf-8", "backslashreplace"))  # noqa: B023 - called at once
+            row = quarantine.parse(lambda: _object(line, path, number), line.decode("utf-8", "backslashreplace"))  # noqa: B023 - called at once
             if row is not None:
                 rows.append((number, row))
     return rows
@@ -291,7 +291,7 @@ def _load(folder: Path, category: str) -> tuple[tuple[Entry, ...], tuple[BadRow,
         return _entry(record, answers[name], category, str(path), line)
 
     for line, record in _read_rows(path, found):
-        made = found.guard(lambda: entry(record, line), record)  # noqa: B023 - called at once
+        made = found.parse(lambda: entry(record, line), record)  # noqa: B023 - called at once
         if made is not None:
             entries[made.id] = made
     return tuple(entries.values()), tuple(found.rows)

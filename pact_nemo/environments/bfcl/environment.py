@@ -75,7 +75,7 @@ class BFCLEnvironment:
             entries = [
                 entry for category in self.settings.categories for entry in load_category(category, self.quarantine)
             ]
-            found = (self.quarantine.guard(lambda: self._tasks_of(entry), entry.record) for entry in entries)  # noqa: B023 - called at once
+            found = (self.quarantine.parse(lambda: self._tasks_of(entry), entry.record) for entry in entries)  # noqa: B023 - called at once
             self._tasks[:] = [task for tasks in found for task in tasks or ()]
         return list(self._tasks)
 
