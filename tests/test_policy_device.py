@@ -221,7 +221,7 @@ def test_megatron_is_prepared_in_every_module_that_imports_it() -> None:
         if first is not None:
             importing.append(path.stem)
             assert "prepare_megatron()" in names[:first], path
-    assert {"model", "optimizer", "engine", "bridge", "attention"} <= {*importing}
+    assert {"model", "optimizer", "microbatches", "bridge", "attention"} <= {*importing}
 
 
 def test_a_module_imported_alone_prepares_megatron_itself_and_leaves_logging_alone() -> None:
