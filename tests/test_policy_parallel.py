@@ -69,7 +69,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
 }
 #: of at most four ranks; all others are slow
 FAST = {
-    ("llama", "tp2"),
     (BIASES, "tp2_sp"),
     (MOE, "ep2"),
     (MOE_WINDOW, "moe_tp2_sp"),

@@ -116,7 +116,13 @@ def test_an_error_is_still_told_on_standard_error(tmp_path: Path) -> None:
     assert done.returncode == 1 and "ValueError: the reason" in done.stderr
 
 
-@pytest.mark.parametrize("line", ["recipes/pact_bfcl.py --dry-run", "tools/plan.py --recipe llama3p1_70b_64xh100_bf16"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param("recipes/pact_bfcl.py --dry-run", marks=pytest.mark.slow),
+        "tools/plan.py --recipe llama3p1_70b_64xh100_bf16",
+    ],
+)
 def test_commands_that_print_much_are_quiet_about_head(line: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     command = f'set -o pipefail; "{sys.executable}" {REPO}/{line} | head -1'

@@ -17,7 +17,7 @@ from tests.faults.fuzzing import Findings, fuzz
 from tests.faults.targets import scratch, targets
 
 TARGETS = targets()
-SHORT = 120  # inputs each in the normal suite
+SHORT = 60  # inputs each in the normal suite
 
 
 @pytest.fixture(autouse=True)

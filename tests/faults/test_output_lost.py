@@ -37,6 +37,7 @@ def test_a_run_goes_on_without_its_output(stage: dict[str, Any], output: str, tm
         assert log.count("standard output can't be written") == 1
 
 
+@pytest.mark.slow  # the way out is SIGTERM's, which tests/test_training_runs.py goes
 def test_a_terminal_that_hangs_up_costs_nothing(stage: dict[str, Any], tmp_path: Path) -> None:
     words = [*stage["words"], f"run.root={tmp_path}", "trainer.steps=2"]
     killer = Signaller(signal.SIGHUP, "update", 1, 0.0)
