@@ -265,8 +265,8 @@ def test_two_processes_give_the_numbers_of_one(stage: dict[str, Any], plain: Pat
             "policy/kl_ref",
         ):
             if expected.get(key) is not None:
-                # Adam divides by gradients near 0: what the first update rounds otherwise has grown at the next ones
-                rel = 1e-5 if row["stage"] == "warmup" else 1e-4
+                # TP, CP and DP sum in another order, and differ by 3e-5 once the first update has changed the weights
+                rel = 1e-4 if layout != "pipeline_parallel" and row["stage"] == "rl" else 1e-5
                 assert row[key] == pytest.approx(expected[key], rel=rel, abs=1e-6), (row["stage"], row["step"], key)
 
 
