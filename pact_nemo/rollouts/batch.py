@@ -35,6 +35,13 @@ def _give_threads(count: int) -> None:
     asyncio.get_running_loop().set_default_executor(threads)
 
 
+async def _repeat(check: Callable[[], None] | None) -> None:
+    """Call ``check`` every ``CHECK_SECONDS`` until cancelled."""
+    while check is not None:
+        check()
+        await asyncio.sleep(CHECK_SECONDS)
+
+
 async def run_batch(
     tasks: Sequence[Task],
     samples: int,
@@ -71,19 +78,13 @@ async def run_batch(
             on_progress(done, total, tokens)
         return rollout
 
-    async def watch() -> None:
-        while done < total:
-            if check is not None:
-                check()
-            await asyncio.sleep(CHECK_SECONDS)
-
     ended: BaseException | None = None
     try:
         async with AsyncExitStack() as opened:
             for client in clients:
                 await opened.enter_async_context(client)
             async with asyncio.TaskGroup() as group:
-                watching = group.create_task(watch())
+                watching = group.create_task(_repeat(check))
                 running = [
                     group.create_task(one(task, sample, clients[i % len(clients)]))
                     for i, task in enumerate(tasks)
