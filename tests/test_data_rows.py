@@ -23,7 +23,7 @@ from pact_nemo.environments.toolhop import ToolHopEnvironment
 from pact_nemo.errors import DataError
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
-from tests.test_question_environments import toolhop_row
+from tests.workers.question_rows import toolhop_row
 
 BOX = Sandbox(1, Limits())  # starts when it is first called
 

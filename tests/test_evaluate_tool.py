@@ -19,8 +19,8 @@ import pytest
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.environments.bfcl.data import data_dir
 from pact_nemo.environments.calls import call_text
-from tests.test_question_environments import toolhop_row
 from tests.workers.bfcl_tasks import bfcl_environment
+from tests.workers.question_rows import toolhop_row
 
 ROOT = Path(__file__).resolve().parents[1]
 Answer = Callable[[list[dict[str, Any]]], dict[str, Any]]

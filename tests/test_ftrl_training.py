@@ -23,7 +23,7 @@ from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
 from pact_nemo.traces.recorded import recorded_trace
-from tests.test_question_environments import ftrl_row, write
+from tests.workers.question_rows import ftrl_row, write
 
 REPO = Path(__file__).resolve().parents[1]
 FRANCE, PERU, PARIS = (

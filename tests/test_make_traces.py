@@ -20,7 +20,7 @@ from pact_nemo.rollouts.chat_episode import message_parts
 from pact_nemo.traces.filters import leaks_answer
 from pact_nemo.traces.llm_annotate import ModelAnnotator, read_types
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn, read_traces
-from tests.test_question_environments import FIND, POP, toolhop_row
+from tests.workers.question_rows import FIND, POP, toolhop_row
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,61 +11,25 @@ import dataclasses
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning.shape import ModelShape
-from pact_nemo.policy import attention
 from pact_nemo.policy.architectures import check_architecture, resolve_sizes
-from pact_nemo.policy.attention import lower_right_mask, plan_attention
-from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.families import FAMILIES, MODEL_TYPES
-from pact_nemo.policy.packing import pack, zigzag_positions
-from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import Segment, TokenTree
-from tests.workers.policy_kit import LLAMA3_ROPE, VOCAB, make_trees
+from tests.workers.architecture_kit import EXPERTS, MODELS, SIZES, build, config_of, few_threads, wanted, write_model  # noqa: F401 - a fixture
+from tests.workers.policy_kit import LLAMA3_ROPE, VOCAB
 
 LENGTH = 40
 IDS = torch.randint(0, VOCAB, (LENGTH,), generator=torch.Generator().manual_seed(3)).tolist()
 SAMPLE = 2  #: computed changes of each model that `make test` runs; refusals cost nothing and all run
 
-_SIZES: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=512,
-)
-_EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
-_WINDOW: dict[str, Any] = dict(use_sliding_window=True, sliding_window=8)
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama"},
-    "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
-    "llama, MLP biases, tied": {"model_type": "llama", "mlp_bias": True, "tie_word_embeddings": True},
-    "mistral": {"model_type": "mistral", "sliding_window": None},
-    "mistral, window": {"model_type": "mistral", "sliding_window": 8},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen2, window": {"model_type": "qwen2", "max_window_layers": 1, **_WINDOW},
-    "qwen3": {"model_type": "qwen3", "head_dim": 16},
-    "qwen3, biases, window": {
-        "model_type": "qwen3",
-        "head_dim": 16,
-        "attention_bias": True,
-        "max_window_layers": 2,
-        **_WINDOW,
-    },
-    "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 16, "norm_topk_prob": True, **_EXPERTS},
-    "qwen3_moe, biases, window": {"model_type": "qwen3_moe", "attention_bias": True, **_EXPERTS, **_WINDOW},
-}
 #: values beyond the generated ones, of keys of the classes
 MORE: dict[str, list[Any]] = {
     "hidden_act": ["gelu", "gelu_pytorch_tanh", "relu", "swish"],
@@ -148,19 +112,6 @@ CLASS_KEYS_ELSEWHERE = (
 )
 
 
-@pytest.fixture(autouse=True)
-def few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def config_of(name: str) -> dict[str, Any]:
-    config = {**_SIZES, **MODELS[name]}
-    return {"architectures": [MODEL_TYPES[config["model_type"]].architecture], **config}
-
-
 def other_values(key: str, value: Any, kind: Any) -> list[Any]:
     """Values of the same type that are not ``value``; of a type that ``kind`` allows, if it is None."""
     if key == "rope_parameters":
@@ -207,33 +158,6 @@ def changes(name: str) -> list[tuple[str, Any]]:
     if family.model_type == "qwen3_moe":
         found.append(("num_local_experts", 8))
     return found + [(key, value) for key, values in UNKNOWN.items() for value in values]
-
-
-def write_model(folder: Path, config: dict[str, Any]) -> None:
-    """A random model of ``config`` as transformers reads it, beside ``config`` itself."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def wanted(folder: Path, ids: list[int]) -> torch.Tensor:
-    """[len(ids) - 1] log-probs by transformers."""
-    plain: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **plain).eval()
-    with torch.no_grad():
-        logprobs = model(torch.tensor([ids]), return_dict=True).logits[0].log_softmax(-1)
-    return logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-
-
-def build(folder: Path, **settings: Any) -> MegatronPolicy:
-    config = PolicyConfig(**{"precision": "fp32", "micro_batch_tokens": 96, "logprob_chunk": 64, **settings})
-    return MegatronPolicy(config, OptimizerConfig(lr=1e-3), folder, seed=1, total_steps=4, trainable=False)
 
 
 def chain(ids: list[int]) -> TokenTree:
@@ -316,61 +240,12 @@ def test_weights_go_in_and_out_bit_for_bit_and_are_counted(name: str, tmp_path: 
     assert ModelShape.from_hf(config_of(name)).parameters == sum(tensor.numel() for tensor in before.values())
 
 
-@pytest.mark.parametrize("name", ["mistral, window", "qwen3, biases, window"])
-@pytest.mark.parametrize(
-    "settings", [{}, {"share_prefix": False}, {"fused_elementwise": False}], ids=["plain", "separate", "unfused"]
-)
-def test_windows_along_a_tree_are_those_of_its_sequences(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    write_model(tmp_path, config_of(name))
-    trees = make_trees(4, seed=5)
-    got = build(tmp_path, **settings).logprobs(trees)
-    for tree, scored in zip(trees, got, strict=True):
-        for sequence, index in tree.chains():
-            ids = [token for segment in sequence.segments for token in segment.token_ids]
-            flags = [flag for segment in sequence.segments for flag in segment.scored]
-            want = wanted(tmp_path, ids)[torch.tensor(flags[1:])]
-            torch.testing.assert_close(scored[index], want, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("window", [1, 3, 8, 100])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_windowed_plan_shows_each_token_the_last_positions_of_its_path(
-    window: int, ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "WINDOW_BLOCK", 4)
-    (row,) = pack(make_trees(2, seed=8), 10_000, multiple=2 * ranks)[0]
-    length = row.tokens.shape[0]
-    parents = {}
-    for start, stop, parent in ((run.start, run.stop, run.parent) for run in row.runs):
-        for position in range(start, stop):
-            parents[position] = position - 1 if position > start else row.runs[parent].stop - 1 if parent >= 0 else -1
-    for rank in range(ranks):
-        mine = zigzag_positions(length, rank, ranks) if ranks > 1 else None
-        plan = plan_attention(row.runs, mine, window=window)
-        plan.add_masks(torch.float32)
-        starts = [sum(plan.piece_lengths[:piece]) for piece in range(len(plan.piece_lengths) + 1)]
-        queries = iter(mine.tolist() if mine is not None else range(length))
-        for count, call in zip(plan.query_lengths, plan.calls, strict=True):
-            keys = [position for piece in call.pieces for position in range(starts[piece], starts[piece + 1])]
-            mask = call.mask if call.mask is not None else lower_right_mask(count, len(keys), torch.float32)
-            assert count <= 4 and len(keys) < 4 + window
-            for line in mask:
-                position, path = next(queries), []
-                while position >= 0 and len(path) < window:
-                    path.append(position)
-                    position = parents[position]
-                assert [key for key, value in zip(keys, line.tolist(), strict=True) if value == 0] == path[::-1]
-        assert next(queries, None) is None
-
-
 def test_defaults_of_absent_keys_are_those_of_the_class() -> None:
-    moe = check_architecture(
-        {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **_SIZES, **_EXPERTS}
-    )
+    moe = check_architecture({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **SIZES, **EXPERTS})
     assert not moe.normalise_top_k and not moe.tied and moe.windows == (None,) * 3 and moe.head_dim == 8
     mistral = check_architecture({"architectures": ["MistralForCausalLM"], "model_type": "mistral"})
     assert mistral.windows == (4096,) * 32 and mistral.kv_heads == 8
-    assert check_architecture({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **_SIZES}).head_dim == 128
+    assert check_architecture({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **SIZES}).head_dim == 128
 
 
 def test_keys_that_say_what_the_family_computes_anyway_are_accepted_and_no_other_values() -> None:

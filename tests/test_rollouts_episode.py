@@ -2,113 +2,16 @@
 
 import asyncio
 import threading
-import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
-from pact_nemo.chat.template import ChatFormat
-from pact_nemo.checkpoints.embedded import materialise_embedded_model
-from pact_nemo.environments.base import Outcome, Task, ToolCall
-from pact_nemo.errors import EnvironmentFailure, Interrupted, ServerError, ToolCallError
-from pact_nemo.rollouts.batch import run_batch
+from pact_nemo.environments.base import Outcome, ToolCall
+from pact_nemo.errors import EnvironmentFailure, ServerError, ToolCallError
 from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath, run_episode
-from pact_nemo.serving.client import Completion, StaleWeights
-from pact_nemo.serving.config import EpisodeLimits, Sampling
-
-LS = {
-    "name": "ls",
-    "description": "List a folder.",
-    "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}},
-}
-CD = {
-    "name": "cd",
-    "description": "Enter a folder.",
-    "parameters": {"type": "object", "properties": {"to": {"type": "string"}}},
-}
-LIMITS = EpisodeLimits(
-    max_turns_per_user_turn=4, max_turns=8, max_turn_tokens=64, max_response_tokens=1024, max_model_len=2048
-)
-SEEDS = SeedPath(run_seed=1, step=0)
-
-
-def make_task(task_id="t0", text="What is in here?"):
-    return Task(
-        task_id, task_id, "scripted", (({"role": "user", "content": text},),), (LS,), ((ToolCall("ls", {"a": True}),),)
-    )
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return ChatFormat.from_pretrained(
-        materialise_embedded_model(Path(__file__).parents[1] / ".cache" / "pact_nemo"), "pythonic"
-    )
-
-
-@dataclass
-class ScriptedSession:
-    task: Task
-    later_turns: list = field(default_factory=list)
-    fail: object = None
-    executed: list = field(default_factory=list)
-    closed: int = 0
-    threads: set = field(default_factory=set)
-
-    def execute(self, calls):
-        self.threads.add(threading.get_ident())
-        if self.fail is not None:
-            raise self.fail
-        self.executed += calls
-        return [f"ran {call.name}" for call in calls]
-
-    def next_user_turn(self, message: str = ""):
-        return self.later_turns.pop(0) if self.later_turns else None
-
-    def outcome(self):
-        return Outcome(bool(self.executed), float(bool(self.executed)))
-
-    def close(self):
-        self.closed += 1
-
-
-@dataclass
-class ScriptedEnvironment:
-    later_turns: list = field(default_factory=list)
-    fail: object = None
-    sessions: list = field(default_factory=list)
-
-    def tasks(self):
-        return []
-
-    def start(self, task):
-        self.sessions.append(ScriptedSession(task, list(self.later_turns), self.fail))
-        return self.sessions[-1]
-
-
-class ScriptedPolicy:
-    """Says the texts in order; an exception instead of a text is raised; ``cut`` leaves out the end-of-turn token."""
-
-    def __init__(self, chat, texts, cut=(), version=3):
-        self.chat, self.texts, self.cut, self.weight_version = chat, list(texts), set(cut), version
-        self.requests = []
-
-    async def generate(self, request):
-        index = len(self.requests)
-        self.requests.append(request)
-        text = self.texts[index]
-        if isinstance(text, Exception):
-            raise text
-        ids = self.chat.encode_assistant(text)[0]
-        cut = index in self.cut or len(ids) + 1 > request.max_tokens
-        ids = ids[: request.max_tokens] if cut else [*ids, self.chat.eos_ids[0]]
-        return Completion(ids, [-0.5 - index] * len(ids), "length" if cut else "stop", self.weight_version)
-
-    async def __aenter__(self):
-        return self
-
-    async def __aexit__(self, *_):
-        return None
+from pact_nemo.serving.client import StaleWeights
+from pact_nemo.serving.config import Sampling
+from tests.workers.episode_kit import CD, LIMITS, LS, SEEDS, ScriptedEnvironment, ScriptedPolicy, make_task
 
 
 def play(chat, policy, environment=None, limits=LIMITS, task=None):
@@ -309,115 +212,6 @@ def test_request_seeds_depend_on_every_part_of_the_path():
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**63 for seed in seeds)
     assert SeedPath(5, 3).seed("task_1", 2, 4) == seeds[0]
     assert SeedPath(5, "eval/before").seed("t", 0, 0) != SeedPath(5, "eval/after").seed("t", 0, 0)
-
-
-def test_a_batch_is_ordered_limited_and_reported(chat):
-    """Order by (task, sample) whatever finishes first; a fault in one rollout leaves the others alone."""
-    running, peak, reports = 0, 0, []
-
-    class Policy(ScriptedPolicy):
-        async def generate(self, request):
-            nonlocal running, peak
-            running += 1
-            peak = max(peak, running)
-            delay = (request.seed % 7) / 500
-            await asyncio.sleep(delay)
-            running -= 1
-            if "task 2" in chat.tokenizer.decode(list(request.prompt_ids)):
-                raise ServerError("only this one")
-            ids = [*chat.encode_assistant("Fine.")[0], chat.eos_ids[0]]
-            return Completion(ids, [-1.0] * len(ids), "stop", 3)
-
-    tasks = [make_task(f"t{i}", f"This is task {i}.") for i in range(5)]
-    rollouts = asyncio.run(
-        run_batch(
-            tasks,
-            3,
-            setup=EpisodeSetup(ScriptedEnvironment(), chat, LIMITS, Sampling(), SEEDS),
-            clients=[Policy(chat, [])],
-            concurrency=4,
-            on_progress=lambda *counts: reports.append(counts),
-        )
-    )
-    assert [(r.task_id, r.sample) for r in rollouts] == [(f"t{i}", k) for i in range(5) for k in range(3)]
-    assert [r.status for r in rollouts] == ["ok"] * 6 + ["failed"] * 3 + ["ok"] * 6
-    assert 1 < peak <= 4
-    assert [done for done, _, _ in reports] == list(range(1, 16)) and reports[-1][1:] == (
-        15,
-        sum(sum(r.loss_mask) for r in rollouts),
-    )
-
-
-def test_a_batch_is_broken_off_when_the_check_says_so_and_leaves_no_session_open(chat):
-    asked, sessions = 0, []
-
-    class Environment(ScriptedEnvironment):
-        def start(self, task):
-            sessions.append(super().start(task))
-            return sessions[-1]
-
-    class Slow(ScriptedPolicy):
-        async def generate(self, request):
-            await asyncio.sleep(60)
-
-    def check():
-        nonlocal asked
-        asked += 1
-        if asked == 3:
-            raise Interrupted("SIGTERM: stopping")
-
-    started = time.perf_counter()
-    with pytest.raises(Interrupted, match="SIGTERM"):
-        asyncio.run(
-            run_batch(
-                [make_task()],
-                3,
-                setup=EpisodeSetup(Environment(), chat, LIMITS, Sampling(), SEEDS),
-                clients=[Slow(chat, [])],
-                concurrency=2,
-                check=check,
-            )
-        )
-    assert time.perf_counter() - started < 20 and asked == 3
-    assert len(sessions) == 2 and all(session.closed for session in sessions)
-
-
-def test_tools_that_wait_hold_up_no_other_episode(chat):
-    open_episodes = 40  # above what asyncio's own pool would run at once on any machine
-    together = threading.Barrier(open_episodes)
-
-    class Environment(ScriptedEnvironment):
-        def start(self, task):
-            together.wait(timeout=30)  # passes only once all of them are here
-            return super().start(task)
-
-    class Cut(ScriptedPolicy):
-        async def generate(self, request):
-            raise ServerError("no policy needed")
-
-    settings = dict(setup=EpisodeSetup(Environment(), chat, LIMITS, Sampling(), SEEDS), concurrency=open_episodes)
-    rollouts = asyncio.run(run_batch([make_task()], open_episodes, clients=[Cut(chat, [])], **settings))
-    assert {rollout.error for rollout in rollouts} == {"ServerError: no policy needed"}
-
-
-def test_tasks_go_to_the_servers_in_turn_and_stay_there(chat):
-    asked = {0: set(), 1: set()}
-
-    class Policy(ScriptedPolicy):
-        def __init__(self, number):
-            super().__init__(chat, [])
-            self.number = number
-
-        async def generate(self, request):
-            asked[self.number].add(chat.tokenizer.decode(list(request.prompt_ids)).partition("task ")[2][:1])
-            ids = [*chat.encode_assistant("Fine.")[0], chat.eos_ids[0]]
-            return Completion(ids, [-1.0] * len(ids), "stop", 3)
-
-    tasks = [make_task(f"t{i}", f"This is task {i}.") for i in range(5)]
-    settings = dict(setup=EpisodeSetup(ScriptedEnvironment(), chat, LIMITS, Sampling(), SEEDS), concurrency=4)
-    rollouts = asyncio.run(run_batch(tasks, 2, clients=[Policy(0), Policy(1)], **settings))
-    assert [(r.task_id, r.sample) for r in rollouts] == [(f"t{i}", k) for i in range(5) for k in range(2)]
-    assert asked == {0: {"0", "2", "4"}, 1: {"1", "3"}}
 
 
 @pytest.mark.parametrize("opened", [False, True])

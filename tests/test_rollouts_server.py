@@ -1,58 +1,35 @@
-"""The real server with the real small model: exact log-probs, refit, stale weights, and that nothing of it outlives its
-trainer.
+"""The real server with the real small model: exact log-probs, its key, refit and stale weights. (How it starts and
+ends: test_rollouts_server_life.py.)
 """
 
-import asyncio
 import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from pact_nemo.chat.template import ChatFormat
-from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.manifest import MANIFEST_NAME, new_export
-from pact_nemo.environments.base import Outcome, Task
 from pact_nemo.errors import CheckpointError, ConfigError, ServerError
-from pact_nemo.rollouts.batch import run_batch
-from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.serving.api_key import OPEN_PATHS
-from pact_nemo.serving.client import GenerationRequest, RolloutClient, StaleWeights
-from pact_nemo.serving.config import EpisodeLimits, RolloutServerConfig, Sampling
+from pact_nemo.serving.client import GenerationRequest, StaleWeights
+from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.endpoint import ServerEndpoint
 from pact_nemo.serving.refit import refit
 from pact_nemo.serving.server import RolloutServer, group_members
 from tests.faults.sockets import foreign, listening
+from tests.workers.server_kit import client_of, play, reference_logprobs, request, sample
 
 pytest.importorskip("vllm")
-ROOT = Path(__file__).parents[1]
 # float32 so that log-probs can be compared exactly, not to bfloat16's two digits
 CONFIG = RolloutServerConfig(
     device="cpu", dtype="float32", max_model_len=1024, max_num_seqs=16, max_num_batched_tokens=1024
 )
-LIMITS = EpisodeLimits(
-    max_turns_per_user_turn=3, max_turns=6, max_turn_tokens=24, max_response_tokens=200, max_model_len=1024
-)
-
-
-@pytest.fixture(scope="module")
-def model_dir():
-    return materialise_embedded_model(ROOT / ".cache" / "pact_nemo")
-
-
-@pytest.fixture(scope="module")
-def chat(model_dir):
-    return ChatFormat.from_pretrained(model_dir, "pythonic")
 
 
 @pytest.fixture(scope="module")
@@ -62,42 +39,6 @@ def server(model_dir, tmp_path_factory):
         assert len(group_members(group)) >= 2
         yield running
     assert group_members(group) == []  # a normal end leaves no process of the group
-
-
-def client_of(server, **changes):
-    settings = dict(
-        endpoint=server.endpoint, weight_version=0, request_timeout_s=120.0, connect_retries=1, admin_timeout_s=120.0
-    )
-    return RolloutClient(**(settings | changes))
-
-
-def sample(client, *requests):
-    async def call():
-        async with client:
-            return await asyncio.gather(*(client.generate(request) for request in requests))
-
-    return asyncio.run(call())
-
-
-def request(chat, text="Name three colours.", **changes):
-    prompt = tuple(chat.prompt_ids([{"role": "user", "content": text}], []))
-    settings = dict(max_tokens=24, temperature=1.0, top_p=1.0, stop_token_ids=tuple(chat.eos_ids), seed=11)
-    return GenerationRequest(prompt, **(settings | changes))
-
-
-@torch.no_grad()
-def reference_logprobs(folder, prompt, sampled, temperature=1.0, top_p=1.0):
-    """transformers' log-probs of the sampled tokens under the distribution that a sampler with these settings draws
-    from.
-    """
-    torch.set_num_threads(2)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    logits = model(torch.tensor([[*prompt, *sampled]])).logits[0, len(prompt) - 1 : -1] / temperature
-    if top_p < 1:
-        values, order = logits.softmax(-1).sort(-1, descending=True)
-        outside = values.cumsum(-1) - values >= top_p
-        logits[torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, outside)] = -torch.inf
-    return logits.log_softmax(-1).gather(-1, torch.tensor(sampled)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9)])
@@ -186,42 +127,6 @@ def test_every_path_but_health_asks_for_the_key(server):
 
 
 REQUEST = GenerationRequest((1, 2, 3), 2, 1.0, 1.0, (2,), 1)
-
-
-@dataclass
-class TwoTurnSession:
-    task: Task
-    left: int = 1
-
-    def execute(self, calls):
-        return ["done"] * len(calls)
-
-    def next_user_turn(self, message: str = ""):
-        self.left -= 1
-        return ([{"role": "user", "content": "And one more?"}], []) if self.left >= 0 else None
-
-    def outcome(self):
-        return Outcome(True, 1.0)
-
-    def close(self):
-        pass
-
-
-class TwoTurns:
-    def start(self, task):
-        return TwoTurnSession(task)
-
-
-def play(server, chat, client, tasks=2, samples=2, concurrency=8):
-    texts = [f"Name a number larger than {i}." for i in range(tasks)]
-    items = [
-        Task(f"t{i}", f"t{i}", "c", (({"role": "user", "content": text},),), (), ((),)) for i, text in enumerate(texts)
-    ]
-    settings = dict(
-        setup=EpisodeSetup(TwoTurns(), chat, LIMITS, Sampling(), SeedPath(3, 1)),
-        concurrency=concurrency,
-    )
-    return asyncio.run(run_batch(items, samples, clients=client if isinstance(client, list) else [client], **settings))
 
 
 def test_episodes_are_token_in_token_out_and_repeatable(server, chat, model_dir):
@@ -348,46 +253,6 @@ def test_a_failed_reload_leaves_no_valid_version(server, chat, exports, model_di
     monkeypatch.undo()
     refit(client, exports / "v000001", 1)
     sample(client, request(chat))
-
-
-def test_a_killed_trainer_takes_its_server_along(model_dir, tmp_path):
-    script = (
-        "import sys, time\nfrom pact_nemo.serving.config import RolloutServerConfig\nfrom pact_nemo.serving.server"
-        f" import RolloutServer\nserver = RolloutServer(RolloutServerConfig(device='cpu'), {str(model_dir)!r},"
-        f" log_file={str(tmp_path / 'log')!r})\nserver.launch(); print(server.pid, flush=True); time.sleep(100)\n"
-    )
-    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    group = int(trainer.stdout.readline())
-    time.sleep(1)
-    assert group_members(group) == [group]
-    trainer.kill()
-    trainer.wait()
-    deadline = time.monotonic() + 10
-    while group_members(group) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert group_members(group) == []
-
-
-def test_a_server_that_dies_while_starting_says_why(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
-    config = RolloutServerConfig(device="cpu", extra_args=["--no-such-option"])
-    with (
-        pytest.raises(ServerError, match="(?s)died while starting.*no-such-option"),
-        RolloutServer(config, tmp_path, log_file=tmp_path / "log"),
-    ):
-        pass
-    assert "no-such-option" in (tmp_path / "log").read_text()
-
-
-def test_a_server_that_is_not_healthy_in_time_is_stopped(model_dir, tmp_path):
-    server = RolloutServer(RolloutServerConfig(device="cpu", start_timeout_s=1.0), model_dir, log_file=tmp_path / "log")
-    seen = []
-    server.launch()
-    group = server.pid
-    with pytest.raises(ServerError, match="not healthy after 1 s"):
-        server.wait_ready(lambda seconds, line: seen.append(seconds))
-    assert seen and group_members(group) == []
 
 
 def test_attaching_uses_the_key_of_the_environment_and_leaves_the_server_running(

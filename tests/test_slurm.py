@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_training_runs import recipe, records, stage  # noqa: F401 - stage is a fixture
+from tests.workers.recipe_runs import recipe, records
 from tests.workers.slurm_cluster import Cluster, missing
 
 REPO = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
-def submit(cluster: Cluster, stage: dict[str, Any], root: Path, *words: str) -> str:  # noqa: F811
+def submit(cluster: Cluster, stage: dict[str, Any], root: Path, *words: str) -> str:
     """sbatch the real script, made small: two nodes with one rank each, replayed rollouts."""
     environment = {
         **cluster.env,
@@ -125,7 +125,7 @@ def metrics(root: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_a_job_over_two_nodes_is_requeued_in_mid_step_and_ends_as_if_it_never_was(
     cluster: Cluster,
-    stage: dict[str, Any],  # noqa: F811
+    stage: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     uncut = recipe(stage, "uncut", "policy.pipeline_parallel=2", ranks=2)
@@ -153,7 +153,7 @@ def test_a_job_over_two_nodes_is_requeued_in_mid_step_and_ends_as_if_it_never_wa
 @pytest.mark.slow
 def test_the_schedulers_notice_is_a_checkpoint_and_the_job_requeues_itself(
     cluster: Cluster,
-    stage: dict[str, Any],  # noqa: F811
+    stage: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     root = tmp_path / "noticed"
@@ -170,7 +170,7 @@ def test_the_schedulers_notice_is_a_checkpoint_and_the_job_requeues_itself(
 @pytest.mark.slow
 def test_a_node_that_dies_takes_the_job_with_it_and_it_goes_on_when_the_node_is_back(
     cluster: Cluster,
-    stage: dict[str, Any],  # noqa: F811
+    stage: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     root = tmp_path / "died"
@@ -188,7 +188,7 @@ def test_a_node_that_dies_takes_the_job_with_it_and_it_goes_on_when_the_node_is_
 @pytest.mark.slow
 def test_a_rollout_server_on_a_node_of_its_own(
     cluster: Cluster,
-    stage: dict[str, Any],  # noqa: F811
+    stage: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

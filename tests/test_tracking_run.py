@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_training_runs import recipe, records, stage, weights  # noqa: F401 - stage is a fixture
+from tests.workers.recipe_runs import recipe, records, weights
 from tests.workers.tracker_files import mlflow_curves, tensorboard_curves, wandb_curves
 
 REPO = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def example(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_trackers_change_no_number_of_a_run_and_the_pages_example_follows_a_resume(
-    stage: dict[str, Any],  # noqa: F811 - the fixture
+    stage: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     """One run with no tracker; one with the example, both services and one tracker that fails, stopped and resumed."""

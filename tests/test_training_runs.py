@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,78 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pact_nemo.checkpoints.resume_folders import steps as resume_steps
 from pact_nemo.checkpoints.resume_manifest import verify
 from pact_nemo.config.load import load_config
 from pact_nemo.errors import ConfigError
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.policy.optimizer import learning_rate
 from pact_nemo.training.collect import replayed
-from tests.workers.policy_kit import make_chat_model
+from tests.workers.recipe_runs import REPO, STEPS, recipe, records, weights
 from tests.workers.scripted import write_replay
 
-REPO = Path(__file__).resolve().parents[1]
-STEPS = 2
 SLOW = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A tiny random model with the embedded model's tokenizer, the shipped CPU preset made small, and dumped rollouts
-    of it.
-    """
-    folder = tmp_path_factory.mktemp("runs")
-    model = make_chat_model(folder / "model")
-    words = [
-        f"model.path={model}",
-        f"run.root={folder / 'runs'}",
-        f"trainer.replay={folder / 'replay'}",
-        f"trainer.steps={STEPS}",
-        f"objective.schedule.horizon={STEPS}",
-        "trainer.batch_size=4",
-        "trainer.mini_batch_size=2",
-        "trainer.checkpoint_every=1",
-        "objective.kl_coef=0.01",
-        "rollout.importance=tis",
-        "warmup.steps=1",
-        "warmup.batch_size=2",
-        "optimizer.lr=1e-3",
-        "tasks.max_eval=2",
-        "tasks.max_train=12",
-    ]
-    preset = REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml"
-    write_replay(load_config(preset, words), model, folder / "replay", STEPS)
-    return {"folder": folder, "words": words, "preset": str(preset)}
-
-
-def recipe(stage: dict[str, Any], name: str, *words: str, ranks: int = 1, resume: Path | None = None) -> Path:
-    """Run the recipe as a user does; returns its run folder."""
-    launcher = (
-        [sys.executable]
-        if ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    )
-    source = (
-        ["--config", stage["preset"], *stage["words"], f"run.name={name}"]
-        if resume is None
-        else ["--resume", str(resume)]
-    )
-    command = [*launcher, str(REPO / "recipes" / "pact_bfcl.py"), *source, *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=REPO, env=environment)
-    assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-    return resume or stage["folder"] / "runs" / f"{name}-pact-seed1234-1"
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in r.items() if not k.startswith("time/") and k != "rollout/tokens_per_second"} for r in lines
-    ]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "hf" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -291,162 +228,3 @@ def test_a_wrong_setting_and_a_dry_run_start_nothing(tmp_path: Path) -> None:
     )
     assert dry.returncode == 0 and "steps: 7" in dry.stdout and "GiB" in dry.stdout and "7 steps x" in dry.stdout
     assert not list(tmp_path.iterdir())
-
-
-def test_a_run_with_its_own_server(stage: dict[str, Any]) -> None:
-    """The real thing at its smallest: server, evaluation, refit by export, version stamps, and no trace in any
-    request.
-    """
-    words = [
-        "trainer.replay=null",
-        "trainer.steps=1",
-        "rollout.sampling.max_turn_tokens=24",
-        "rollout.server.max_model_len=512",
-    ]
-    run = recipe(stage, "served", *words)
-    summary = json.loads((run / "summary.json").read_text())
-    assert set(summary["eval"]) == {"base", "before", "after"}
-    assert [summary["eval"][name]["weight_version"] for name in ("base", "before", "after")] == [0, 1, 2]
-    assert all(summary["eval"][name]["n"] == 2 and summary["eval"][name]["failed"] == 0 for name in summary["eval"])
-    rollouts = [json.loads(line) for line in (run / "rollouts" / "step_000000.jsonl").read_text().splitlines()]
-    assert (
-        len(rollouts) == 16
-        and {r["weight_version"] for r in rollouts} == {1}
-        and all(r["status"] != "failed" for r in rollouts)
-    )
-    (row,) = [r for r in records(run) if r["stage"] == "rl"]
-    assert (
-        row["mismatch/mean_abs"] < 2e-3
-    )  # sampler and trainer compute in float32: what was sampled is what is trained on
-    assert summary["peak_memory_bytes"]["server"] > 0 and summary["seconds"]["rollout"] > 0
-
-    from pact_nemo.chat.template import ChatFormat
-    from pact_nemo.data.dataset import build_dataset
-    from pact_nemo.data.tasks import build_environment
-    from pact_nemo.environments.base import Task
-    from pact_nemo.tracking.terminal import RunProgress
-    from pact_nemo.training.generation import Generator
-
-    config = load_config(stage["preset"], [*stage["words"], *words])
-    chat = ChatFormat.from_pretrained(run / "hf", config.model.tool_format)
-    environment = build_environment(config)
-    dataset = build_dataset(config, environment, chat)
-    tasks: list[Task] = dataset.train[:3]
-    bodies: list[dict[str, Any]] = []
-    with RunProgress(total_steps=1, enabled=False) as progress:
-        generator = Generator(config, chat, environment, progress, stage["folder"] / "again.log")
-        generator.on_request = bodies.append
-        try:
-            generator.launch(run / "hf")  # vLLM serves the export as it is
-            generator.wait_ready()
-            played = generator.rollouts(tasks, 2, step=0, version=0)
-        finally:
-            generator.close()
-    assert len(bodies) == sum(len(r.turns) for r in played) >= 6
-    sent = {tuple(body["token_ids"]) for body in bodies}
-    allowed = {(*r.prompt_ids, *r.token_ids[: turn.start]) for r in played for turn in r.turns}
-    assert sent == allowed  # a request is the prompt and what this very rollout wrote and saw, nothing else
-    flat = " ".join(chat.decode(ids) for ids in sent)
-    for task in tasks:
-        for turn in dataset.traces[task.id].turns:
-            for segment in turn.segments:
-                assert segment.text.strip() not in flat
-
-
-@pytest.mark.slow
-def test_generation_ahead_is_one_version_behind_and_survives_a_cut(stage: dict[str, Any]) -> None:
-    """``trainer.overlap``: the first step samples from the weights it trains, later ones from those before; a
-    checkpoint holds what was sampled.
-    """
-    words = [
-        "trainer.replay=null",
-        "trainer.overlap=true",
-        "trainer.steps=3",
-        "objective.schedule.horizon=3",
-        "warmup.steps=0",
-    ]
-    words += [
-        "rollout.sampling.max_turn_tokens=24",
-        "rollout.server.max_model_len=512",
-        "evaluation.before=false",
-        "evaluation.after=false",
-    ]
-    words += ["trainer.keep_checkpoints=2"]
-    run = recipe(stage, "ahead", *words)
-    rows = [row for row in records(run) if row["stage"] == "rl"]
-    assert [row["rollout/lag"] for row in rows] == [0, 1, 1]
-    dumped = [
-        [json.loads(line) for line in (run / "rollouts" / f"step_{i:06d}.jsonl").read_text().splitlines()]
-        for i in range(3)
-    ]
-    assert [{row["weight_version"] for row in step} for step in dumped] == [{0}, {0}, {1}]
-    whole, trained = weights(run), rows[-1]
-
-    newest = max(resume_steps(run / "checkpoints"))
-    shutil.rmtree(run / "checkpoints" / f"step_{newest:06d}")  # as if the run had died in its last step
-    shutil.rmtree(run / "hf")
-    again = recipe(stage, "ahead", *words, resume=run)
-    last = [row for row in records(again) if row["stage"] == "rl"][-1]
-    assert {k: v for k, v in last.items() if not k.startswith("refit/")} == {
-        k: v for k, v in trained.items() if not k.startswith("refit/")
-    }
-    after = weights(again)
-    assert all(torch.equal(after[name], value) for name, value in whole.items())
-
-
-@pytest.mark.slow
-def test_two_servers_that_run_elsewhere_are_shared_and_refitted_together(stage: dict[str, Any]) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PACT_ROLLOUT_API_KEY": "a key of this run"}
-    folder = stage["folder"] / "servers"
-    folder.mkdir()
-    serve = [
-        sys.executable,
-        str(REPO / "tools" / "serve.py"),
-        "--config",
-        stage["preset"],
-        f"model.path={stage['folder'] / 'model'}",
-    ]
-    servers = [
-        subprocess.Popen(
-            [*serve, "--ready", str(folder / f"{i}.url"), "--log", str(folder / f"{i}.log")], env=environment, cwd=REPO
-        )
-        for i in (0, 1)
-    ]
-    try:
-        deadline = time.monotonic() + 240
-        while len(list(folder.glob("*.url"))) < 2:
-            assert time.monotonic() < deadline and all(server.poll() is None for server in servers)
-            time.sleep(0.5)
-        urls = ",".join(path.read_text().strip() for path in sorted(folder.glob("*.url")))
-        words = [
-            "--config",
-            stage["preset"],
-            *stage["words"],
-            "run.name=shared",
-            "trainer.replay=null",
-            f"rollout.server.url={urls}",
-        ]
-        short = [
-            "trainer.steps=1",
-            "trainer.batch_size=2",
-            "trainer.mini_batch_size=2",
-            "rollout.sampling.max_turn_tokens=24",
-        ]
-        command = [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), *words, *short]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=REPO, env=environment)
-        assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-        assert "2 rollout servers ready" in done.stdout
-        run = stage["folder"] / "runs" / "shared-pact-seed1234-1"
-        summary = json.loads((run / "summary.json").read_text())
-        assert [summary["eval"][name]["weight_version"] for name in ("base", "before", "after")] == [0, 1, 2]
-        assert all(summary["eval"][name]["failed"] == 0 for name in summary["eval"])
-        (row,) = [r for r in records(run) if r["stage"] == "rl"]
-        assert (
-            row["mismatch/mean_abs"] < 2e-3 and row["rollout/failed"] == 0
-        )  # both servers sample what the trainer computes
-        assert "a key of this run" not in (run / "config.yaml").read_text() + done.stdout + done.stderr
-        assert all(server.poll() is None for server in servers)  # an attached server is left running
-    finally:
-        for server in servers:
-            server.terminate()
-        assert [server.wait(30) for server in servers] == [0, 0]

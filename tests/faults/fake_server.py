@@ -64,6 +64,32 @@ class Engine:
         if what != "keep":  # "keep": says it loaded them, and did not
             self.weights, self.version = self._read(Path(folder)), version
 
+    def stop_short(self, what: str | None) -> None:
+        """Faults of the process and its engine, before anything is sampled."""
+        if self.stuck.is_set():
+            time.sleep(3600)
+        if what == "exit":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "stop":  # the whole process hangs
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if what == "stuck":  # the front end lives, its engine doesn't
+            self.stuck.set()
+            time.sleep(3600)
+        if what == "engine dead":  # the front end notices at once, and leaves a little later
+            self.dead.set()
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    def dawdle_or_swap(self, what: str | None) -> None:
+        """Faults of a living engine: an answer that is late or never comes, and weights that somebody else changed."""
+        if what == "lost":  # this request only
+            time.sleep(3600)
+        if what == "late":
+            time.sleep(1.0)
+        if what == "old weights":  # somebody else restarted it
+            self.label, self.version, self.weights, self.cache = "default", None, "old", ""
+        if what == "other weights":  # and gave it the right label
+            self.version, self.weights, self.cache = None, "old", ""
+
     def sample(self, body: dict[str, Any]) -> dict[str, Any]:
         if not self.cache:
             self.cache = self.weights  # the prefix cache is of the weights that filled it
@@ -83,6 +109,25 @@ class Engine:
                 {"token_ids": ids, "logprobs": {"content": content}, "finish_reason": "stop", "weight_versions": spans}
             ]
         }
+
+
+def spoil(choice: dict[str, Any], what: str | None) -> None:
+    """Faults of what was sampled."""
+    if what == "wrong version":
+        choice["weight_versions"][0]["version"] = "4711"
+    if what == "two versions":
+        choice["weight_versions"].append({"version": "4711", "start": 1, "end": 2})
+    if what == "nan":
+        choice["logprobs"]["content"][0]["logprob"] = float("nan")
+    if what == "other tokens":
+        choice["token_ids"][0] += 1
+    if what == "no tokens":
+        choice["token_ids"], choice["logprobs"]["content"] = [], []
+    if what == "too many":
+        choice["token_ids"] *= 100
+        choice["logprobs"]["content"] *= 100
+    if what == "aborted":
+        choice["finish_reason"] = "abort"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -126,45 +171,16 @@ class Handler(BaseHTTPRequestHandler):
         engine = self.engine
         what = engine.fault("generate")
         time.sleep(0.005)
-        if engine.stuck.is_set():
-            time.sleep(3600)
-        if what == "exit":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if what == "stop":  # the whole process hangs
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if what == "stuck":  # the front end lives, its engine doesn't
-            engine.stuck.set()
-            time.sleep(3600)
-        if what == "engine dead":  # the front end notices at once, and leaves a little later
-            engine.dead.set()
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        engine.stop_short(what)
         if engine.dead.is_set():
             return self.reply({"error": "EngineDeadError"}, status=500)
-        if what == "lost":  # this request only
-            time.sleep(3600)
-        if what == "late":
-            time.sleep(1.0)
-        if what == "old weights":  # somebody else restarted it
-            engine.label, engine.version, engine.weights, engine.cache = "default", None, "old", ""
-        if what == "other weights":  # and gave it the right label
-            engine.version, engine.weights, engine.cache = None, "old", ""
+        engine.dawdle_or_swap(what)
         answer = engine.sample(body)
-        choice = answer["choices"][0]
-        if what == "wrong version":
-            choice["weight_versions"][0]["version"] = "4711"
-        if what == "two versions":
-            choice["weight_versions"].append({"version": "4711", "start": 1, "end": 2})
-        if what == "nan":
-            choice["logprobs"]["content"][0]["logprob"] = float("nan")
-        if what == "other tokens":
-            choice["token_ids"][0] += 1
-        if what == "no tokens":
-            choice["token_ids"], choice["logprobs"]["content"] = [], []
-        if what == "too many":
-            choice["token_ids"] *= 100
-            choice["logprobs"]["content"] *= 100
-        if what == "aborted":
-            choice["finish_reason"] = "abort"
+        spoil(answer["choices"][0], what)
+        return self.deliver(answer, what)
+
+    def deliver(self, answer: dict[str, Any], what: str | None) -> None:
+        """The answer, or what a fault on the way makes of it."""
         if what == "500":
             return self.reply({"error": "oops"}, status=500)
         if what == "503":

@@ -20,7 +20,7 @@ from pact_nemo.rollouts.store import read_rollouts
 from pact_nemo.runtime import tensor_files
 from pact_nemo.traces.schema import read_traces
 from pact_nemo.tracking.jsonl import read_metrics
-from tests.faults.targets import FTRL_PLAIN, TOOLHOP_ROW, TRACE, function
+from tests.faults.targets_rows import FTRL_PLAIN, TOOLHOP_ROW, TRACE, function
 from tests.fixtures.chat_models import chat_format, tokenizer
 from tests.fixtures.run_folders import make_run
 

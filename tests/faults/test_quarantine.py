@@ -28,7 +28,7 @@ from pact_nemo.runtime.quarantine import FILE, Quarantine
 from pact_nemo.runtime.strict_json import MAX_DEPTH, loads
 from pact_nemo.traces.schema import Trace, read_traces, write_traces
 from pact_nemo.traces.spans import encode_trace, fit_trace
-from tests.faults.targets import FTRL_ROW, TOOLHOP_ROW, TRACE
+from tests.faults.targets_rows import FTRL_ROW, TOOLHOP_ROW, TRACE
 from tests.fixtures.chat_models import chat_format
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,71 +48,86 @@ class OneTurn:
         return Session()
 
 
-@pytest.mark.slow
-@pytest.mark.faults
-def test_vllm_killed_and_stopped_in_mid_generation(tmp_path: Path) -> None:
-    model = materialise_embedded_model(REPO / ".cache" / "pact_nemo")
-    chat = ChatFormat.from_pretrained(model, "pythonic")
-    config = RolloutServerConfig(
-        device="cpu",
-        dtype="float32",
-        max_model_len=512,
-        max_num_seqs=8,
-        max_num_batched_tokens=512,
-        heartbeat_s=1.0,
-        heartbeat_timeout_s=20.0,
-        max_restarts=3,
-    )
-    sent: list[dict[str, Any]] = []
-    notes: list[str] = []
-    at: dict[int, Any] = {}
+class Stage:
+    """vLLM under supervision, and faults that happen while a request of a given number is on its way."""
 
-    def on_request(body: dict[str, Any]) -> None:
-        sent.append(body)
-        if len(sent) in at:  # the request is on its way; it is answered after some tenths of a second
-            threading.Timer(0.1, at.pop(len(sent))).start()
+    def __init__(self, folder: Path):
+        model = materialise_embedded_model(REPO / ".cache" / "pact_nemo")
+        self.chat = ChatFormat.from_pretrained(model, "pythonic")
+        config = RolloutServerConfig(
+            device="cpu",
+            dtype="float32",
+            max_model_len=512,
+            max_num_seqs=8,
+            max_num_batched_tokens=512,
+            heartbeat_s=1.0,
+            heartbeat_timeout_s=20.0,
+            max_restarts=3,
+        )
+        self.sent: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.at: dict[int, Any] = {}
+        self.server = RolloutServer(config, model, log_file=folder / "server.log")
+        self.server.launch()
+        self.supervised = SupervisedServer(self.server, note=self.notes.append, on_request=self._on_request, like=model)
 
-    server = RolloutServer(config, model, log_file=tmp_path / "server.log")
-    server.launch()
-    supervised = SupervisedServer(server, note=notes.append, on_request=on_request, like=model)
+    def _on_request(self, body: dict[str, Any]) -> None:
+        self.sent.append(body)
+        if len(self.sent) in self.at:  # the request is on its way; it is answered after some tenths of a second
+            threading.Timer(0.1, self.at.pop(len(self.sent))).start()
 
-    def play() -> list[Rollout]:
+    def play(self) -> list[Rollout]:
         tasks = [
             Task(f"t{i}", "g", "c", (({"role": "user", "content": f"Name a number above {i}."},),), (), ((),))
             for i in range(4)
         ]
-        settings: Any = dict(setup=EpisodeSetup(OneTurn(), chat, LIMITS, Sampling(), SeedPath(3, 1)), concurrency=4)
-        return asyncio.run(run_batch(tasks, 2, clients=[supervised], **settings))
+        setup = EpisodeSetup(OneTurn(), self.chat, LIMITS, Sampling(), SeedPath(3, 1))
+        settings: Any = dict(setup=setup, concurrency=4)
+        return asyncio.run(run_batch(tasks, 2, clients=[self.supervised], **settings))
 
-    def engine() -> int:
+    def engine(self) -> int:
         """The process of the group that isn't its leader: vLLM's engine."""
-        assert server.pid is not None
-        return max(pid for pid in group_members(server.pid) if pid != server.pid)
+        assert self.server.pid is not None
+        return max(pid for pid in group_members(self.server.pid) if pid != self.server.pid)
 
-    def content(rollouts: list[Rollout]) -> list[Any]:
-        return [(r.task_id, r.sample, r.status, r.token_ids, r.loss_mask, r.weight_version) for r in rollouts]
+    def faults(self) -> dict[str, Callable[[], None]]:
+        return {
+            "front end killed": lambda: os.kill(self.server.pid or 0, signal.SIGKILL),
+            "engine killed": lambda: os.kill(self.engine(), signal.SIGKILL),
+            "engine stopped": lambda: os.kill(self.engine(), signal.SIGSTOP),
+        }
 
+
+def content(rollouts: list[Rollout]) -> list[Any]:
+    return [(r.task_id, r.sample, r.status, r.token_ids, r.loss_mask, r.weight_version) for r in rollouts]
+
+
+def largest_difference(again: list[Rollout], plain: list[Rollout]) -> float:
+    """Of their log-probs, token by token."""
+    pairs = [
+        pair
+        for x, y in zip(again, plain, strict=True)
+        for pair in zip(x.sampler_logprobs, y.sampler_logprobs, strict=True)
+    ]
+    return max(abs(a - b) for a, b in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_vllm_killed_and_stopped_in_mid_generation(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    server, supervised, sent, notes = stage.server, stage.supervised, stage.sent, stage.notes
     try:
         supervised.wait_ready()
-        plain = play()
+        plain = stage.play()
         assert all(rollout.status != "failed" for rollout in plain)
-        faults = {
-            "front end killed": lambda: os.kill(server.pid or 0, signal.SIGKILL),
-            "engine killed": lambda: os.kill(engine(), signal.SIGKILL),
-            "engine stopped": lambda: os.kill(engine(), signal.SIGSTOP),
-        }
-        for number, (name, fault) in enumerate(faults.items(), 1):
+        for number, (name, fault) in enumerate(stage.faults().items(), 1):
             sent.clear()
-            at[3] = fault
+            stage.at[3] = fault
             group = server.pid
-            again = play()
+            again = stage.play()
             assert content(again) == content(plain), name
-            pairs = [
-                pair
-                for x, y in zip(again, plain, strict=True)
-                for pair in zip(x.sampler_logprobs, y.sampler_logprobs, strict=True)
-            ]
-            difference = max(abs(a - b) for a, b in pairs)
+            difference = largest_difference(again, plain)
             print(f"{name}: {len(sent)} requests sent, log-probs differ by at most {difference:g}; {notes[-2:]}")
             assert difference < 1e-4 and supervised.health.restarts == number and len(sent) > 8, notes
             assert group is not None and group_members(group) == []

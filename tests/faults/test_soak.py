@@ -94,15 +94,11 @@ def look(root: int, run: Path) -> Sample | None:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.faults
-@pytest.mark.timeout(7200)
-def test_a_long_run_stays_as_large_as_it_is(tmp_path: Path) -> None:
-    steps = int(os.environ.get("PACT_SOAK_STEPS", "500"))
-    model = make_chat_model(tmp_path / "model")
-    words = [
+def settings(model: Path, runs: Path, steps: int) -> list[str]:
+    """A tiny run that writes, rotates and deletes all the time."""
+    return [
         f"model.path={model}",
-        f"run.root={tmp_path / 'runs'}",
+        f"run.root={runs}",
         f"trainer.steps={steps}",
         "trainer.batch_size=2",
         "trainer.mini_batch_size=1",
@@ -127,27 +123,30 @@ def test_a_long_run_stays_as_large_as_it_is(tmp_path: Path) -> None:
         # one is small and full at once
         "rollout.server.extra_args=[--num-gpu-blocks-override=256]",
     ]
-    log = open(tmp_path / "run.log", "wb")  # noqa: SIM115 - closed below
+
+
+def watched(words: list[str], folder: Path) -> list[Sample]:
+    """Looks at a run with these settings, from its first step to its end, which has to be a good one."""
+    log = open(folder / "run.log", "wb")  # noqa: SIM115 - closed below
     command, environment = [sys.executable, "recipes/pact_bfcl.py", *words], os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log, start_new_session=True, env=environment)
     samples: list[Sample] = []
     try:
         while run.poll() is None:
             time.sleep(LOOK_S)
-            sample = look(run.pid, tmp_path / "runs" / "latest")
+            sample = look(run.pid, folder / "runs" / "latest")
             if sample is not None and sample.step > 0:
                 samples.append(sample)
     finally:
         run.kill()
         run.wait()
         log.close()
-    assert run.returncode == 0, (tmp_path / "run.log").read_text()[-3000:]
-    folder = (tmp_path / "runs" / "latest").resolve()
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == steps
-    assert len(list((folder / "rollouts").iterdir())) == min(KEEP, steps)
-    assert (folder / "server.log").stat().st_size < 2 * 2**20
+    assert run.returncode == 0, (folder / "run.log").read_text()[-3000:]
+    return samples
 
-    settled = [sample for sample in samples if SETTLED * steps <= sample.step < steps]
+
+def growth(settled: list[Sample]) -> dict[str, float]:
+    """Of every number, per 100 steps."""
     at = np.array([sample.step for sample in settled], dtype=float)
     slopes = {}
     for name in ("trainer_mb", "server_mb", "descriptors", "threads", "processes", "disk_mb", "metrics_mb"):
@@ -157,6 +156,11 @@ def test_a_long_run_stays_as_large_as_it_is(tmp_path: Path) -> None:
             f"{name}: {values[0]:.1f} at step {at[0]:.0f}, {values[-1]:.1f} at step {at[-1]:.0f}, {slopes[name]:+.3f}"
             " per 100 steps"
         )
+    return slopes
+
+
+def longest_zombie(samples: list[Sample]) -> int:
+    """The number of looks in which one and the same ended process was still there."""
     waits = Counter(
         pid for sample in samples for pid in sample.zombies
     )  # a writer that has ended is one until the step is over
@@ -165,6 +169,22 @@ def test_a_long_run_stays_as_large_as_it_is(tmp_path: Path) -> None:
         f"zombies: {len(waits)} in all, {together} at a time, none for more than {longest} of {len(samples)} looks, one"
         f" each {LOOK_S:g} s"
     )
+    return longest
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.timeout(7200)
+def test_a_long_run_stays_as_large_as_it_is(tmp_path: Path) -> None:
+    steps = int(os.environ.get("PACT_SOAK_STEPS", "500"))
+    samples = watched(settings(make_chat_model(tmp_path / "model"), tmp_path / "runs", steps), tmp_path)
+    folder = (tmp_path / "runs" / "latest").resolve()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == steps
+    assert len(list((folder / "rollouts").iterdir())) == min(KEEP, steps)
+    assert (folder / "server.log").stat().st_size < 2 * 2**20
+
+    settled = [sample for sample in samples if SETTLED * steps <= sample.step < steps]
+    slopes, longest = growth(settled), longest_zombie(samples)
     if where := os.environ.get("PACT_SOAK_OUT"):
         Path(where).write_text(json.dumps([vars(sample) for sample in samples]))
     shutil.rmtree(tmp_path / "runs")

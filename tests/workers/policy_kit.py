@@ -7,10 +7,12 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.policy.trees import Segment, TokenTree
@@ -27,15 +29,9 @@ LLAMA3_ROPE = {
 }
 
 
-def make_model(
-    folder: Path, family: str, *, seed: int = 0, layers: int = 4, vocabulary: int = VOCAB, heads: int = 8
-) -> Path:
-    """Write a tiny random Hugging Face model: ``llama`` (tied), ``llama3`` (untied, scaled RoPE), ``llama_biases`` (of
-    attention and MLP), ``mistral`` (windows), ``qwen2`` (biases), ``qwen3`` (q/k norms), ``qwen3_window`` (attention
-    biases, windows in the upper half), ``qwen3_moe`` (4 experts, 2 a token), ``qwen3_moe_window`` (attention biases,
-    windows, routing weights that don't sum to one).
-    """
-    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+def _config_of(family: str, layers: int, vocabulary: int, heads: int) -> Any:
+    """transformers' configuration of a tiny model."""
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     common: dict[str, Any] = dict(
         vocab_size=vocabulary,
@@ -46,7 +42,7 @@ def make_model(
         intermediate_size=96,
         max_position_embeddings=8192,
     )
-    config = {
+    configs: dict[str, Callable[[], Any]] = {
         "llama": lambda: LlamaConfig(
             **common, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 777.0}
         ),
@@ -83,7 +79,21 @@ def make_model(
             use_sliding_window=True,
             sliding_window=7,
         ),
-    }[family]()
+    }
+    return configs[family]()
+
+
+def make_model(
+    folder: Path, family: str, *, seed: int = 0, layers: int = 4, vocabulary: int = VOCAB, heads: int = 8
+) -> Path:
+    """Write a tiny random Hugging Face model: ``llama`` (tied), ``llama3`` (untied, scaled RoPE), ``llama_biases`` (of
+    attention and MLP), ``mistral`` (windows), ``qwen2`` (biases), ``qwen3`` (q/k norms), ``qwen3_window`` (attention
+    biases, windows in the upper half), ``qwen3_moe`` (4 experts, 2 a token), ``qwen3_moe_window`` (attention biases,
+    windows, routing weights that don't sum to one).
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _config_of(family, layers, vocabulary, heads)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
@@ -188,3 +198,8 @@ def make_chat_model(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (model / name).write_bytes((embedded / name).read_bytes())
     return model
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder's safetensors files."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}

@@ -56,69 +56,8 @@ class Cluster:
         for parent in (folder, *folder.parents):  # munged runs as its own user and must reach its folder
             if parent.stat().st_mode & 0o005 != 0o005 and parent != Path("/"):
                 parent.chmod(parent.stat().st_mode | 0o055)
-        key = folder / "munge" / "key"
-        key.write_bytes(os.urandom(1024))
-        key.chmod(0o400)
-        user = pwd.getpwnam("munge")
-        for item in (folder / "munge", key):
-            os.chown(item, user.pw_uid, user.pw_gid)
-        (folder / "munge").chmod(0o755)
-        sockets = folder / "munge" / "socket"
-        self._start(
-            "munged",
-            [
-                "munged",
-                "--foreground",
-                f"--socket={sockets}",
-                f"--key-file={key}",
-                f"--pid-file={folder / 'munge' / 'pid'}",
-                f"--log-file={folder / 'munge' / 'log'}",
-                f"--seed-file={folder / 'munge' / 'seed'}",
-                "--force",
-            ],
-            user=(user.pw_uid, user.pw_gid),
-        )
-        ports = {name: free_port() for name in self.nodes}
-        lines = [
-            "ClusterName=test",
-            f"SlurmctldHost={socket.gethostname()}(127.0.0.1)",
-            f"SlurmctldPort={free_port()}",
-            "SlurmUser=root",
-            "SlurmdUser=root",
-            "AuthType=auth/munge",
-            f"AuthInfo=socket={sockets}",
-            "CryptoType=crypto/munge",
-            "MpiDefault=none",
-            "ProctrackType=proctrack/pgid",
-            "TaskPlugin=task/none",
-            "SelectType=select/cons_tres",
-            "SelectTypeParameters=CR_Core",
-            "ReturnToService=2",
-            "JobRequeue=1",
-            "SlurmdTimeout=10",
-            "SlurmctldTimeout=10",
-            "KillWait=60",
-            "MinJobAge=300",
-            "SlurmdParameters=config_overrides",
-            "SchedulerParameters=requeue_setup_env_fail,sched_interval=2,bf_interval=2",
-            "AccountingStorageType=accounting_storage/none",
-            "JobAcctGatherType=jobacct_gather/none",
-            f"StateSaveLocation={folder / 'state'}",
-            f"SlurmdSpoolDir={folder / 'spool'}/%n",
-            f"SlurmctldPidFile={folder / 'ctld.pid'}",
-            f"SlurmdPidFile={folder}/%n.pid",
-            f"SlurmctldLogFile={folder / 'log' / 'ctld'}",
-            f"SlurmdLogFile={folder / 'log'}/%n",
-            "ReconfigFlags=KeepPartState",
-        ]
-        lines += [
-            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports[name]} CPUs=2"
-            for name in self.nodes
-        ]
-        lines += [
-            f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES"
-        ]
-        self.conf.write_text("\n".join(lines) + "\n")
+        sockets = self._start_munged()
+        self.conf.write_text("\n".join(self._settings(sockets)) + "\n")
         self._until(lambda: sockets.exists(), 20, "munged's socket")
         self._start("slurmctld", ["slurmctld", "-D"])
         for name in self.nodes:
@@ -188,6 +127,78 @@ class Cluster:
 
         self._until(reached, seconds, f"job {job} in {wanted}")
         return self.state(job)
+
+    def _start_munged(self) -> Path:
+        """Returns its socket."""
+        folder = self.folder
+        key = folder / "munge" / "key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        user = pwd.getpwnam("munge")
+        for item in (folder / "munge", key):
+            os.chown(item, user.pw_uid, user.pw_gid)
+        (folder / "munge").chmod(0o755)
+        sockets = folder / "munge" / "socket"
+        self._start(
+            "munged",
+            [
+                "munged",
+                "--foreground",
+                f"--socket={sockets}",
+                f"--key-file={key}",
+                f"--pid-file={folder / 'munge' / 'pid'}",
+                f"--log-file={folder / 'munge' / 'log'}",
+                f"--seed-file={folder / 'munge' / 'seed'}",
+                "--force",
+            ],
+            user=(user.pw_uid, user.pw_gid),
+        )
+        return sockets
+
+    def _settings(self, sockets: Path) -> list[str]:
+        """Lines of slurm.conf."""
+        folder = self.folder
+        ports = {name: free_port() for name in self.nodes}
+        lines = [
+            "ClusterName=test",
+            f"SlurmctldHost={socket.gethostname()}(127.0.0.1)",
+            f"SlurmctldPort={free_port()}",
+            "SlurmUser=root",
+            "SlurmdUser=root",
+            "AuthType=auth/munge",
+            f"AuthInfo=socket={sockets}",
+            "CryptoType=crypto/munge",
+            "MpiDefault=none",
+            "ProctrackType=proctrack/pgid",
+            "TaskPlugin=task/none",
+            "SelectType=select/cons_tres",
+            "SelectTypeParameters=CR_Core",
+            "ReturnToService=2",
+            "JobRequeue=1",
+            "SlurmdTimeout=10",
+            "SlurmctldTimeout=10",
+            "KillWait=60",
+            "MinJobAge=300",
+            "SlurmdParameters=config_overrides",
+            "SchedulerParameters=requeue_setup_env_fail,sched_interval=2,bf_interval=2",
+            "AccountingStorageType=accounting_storage/none",
+            "JobAcctGatherType=jobacct_gather/none",
+            f"StateSaveLocation={folder / 'state'}",
+            f"SlurmdSpoolDir={folder / 'spool'}/%n",
+            f"SlurmctldPidFile={folder / 'ctld.pid'}",
+            f"SlurmdPidFile={folder}/%n.pid",
+            f"SlurmctldLogFile={folder / 'log' / 'ctld'}",
+            f"SlurmdLogFile={folder / 'log'}/%n",
+            "ReconfigFlags=KeepPartState",
+        ]
+        lines += [
+            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports[name]} CPUs=2"
+            for name in self.nodes
+        ]
+        lines += [
+            f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES"
+        ]
+        return lines
 
     def _start(self, name: str, command: list[str], user: tuple[int, int] | None = None) -> None:
         output = open(self.folder / "log" / f"{name}.out", "ab")  # noqa: SIM115 - the daemon's

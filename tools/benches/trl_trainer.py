@@ -47,6 +47,33 @@ class Sample:
     advantages: list[float]
 
 
+def _grpo_config(trl: Any, config: Config, output: Path) -> Any:
+    """TRL's settings, of our objective, optimizer and precision."""
+    objective, optimizer = config.objective, config.optimizer
+    bf16 = config.policy.resolved_precision(cuda=use_cuda()) == "bf16"
+    return trl.GRPOConfig(
+        output_dir=str(output),
+        model_init_kwargs={"dtype": "bfloat16" if bf16 else "float32", "attn_implementation": "sdpa"},
+        per_device_train_batch_size=objective.group_size,
+        num_generations=objective.group_size,
+        max_completion_length=objective.constant_length,
+        loss_type=LOSS_TYPES[objective.aggregation],
+        beta=objective.kl_coef,
+        epsilon=objective.clip_low,
+        epsilon_high=objective.clip_high,
+        learning_rate=0.0,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_epsilon=optimizer.eps,
+        max_grad_norm=optimizer.clip_grad,
+        gradient_checkpointing=False,
+        bf16=bf16,
+        use_cpu=not use_cuda(),
+        report_to="none",
+    )
+
+
 class Trainer:
     """TRL's ``GRPOTrainer`` on rollouts that are given to it."""
 
@@ -85,32 +112,10 @@ class Trainer:
 
         self.version = str(trl.__version__)
         self._utils, self._scores_compactly = utils, utils._use_triton
-        objective, optimizer = config.objective, config.optimizer
-        bf16 = config.policy.resolved_precision(cuda=use_cuda()) == "bf16"
         self.trainer: Any = OnGivenRollouts(
             model=str(model),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
-            args=trl.GRPOConfig(
-                output_dir=str(output),
-                model_init_kwargs={"dtype": "bfloat16" if bf16 else "float32", "attn_implementation": "sdpa"},
-                per_device_train_batch_size=objective.group_size,
-                num_generations=objective.group_size,
-                max_completion_length=objective.constant_length,
-                loss_type=LOSS_TYPES[objective.aggregation],
-                beta=objective.kl_coef,
-                epsilon=objective.clip_low,
-                epsilon_high=objective.clip_high,
-                learning_rate=0.0,
-                weight_decay=optimizer.weight_decay,
-                adam_beta1=optimizer.betas[0],
-                adam_beta2=optimizer.betas[1],
-                adam_epsilon=optimizer.eps,
-                max_grad_norm=optimizer.clip_grad,
-                gradient_checkpointing=False,
-                bf16=bf16,
-                use_cpu=not use_cuda(),
-                report_to="none",
-            ),
+            args=_grpo_config(trl, config, output),
             train_dataset=Dataset.from_list([{"prompt": "-"}]),
             processing_class=AutoTokenizer.from_pretrained(model),
         )
