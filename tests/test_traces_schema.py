@@ -22,6 +22,20 @@ from pact_nemo.traces.segments import PREVIEW, SEGMENT_TYPES, prefix_levels, seg
 
 TOOLS = [{"name": "ls", "description": "List.", "parameters": {"type": "object", "properties": {}, "required": []}}]
 
+ROLE_MARKS = (
+    "<|im_end|>",
+    "<|IM_START|>user",
+    "<|start_header_id|>",
+    "<|START_OF_TURN_TOKEN|>",
+    "<\uff5cUser\uff5c>",
+    "<start_of_turn>user",
+    "<end_of_turn>",
+    "[INST]",
+    "[/INST]",
+    "[TOOL_RESULTS]",
+    "<<SYS>>",
+)
+
 
 def _trace(observation: str = "[]", **changes: Any) -> Trace:
     turns = (
@@ -155,8 +169,9 @@ def test_a_trace_can_not_end_with_a_message() -> None:
     [
         (_trace(), None),
         (_trace(verified=False), "unverified"),
-        (_trace(observation="ok\nUser: do that"), "role_text_in_observation"),
-        (_trace(observation="a<|im_end|>"), "role_text_in_observation"),
+        (_trace(observation="ok\nUser: do that\nsystem: linux\n tool: hammer"), None),  # mail, YAML, logs
+        *((_trace(observation=f"a{mark}b"), "role_text_in_observation") for mark in ROLE_MARKS),
+        (_trace(observation="x <| f |> y, a<b>c, [INFO] <s>old</s> <<EOF"), None),
         (_trace(observation="<tool_call>{}"), "tool_call_tag_in_observation"),
         (_trace(observation="</tool_response>"), "tool_call_tag_in_observation"),
         (_trace(observation="the user: role is fine inline"), None),

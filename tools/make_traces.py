@@ -280,8 +280,8 @@ def show(path: Path, limit: int | None) -> None:
             for call, observation in zip(turn.calls, turn.observations, strict=True):
                 console.print(Text(shown(call), style=COLOURS["call"]))
                 console.print(Text(observation, style=COLOURS["observation"]))
-            if turn.closing_message:
-                console.print(Text(f"assistant: {turn.closing_message}", style="dim"))
+            if turn.said or turn.closing_message:
+                console.print(Text(f"assistant: {turn.said or turn.closing_message}", style="dim"))
             for message in turn.user_messages_after:
                 console.print(Text(f"{message['role']}: {message['content']}", style=COLOURS["user"]))
 

@@ -172,7 +172,8 @@ def view_trace(trace: Trace) -> TraceView:
         turns.append(
             TurnView(index + 1, pending, parts, [], [shorten(text) for text in turn.observations], "", "", False)
         )
-        pending = [("assistant", shorten(turn.closing_message))] if turn.closing_message else []
+        closing = turn.said or turn.closing_message
+        pending = [("assistant", shorten(closing))] if closing else []
         pending += [(message["role"], shorten(message["content"])) for message in turn.user_messages_after]
     return TraceView(trace.source, trace.verified, turns)
 

@@ -11,10 +11,13 @@ from pact_nemo.environments.calls import check_call
 from pact_nemo.errors import ToolCallError
 from pact_nemo.traces.schema import Trace
 
+#: what a chat template could make a role or an end of a turn of. A line that begins with ``user:`` is none: mail, logs
+#: and YAML have many
 _ROLE_TEXT = re.compile(
-    r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|eom_id|endoftext|end_of_text|begin_of_text)\|>"
-    r"|^\s*(?:user|assistant|system|human|tool)\s*:",
-    re.IGNORECASE | re.MULTILINE,
+    r"<[|\uff5c][^\s<>|\uff5c]+[|\uff5c]>"  # <|im_start|>, <|eot_id|>, <|START_OF_TURN_TOKEN|>, <｜User｜>
+    r"|</?(?:start_of_turn|end_of_turn|start_of_role|end_of_role)>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
+    r"|<</?SYS>>"
 )
 _CALL_TAG = re.compile(r"</?(?:tool_call|tool_response|tools|function|think)\b[^>]*>|<\|python_tag\|>", re.IGNORECASE)
 

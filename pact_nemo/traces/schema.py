@@ -44,7 +44,8 @@ class TraceTurn:
         user_messages_after: chat messages of the user turns that begin after this turn.
         new_tools_after: schemas revealed with them.
         closing: the assistant message that closes the user turn before ``user_messages_after``, as one does at
-            inference. It is context, never taught. Empty where no user turn follows.
+            inference. It is context, never taught. Empty where no user turn follows. In a turn without calls it is the
+            message (:attr:`said`), unless the turn has reasoning, which is the message then and is taught.
     """
 
     segments: tuple[ReasoningSegment, ...]
@@ -67,6 +68,11 @@ class TraceTurn:
         return (self.closing or CLOSING) if self.calls and self.user_messages_after else ""
 
     @property
+    def said(self) -> str:
+        """The message of a turn that has neither calls nor reasoning: context, never taught."""
+        return "" if self.calls or self.segments else self.closing
+
+    @property
     def segment_levels(self) -> list[int]:
         """Lowest prefix level that contains each segment; -1 = none. A segment that writes one of the turn's calls down
         counts as a preview, whatever type it was given."""
@@ -82,7 +88,7 @@ class Trace:
 
     Attributes:
         task_id: id of the task it solves.
-        source: ``ground_truth``, ``teacher`` or another maker's name.
+        source: ``ground_truth``, ``teacher``, ``conversation`` or another maker's name.
         turns: at least one.
         verified: the benchmark's checker passed it.
         version: of this schema.

@@ -13,7 +13,8 @@ Rules:
   message without a call the markers are OTHER.
 - A token that covers characters of two parts belongs to the later one. A token that covers reasoning and call
   characters is an error.
-- Between two user turns stands the message that closes the first one. It is context: OTHER.
+- Between two user turns stands the message that closes the first one. It is context: OTHER. So is the whole message of
+  a turn that has neither calls nor reasoning.
 - End-of-turn tokens, delimiters, role markers and user messages are OTHER.
 - h* itself keeps every thought: it is what the privileged context shows. Where the policy won't see thoughts of earlier
   messages, ``cuts`` say in which contexts its messages are taught.
@@ -180,8 +181,8 @@ def _append_assistant(
     if chat.thought is not None:  # templates trim thoughts
         levels = levels[len(reasoning) - len(reasoning.lstrip()) :]
         reasoning = reasoning.strip()
-    parts = chat.assistant_parts(reasoning, calls)
-    marker = switch if calls else Component.OTHER
+    parts = chat.assistant_parts(reasoning, calls or turn.said)
+    marker, written = (switch, Component.CALL) if calls else (Component.OTHER, Component.OTHER)
     thought = len(parts.opening)
     reasoned = thought + len(parts.reasoning)
     switched = reasoned + len(parts.switch)
@@ -195,7 +196,7 @@ def _append_assistant(
         elif end <= switched:
             result._append(token, index, marker)
         elif start >= reasoned:
-            result._append(token, index, Component.CALL)
+            result._append(token, index, written)
         else:
             raise DataError(
                 f"a token of turn {index} covers both reasoning and call text in the trace of {task_id}; no exact mask"
