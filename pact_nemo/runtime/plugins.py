@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,20 +34,41 @@ def load_plugin(key: str, reference: str, known: Mapping[str, str]) -> Any:
             f"{key}={reference!r}: must be one of {', '.join(known)}, or module:name or path/to/file.py:name of your"
             " own"
         )
-    try:
-        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except (Exception, SystemExit) as error:  # code of the user's own may raise anything
-        remedy = "is its folder in PYTHONPATH?"
-        if isinstance(error, FileNotFoundError):
-            remedy = f"a relative path starts at the working folder, {Path.cwd()}; start there, or give the whole path"
-        raise ConfigError(
-            f"{key}={reference!r}: {place} can't be imported: {type(error).__name__}: {error}; {remedy}"
-        ) from error
+    module = load_module(key, reference, place)
     if not hasattr(module, attribute):
         mine = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
         there = sorted(name for name in mine if name[0] != "_")
         raise ConfigError(f"{key}={reference!r}: {place} has no {attribute}; it has {', '.join(there) or 'nothing'}")
     return getattr(module, attribute)
+
+
+def load_module(key: str, reference: str, place: str) -> Any:
+    """The module of a name or of a file ``path/to/file.py``.
+
+    Args:
+        key, reference: the setting and its value, for messages.
+
+    Raises:
+        ConfigError: it can't be imported; names the error, its line, and the remedy.
+    """
+    try:
+        return _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # code of the user's own may raise anything
+        remedy = "; is its folder in PYTHONPATH?" if isinstance(error, ImportError) else ""
+        if isinstance(error, FileNotFoundError):
+            remedy = f"; a relative path starts at the working folder, {Path.cwd()}; start there or give the whole path"
+        raise ConfigError(
+            f"{key}={reference!r}: {place} can't be imported: {type(error).__name__}: {error}{line_of(error)}{remedy}"
+        ) from error
+
+
+def line_of(error: BaseException) -> str:
+    """`` (file:line)`` of the last line of the user's code that an error went through; empty where there is none."""
+    if isinstance(error, SyntaxError):
+        return ""  # its text names both
+    others = ("<", f"{Path(traceback.__file__).parent}/", f"{Path(__file__).parents[1]}/")
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
+    return f" ({lines[-1].filename}:{lines[-1].lineno})" if lines else ""
 
 
 def check_overrides(key: str, reference: str, found: type, base: type) -> None:

@@ -1,0 +1,72 @@
+"""Settings of ``environment=own``: the section ``agent``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pact_nemo.environments.spec import EnvironmentConfig
+from pact_nemo.errors import ConfigError
+
+ISOLATION = ("process", "thread")
+ANSWERS = ("contains", "exact", "f1", "number", "json")
+USER_TURNS = ("recorded", "first")
+
+
+@dataclass
+class MCPConfig:
+    """An MCP server over stdio. In its texts ``{workdir}`` is a new folder of the rollout, ``{rollout}`` its number, and
+    ``{task[KEY]}`` a value of the task's row, e.g. ``{task[info][repository]}``.
+    """
+
+    command: list[str] = field(default_factory=list)  #: program and arguments; empty: no MCP server
+    env: dict[str, str] = field(default_factory=dict)  #: further environment variables
+    cwd: str | None = None  #: the server's working folder; None = ``{workdir}``
+    timeout: float = 30.0  #: seconds for the start, and for each call
+    include: list[str] = field(default_factory=list)  #: only these tools; empty: all
+    rename: dict[str, str] = field(default_factory=dict)  #: the server's name of a tool -> the name that the model sees
+    #: arguments that the model never sees -> their value; of every tool that has one of that name
+    hidden: dict[str, str] = field(default_factory=dict)
+    shared: bool = False  #: one server for all rollouts, for tools without state; False: one a rollout, from a warm pool
+
+
+@dataclass
+class OwnConfig(EnvironmentConfig):
+    """The user's own agent."""
+
+    #: ``path/to/file.py:Class``, ``module:Class``, or a module of functions (``path/to/file.py``, ``module``)
+    tools: str | None = None
+    mcp: MCPConfig = field(default_factory=MCPConfig)
+    include: list[str] = field(default_factory=list)  #: only these methods or functions are tools; empty: all public ones
+    #: "process": each rollout's object lives in a process of its own; "thread": in the trainer's process, for speed
+    isolation: str = "process"
+    timeout: float = 30.0  #: seconds that a call, the constructor or ``score()`` may take
+    workers: int = 64  #: rollouts that are open at once
+    memory_mb: int | None = None  #: address space of a rollout's process beyond what it starts with; None: no limit
+    fields: dict[str, str] = field(default_factory=dict)  #: our name of a field of tasks and conversations -> theirs
+    system: str | None = None  #: a text file; its words are the system message of tasks that have none
+    user_turns: str = "recorded"  #: later user messages: "recorded" (the row's), or "first" (the first turn only)
+    #: how ``answer`` is looked for in the closing message: "contains", "exact", "f1", "number", "json"
+    answer: str = "contains"
+    success_score: float = 1.0  #: a score from here on counts as success
+    read_only: list[str] = field(default_factory=list)  #: tools that only read: their calls are no reference calls
+
+    def validate(self) -> None:
+        """See :class:`~pact_nemo.environments.spec.EnvironmentConfig`."""
+        for key, known in (("isolation", ISOLATION), ("answer", ANSWERS), ("user_turns", USER_TURNS)):
+            value = getattr(self, key)
+            if value not in known:
+                raise ConfigError(f"agent.{key}={value!r}: must be one of {', '.join(known)}")
+        if (self.tools is None) == (not self.mcp.command):
+            raise ConfigError(
+                "agent.tools and agent.mcp.command: give one of them, e.g. agent.tools=shop.py:Shop, or"
+                " agent.mcp.command=[mcp-server-git,--repository,{workdir}]"
+            )
+        for key, number in (("timeout", self.timeout), ("workers", self.workers), ("mcp.timeout", self.mcp.timeout)):
+            if number <= 0:
+                raise ConfigError(f"agent.{key}={number}: must be above 0")
+        known_fields = ("id", "group", "category", "messages", "prompt", "question", "tools", "answer", "expected_calls")
+        odd = sorted(set(self.fields) - {*known_fields, "user_turns", "info"})
+        if odd:
+            raise ConfigError(f"agent.fields: no field {odd[0]!r} of ours; ours are {', '.join(known_fields)}, user_turns, info")
+        if not 0 < self.success_score <= 1:
+            raise ConfigError(f"agent.success_score={self.success_score}: must be in (0, 1]")
