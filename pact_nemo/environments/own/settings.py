@@ -14,8 +14,10 @@ USER_TURNS = ("recorded", "first")
 
 @dataclass
 class MCPConfig:
-    """An MCP server over stdio. In its texts ``{workdir}`` is a new folder of the rollout, ``{rollout}`` its number, and
-    ``{task[KEY]}`` a value of the task's row, e.g. ``{task[info][repository]}``.
+    """An MCP server over stdio.
+
+    In its texts ``{workdir}`` is a new folder of the rollout, ``{rollout}`` its number, and ``{task[KEY]}`` a value of
+    the task's row, e.g. ``{task[info][repository]}``.
     """
 
     command: list[str] = field(default_factory=list)  #: program and arguments; empty: no MCP server
@@ -26,7 +28,9 @@ class MCPConfig:
     rename: dict[str, str] = field(default_factory=dict)  #: the server's name of a tool -> the name that the model sees
     #: arguments that the model never sees -> their value; of every tool that has one of that name
     hidden: dict[str, str] = field(default_factory=dict)
-    shared: bool = False  #: one server for all rollouts, for tools without state; False: one a rollout, from a warm pool
+    shared: bool = (
+        False  #: one server for all rollouts, for tools without state; False: one a rollout, from a warm pool
+    )
 
 
 @dataclass
@@ -36,7 +40,9 @@ class OwnConfig(EnvironmentConfig):
     #: ``path/to/file.py:Class``, ``module:Class``, or a module of functions (``path/to/file.py``, ``module``)
     tools: str | None = None
     mcp: MCPConfig = field(default_factory=MCPConfig)
-    include: list[str] = field(default_factory=list)  #: only these methods or functions are tools; empty: all public ones
+    include: list[str] = field(
+        default_factory=list
+    )  #: only these methods or functions are tools; empty: all public ones
     #: "process": each rollout's object lives in a process of its own; "thread": in the trainer's process, for speed
     isolation: str = "process"
     timeout: float = 30.0  #: seconds that a call, the constructor or ``score()`` may take
@@ -61,12 +67,26 @@ class OwnConfig(EnvironmentConfig):
                 "agent.tools and agent.mcp.command: give one of them, e.g. agent.tools=shop.py:Shop, or"
                 " agent.mcp.command=[mcp-server-git,--repository,{workdir}]"
             )
-        for key, number in (("timeout", self.timeout), ("workers", self.workers), ("mcp.timeout", self.mcp.timeout)):
+        limits = {"timeout": self.timeout, "workers": self.workers, "mcp.timeout": self.mcp.timeout}
+        limits |= {"memory_mb": self.memory_mb} if self.memory_mb is not None else {}
+        for key, number in limits.items():
             if number <= 0:
                 raise ConfigError(f"agent.{key}={number}: must be above 0")
-        known_fields = ("id", "group", "category", "messages", "prompt", "question", "tools", "answer", "expected_calls")
+        known_fields = (
+            "id",
+            "group",
+            "category",
+            "messages",
+            "prompt",
+            "question",
+            "tools",
+            "answer",
+            "expected_calls",
+        )
         odd = sorted(set(self.fields) - {*known_fields, "user_turns", "info"})
         if odd:
-            raise ConfigError(f"agent.fields: no field {odd[0]!r} of ours; ours are {', '.join(known_fields)}, user_turns, info")
+            raise ConfigError(
+                f"agent.fields: no field {odd[0]!r} of ours; ours are {', '.join(known_fields)}, user_turns, info"
+            )
         if not 0 < self.success_score <= 1:
             raise ConfigError(f"agent.success_score={self.success_score}: must be in (0, 1]")
