@@ -36,6 +36,7 @@ from tests.workers.question_rows import ftrl_row, toolhop_row, write
 from tests.workers.scripted import write_replay
 
 REPO = Path(__file__).resolve().parents[1]
+OWN = REPO / "examples" / "shop"
 PAGE = REPO / "docs" / "extend" / "environment.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
@@ -55,6 +56,11 @@ def words_of(name: str, folder: Path, shop: Path) -> list[str]:
         return [f"environment={name}", f"tasks.path={write(folder / f'{name}.jsonl', *rows[name])}"]
     if name == "bfcl":
         return ["environment=bfcl", "environment_config.categories=[multi_turn_base]"]
+    if name == "own":
+        row = {**json.loads((OWN / "traces.jsonl").read_text().splitlines()[1])}
+        row["info"] = json.loads((OWN / "tasks.jsonl").read_text().splitlines()[1])["info"]
+        talks = write(folder / "talks.jsonl", row)
+        return ["environment=own", f"agent.tools={OWN / 'shop.py'}:Shop", f"traces.path={talks}"]
     return [f"environment={shop}:{name}"]
 
 
@@ -207,7 +213,7 @@ def test_no_code_outside_the_environments_compares_a_benchmarks_name() -> None:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("shopp", "must be one of bfcl, ftrl, toolhop, or module:name or path/to/file.py:name of your own"),
+        ("shopp", "must be one of bfcl, ftrl, toolhop, own, or module:name or path/to/file.py:name of your own"),
         ("no_such_module:Shop", "no_such_module can't be imported"),
         ("{folder}/none.py:Shop", "FileNotFoundError"),
         ("{folder}/broken.py:Shop", "ZeroDivisionError"),

@@ -42,7 +42,7 @@ def hostile() -> Iterator[ClassHost]:
 
 def test_the_class_of_the_manual(shop: ClassHost) -> None:
     assert [tool["name"] for tool in shop.schemas] == ["inherited", "lookup", "take", "later", "static", "of_class"]
-    assert shop.offers == {"state", "score"}
+    assert shop.offers == {"state", "score", "opening"}
     assert shop.schemas[1] == {
         "name": "lookup",
         "description": "Number in stock.",
@@ -68,7 +68,7 @@ def test_the_class_of_the_manual(shop: ClassHost) -> None:
 
 def test_trl_classes_work_as_they_are() -> None:
     game = host(f"{FILE}:Game")
-    assert [tool["name"] for tool in game.schemas] == ["guess"] and game.offers == {"score"}
+    assert [tool["name"] for tool in game.schemas] == ["guess"] and game.offers == {"score", "opening"}
     tools = game.open({"id": "t", "word": "cat", "prompt": []})
     assert tools.opening == "a word of 3 letters"
     assert tools.call("guess", {"word": "cat"}) == "right" and tools.score(EPISODE) == 1.0

@@ -311,6 +311,6 @@ def test_a_file_in_another_format_is_refused_with_its_name_and_what_to_do(tmp_pa
     path.write_text(f"\n{text}\n")
     for quarantine in (None, Quarantine("quarantine")):  # it isn't a matter of bad rows
         with pytest.raises(
-            DataError, match=rf"(?s)chats\.jsonl.*{name}.*docs/design/traces\.md.*importer is planned.*make_traces\.py"
+            DataError, match=rf"(?s)chats\.jsonl.*{name}.*docs/design/traces\.md.*OpenAI format, too.*make_traces\.py"
         ):
             read_traces(path, quarantine)

@@ -17,7 +17,9 @@ from pact_nemo.objective.weights import AGGREGATIONS, SFT_AGGREGATIONS
 from pact_nemo.runtime.quarantine import POLICIES
 from pact_nemo.traces.augment import KINDS
 from pact_nemo.traces.controls import CONTROLS
+from pact_nemo.traces.conversations import FIELDS
 from pact_nemo.traces.spans import COMPONENTS, OVERLONG
+from pact_nemo.traces.verification import VERIFY
 from pact_nemo.tracking.registry import check_settings
 
 
@@ -143,6 +145,9 @@ def _traces(config: Config) -> None:
     """Traces, and what stands in their place."""
     objective = config.objective
     method = method_class(config.method)
+    _one_of("traces.verify", config.traces.verify, VERIFY)
+    odd = sorted(set(config.traces.fields) - set(FIELDS))
+    _require(not odd, f"traces.fields={config.traces.fields}: our fields are {', '.join(FIELDS)}")
     _one_of("traces.overlong", config.traces.overlong, OVERLONG)
     _one_of("traces.style", config.traces.style, ("full", "compact"))
     _one_of("traces.calls_per_turn", config.traces.calls_per_turn, ("one", "all"))

@@ -17,6 +17,7 @@ from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
 
 SECTION = "environment_config"
+AGENT = "agent"  #: another spelling of the section, where the environment's spec says so
 
 
 def named_environment(name: str, source: Any) -> str | None:
@@ -34,8 +35,45 @@ def named_environment(name: str, source: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def schema_for(environment: str, base: type) -> type:
+def agent_word(word: str, environment: str) -> str:
+    """A word ``agent.KEY=value`` as the setting that it is, ``environment_config.KEY=value``; other words as they are.
+
+    Raises:
+        ConfigError: the environment is not ``own``.
+    """
+    if not word.startswith((f"{AGENT}.", f"{AGENT}=", f"{AGENT}[")):
+        return word
+    _refuse_agent(f"command line {word!r}", environment)
+    return SECTION + word[len(AGENT) :]
+
+
+def agent_section(name: str, source: DictConfig, environment: str) -> None:
+    """Give the section ``agent`` of a file the name that it has in the schema.
+
+    Raises:
+        ConfigError: the environment is not ``own``, or the file has both spellings.
+    """
+    if AGENT not in source:
+        return
+    _refuse_agent(name, environment)
+    if SECTION in source:
+        raise ConfigError(f"{name}: {AGENT} and {SECTION} are the same section; keep one of them")
+    source[SECTION] = source.pop(AGENT)
+
+
+def _refuse_agent(name: str, environment: str) -> None:
+    if environment_spec(environment).section != AGENT:
+        raise ConfigError(
+            f"{name}: {AGENT}.* are settings of environment=own, and this is environment={environment}; start"
+            " recipes/pact_own.py, or say environment=own"
+        )
+
+
+def schema_for(environment: str, base: type, section: str = SECTION) -> type:
     """The dataclass ``base`` with the section ``environment_config`` as this environment has it.
+
+    Args:
+        section: another spelling of it.
 
     Raises:
         ConfigError: there is no such environment, or OmegaConf can't take its dataclass.
@@ -48,7 +86,7 @@ def schema_for(environment: str, base: type) -> type:
             f"environment={environment!r}: its {own.__name__} can't be a section of settings:"
             f" {str(error).splitlines()[0]}; give each field a plain type and a default"
         ) from error
-    fields = [(SECTION, cast(Any, own), dataclasses.field(default_factory=own))]
+    fields = [(section, cast(Any, own), dataclasses.field(default_factory=own))]
     made: type = dataclasses.make_dataclass(base.__name__, fields, bases=(base,))
     made.__module__ = base.__module__  # where its other annotations are looked up
     return made

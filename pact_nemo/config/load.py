@@ -16,7 +16,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pact_nemo.config.checks import validate
-from pact_nemo.config.environment import SECTION, begin_anew, check_section, named_environment, schema_for
+from pact_nemo.config.environment import (
+    AGENT,
+    SECTION,
+    agent_section,
+    agent_word,
+    begin_anew,
+    check_section,
+    named_environment,
+    schema_for,
+)
 from pact_nemo.config.own import own_config, refuse_moved
 from pact_nemo.config.recipes import Recipe
 from pact_nemo.config.schema import Config, ObjectiveConfig
@@ -74,11 +83,12 @@ def _read_yaml(path: Path, environment: str, seen: tuple[Path, ...] = ()) -> Dic
 
 def _with_own_section(path: Path, loaded: DictConfig, environment: str) -> DictConfig:
     """A file's settings with the section of its environment read by that environment's types, and checked."""
-    if SECTION not in loaded:
+    if SECTION not in loaded and AGENT not in loaded:
         return loaded
-    typed = load_yaml(path, schema_for(environment, Config))
+    typed = load_yaml(path, schema_for(environment, Config, AGENT if AGENT in loaded else SECTION))
     assert isinstance(typed, DictConfig)  # it was one before
     typed.pop("defaults", None)
+    agent_section(str(path), typed, environment)
     check_section(str(path), typed, environment)
     return typed
 
@@ -195,6 +205,7 @@ def _word(word: str, environment: str) -> tuple[str, DictConfig]:
     Raises:
         ConfigError: it is none.
     """
+    word = agent_word(word, environment)
     key, separator, _ = word.partition("=")
     if not separator or key.startswith("-"):
         raise ConfigError(f"command line: {word!r} is not a key=value override, e.g. trainer.steps=50")

@@ -78,9 +78,16 @@ class SandboxConfig:
 class TracesConfig:
     """Expert traces h*."""
 
-    #: JSONL of traces; None = what the environment has: reference calls that are executed and annotated (bfcl), or
-    #: recorded sub-answers whose calls are found (ftrl, toolhop)
+    #: JSONL of traces, or conversations in OpenAI format (JSONL, JSON, parquet); None = what the environment has:
+    #: reference calls that are executed and annotated (bfcl, own), or recorded sub-answers whose calls are found (ftrl,
+    #: toolhop)
     path: str | None = None
+    #: of conversations: our name of a field (messages, tools, task_id, reward, info) -> theirs
+    fields: dict[str, str] = field(default_factory=dict)
+    #: which conversations are expert traces: "replay": their calls, executed anew, bring no new error and score
+    #: ``min_score``; "reward": the row's own reward is at least ``min_score``; "none": all
+    verify: str = "replay"
+    min_score: float = 1.0  #: see ``verify``
     style: str = "full"  #: annotator's wording: "full" or "compact"
     #: "one": each call in an assistant turn of its own, as its observation comes; "all": a user turn's calls together
     calls_per_turn: str = "one"
@@ -297,7 +304,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    environment: str = "bfcl"  #: "bfcl", "ftrl", "toolhop", or ``module:factory``, ``path/to/file.py:factory``
+    environment: str = "bfcl"  #: "bfcl", "ftrl", "toolhop", "own", or ``module:factory``, ``path/to/file.py:factory``
     #: what only this environment reads; its keys: the ``config`` of its spec (``pact_nemo/environments/spec.py``)
     environment_config: Any = field(default_factory=lambda: environment_spec(Config.environment).config())
     tasks: TasksConfig = field(default_factory=TasksConfig)

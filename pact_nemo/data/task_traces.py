@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 from pact_nemo.config.schema import Config
+from pact_nemo.data.conversations import conversations_of, import_traces
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.environments.registry import environment_spec
 from pact_nemo.runtime.collective import on_rank_zero
@@ -19,6 +20,7 @@ from pact_nemo.traces.annotate import Style
 from pact_nemo.traces.augment import Kind, replay, variants
 from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.schema import Trace, read_traces
+from pact_nemo.traces.verification import new_errors
 from pact_nemo.traces.without_teacher import expert_trace
 
 log = logging.getLogger(__name__)
@@ -51,8 +53,12 @@ def find_traces(
         DataError: a row of ``traces.path`` is malformed (file, line and field named) and ``run.bad_rows`` is strict.
     """
     dropped: dict[str, int] = {}
+    told = conversations_of(config, quarantine)
     if config.traces.path is not None:
-        sources, rejected = _read_traces(config.traces.path, train, quarantine, measured)
+        if told is not None:
+            sources, rejected = on_rank_zero(lambda: import_traces(config, environment, told, [*train, *measured]))
+        else:
+            sources, rejected = _read_traces(config.traces.path, train, quarantine, measured)
         dropped["trace_rejected"] = rejected.total()
         dropped |= {f"trace_rejected_{reason}": count for reason, count in sorted(rejected.items())}
     else:
@@ -129,21 +135,13 @@ def _replay_all(
             if (
                 result is not None
                 and result.outcome.success
-                and not _new_errors([turn.observations for turn in trace.turns], result.observations)
+                and not new_errors([turn.observations for turn in trace.turns], result.observations)
             ):
                 kept.append(trace)
         return kept
 
     tasks = [task for task in train if task.id in sources]
     return {task.id: kept for task, kept in zip(tasks, _in_threads(config, sound, tasks), strict=True) if kept}
-
-
-def _new_errors(told: Sequence[Sequence[str]], seen: Sequence[Sequence[str]]) -> bool:
-    """Whether an observation is an error now that the trace says it isn't. (Texts may differ: they may have been cut to
-    another length.)
-    """
-    pairs = zip((text for turn in told for text in turn), (text for turn in seen for text in turn), strict=True)
-    return any(now.startswith("Error") and not then.startswith("Error") for then, now in pairs)
 
 
 def _augment_all(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.chat.tool_formats import Pythonic, tool_format
 from pact_nemo.config.schema import Config
+from pact_nemo.data.conversations import conversations_of
 from pact_nemo.environments import registry
 from pact_nemo.environments.answers import answer_words
 from pact_nemo.environments.base import Environment, Task
@@ -30,13 +32,16 @@ def build_environment(config: Config, quarantine: Quarantine | None = None, path
     limits = Limits(
         seconds=config.sandbox.seconds, memory_mb=config.sandbox.memory_mb, processes=config.sandbox.processes
     )
+    quarantine = quarantine if quarantine is not None else Quarantine(config.run.bad_rows)
     setup = Setup(
         settings=config.environment_config,
         path=path if path is not None else config.tasks.path,
         max_observation_chars=config.tasks.max_observation_chars,
         seed=config.tasks.split_seed,
-        quarantine=quarantine if quarantine is not None else Quarantine(config.run.bad_rows),
+        quarantine=quarantine,
         sandbox=lambda: Sandbox(config.sandbox.workers, limits, unconfined=config.sandbox.unconfined),
+        conversations=lambda: conversations_of(config, quarantine),
+        python_names=isinstance(tool_format(config.model.tool_format), Pythonic),
     )
     return registry.build_environment(config.environment, setup)
 

@@ -19,6 +19,7 @@ ENVIRONMENTS = {
     "bfcl": "pact_nemo.environments.bfcl.environment:BFCL",
     "ftrl": "pact_nemo.environments.ftrl:FTRL",
     "toolhop": "pact_nemo.environments.toolhop:TOOLHOP",
+    "own": "pact_nemo.environments.own.environment:OWN",
 }
 
 

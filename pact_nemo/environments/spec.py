@@ -36,6 +36,10 @@ class EnvironmentConfig:
         """
 
 
+def _no_conversations() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Setup:
     """What an environment is built from.
@@ -47,6 +51,9 @@ class Setup:
         seed: ``tasks.split_seed``; of choices that every run of an experiment shares.
         quarantine: takes bad rows of task files, by the policy of ``run.bad_rows``.
         sandbox: makes a sandbox with the limits of the section ``sandbox``; it starts when it is first used.
+        conversations: reads ``traces.path`` where it is a file of conversations, once; None where it is none. For an
+            environment whose tasks can be read out of them.
+        python_names: ``model.tool_format`` writes calls as Python text, so names have to be plain identifiers.
     """
 
     settings: Any
@@ -55,6 +62,8 @@ class Setup:
     seed: int
     quarantine: Quarantine
     sandbox: Callable[[], Sandbox]
+    conversations: Callable[[], Sequence[Any] | None] = _no_conversations
+    python_names: bool = False
 
 
 def _no_limit_of_its_own() -> int | None:
@@ -72,6 +81,7 @@ class EnvironmentSpec:
     Attributes:
         build: the environment for a :class:`Setup`; a class with that one argument will do.
         config: dataclass of the section ``environment_config``; its keys and types are checked as settings are read.
+        section: how the section ``environment_config`` may be written as well.
         tasks_file: whether ``tasks.path`` (and ``tasks.eval_path``, a file of held-out tasks) is read, or needed.
         expert_traces: where they come from without ``traces.path``. ``ground_truth`` executes ``reference_calls``;
             ``recorded`` needs :meth:`~pact_nemo.environments.base.RecordsAnswers.goals`.
@@ -89,6 +99,7 @@ class EnvironmentSpec:
 
     build: Callable[[Setup], Any]
     config: type[EnvironmentConfig] = EnvironmentConfig
+    section: str = "environment_config"
     tasks_file: TasksFile = "optional"
     expert_traces: ExpertTraces = "ground_truth"
     thread_safe: bool = True

@@ -38,9 +38,12 @@ class Replay:
     outcome: Outcome
 
 
-def replay(environment: Environment, task: Task, trace: Trace) -> Replay | None:
+def replay(environment: Environment, task: Task, trace: Trace, answer: str = "") -> Replay | None:
     """Execute a trace in a new session; None where the environment refuses a call or the task has fewer user turns than
     the trace.
+
+    Args:
+        answer: what is said after the last call; empty: the task's reference answer.
     """
     session = environment.start(task)
     try:
@@ -52,7 +55,7 @@ def replay(environment: Environment, task: Task, trace: Trace) -> Replay | None:
                     return None
                 user_turn += 1
             seen.append(tuple(session.execute(list(turn.calls))) if turn.calls else ())
-        while session.next_user_turn(task.reference_answer or CLOSING) is not None:
+        while session.next_user_turn(answer or task.reference_answer or CLOSING) is not None:
             pass
         return Replay(tuple(seen), session.outcome())
     except (ToolCallError, EnvironmentFailure):

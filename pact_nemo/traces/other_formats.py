@@ -9,9 +9,10 @@ from pact_nemo.runtime import strict_json
 
 WANTED = (
     "a trace is one JSON object a line with version, task_id, source, verified and turns"
-    " (docs/design/traces.md). Nothing reads other formats yet, an importer is planned; until then make traces of your"
-    " tasks with tools/make_traces.py, from ground truth, recorded answers or a teacher"
+    " (docs/design/traces.md). As traces.path, recipes read conversations in OpenAI format, too: messages with role,"
+    " content and tool_calls. Write yours in one of these two, or make traces of your tasks with tools/make_traces.py"
 )
+OPENAI = "a chat in OpenAI format"  #: which :mod:`pact_nemo.traces.conversations` reads
 _ENVELOPES = ("body", "request", "response", "data", "sample", "example")
 _RESPONSES = ("function_call", "function_call_output", "reasoning")  # item types of OpenAI's responses
 _MARKUP = ("<|im_start|>", "<|start_header_id|>", "<|start|>", "[INST]", "<｜User｜>", "<start_of_turn>")
@@ -93,4 +94,4 @@ def _of_messages(messages: Sequence[Any]) -> str | None:
     if any(block.get("type") in ("tool_use", "tool_result", "thinking") for block in blocks):
         return "a chat in Anthropic format (content blocks tool_use and tool_result)"
     calls = any(message.get("tool_calls") or message.get("function_call") for message in known)
-    return f"a chat in OpenAI format (messages with role and content{' and tool_calls' if calls else ''})"
+    return f"{OPENAI} (messages with role and content{' and tool_calls' if calls else ''})"

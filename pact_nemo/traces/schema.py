@@ -14,7 +14,7 @@ from pact_nemo.errors import DataError
 from pact_nemo.runtime import strict_json
 from pact_nemo.runtime.files import write_text_atomic
 from pact_nemo.runtime.quarantine import Quarantine
-from pact_nemo.traces.other_formats import WANTED, other_format
+from pact_nemo.traces.other_formats import OPENAI, WANTED, other_format
 from pact_nemo.traces.segments import PREVIEW, SEGMENT_TYPES, prefix_levels, preview_start
 
 TRACE_VERSION = 1
@@ -263,6 +263,19 @@ def read_traces(path: str | os.PathLike[str], quarantine: Quarantine | None = No
             if trace is not None:
                 traces.append(trace)
     return traces
+
+
+def is_trace_file(path: str | os.PathLike[str]) -> bool:
+    """Whether the first row of a file is a trace by its keys, or is nothing that is known: :func:`read_traces` is to
+    read it, or to say what is wrong. False: a file of chat messages, in JSON lines, a JSON list or parquet.
+    """
+    if Path(path).suffix == ".parquet":
+        return False
+    try:
+        _refuse_other_format(Path(path).read_bytes().split(b"\n"), os.fspath(path))
+    except DataError as error:
+        return OPENAI not in str(error)
+    return True
 
 
 def _refuse_other_format(lines: Sequence[bytes], file: str) -> None:

@@ -91,7 +91,8 @@ class Offered:
 
     @property
     def offers(self) -> list[str]:
-        return [name for name, there in (("state", "state" in self.has), ("score", bool(self.reward))) if there]
+        there = {"state": "state" in self.has, "score": bool(self.reward), "opening": "reset" in self.has}
+        return [name for name, has in there.items() if has]
 
     @property
     def warnings(self) -> list[str]:

@@ -48,7 +48,8 @@ class ToolHost(Protocol):
     Attributes:
         schemas: the tools by their own names, ``{"name", "description", "parameters"}``, in the order of their
             definition.
-        offers: of ``"state"`` and ``"score"``, what the tools have.
+        offers: of ``"state"``, ``"score"`` and ``"opening"``, what the tools have; the last: ``reset()`` may say
+            something that the request is to end with.
     """
 
     schemas: list[dict[str, Any]]

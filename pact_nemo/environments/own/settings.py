@@ -9,6 +9,14 @@ from pact_nemo.errors import ConfigError
 
 ISOLATION = ("process", "thread")
 ANSWERS = ("contains", "exact", "f1", "number", "json")
+#: the keys of a task's row that have a meaning here; all others go to the user's class only
+FIELDS = (
+    *("id", "group", "category", "messages", "prompt", "question", "tools", "answer", "expected_calls"),
+    *("user_turns", "info"),
+)
+ONE_OF_THEM = (
+    "give one of them, e.g. agent.tools=shop.py:Shop, or agent.mcp.command=[mcp-server-git,--repository,{workdir}]"
+)
 USER_TURNS = ("recorded", "first")
 
 
@@ -62,31 +70,15 @@ class OwnConfig(EnvironmentConfig):
             value = getattr(self, key)
             if value not in known:
                 raise ConfigError(f"agent.{key}={value!r}: must be one of {', '.join(known)}")
-        if (self.tools is None) == (not self.mcp.command):
-            raise ConfigError(
-                "agent.tools and agent.mcp.command: give one of them, e.g. agent.tools=shop.py:Shop, or"
-                " agent.mcp.command=[mcp-server-git,--repository,{workdir}]"
-            )
+        if self.tools is not None and self.mcp.command:
+            raise ConfigError(f"agent.tools and agent.mcp.command: {ONE_OF_THEM}")
         limits = {"timeout": self.timeout, "workers": self.workers, "mcp.timeout": self.mcp.timeout}
         limits |= {"memory_mb": self.memory_mb} if self.memory_mb is not None else {}
         for key, number in limits.items():
             if number <= 0:
                 raise ConfigError(f"agent.{key}={number}: must be above 0")
-        known_fields = (
-            "id",
-            "group",
-            "category",
-            "messages",
-            "prompt",
-            "question",
-            "tools",
-            "answer",
-            "expected_calls",
-        )
-        odd = sorted(set(self.fields) - {*known_fields, "user_turns", "info"})
+        odd = sorted(set(self.fields) - set(FIELDS))
         if odd:
-            raise ConfigError(
-                f"agent.fields: no field {odd[0]!r} of ours; ours are {', '.join(known_fields)}, user_turns, info"
-            )
+            raise ConfigError(f"agent.fields: no field {odd[0]!r} of ours; ours are {', '.join(FIELDS)}")
         if not 0 < self.success_score <= 1:
             raise ConfigError(f"agent.success_score={self.success_score}: must be in (0, 1]")

@@ -1,0 +1,94 @@
+"""Conversations under ``traces.path``: read once, given to tasks, verified."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import cast
+
+from pact_nemo.config.schema import Config
+from pact_nemo.environments.base import Environment, Task, ToolCall
+from pact_nemo.environments.own.tasks import conversation_id, user_words
+from pact_nemo.runtime.quarantine import BadRow, Quarantine
+from pact_nemo.traces.annotate import Style
+from pact_nemo.traces.conversations import Conversation, ImportReport, as_trace, read_conversations
+from pact_nemo.traces.filters import why_not
+from pact_nemo.traces.schema import Trace, is_trace_file
+from pact_nemo.traces.verification import why_unverified
+
+log = logging.getLogger(__name__)
+
+
+def conversations_of(config: Config, quarantine: Quarantine) -> list[Conversation] | None:
+    """The conversations of ``traces.path``; None where there is no such file, or it holds traces of our own schema.
+
+    Raises:
+        DataError: a row is malformed and the quarantine is strict, or no row is left; names file, row and field.
+    """
+    path = config.traces.path
+    if path is None or not Path(path).is_file() or is_trace_file(path):
+        return None
+    status = Path(path).stat()
+    key = (str(path), status.st_mtime_ns, status.st_size, quarantine.strict)
+    found, bad = _read(key, tuple(sorted(config.traces.fields.items())))
+    known = {(row.error.file, row.error.line, row.error.field) for row in quarantine.rows}
+    for row in bad:
+        if (row.error.file, row.error.line, row.error.field) not in known:
+            quarantine.add(row.error, row.raw)
+    return found
+
+
+@lru_cache(maxsize=4)
+def _read(
+    key: tuple[str, int, int, bool], fields: tuple[tuple[str, str], ...]
+) -> tuple[list[Conversation], tuple[BadRow, ...]]:
+    path, _, _, strict = key
+    quarantine, report = Quarantine("strict" if strict else "quarantine"), ImportReport()
+    found = read_conversations(path, quarantine, dict(fields), report)
+    log.info("%s\n%s", path, report)
+    return found, tuple(quarantine.rows)
+
+
+def import_traces(
+    config: Config, environment: Environment, told: list[Conversation], tasks: list[Task]
+) -> tuple[dict[str, list[Trace]], Counter[str]]:
+    """Traces of the tasks that conversations belong to, and how many can't be used, by reason.
+
+    A task's first conversation is its main trace, further ones are alternatives. Those of held-out tasks are left
+    alone.
+    """
+    by_id = {task.id: task for task in tasks}
+    by_words = {user_words(task.user_turns[0]): task for task in reversed(tasks)}
+    there = environment.tasks()
+    others = {task.id for task in there} | {user_words(task.user_turns[0]) for task in there}
+    found: dict[str, list[Trace]] = {}
+    rejected: Counter[str] = Counter()
+    for conversation in told:
+        name, words = conversation_id(conversation), user_words(conversation.opening)
+        task = by_id.get(name) or (by_words.get(words) if conversation.task_id is None else None)
+        if task is None:
+            rejected["of_no_task"] += name not in others and (conversation.task_id is not None or words not in others)
+            continue
+        trace, reason = _verified(config, environment, conversation, task)
+        if reason is not None:
+            log.warning("%s:%d: no expert trace of %s: %s", conversation.file, conversation.line, task.id, reason)
+            rejected[reason] += 1
+        else:
+            found.setdefault(task.id, []).append(trace)
+    return found, +rejected
+
+
+def _verified(
+    config: Config, environment: Environment, conversation: Conversation, task: Task
+) -> tuple[Trace, str | None]:
+    """The trace that a conversation makes for a task, and why it can't be used; None where it can."""
+    rename: Callable[[ToolCall], ToolCall] | None = getattr(environment, "shown_call", None)
+    trace = as_trace(conversation, task.id, True, rename, task.tools, cast(Style, config.traces.style))
+    reason = why_not(trace, task)
+    if reason is None:
+        limits = config.traces
+        reason = why_unverified(environment, task, (conversation, trace), limits.verify, limits.min_score)
+    return trace, reason

@@ -1,0 +1,190 @@
+"""``environment=own``: the user's own tools, tasks and conversations."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pact_nemo.environments.base import Task, ToolCall
+from pact_nemo.environments.own.hosts import ToolHost
+from pact_nemo.environments.own.mcp_tools import MCPHost
+from pact_nemo.environments.own.names import Aliases
+from pact_nemo.environments.own.session import Judge, OwnSession, state_after
+from pact_nemo.environments.own.settings import ONE_OF_THEM, OwnConfig
+from pact_nemo.environments.own.tasks import (
+    ConversationLike,
+    Conversations,
+    TaskReader,
+    conversation_id,
+    mapped,
+)
+from pact_nemo.environments.own.workers import ClassHost
+from pact_nemo.environments.rows import Row, read_rows
+from pact_nemo.environments.spec import EnvironmentSpec, Setup
+from pact_nemo.errors import ConfigError, EnvironmentFailure
+
+
+class OwnEnvironment:
+    """Tasks from ``tasks.path``, from conversations (``traces.path``), or from both; tools of the user's own.
+
+    With both, a conversation belongs to the task that it names, or to the one that begins with its words. Its calls
+    are that task's reference calls, where the row has none.
+
+    Raises:
+        ConfigError: there is neither, or the tools can't be had.
+    """
+
+    def __init__(self, setup: Setup):
+        self.settings: OwnConfig = setup.settings
+        self.settings.validate()
+        if self.settings.tools is None and not self.settings.mcp.command:
+            raise ConfigError(f"environment=own: no tools; {ONE_OF_THEM}")
+        if setup.path is None and setup.conversations() is None:
+            raise ConfigError(
+                "environment=own: no tasks; give tasks.path=tasks.jsonl, or traces.path=conversations.jsonl, whose"
+                " requests are the tasks then"
+            )
+        self._setup = setup
+        self._states: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._read: list[Task] | None = None
+        self._system = _system(self.settings.system)
+
+    @cached_property
+    def host(self) -> ToolHost:
+        """What runs the tools; started when it is first used."""
+        if self.settings.mcp.command:
+            return MCPHost(self.settings.mcp, self.settings.workers, self._example())
+        assert self.settings.tools is not None  # the settings were checked
+        return ClassHost(self.settings.tools, self.settings)
+
+    def _example(self) -> dict[str, Any] | None:
+        """The first task's row, for a server whose start needs a task's values."""
+        if self._setup.path is not None:
+            rows = read_rows(self._setup.path, self._setup.quarantine)
+            return mapped(rows[0].values, self.settings.fields) if rows else None
+        told: Sequence[ConversationLike] = self._setup.conversations() or ()
+        return {"info": dict(told[0].info)} if told else None
+
+    @cached_property
+    def aliases(self) -> Aliases:
+        """Names of tools and arguments as the model sees them."""
+        return Aliases(self.host.schemas, self._setup.python_names)
+
+    def shown_call(self, call: ToolCall) -> ToolCall:
+        """A call of a conversation as the model would write it."""
+        return self.aliases.shown(call)
+
+    def tasks(self) -> list[Task]:
+        """All tasks in file order; read once.
+
+        Raises:
+            ConfigError: the tools can't be had.
+            DataError: a row is malformed and the quarantine is strict; names file, row and field.
+        """
+        with self._lock:
+            if self._read is None:
+                self._read = self._read_tasks()
+        return list(self._read)
+
+    def _read_tasks(self) -> list[Task]:
+        quarantine = self._setup.quarantine
+        reader = TaskReader(self.settings, self.aliases, self._system, self.host.offers)
+        told: Sequence[ConversationLike] = self._setup.conversations() or ()
+        seen: dict[str, int] = {}
+
+        def once(task: Task, row: Row) -> Task:
+            if task.id in seen:
+                raise row.complain(f"row {seen[task.id]} has the id {task.id!r} already", "id")
+            seen[task.id] = row.number
+            return task
+
+        if self._setup.path is None:  # a second conversation of a task is another trace of it, not another task
+            first = {conversation_id(each): each for each in reversed(told)}
+            made = [
+                quarantine.parse(lambda: reader.of_conversation(each), list(each.opening))  # noqa: B023 - called at once
+                for each in told
+                if first[conversation_id(each)] is each
+            ]
+        else:
+            found = Conversations(told)
+            made = [
+                quarantine.parse(lambda: once(reader.of_row(row, found), row), row.values)  # noqa: B023
+                for row in read_rows(self._setup.path, quarantine)
+            ]
+        return [self._opened(task) for task in made if task is not None]
+
+    def _opened(self, task: Task) -> Task:
+        """A task with what the tools' ``reset()`` says, behind its first user message."""
+        if "opening" not in self.host.offers:
+            return task
+        tools = self.host.open(task.data["row"])
+        try:
+            text = tools.opening
+        finally:
+            tools.close()
+        if not text:
+            return task
+        *before, last = task.user_turns[0]
+        opening = (*before, {**last, "content": f"{last['content']}\n{text}"})
+        return replace(task, user_turns=(opening, *task.user_turns[1:]))
+
+    def start(self, task: Task) -> OwnSession:
+        """A new episode of ``task``, with tools of its own; close it when done.
+
+        Raises:
+            EnvironmentFailure: they can't be started.
+        """
+        expected = task.data["expected"]
+        by_state = "state" in self.host.offers and any(expected)
+        judge = Judge(
+            self.settings,
+            "score" in self.host.offers,
+            (lambda: self._expected_state(task)) if by_state else None,
+        )
+        tools = self.host.open(task.data["row"])
+        return OwnSession(task, tools, self.aliases, judge, self._setup.max_observation_chars)
+
+    def _expected_state(self, task: Task) -> Any:
+        """The state that a task's expected calls lead to; found once a task."""
+        if task.id not in self._states:
+            state, error = state_after(self.host.open(task.data["row"]), task.data["expected"])
+            if error is not None:
+                raise EnvironmentFailure(f"{task.id}: an expected call fails in a fresh instance: {error}")
+            self._states[task.id] = state
+        return self._states[task.id]
+
+    def close(self) -> None:
+        """Stop what runs the tools; safe to call twice."""
+        if "host" in self.__dict__:
+            self.host.close()
+
+
+def _system(path: str | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"agent.system={path}: can't be read: {error}; give a text file") from error
+
+
+def _describe(settings: OwnConfig) -> str:
+    tools = settings.tools if settings.tools is not None else " ".join(settings.mcp.command)
+    return f"tools of {tools}; {settings.isolation} isolation; answers by {settings.answer}"
+
+
+OWN = EnvironmentSpec(
+    build=OwnEnvironment,
+    checked=False,
+    config=OwnConfig,
+    section="agent",
+    tasks_file="optional",
+    expert_traces="ground_truth",
+    answer_remedy="let the requests or agent.system ask for it",
+    describe=_describe,
+)

@@ -1,0 +1,162 @@
+"""One episode of an own agent: calls go to the user's tools, user turns come from the task, the verdict from the first
+judge that the task has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pact_nemo.environments.answers import visible
+from pact_nemo.environments.base import Outcome, Task, ToolCall
+from pact_nemo.environments.own.hosts import OpenTools
+from pact_nemo.environments.own.names import Aliases
+from pact_nemo.environments.own.scoring import answer_score, expected_share
+from pact_nemo.environments.own.settings import OwnConfig
+from pact_nemo.environments.sessions import after_the_end, shown_to_policy
+from pact_nemo.objective.rewards import values_equal
+
+ERROR = "Error"  #: how the observation of a call begins that went wrong
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How an episode is judged.
+
+    Attributes:
+        settings: the section ``agent``.
+        scored: the tools have a ``score()``.
+        expected_state: gives the state that the expected calls lead to; None where the state is no judge.
+    """
+
+    settings: OwnConfig
+    scored: bool
+    expected_state: Callable[[], Any] | None
+
+
+class OwnSession:
+    """An episode. Which judge speaks: ``score()``, else the answer, else the state, else the expected calls.
+
+    Args:
+        task: what is being solved.
+        tools: of this episode alone.
+        aliases: names of tools and arguments as the model sees them.
+        judge: how the episode is judged.
+        max_observation_chars: longer observations are cut for the policy; judges see them whole. None: no limit.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tools: OpenTools,
+        aliases: Aliases,
+        judge: Judge,
+        max_observation_chars: int | None,
+    ):
+        self.task = task
+        self._tools, self._aliases, self._judge = tools, aliases, judge
+        self._limit = max_observation_chars
+        self._offered = {tool["name"] for tool in task.tools}
+        self._calls: list[list[tuple[ToolCall, str]]] = [[]]
+        self._messages: list[Message] = [dict(message) for message in task.user_turns[0]]
+        self._answer = ""
+        self._closed = False
+
+    def execute(self, calls: list[ToolCall]) -> list[str]:
+        """See :class:`~pact_nemo.environments.base.Session`. Judges see the calls by the tools' own names."""
+        if self._closed:
+            raise after_the_end(self.task)
+        own = [self._aliases.own(call) for call in calls]
+        observations = [self._run(shown, call) for shown, call in zip(calls, own, strict=True)]
+        self._calls[-1] += zip(own, observations, strict=True)
+        first = sum(len(message.get("tool_calls", ())) for message in self._messages)
+        names = [f"call_{first + index}" for index in range(len(own))]
+        self._messages.append({"role": "assistant", "content": None, "tool_calls": list(map(_tool_call, names, own))})
+        self._messages += [
+            {"role": "tool", "tool_call_id": name, "content": text}
+            for name, text in zip(names, observations, strict=True)
+        ]
+        return shown_to_policy(observations, self._limit)
+
+    def _run(self, shown: ToolCall, own: ToolCall) -> str:
+        if shown.name not in self._offered:
+            return f"{ERROR}: unknown tool {shown.name!r}. Available: {', '.join(sorted(self._offered))}"
+        return self._tools.call(own.name, own.arguments)
+
+    def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
+        """See :class:`~pact_nemo.environments.base.Session`. The task's user turns come one after another."""
+        self._answer = message
+        self._messages.append({"role": "assistant", "content": message})
+        if len(self._calls) >= len(self.task.user_turns):
+            return None
+        messages = [dict(each) for each in self.task.user_turns[len(self._calls)]]
+        self._messages += messages
+        self._calls.append([])
+        return messages, []
+
+    def outcome(self) -> Outcome:
+        """See :class:`~pact_nemo.environments.base.Session`.
+
+        Raises:
+            EnvironmentFailure: the user's ``score()`` or ``state()`` failed. That is never a reward of 0.
+        """
+        judge, score = self._judged()
+        done = [text for turn in self._calls for _, text in turn]
+        metrics = {
+            "calls": float(len(done)),
+            "invocation_errors": float(sum(text.startswith(f"{ERROR}:") for text in done)),
+        }
+        if any(self.task.data["expected"]):
+            metrics["expected_calls"] = self._expected_share()
+        success = score >= self._judge.settings.success_score
+        return Outcome(success, score, "ok" if success else judge, metrics)
+
+    def _judged(self) -> tuple[str, float]:
+        """(name of the judge for a failure, score)."""
+        if self._judge.scored:
+            return "score", self._tools.score(self._episode())
+        if self.task.data["answers"]:
+            if not visible(self._answer):
+                return "no closing message", 0.0
+            return "wrong answer", answer_score(self._judge.settings.answer, self._answer, self.task.data["answers"])
+        if self._judge.expected_state is not None:
+            return "wrong state", float(values_equal(self._tools.state(), self._judge.expected_state()))
+        return "expected calls missing", float(self._expected_share() == 1.0)
+
+    def _expected_share(self) -> float:
+        return expected_share([[call for call, _ in turn] for turn in self._calls], self.task.data["expected"])
+
+    def _episode(self) -> dict[str, Any]:
+        return {
+            "task": self.task.data["row"],
+            "messages": self._messages,
+            "calls": [
+                {"name": call.name, "arguments": call.arguments, "observation": text, "user_turn": index}
+                for index, turn in enumerate(self._calls)
+                for call, text in turn
+            ],
+            "answer": self._answer,
+        }
+
+    def close(self) -> None:
+        """See :class:`~pact_nemo.environments.base.Session`."""
+        if not self._closed:
+            self._closed = True
+            self._tools.close()
+
+
+def _tool_call(name: str, call: ToolCall) -> dict[str, Any]:
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    return {"id": name, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def state_after(tools: OpenTools, calls: Sequence[Sequence[ToolCall]]) -> tuple[Any, str | None]:
+    """(state after the calls, the first observation that is an error); the tools are closed."""
+    try:
+        observations = [tools.call(call.name, call.arguments) for turn in calls for call in turn]
+        return tools.state(), next((text for text in observations if text.startswith(f"{ERROR}:")), None)
+    finally:
+        tools.close()

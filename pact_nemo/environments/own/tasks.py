@@ -1,0 +1,287 @@
+"""Task rows of an own agent, and tasks read out of conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pact_nemo.environments.base import Task, ToolCall
+from pact_nemo.environments.own.names import Aliases
+from pact_nemo.environments.own.scoring import answer_fault
+from pact_nemo.environments.own.settings import OwnConfig
+from pact_nemo.environments.rows import Row, number_text
+from pact_nemo.runtime import strict_json
+
+_REQUESTS = ("messages", "prompt", "question")
+Message = dict[str, str]
+
+
+class TurnLike(Protocol):
+    """A turn of a conversation."""
+
+    @property
+    def calls(self) -> Sequence[ToolCall]: ...
+    @property
+    def user_turn(self) -> int: ...
+
+
+class ConversationLike(Protocol):
+    """What is read of an imported conversation, :class:`pact_nemo.traces.conversations.Conversation`."""
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def line(self) -> int: ...
+    @property
+    def opening(self) -> Sequence[Message]: ...
+    @property
+    def user_turns(self) -> Sequence[Sequence[Message]]: ...
+    @property
+    def turns(self) -> Sequence[TurnLike]: ...
+    @property
+    def task_id(self) -> str | None: ...
+    @property
+    def info(self) -> Mapping[str, Any]: ...
+    @property
+    def places(self) -> Sequence[Sequence[str]]: ...
+
+
+@dataclass(frozen=True)
+class TaskReader:
+    """Rows to tasks.
+
+    Attributes:
+        settings: the section ``agent``.
+        aliases: names of tools and arguments as the model sees them.
+        system: the system message of tasks that have none; empty: none.
+        offers: what the tools have, of ``state`` and ``score``.
+    """
+
+    settings: OwnConfig
+    aliases: Aliases
+    system: str
+    offers: frozenset[str]
+
+    def of_row(self, row: Row, conversations: Conversations) -> Task:
+        """A task of a row of ``tasks.path``. Without expected calls it gets those of its conversation.
+
+        Raises:
+            DataError: names file, row, field and remedy.
+        """
+        values = mapped(row.values, self.settings.fields)
+        row = Row(values, row.file, row.number)
+        name = row.text("id", f"task_{row.number}")
+        turns = [self._opening(row), *self._later(row)]
+        answers = self._answers(row)
+        tools = self._tools(row)
+        expected = self._expected(row, len(turns))
+        told = conversations.of(name, turns[0])
+        if not expected and told is not None:
+            expected = self.calls_of(told)[: len(turns)]
+        return self._task(row, name, turns, expected, {"answers": answers, "tools": tools})
+
+    def of_conversation(self, conversation: ConversationLike) -> Task:
+        """A task of a conversation: what stands before its first assistant message, and its calls as reference.
+
+        Raises:
+            DataError: it calls a tool that isn't there; names file, row and tool.
+        """
+        values = {"info": dict(conversation.info), "messages": list(conversation.opening)}
+        row = Row(values, conversation.file, conversation.line)
+        expected = self.calls_of(conversation)
+        turns = [list(messages) for messages in conversation.user_turns]
+        if self.settings.user_turns == "first":
+            turns, expected = turns[:1], expected[:1]
+        return self._task(row, conversation_id(conversation), turns, expected, {"answers": [], "tools": None})
+
+    def calls_of(self, conversation: ConversationLike) -> list[list[ToolCall]]:
+        """Calls of each user turn, by the tools' own names.
+
+        Raises:
+            DataError: the conversation calls a tool that isn't there; names file, row, field and tool.
+        """
+        calls: list[list[ToolCall]] = [[] for _ in conversation.user_turns]
+        for turn, places in zip(conversation.turns, conversation.places, strict=True):
+            for call, place in zip(turn.calls, places, strict=True):
+                if call.name not in self.aliases.own_names:
+                    raise Row({}, conversation.file, conversation.line).complain(
+                        f"the tool {call.name!r} is not offered; offered: {', '.join(sorted(self.aliases.own_names))}",
+                        place,
+                    )
+                calls[turn.user_turn].append(call)
+        return calls
+
+    def _task(
+        self,
+        row: Row,
+        name: str,
+        turns: list[list[Message]],
+        expected: list[list[ToolCall]],
+        own: dict[str, Any],
+    ) -> Task:
+        if not (own["answers"] or self.offers & {"score"} or any(expected)):
+            raise row.complain(
+                "nothing tells right from wrong: the tools have no score(), and the row has no answer and no"
+                " expected_calls; give one of them, or a conversation of this task",
+                "answer",
+            )
+        if self.system and all(message["role"] != "system" for message in turns[0]):
+            turns[0] = [{"role": "system", "content": self.system}, *turns[0]]
+        kept = [[call for call in calls if call.name not in self.settings.read_only] for calls in expected]
+        shown = [tuple(self.aliases.shown(call) for call in calls) for calls in kept]
+        tools = self.aliases.schemas
+        if own["tools"] is not None:
+            tools = [self.aliases.by_own_name(tool) for tool in own["tools"]]
+        return Task(
+            id=name,
+            group=row.text("group", name),
+            category=row.text("category", "own"),
+            user_turns=tuple(tuple(messages) for messages in turns),
+            tools=tuple(tools),
+            reference_calls=(*shown, *((),) * (len(turns) - len(shown))),
+            reference_answer=_answer_text(own["answers"]),
+            data={"row": {**row.values, "id": name}, "answers": own["answers"], "expected": expected},
+        )
+
+    def _opening(self, row: Row) -> list[Message]:
+        given = [key for key in _REQUESTS if row.values.get(key) is not None]
+        if len(given) != 1:
+            raise row.complain(
+                f"one of {', '.join(_REQUESTS)} is the request; found {', '.join(given) or 'none'}", "messages"
+            )
+        if given[0] != "messages" and isinstance(row.values[given[0]], str):
+            return [{"role": "user", "content": row.text(given[0])}]
+        messages = _messages(row, row.json(given[0], list), given[0])
+        if not any(message["role"] == "user" for message in messages):
+            raise row.complain("there is no user message", given[0])
+        return messages
+
+    def _later(self, row: Row) -> list[list[Message]]:
+        if row.values.get("user_turns") is None or self.settings.user_turns == "first":
+            return []
+        turns = []
+        for index, turn in enumerate(row.json("user_turns", list)):
+            field = f"user_turns[{index}]"
+            given = [{"role": "user", "content": turn}] if isinstance(turn, str) else turn
+            if not isinstance(given, list) or not given:
+                raise row.complain("expected a text or a list of messages", field)
+            turns.append(_messages(row, given, field))
+        return turns
+
+    def _answers(self, row: Row) -> list[Any]:
+        value = row.values.get("answer")
+        if value is None:
+            return []
+        answers = value if isinstance(value, list) and self.settings.answer != "json" else [value]
+        for answer in answers:
+            fault = answer_fault(self.settings.answer, answer)
+            if fault is not None:
+                raise row.complain(f"the answer {str(answer)[:60]!r} {fault}", "answer")
+        return answers
+
+    def _tools(self, row: Row) -> list[str] | None:
+        """Own names of the tools that a row offers; None: all."""
+        if row.values.get("tools") is None:
+            return None
+        names = []
+        for index, tool in enumerate(row.json("tools", list)):
+            inner = tool.get("function", tool) if isinstance(tool, dict) else tool
+            name = inner.get("name") if isinstance(inner, dict) else inner
+            if name not in self.aliases.own_names:
+                known = ", ".join(sorted(self.aliases.own_names))
+                raise row.complain(f"the tool {name!r} does not exist; there are: {known}", f"tools[{index}]")
+            names.append(name)
+        if not names:
+            raise row.complain("offers no tool; leave the key out to offer all", "tools")
+        return names
+
+    def _expected(self, row: Row, turns: int) -> list[list[ToolCall]]:
+        if row.values.get("expected_calls") is None:
+            return []
+        given = row.json("expected_calls", list)
+        nested = bool(given) and all(isinstance(item, list) for item in given)
+        if nested and len(given) > turns:
+            raise row.complain(f"calls of {len(given)} user turns, and there are {turns}", "expected_calls")
+        calls = [
+            [self._call(row, item, f"expected_calls[{index}]") for item in (part if nested else [part])]
+            for index, part in enumerate(given)
+        ]
+        return calls if nested else [[call for part in calls for call in part]]
+
+    def _call(self, row: Row, item: Any, field: str) -> ToolCall:
+        inner = item.get("function", item) if isinstance(item, dict) else item
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise row.complain('expected a call such as {"name": "lookup", "arguments": {"sku": "A1"}}', field)
+        arguments = inner.get("arguments", inner.get("kwargs")) or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = strict_json.loads(arguments, unique=True)
+            except ValueError as error:
+                raise row.complain(f"the arguments are no JSON: {error}", f"{field}.arguments") from error
+        if not isinstance(arguments, dict):
+            raise row.complain("the arguments have to be an object", f"{field}.arguments")
+        call = ToolCall(inner["name"], arguments)
+        if call.name not in self.aliases.own_names:
+            known = ", ".join(sorted(self.aliases.own_names))
+            raise row.complain(f"the tool {call.name!r} does not exist; there are: {known}", field)
+        return call
+
+
+def conversation_id(conversation: ConversationLike) -> str:
+    """The id of a conversation's own task."""
+    return conversation.task_id if conversation.task_id is not None else f"conversation_{conversation.line}"
+
+
+class Conversations:
+    """Which conversation belongs to a task: the one that names it, else the one that begins with its user's words."""
+
+    def __init__(self, conversations: Sequence[ConversationLike]):
+        self._by_id: dict[str, ConversationLike] = {}
+        self._by_words: dict[str, ConversationLike] = {}
+        for conversation in conversations:
+            if conversation.task_id is not None:
+                self._by_id.setdefault(conversation.task_id, conversation)
+            else:
+                self._by_words.setdefault(user_words(conversation.opening), conversation)
+
+    def of(self, task_id: str, opening: Sequence[Message]) -> ConversationLike | None:
+        """The conversation of a task; None where there is none."""
+        return self._by_id.get(task_id) or self._by_words.get(user_words(opening))
+
+
+def user_words(messages: Sequence[Message]) -> str:
+    """What the user says in some messages, as a key: the system message may differ."""
+    return "\n".join(message["content"].strip() for message in messages if message["role"] == "user")
+
+
+def mapped(values: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """A row with our names of its fields (``fields``: ours -> theirs); the others stay."""
+    theirs = {their: our for our, their in fields.items()}
+    return {theirs.get(key, key): value for key, value in values.items()}
+
+
+def _messages(row: Row, given: Sequence[Any], field: str) -> list[Message]:
+    messages = []
+    for index, message in enumerate(given):
+        where = f"{field}[{index}]"
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise row.complain("expected a message with role and content, both texts", where)
+        role = "system" if message.get("role") == "developer" else message.get("role")
+        if role not in ("user", "system"):
+            raise row.complain(
+                f"the role {role!r} has no place in a request; a whole conversation is a trace (traces.path)", where
+            )
+        messages.append({"role": role, "content": message["content"]})
+    return messages
+
+
+def _answer_text(answers: Sequence[Any]) -> str | None:
+    """The expected answer as a text, for reports and filters; None where there is none."""
+    if not answers:
+        return None
+    first = answers[0]
+    if isinstance(first, str):
+        return first
+    return number_text(first) if isinstance(first, int | float) and not isinstance(first, bool) else json.dumps(first)
