@@ -1,0 +1,330 @@
+"""The first step: the policy on one GPU without Transformer Engine, against transformers in float32 and the plan."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.acceptance.kit import Check, Group, Settings
+from tools.acceptance.models import (
+    PROMPTS,
+    difference,
+    forget_peak,
+    lengths,
+    memory_gib,
+    random_model,
+    rows,
+    step_config,
+    step_groups,
+    synchronize,
+    versions,
+)
+
+FAMILIES = ("llama", "llama3", "qwen2", "qwen3", "qwen3_moe", "mistral", "qwen3_window", "llama_biases")
+
+
+def machine(settings: Settings) -> dict[str, Any]:
+    """The GPU, its libraries, and what it reaches in one product and one copy."""
+    found: dict[str, Any] = {"versions": versions(), "python": sys.version.split()[0]}
+    if not torch.cuda.is_available():
+        return found
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    block = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    pageable, pinned = (torch.empty(1 << 30, dtype=torch.uint8, pin_memory=pin) for pin in (False, True))
+    properties = torch.cuda.get_device_properties(0)
+    return found | {
+        "gpu": properties.name,
+        "memory_gib": properties.total_memory / 2**30,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "bf16_tflops": 2 * size**3 / _best(lambda: a @ b) / 1e12,
+        "copy_tb_s": 2 * block.nbytes / _best(lambda: block.clone()) / 1e12,
+        "host_to_device_gb_s": {
+            name: host.nbytes / _best(lambda host=host: block.copy_(host), rounds=3) / 1e9  # type: ignore[misc]
+            for name, host in (("pageable", pageable), ("pinned", pinned))
+        },
+        "device_to_host_gb_s": {
+            name: host.nbytes / _best(lambda host=host: host.copy_(block), rounds=3) / 1e9  # type: ignore[misc]
+            for name, host in (("pageable", pageable), ("pinned", pinned))
+        },
+    }
+
+
+def _best(run: Any, rounds: int = 10) -> float:
+    seconds = []
+    for _ in range(rounds):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def families(settings: Settings) -> dict[str, Any]:
+    """Log-probs and gradient norms of tiny random models of every family, in fp32 and bf16.
+
+    The reference is transformers in float32 on the CPU, one sequence at a time.
+    """
+    from tests.test_policy_model import hf_logprobs, load_hf
+    from tests.workers.policy_kit import loss_fn, make_model, make_trees
+    from tests.workers.small_policy import build
+
+    trees = make_trees(6, seed=11, scale=3)
+    streams = {"weight": torch.cat([tree.streams["weight"] for tree in trees])}
+    found: dict[str, Any] = {}
+    for family in FAMILIES:
+        folder = make_model(settings.folder / "families" / family, family)
+        hf = load_hf(folder)
+        expected = hf_logprobs(hf, trees)
+        loss_fn(expected, streams)[0].backward()
+        squares = [(param.grad.double() ** 2).sum() for param in hf.parameters() if param.grad is not None]
+        norm = torch.stack(squares).sum().sqrt().item()
+        expected = expected.detach()
+        for precision in ("fp32", "bf16"):
+            try:
+                policy = build(folder, precision=precision, micro_batch_tokens=512)
+                logprobs = rows(policy.logprobs(trees))
+                result = policy.update(trees, loss_fn)
+            except Exception as error:
+                found[f"{family} {precision}"] = {"error": f"{type(error).__name__}: {error}"[:600]}
+                continue
+            found[f"{family} {precision}"] = {
+                **difference(logprobs, expected),
+                "first_ratio_equal": bool(torch.equal(rows(result.logprobs), logprobs)),
+                "grad_norm_error": abs(result.grad_norm / norm - 1),
+            }
+        if torch.cuda.is_available():
+            rounded = load_hf(folder).to("cuda", torch.bfloat16)
+            with torch.no_grad(), torch.device("cuda"):
+                found[f"{family} transformers bf16"] = difference(hf_logprobs(rounded, trees).float().cpu(), expected)
+    return found
+
+
+def step(settings: Settings) -> dict[str, Any]:
+    """A PACT step of the recipe's model: seconds, tokens, FLOP/s and peak memory beside the plan, tree and separate."""
+    from pact_nemo.planning.from_config import run_plan
+    from pact_nemo.planning.timing import model_operations
+    from tools.benches.kit import stand_in, still_policy, timed_step
+
+    config = step_config(settings)
+    groups = step_groups(config, settings)
+    start = time.perf_counter()
+    policy = still_policy(config, random_model(settings))
+    built = time.perf_counter() - start
+    plan = run_plan(config, world=1, lengths=lengths(settings))
+    found: dict[str, Any] = {"built_s": built, "built_gib": memory_gib()}
+    for name, shared, rounds in (("tree", True, 3), ("separate", False, 1)):
+        policy.config.share_prefix = shared
+        run = stand_in(config, policy)
+        run.state.step = 1
+        forget_peak()
+        timed = [timed_step(run, groups) for _ in range(1 + rounds)][1:]
+        seconds = {key: statistics.median(row[key] for row in timed) for key in ("score", "update", "total", "tokens")}
+        found[name] = {**seconds, "memory_gib": memory_gib(), "tokens_per_s": seconds["tokens"] / seconds["update"]}
+    work = model_operations(plan.shape, plan.work.mean_tree * float(PROMPTS))
+    found["update_model_tflops"] = 3 * work / found["tree"]["update"] / 1e12
+    found["plan"] = {**plan.as_json(), "parts_gib": {key: value / 2**30 for key, value in plan.memory.parts.items()}}
+    return found
+
+
+def same(settings: Settings) -> dict[str, Any]:
+    """The tree's log-probs against those of separate sequences; the first update's ratios."""
+    from tools.benches.packing import trees_of
+    from pact_nemo.policy.policy import MegatronPolicy
+
+    config = step_config(settings)
+    trees = trees_of(step_groups(config, settings, prompts=1), config)
+    policy = MegatronPolicy(
+        replace(config.policy, recompute="none"), config.optimizer, random_model(settings), seed=0, total_steps=1
+    )
+    tree = rows(policy.logprobs(trees))
+    again = rows(policy.logprobs(trees))
+    policy.config.share_prefix = False
+    separate = rows(policy.logprobs(trees))
+    return {"again": difference(again, tree), "separate": difference(separate, tree), "mean": tree.mean().item()}
+
+
+def kernels(settings: Settings) -> dict[str, Any]:
+    """Where the time of one update goes: kernels, and reads back to the host by line."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from tools.benches.kit import stand_in, still_policy, timed_step
+
+    config = step_config(settings)
+    groups = step_groups(config, settings)
+    policy = still_policy(config, random_model(settings))
+    run = stand_in(config, policy)
+    timed_step(run, groups)
+    reads = _host_reads(lambda: timed_step(run, groups)) if torch.cuda.is_available() else {}
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    synchronize()
+    start = time.perf_counter()
+    with profile(activities=activities) as profiler:
+        timed_step(run, groups)
+        synchronize()
+    wall = time.perf_counter() - start
+    events = profiler.key_averages()
+    busy = {event.key: event.self_device_time_total / 1e6 for event in events if event.self_device_time_total}
+    top = dict(sorted(busy.items(), key=lambda item: -item[1])[:30])
+    attention = [key for key in busy if re.search("flash|fmha|attention", key, re.I)]
+    return {
+        "wall_s": wall,
+        "kernels_s": sum(busy.values()),
+        "top": {key[:110]: round(value, 4) for key, value in top.items()},
+        "attention": {key[:110]: round(busy[key], 4) for key in attention},
+        "host_reads": reads,
+    }
+
+
+def _host_reads(run: Any) -> dict[str, int]:
+    """Synchronising calls of ``run``, by line of this project or of megatron."""
+    counts: Counter[str] = Counter()
+
+    def note(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+        counts[f"{filename.rpartition('site-packages/')[2].rpartition('pact_nemo/')[2]}:{lineno}"] += 1
+
+    before = warnings.showwarning
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note
+            run()
+    finally:
+        warnings.showwarning = before
+        torch.cuda.set_sync_debug_mode("default")
+    return dict(counts.most_common(20))
+
+
+def resume(settings: Settings) -> dict[str, Any]:
+    """A checkpoint, and an update after it: again from the checkpoint, bit for bit. And the export's speed."""
+    from pact_nemo.checkpoints import resume as checkpoints
+    from pact_nemo.policy.policy import MegatronPolicy
+    from tests.workers.policy_kit import loss_fn
+    from tools.benches.packing import trees_of
+
+    config = step_config(settings)
+    trees = trees_of(step_groups(config, settings, prompts=1), config)
+    for tree in trees:
+        tree.streams = {"weight": torch.full((tree.num_scored,), 1.0 / tree.num_scored)}
+    settings_of = (config.policy, replace(config.optimizer, lr=1e-5), random_model(settings))
+    policy = MegatronPolicy(*settings_of, seed=0, total_steps=4)
+    policy.update(trees, loss_fn)
+    root, start = settings.folder / "checkpoints", time.perf_counter()
+    folder = checkpoints.save(policy, root, {"step": 1})
+    saved = time.perf_counter() - start
+    first = policy.update(trees, loss_fn)
+    after = rows(policy.logprobs(trees))
+    start = time.perf_counter()
+    checkpoints.load(policy, folder)
+    loaded = time.perf_counter() - start
+    second = policy.update(trees, loss_fn)
+    exports = []
+    for name in ("one", "two"):
+        start = time.perf_counter()
+        entries = policy.export_hf(settings.folder / f"export_{name}")
+        size = sum(path.stat().st_size for path in (settings.folder / f"export_{name}").glob("*.safetensors"))
+        exports.append({"seconds": time.perf_counter() - start, "gb": size / 1e9, "files": len(entries)})
+    again = MegatronPolicy(
+        config.policy, config.optimizer, settings.folder / "export_two", seed=0, total_steps=1, trainable=False
+    )
+    return {
+        "same_loss": first.loss == second.loss,
+        "same_grad_norm": first.grad_norm == second.grad_norm,
+        "after": difference(rows(policy.logprobs(trees)), after),
+        "save_s": saved,
+        "load_s": loaded,
+        "checkpoint_gb": sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e9,
+        "exports": exports,
+        "reloaded_export": difference(rows(again.logprobs(trees)), after),
+    }
+
+
+WAITING = """
+import sys, time, torch
+torch.cuda.init(); end = time.time() + float(sys.argv[1]); print("up", flush=True)
+while time.time() < end:
+    if sys.argv[2] == "spin": torch.cuda._sleep(50_000_000); torch.cuda.synchronize()
+    else: time.sleep(0.05)
+"""
+
+
+def waiting(settings: Settings) -> dict[str, Any]:
+    """What a second process costs that spins on the GPU, as a rank does that waits in a collective."""
+    if not torch.cuda.is_available():
+        return {"skipped": "no GPU"}
+    a, b = (torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    found = {}
+    for kind in ("idle", "spin"):
+        other = subprocess.Popen([sys.executable, "-c", WAITING, "12", kind], stdout=subprocess.PIPE, text=True)
+        assert other.stdout is not None
+        other.stdout.readline()
+        time.sleep(1)
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < 4:
+            a @ b
+            synchronize()
+            count += 1
+        found[f"{kind}_products_per_s"] = count / (time.perf_counter() - start)
+        other.kill()
+        other.wait()
+    found["price"] = found["idle_products_per_s"] / found["spin_products_per_s"]
+    return found
+
+
+def entropies(settings: Settings) -> dict[str, Any]:
+    """The vocabulary head's kernels against a plain softmax in float64, with gradients."""
+    from pact_nemo.policy.heads import vocab_parallel_logprobs_and_entropies
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {}
+    for dtype, hidden, vocabulary in itertools.product((torch.float32, torch.bfloat16), (256,), (1001, 151936)):
+        if settings.small and vocabulary > 2000:
+            continue
+        torch.manual_seed(1)
+        h = torch.randn(500, hidden, device=device, dtype=dtype).requires_grad_()
+        w = (torch.randn(vocabulary, hidden, device=device, dtype=dtype) * 0.1).requires_grad_()
+        target = torch.randint(vocabulary, (500,), device=device)
+        logprobs, entropy = vocab_parallel_logprobs_and_entropies(
+            h, w, target, vocab_size=vocabulary, chunk=128, temperature=0.8, group=None, entropy=True
+        )
+        (logprobs.sum() + 0.3 * entropy.sum()).backward()
+        hd, wd = (x.detach().double().requires_grad_() for x in (h, w))
+        full = (hd @ wd.T / 0.8).log_softmax(-1)
+        expected, plain = full.gather(1, target[:, None])[:, 0], -(full.exp() * full).sum(-1)
+        (expected.sum() + 0.3 * plain.sum()).backward()
+        assert h.grad is not None and hd.grad is not None and wd.grad is not None and w.grad is not None
+        found[f"{str(dtype)[6:]} {vocabulary}"] = {
+            "logprob": difference(logprobs, expected)["max"],
+            "entropy": difference(entropy, plain)["max"],
+            "hidden_gradient": ((h.grad - hd.grad).norm() / hd.grad.norm()).item(),
+            "weight_gradient": ((w.grad - wd.grad).norm() / wd.grad.norm()).item(),
+        }
+    return found
+
+
+def _checks(*checks: Check) -> tuple[Check, ...]:
+    return checks
+
+
+GROUPS = (
+    Group("machine", 60, _checks(machine, entropies)),
+    Group("families", 120, _checks(families)),
+    Group("step", 150, _checks(step)),
+    Group("kernels", 90, _checks(kernels)),
+    Group("resume", 120, _checks(resume)),
+    Group("same", 60, _checks(same)),
+    Group("waiting", 45, _checks(waiting)),
+)
