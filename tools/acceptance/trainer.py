@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -223,6 +224,7 @@ def resume(settings: Settings) -> dict[str, Any]:
     policy = MegatronPolicy(*settings_of, seed=0, total_steps=4)
     policy.update(trees, loss_fn)
     root, start = settings.folder / "checkpoints", time.perf_counter()
+    shutil.rmtree(root, ignore_errors=True)
     folder = checkpoints.save(policy, root, {"step": 1})
     saved = time.perf_counter() - start
     first = policy.update(trees, loss_fn)

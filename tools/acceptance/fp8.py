@@ -1,0 +1,187 @@
+"""The second step: Transformer Engine's layers, its attention, and its FP8 recipes."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tools.acceptance.kit import Check, Group, Settings
+from tools.acceptance.models import (
+    difference,
+    forget_peak,
+    lengths,
+    memory_gib,
+    random_model,
+    rows,
+    step_config,
+    step_groups,
+)
+from tools.acceptance.trainer import families, machine, resume
+
+RECIPES = ("tensorwise", "blockwise", "delayed")
+
+
+def _policy(settings: Settings, **policy: Any) -> Any:
+    """A policy of the recipe's model whose weights no step changes, and its config."""
+    from tools.benches.kit import still_policy
+
+    if policy.get("fp8") == "delayed":
+        policy["fp8_bf16_layers"] = 0
+    if settings.small and policy.get("fp8") is not None and not torch.cuda.is_available():
+        policy.update(fp8_emulate=True, recompute="none", fp8_bf16_layers=0)
+    config = step_config(settings)
+    config = replace(config, policy=replace(config.policy, **policy))
+    return still_policy(config, random_model(settings)), config
+
+
+def layers(settings: Settings) -> dict[str, Any]:
+    """Which modules the model consists of, and that an FP8 recipe without kernels here is refused by name."""
+    from pact_nemo.errors import ConfigError
+
+    policy, _ = _policy(settings)
+    layer = policy.chunks[0].decoder.layers[0]
+    found: dict[str, Any] = {
+        "modules": sorted({type(module).__name__ for module in layer.modules()}),
+        "final_norm": type(policy.chunks[0].decoder.final_layernorm).__name__,
+    }
+    try:
+        _policy(settings, fp8="mxfp8")
+        found["mxfp8"] = "accepted"
+    except ConfigError as error:
+        found["mxfp8"] = str(error)
+    return found
+
+
+def recipes(settings: Settings) -> dict[str, Any]:
+    """Each FP8 recipe against bf16: log-probs, first ratios, gradient norm, seconds of a step, peak memory, plan."""
+    from pact_nemo.planning.from_config import run_plan
+    from tools.benches.kit import stand_in, timed_step
+    from tools.benches.packing import trees_of
+
+    found: dict[str, Any] = {}
+    reference: torch.Tensor | None = None
+    for recipe in (None, *RECIPES):
+        name = recipe or "bf16"
+        try:
+            policy, config = _policy(settings, fp8=recipe)
+            groups = step_groups(config, settings)
+            trees = trees_of(groups, config)[:1]
+            logprobs = rows(policy.logprobs(trees))
+            again = rows(policy.logprobs(trees))
+            for tree in trees:
+                tree.streams = {"weight": torch.full((tree.num_scored,), 1.0 / tree.num_scored)}
+            result = policy.update(trees, _loss)
+            reference = logprobs if reference is None else reference
+            run = stand_in(config, policy)
+            run.state.step = 1
+            forget_peak()
+            timed = [timed_step(run, groups) for _ in range(3)][1:]
+            plan = run_plan(config, world=1, lengths=lengths(settings))
+            found[name] = {
+                "ran": policy.fp8,
+                "against_bf16": difference(logprobs, reference),
+                "again": difference(again, logprobs),
+                "first_ratio": difference(rows(result.logprobs), logprobs),
+                "grad_norm": result.grad_norm,
+                **{key: statistics.median(row[key] for row in timed) for key in ("score", "update", "tokens")},
+                "memory_gib": memory_gib(),
+                "plan_gib": {key: value / 2**30 for key, value in plan.memory.parts.items()},
+                "plan_seconds": dict(plan.phases),
+            }
+            del policy, run
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}"[:1500]}
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return found
+
+
+def _loss(logprob: torch.Tensor, streams: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return -(logprob * streams["weight"]).sum(), {}
+
+
+def attention(settings: Settings) -> dict[str, Any]:
+    """Transformer Engine's own attention on separate sequences against torch's on the tree."""
+    if not torch.cuda.is_available():
+        return {"skipped": "no GPU"}
+    from tools.benches.kit import stand_in, timed_step
+    from tools.benches.packing import trees_of
+
+    found: dict[str, Any] = {}
+    expected: torch.Tensor | None = None
+    for name, words in (
+        ("tree_sdpa", {}),
+        ("separate", {"share_prefix": False}),
+        ("te", {"share_prefix": False, "attention": "te"}),
+    ):
+        policy, config = _policy(settings, **words)
+        groups = step_groups(config, settings)
+        logprobs = rows(policy.logprobs(trees_of(groups, config)[:1]))
+        expected = logprobs if expected is None else expected
+        timed = [timed_step(stand_in(config, policy), groups) for _ in range(2)][-1]
+        found[name] = {**difference(logprobs, expected), "update": timed["update"], "tokens": timed["tokens"]}
+        del policy
+        torch.cuda.empty_cache()
+    return found
+
+
+def experts(settings: Settings) -> dict[str, Any]:
+    """A mixture of experts under each FP8 recipe: runs, and how far from bf16."""
+    from tests.workers.policy_kit import loss_fn, make_trees
+    from tests.workers.small_policy import build
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    folder = settings.folder / "experts"
+    config = Qwen3MoeConfig(
+        vocab_size=131,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=512,
+        moe_intermediate_size=256,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+    trees, found, expected = make_trees(6, seed=11, scale=3), {}, None
+    for recipe in (None, *RECIPES):
+        words: dict[str, Any] = {"fp8_bf16_layers": 0} if recipe == "delayed" else {}
+        if settings.small and recipe is not None:
+            words["fp8_emulate"] = True
+        try:
+            precision = "bf16" if torch.cuda.is_available() else "fp32"
+            policy = build(folder, precision=precision, micro_batch_tokens=512, fp8=recipe, **words)
+            logprobs = rows(policy.logprobs(trees))
+            expected = logprobs if expected is None else expected
+            result = policy.update(trees, loss_fn)
+            found[str(recipe)] = {
+                **difference(logprobs, expected),
+                "first_ratio": difference(rows(result.logprobs), logprobs),
+                "grad_norm": result.grad_norm,
+                "experts": sorted({type(module).__name__ for module in policy.chunks[0].decoder.layers[0].mlp.modules()}),
+            }
+        except Exception as error:
+            found[str(recipe)] = {"error": f"{type(error).__name__}: {error}"[:1500]}
+    return found
+
+
+def _checks(*checks: Check) -> tuple[Check, ...]:
+    return checks
+
+
+GROUPS = (
+    Group("layers", 60, _checks(machine, layers)),
+    Group("recipes", 200, _checks(recipes)),
+    Group("families", 100, _checks(families)),
+    Group("experts", 60, _checks(experts)),
+    Group("attention", 90, _checks(attention)),
+    Group("resume", 100, _checks(resume)),
+)
