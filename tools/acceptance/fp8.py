@@ -19,7 +19,7 @@ from tools.acceptance.models import (
     step_config,
     step_groups,
 )
-from tools.acceptance.trainer import families, machine, resume
+from tools.acceptance.trainer import families, kernels, machine, resume
 
 RECIPES = ("tensorwise", "blockwise", "delayed")
 
@@ -180,6 +180,7 @@ def _checks(*checks: Check) -> tuple[Check, ...]:
 GROUPS = (
     Group("layers", 60, _checks(machine, layers)),
     Group("recipes", 200, _checks(recipes)),
+    Group("kernels", 60, _checks(kernels)),
     Group("families", 100, _checks(families)),
     Group("experts", 60, _checks(experts)),
     Group("attention", 90, _checks(attention)),

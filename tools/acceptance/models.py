@@ -33,14 +33,15 @@ SMALL_LENGTHS = Lengths(prompt=42, response=16, trace=28, policy_share=0.6)
 PROMPTS = 4
 
 
-def random_model(settings: Settings) -> Path:
-    """A random model of :data:`RECIPE`'s shape as a Hugging Face folder, made once."""
+def random_model(settings: Settings, *, layers: int | None = None) -> Path:
+    """A random model of :data:`RECIPE`'s shape, or of fewer layers, as a Hugging Face folder, made once."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = settings.folder / "model"
+    folder = settings.folder / ("model" if layers is None else f"model_{layers}")
     if (folder / "config.json").is_file():
         return folder
     shape = {**recipe(RECIPE).shape, **(SMALL_SHAPE if settings.small else {})}
+    shape["num_hidden_layers"] = layers or shape["num_hidden_layers"]
     config = AutoConfig.for_model(**shape)
     config.dtype = torch.bfloat16
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 import statistics
@@ -164,7 +165,7 @@ def kernels(settings: Settings) -> dict[str, Any]:
     from tools.benches.kit import stand_in, still_policy, timed_step
 
     config = step_config(settings)
-    groups = step_groups(config, settings)
+    groups = step_groups(config, settings, prompts=1)
     policy = still_policy(config, random_model(settings))
     run = stand_in(config, policy)
     timed_step(run, groups)
@@ -178,15 +179,20 @@ def kernels(settings: Settings) -> dict[str, Any]:
     wall = time.perf_counter() - start
     events = profiler.key_averages()
     busy = {event.key: event.self_device_time_total / 1e6 for event in events if event.self_device_time_total}
-    top = dict(sorted(busy.items(), key=lambda item: -item[1])[:30])
-    attention = [key for key in busy if re.search("flash|fmha|attention", key, re.I)]
+    operators = {key: value for key, value in busy.items() if "::" in key.partition("(")[0] and " " not in key}
+    kernels = {key: value for key, value in busy.items() if key not in operators}
     return {
         "wall_s": wall,
-        "kernels_s": sum(busy.values()),
-        "top": {key[:110]: round(value, 4) for key, value in top.items()},
-        "attention": {key[:110]: round(busy[key], 4) for key in attention},
+        "kernels_s": sum(kernels.values()),
+        "operators": {key: round(value, 4) for key, value in _largest(operators)},
+        "kernels": {key[:110]: round(value, 4) for key, value in _largest(kernels)},
+        "attention": {key[:80]: round(value, 4) for key, value in kernels.items() if re.search("flash|fmha", key, re.I)},
         "host_reads": reads,
     }
+
+
+def _largest(seconds: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(seconds.items(), key=lambda item: -item[1])[:25]
 
 
 def _host_reads(run: Any) -> dict[str, int]:
@@ -210,48 +216,72 @@ def _host_reads(run: Any) -> dict[str, int]:
 
 
 def resume(settings: Settings) -> dict[str, Any]:
-    """A checkpoint, and an update after it: again from the checkpoint, bit for bit. And the export's speed."""
-    from pact_nemo.checkpoints import resume as checkpoints
+    """A checkpoint of four layers, and the update after it: again from the checkpoint. And the export's speed."""
     from pact_nemo.policy.policy import MegatronPolicy
     from tests.workers.policy_kit import loss_fn
     from tools.benches.packing import trees_of
 
-    config = step_config(settings)
+    config, model = step_config(settings), random_model(settings, layers=4)
     trees = trees_of(step_groups(config, settings, prompts=1), config)
     for tree in trees:
         tree.streams = {"weight": torch.full((tree.num_scored,), 1.0 / tree.num_scored)}
-    settings_of = (config.policy, replace(config.optimizer, lr=1e-5), random_model(settings))
-    policy = MegatronPolicy(*settings_of, seed=0, total_steps=4)
+    policy = MegatronPolicy(config.policy, replace(config.optimizer, lr=1e-5), model, seed=0, total_steps=99)
     policy.update(trees, loss_fn)
-    root, start = settings.folder / "checkpoints", time.perf_counter()
-    shutil.rmtree(root, ignore_errors=True)
-    folder = checkpoints.save(policy, root, {"step": 1})
-    saved = time.perf_counter() - start
-    first = policy.update(trees, loss_fn)
-    after = rows(policy.logprobs(trees))
-    start = time.perf_counter()
-    checkpoints.load(policy, folder)
-    loaded = time.perf_counter() - start
-    second = policy.update(trees, loss_fn)
-    exports = []
+    found = {"as_it_is": _repeated(policy, trees, settings.folder / "plain")}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    found["deterministic"] = _repeated(policy, trees, settings.folder / "deterministic")
+    torch.use_deterministic_algorithms(False)
+    after, exports = rows(policy.logprobs(trees)), []
     for name in ("one", "two"):
         start = time.perf_counter()
         entries = policy.export_hf(settings.folder / f"export_{name}")
         size = sum(path.stat().st_size for path in (settings.folder / f"export_{name}").glob("*.safetensors"))
         exports.append({"seconds": time.perf_counter() - start, "gb": size / 1e9, "files": len(entries)})
-    again = MegatronPolicy(
-        config.policy, config.optimizer, settings.folder / "export_two", seed=0, total_steps=1, trainable=False
-    )
+    folder = settings.folder / "export_two"
+    again = MegatronPolicy(config.policy, config.optimizer, folder, seed=0, total_steps=1, trainable=False)
+    return found | {"exports": exports, "reloaded_export": difference(rows(again.logprobs(trees)), after)}
+
+
+def _repeated(policy: Any, trees: list[Any], root: Path) -> dict[str, Any]:
+    """An update of ``policy``, twice from the same checkpoint."""
+    from pact_nemo.checkpoints import resume as checkpoints
+    from tests.workers.policy_kit import loss_fn
+
+    shutil.rmtree(root, ignore_errors=True)
+    before, start = rows(policy.logprobs(trees)), time.perf_counter()
+    folder = checkpoints.save(policy, root, {"step": 1})
+    saved, start = time.perf_counter() - start, time.perf_counter()
+    first = policy.update(trees, loss_fn)
+    updated = time.perf_counter() - start
+    after, start = rows(policy.logprobs(trees)), time.perf_counter()
+    checkpoints.load(policy, folder)
+    loaded = time.perf_counter() - start
+    restored = rows(policy.logprobs(trees))
+    second = policy.update(trees, loss_fn)
     return {
-        "same_loss": first.loss == second.loss,
-        "same_grad_norm": first.grad_norm == second.grad_norm,
+        "restored": difference(restored, before),
+        "losses": [first.loss, second.loss],
+        "grad_norms": [first.grad_norm, second.grad_norm],
         "after": difference(rows(policy.logprobs(trees)), after),
         "save_s": saved,
         "load_s": loaded,
+        "update_s": updated,
         "checkpoint_gb": sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e9,
-        "exports": exports,
-        "reloaded_export": difference(rows(again.logprobs(trees)), after),
     }
+
+
+def disk(settings: Settings) -> dict[str, Any]:
+    """What the scratch folder takes from one writer: 2 GiB, synchronised."""
+    path, block = settings.folder / "disk", bytes(1 << 26)
+    start = time.perf_counter()
+    with path.open("wb") as handle:
+        for _ in range(2 if settings.small else 32):
+            handle.write(block)
+        handle.flush()
+        os.fsync(handle.fileno())
+    seconds, size = time.perf_counter() - start, path.stat().st_size
+    path.unlink()
+    return {"gb_s": size / seconds / 1e9}
 
 
 WAITING = """
@@ -326,7 +356,7 @@ GROUPS = (
     Group("families", 120, _checks(families)),
     Group("step", 150, _checks(step)),
     Group("kernels", 90, _checks(kernels)),
-    Group("resume", 120, _checks(resume)),
+    Group("resume", 120, _checks(disk, resume)),
     Group("same", 60, _checks(same)),
     Group("waiting", 45, _checks(waiting)),
 )
