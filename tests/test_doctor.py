@@ -97,7 +97,7 @@ def test_fp8_says_which_recipes_this_gpu_runs(installed: dict[str, str]) -> None
     )
     assert "without it the run is in bf16" in findings.fp8(hopper).remedy
     installed["transformer-engine"] = "2.12"
-    assert findings.fp8(hopper).ok and findings.fp8(hopper).detail == "delayed, tensorwise, blockwise"
+    assert findings.fp8(hopper).ok and findings.fp8(hopper).detail == "tensorwise, blockwise"
     assert "mxfp8" in findings.fp8(["NVIDIA B200, 183359 MiB, 580.65, 10.0"]).detail
 
 

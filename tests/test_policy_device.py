@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pact_nemo.policy import megatron_import, without_cuda
+from pact_nemo.policy import distributed, megatron_import, without_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the redirection is for machines without CUDA")
 megatron_import.prepare_megatron()
@@ -234,3 +235,39 @@ def test_a_module_imported_alone_prepares_megatron_itself_and_leaves_logging_alo
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("source", ["", "raise OSError('libtransformer_engine.so is missing')\n"])
+def test_half_a_transformer_engine_is_refused_by_name(source: str, tmp_path: Path) -> None:
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text(source)
+    program = "from pact_nemo.policy.megatron_import import prepare_megatron; prepare_megatron()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert "ConfigError: transformer_engine is installed and can't be imported" in done.stderr
+    assert "pip uninstall transformer_engine" in done.stderr
+
+
+def test_experts_token_counts_are_left_to_megatron_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    own = object()
+    monkeypatch.setattr(megatron_import, "_patch_torch_adam_state", lambda cls: None)
+    monkeypatch.setattr(token_dispatcher, "maybe_move_tensor_to_cpu", own)
+    megatron_import._patch_megatron(on_cpu=False)
+    assert token_dispatcher.maybe_move_tensor_to_cpu is own, "ours calls .numpy() on tensors that may be on a GPU"
+    megatron_import._patch_megatron(on_cpu=True)
+    assert token_dispatcher.maybe_move_tensor_to_cpu is not own
+
+
+def test_on_gpus_objects_travel_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(distributed, "use_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: asked.update(backend=backend))
+    monkeypatch.delenv("RANK", raising=False)
+    distributed.init_distributed(30)
+    assert asked["backend"] == "cpu:gloo,cuda:nccl"

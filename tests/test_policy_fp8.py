@@ -239,7 +239,7 @@ def test_without_transformer_engine_it_says_so_and_goes_on(hf: Path, caplog: pyt
         ((8, 0), "tensorwise", None),
         ((8, 9), "auto", "tensorwise"),
         ((9, 0), "auto", "blockwise"),
-        ((9, 0), "delayed", "delayed"),
+        ((9, 0), "tensorwise", "tensorwise"),
         ((10, 0), "auto", "mxfp8"),
         (None, "auto", None),
     ],
@@ -251,6 +251,14 @@ def test_the_hardware_decides(capability: tuple[int, int] | None, asked: str, ru
 
 def test_a_recipe_that_this_gpu_has_not_is_refused_by_name() -> None:
     with pytest.raises(
-        ConfigError, match=r"mxfp8 has no kernels on compute capability \(9, 0\); it has delayed, tensorwise, blockwise"
+        ConfigError, match=r"mxfp8 has no kernels on compute capability \(9, 0\); it has tensorwise, blockwise"
     ):
         PolicyConfig(fp8="mxfp8").resolved_fp8(capability=(9, 0), has_te=True)
+
+
+def test_scales_that_move_with_every_micro_batch_are_refused_where_they_are_real() -> None:
+    delayed = PolicyConfig(fp8="delayed", fp8_bf16_layers=0)
+    with pytest.raises(ConfigError, match="policy.fp8=delayed scales by what earlier micro-batches held"):
+        delayed.resolved_fp8(capability=(9, 0), has_te=True)
+    assert delayed.resolved_fp8(capability=(9, 0), has_te=False) is None
+    assert replace(delayed, fp8_emulate=True).resolved_fp8(capability=None, has_te=False) == "delayed"

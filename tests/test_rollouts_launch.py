@@ -78,6 +78,12 @@ def test_gpu(with_cuda):
     assert not any(name.startswith(("VLLM_CPU", "OMP_", "KMP_", launch.FORK_ENGINE_ENV)) for name in names)
 
 
+def test_on_a_gpu_the_sampler_is_the_one_that_knows_seeds_and_logprobs(with_cuda, monkeypatch):
+    assert launch.engine_environment(GPU, ENDPOINT)["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
+    assert launch.engine_environment(GPU, ENDPOINT)["VLLM_USE_FLASHINFER_SAMPLER"] == "1"
+
+
 def test_the_key_is_never_an_argument():
     assert not any("the-key" in word for word in arguments(CPU))
 

@@ -13,8 +13,14 @@ ATTENTION = ("auto", "tree_sdpa", "te")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 #: first compute capability with the recipe's kernels: Ada and Hopper have per-tensor scales, Hopper block scales,
-#: Blackwell the MX formats
-FIRST_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+#: Blackwell the MX formats. ``delayed`` is not among them: under Transformer Engine its scales move with every
+#: micro-batch, and scoring and update then round differently
+FIRST_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+
+
+def transformer_engine_installed() -> bool:
+    """Whether the package is there. (``megatron_import`` refuses one that can't be imported.)"""
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 @dataclass
@@ -45,13 +51,16 @@ class PolicyConfig:
         attention: ``tree_sdpa`` (torch kernels on any device), ``te`` (Transformer Engine, needs share_prefix=False) or
             ``auto`` = tree_sdpa.
         fp8: Transformer Engine FP8 recipe of the update and of the scoring that its ratios are taken against (the
-            reference pass, the vocabulary head and the loss stay as ``precision`` says): ``delayed``, ``tensorwise``,
+            reference pass, the vocabulary head and the loss stay as ``precision`` says): ``tensorwise``,
             ``blockwise``, ``mxfp8``, ``auto`` = the finest that the GPU has, None = off. Without Transformer Engine or
-            an FP8 unit it is off, and said so.
+            an FP8 unit it is off, and said so. ``delayed`` is for ``fp8_emulate`` alone: its scales move with every
+            micro-batch.
         fp8_bf16_layers: layers at each end of the stack that stay in bf16 under ``fp8``; ``delayed`` knows no
             exceptions and needs 0.
         fp8_emulate: where there is no Transformer Engine, round what enters and leaves the linear layers as the recipe
             would: shows on any machine what FP8 does to log-probs, ratios and clipping. Slower, not faster.
+        deterministic: on GPUs, kernels that add in a fixed order, so that a resumed run repeats an uninterrupted one
+            bit for bit; attention's backward pass is slower. On the CPU it is so anyway.
         distributed_optimizer: shard optimizer state over the data-parallel ranks.
         overlap_grad_reduce: reduce gradients over the data-parallel ranks while the backward pass still runs.
         export_writers: ranks that write an export, at most; None = all that see the folder.
@@ -76,6 +85,7 @@ class PolicyConfig:
     fp8: str | None = None
     fp8_bf16_layers: int = 1
     fp8_emulate: bool = False
+    deterministic: bool = False
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     export_writers: int | None = None
@@ -144,7 +154,7 @@ class PolicyConfig:
             raise ConfigError(
                 f"{world_size} ranks can't be split into PP x EP = {experts}; start a multiple of {experts} ranks"
             )
-        has_te = cuda and importlib.util.find_spec("transformer_engine") is not None
+        has_te = cuda and transformer_engine_installed()
         if self.attention == "te" and not has_te:
             raise ConfigError(
                 "policy.attention=te needs CUDA and the transformer-engine package; install it or set"
@@ -180,17 +190,23 @@ class PolicyConfig:
             has_te: whether Transformer Engine is installed.
 
         Raises:
-            ConfigError: the GPU has an FP8 unit, but no kernels for the recipe that was asked for by name.
+            ConfigError: the GPU has an FP8 unit, but no kernels for the recipe that was asked for by name; or
+                ``delayed``, whose scales Transformer Engine moves with every micro-batch.
         """
         if self.fp8 is None:
             return None
         if self.fp8_emulate:
             return "tensorwise" if self.fp8 == "auto" else self.fp8
         possible = (
-            [name for name in FP8_RECIPES if capability is not None and capability >= FIRST_CAPABILITY[name]]
+            [name for name, first in FIRST_CAPABILITY.items() if capability is not None and capability >= first]
             if has_te
             else []
         )
+        if possible and self.fp8 == "delayed":
+            raise ConfigError(
+                "policy.fp8=delayed scales by what earlier micro-batches held, so an update's log-probs are not those"
+                " that its ratios are taken against; take policy.fp8=auto"
+            )
         if not possible or self.fp8 in possible:
             return self.fp8 if possible else None
         if self.fp8 != "auto":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import platform
 
 import torch
+
+from pact_nemo.policy.config import transformer_engine_installed
 
 CPU = torch.device("cpu")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # mallopt(3)
@@ -30,7 +31,16 @@ def compute_capability() -> tuple[int, int] | None:
 
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine can be used: a GPU and the package."""
-    return use_cuda() and importlib.util.find_spec("transformer_engine") is not None
+    return use_cuda() and transformer_engine_installed()
+
+
+def compute_deterministically() -> None:
+    """Kernels that add in a fixed order, for the rest of this process: torch's, cuBLAS's and Transformer Engine's. One
+    that has none raises RuntimeError where it is called. Before the first product on a GPU.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True)
 
 
 def keep_freed_memory() -> None:

@@ -50,7 +50,7 @@ def exit_rank(code: int) -> None:
 
 
 def init_distributed(timeout_s: float) -> None:
-    """Start torch.distributed: nccl with CUDA, gloo otherwise. Under ``torchrun`` its environment is used; a plain
+    """Start torch.distributed: nccl for CUDA tensors, gloo for those of the CPU and for objects. Under ``torchrun`` its environment is used; a plain
     process becomes a job of one rank that no other process can reach. Does nothing if a process group exists already.
 
     The ranks of one machine use its loopback interface. Several machines have to reach each other, and anyone on their
@@ -64,7 +64,8 @@ def init_distributed(timeout_s: float) -> None:
     if dist.is_initialized():
         return
     timeout = datetime.timedelta(seconds=timeout_s)
-    backend = "nccl" if use_cuda() else "gloo"
+    # objects over gloo: over nccl, ranks that wait for rank 0's rollouts would spin on the GPUs that generate them
+    backend = "cpu:gloo,cuda:nccl" if use_cuda() else "gloo"
     if use_cuda():
         torch.cuda.set_device(local_device())
     world = os.environ.get("WORLD_SIZE")

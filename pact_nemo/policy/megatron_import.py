@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from packaging.version import Version as PkgVersion
 
-from pact_nemo.errors import MissingDependency
+from pact_nemo.errors import ConfigError, MissingDependency
+from pact_nemo.policy.config import transformer_engine_installed
 from pact_nemo.policy.device import use_cuda
 from pact_nemo.policy.without_cuda import install_cpu_redirection, redirect_rng_state, uncompiled
 from pact_nemo.runtime import machine
@@ -48,7 +49,7 @@ def prepare_megatron() -> None:
 
     Raises:
         MissingDependency: megatron-core or megatron-bridge is not installed.
-        ConfigError: no folder can be written for locks and caches.
+        ConfigError: no folder can be written for locks and caches, or Transformer Engine is there and can't be imported.
         RuntimeError: without CUDA, megatron-core was imported before: its CUDA calls and compiled kernels can't be
             redirected any more.
     """
@@ -67,6 +68,7 @@ def prepare_megatron() -> None:
             found = None
         if found is None:
             raise MissingDependency(f"the policy needs {package}; install the packages of requirements.txt")
+    check_transformer_engine()
     on_cpu = install_cpu_redirection()
     compiled = uncompiled() if on_cpu else contextlib.nullcontext()
     with warnings.catch_warnings(), _without_remarks(), _hidden("wandb"), _without_collector(), compiled:
@@ -78,11 +80,29 @@ def prepare_megatron() -> None:
         if on_cpu:
             redirect_rng_state()
             _patch_gloo_scatter()
-        _patch_megatron()
+        _patch_megatron(on_cpu=on_cpu)
         with _stand_ins():
             import megatron.bridge  # noqa: F401
     _leave_out_known_remarks()
     _prepared = True
+
+
+def check_transformer_engine() -> None:
+    """Refuse a Transformer Engine that is only half there: megatron-core takes its folder for all of it.
+
+    Raises:
+        ConfigError: with what is missing.
+    """
+    if not transformer_engine_installed():
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:
+        raise ConfigError(
+            f"transformer_engine is installed and can't be imported ({type(error).__name__}: {error}); finish its"
+            " installation (requirements-gpu.txt), or remove it: pip uninstall transformer_engine"
+            " transformer_engine_cu13 transformer_engine_torch, and what they leave of the folder"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -153,7 +173,7 @@ def _leave_out_known_remarks() -> None:
     )
 
 
-def _patch_megatron() -> None:
+def _patch_megatron(*, on_cpu: bool) -> None:
     """Places in megatron-core that assume Transformer Engine, Apex or a CUDA tensor."""
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -164,7 +184,8 @@ def _patch_megatron() -> None:
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
-    token_dispatcher.maybe_move_tensor_to_cpu = to_host  # converts CUDA tensors only
+    if on_cpu:
+        token_dispatcher.maybe_move_tensor_to_cpu = to_host  # converts CUDA tensors only
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _patch_torch_adam_state(distrib_optimizer.DistributedOptimizer)
 

@@ -7,7 +7,6 @@ instead of logits.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from pact_nemo.policy import fused
 from pact_nemo.policy.architectures import Architecture
 from pact_nemo.policy.attention import TreeBatch
 from pact_nemo.policy.config import PolicyConfig
-from pact_nemo.policy.device import local_device
+from pact_nemo.policy.device import has_transformer_engine, local_device
 from pact_nemo.policy.fp8 import emulate
 from pact_nemo.policy.heads import vocab_parallel_logprobs_and_entropies
 from pact_nemo.policy.layer_spec import layer_spec
@@ -169,7 +168,7 @@ def build_chunks(provider: Any, architecture: Architecture, config: PolicyConfig
     groups = ProcessGroupCollection.use_mpu_process_groups()
     provider._pg_collection = groups
     virtual = config.virtual_pipeline
-    transformer_engine = cuda and importlib.util.find_spec("transformer_engine") is not None
+    transformer_engine = cuda and has_transformer_engine()
     spec = layer_spec(
         provider,
         architecture,

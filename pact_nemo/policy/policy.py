@@ -67,6 +67,8 @@ class MegatronPolicy:
         cuda = devices.use_cuda()
         if config.keep_freed_memory and not cuda:
             devices.keep_freed_memory()
+        if config.deterministic and cuda:
+            devices.compute_deterministically()
         config.validate(cuda=cuda, world_size=dist.get_world_size())
         optimizer_config.validate()
         self.config, self.optimizer_config = config, optimizer_config

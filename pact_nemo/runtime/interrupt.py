@@ -43,7 +43,7 @@ class StopRequest:
         """Whether any rank was asked to; collective, so that all ranks leave at the same point."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return bool(self)
-        asked = torch.tensor([int(bool(self))], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        asked = torch.tensor([int(bool(self))])  # on the CPU, where gloo is, too
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked.item())
 

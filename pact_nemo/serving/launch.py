@@ -128,6 +128,8 @@ def engine_environment(config: RolloutServerConfig, endpoint: ServerEndpoint) ->
         "TOKENIZERS_PARALLELISM": "false",
     }
     if on_cuda(config):
+        # a sampler of its own random numbers, without log-probs after top-p: requests carry seeds and ask for them
+        environment.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         return environment
     cores = sorted(os.sched_getaffinity(0))[: config.cpu_threads]
     environment |= {
