@@ -243,9 +243,7 @@ def test_half_a_transformer_engine_is_refused_by_name(source: str, tmp_path: Pat
     (tmp_path / "transformer_engine" / "__init__.py").write_text(source)
     program = "from pact_nemo.policy.megatron_import import prepare_megatron; prepare_megatron()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment)
     assert "ConfigError: transformer_engine is installed and can't be imported" in done.stderr
     assert "pip uninstall transformer_engine" in done.stderr
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.acceptance.kit import Settings, run_group, run_step
 
-STEPS = {"trainer": 300.0, "fp8": 300.0, "serving": 480.0}  #: seconds each may take
+STEPS = {"trainer": 480.0, "fp8": 480.0, "serving": 480.0}  #: seconds each may take
 
 
 def main() -> int:
@@ -43,8 +43,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-acceptance-") as scratch:
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        words = ["--folder", str(folder), *(["--small"] if options.small else [])]
-        return run_step(options.step, chosen, words, options.out, limit_s=options.seconds or STEPS[options.step])
+        command = [sys.executable, str(Path(__file__).resolve()), options.step, "--folder", str(folder)]
+        command += ["--small"] if options.small else []
+        return run_step(options.step, chosen, command, options.out, limit_s=options.seconds or STEPS[options.step])
 
 
 if __name__ == "__main__":

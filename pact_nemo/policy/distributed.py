@@ -50,8 +50,9 @@ def exit_rank(code: int) -> None:
 
 
 def init_distributed(timeout_s: float) -> None:
-    """Start torch.distributed: nccl for CUDA tensors, gloo for those of the CPU and for objects. Under ``torchrun`` its environment is used; a plain
-    process becomes a job of one rank that no other process can reach. Does nothing if a process group exists already.
+    """Start torch.distributed: nccl for CUDA tensors, gloo for the CPU's and for objects. Under ``torchrun`` its
+    environment is used; a plain process becomes a job of one rank that no other process can reach. Does nothing if a
+    process group exists already.
 
     The ranks of one machine use its loopback interface. Several machines have to reach each other, and anyone on their
     network reaches them: keep that network to the cluster. (``torchrun``'s own meeting point listens on every

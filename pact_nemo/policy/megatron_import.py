@@ -49,7 +49,7 @@ def prepare_megatron() -> None:
 
     Raises:
         MissingDependency: megatron-core or megatron-bridge is not installed.
-        ConfigError: no folder can be written for locks and caches, or Transformer Engine is there and can't be imported.
+        ConfigError: no folder can be written for locks and caches; Transformer Engine is there and can't be imported.
         RuntimeError: without CUDA, megatron-core was imported before: its CUDA calls and compiled kernels can't be
             redirected any more.
     """

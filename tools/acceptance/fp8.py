@@ -19,17 +19,15 @@ from tools.acceptance.models import (
     step_config,
     step_groups,
 )
-from tools.acceptance.trainer import families, kernels, machine, resume
+from tools.acceptance.trainer import families, kernels, machine
 
-RECIPES = ("tensorwise", "blockwise", "delayed")
+RECIPES = ("tensorwise", "blockwise")
 
 
 def _policy(settings: Settings, **policy: Any) -> Any:
     """A policy of the recipe's model whose weights no step changes, and its config."""
     from tools.benches.kit import still_policy
 
-    if policy.get("fp8") == "delayed":
-        policy["fp8_bf16_layers"] = 0
     if settings.small and policy.get("fp8") is not None and not torch.cuda.is_available():
         policy.update(fp8_emulate=True, recompute="none", fp8_bf16_layers=0)
     config = step_config(settings)
@@ -55,48 +53,53 @@ def layers(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def recipes(settings: Settings) -> dict[str, Any]:
-    """Each FP8 recipe against bf16: log-probs, first ratios, gradient norm, seconds of a step, peak memory, plan."""
+def _recipe(settings: Settings, name: str | None) -> dict[str, Any]:
+    """One FP8 recipe, or bf16: log-probs, first ratios, gradient norm, seconds of a step, peak memory, plan.
+
+    The log-probs are kept in the scratch folder; the others are compared with those of bf16.
+    """
     from pact_nemo.planning.from_config import run_plan
     from tools.benches.kit import stand_in, timed_step
     from tools.benches.packing import trees_of
 
-    found: dict[str, Any] = {}
-    reference: torch.Tensor | None = None
-    for recipe in (None, *RECIPES):
-        name = recipe or "bf16"
-        try:
-            policy, config = _policy(settings, fp8=recipe)
-            groups = step_groups(config, settings)
-            trees = trees_of(groups, config)[:1]
-            logprobs = rows(policy.logprobs(trees))
-            again = rows(policy.logprobs(trees))
-            for tree in trees:
-                tree.streams = {"weight": torch.full((tree.num_scored,), 1.0 / tree.num_scored)}
-            result = policy.update(trees, _loss)
-            reference = logprobs if reference is None else reference
-            run = stand_in(config, policy)
-            run.state.step = 1
-            forget_peak()
-            timed = [timed_step(run, groups) for _ in range(3)][1:]
-            plan = run_plan(config, world=1, lengths=lengths(settings))
-            found[name] = {
-                "ran": policy.fp8,
-                "against_bf16": difference(logprobs, reference),
-                "again": difference(again, logprobs),
-                "first_ratio": difference(rows(result.logprobs), logprobs),
-                "grad_norm": result.grad_norm,
-                **{key: statistics.median(row[key] for row in timed) for key in ("score", "update", "tokens")},
-                "memory_gib": memory_gib(),
-                "plan_gib": {key: value / 2**30 for key, value in plan.memory.parts.items()},
-                "plan_seconds": dict(plan.phases),
-            }
-            del policy, run
-        except Exception as error:
-            found[name] = {"error": f"{type(error).__name__}: {error}"[:1500]}
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return found
+    policy, config = _policy(settings, fp8=name)
+    groups = step_groups(config, settings)
+    trees = trees_of(groups, config)[:2]
+    logprobs, again = (rows(policy.logprobs(trees)) for _ in range(2))
+    for tree in trees:
+        tree.streams = {"weight": torch.full((tree.num_scored,), 1.0 / tree.num_scored)}
+    result = policy.update(trees, _loss)
+    reference = settings.folder / "bf16_logprobs.pt"
+    if name is None:
+        torch.save(logprobs, reference)
+    run = stand_in(config, policy)
+    run.state.step = 1
+    forget_peak()
+    timed = [timed_step(run, groups) for _ in range(3)][1:]
+    plan = run_plan(config, world=1, lengths=lengths(settings))
+    return {
+        "ran": policy.fp8,
+        "against_bf16": difference(logprobs, torch.load(reference)) if reference.is_file() else None,
+        "again": difference(again, logprobs),
+        "first_ratio": difference(rows(result.logprobs), logprobs),
+        "grad_norm": result.grad_norm,
+        **{key: statistics.median(row[key] for row in timed) for key in ("score", "update", "tokens")},
+        "memory_gib": memory_gib(),
+        "plan_gib": {key: value / 2**30 for key, value in plan.memory.parts.items()},
+        "plan_seconds": dict(plan.phases),
+    }
+
+
+def bf16(settings: Settings) -> dict[str, Any]:
+    return _recipe(settings, None)
+
+
+def tensorwise(settings: Settings) -> dict[str, Any]:
+    return _recipe(settings, "tensorwise")
+
+
+def blockwise(settings: Settings) -> dict[str, Any]:
+    return _recipe(settings, "blockwise")
 
 
 def _loss(logprob: torch.Tensor, streams: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -118,7 +121,7 @@ def attention(settings: Settings) -> dict[str, Any]:
         ("te", {"share_prefix": False, "attention": "te"}),
     ):
         policy, config = _policy(settings, **words)
-        groups = step_groups(config, settings)
+        groups = step_groups(config, settings, prompts=1)
         logprobs = rows(policy.logprobs(trees_of(groups, config)[:1]))
         expected = logprobs if expected is None else expected
         timed = [timed_step(stand_in(config, policy), groups) for _ in range(2)][-1]
@@ -130,9 +133,10 @@ def attention(settings: Settings) -> dict[str, Any]:
 
 def experts(settings: Settings) -> dict[str, Any]:
     """A mixture of experts under each FP8 recipe: runs, and how far from bf16."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
     from tests.workers.policy_kit import loss_fn, make_trees
     from tests.workers.small_policy import build
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     folder = settings.folder / "experts"
     config = Qwen3MoeConfig(
@@ -153,9 +157,7 @@ def experts(settings: Settings) -> dict[str, Any]:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
     trees, found, expected = make_trees(6, seed=11, scale=3), {}, None
     for recipe in (None, *RECIPES):
-        words: dict[str, Any] = {"fp8_bf16_layers": 0} if recipe == "delayed" else {}
-        if settings.small and recipe is not None:
-            words["fp8_emulate"] = True
+        words: dict[str, Any] = {"fp8_emulate": True} if settings.small and recipe is not None else {}
         try:
             precision = "bf16" if torch.cuda.is_available() else "fp32"
             policy = build(folder, precision=precision, micro_batch_tokens=512, fp8=recipe, **words)
@@ -166,7 +168,9 @@ def experts(settings: Settings) -> dict[str, Any]:
                 **difference(logprobs, expected),
                 "first_ratio": difference(rows(result.logprobs), logprobs),
                 "grad_norm": result.grad_norm,
-                "experts": sorted({type(module).__name__ for module in policy.chunks[0].decoder.layers[0].mlp.modules()}),
+                "experts": sorted(
+                    {type(module).__name__ for module in policy.chunks[0].decoder.layers[0].mlp.modules()}
+                ),
             }
         except Exception as error:
             found[str(recipe)] = {"error": f"{type(error).__name__}: {error}"[:1500]}
@@ -179,10 +183,11 @@ def _checks(*checks: Check) -> tuple[Check, ...]:
 
 GROUPS = (
     Group("layers", 60, _checks(machine, layers)),
-    Group("recipes", 200, _checks(recipes)),
+    Group("attention", 130, _checks(attention)),
+    Group("bf16", 60, _checks(bf16)),
+    Group("blockwise", 60, _checks(blockwise)),
+    Group("tensorwise", 60, _checks(tensorwise)),
     Group("kernels", 60, _checks(kernels)),
-    Group("families", 100, _checks(families)),
     Group("experts", 60, _checks(experts)),
-    Group("attention", 90, _checks(attention)),
-    Group("resume", 100, _checks(resume)),
+    Group("families", 100, _checks(families)),
 )

@@ -1,4 +1,4 @@
-"""How the checks of a step run: in groups, each in a process of its own with a time limit, every result on disk at once.
+"""How the checks of a step run: in groups, each in a process with a time limit, every result on disk at once.
 
 A check returns what it measured. One that raises is a finding, too; the others still run. So a crash, a hang or a
 poisoned CUDA context costs the rest of its group and nothing else.
@@ -61,11 +61,11 @@ def run_group(group: Group, settings: Settings, lines: Path) -> None:
         _append(lines, {"group": group.name, "check": name, "seconds": time.perf_counter() - start, **found})
 
 
-def run_step(step: str, groups: Sequence[Group], arguments: Sequence[str], out: Path, *, limit_s: float) -> int:
+def run_step(step: str, groups: Sequence[Group], command: Sequence[str], out: Path, *, limit_s: float) -> int:
     """Run the groups one after another, write ``out`` after each, print the last state as JSON.
 
     Args:
-        arguments: of the command line, handed on to the groups' processes.
+        command: of a group's process; ``--group NAME --lines FILE`` follow.
         limit_s: seconds of the whole step; a group gets what is left, at most its own limit.
 
     Returns:
@@ -81,7 +81,7 @@ def run_step(step: str, groups: Sequence[Group], arguments: Sequence[str], out: 
         if left < 10:
             stopped[group.name] = "not started: the step's time is over"
             continue
-        why = _child(step, group, arguments, lines, min(group.limit_s, left))
+        why = _child(group, command, lines, min(group.limit_s, left))
         if why is not None:
             stopped[group.name] = why
         found = {"step": step, "checks": collected(lines), "stopped": stopped}
@@ -109,10 +109,9 @@ def _append(lines: Path, row: dict[str, Any]) -> None:
     print(f"[{row['group']}] {row['check']}: {label[:1500]}", file=sys.stderr, flush=True)
 
 
-def _child(step: str, group: Group, arguments: Sequence[str], lines: Path, limit_s: float) -> str | None:
+def _child(group: Group, command: Sequence[str], lines: Path, limit_s: float) -> str | None:
     """Run one group; why it was stopped, None = it ended by itself."""
-    command = [sys.executable, str(REPOSITORY / "tools" / "gpu_acceptance.py"), step, *arguments]
-    command += ["--group", group.name, "--lines", str(lines)]
+    command = [*command, "--group", group.name, "--lines", str(lines)]
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)

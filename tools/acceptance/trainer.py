@@ -143,8 +143,8 @@ def step(settings: Settings) -> dict[str, Any]:
 
 def same(settings: Settings) -> dict[str, Any]:
     """The tree's log-probs against those of separate sequences; the first update's ratios."""
-    from tools.benches.packing import trees_of
     from pact_nemo.policy.policy import MegatronPolicy
+    from tools.benches.packing import trees_of
 
     config = step_config(settings)
     trees = trees_of(step_groups(config, settings, prompts=1), config)
@@ -186,7 +186,9 @@ def kernels(settings: Settings) -> dict[str, Any]:
         "kernels_s": sum(kernels.values()),
         "operators": {key: round(value, 4) for key, value in _largest(operators)},
         "kernels": {key[:110]: round(value, 4) for key, value in _largest(kernels)},
-        "attention": {key[:80]: round(value, 4) for key, value in kernels.items() if re.search("flash|fmha", key, re.I)},
+        "attention": {
+            key[:80]: round(value, 4) for key, value in kernels.items() if re.search("flash|fmha", key, re.I)
+        },
         "host_reads": reads,
     }
 
@@ -207,7 +209,7 @@ def _host_reads(run: Any) -> dict[str, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always")
-            warnings.showwarning = note
+            warnings.showwarning = note  # type: ignore[assignment]
             run()
     finally:
         warnings.showwarning = before
@@ -217,20 +219,8 @@ def _host_reads(run: Any) -> dict[str, int]:
 
 def resume(settings: Settings) -> dict[str, Any]:
     """A checkpoint of four layers, and the update after it: again from the checkpoint. And the export's speed."""
-    from pact_nemo.policy.policy import MegatronPolicy
-    from tests.workers.policy_kit import loss_fn
-    from tools.benches.packing import trees_of
-
-    config, model = step_config(settings), random_model(settings, layers=4)
-    trees = trees_of(step_groups(config, settings, prompts=1), config)
-    for tree in trees:
-        tree.streams = {"weight": torch.full((tree.num_scored,), 1.0 / tree.num_scored)}
-    policy = MegatronPolicy(config.policy, replace(config.optimizer, lr=1e-5), model, seed=0, total_steps=99)
-    policy.update(trees, loss_fn)
+    policy, trees, config = _trained(settings)
     found = {"as_it_is": _repeated(policy, trees, settings.folder / "plain")}
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    found["deterministic"] = _repeated(policy, trees, settings.folder / "deterministic")
-    torch.use_deterministic_algorithms(False)
     after, exports = rows(policy.logprobs(trees)), []
     for name in ("one", "two"):
         start = time.perf_counter()
@@ -238,8 +228,30 @@ def resume(settings: Settings) -> dict[str, Any]:
         size = sum(path.stat().st_size for path in (settings.folder / f"export_{name}").glob("*.safetensors"))
         exports.append({"seconds": time.perf_counter() - start, "gb": size / 1e9, "files": len(entries)})
     folder = settings.folder / "export_two"
-    again = MegatronPolicy(config.policy, config.optimizer, folder, seed=0, total_steps=1, trainable=False)
+    again = type(policy)(config.policy, config.optimizer, folder, seed=0, total_steps=1, trainable=False)
     return found | {"exports": exports, "reloaded_export": difference(rows(again.logprobs(trees)), after)}
+
+
+def deterministic(settings: Settings) -> dict[str, Any]:
+    """The same with ``policy.deterministic``: bit for bit."""
+    policy, trees, _ = _trained(settings, deterministic=True)
+    return _repeated(policy, trees, settings.folder / "deterministic")
+
+
+def _trained(settings: Settings, **more: Any) -> tuple[Any, list[Any], Any]:
+    """A policy of four layers after one update, its trees and its config."""
+    from pact_nemo.policy.policy import MegatronPolicy
+    from tests.workers.policy_kit import loss_fn
+    from tools.benches.packing import trees_of
+
+    config, model = step_config(settings), random_model(settings, layers=4)
+    config = replace(config, policy=replace(config.policy, **more))
+    trees = trees_of(step_groups(config, settings, prompts=1), config)
+    for tree in trees:
+        tree.streams = {"weight": torch.full((tree.num_scored,), 1.0 / tree.num_scored)}
+    policy = MegatronPolicy(config.policy, replace(config.optimizer, lr=1e-5), model, seed=0, total_steps=99)
+    policy.update(trees, loss_fn)
+    return policy, trees, config
 
 
 def _repeated(policy: Any, trees: list[Any], root: Path) -> dict[str, Any]:
@@ -332,6 +344,7 @@ def entropies(settings: Settings) -> dict[str, Any]:
         logprobs, entropy = vocab_parallel_logprobs_and_entropies(
             h, w, target, vocab_size=vocabulary, chunk=128, temperature=0.8, group=None, entropy=True
         )
+        assert entropy is not None
         (logprobs.sum() + 0.3 * entropy.sum()).backward()
         hd, wd = (x.detach().double().requires_grad_() for x in (h, w))
         full = (hd @ wd.T / 0.8).log_softmax(-1)
@@ -353,10 +366,11 @@ def _checks(*checks: Check) -> tuple[Check, ...]:
 
 GROUPS = (
     Group("machine", 60, _checks(machine, entropies)),
-    Group("families", 120, _checks(families)),
-    Group("step", 150, _checks(step)),
-    Group("kernels", 90, _checks(kernels)),
-    Group("resume", 120, _checks(disk, resume)),
+    Group("deterministic", 80, _checks(deterministic)),
     Group("same", 60, _checks(same)),
+    Group("step", 150, _checks(step)),
     Group("waiting", 45, _checks(waiting)),
+    Group("resume", 90, _checks(disk, resume)),
+    Group("kernels", 60, _checks(kernels)),
+    Group("families", 100, _checks(families)),
 )
