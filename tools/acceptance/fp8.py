@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tools.acceptance.hardware import machine
 from tools.acceptance.kit import Check, Group, Settings
 from tools.acceptance.models import (
     difference,
@@ -19,7 +20,7 @@ from tools.acceptance.models import (
     step_config,
     step_groups,
 )
-from tools.acceptance.trainer import families, kernels, machine
+from tools.acceptance.trainer import families, kernels
 
 RECIPES = ("tensorwise", "blockwise")
 
