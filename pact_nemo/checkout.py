@@ -17,6 +17,7 @@ SCRIPTS = {
     "pact-train": "recipes/pact_bfcl.py",
     "pact-evaluate": "tools/evaluate.py",
     "pact-traces": "tools/make_traces.py",
+    "pact-check": "tools/check.py",
     "pact-plan": "tools/plan.py",
     "pact-report": "tools/report.py",
     "pact-compare": "tools/compare.py",

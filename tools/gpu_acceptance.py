@@ -4,6 +4,8 @@
     python tools/gpu_acceptance.py fp8 --out fp8.json          # with Transformer Engine
     python tools/gpu_acceptance.py serving --out serving.json  # with vLLM
 
+Where this checkout is not installed, PYTHONPATH names it.
+
 Each prints one JSON: per check its figures, or the error. Nothing needs a network; models are random or embedded.
 ``--small`` rehearses the scripts on any machine. Exit code 0: every check ended without an error.
 """
@@ -16,7 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pact_nemo import checkout
+
+checkout.enter(__file__)
 
 from tools.acceptance.kit import Settings, run_group, run_step
 

@@ -9,9 +9,9 @@
 # HAVE      file with the names of packages that the other machine has, one a line: they stay at home
 #
 # On the other machine: run `bash unpack.sh TARGET` in a folder with the parts seen so far, as often as parts arrive.
-# Then: PYTHONPATH=TARGET/site python tools/gpu_acceptance.py trainer
-#       PYTHONPATH=TARGET/site:TARGET/te python tools/gpu_acceptance.py fp8
-#       PYTHONPATH=TARGET/site:TARGET/vllm python tools/gpu_acceptance.py serving
+# Then: PYTHONPATH=.:TARGET/site python tools/gpu_acceptance.py trainer
+#       PYTHONPATH=.:TARGET/site:TARGET/te python tools/gpu_acceptance.py fp8
+#       PYTHONPATH=.:TARGET/site:TARGET/vllm python tools/gpu_acceptance.py serving
 set -euo pipefail
 out=$(realpath -m "$1") python=$2 part_mib=${3:-56} have=${4:-/dev/null}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

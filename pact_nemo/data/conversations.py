@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
@@ -52,6 +53,44 @@ def _read(
     return found, tuple(quarantine.rows)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What a conversation is to a run.
+
+    Attributes:
+        conversation: as it was read.
+        task: that it belongs to; None where it belongs to none of those asked for.
+        trace: made of it; None without a task.
+        reason: why it is no expert trace; None where it is one, or where it belongs to a task that wasn't asked for.
+    """
+
+    conversation: Conversation
+    task: Task | None
+    trace: Trace | None
+    reason: str | None
+
+
+def judged_conversations(
+    config: Config, environment: Environment, told: list[Conversation], tasks: list[Task]
+) -> Iterator[Judged]:
+    """Each conversation with the task among ``tasks`` that it belongs to, and what speaks against it: ``of_no_task``,
+    a reason of :func:`~pact_nemo.traces.filters.why_not`, or one of ``traces.verify``.
+    """
+    by_id = {task.id: task for task in tasks}
+    by_words = {user_words(task.user_turns[0]): task for task in reversed(tasks)}
+    there = environment.tasks()
+    others = {task.id for task in there} | {user_words(task.user_turns[0]) for task in there}
+    for conversation in told:
+        name, words = conversation_id(conversation), user_words(conversation.opening)
+        task = by_id.get(name) or (by_words.get(words) if conversation.task_id is None else None)
+        if task is None:
+            lost = name not in others and (conversation.task_id is not None or words not in others)
+            yield Judged(conversation, None, None, "of_no_task" if lost else None)
+            continue
+        trace, reason = _verified(config, environment, conversation, task)
+        yield Judged(conversation, task, trace, reason)
+
+
 def import_traces(
     config: Config, environment: Environment, told: list[Conversation], tasks: list[Task]
 ) -> tuple[dict[str, list[Trace]], Counter[str]]:
@@ -60,25 +99,17 @@ def import_traces(
     A task's first conversation is its main trace, further ones are alternatives. Those of held-out tasks are left
     alone.
     """
-    by_id = {task.id: task for task in tasks}
-    by_words = {user_words(task.user_turns[0]): task for task in reversed(tasks)}
-    there = environment.tasks()
-    others = {task.id for task in there} | {user_words(task.user_turns[0]) for task in there}
     found: dict[str, list[Trace]] = {}
     rejected: Counter[str] = Counter()
-    for conversation in told:
-        name, words = conversation_id(conversation), user_words(conversation.opening)
-        task = by_id.get(name) or (by_words.get(words) if conversation.task_id is None else None)
-        if task is None:
-            rejected["of_no_task"] += name not in others and (conversation.task_id is not None or words not in others)
-            continue
-        trace, reason = _verified(config, environment, conversation, task)
-        if reason is not None:
-            log.warning("%s:%d: no expert trace of %s: %s", conversation.file, conversation.line, task.id, reason)
-            rejected[reason] += 1
-        else:
-            found.setdefault(task.id, []).append(trace)
-    return found, +rejected
+    for one in judged_conversations(config, environment, told, tasks):
+        if one.reason is not None:
+            rejected[one.reason] += 1
+            if one.task is not None:
+                where = f"{one.conversation.file}:{one.conversation.line}"
+                log.warning("%s: no expert trace of %s: %s", where, one.task.id, one.reason)
+        elif one.task is not None and one.trace is not None:
+            found.setdefault(one.task.id, []).append(one.trace)
+    return found, rejected
 
 
 def _verified(

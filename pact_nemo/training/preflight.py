@@ -147,6 +147,18 @@ def chat_format(config: Config, source: Path) -> ChatFormat:
     return chat
 
 
+def chat_of(config: Config) -> ChatFormat | None:
+    """Template and tokenizer of the model that a config names, the embedded one included; None for a recipe without
+    ``model.path``.
+
+    Raises:
+        ConfigError: the folder has no usable template or tokenizer.
+    """
+    if config.model.path is not None:
+        return chat_format(config, Path(config.model.path))
+    return None if config.model.recipe is not None else _embedded_chat_format(config)
+
+
 def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[str]]:
     """Read tasks and traces as a run would, for ``--dry-run``: what a run would refuse is refused here.
 
@@ -166,7 +178,8 @@ def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[
         return config, ["tasks and traces were not read: lengths need a tokenizer, model.path=FOLDER"]
     notes: list[str] = []
     quarantine = Quarantine(config.run.bad_rows)
-    chat = chat if chat is not None else _embedded_chat_format(config)
+    chat = chat if chat is not None else chat_of(config)
+    assert chat is not None  # no recipe without a model is left
     environment = build_environment(config, quarantine)
     try:
         if environment_spec(config.environment).expert_traces != "recorded" or config.traces.path is not None:

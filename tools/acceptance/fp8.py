@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tools.acceptance.hardware import machine
 from tools.acceptance.kit import Check, Group, Settings
@@ -70,9 +71,9 @@ def _recipe(settings: Settings, name: str | None) -> dict[str, Any]:
     for tree in trees:
         tree.streams = {"weight": torch.full((tree.num_scored,), 1.0 / tree.num_scored)}
     result = policy.update(trees, _loss)
-    reference = settings.folder / "bf16_logprobs.pt"
+    reference = settings.folder / "bf16_logprobs.safetensors"
     if name is None:
-        torch.save(logprobs, reference)
+        save_file({"logprobs": logprobs}, reference)
     run = stand_in(config, policy)
     run.state.step = 1
     forget_peak()
@@ -80,7 +81,7 @@ def _recipe(settings: Settings, name: str | None) -> dict[str, Any]:
     plan = run_plan(config, world=1, lengths=lengths(settings))
     return {
         "ran": policy.fp8,
-        "against_bf16": difference(logprobs, torch.load(reference)) if reference.is_file() else None,
+        "against_bf16": difference(logprobs, load_file(reference)["logprobs"]) if reference.is_file() else None,
         "again": difference(again, logprobs),
         "first_ratio": difference(rows(result.logprobs), logprobs),
         "grad_norm": result.grad_norm,

@@ -12,6 +12,7 @@ from pact_nemo.environments.own.names import Aliases
 from pact_nemo.environments.own.scoring import answer_fault
 from pact_nemo.environments.own.settings import OwnConfig
 from pact_nemo.environments.rows import Row, number_text
+from pact_nemo.errors import DataError
 from pact_nemo.runtime import strict_json
 
 _REQUESTS = ("messages", "prompt", "question")
@@ -79,8 +80,19 @@ class TaskReader:
         expected = self._expected(row, len(turns))
         told = conversations.of(name, turns[0])
         if not expected and told is not None:
-            expected = self.calls_of(told)[: len(turns)]
+            expected = self._told(told, needed=not (answers or "score" in self.offers))[: len(turns)]
         return self._task(row, name, turns, expected, {"answers": answers, "tools": tools})
+
+    def _told(self, conversation: ConversationLike, *, needed: bool) -> list[list[ToolCall]]:
+        """The calls of a task's conversation. Where another judge is there, one with a fault is no reason to lose the
+        task: it is left out as a trace, by name.
+        """
+        try:
+            return self.calls_of(conversation)
+        except DataError:
+            if needed:
+                raise
+            return []
 
     def of_conversation(self, conversation: ConversationLike) -> Task:
         """A task of a conversation: what stands before its first assistant message, and its calls as reference.

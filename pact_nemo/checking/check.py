@@ -1,0 +1,146 @@
+"""Everything that can be wrong with tools, tasks and traces, in one pass."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pact_nemo.chat.template import ChatFormat
+from pact_nemo.checking.data_checks import (
+    conversation_findings,
+    drift_findings,
+    length_findings,
+    row_findings,
+    task_findings,
+    tool_findings,
+)
+from pact_nemo.checking.findings import Finding
+from pact_nemo.checking.plays import Script
+from pact_nemo.checking.reward_checks import expert_findings, nothing_findings, other_findings, session_findings
+from pact_nemo.config.schema import Config
+from pact_nemo.data.conversations import conversations_of, judged_conversations
+from pact_nemo.data.task_traces import find_traces
+from pact_nemo.data.tasks import build_environment
+from pact_nemo.environments.base import Environment, Task
+from pact_nemo.errors import ConfigError, DataError, EnvironmentFailure
+from pact_nemo.runtime.quarantine import Quarantine
+from pact_nemo.traces.schema import Trace
+
+
+@dataclass
+class Checked:
+    """What a check saw.
+
+    Attributes:
+        findings: in the order of the checks.
+        tools: schemas as the model sees them.
+        tasks, played, traces: how many there are: tasks, tasks of which episodes were played, usable traces.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    tasks: int = 0
+    played: int = 0
+    traces: int = 0
+
+    def count(self, level: str) -> int:
+        return sum(finding.level == level for finding in self.findings)
+
+
+def check(
+    config: Config,
+    chat: ChatFormat | None,
+    *,
+    limit: int = 64,
+    note: Callable[[str], None] = lambda text: None,
+) -> Checked:
+    """Check the environment, the tasks and the traces of a config. Never raises for what is wrong with them.
+
+    Args:
+        chat: template and tool format that lengths are counted with; None: they are not.
+        limit: episodes are played of so many tasks at most, drawn by ``tasks.split_seed``.
+        note: told what comes next.
+    """
+    found, quarantine = Checked(), Quarantine("quarantine")
+    environment: Environment | None = None
+    try:
+        environment = build_environment(config, quarantine)
+        _check(config, chat, environment, quarantine, limit, note, found)
+    except ConfigError as error:
+        found.findings.append(Finding("error", "settings", "", str(error)))
+    except (DataError, EnvironmentFailure) as error:
+        found.findings.append(Finding("error", "file" if isinstance(error, DataError) else "tools", "", str(error)))
+    finally:
+        found.findings[:0] = row_findings(quarantine)
+        if environment is not None:
+            environment.close()
+    return found
+
+
+def _check(
+    config: Config,
+    chat: ChatFormat | None,
+    environment: Environment,
+    quarantine: Quarantine,
+    limit: int,
+    note: Callable[[str], None],
+    found: Checked,
+) -> None:
+    note("rows")
+    tasks = environment.tasks()
+    if config.traces.path is not None and not Path(config.traces.path).is_file():
+        raise ConfigError(f"traces.path={config.traces.path}: no such file")
+    found.tasks = len(tasks)
+    if not tasks:
+        raise ConfigError("no task can be used; the rows above say why")
+    found.tools = list({tool["name"]: tool for task in tasks for tool in task.tools}.values())
+    found.findings += task_findings(tasks)
+    note("traces")
+    used, findings = _traces(config, environment, tasks, quarantine)
+    found.findings += findings
+    found.traces = len(used)
+    called = Counter(call.name for trace, _ in used.values() for turn in trace.turns for call in turn.calls)
+    found.findings += tool_findings(tasks, called)
+    without = sum(task.id not in used for task in tasks)
+    if without:
+        text = f"{without} of {len(tasks)} tasks have no trace: RL alone trains them"
+        found.findings.append(Finding("note" if used else "warning", "trace", "", text))
+    if chat is not None:
+        note("lengths")
+        found.findings += length_findings(config, chat, tasks, used)
+    played = sorted(tasks, key=lambda task: task.id)
+    random.Random(config.tasks.split_seed).shuffle(played)
+    played = played[:limit]
+    found.played = len(played)
+    scripts = {task.id: Script.of_trace(*used[task.id]) for task in played if task.id in used}
+    for task in played:
+        if task.id not in scripts and (any(task.reference_calls) or task.reference_answer):
+            scripts[task.id] = Script.of_reference(task)
+    note(f"episodes of {len(played)} tasks")
+    plays, findings = expert_findings(environment, played, scripts)
+    found.findings += findings
+    found.findings += drift_findings({task.id: used[task.id] for task in played if task.id in used}, plays)
+    found.findings += nothing_findings(environment, played)
+    found.findings += other_findings(environment, played, scripts, plays)
+    found.findings += session_findings(environment, played, scripts, plays)
+
+
+def _traces(
+    config: Config, environment: Environment, tasks: list[Task], quarantine: Quarantine
+) -> tuple[dict[str, tuple[Trace, str]], list[Finding]]:
+    """Task id -> (trace, what is said after its last call)."""
+    told = conversations_of(config, quarantine)
+    if told is not None:
+        judged = list(judged_conversations(config, environment, told, tasks))
+        return conversation_findings(judged, tasks, environment)
+    made = find_traces(config, environment, tasks, [], quarantine)
+    dropped = {reason: count for reason, count in made.dropped.items() if count and reason != "trace_missing"}
+    findings = [
+        Finding("warning", "trace", "", f"{count} traces are left out: {reason}") for reason, count in dropped.items()
+    ]
+    by_id = {task.id: task for task in tasks}
+    return {name: (several[0], by_id[name].reference_answer or "") for name, several in made.sources.items()}, findings

@@ -1,0 +1,206 @@
+"""Rows, tools, conversations and lengths: what can be told without an episode, and how the traces replay."""
+
+from __future__ import annotations
+
+import difflib
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from pact_nemo.chat.template import ChatFormat
+from pact_nemo.checking.findings import Finding, Level
+from pact_nemo.checking.plays import Play, Script, play
+from pact_nemo.config.schema import Config
+from pact_nemo.data.conversations import Judged
+from pact_nemo.data.tasks import prompt_length
+from pact_nemo.environments.base import Environment, Task
+from pact_nemo.errors import DataError
+from pact_nemo.runtime.quarantine import Quarantine
+from pact_nemo.traces.schema import Trace
+from pact_nemo.traces.spans import encode_trace
+
+#: what a reason for leaving out a conversation means to its owner, and what to do
+REASONS = {
+    "of_no_task": ("belongs to no task", "its task_id and its user's words are no task's: mend the id"),
+    "unknown_tool": ("calls a tool that its task does not offer", "offer it, or take the conversation out"),
+    "malformed_turn": ("has a call without an observation", "export it whole, tool messages included"),
+    "role_text_in_observation": ("has a template's role marker in an observation", "take the marker out of the tool"),
+    "tool_call_tag_in_observation": ("has a tag of tool calls in an observation", "take the tag out of the tool"),
+    "control_text_in_turn": ("has a template's control text in a turn", "take it out"),
+    "answer_leaked": ("names the answer before a tool or the question has", "take it out: it teaches to guess"),
+    "no_reward": ("has no reward, and traces.verify=reward believes rewards", "set traces.verify=replay"),
+    "low_reward": ("has a reward below traces.min_score", "take it out, or lower traces.min_score"),
+    "replay_refused": ("can't be replayed", "see the tool's error below"),
+    "replay_error": ("brings an error that it did not have", "mend the tool or the task's info"),
+    "replay_low_score": ("does not solve its task", "mend its answer, the task's, or score()"),
+}
+
+
+def row_findings(quarantine: Quarantine) -> list[Finding]:
+    """Rows of either file that can't be read."""
+    return [Finding("error", "row", "", str(row.error)) for row in quarantine.rows]
+
+
+def tool_findings(tasks: Sequence[Task], called: Counter[str]) -> list[Finding]:
+    """Tools as the model sees them, against what it needs to know and what the traces show."""
+    tools: dict[str, dict[str, Any]] = {tool["name"]: tool for task in tasks for tool in task.tools}
+    found = []
+    for name, tool in tools.items():
+        if not (tool.get("description") or "").strip():
+            found.append(
+                Finding("warning", "tool", name, "has no description", "say what it does in its docstring's first line")
+            )
+        for argument, schema in tool["parameters"].get("properties", {}).items():
+            if not any(key in schema for key in ("type", "enum", "anyOf", "oneOf", "allOf", "$ref", "const")):
+                where = f"{name}({argument})"
+                found.append(Finding("warning", "tool", where, "has no type", "give the argument a type hint"))
+    unused = [name for name in tools if not called[name]]
+    if called and unused:
+        found.append(Finding("note", "tool", "", f"no trace calls {', '.join(unused)}"))
+    return found
+
+
+def task_findings(tasks: Sequence[Task]) -> list[Finding]:
+    """Requests that stand in several tasks."""
+    by_words: dict[str, list[Task]] = {}
+    for task in tasks:
+        by_words.setdefault(str(task.user_turns) + str(task.data.get("row", {}).get("info")), []).append(task)
+    found = []
+    for same in by_words.values():
+        answers = {str(task.data.get("answers")) + str(task.reference_calls) for task in same}
+        if len(answers) > 1:
+            names = ", ".join(task.id for task in same[:4])
+            text = f"the same request has {len(answers)} different answers"
+            found.append(Finding("error", "task", names, text, "keep the right one, or tell them apart in the request"))
+    return found
+
+
+def conversation_findings(
+    judged: Sequence[Judged], tasks: Sequence[Task], environment: Environment
+) -> tuple[dict[str, tuple[Trace, str]], list[Finding]]:
+    """What speaks against each conversation.
+
+    Returns:
+        task id -> (main trace, its answer) of those that can be used, and findings.
+    """
+    used: dict[str, tuple[Trace, str]] = {}
+    found: list[Finding] = []
+    names = [task.id for task in tasks]
+    for one in judged:
+        where = f"{one.conversation.file}:{one.conversation.line}"
+        if one.reason is None:
+            if one.task is not None and one.trace is not None:
+                used.setdefault(one.task.id, (one.trace, one.conversation.answer))
+            continue
+        text, remedy = REASONS.get(one.reason, (one.reason, ""))
+        if one.reason == "of_no_task":
+            near = difflib.get_close_matches(one.conversation.task_id or "", names, 1)
+            told = f"task_id {one.conversation.task_id!r} " if one.conversation.task_id else ""
+            text = f"{told}{text}{f' (near: {near[0]!r})' if near else ''}"
+        elif one.task is not None and one.trace is not None and one.reason.startswith("replay"):
+            text = f"{text}: {_replayed(environment, one)}"
+        found.append(Finding("warning", f"trace:{one.reason}", where, text, remedy))
+    if judged and not used:
+        found.append(
+            Finding("error", "trace", "", f"none of {len(judged)} conversations can be used", "see the warnings")
+        )
+    return used, found
+
+
+def _replayed(environment: Environment, one: Judged) -> str:
+    """The first thing that goes wrong where a conversation is replayed."""
+    assert one.task is not None and one.trace is not None
+    result = play(environment, one.task, Script.of_trace(one.trace, one.conversation.answer))
+    if result.failure is not None:
+        return result.failure
+    told = [text for turn in one.trace.turns for text in turn.observations]
+    for call, now, then in zip(result.calls, result.observations, told, strict=False):
+        if now.startswith("Error") and not then.startswith("Error"):
+            return f"{call.name}({_arguments(call.arguments)}) gives {now[:160]!r}"
+    assert result.outcome is not None
+    return f"score {result.outcome.score:g} ({result.outcome.reason})"
+
+
+def _arguments(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())[:80]
+
+
+def drift_findings(used: dict[str, tuple[Trace, str]], plays: dict[str, Play]) -> list[Finding]:
+    """Traces whose observations are others than those that their tools give now."""
+    changed = []
+    for task_id, (trace, _) in used.items():
+        told = [text for turn in trace.turns for text in turn.observations]
+        if task_id in plays and list(plays[task_id].observations) != told:
+            changed.append(task_id)
+    if not changed:
+        return []
+    text = f"the tools now observe something else than {len(changed)} of {len(used)} traces tell, {changed[0]} first"
+    return [Finding("note", "trace", "", text, "the policy sees the tools' text, the trace teaches the told one")]
+
+
+def length_findings(
+    config: Config, chat: ChatFormat, tasks: Sequence[Task], used: dict[str, tuple[Trace, str]]
+) -> list[Finding]:
+    """Token lengths against the limits of prompts, traces, responses and turns."""
+    found: list[Finding] = []
+    prompts: list[int] = []
+    for task in tasks:
+        try:
+            prompts.append(prompt_length(chat, task))
+        except DataError as error:
+            found.append(Finding("error", "prompt", "", str(error)))
+    encoded = [encode_trace(trace, chat) for trace, _ in used.values()]
+    traces = [len(tokens.token_ids) for tokens in encoded]
+    turns = [_most_turns(trace) for trace, _ in used.values()]
+    observed = [
+        max((len(text) for turn in trace.turns for text in turn.observations), default=0) for trace, _ in used.values()
+    ]
+    sampling, limits = config.rollout.sampling, config.tasks
+    beyond: list[tuple[Level, str, list[int], int | None, str, str]] = [
+        ("warning", "prompts", prompts, limits.max_prompt_tokens, "tasks.max_prompt_tokens", "are left out"),
+        ("warning", "traces", traces, config.traces.max_tokens, "traces.max_tokens", "are cut"),
+        (
+            "error",
+            "expert solutions",
+            traces,
+            sampling.max_response_tokens,
+            "rollout.sampling.max_response_tokens",
+            "can't be finished",
+        ),
+        (
+            "error",
+            "assistant turns of a user turn, its closing one included",
+            turns,
+            sampling.max_turns_per_user_turn,
+            "rollout.sampling.max_turns_per_user_turn",
+            "can't be finished",
+        ),
+        (
+            "warning",
+            "characters of the longest observation",
+            observed,
+            limits.max_observation_chars,
+            "tasks.max_observation_chars",
+            "are cut for the policy",
+        ),
+    ]
+    for level, what, sizes, limit, setting, fate in beyond:
+        if sizes and limit is not None:
+            found.append(_share(level, what, sizes, limit, setting, fate))
+    return found
+
+
+def _most_turns(trace: Trace) -> int:
+    """Assistant turns of the longest user turn, with the message that closes it."""
+    counts = Counter(turn.user_turn for turn in trace.turns if turn.calls)
+    return 1 + max(counts.values(), default=0)
+
+
+def _share(level: Level, what: str, sizes: Sequence[int], limit: int, setting: str, fate: str) -> Finding:
+    """How long things are, and how many are beyond a limit."""
+    over = sum(size > limit for size in sizes)
+    text = f"{what}: median {statistics.median(sizes):g}, most {max(sizes)}; {setting}={limit}"
+    if not over:
+        return Finding("note", "length", "", text)
+    return Finding(level, "length", "", f"{text}: {over} of {len(sizes)} {fate}", f"raise {setting}")

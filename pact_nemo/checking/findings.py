@@ -1,0 +1,48 @@
+"""What a check found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["error", "warning", "note"]
+LEVELS: tuple[Level, ...] = ("error", "warning", "note")
+SAID = 5  #: findings of one kind that are listed; the rest is counted
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or worth knowing.
+
+    Attributes:
+        level: ``error``: training can't use it, or learns the wrong thing from it; ``warning``: probably not meant;
+            ``note``: a fact.
+        kind: short name, the same for all findings of a kind.
+        where: file, line and field, or the task; empty where it is about the whole.
+        text: what is wrong.
+        remedy: what to do; empty where nothing has to be done.
+    """
+
+    level: Level
+    kind: str
+    where: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        return f"{place}{self.text}{f'; {self.remedy}' if self.remedy else ''}"
+
+
+def listed(findings: Sequence[Finding]) -> list[str]:
+    """Lines of text, the gravest first; of each kind the first few, then how many more there are."""
+    lines = []
+    for level in LEVELS:
+        kinds = dict.fromkeys(finding.kind for finding in findings if finding.level == level)
+        for kind in kinds:
+            found = [finding for finding in findings if (finding.level, finding.kind) == (level, kind)]
+            lines += [f"{level} [{kind}] {finding}" for finding in found[:SAID]]
+            if len(found) > SAID:
+                lines.append(f"{level} [{kind}] … and {len(found) - SAID} more")
+    return lines

@@ -1,0 +1,126 @@
+"""Episodes that are played without a model: given calls, given closing words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
+from pact_nemo.errors import EnvironmentFailure, ToolCallError
+from pact_nemo.traces.augment import CLOSING
+from pact_nemo.traces.schema import Trace
+
+
+@dataclass(frozen=True)
+class Script:
+    """What is done in an episode.
+
+    Attributes:
+        calls: per user turn, per assistant turn, its calls.
+        closing: what is said at the end of each user turn.
+    """
+
+    calls: tuple[tuple[tuple[ToolCall, ...], ...], ...]
+    closing: str = CLOSING
+
+    @classmethod
+    def of_trace(cls, trace: Trace, closing: str) -> Script:
+        turns: list[list[tuple[ToolCall, ...]]] = [[] for _ in range(1 + max(turn.user_turn for turn in trace.turns))]
+        for turn in trace.turns:
+            if turn.calls:
+                turns[turn.user_turn].append(turn.calls)
+        return cls(tuple(map(tuple, turns)), closing or CLOSING)
+
+    @classmethod
+    def of_reference(cls, task: Task) -> Script:
+        """The task's reference calls, one a turn, then its reference answer."""
+        return cls(
+            tuple(tuple((call,) for call in calls) for calls in task.reference_calls),
+            task.reference_answer or CLOSING,
+        )
+
+
+NOTHING = Script(())
+
+
+@dataclass(frozen=True)
+class Play:
+    """What an episode gave.
+
+    Attributes:
+        calls: that were made, in order.
+        observations: of each of them.
+        outcome: the verdict; None where the episode failed.
+        failure: why it failed; None where it did not.
+    """
+
+    calls: tuple[ToolCall, ...]
+    observations: tuple[str, ...]
+    outcome: Outcome | None
+    failure: str | None = None
+
+    @property
+    def score(self) -> float:
+        """Of the verdict; 0 without one."""
+        return self.outcome.score if self.outcome is not None else 0.0
+
+    @property
+    def success(self) -> bool:
+        return self.outcome is not None and self.outcome.success
+
+
+class Playing:
+    """An episode under way, one assistant turn at a time.
+
+    Raises:
+        EnvironmentFailure: (on opening) the environment can't start it.
+    """
+
+    def __init__(self, environment: Environment, task: Task, script: Script):
+        self.session: Session = environment.start(task)
+        self._script = script
+        self._turns = [(index, calls) for index, turn in enumerate(script.calls) for calls in turn]
+        self._user_turn = 0
+        self._calls: list[ToolCall] = []
+        self._seen: list[str] = []
+        self._failure: str | None = None
+
+    def step(self) -> bool:
+        """Make the next assistant turn's calls; False where there is none, or the episode failed."""
+        if not self._turns or self._failure is not None:
+            return False
+        user_turn, calls = self._turns.pop(0)
+        try:
+            while self._user_turn < user_turn:
+                if self.session.next_user_turn(self._script.closing) is None:
+                    self._failure = f"there are calls of user turn {user_turn + 1}, and the task ends before"
+                    return False
+                self._user_turn += 1
+            self._calls += calls
+            self._seen += self.session.execute(list(calls))
+        except (ToolCallError, EnvironmentFailure) as error:
+            self._failure = str(error)
+        return bool(self._turns)
+
+    def finish(self) -> Play:
+        """Say the closing words, hear the verdict, close."""
+        outcome = None
+        try:
+            while self._failure is None and self.session.next_user_turn(self._script.closing) is not None:
+                pass
+            outcome = self.session.outcome() if self._failure is None else None
+        except (ToolCallError, EnvironmentFailure) as error:
+            self._failure = str(error)
+        finally:
+            self.session.close()
+        return Play(tuple(self._calls), tuple(self._seen), outcome, self._failure)
+
+
+def play(environment: Environment, task: Task, script: Script) -> Play:
+    """A whole episode. Never raises for what tools do."""
+    try:
+        playing = Playing(environment, task, script)
+    except EnvironmentFailure as error:
+        return Play((), (), None, str(error))
+    while playing.step():
+        pass
+    return playing.finish()

@@ -1,0 +1,122 @@
+"""What the reward says of the expert, of doing nothing and of another task's expert; whether episodes are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pact_nemo.checking.findings import Finding, Level
+from pact_nemo.checking.plays import NOTHING, Play, Playing, Script, play
+from pact_nemo.environments.base import Environment, Task
+from pact_nemo.errors import EnvironmentFailure
+
+MANY, SOME = 0.5, 0.1  #: shares of the tasks from which a wrong verdict is an error, and a warning
+
+
+def expert_findings(
+    environment: Environment, tasks: Sequence[Task], scripts: Mapping[str, Script]
+) -> tuple[dict[str, Play], list[Finding]]:
+    """Play each task's expert: what fails, what does not score."""
+    plays = {task.id: play(environment, task, scripts[task.id]) for task in tasks if task.id in scripts}
+    found = [
+        Finding("error", "episode", name, str(one.failure), "an episode that fails is masked and teaches nothing")
+        for name, one in plays.items()
+        if one.failure is not None
+    ]
+    low = [name for name, one in plays.items() if one.failure is None and not one.success]
+    if low:
+        first = plays[low[0]].outcome
+        assert first is not None
+        text = f"the expert does not solve {len(low)} of {len(plays)} tasks, {low[0]} first: {first.reason}"
+        remedy = "mend its calls, the answer, or score()"
+        found.append(Finding("error" if len(low) > MANY * len(plays) else "warning", "reward", "", text, remedy))
+    return plays, found
+
+
+def nothing_findings(environment: Environment, tasks: Sequence[Task]) -> list[Finding]:
+    """Say a closing word and call nothing: that must not be a success."""
+    plays = [play(environment, task, NOTHING) for task in tasks]
+    failed = [one.failure for one in plays if one.failure is not None]
+    found = []
+    if failed:
+        text = f"an episode without a call fails in {len(failed)} of {len(plays)} tasks: {failed[0]}"
+        found.append(Finding("error", "episode", "", text, "score() has to judge an episode that did nothing, too"))
+    won = sum(one.success for one in plays)
+    return [*found, *_wrongly_won("doing nothing", won, len(plays), "this reward can't teach")]
+
+
+def other_findings(
+    environment: Environment, tasks: Sequence[Task], scripts: Mapping[str, Script], plays: Mapping[str, Play]
+) -> list[Finding]:
+    """Play another task's expert: it must not solve this one."""
+    known = [task for task in tasks if task.id in plays and plays[task.id].success]
+    pairs = [
+        (task, other)
+        for task, other in zip(known, [*known[1:], *known[:1]], strict=True)
+        if task.id != other.id and scripts[task.id] != scripts[other.id]
+    ]
+    if not pairs:
+        return []
+    won = sum(play(environment, task, scripts[other.id]).success for task, other in pairs)
+    return _wrongly_won("another task's expert", won, len(pairs), "the verdict does not look at the task")
+
+
+def _wrongly_won(who: str, won: int, of: int, meaning: str) -> list[Finding]:
+    if won <= SOME * of:
+        return [Finding("note", "reward", "", f"{who} solves {won} of {of} tasks")]
+    level: Level = "error" if won > MANY * of else "warning"
+    return [Finding(level, "reward", "", f"{who} solves {won} of {of} tasks: {meaning}", "make the verdict stricter")]
+
+
+def session_findings(
+    environment: Environment, tasks: Sequence[Task], scripts: Mapping[str, Script], plays: Mapping[str, Play]
+) -> list[Finding]:
+    """The same episode twice must observe the same; two at the same time must not see each other."""
+    sound = [task for task in tasks if task.id in plays and plays[task.id].failure is None and plays[task.id].calls]
+    found: list[Finding] = []
+    steady = []
+    for task in sound[:8]:
+        again = play(environment, task, scripts[task.id])
+        gap = _first_gap(plays[task.id], again)
+        if gap is None and again.score == plays[task.id].score:
+            steady.append(task)
+        else:
+            text = f"the same calls observe something else a second time: {gap or 'another score'}"
+            found.append(Finding("warning", "repeat", task.id, text, "seed what is random, fix its clock"))
+    for first, second in zip(steady, steady[1:], strict=False):
+        seen = _interleaved(environment, (first, second), scripts)
+        for task, one in zip((first, second), seen, strict=True):
+            gap = _first_gap(plays[task.id], one)
+            if gap is not None or one.score != plays[task.id].score:
+                text = f"two episodes at a time see each other: {gap or 'another score'}"
+                remedy = "keep state in the instance; files and databases of a rollout in a folder of its own"
+                return [*found, Finding("error", "isolation", task.id, text, remedy)]
+    return found
+
+
+def _first_gap(told: Play, seen: Play) -> str | None:
+    if seen.failure is not None:
+        return seen.failure
+    for call, then, now in zip(told.calls, told.observations, seen.observations, strict=False):
+        if then != now:
+            return f"{call.name} gave {then[:80]!r}, then {now[:80]!r}"
+    return None if len(told.observations) == len(seen.observations) else "another number of calls"
+
+
+def _interleaved(
+    environment: Environment, tasks: tuple[Task, Task], scripts: Mapping[str, Script]
+) -> tuple[Play, Play]:
+    """Both open at the same time, a turn of the one after a turn of the other."""
+    try:
+        one = Playing(environment, tasks[0], scripts[tasks[0].id])
+    except EnvironmentFailure as error:
+        return Play((), (), None, str(error)), Play((), (), None)
+    try:
+        two = Playing(environment, tasks[1], scripts[tasks[1].id])
+    except EnvironmentFailure as error:
+        one.session.close()
+        return Play((), (), None), Play((), (), None, str(error))
+    going = True
+    while going:
+        first, second = one.step(), two.step()
+        going = first or second
+    return one.finish(), two.finish()
