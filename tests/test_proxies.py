@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from pact_nemo.errors import ServerError
-from pact_nemo.rollouts.chat_endpoint import chat_endpoint
 from pact_nemo.serving import proxies
 from pact_nemo.serving.admin import ServerAdmin
+from pact_nemo.serving.chat_endpoint import chat_endpoint
 from pact_nemo.serving.endpoint import ServerEndpoint
 
 NOBODY = "http://user:secret@127.0.0.1:9"  # the discard port: refused

@@ -16,7 +16,7 @@ import pytest
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.environments.bfcl.environment import BFCLEnvironment
 from pact_nemo.errors import ConfigError, ServerError
-from pact_nemo.rollouts.chat_endpoint import chat_endpoint
+from pact_nemo.serving.chat_endpoint import chat_endpoint
 from pact_nemo.traces.annotate import Context, annotate_turn, purpose
 from pact_nemo.traces.ground_truth import ground_truth_trace
 from pact_nemo.traces.schema import Trace

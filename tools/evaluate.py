@@ -41,12 +41,12 @@ from pact_nemo.environments.base import Environment, Task
 from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError, PactError, ServerError
-from pact_nemo.rollouts.chat_endpoint import chat_endpoint
 from pact_nemo.rollouts.chat_episode import play_by_chat
 from pact_nemo.rollouts.store import read_rollouts
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.runtime.files import write_json_atomic
 from pact_nemo.runtime.terminal import command
+from pact_nemo.serving.chat_endpoint import chat_endpoint
 from pact_nemo.tracking.episodes import dump_evaluation
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.evaluation import episode_rewards, summarise

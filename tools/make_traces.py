@@ -44,11 +44,11 @@ from pact_nemo.environments.base import Environment, Task
 from pact_nemo.environments.calls import shown
 from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError, DataError, PactError, ServerError
-from pact_nemo.rollouts.chat_endpoint import chat_endpoint
 from pact_nemo.rollouts.store import read_rollouts
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.runtime.files import write_json_atomic
 from pact_nemo.runtime.terminal import command
+from pact_nemo.serving.chat_endpoint import chat_endpoint
 from pact_nemo.traces.annotate import Style
 from pact_nemo.traces.augment import KINDS, new_solutions, promoted, replay, variants
 from pact_nemo.traces.filters import turns_without_reasoning, why_not

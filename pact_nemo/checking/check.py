@@ -98,7 +98,7 @@ def _check(
     if not tasks:
         raise ConfigError("no task can be used; the rows above say why")
     found.tools = list({tool["name"]: tool for task in tasks for tool in task.tools}.values())
-    found.findings += task_findings(tasks)
+    found.findings += task_findings(environment, tasks)
     note("traces")
     used, findings = _traces(config, environment, tasks, quarantine)
     found.findings += findings

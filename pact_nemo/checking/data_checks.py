@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
@@ -61,14 +61,19 @@ def tool_findings(tasks: Sequence[Task], called: Counter[str]) -> list[Finding]:
     return found
 
 
-def task_findings(tasks: Sequence[Task]) -> list[Finding]:
-    """Requests that stand in several tasks."""
-    by_words: dict[str, list[Task]] = {}
+def task_findings(environment: Environment, tasks: Sequence[Task]) -> list[Finding]:
+    """Requests that stand in several tasks and have different answers. An environment whose episodes begin with more
+    than the request says with what (``beginning_of``); of others, equal requests are not compared.
+    """
+    beginning: Callable[[Task], str] | None = getattr(environment, "beginning_of", None)
+    if beginning is None:
+        return []
+    alike: dict[str, list[Task]] = {}
     for task in tasks:
-        by_words.setdefault(str(task.user_turns) + str(task.data.get("row", {}).get("info")), []).append(task)
+        alike.setdefault(beginning(task), []).append(task)
     found = []
-    for same in by_words.values():
-        answers = {str(task.data.get("answers")) + str(task.reference_calls) for task in same}
+    for same in alike.values():
+        answers = {f"{task.reference_answer} {task.reference_calls}" for task in same}
         if len(answers) > 1:
             names = ", ".join(task.id for task in same[:4])
             text = f"the same request has {len(answers)} different answers"

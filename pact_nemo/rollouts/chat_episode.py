@@ -12,8 +12,8 @@ from pact_nemo.chat.json_calls import call_from
 from pact_nemo.chat.thoughts import OPENING, thoughts_and_visible
 from pact_nemo.environments.base import Environment, Task, ToolCall
 from pact_nemo.errors import EnvironmentFailure, ServerError, ToolCallError
-from pact_nemo.rollouts.chat_endpoint import Complete
 from pact_nemo.rollouts.types import Rollout, Turn
+from pact_nemo.serving.chat_endpoint import Complete
 from pact_nemo.serving.config import EpisodeLimits
 
 #: where servers put a thought: DeepSeek's and older vLLM's name, then the one of current vLLM and OpenRouter

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pact_nemo.errors import ServerError
-from pact_nemo.rollouts.chat_endpoint import Complete
+from pact_nemo.serving.chat_endpoint import Complete
 from pact_nemo.traces.segments import SEGMENT_TYPES, split_reasoning
 
 _INSTRUCTION = """Each numbered paragraph below is a piece of an agent's reasoning before a tool call. Give each one the type that fits best:

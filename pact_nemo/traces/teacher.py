@@ -9,9 +9,9 @@ from typing import Any
 
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import EnvironmentFailure, ServerError
-from pact_nemo.rollouts.chat_endpoint import Complete
 from pact_nemo.rollouts.chat_episode import message_parts, play_by_chat
 from pact_nemo.rollouts.types import Turn
+from pact_nemo.serving.chat_endpoint import Complete
 from pact_nemo.serving.config import EpisodeLimits
 from pact_nemo.traces.builder import TraceBuilder
 from pact_nemo.traces.schema import ReasoningSegment, Trace
@@ -66,7 +66,7 @@ def teacher_trace(
     Args:
         environment: where the calls run.
         task: what to solve. The teacher sees its user turns and tools, never its reference calls.
-        complete: (messages, tools) → assistant message; see :func:`pact_nemo.rollouts.chat_endpoint.chat_endpoint`.
+        complete: (messages, tools) → assistant message; see :func:`pact_nemo.serving.chat_endpoint.chat_endpoint`.
         max_turns: assistant turns per user turn.
         segment: (reasoning, tool names) → typed pieces whose texts concatenate to the reasoning.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,10 +12,11 @@ from typing import Any
 
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.environments.own.hosts import ToolHost
+from pact_nemo.environments.own.judge import EndpointJudge
 from pact_nemo.environments.own.mcp_tools import MCPHost
 from pact_nemo.environments.own.names import Aliases
 from pact_nemo.environments.own.session import Judge, OwnSession, state_after
-from pact_nemo.environments.own.settings import ONE_OF_THEM, OwnConfig
+from pact_nemo.environments.own.settings import FIELDS, ONE_OF_THEM, OwnConfig
 from pact_nemo.environments.own.tasks import (
     ConversationLike,
     Conversations,
@@ -53,6 +55,7 @@ class OwnEnvironment:
         self._lock = threading.Lock()
         self._read: list[Task] | None = None
         self._system = _system(self.settings.system)
+        self._endpoint = EndpointJudge(self.settings.judge) if self.settings.judge.url is not None else None
 
     @cached_property
     def host(self) -> ToolHost:
@@ -79,6 +82,11 @@ class OwnEnvironment:
         """A call of a conversation as the model would write it."""
         return self.aliases.shown(call)
 
+    def beginning_of(self, task: Task) -> str:
+        """What an episode of a task begins with, as a key: the messages, and what the row holds for the tools."""
+        own = {key: value for key, value in task.data["row"].items() if key not in FIELDS or key == "info"}
+        return json.dumps([task.user_turns, own], sort_keys=True, default=str)
+
     def tasks(self) -> list[Task]:
         """All tasks in file order; read once.
 
@@ -93,7 +101,8 @@ class OwnEnvironment:
 
     def _read_tasks(self) -> list[Task]:
         quarantine = self._setup.quarantine
-        reader = TaskReader(self.settings, self.aliases, self._system, self.host.offers)
+        judges = frozenset({"judge"}) if self._endpoint is not None else frozenset()
+        reader = TaskReader(self.settings, self.aliases, self._system, self.host.offers | judges)
         told: Sequence[ConversationLike] = self._setup.conversations() or ()
         seen: dict[str, int] = {}
 
@@ -145,6 +154,7 @@ class OwnEnvironment:
             self.settings,
             "score" in self.host.offers,
             (lambda: self._expected_state(task)) if by_state else None,
+            self._endpoint.score if self._endpoint is not None else None,
         )
         tools = self.host.open(task.data["row"])
         return OwnSession(task, tools, self.aliases, judge, self._setup.max_observation_chars)

@@ -5,7 +5,7 @@ judge that the task has.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,17 @@ class Judge:
         settings: the section ``agent``.
         scored: the tools have a ``score()``.
         expected_state: gives the state that the expected calls lead to; None where the state is no judge.
+        endpoint: scores an episode that nothing else judges; None: there is no such judge.
     """
 
     settings: OwnConfig
     scored: bool
     expected_state: Callable[[], Any] | None
+    endpoint: Callable[[Mapping[str, Any]], float] | None = None
 
 
 class OwnSession:
-    """An episode. Which judge speaks: ``score()``, else the answer, else the state, else the expected calls.
+    """An episode. Which judge speaks: ``score()``, else the answer, the state, the endpoint, the expected calls.
 
     Args:
         task: what is being solved.
@@ -101,7 +103,8 @@ class OwnSession:
         """See :class:`~pact_nemo.environments.base.Session`.
 
         Raises:
-            EnvironmentFailure: the user's ``score()`` or ``state()`` failed. That is never a reward of 0.
+            EnvironmentFailure: the user's ``score()`` or ``state()`` failed, or the judge's endpoint. That is never a
+                reward of 0.
         """
         judge, score = self._judged()
         done = [text for turn in self._calls for _, text in turn]
@@ -124,6 +127,8 @@ class OwnSession:
             return "wrong answer", answer_score(self._judge.settings.answer, self._answer, self.task.data["answers"])
         if self._judge.expected_state is not None:
             return "wrong state", float(values_equal(self._tools.state(), self._judge.expected_state()))
+        if self._judge.endpoint is not None:
+            return "judge", self._judge.endpoint(self._episode())
         return "expected calls missing", float(self._expected_share() == 1.0)
 
     def _expected_share(self) -> float:

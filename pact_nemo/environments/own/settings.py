@@ -42,6 +42,31 @@ class MCPConfig:
 
 
 @dataclass
+class JudgeConfig:
+    """A model behind an OpenAI-compatible endpoint that scores episodes which nothing else judges."""
+
+    url: str | None = None  #: base URL of the endpoint, e.g. ``http://127.0.0.1:8000/v1``; None: no such judge
+    model: str | None = None  #: the model's name there
+    rubric: str | None = None  #: a text file: what a good episode is
+    votes: int = 1  #: answers for each episode; their median counts
+    key_env: str = "PACT_JUDGE_API_KEY"  #: environment variable that holds the endpoint's key
+    timeout: float = 120.0  #: seconds for an answer
+    cache: str | None = (
+        None  #: a JSONL file of scores, so that no episode is asked about twice; None: this process only
+    )
+
+    def validate(self) -> None:
+        """Raises ConfigError for a value out of range, or a part that is missing."""
+        if self.url is None:
+            return
+        for key in ("model", "rubric"):
+            if getattr(self, key) is None:
+                raise ConfigError(f"agent.judge.{key}: is not set, and agent.judge.url is")
+        if self.votes < 1 or self.timeout <= 0:
+            raise ConfigError(f"agent.judge.votes={self.votes}, agent.judge.timeout={self.timeout}: must be above 0")
+
+
+@dataclass
 class OwnConfig(EnvironmentConfig):
     """The user's own agent."""
 
@@ -61,6 +86,7 @@ class OwnConfig(EnvironmentConfig):
     user_turns: str = "recorded"  #: later user messages: "recorded" (the row's), or "first" (the first turn only)
     #: how ``answer`` is looked for in the closing message: "contains", "exact", "f1", "number", "json"
     answer: str = "contains"
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     success_score: float = 1.0  #: a score from here on counts as success
     read_only: list[str] = field(default_factory=list)  #: tools that only read: their calls are no reference calls
 
@@ -80,5 +106,6 @@ class OwnConfig(EnvironmentConfig):
         odd = sorted(set(self.fields) - set(FIELDS))
         if odd:
             raise ConfigError(f"agent.fields: no field {odd[0]!r} of ours; ours are {', '.join(FIELDS)}")
+        self.judge.validate()
         if not 0 < self.success_score <= 1:
             raise ConfigError(f"agent.success_score={self.success_score}: must be in (0, 1]")

@@ -57,7 +57,7 @@ class TaskReader:
         settings: the section ``agent``.
         aliases: names of tools and arguments as the model sees them.
         system: the system message of tasks that have none; empty: none.
-        offers: what the tools have, of ``state`` and ``score``.
+        offers: what judges there are, of ``state``, ``score`` and ``judge``.
     """
 
     settings: OwnConfig
@@ -80,7 +80,7 @@ class TaskReader:
         expected = self._expected(row, len(turns))
         told = conversations.of(name, turns[0])
         if not expected and told is not None:
-            expected = self._told(told, needed=not (answers or "score" in self.offers))[: len(turns)]
+            expected = self._told(told, needed=not (answers or self.offers & {"score", "judge"}))[: len(turns)]
         return self._task(row, name, turns, expected, {"answers": answers, "tools": tools})
 
     def _told(self, conversation: ConversationLike, *, needed: bool) -> list[list[ToolCall]]:
@@ -133,10 +133,10 @@ class TaskReader:
         expected: list[list[ToolCall]],
         own: dict[str, Any],
     ) -> Task:
-        if not (own["answers"] or self.offers & {"score"} or any(expected)):
+        if not (own["answers"] or self.offers & {"score", "judge"} or any(expected)):
             raise row.complain(
                 "nothing tells right from wrong: the tools have no score(), and the row has no answer and no"
-                " expected_calls; give one of them, or a conversation of this task",
+                " expected_calls; give one of them, a conversation of this task, or agent.judge",
                 "answer",
             )
         if self.system and all(message["role"] != "system" for message in turns[0]):
