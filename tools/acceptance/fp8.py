@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tools.acceptance.hardware import machine
-from tools.acceptance.kit import Check, Group, Settings
+from tools.acceptance.kit import Settings, checks_of
 from tools.acceptance.models import (
     difference,
     forget_peak,
@@ -179,17 +179,13 @@ def experts(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _checks(*checks: Check) -> tuple[Check, ...]:
-    return checks
-
-
 GROUPS = (
-    Group("layers", 60, _checks(machine, layers)),
-    Group("attention", 130, _checks(attention)),
-    Group("bf16", 60, _checks(bf16)),
-    Group("blockwise", 60, _checks(blockwise)),
-    Group("tensorwise", 60, _checks(tensorwise)),
-    Group("kernels", 60, _checks(kernels)),
-    Group("experts", 60, _checks(experts)),
-    Group("families", 100, _checks(families)),
+    checks_of("layers", 60, machine, layers),
+    checks_of("attention", 130, attention),
+    checks_of("bf16", 60, bf16),
+    checks_of("blockwise", 60, blockwise),
+    checks_of("tensorwise", 60, tensorwise),
+    checks_of("kernels", 60, kernels),
+    checks_of("experts", 60, experts),
+    checks_of("families", 100, families),
 )

@@ -49,6 +49,11 @@ class Group:
     checks: tuple[Check, ...]
 
 
+def checks_of(name: str, limit_s: float, *checks: Check) -> Group:
+    """A group of these checks."""
+    return Group(name, limit_s, checks)
+
+
 def run_group(group: Group, settings: Settings, lines: Path) -> None:
     """In the group's own process: run its checks, append one JSON line each."""
     for check in group.checks:

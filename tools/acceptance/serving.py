@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tools.acceptance.kit import REPOSITORY, Check, Group, Settings
+from tools.acceptance.kit import REPOSITORY, Settings, checks_of
 
 WORDS = (
     "trainer.steps=3",
@@ -194,8 +194,4 @@ def _sleep(server: Any, chat: Any, free: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _checks(*checks: Check) -> tuple[Check, ...]:
-    return checks
-
-
-GROUPS = (Group("alone", 200, _checks(alone)), Group("recipe", 240, _checks(recipe)))
+GROUPS = (checks_of("alone", 200, alone), checks_of("recipe", 240, recipe))

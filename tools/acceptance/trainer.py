@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tools.acceptance.hardware import disk, machine, waiting
-from tools.acceptance.kit import Check, Group, Settings
+from tools.acceptance.kit import Settings, checks_of
 from tools.acceptance.models import (
     PROMPTS,
     difference,
@@ -273,17 +273,13 @@ def entropies(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _checks(*checks: Check) -> tuple[Check, ...]:
-    return checks
-
-
 GROUPS = (
-    Group("machine", 60, _checks(machine, entropies)),
-    Group("deterministic", 80, _checks(deterministic)),
-    Group("same", 60, _checks(same)),
-    Group("step", 150, _checks(step)),
-    Group("waiting", 45, _checks(waiting)),
-    Group("resume", 90, _checks(disk, resume)),
-    Group("kernels", 60, _checks(kernels)),
-    Group("families", 100, _checks(families)),
+    checks_of("machine", 60, machine, entropies),
+    checks_of("deterministic", 80, deterministic),
+    checks_of("same", 60, same),
+    checks_of("step", 150, step),
+    checks_of("waiting", 45, waiting),
+    checks_of("resume", 90, disk, resume),
+    checks_of("kernels", 60, kernels),
+    checks_of("families", 100, families),
 )
