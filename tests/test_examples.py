@@ -58,7 +58,7 @@ def test_it_raises_no_alarm(name: str, chat: ChatFormat, monkeypatch: pytest.Mon
     needs(name)
     monkeypatch.chdir(ROOT)
     files, words = EXAMPLES[name]
-    found = check(load_config([ROOT / file for file in files], words), chat, limit=3 if name == "clock" else 12)
+    found = check(load_config([ROOT / file for file in files], words), chat, limit=12)
     assert (found.count("error"), found.count("warning")) == (0, 0), "\n".join(listed(found.findings))
     assert found.traces == found.tasks == 40
 
