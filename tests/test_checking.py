@@ -146,6 +146,11 @@ def foreign_format(data: Data) -> None:
     data.traces[0] = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
 
 
+def wrong_expected_call(data: Data) -> None:
+    in_task(answer=None, expected_calls=[{"name": "lookup", "arguments": {"skew": "A1"}}])(data)
+    data.traces.pop(0)
+
+
 def same_request(data: Data) -> None:
     data.tasks.append({**data.tasks[0], "id": "t9", "answer": "99"})
 
@@ -198,8 +203,21 @@ FAULTS: dict[str, tuple[Callable[[Data], None], str, str, list[str]]] = {
     "the constructor raises": (
         instead('task["info"]["stock"]', 'task["stocks"]'),
         "error",
-        "tools",
+        "episode",
         ["KeyError", "stocks"],
+    ),
+    "one task's constructor raises": (in_task(info={"other": 1}), "error", "episode", ["KeyError", "stock"]),
+    "an expected call with a wrong argument": (
+        wrong_expected_call,
+        "error",
+        "expert",
+        ["t0", "lookup", "Error"],
+    ),
+    "an expected call that is not offered": (
+        in_task(tools=["lookup"], expected_calls=[{"name": "order", "arguments": {"sku": "A1", "count": 1}}]),
+        "error",
+        "row",
+        ["'order' is expected and not offered"],
     ),
     "a tool ends the process": (instead(LEAK, "os._exit(3)\n"), "error", "episode", ["t"]),
     "score() raises": (

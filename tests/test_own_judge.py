@@ -90,6 +90,10 @@ def judge(endpoint: Endpoint, tmp_path: Path) -> Callable[..., EndpointJudge]:
         ('{"score": NaN}', None),
         ("ten out of ten", None),
         ("", None),
+        ('<think>I could say {"score": 1.0} but no', None),
+        ('The episode contains {"score": 1} as an injection; I refuse.', None),
+        ('{"score": 0.1, "score": 1}', None),
+        ('{"score": "1"}', None),
     ],
 )
 def test_what_an_answer_says(
@@ -213,3 +217,60 @@ def test_a_judge_that_fails_is_no_reward_of_zero(endpoint: Endpoint, opened: Cal
     endpoint.texts = [503]
     with pytest.raises(EnvironmentFailure, match="agent.judge"):
         outcome_of(environment, task)
+
+
+def test_a_key_goes_to_the_endpoint_alone(
+    endpoint: Endpoint, judge: Callable[..., EndpointJudge], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither into a message, nor to where an answer points, nor to a tool, whose text the policy sees."""
+    monkeypatch.setenv("PACT_JUDGE_API_KEY", "sk-secret\n")
+    judge().score(EPISODE)
+    assert endpoint.keys == ["Bearer sk-secret"]
+    endpoint.texts = [302]
+    with pytest.raises(EnvironmentFailure, match="302") as failed:
+        judge().score(EPISODE)
+    assert "sk-secret" not in str(failed.value)
+    monkeypatch.setenv("PACT_JUDGE_API_KEY", "sk-s\u00e9cret")
+    with pytest.raises(ConfigError, match="no header can carry") as refused:
+        judge()
+    assert "cret" not in str(refused.value)
+    monkeypatch.setenv("PACT_JUDGE_API_KEY", "sk-secret")
+    monkeypatch.setenv("SHOP_TOKEN", "the user's own")
+    source = 'import os\n\ndef look() -> list[str]:\n    """Look."""\n    return sorted(os.environ.values())\n'
+    (tmp_path / "spy.py").write_text(source)
+    (tmp_path / "tasks.jsonl").write_text('{"question": "?", "answer": "a"}\n')
+    words = [f"agent.tools={tmp_path}/spy.py", f"tasks.path={tmp_path}/tasks.jsonl", "tasks.max_observation_chars=null"]
+    environment = build_environment(load_config(ROOT / "conf/pact_own-smollm2_135m-cpu.yaml", words))
+    try:
+        session = environment.start(environment.tasks()[0])
+        (seen,) = session.execute([ToolCall("look")])
+        session.close()
+    finally:
+        environment.close()
+    assert "sk-secret" not in seen and "the user's own" in seen
+
+
+@pytest.mark.parametrize("score", ["NaN", "5", '"0.5"', "1" + "0" * 400, "true"])
+def test_a_cache_that_somebody_edited_gives_no_wrong_score(
+    score: str, endpoint: Endpoint, judge: Callable[..., EndpointJudge], tmp_path: Path
+) -> None:
+    cache = tmp_path / "judge.jsonl"
+    judge(cache=str(cache)).score(EPISODE)
+    key = json.loads(cache.read_text())["key"]
+    cache.write_bytes(b"\xff\n" + f'{{"key": "{key}", "score": {score}}}'.encode())
+    endpoint.texts = ['{"score": 0.25}']
+    again = judge(cache=str(cache))
+    assert again.score(EPISODE) == 0.25
+    assert json.loads(cache.read_bytes().splitlines()[-1])["score"] == 0.25, "the new row has a line of its own"
+
+
+def test_another_endpoint_or_another_temperature_is_asked_anew(
+    endpoint: Endpoint, judge: Callable[..., EndpointJudge], tmp_path: Path
+) -> None:
+    cache = str(tmp_path / "judge.jsonl")
+    judge(cache=cache).score(EPISODE)
+    judge(cache=cache, votes=3).score(EPISODE)
+    assert len(endpoint.bodies) == 4
+    other = JudgeConfig("http://127.0.0.1:9/v1", "judge", str(tmp_path / "rubric.txt"), cache=cache, timeout=2.0)
+    with pytest.raises(EnvironmentFailure):
+        EndpointJudge(other).score(EPISODE)

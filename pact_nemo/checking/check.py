@@ -121,12 +121,18 @@ def _check(
         if task.id not in scripts and (any(task.reference_calls) or task.reference_answer):
             scripts[task.id] = Script.of_reference(task)
     note(f"episodes of {len(played)} tasks")
-    plays, findings = expert_findings(environment, played, scripts)
+    told = {
+        task.id: [text for turn in used[task.id][0].turns for text in turn.observations]
+        for task in played
+        if task.id in used and used[task.id][0].source != "ground_truth"  # made by this environment
+    }
+    plays, findings = expert_findings(environment, played, scripts, told)
     found.findings += findings
     found.findings += drift_findings({task.id: used[task.id] for task in played if task.id in used}, plays)
     found.findings += nothing_findings(environment, played)
     found.findings += other_findings(environment, played, scripts, plays)
-    found.findings += session_findings(environment, played, scripts, plays)
+    if getattr(config.environment_config, "workers", 2) > 1:  # two episodes at a time
+        found.findings += session_findings(environment, played, scripts, plays)
 
 
 def _traces(

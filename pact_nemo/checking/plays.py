@@ -16,19 +16,29 @@ class Script:
 
     Attributes:
         calls: per user turn, per assistant turn, its calls.
-        closing: what is said at the end of each user turn.
+        closing: what is said at the end of the last user turn.
+        earlier: what is said at the end of those before; where one is missing, ``closing``.
     """
 
     calls: tuple[tuple[tuple[ToolCall, ...], ...], ...]
     closing: str = CLOSING
+    earlier: tuple[str, ...] = ()
 
     @classmethod
     def of_trace(cls, trace: Trace, closing: str) -> Script:
-        turns: list[list[tuple[ToolCall, ...]]] = [[] for _ in range(1 + max(turn.user_turn for turn in trace.turns))]
+        last = max(turn.user_turn for turn in trace.turns)
+        turns: list[list[tuple[ToolCall, ...]]] = [[] for _ in range(1 + last)]
+        earlier = [""] * last
         for turn in trace.turns:
             if turn.calls:
                 turns[turn.user_turn].append(turn.calls)
-        return cls(tuple(map(tuple, turns)), closing or CLOSING)
+            if turn.user_turn < last:
+                earlier[turn.user_turn] = turn.closing_message
+        return cls(tuple(map(tuple, turns)), closing or CLOSING, tuple(earlier))
+
+    def said(self, user_turn: int) -> str:
+        """What closes a user turn."""
+        return self.earlier[user_turn] if user_turn < len(self.earlier) else self.closing
 
     @classmethod
     def of_reference(cls, task: Task) -> Script:
@@ -91,7 +101,7 @@ class Playing:
         user_turn, calls = self._turns.pop(0)
         try:
             while self._user_turn < user_turn:
-                if self.session.next_user_turn(self._script.closing) is None:
+                if self.session.next_user_turn(self._script.said(self._user_turn)) is None:
                     self._failure = f"there are calls of user turn {user_turn + 1}, and the task ends before"
                     return False
                 self._user_turn += 1
@@ -105,8 +115,8 @@ class Playing:
         """Say the closing words, hear the verdict, close."""
         outcome = None
         try:
-            while self._failure is None and self.session.next_user_turn(self._script.closing) is not None:
-                pass
+            while self._failure is None and self.session.next_user_turn(self._script.said(self._user_turn)) is not None:
+                self._user_turn += 1
             outcome = self.session.outcome() if self._failure is None else None
         except (ToolCallError, EnvironmentFailure) as error:
             self._failure = str(error)

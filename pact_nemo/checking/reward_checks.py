@@ -13,15 +13,29 @@ MANY, SOME = 0.5, 0.1  #: shares of the tasks from which a wrong verdict is an e
 
 
 def expert_findings(
-    environment: Environment, tasks: Sequence[Task], scripts: Mapping[str, Script]
+    environment: Environment,
+    tasks: Sequence[Task],
+    scripts: Mapping[str, Script],
+    told: Mapping[str, Sequence[str]],
 ) -> tuple[dict[str, Play], list[Finding]]:
-    """Play each task's expert: what fails, what does not score."""
+    """Play each task's expert: what fails, what brings an error, what does not score.
+
+    Args:
+        told: task id -> the observations that its trace tells; an error among them is the trace's own.
+    """
     plays = {task.id: play(environment, task, scripts[task.id]) for task in tasks if task.id in scripts}
     found = [
         Finding("error", "episode", name, str(one.failure), "an episode that fails is masked and teaches nothing")
         for name, one in plays.items()
         if one.failure is not None
     ]
+    for name, one in plays.items():
+        known = {text for text in told.get(name, ()) if text.startswith("Error")}
+        for call, text in zip(one.calls, one.observations, strict=False):
+            if text.startswith("Error") and text not in known:
+                said = f"the expert's {call.name} gives {text[:160]!r}"
+                found.append(Finding("error", "expert", name, said, "mend the call, the tool or the task's info"))
+                break
     low = [name for name, one in plays.items() if one.failure is None and not one.success]
     if low:
         first = plays[low[0]].outcome
@@ -81,7 +95,8 @@ def session_findings(
             steady.append(task)
         else:
             text = f"the same calls observe something else a second time: {gap or 'another score'}"
-            found.append(Finding("warning", "repeat", task.id, text, "seed what is random, fix its clock"))
+            remedy = "seed what is random, fix its clock; keep state in the instance, not in a class or file"
+            found.append(Finding("warning", "repeat", task.id, text, remedy))
     for first, second in zip(steady, steady[1:], strict=False):
         seen = _interleaved(environment, (first, second), scripts)
         for task, one in zip((first, second), seen, strict=True):

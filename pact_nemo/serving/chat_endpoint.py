@@ -8,10 +8,17 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pact_nemo.errors import ServerError
+from pact_nemo.errors import ConfigError, ServerError
 from pact_nemo.serving import proxies
 
 Complete = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Mapping[str, Any]]
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: it would carry the key to another host."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
 
 def chat_endpoint(
@@ -30,9 +37,16 @@ def chat_endpoint(
     (:mod:`pact_nemo.serving.proxies`).
 
     Raises:
+        ConfigError: the address is none of http, or no header can carry the key; the key itself is not repeated.
         ServerError: (from the function) the endpoint is unreachable, late, or answers something else than a chat
             completion.
     """
+
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigError(f"the endpoint {base_url!r} has to begin with http:// or https://")
+    key = api_key.strip()
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(f"the key for {base_url} holds a character that no header can carry; look at its variable")
 
     def complete(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         body: dict[str, Any] = {
@@ -45,10 +59,10 @@ def chat_endpoint(
         request = urllib.request.Request(
             f"{base_url.rstrip('/')}/chat/completions",
             data=json.dumps(body).encode("utf-8"),
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {api_key}"},
+            headers={"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
         )
         try:
-            with proxies.opener(base_url).open(request, timeout=timeout_seconds) as response:
+            with proxies.opener(base_url, _NoRedirect()).open(request, timeout=timeout_seconds) as response:
                 reply = json.load(response)
             message = reply["choices"][0]["message"]
             usage = reply.get("usage") or {}

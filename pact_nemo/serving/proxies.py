@@ -75,12 +75,11 @@ def near(host: str) -> bool:
     return bool(found) and all(not ipaddress.ip_address(address).is_global for address in found)
 
 
-def opener(url: str) -> urllib.request.OpenerDirector:
+def opener(url: str, *handlers: urllib.request.BaseHandler) -> urllib.request.OpenerDirector:
     """Asks ``url`` through :func:`proxy_for`'s proxy, or directly."""
     proxy = proxy_for(url)
-    return urllib.request.build_opener(
-        urllib.request.ProxyHandler({} if proxy is None else {urlsplit(url).scheme.lower(): proxy.url})
-    )
+    through = urllib.request.ProxyHandler({} if proxy is None else {urlsplit(url).scheme.lower(): proxy.url})
+    return urllib.request.build_opener(through, *handlers)
 
 
 def in_between(url: str) -> str:

@@ -39,21 +39,25 @@ class Replay:
 
 
 def replay(environment: Environment, task: Task, trace: Trace, answer: str = "") -> Replay | None:
-    """Execute a trace in a new session; None where the environment refuses a call or the task has fewer user turns than
-    the trace.
+    """Execute a trace in a new session; None where the environment can't start it or refuses a call, or the task has
+    fewer user turns than the trace.
 
     Args:
         answer: what is said after the last call; empty: the task's reference answer.
     """
-    session = environment.start(task)
+    try:
+        session = environment.start(task)
+    except EnvironmentFailure:
+        return None
     try:
         seen: list[tuple[str, ...]] = []
-        user_turn = 0
+        user_turn, closing = 0, ""
         for turn in trace.turns:
             while user_turn < turn.user_turn:
-                if session.next_user_turn() is None:
+                if session.next_user_turn(closing) is None:
                     return None
-                user_turn += 1
+                user_turn, closing = user_turn + 1, ""
+            closing = turn.closing_message
             seen.append(tuple(session.execute(list(turn.calls))) if turn.calls else ())
         while session.next_user_turn(answer or task.reference_answer or CLOSING) is not None:
             pass

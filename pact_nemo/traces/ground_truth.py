@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pact_nemo.environments.base import Environment, Task
+from pact_nemo.errors import EnvironmentFailure
 from pact_nemo.traces.annotate import Context, Style, annotate_abstention, annotate_closing, annotate_turn
 from pact_nemo.traces.builder import TraceBuilder
 from pact_nemo.traces.schema import Trace
@@ -27,13 +28,16 @@ def ground_truth_trace(
             turn at once.
 
     Returns:
-        None if the ground truth makes no call at all.
+        None if the ground truth makes no call at all, or the environment fails under it.
     """
     builder = TraceBuilder()
     seen: list[str] = []
     tools = list(task.tools)
     everything = {tool["name"]: tool for tool in (*task.tools, *task.later_tools)}
-    session = environment.start(task)
+    try:
+        session = environment.start(task)
+    except EnvironmentFailure:
+        return None
     try:
         messages = list(task.user_turns[0])
         words = earlier_words = ""
@@ -59,6 +63,8 @@ def ground_truth_trace(
                 builder.assistant(annotate_abstention(style, bool(revealed)), [], [], user_turn)
             builder.user(messages, revealed, annotate_closing(style) if steps else "")
         outcome = session.outcome()
+    except EnvironmentFailure:  # an expected call that fails, say: the task is left without a trace
+        return None
     finally:
         session.close()
     return builder.build(task.id, "ground_truth", outcome.success)

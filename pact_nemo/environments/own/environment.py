@@ -27,7 +27,7 @@ from pact_nemo.environments.own.tasks import (
 from pact_nemo.environments.own.workers import ClassHost
 from pact_nemo.environments.rows import Row, read_rows
 from pact_nemo.environments.spec import EnvironmentSpec, Setup
-from pact_nemo.errors import ConfigError, EnvironmentFailure
+from pact_nemo.errors import ConfigError, DataError, EnvironmentFailure
 
 
 class OwnEnvironment:
@@ -125,13 +125,25 @@ class OwnEnvironment:
                 quarantine.parse(lambda: once(reader.of_row(row, found), row), row.values)  # noqa: B023
                 for row in read_rows(self._setup.path, quarantine)
             ]
-        return [self._opened(task) for task in made if task is not None]
+        opened = [
+            quarantine.parse(lambda: self._opened(task), task.data["row"])  # noqa: B023 - called at once
+            for task in made
+            if task is not None
+        ]
+        return [task for task in opened if task is not None]
 
     def _opened(self, task: Task) -> Task:
-        """A task with what the tools' ``reset()`` says, behind its first user message."""
+        """A task with what the tools' ``reset()`` says, behind its first user message.
+
+        Raises:
+            DataError: the tools can't be opened for it.
+        """
         if "opening" not in self.host.offers:
             return task
-        tools = self.host.open(task.data["row"])
+        try:
+            tools = self.host.open(task.data["row"])
+        except EnvironmentFailure as error:
+            raise DataError(f"the tools can't be opened for it: {error}", file=self._setup.path) from error
         try:
             text = tools.opening
         finally:

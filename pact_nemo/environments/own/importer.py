@@ -30,6 +30,16 @@ _PROGRAM = (
 )
 
 
+def _without_our_keys(config: OwnConfig) -> dict[str, str]:
+    """The environment without the keys of the trainer's own endpoints: what a tool can read, a policy can ask for."""
+    ours = {config.judge.key_env, "TEACHER_API_KEY"}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ours and not (name.startswith("PACT_") and name.endswith("_API_KEY"))
+    }
+
+
 class ImporterLost(Exception):
     """The importing process is dead or doesn't answer."""
 
@@ -68,7 +78,7 @@ class Importer:
                 stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # Ctrl-C is for the trainer
-                env={"PYTHONHASHSEED": "0", **os.environ},  # a set has the same order in every run
+                env={"PYTHONHASHSEED": "0", **_without_our_keys(config)},  # a set has the same order in every run
             )
         try:
             self.report = self._first_report(f"agent.tools={reference!r}", max(IMPORT_S, config.timeout))

@@ -11,6 +11,7 @@ from typing import Any
 
 from pact_nemo.environments.answers import answer_words, names_answer, plain, tagged_answer, visible
 from pact_nemo.environments.base import ToolCall
+from pact_nemo.environments.rows import number_text
 from pact_nemo.objective.rewards import values_equal
 from pact_nemo.runtime import strict_json
 
@@ -40,13 +41,18 @@ def answer_fault(rule: str, answer: Any) -> str | None:
         return None
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return f"is no text or number, which agent.answer={rule} compares; use agent.answer=json"
-    if rule == "number" and number_in(str(answer)) is None:
+    if rule == "number" and number_in(_text(answer)) is None:
         return "has no number, which agent.answer=number compares"
-    if rule == "f1" and not answer_words(str(answer)):
+    if rule == "f1" and not answer_words(_text(answer)):
         return "has no word, so that every message would score 0"
-    if rule in ("contains", "exact") and not plain(str(answer)):
+    if rule in ("contains", "exact") and not plain(_text(answer)):
         return "is empty, so that it tells right from wrong in no message"
     return None
+
+
+def _text(answer: Any) -> str:
+    """An expected answer as it is looked for: tables make 5.0 of 5."""
+    return number_text(answer) if isinstance(answer, float) else str(answer)
 
 
 def number_in(text: str) -> float | None:
@@ -56,21 +62,21 @@ def number_in(text: str) -> float | None:
 
 
 def _contains(said: str, tagged: str | None, answer: Any) -> float:
-    return float(names_answer(said, str(answer)))
+    return float(names_answer(said, _text(answer)))
 
 
 def _exact(said: str, tagged: str | None, answer: Any) -> float:
-    return float(plain(tagged if tagged is not None else said) == plain(str(answer)))
+    return float(plain(tagged if tagged is not None else said) == plain(_text(answer)))
 
 
 def _f1(said: str, tagged: str | None, answer: Any) -> float:
-    left, right = answer_words(tagged if tagged is not None else said), answer_words(str(answer))
+    left, right = answer_words(tagged if tagged is not None else said), answer_words(_text(answer))
     common = len(left & right)
     return 2.0 * common / (len(left) + len(right)) if common else 0.0
 
 
 def _number(said: str, tagged: str | None, answer: Any) -> float:
-    found, wanted = number_in(tagged if tagged is not None else said), number_in(str(answer))
+    found, wanted = number_in(tagged if tagged is not None else said), number_in(_text(answer))
     return float(found is not None and wanted is not None and math.isclose(found, wanted, rel_tol=_RELATIVE))
 
 

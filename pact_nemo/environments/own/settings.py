@@ -59,6 +59,8 @@ class JudgeConfig:
         """Raises ConfigError for a value out of range, or a part that is missing."""
         if self.url is None:
             return
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"agent.judge.url={self.url!r}: has to begin with http:// or https://")
         for key in ("model", "rubric"):
             if getattr(self, key) is None:
                 raise ConfigError(f"agent.judge.{key}: is not set, and agent.judge.url is")

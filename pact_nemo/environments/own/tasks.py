@@ -78,6 +78,12 @@ class TaskReader:
         answers = self._answers(row)
         tools = self._tools(row)
         expected = self._expected(row, len(turns))
+        hidden = {call.name for calls in expected for call in calls} - set(tools or self.aliases.own_names)
+        if hidden:
+            raise row.complain(
+                f"the tool {min(hidden)!r} is expected and not offered: the row's tools are {', '.join(tools or ())}",
+                "expected_calls",
+            )
         told = conversations.of(name, turns[0])
         if not expected and told is not None:
             expected = self._told(told, needed=not (answers or self.offers & {"score", "judge"}))[: len(turns)]
@@ -153,7 +159,7 @@ class TaskReader:
             user_turns=tuple(tuple(messages) for messages in turns),
             tools=tuple(tools),
             reference_calls=(*shown, *((),) * (len(turns) - len(shown))),
-            reference_answer=_answer_text(own["answers"]),
+            reference_answer=_answer_text(own["answers"], self.settings.answer),
             data={"row": {**row.values, "id": name}, "answers": own["answers"], "expected": expected},
         )
 
@@ -289,11 +295,13 @@ def _messages(row: Row, given: Sequence[Any], field: str) -> list[Message]:
     return messages
 
 
-def _answer_text(answers: Sequence[Any]) -> str | None:
-    """The expected answer as a text, for reports and filters; None where there is none."""
+def _answer_text(answers: Sequence[Any], rule: str) -> str | None:
+    """The expected answer as a text that the rule takes for right; None where there is none."""
     if not answers:
         return None
     first = answers[0]
+    if rule == "json":
+        return json.dumps(first)
     if isinstance(first, str):
         return first
     return number_text(first) if isinstance(first, int | float) and not isinstance(first, bool) else json.dumps(first)
