@@ -339,7 +339,7 @@ FAULTS: dict[str, tuple[Callable[[Data], None], str, str, list[str]]] = {
         in_message(1, tool_calls=[call("find", sku="A1")]),
         "warning",
         "trace:unknown_tool",
-        ["traces.jsonl:1"],
+        ["traces.jsonl:1", "'find'"],
     ),
     "arguments that are no JSON": (
         in_message(
@@ -382,6 +382,18 @@ FAULTS: dict[str, tuple[Callable[[Data], None], str, str, list[str]]] = {
         "warning",
         "trace:low_reward",
         ["traces.jsonl:1"],
+    ),
+    "a greeting before the user's words": (
+        lambda data: data.traces[0]["messages"].insert(0, {"role": "assistant", "content": "Hello!"}),
+        "warning",
+        "trace:nothing_before_assistant",
+        ["1 conversations", "greeting"],
+    ),
+    "evaluations with too few turns": (
+        words("evaluation.max_turns_per_user_turn=1"),
+        "warning",
+        "length",
+        ["in evaluations", "evaluation.max_turns_per_user_turn=1"],
     ),
     "a task without a trace": (lambda data: data.traces.pop(), "note", "trace", ["1 of 4 tasks have no trace"]),
 }

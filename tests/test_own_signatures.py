@@ -278,6 +278,18 @@ def test_arguments_that_do_not_fit_are_told_in_a_line_each(arguments: dict[str, 
     assert str(caught.value).startswith(text)
 
 
+def test_a_whole_number_with_a_point_is_an_integer_as_in_json_schema() -> None:
+    def tool(count: int, ratio: float, rows: list[int], either: int | str = 0) -> None:
+        """Take numbers."""
+
+    bound = signature(tool, "tool", "t.py:tool").bind({"count": 80.0, "ratio": 3.0, "rows": [1.0, 2], "either": 4.0})
+    assert bound == {"count": 80, "ratio": 3.0, "rows": [1, 2], "either": 4}
+    assert [type(bound[name]) for name in ("count", "ratio", "either")] == [int, float, int]
+    for value in (80.5, "80", 1e300, True):
+        with pytest.raises(ArgumentFault):
+            signature(tool, "tool", "t.py:tool").bind({"count": value, "ratio": 1.0, "rows": []})
+
+
 def test_many_faults_stay_short() -> None:
     with pytest.raises(ArgumentFault) as caught:
         signature(nested, "nested", "x").bind({"grid": [["a"] * 50] * 50, "to": {"lines": [{"title": 3}]}})

@@ -13,6 +13,7 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checking.data_checks import (
     conversation_findings,
     drift_findings,
+    dropped_findings,
     length_findings,
     row_findings,
     task_findings,
@@ -22,7 +23,7 @@ from pact_nemo.checking.findings import Finding
 from pact_nemo.checking.plays import Script
 from pact_nemo.checking.reward_checks import expert_findings, nothing_findings, other_findings, session_findings
 from pact_nemo.config.schema import Config
-from pact_nemo.data.conversations import conversations_of, judged_conversations
+from pact_nemo.data.conversations import conversations_of, dropped_conversations, judged_conversations
 from pact_nemo.data.task_traces import find_traces
 from pact_nemo.data.tasks import build_environment
 from pact_nemo.environments.base import Environment, Task
@@ -142,7 +143,8 @@ def _traces(
     told = conversations_of(config, quarantine)
     if told is not None:
         judged = list(judged_conversations(config, environment, told, tasks))
-        return conversation_findings(judged, tasks, environment)
+        used, findings = conversation_findings(judged, tasks, environment)
+        return used, [*dropped_findings(config.traces.path, dropped_conversations(config, quarantine)), *findings]
     made = find_traces(config, environment, tasks, [], quarantine)
     dropped = {reason: count for reason, count in made.dropped.items() if count and reason != "trace_missing"}
     findings = [

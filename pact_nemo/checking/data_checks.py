@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
@@ -31,7 +31,7 @@ REASONS = {
     "answer_leaked": ("names the answer before a tool or the question has", "take it out: it teaches to guess"),
     "no_reward": ("has no reward, and traces.verify=reward believes rewards", "set traces.verify=replay"),
     "low_reward": ("has a reward below traces.min_score", "take it out, or lower traces.min_score"),
-    "replay_refused": ("can't be replayed", "see the tool's error below"),
+    "replay_refused": ("can't be replayed", "mend what is named here"),
     "replay_error": ("brings an error that it did not have", "mend the tool or the task's info"),
     "replay_low_score": ("does not solve its task", "mend its answer, the task's, or score()"),
 }
@@ -81,6 +81,22 @@ def task_findings(environment: Environment, tasks: Sequence[Task]) -> list[Findi
     return found
 
 
+def dropped_findings(path: str | None, dropped: Mapping[str, int]) -> list[Finding]:
+    """Sound conversations that hold nothing to learn."""
+    why = {
+        "no_user_message": ("have no user message", "export them whole"),
+        "no_call": ("call no tool", "they teach nothing here; leave them out"),
+        "nothing_before_assistant": (
+            "begin with the assistant",
+            "take its greeting out, so that the user's words come first",
+        ),
+    }
+    return [
+        Finding("warning", f"trace:{reason}", str(path), f"{count} conversations {why[reason][0]}", why[reason][1])
+        for reason, count in dropped.items()
+    ]
+
+
 def conversation_findings(
     judged: Sequence[Judged], tasks: Sequence[Task], environment: Environment
 ) -> tuple[dict[str, tuple[Trace, str]], list[Finding]]:
@@ -99,10 +115,16 @@ def conversation_findings(
                 used.setdefault(one.task.id, (one.trace, one.conversation.answer))
             continue
         text, remedy = REASONS.get(one.reason, (one.reason, ""))
-        if one.reason == "of_no_task":
-            near = difflib.get_close_matches(one.conversation.task_id or "", names, 1)
+        if one.reason == "unknown_tool" and one.task is not None and one.trace is not None:
+            offered = [tool["name"] for tool in one.task.tools]
+            called = {call.name for turn in one.trace.turns for call in turn.calls} - set(offered)
+            near = {name: difflib.get_close_matches(name, offered, 1) for name in sorted(called)}
+            told = ", ".join(f"{name!r}{f' (near: {close[0]!r})' if close else ''}" for name, close in near.items())
+            text = f"{text}: {told}"
+        elif one.reason == "of_no_task":
+            closest = difflib.get_close_matches(one.conversation.task_id or "", names, 1)
             told = f"task_id {one.conversation.task_id!r} " if one.conversation.task_id else ""
-            text = f"{told}{text}{f' (near: {near[0]!r})' if near else ''}"
+            text = f"{told}{text}{f' (near: {closest[0]!r})' if closest else ''}"
         elif one.task is not None and one.trace is not None and one.reason.startswith("replay"):
             text = f"{text}: {_replayed(environment, one)}"
         found.append(Finding("warning", f"trace:{one.reason}", where, text, remedy))
@@ -179,6 +201,14 @@ def length_findings(
             turns,
             sampling.max_turns_per_user_turn,
             "rollout.sampling.max_turns_per_user_turn",
+            "can't be finished",
+        ),
+        (
+            "warning",
+            "assistant turns of a user turn, in evaluations",
+            turns,
+            config.evaluation.max_turns_per_user_turn,
+            "evaluation.max_turns_per_user_turn",
             "can't be finished",
         ),
         (

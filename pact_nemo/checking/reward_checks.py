@@ -54,7 +54,7 @@ def nothing_findings(environment: Environment, tasks: Sequence[Task]) -> list[Fi
     if failed:
         text = f"an episode without a call fails in {len(failed)} of {len(plays)} tasks: {failed[0]}"
         found.append(Finding("error", "episode", "", text, "score() has to judge an episode that did nothing, too"))
-    won = sum(one.success for one in plays)
+    won = [task.id for task, one in zip(tasks, plays, strict=True) if one.success]
     return [*found, *_wrongly_won("doing nothing", won, len(plays), "this reward can't teach")]
 
 
@@ -70,15 +70,17 @@ def other_findings(
     ]
     if not pairs:
         return []
-    won = sum(play(environment, task, scripts[other.id]).success for task, other in pairs)
+    won = [task.id for task, other in pairs if play(environment, task, scripts[other.id]).success]
     return _wrongly_won("another task's expert", won, len(pairs), "the verdict does not look at the task")
 
 
-def _wrongly_won(who: str, won: int, of: int, meaning: str) -> list[Finding]:
-    if won <= SOME * of:
-        return [Finding("note", "reward", "", f"{who} solves {won} of {of} tasks")]
-    level: Level = "error" if won > MANY * of else "warning"
-    return [Finding(level, "reward", "", f"{who} solves {won} of {of} tasks: {meaning}", "make the verdict stricter")]
+def _wrongly_won(who: str, won: Sequence[str], of: int, meaning: str) -> list[Finding]:
+    text = f"{who} solves {len(won)} of {of} tasks"
+    if len(won) <= SOME * of:
+        return [Finding("note", "reward", "", text)]
+    level: Level = "error" if len(won) > MANY * of else "warning"
+    remedy = f"look at {', '.join(won[:4])}: give them an answer, or make the verdict stricter"
+    return [Finding(level, "reward", "", f"{text}: {meaning}", remedy)]
 
 
 def session_findings(

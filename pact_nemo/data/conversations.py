@@ -15,7 +15,7 @@ from pact_nemo.environments.base import Environment, Task, ToolCall
 from pact_nemo.environments.own.tasks import conversation_id, user_words
 from pact_nemo.runtime.quarantine import BadRow, Quarantine
 from pact_nemo.traces.annotate import Style
-from pact_nemo.traces.conversations import Conversation, ImportReport, as_trace, read_conversations
+from pact_nemo.traces.conversations import NOTHING_TO_LEARN, Conversation, ImportReport, as_trace, read_conversations
 from pact_nemo.traces.filters import why_not
 from pact_nemo.traces.schema import Trace, is_trace_file
 from pact_nemo.traces.verification import why_unverified
@@ -32,9 +32,7 @@ def conversations_of(config: Config, quarantine: Quarantine) -> list[Conversatio
     path = config.traces.path
     if path is None or not Path(path).is_file() or is_trace_file(path):
         return None
-    status = Path(path).stat()
-    key = (str(path), status.st_mtime_ns, status.st_size, quarantine.strict)
-    found, bad = _read(key, tuple(sorted(config.traces.fields.items())))
+    found, bad, _ = _read(*_key(config, quarantine.strict))
     known = {(row.error.file, row.error.line, row.error.field) for row in quarantine.rows}
     for row in bad:
         if (row.error.file, row.error.line, row.error.field) not in known:
@@ -42,15 +40,29 @@ def conversations_of(config: Config, quarantine: Quarantine) -> list[Conversatio
     return found
 
 
+def dropped_conversations(config: Config, quarantine: Quarantine) -> dict[str, int]:
+    """How many sound conversations of ``traces.path`` hold nothing to learn, by reason
+    (:data:`~pact_nemo.traces.conversations.NOTHING_TO_LEARN`); after :func:`conversations_of`, of the same file.
+    """
+    return _read(*_key(config, quarantine.strict))[2]
+
+
+def _key(config: Config, strict: bool) -> tuple[tuple[str, int, int, bool], tuple[tuple[str, str], ...]]:
+    status = Path(str(config.traces.path)).stat()
+    file = (str(config.traces.path), status.st_mtime_ns, status.st_size, strict)
+    return file, tuple(sorted(config.traces.fields.items()))
+
+
 @lru_cache(maxsize=4)
 def _read(
     key: tuple[str, int, int, bool], fields: tuple[tuple[str, str], ...]
-) -> tuple[list[Conversation], tuple[BadRow, ...]]:
+) -> tuple[list[Conversation], tuple[BadRow, ...], dict[str, int]]:
     path, _, _, strict = key
     quarantine, report = Quarantine("strict" if strict else "quarantine"), ImportReport()
     found = read_conversations(path, quarantine, dict(fields), report)
     log.info("%s\n%s", path, report)
-    return found, tuple(quarantine.rows)
+    dropped = {reason: report.dropped[reason] for reason in NOTHING_TO_LEARN if report.dropped[reason]}
+    return found, tuple(quarantine.rows), dropped
 
 
 @dataclass(frozen=True)

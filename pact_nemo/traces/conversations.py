@@ -34,6 +34,8 @@ from pact_nemo.traces.other_formats import other_format
 from pact_nemo.traces.schema import Trace, TraceTurn
 
 FIELDS = ("messages", "tools", "task_id", "reward", "info")  #: of a row, by our names
+#: why a sound conversation is dropped
+NOTHING_TO_LEARN = ("no_user_message", "no_call", "nothing_before_assistant")
 SOURCE = "conversation"  #: of their traces
 Schema = dict[str, Any]
 

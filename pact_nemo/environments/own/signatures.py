@@ -71,7 +71,7 @@ class Signature:
                 values[name] = None
             else:
                 try:
-                    values[name] = argument.adapter.validate_json(json.dumps(given), strict=True)
+                    values[name] = _validated(argument.adapter, given)
                 except ValidationError as error:
                     faults += _told(name, error)
                 except (ValueError, RecursionError) as error:
@@ -85,6 +85,26 @@ class Signature:
             more = [f"and {len(faults) - _MAX_FAULTS} more"] if len(faults) > _MAX_FAULTS else []
             raise ArgumentFault("\n".join([*(fault[:_MAX_FAULT_CHARS] for fault in faults[:_MAX_FAULTS]), *more]))
         return values
+
+
+def _validated(adapter: TypeAdapter[Any], given: Any) -> Any:
+    """A JSON value as the hint says. 3.0 is an integer, as JSON Schema has it, where 3.0 as it stands doesn't fit."""
+    try:
+        return adapter.validate_json(json.dumps(given), strict=True)
+    except ValidationError:
+        whole = _whole(given)
+        if whole == given and json.dumps(whole) == json.dumps(given):
+            raise
+        return adapter.validate_json(json.dumps(whole), strict=True)
+
+
+def _whole(value: Any) -> Any:
+    """A JSON value with its whole numbers written without a point."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    return {key: _whole(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _told(name: str, error: ValidationError) -> list[str]:
