@@ -19,6 +19,7 @@ from pact_nemo.errors import DataError
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.schema import Trace
 from pact_nemo.traces.spans import encode_trace
+from pact_nemo.traces.verification import new_error
 
 #: what a reason for leaving out a conversation means to its owner, and what to do
 REASONS = {
@@ -143,7 +144,7 @@ def _replayed(environment: Environment, one: Judged) -> str:
         return result.failure
     told = [text for turn in one.trace.turns for text in turn.observations]
     for call, now, then in zip(result.calls, result.observations, told, strict=False):
-        if now.startswith("Error") and not then.startswith("Error"):
+        if new_error(then, now):
             return f"{call.name}({_arguments(call.arguments)}) gives {now[:160]!r}"
     assert result.outcome is not None
     return f"score {result.outcome.score:g} ({result.outcome.reason})"

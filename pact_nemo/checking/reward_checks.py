@@ -91,32 +91,34 @@ def session_findings(
     found: list[Finding] = []
     steady = []
     for task in sound[:8]:
-        again = play(environment, task, scripts[task.id])
-        gap = _first_gap(plays[task.id], again)
-        if gap is None and again.score == plays[task.id].score:
+        gap = _first_gap(plays[task.id], play(environment, task, scripts[task.id]))
+        if gap is None:
             steady.append(task)
         else:
-            text = f"the same calls observe something else a second time: {gap or 'another score'}"
+            text = f"the same calls observe something else a second time: {gap}"
             remedy = "seed what is random, fix its clock; keep state in the instance, not in a class or file"
             found.append(Finding("warning", "repeat", task.id, text, remedy))
     for first, second in zip(steady, steady[1:], strict=False):
         seen = _interleaved(environment, (first, second), scripts)
         for task, one in zip((first, second), seen, strict=True):
             gap = _first_gap(plays[task.id], one)
-            if gap is not None or one.score != plays[task.id].score:
-                text = f"two episodes at a time see each other: {gap or 'another score'}"
+            if gap is not None:
+                text = f"two episodes at a time see each other: {gap}"
                 remedy = "keep state in the instance; files and databases of a rollout in a folder of its own"
                 return [*found, Finding("error", "isolation", task.id, text, remedy)]
     return found
 
 
 def _first_gap(told: Play, seen: Play) -> str | None:
+    """The first thing in which two plays of the same script differ; None where there is none."""
     if seen.failure is not None:
         return seen.failure
     for call, then, now in zip(told.calls, told.observations, seen.observations, strict=False):
         if then != now:
             return f"{call.name} gave {then[:80]!r}, then {now[:80]!r}"
-    return None if len(told.observations) == len(seen.observations) else "another number of calls"
+    if len(told.observations) != len(seen.observations):
+        return "another number of calls"
+    return None if told.score == seen.score else "another score"
 
 
 def _interleaved(

@@ -14,12 +14,17 @@ Verify = Literal["replay", "reward", "none"]
 VERIFY: tuple[Verify, ...] = ("replay", "reward", "none")
 
 
+def new_error(told: str, seen: str) -> bool:
+    """Whether an observation is an error now that the trace says it isn't."""
+    return seen.startswith("Error") and not told.startswith("Error")
+
+
 def new_errors(told: Sequence[Sequence[str]], seen: Sequence[Sequence[str]]) -> bool:
     """Whether an observation is an error now that the trace says it isn't. (Texts may differ: they may have been cut to
     another length.)
     """
     pairs = zip((text for turn in told for text in turn), (text for turn in seen for text in turn), strict=True)
-    return any(now.startswith("Error") and not then.startswith("Error") for then, now in pairs)
+    return any(new_error(then, now) for then, now in pairs)
 
 
 def why_unverified(

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from pact_nemo.checkout import ROOT
+from pact_nemo.runtime.files import write_text_atomic
+
 Check = Callable[["Settings"], dict[str, Any]]
 
 
@@ -90,9 +92,7 @@ def run_step(step: str, groups: Sequence[Group], command: Sequence[str], out: Pa
         if why is not None:
             stopped[group.name] = why
         found = {"step": step, "checks": collected(lines), "stopped": stopped}
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=1))
-        temporary.replace(out)
+        write_text_atomic(out, json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
     broken = [check for check in found.get("checks", ()) if "result" not in check]
     return 1 if stopped or broken else 0
@@ -117,13 +117,13 @@ def _append(lines: Path, row: dict[str, Any]) -> None:
 def _child(group: Group, command: Sequence[str], lines: Path, limit_s: float) -> str | None:
     """Run one group; why it was stopped, None = it ended by itself."""
     command = [*command, "--group", group.name, "--lines", str(lines)]
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        _end_session(process.pid)
         process.wait()
         return f"killed after {limit_s:.0f} s"
     finally:

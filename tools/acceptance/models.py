@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from pact_nemo.checkout import ROOT
 from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import recipe
 from pact_nemo.config.schema import Config
+from pact_nemo.planning.findings import version_of
 from pact_nemo.planning.workload import Lengths
 from tools.acceptance.kit import Settings
 from tools.benches.kit import synthetic_groups
@@ -112,13 +112,6 @@ def rows(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([part.detach().float().cpu() for part in parts])
 
 
-def versions() -> dict[str, Any]:
-    import importlib.metadata as metadata
-
-    found: dict[str, Any] = {}
-    for name in ("torch", "megatron-core", "megatron-bridge", "transformers", "transformer-engine", "vllm", "triton"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+def versions() -> dict[str, str | None]:
+    names = ("torch", "megatron-core", "megatron-bridge", "transformers", "transformer-engine", "vllm", "triton")
+    return {name: version_of(name) for name in names}

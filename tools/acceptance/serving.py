@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from tools.acceptance.kit import REPOSITORY, Settings, checks_of
+from pact_nemo.checkout import ROOT
+from tools.acceptance.kit import Settings, checks_of
 
 WORDS = (
     "trainer.steps=3",
@@ -53,8 +54,8 @@ def recipe(settings: Settings) -> dict[str, Any]:
 
 def _train(settings: Settings, name: str, more: tuple[str, ...], seconds: float = 230) -> dict[str, Any]:
     root = settings.folder / name
-    command = [sys.executable, str(REPOSITORY / "recipes" / "pact_bfcl.py")]
-    command += ["--config", str(REPOSITORY / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml"), f"run.root={root}"]
+    command = [sys.executable, str(ROOT / "recipes" / "pact_bfcl.py")]
+    command += ["--config", str(ROOT / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml"), f"run.root={root}"]
     command += [*WORDS, *(SMALL if settings.small else ()), *more]
     start = time.perf_counter()
     log = settings.folder / f"{name}.log"

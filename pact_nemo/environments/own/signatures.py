@@ -89,13 +89,14 @@ class Signature:
 
 def _validated(adapter: TypeAdapter[Any], given: Any) -> Any:
     """A JSON value as the hint says. 3.0 is an integer, as JSON Schema has it, where 3.0 as it stands doesn't fit."""
+    text = json.dumps(given)
     try:
-        return adapter.validate_json(json.dumps(given), strict=True)
+        return adapter.validate_json(text, strict=True)
     except ValidationError:
-        whole = _whole(given)
-        if whole == given and json.dumps(whole) == json.dumps(given):
+        whole = json.dumps(_whole(given))
+        if whole == text:
             raise
-        return adapter.validate_json(json.dumps(whole), strict=True)
+        return adapter.validate_json(whole, strict=True)
 
 
 def _whole(value: Any) -> Any:
