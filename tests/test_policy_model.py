@@ -35,9 +35,9 @@ def hf_logprobs(hf: Any, trees: list[TokenTree]) -> torch.Tensor:
             prefix: list[int] = []
             parent = tree.segments[index].parent
             while parent >= 0:
-                prefix = tree.segments[parent].token_ids + prefix
+                prefix = [*tree.segments[parent].token_ids.tolist(), *prefix]
                 parent = tree.segments[parent].parent
-            ids = torch.tensor(prefix + segment.token_ids)
+            ids = torch.tensor(prefix + segment.token_ids.tolist())
             logprobs = hf(ids[None]).logits[0].log_softmax(-1)
             values += [
                 logprobs[len(prefix) + i - 1, ids[len(prefix) + i]] for i, scored in enumerate(segment.scored) if scored

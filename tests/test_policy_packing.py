@@ -7,7 +7,7 @@ import torch
 
 from pact_nemo.errors import DataError
 from pact_nemo.policy.megatron_import import prepare_megatron
-from pact_nemo.policy.packing import PackedMicroBatch, Run, pack, zigzag_positions
+from pact_nemo.policy.packing import PackedMicroBatch, Run, pack, plan_rows, zigzag_positions
 from pact_nemo.policy.trees import Segment, TokenTree
 from tests.workers.policy_kit import make_trees
 
@@ -34,11 +34,12 @@ def scored_contexts(trees: list[TokenTree]) -> list[tuple[tuple[int, ...], int]]
             prefix: list[int] = []
             parent = tree.segments[index].parent
             while parent >= 0:
-                prefix = tree.segments[parent].token_ids + prefix
+                prefix = [*tree.segments[parent].token_ids.tolist(), *prefix]
                 parent = tree.segments[parent].parent
             for position, scored in enumerate(segment.scored):
                 if scored:
-                    found.append((tuple(prefix + segment.token_ids[:position]), segment.token_ids[position]))
+                    ids = segment.token_ids.tolist()
+                    found.append((tuple(prefix + ids[:position]), ids[position]))
     return found
 
 
@@ -100,6 +101,28 @@ def test_rows_respect_the_budget_and_ranks_get_equally_many() -> None:
     loads = [sum(batch.used for batch in rows) for rows in packed]
     assert max(loads) - min(loads) <= max(sizes)
     assert sum(loads) == sum(sizes)
+
+
+def test_a_rank_looks_at_the_tokens_of_its_own_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    trees = make_trees(20, seed=5)
+    plan = plan_rows(trees, 60, data_parallel=4, multiple=8)
+    looked_at: list[TokenTree] = []
+    part = TokenTree.part
+    monkeypatch.setattr(TokenTree, "part", lambda tree, cut: looked_at.append(tree) or part(tree, cut))
+    mine = plan.build(2)
+    assert len(looked_at) == sum(len(row) for row in plan.rows[2]) < sum(len(row) for rank in plan.rows for row in rank)
+    monkeypatch.undo()
+    for row, same in zip(mine, pack(trees, 60, data_parallel=4, multiple=8)[2], strict=True):
+        assert torch.equal(row.tokens, same.tokens) and torch.equal(row.flat_index, same.flat_index)
+    assert plan.used == sum(row.used for rank in range(4) for row in plan.build(rank))
+
+
+def test_segments_refuse_to_be_written_to() -> None:
+    ids = [1, 2, 3]
+    tree = TokenTree([Segment(ids, -1, [False, True, True])])
+    assert tree.num_scored == 2
+    with pytest.raises(ValueError, match="read-only"):
+        tree.segments[0].scored[1] = False
 
 
 def test_fewer_trees_than_ranks_are_cut_until_the_ranks_are_even() -> None:

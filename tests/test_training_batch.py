@@ -50,7 +50,7 @@ def score(tree: TokenTree, salt: str = "") -> torch.Tensor:
     out = []
     for segment in tree.segments:
         context = list(paths[segment.parent]) if segment.parent >= 0 else []
-        for token, wanted in zip(segment.token_ids, segment.scored, strict=True):
+        for token, wanted in zip(segment.token_ids.tolist(), segment.scored, strict=True):
             if wanted:
                 out.append(fake_logprob(context, token, salt))
             context.append(token)

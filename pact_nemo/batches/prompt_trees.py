@@ -83,10 +83,10 @@ def add_rollout(builder: TreeBuilder, rollout: Rollout, at: Place) -> Place:
     Returns:
         the end of its last context.
     """
-    length = 0
+    ids, scored, length = np.asarray(rollout.token_ids), np.asarray(rollout.loss_mask, dtype=bool), 0
     for start, end, keep in rollout.stretches():
         at = builder.back(at, length - keep)
-        at = builder.add(rollout.token_ids[start:end], [bool(m) for m in rollout.loss_mask[start:end]], at)
+        at = builder.add(ids[start:end], scored[start:end], at)
         length = keep + end - start
     return at
 

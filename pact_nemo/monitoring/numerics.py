@@ -76,7 +76,7 @@ def dump(path: Path, error: NumericsError, members: list[PromptTree], found: lis
         if error.logprobs is not None:
             streams["logprobs"] = _plain(error.logprobs[i])
         segments = [
-            {"token_ids": list(s.token_ids), "parent": s.parent, "scored": [int(flag) for flag in s.scored]}
+            {"token_ids": s.token_ids.tolist(), "parent": s.parent, "scored": s.scored.astype(int).tolist()}
             for s in prompt.tree.segments
         ]
         spans = [

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from pact_nemo.policy.attention import TreeBatch, plan_attention
 from pact_nemo.policy.config import PolicyConfig
 from pact_nemo.policy.megatron_import import prepare_megatron
-from pact_nemo.policy.packing import PackedMicroBatch, pack, zigzag_positions
+from pact_nemo.policy.packing import PackedMicroBatch, plan_rows, zigzag_positions
 from pact_nemo.policy.trees import TokenTree
 from pact_nemo.runtime.hangs import beat
 
@@ -135,7 +135,7 @@ def local_batches(
 
     Rows are padded so that every rank's part of them is a multiple of ``alignment`` tokens."""
     context = config.context_parallel
-    packed = pack(
+    plan = plan_rows(
         _with_temperatures(trees),
         config.micro_batch_tokens,
         share_prefix=config.share_prefix,
@@ -151,9 +151,9 @@ def local_batches(
         to_local(
             row, device=device, mask_dtype=mask_dtype, entropy=entropy, varlen=config.attention == "te", window=window
         )
-        for row in packed[parallel_state.get_data_parallel_rank()]
+        for row in plan.build(parallel_state.get_data_parallel_rank())
     ]
-    return mine, sum(row.used for rows in packed for row in rows)
+    return mine, plan.used
 
 
 def _with_temperatures(trees: list[TokenTree]) -> list[TokenTree]:

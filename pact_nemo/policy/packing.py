@@ -6,12 +6,15 @@ talking.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import heapq
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from pact_nemo.errors import DataError
-from pact_nemo.policy.trees import TokenTree
+from pact_nemo.policy.trees import Cut, Segment, TokenTree
 
 PAD_TOKEN = 0
 
@@ -61,87 +64,87 @@ class PackedMicroBatch:
     used: int
 
 
-@dataclass
 class _Builder:
-    """Row under construction."""
+    """Row under construction, in arrays of one segment each."""
 
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
-    source: list[int] = field(default_factory=list)
-    target: list[int] = field(default_factory=list)
-    flat: list[int] = field(default_factory=list)
-    streams: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.length = 0
+        self.runs: list[Run] = []
+        self._arrays: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("tokens", "positions", "source", "target", "flat")
+        }
+        self._streams: list[dict[str, torch.Tensor]] = []
 
-    def add(self, tree: TokenTree, flat: list[int]) -> None:
+    def add(self, tree: TokenTree, flat: np.ndarray) -> None:
         """Append a tree; ``flat`` gives the flat index of each of its scored tokens in (segment, token) order."""
         children: list[list[int]] = [[] for _ in tree.segments]
-        offsets, total = [], 0
         for index, segment in enumerate(tree.segments):
             if segment.parent >= 0:
                 children[segment.parent].append(index)
-            offsets.append(total)
-            total += sum(segment.scored)
-        order: list[int] = []
+        offsets = np.cumsum([0, *tree.counts])
+        order: list[np.ndarray] = []
         last = {-1: (-1, -1, -1)}  # segment -> (run, row position of its last token, depth of its last token)
         stack = [index for index, segment in enumerate(tree.segments) if segment.parent < 0][::-1]
         while stack:
             index = stack.pop()
             segment = tree.segments[index]
-            run, source, depth = last[segment.parent]
-            start = len(self.tokens)
+            run, before, depth = last[segment.parent]
             if segment.parent >= 0 and len(children[segment.parent]) == 1:
-                self.runs[run].length += len(segment.token_ids)  # an only child continues its parent's run
+                self.runs[run].length += len(segment)  # an only child continues its parent's run
             else:
-                self.runs.append(Run(start, len(segment.token_ids), run))
+                self.runs.append(Run(self.length, len(segment), run))
                 run = len(self.runs) - 1
-            for token, scored in zip(segment.token_ids, segment.scored, strict=True):
-                depth += 1
-                if scored:
-                    self.source.append(source)
-                    self.target.append(token)
-                source = len(self.tokens)
-                self.tokens.append(token)
-                self.positions.append(depth)
-            last[index] = (run, source, depth)
-            order += range(offsets[index], offsets[index] + sum(segment.scored))
+            self._add_segment(segment, before, depth)
+            last[index] = (run, self.length - 1, depth + len(segment))
+            order.append(np.arange(offsets[index], offsets[index + 1]))
             # children without descendants first: siblings then lie side by side, and a branch goes on right after
             # itself
             kids = children[index]
             stack += sorted(kids, key=lambda kid: (len(children[kid]) == 0, -kid))
-        self.flat += [flat[i] for i in order]
-        self.streams.append({name: stream[order] for name, stream in tree.streams.items()})
+        in_order = np.concatenate(order)
+        self._arrays["flat"].append(flat[in_order])
+        chosen = torch.from_numpy(in_order)
+        self._streams.append({name: stream[chosen] for name, stream in tree.streams.items()})
 
-    def finish(
-        self, multiple: int, names: list[str], dtypes: dict[str, torch.dtype], filler: list[int]
-    ) -> PackedMicroBatch:
+    def _add_segment(self, segment: Segment, before: int, depth: int) -> None:
+        """``before``: row position of its parent's last token, whose depth is ``depth``."""
+        scored = np.flatnonzero(segment.scored)
+        source = self.length - 1 + scored
+        source[scored == 0] = before
+        self._arrays["source"].append(source)
+        self._arrays["target"].append(segment.token_ids[scored])
+        self._arrays["tokens"].append(segment.token_ids)
+        self._arrays["positions"].append(np.arange(depth + 1, depth + 1 + len(segment)))
+        self.length += len(segment)
+
+    def finish(self, multiple: int, streams: dict[str, torch.dtype], filler: np.ndarray) -> PackedMicroBatch:
         """Pad with ``filler`` to a multiple. What is padded with is computed like everything else, so it has to be
         something that adds no magnitude of its own: scales of low-precision formats are taken over all tokens of a row.
         """
-        used = len(self.tokens)
-        pad = -max(used, 1) % multiple + (1 if used == 0 else 0)
-        padding: list[int] = []
-        positions: list[int] = []
-        while len(padding) < pad:
-            piece = filler[: pad - len(padding)]
-            self.runs.append(Run(used + len(padding), len(piece), -1))
-            padding += piece
-            positions += range(len(piece))
+        used = self.length
+        left = -max(used, 1) % multiple + (1 if used == 0 else 0)
+        while left:
+            piece = filler[:left]
+            self.runs.append(Run(self.length, len(piece), -1))
+            self._arrays["tokens"].append(piece)
+            self._arrays["positions"].append(np.arange(len(piece)))
+            self.length += len(piece)
+            left -= len(piece)
+        joined = {
+            name: torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
+            for name, parts in self._arrays.items()
+        }
         return PackedMicroBatch(
-            tokens=torch.tensor(self.tokens + padding, dtype=torch.int64),
-            position_ids=torch.tensor(self.positions + positions, dtype=torch.int64),
+            tokens=joined["tokens"],
+            position_ids=joined["positions"],
             runs=self.runs,
-            source_index=torch.tensor(self.source, dtype=torch.int64),
-            target_ids=torch.tensor(self.target, dtype=torch.int64),
+            source_index=joined["source"],
+            target_ids=joined["target"],
             streams={
-                name: (
-                    torch.cat([streams[name] for streams in self.streams])
-                    if self.streams
-                    else torch.empty(0, dtype=dtypes[name])
-                )
-                for name in names
+                name: torch.cat([own[name] for own in self._streams]) if self._streams else torch.empty(0, dtype=dtype)
+                for name, dtype in streams.items()
             },
-            flat_index=torch.tensor(self.flat, dtype=torch.int64),
+            flat_index=joined["flat"],
             used=used,
         )
 
@@ -158,9 +161,9 @@ def check_trees(trees: list[TokenTree]) -> None:
         where = f"trees[{number}]"
         for index, segment in enumerate(tree.segments):
             here = f"{where}.segments[{index}]"
-            if not segment.token_ids or len(segment.token_ids) != len(segment.scored):
+            if not len(segment) or len(segment) != len(segment.scored):
                 raise DataError(
-                    f"{len(segment.token_ids)} tokens with {len(segment.scored)} scored flags; equal and at least one",
+                    f"{len(segment)} tokens with {len(segment.scored)} scored flags; equal and at least one",
                     field=here,
                 )
             if not -1 <= segment.parent < index:
@@ -180,7 +183,15 @@ def check_trees(trees: list[TokenTree]) -> None:
                 )
 
 
-_Piece = tuple[TokenTree, list[int]]  # and the flat index of each of its scored tokens
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a tree, and where the tree's scored tokens begin in the concatenation of all trees'."""
+
+    tree: TokenTree
+    cut: Cut
+    offset: int
+
+
 _PIECE_SHARES = (0.3, 0.4, 0.5, 0.7, 1.0, 1.3)  # sizes of pieces that are tried, over a rank's share of all tokens
 
 
@@ -191,47 +202,93 @@ def _cut(trees: list[TokenTree], limit: int, *, share_prefix: bool) -> list[_Pie
     pieces: list[_Piece] = []
     offset = 0
     for tree in trees:
-        flat = list(range(offset, offset + tree.num_scored))
-        if share_prefix and tree.num_tokens <= limit:
-            pieces.append((tree, flat))
-        else:
-            parts = tree.pieces(limit) if share_prefix else tree.chains()
-            pieces += [(part, [flat[i] for i in index]) for part, index in parts]
+        uncut = share_prefix and tree.num_tokens <= limit
+        cuts = [tree.whole()] if uncut else tree.cuts(limit if share_prefix else 0)
+        pieces += [_Piece(tree, cut, offset) for cut in cuts if cut.scored]
         offset += tree.num_scored
-    return [piece for piece in pieces if piece[1]]
+    return pieces
+
+
+def _largest_first(pieces: list[_Piece]) -> list[int]:
+    return sorted(range(len(pieces)), key=lambda i: (-pieces[i].cut.tokens, i))
 
 
 def _deal(pieces: list[_Piece], ranks: int) -> list[int]:
     """The rank of each piece: largest first, to the rank with the fewest tokens so far."""
-    loads, found = [0] * ranks, [0] * len(pieces)
-    for index in sorted(range(len(pieces)), key=lambda i: (-pieces[i][0].num_tokens, i)):
-        found[index] = loads.index(min(loads))
-        loads[found[index]] += pieces[index][0].num_tokens
+    loads, found = [(0, rank) for rank in range(ranks)], [0] * len(pieces)
+    for index in _largest_first(pieces):
+        load, found[index] = loads[0]
+        heapq.heapreplace(loads, (load + pieces[index].cut.tokens, found[index]))
     return found
 
 
 def _fullest(pieces: list[_Piece], ranks: list[int]) -> int:
     """Tokens of the rank that has most."""
     loads = [0] * (max(ranks, default=0) + 1)
-    for (piece, _), rank in zip(pieces, ranks, strict=True):
-        loads[rank] += piece.num_tokens
+    for piece, rank in zip(pieces, ranks, strict=True):
+        loads[rank] += piece.cut.tokens
     return max(loads)
 
 
-def _first_fit(sizes: list[int], ranks: list[int], token_budget: int, data_parallel: int) -> list[list[list[int]]]:
+def _first_fit(pieces: list[_Piece], ranks: list[int], token_budget: int, data_parallel: int) -> list[list[list[int]]]:
     """Per rank its rows, each the indices of its pieces: the largest first, into the first row with room."""
     bins: list[list[list[int]]] = [[] for _ in range(data_parallel)]
-    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        for row in bins[ranks[index]]:
-            if sum(sizes[i] for i in row) + sizes[index] <= token_budget:
-                row.append(index)
-                break
-        else:
-            bins[ranks[index]].append([index])
+    room: list[list[int]] = [[] for _ in range(data_parallel)]
+    for index in _largest_first(pieces):
+        rank, size = ranks[index], pieces[index].cut.tokens
+        row = next((row for row, left in enumerate(room[rank]) if size <= left), None)
+        if row is None:
+            row = len(bins[rank])
+            bins[rank].append([])
+            room[rank].append(token_budget)
+        bins[rank][row].append(index)
+        room[rank][row] -= size
     return bins
 
 
-def pack(
+@dataclass(frozen=True)
+class RowPlan:
+    """What lies in which row of which data-parallel rank. Only sizes have been looked at so far.
+
+    Attributes:
+        rows: per rank, per row its pieces; equally many rows on all ranks, and at least one.
+        share_prefix: False = each piece becomes one sequence.
+        multiple: rows are padded to a multiple of this.
+        streams: names and dtypes of the trees' streams.
+        first: the piece that rows without one are filled with; None = there is none.
+    """
+
+    rows: list[list[list[_Piece]]]
+    share_prefix: bool
+    multiple: int
+    streams: dict[str, torch.dtype]
+    first: _Piece | None
+
+    @property
+    def used(self) -> int:
+        """Tokens of trees on all ranks together."""
+        return sum(piece.cut.tokens for rank in self.rows for row in rank for piece in row)
+
+    def build(self, rank: int) -> list[PackedMicroBatch]:
+        """The micro-batches of one data-parallel rank."""
+        return [self._row(row) for row in self.rows[rank]]
+
+    def _row(self, pieces: list[_Piece]) -> PackedMicroBatch:
+        builder = _Builder()
+        for piece in pieces:
+            part, index = piece.tree.part(piece.cut)
+            builder.add(part if self.share_prefix else part.joined(), piece.offset + index)
+        return builder.finish(self.multiple, self.streams, self._filler(pieces[0] if pieces else self.first))
+
+    def _filler(self, piece: _Piece | None) -> np.ndarray:
+        """[n] int64: the first sequence of a piece."""
+        if piece is None:
+            return np.array([PAD_TOKEN])
+        nodes = piece.cut.nodes[:1] if self.share_prefix else piece.cut.nodes
+        return np.concatenate([piece.tree.segments[node].token_ids for node in nodes])
+
+
+def plan_rows(
     trees: list[TokenTree],
     token_budget: int,
     *,
@@ -239,10 +296,10 @@ def pack(
     data_parallel: int = 1,
     multiple: int = 1,
     group_of: int = 1,
-) -> list[list[PackedMicroBatch]]:
-    """Pack trees into micro-batches for every data-parallel rank.
+) -> RowPlan:
+    """Deal trees to the rows of every data-parallel rank.
 
-    A tree larger than ``token_budget`` is cut into pieces that repeat shared prefixes (:meth:`TokenTree.pieces`), so a
+    A tree larger than ``token_budget`` is cut into pieces that repeat shared prefixes (:meth:`TokenTree.cuts`), so a
     row is never larger than the budget or the longest root-to-leaf sequence: memory has a bound. Over several ranks
     smaller pieces are tried, too, and the cut whose fullest rank has the fewest tokens is taken. Pieces are dealt to
     ranks by size (largest first to the least loaded rank: at most 4/3 of the best possible largest load of these
@@ -258,35 +315,33 @@ def pack(
         multiple: rows are padded to a multiple of this (TP x CP x 2).
         group_of: the number of rows per rank is padded to a multiple of this (interleaved pipeline schedules need PP).
 
-    Returns:
-        per data-parallel rank, its micro-batches (at least one, the same number on each rank).
-
     Raises:
         DataError: see :func:`check_trees`.
     """
     check_trees(trees)
-    names = sorted(trees[0].streams) if trees else []
-    dtypes = {name: trees[0].streams[name].dtype for name in names}
     limits = {token_budget}
     if share_prefix and data_parallel > 1:  # smaller pieces even the ranks out, and repeat more prefixes
         share = sum(tree.num_tokens for tree in trees) / data_parallel
         limits |= {max(1, min(token_budget, round(share * part))) for part in _PIECE_SHARES}
     cuts = [_cut(trees, limit, share_prefix=share_prefix) for limit in sorted(limits, reverse=True)]
     pieces, ranks = min(((cut, _deal(cut, data_parallel)) for cut in cuts), key=lambda found: _fullest(*found))
-    bins = _first_fit([piece.num_tokens for piece, _ in pieces], ranks, token_budget, data_parallel)
-    rows = max(1, max(len(bin_) for bin_ in bins))
-    rows += -rows % group_of
-    packed = []
-    for bin_ in bins:
-        batches = []
-        for row in bin_ + [[] for _ in range(rows - len(bin_))]:
-            builder = _Builder()
-            for index in sorted(row):
-                builder.add(*pieces[index])
-            first = pieces[min(row, default=0)][0].segments[0].token_ids if pieces else [PAD_TOKEN]
-            batches.append(builder.finish(multiple, names, dtypes, list(first)))
-        packed.append(batches)
-    return packed
+    bins = _first_fit(pieces, ranks, token_budget, data_parallel)
+    count = max(1, max(len(bin_) for bin_ in bins))
+    count += -count % group_of
+    rows = [
+        [[pieces[index] for index in sorted(row)] for row in bin_] + [[] for _ in range(count - len(bin_))]
+        for bin_ in bins
+    ]
+    streams = {name: trees[0].streams[name].dtype for name in sorted(trees[0].streams)} if trees else {}
+    return RowPlan(rows, share_prefix, multiple, streams, pieces[0] if pieces else None)
+
+
+def pack(trees: list[TokenTree], token_budget: int, **layout: Any) -> list[list[PackedMicroBatch]]:
+    """The rows of all ranks of :func:`plan_rows`, whose arguments it takes: per data-parallel rank, its
+    micro-batches.
+    """
+    plan = plan_rows(trees, token_budget, **layout)
+    return [plan.build(rank) for rank in range(len(plan.rows))]
 
 
 def zigzag_positions(length: int, rank: int, size: int) -> torch.Tensor:

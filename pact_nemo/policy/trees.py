@@ -16,31 +16,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pact_nemo.errors import DataError
 
 
-@dataclass
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """A view that refuses to be written to: sizes and counts are kept once they were asked for."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 class Segment:
     """A run of tokens with one parent.
 
     Attributes:
-        token_ids: [n] ids, n >= 1.
+        token_ids: [n] int64 ids, n >= 1.
         parent: index of the parent segment in ``TokenTree.segments`` (always a smaller index), -1 for the root.
         scored: [n] bools; True where the log-prob of this token given its predecessors is wanted. A root's first token
             can't be scored.
     """
 
-    token_ids: list[int]
-    parent: int
-    scored: list[bool]
+    def __init__(self, token_ids: npt.ArrayLike, parent: int, scored: npt.ArrayLike):
+        self.token_ids = _read_only(np.asarray(token_ids, dtype=np.int64))
+        self.parent = parent
+        self.scored = _read_only(np.asarray(scored, dtype=bool))
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A part of a tree: some of its leaves with all of their ancestors.
+
+    Attributes:
+        nodes: indices of the segments, ascending.
+        own: for each of them, whether this part scores its tokens.
+        tokens: of the segments.
+        scored: tokens that this part scores.
+    """
+
+    nodes: list[int]
+    own: list[bool]
+    tokens: int
+    scored: int
 
 
 @dataclass
 class TokenTree:
-    """Segments in topological order, with per-scored-token streams.
+    """Segments in topological order, with per-scored-token streams. The segments don't change once they are here.
 
     Attributes:
         segments: parents before children.
@@ -54,27 +84,38 @@ class TokenTree:
     streams: dict[str, torch.Tensor] = field(default_factory=dict)
     temperatures: torch.Tensor | None = None
 
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Tokens of each segment."""
+        return [len(segment) for segment in self.segments]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Scored tokens of each segment."""
+        return [int(np.count_nonzero(segment.scored)) for segment in self.segments]
+
     @property
     def num_tokens(self) -> int:
-        return sum(len(s.token_ids) for s in self.segments)
+        return sum(self.sizes)
 
     @property
     def num_scored(self) -> int:
-        return sum(sum(s.scored) for s in self.segments)
+        return sum(self.counts)
 
-    def pieces(self, budget: int) -> list[tuple[TokenTree, list[int]]]:
-        """Subtrees of at most ``budget`` tokens where that is possible, each with the indices of its scored tokens
-        among this tree's.
+    def whole(self) -> Cut:
+        """All of the tree."""
+        return Cut(
+            list(range(len(self.segments))), [True] * len(self.segments), tokens=self.num_tokens, scored=self.num_scored
+        )
 
-        A piece has as many leaves, in order, as fit beside all of their ancestors, which later pieces repeat; a leaf
-        that is too long with its ancestors makes a piece of its own. Every scored token is scored in exactly one piece:
-        the first that has its segment.
+    def cuts(self, budget: int) -> list[Cut]:
+        """Parts of at most ``budget`` tokens where that is possible.
+
+        A part has as many leaves, in order, as fit beside all of their ancestors, which later parts repeat; a leaf that
+        is too long with its ancestors makes a part of its own. Every scored token is scored in exactly one part: the
+        first that has its segment.
         """
-        offsets, total = [], 0
-        for segment in self.segments:
-            offsets.append(total)
-            total += sum(segment.scored)
-        has_child = {s.parent for s in self.segments}
+        has_child = {segment.parent for segment in self.segments}
         groups: list[set[int]] = []
         size = 0
         for leaf in range(len(self.segments)):
@@ -84,51 +125,58 @@ class TokenTree:
             while node != -1:
                 path.add(node)
                 node = self.segments[node].parent
-            more = sum(len(self.segments[node].token_ids) for node in path - (groups[-1] if groups else set()))
+            more = sum(self.sizes[node] for node in path - (groups[-1] if groups else set()))
             if groups and size + more <= budget:
                 groups[-1] |= path
                 size += more
             else:
                 groups.append(path)
-                size = sum(len(self.segments[node].token_ids) for node in path)
+                size = sum(self.sizes[node] for node in path)
         done: set[int] = set()
         found = []
         for group in groups:
             nodes = sorted(group)
-            number = {node: position for position, node in enumerate(nodes)} | {-1: -1}
-            segments: list[Segment] = []
-            index: list[int] = []
-            for node in nodes:
-                segment = self.segments[node]
-                own = node not in done
-                segments.append(
-                    Segment(
-                        segment.token_ids,
-                        number[segment.parent],
-                        segment.scored if own else [False] * len(segment.scored),
-                    )
-                )
-                index += range(offsets[node], offsets[node] + sum(segment.scored)) if own else ()
+            own = [node not in done for node in nodes]
+            scored = sum(self.counts[node] for node, first in zip(nodes, own, strict=True) if first)
+            found.append(Cut(nodes, own, sum(self.sizes[node] for node in nodes), scored))
             done |= group
-            temperatures = self.temperatures[index] if self.temperatures is not None else None
-            found.append(
-                (
-                    TokenTree(segments, {name: stream[index] for name, stream in self.streams.items()}, temperatures),
-                    index,
-                )
-            )
         return found
 
-    def chains(self) -> list[tuple[TokenTree, list[int]]]:
+    def part(self, cut: Cut) -> tuple[TokenTree, np.ndarray]:
+        """A part as a tree of its own, with the [S] int64 indices of its scored tokens among this tree's."""
+        if len(cut.nodes) == len(self.segments) and all(cut.own):
+            return self, np.arange(self.num_scored)
+        offsets = np.cumsum([0, *self.counts])
+        number = {node: position for position, node in enumerate(cut.nodes)} | {-1: -1}
+        segments = [
+            Segment(
+                self.segments[node].token_ids,
+                number[self.segments[node].parent],
+                self.segments[node].scored if own else np.zeros(self.sizes[node], dtype=bool),
+            )
+            for node, own in zip(cut.nodes, cut.own, strict=True)
+        ]
+        mine = [node for node, own in zip(cut.nodes, cut.own, strict=True) if own]
+        index = np.concatenate([np.arange(offsets[node], offsets[node + 1]) for node in mine] or [np.arange(0)])
+        chosen = torch.from_numpy(index)
+        temperatures = self.temperatures[chosen] if self.temperatures is not None else None
+        return TokenTree(segments, {name: stream[chosen] for name, stream in self.streams.items()}, temperatures), index
+
+    def pieces(self, budget: int) -> list[tuple[TokenTree, np.ndarray]]:
+        """The :meth:`cuts`, each as a tree of its own with the indices of its scored tokens among this tree's."""
+        return [self.part(cut) for cut in self.cuts(budget)]
+
+    def chains(self) -> list[tuple[TokenTree, np.ndarray]]:
         """Separate root-to-leaf chains, one segment each, with the indices of their scored tokens among this tree's
         scored tokens.
         """
-        found = []
-        for piece, index in self.pieces(0):
-            token_ids = [token for segment in piece.segments for token in segment.token_ids]
-            scored = [flag for segment in piece.segments for flag in segment.scored]
-            found.append((TokenTree([Segment(token_ids, -1, scored)], piece.streams, piece.temperatures), index))
-        return found
+        return [(piece.joined(), index) for piece, index in self.pieces(0)]
+
+    def joined(self) -> TokenTree:
+        """A tree without branches as a single segment."""
+        token_ids = np.concatenate([segment.token_ids for segment in self.segments])
+        scored = np.concatenate([segment.scored for segment in self.segments])
+        return TokenTree([Segment(token_ids, -1, scored)], self.streams, self.temperatures)
 
 
 def check_token_ids(trees: Sequence[TokenTree], rows: int) -> None:
@@ -144,7 +192,7 @@ def check_token_ids(trees: Sequence[TokenTree], rows: int) -> None:
     """
     for index, tree in enumerate(trees):
         extremes = [
-            extreme(segment.token_ids) for segment in tree.segments if segment.token_ids for extreme in (min, max)
+            int(extreme(segment.token_ids)) for segment in tree.segments if len(segment) for extreme in (np.min, np.max)
         ]
         strange = next((token for token in extremes if not 0 <= token < rows), None)
         if strange is not None:
@@ -176,8 +224,9 @@ class TreeBuilder:
         root: [n] ids of the first strand, n >= 1; none of them is scored.
     """
 
-    def __init__(self, root: Sequence[int]):
-        self._strands: list[tuple[list[int], Place | None, list[bool]]] = [(list(root), None, [False] * len(root))]
+    def __init__(self, root: npt.ArrayLike):
+        ids = np.asarray(root, dtype=np.int64)
+        self._strands: list[tuple[np.ndarray, Place | None, np.ndarray]] = [(ids, None, np.zeros(len(ids), dtype=bool))]
         self.num_scored = 0
 
     @property
@@ -185,15 +234,21 @@ class TreeBuilder:
         """The end of the root."""
         return Place(0, len(self._strands[0][0]))
 
-    def add(self, token_ids: Sequence[int], scored: Sequence[bool], at: Place) -> Place:
-        """Let a strand begin at ``at``. Returns its end; ``at`` where there are no tokens."""
-        if len(token_ids) != len(scored):
-            raise ValueError(f"{len(token_ids)} tokens with {len(scored)} scored flags")
-        if not len(token_ids):
+    def add(self, token_ids: npt.ArrayLike, scored: npt.ArrayLike, at: Place) -> Place:
+        """Let a strand begin at ``at``. Returns its end; ``at`` where there are no tokens.
+
+        Args:
+            token_ids: [n] ids.
+            scored: [n] bools.
+        """
+        ids, flags = np.asarray(token_ids, dtype=np.int64), np.asarray(scored, dtype=bool)
+        if len(ids) != len(flags):
+            raise ValueError(f"{len(ids)} tokens with {len(flags)} scored flags")
+        if not len(ids):
             return at
-        self._strands.append((list(token_ids), at, list(scored)))
-        self.num_scored += sum(scored)
-        return Place(len(self._strands) - 1, len(token_ids))
+        self._strands.append((ids, at, flags))
+        self.num_scored += int(np.count_nonzero(flags))
+        return Place(len(self._strands) - 1, len(ids))
 
     def back(self, place: Place, tokens: int) -> Place:
         """The place that lies ``tokens`` tokens before ``place`` on its way from the root. ValueError before the root's

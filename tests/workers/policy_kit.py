@@ -146,7 +146,7 @@ def make_trees(count: int, *, seed: int = 0, scale: int = 1) -> list[TokenTree]:
                     segments.append(Segment(tail, parent, [later.random() < 0.5 for _ in tail]))
         tree = TokenTree(segments)
         if tree.num_scored == 0:
-            segments[0].scored[-1] = True
+            tree = TokenTree([Segment(root, -1, [False] * (len(root) - 1) + [True]), *segments[1:]])
         tree.streams = {"weight": torch.tensor([draw.uniform(-1.0, 1.0) for _ in range(tree.num_scored)])}
         trees.append(tree)
     total = sum(tree.num_scored for tree in trees)

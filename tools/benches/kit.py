@@ -307,7 +307,8 @@ def report(options: Namespace, title: str, rows: Sequence[Mapping[str, Any]], re
     for name, value in result.items():
         if name not in ("ratio", "goal") and not isinstance(value, list | dict):
             print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
-    print(f"ratio {result['ratio']:.3f}, goal {result['goal']}")
+    if "ratio" in result:
+        print(f"ratio {result['ratio']:.3f}, goal {result['goal']}")
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 The first part only packs: the token trees of every dumped step of a run (or, without one, of the ragged synthetic step
 below), for several data-parallel sizes and row multiples as TP, CP and FP8 ask for. ``real`` is the share of all rows'
 tokens that belong to trees (empty rows of ranks with less count as padding), ``imbalance`` the tokens of the fullest
-rank over the mean of the ranks, both over all steps.
+rank over the mean of the ranks, both over all steps. ``packing_us_per_token`` is what one rank spends on the plan and
+on its own rows, a token of all ranks' trees.
 
 The second part trains: updates of a policy on synthetic prompts whose responses vary in length by ``--spread``, and on
 the same prompts with responses of their mean length, all else equal. ``ratio`` is the tokens per second of the first
@@ -17,6 +18,7 @@ import argparse
 import json
 import math
 import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
 from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.workload import Lengths
-from pact_nemo.policy.packing import pack
+from pact_nemo.policy.packing import plan_rows
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import TokenTree
 from tools.benches.kit import (
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--multiples", type=int, nargs="+", default=[1, 8, 32], help="of row lengths: TP x 2 CP x what FP8 aligns to"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of the second part; 0 leaves it out")
     parser.add_argument("--prompts", type=int, default=6, help="of a synthetic step")
     parser.add_argument(
         "--lengths",
@@ -98,11 +100,13 @@ def run(options: argparse.Namespace) -> int:
         layouts = [
             layout(trees, config, ranks, multiple) for ranks in options.data_parallel for multiple in options.multiples
         ]
-        shape = {name: layout([trees_of(groups, config)], config, 1, 1) for name, groups in batches.items()}
-        speeds = measure(config, model, batches, options.rounds)
+        speeds: dict[str, Any] = {}
+        if options.rounds:
+            shape = {name: layout([trees_of(groups, config)], config, 1, 1) for name, groups in batches.items()}
+            speeds = speed_numbers(measure(config, model, batches, options.rounds), shape)
     packed = f"{len(trees)} steps of {options.run.resolve().name}" if options.run else "one synthetic step"
     title = f"{packed}, packed for data-parallel ranks and row multiples; rounds: {options.rounds}"
-    result = {"packed": packed, **packing_numbers(layouts, options.data_parallel), **speed_numbers(speeds, shape)}
+    result = {"packed": packed, **packing_numbers(layouts, options.data_parallel), **speeds}
     report(options, title, layouts, result)
     return 0
 
@@ -140,6 +144,7 @@ def packing_numbers(layouts: list[dict[str, Any]], data_parallel: list[int]) -> 
         "real_token_share": min(row["real"] for row in layouts),
         "real_token_share_goal": f">= {SHARE_GOAL}",
         "row_fill": layouts[0]["fill"],
+        "packing_us_per_token": max(row["microseconds"] for row in layouts),
         "repeated_share": layouts[0]["repeated"],
         "imbalance": {
             str(ranks): max(row["imbalance"] for row in layouts if row["ranks"] == ranks) for ranks in data_parallel
@@ -193,13 +198,18 @@ def layout(steps: list[list[TokenTree]], config: Config, ranks: int, multiple: i
         ``rows`` and ``empty`` rows of all ranks; ``bound``: rows that no packing of the ranks' tokens can do without;
         ``real`` tokens over all tokens of rows; ``fill``: real tokens over the budget of rows that aren't empty;
         ``repeated``: tokens of prefixes that cut trees compute again, over real tokens; ``imbalance`` and ``worst``
-        step's imbalance: the fullest rank's tokens over the ranks' mean.
+        step's imbalance: the fullest rank's tokens over the ranks' mean; ``microseconds`` of one rank's packing a token
+        of all ranks.
     """
     budget = config.policy.micro_batch_tokens
     rows = empty = bound = used = total = distinct = 0
-    fullest, means, worst = 0.0, 0.0, 1.0
+    fullest, means, worst, seconds = 0.0, 0.0, 1.0, 0.0
     for trees in steps:
-        packed = pack(trees, budget, share_prefix=config.policy.share_prefix, data_parallel=ranks, multiple=multiple)
+        started = time.perf_counter()
+        plan = plan_rows(trees, budget, share_prefix=config.policy.share_prefix, data_parallel=ranks, multiple=multiple)
+        own = plan.build(0)
+        seconds += time.perf_counter() - started
+        packed = [own, *(plan.build(rank) for rank in range(1, ranks))]
         loads = [sum(row.tokens.shape[0] for row in rank) for rank in packed]
         rows += sum(map(len, packed))
         empty += sum(row.used == 0 for rank in packed for row in rank)
@@ -223,4 +233,5 @@ def layout(steps: list[list[TokenTree]], config: Config, ranks: int, multiple: i
         "repeated": 1 - distinct / used,
         "imbalance": fullest / means,
         "worst": worst,
+        "microseconds": 1e6 * seconds / used,
     }
