@@ -5,13 +5,15 @@ And the code that is tested: this checkout's, in the tests' processes as well. A
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from fixtures.endpoint import Endpoint
+
     from pact_nemo.chat.template import ChatFormat
 
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -84,3 +86,13 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from tests.workers.recipe_runs import make_stage
 
     return make_stage(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    """A small chat-completions endpoint that answers what a test says."""
+    from fixtures.endpoint import Endpoint
+
+    running = Endpoint()
+    yield running
+    running.close()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures.endpoint import Endpoint
 
 from pact_nemo.checkout import ROOT
 from pact_nemo.config.load import load_config
@@ -26,44 +25,6 @@ def find(place: str) -> str:
     return f"found {place}"
 '''
 EPISODE = {"task": {"id": "t"}, "messages": [{"role": "user", "content": "Find Rome."}], "calls": [], "answer": "Rome"}
-
-
-class Endpoint:
-    """Answers with the next of its texts, the last one for ever; an int is an HTTP status."""
-
-    def __init__(self) -> None:
-        self.texts: list[str | int] = ['{"why": "fine", "score": 1}']
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                endpoint.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                endpoint.keys.append(self.headers["Authorization"])
-                text = endpoint.texts.pop(0) if len(endpoint.texts) > 1 else endpoint.texts[0]
-                if isinstance(text, int):
-                    self.send_error(text)
-                    return
-                data = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *words: Any) -> None: ...
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
-@pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    running = Endpoint()
-    yield running
-    running.server.shutdown()
-    running.server.server_close()
 
 
 @pytest.fixture

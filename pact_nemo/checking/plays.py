@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
+from pact_nemo.environments.sessions import start_scripted
 from pact_nemo.errors import EnvironmentFailure, ToolCallError
 from pact_nemo.traces.augment import CLOSING
 from pact_nemo.traces.schema import Trace
@@ -18,11 +19,13 @@ class Script:
         calls: per user turn, per assistant turn, its calls.
         closing: what is said at the end of the last user turn.
         earlier: what is said at the end of those before; where one is missing, ``closing``.
+        later: what the user says in each user turn after the request, where a model plays the user otherwise.
     """
 
     calls: tuple[tuple[tuple[ToolCall, ...], ...], ...]
     closing: str = CLOSING
     earlier: tuple[str, ...] = ()
+    later: tuple[tuple[dict[str, str], ...], ...] = ()
 
     @classmethod
     def of_trace(cls, trace: Trace, closing: str) -> Script:
@@ -34,7 +37,7 @@ class Script:
                 turns[turn.user_turn].append(turn.calls)
             if turn.user_turn < last:
                 earlier[turn.user_turn] = turn.closing_message
-        return cls(tuple(map(tuple, turns)), closing or CLOSING, tuple(earlier))
+        return cls(tuple(map(tuple, turns)), closing or CLOSING, tuple(earlier), trace.later_user_turns)
 
     def said(self, user_turn: int) -> str:
         """What closes a user turn."""
@@ -86,7 +89,7 @@ class Playing:
     """
 
     def __init__(self, environment: Environment, task: Task, script: Script):
-        self.session: Session = environment.start(task)
+        self.session: Session = start_scripted(environment, task, script.later)
         self._script = script
         self._turns = [(index, calls) for index, turn in enumerate(script.calls) for calls in turn]
         self._user_turn = 0

@@ -89,6 +89,7 @@ class Task:
         reference_answer: text of the expected final answer, where the benchmark has one.
         data: the benchmark's own record, for its environment and checker only.
         later_tools: function schemas that later user turns reveal, where the reference calls may use them.
+        any_turn: a reference call may be made in any user turn, because another user answers in each episode.
     """
 
     id: str
@@ -101,6 +102,7 @@ class Task:
     data: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     tags: tuple[str, ...] = ()
     later_tools: tuple[dict[str, Any], ...] = field(default=(), compare=False, repr=False)
+    any_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,11 @@ class Outcome:
 
 
 class Session(Protocol):
-    """One running episode. Sessions of one environment share no mutable state and may run concurrently."""
+    """One running episode. Sessions of one environment share no mutable state and may run concurrently.
+
+    ``seeded(seed)`` (may be absent): called before anything else, for a session that draws; the seed is a function of
+    the run's seed, the step, the task and the sample.
+    """
 
     task: Task
 

@@ -170,6 +170,11 @@ class OutsideSession:
         except Exception as error:
             raise self._failure(f"{what} raised {error!r}") from error
 
+    def seeded(self, seed: int) -> None:
+        """See :class:`~pact_nemo.environments.base.Session`."""
+        with self._guarded("seeded()"):
+            getattr(self._inner, "seeded", lambda seed: None)(seed)
+
     def execute(self, calls: list[ToolCall]) -> list[str]:
         """See :class:`~pact_nemo.environments.base.Session`."""
         with self._guarded("execute()"):

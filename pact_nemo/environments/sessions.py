@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pact_nemo.environments.base import Task, ToolCall
+from pact_nemo.environments.base import Environment, Session, Task, ToolCall
 from pact_nemo.environments.python_tools import Executed, PythonTools
 from pact_nemo.errors import EnvironmentFailure
 from pact_nemo.sandbox import Sandbox
@@ -21,6 +21,27 @@ def shown_to_policy(observations: Sequence[str], limit: int | None) -> list[str]
 def after_the_end(task: Task) -> EnvironmentFailure:
     """The error for a call when the episode is over."""
     return EnvironmentFailure(f"{task.id}: a call after the episode's end")
+
+
+def start_scripted(environment: Environment, task: Task, later: Sequence[Sequence[dict[str, str]]]) -> Session:
+    """A new episode that is played without a policy, from calls that are known beforehand.
+
+    Where a model plays the user (``start_scripted(task, later)`` of the environment), it isn't asked: ``later`` is what
+    the user says in each user turn after the request, and content with the end. Other environments know it themselves.
+
+    Raises:
+        EnvironmentFailure: the environment can't start it.
+    """
+    given = getattr(environment, "start_scripted", None)
+    session: Session = given(task, later) if given is not None else environment.start(task)
+    return session
+
+
+def seed_session(session: Session, seed: int) -> None:
+    """Tell a session that draws (``seeded(seed)``) its seed."""
+    given = getattr(session, "seeded", None)
+    if given is not None:
+        given(seed)
 
 
 class SourceSession:

@@ -12,7 +12,7 @@ import numpy as np
 from pact_nemo.environments.answers import plain
 from pact_nemo.environments.base import Task
 from pact_nemo.methods.base import Method
-from pact_nemo.methods.rewards import reference_of, written_by
+from pact_nemo.methods.rewards import group_of, reference_of, written_by
 from pact_nemo.objective.baseline_rewards import ftrl_rewards, solved_by_equality
 from pact_nemo.objective.rewards import CallsOf
 from pact_nemo.rollouts.types import Rollout
@@ -35,7 +35,7 @@ class FTRL(Method):
     def turn_rewards(self, task: Task, rollout: Rollout) -> np.ndarray:
         """[T] by the benchmark's own sub-questions, or by equality with reference calls where it has none."""
         turns = rollout.turns
-        flags, questions = _solved(rollout, written_by(rollout), reference_of(task))
+        flags, questions = _solved(rollout, written_by(task, rollout), reference_of(task))
         answer = plain(task.reference_answer or "")
         texts = [plain(turn.visible) for turn in turns]
         return ftrl_rewards(
@@ -43,7 +43,7 @@ class FTRL(Method):
             malformed=[len(turn.call_errors) for turn in turns],
             empty=[not text for text in texts],
             answered=[bool(answer) and answer in text for text in texts],
-            groups=[turn.user_turn for turn in turns],
+            groups=[group_of(task, turn.user_turn) for turn in turns],
             questions=questions,
             count_malformed=self.config.count_malformed,
         )

@@ -19,16 +19,24 @@ def reference_of(task: Task) -> CallsOf:
     """A task's reference calls."""
     expected = task.reference_calls
     return CallsOf(
-        [call for calls in expected for call in calls], [index for index, calls in enumerate(expected) for _ in calls]
+        [call for calls in expected for call in calls],
+        [group_of(task, index) for index, calls in enumerate(expected) for _ in calls],
     )
 
 
-def written_by(rollout: Rollout) -> CallsOf:
+def written_by(task: Task, rollout: Rollout) -> CallsOf:
     """The calls that the policy wrote and that could be read."""
     turns = rollout.turns
     return CallsOf(
-        [call for turn in turns for call in turn.calls], [turn.user_turn for turn in turns for _ in turn.calls]
+        [call for turn in turns for call in turn.calls],
+        [group_of(task, turn.user_turn) for turn in turns for _ in turn.calls],
     )
+
+
+def group_of(task: Task, user_turn: int) -> int:
+    """The label of a user turn's calls: only those of the same label may match. Where another user answers in each
+    episode, all calls have one."""
+    return 0 if task.any_turn else user_turn
 
 
 def outcome_of(task: Task, rollout: Rollout, objective: ObjectiveConfig) -> float:
@@ -70,7 +78,10 @@ def _rewards(
     outcome_weight: float | None,
 ) -> np.ndarray:
     return turn_rewards(
-        [TurnCalls(turn.calls, turn.user_turn, turn.is_tool_turn, len(turn.call_errors)) for turn in rollout.turns],
+        [
+            TurnCalls(turn.calls, group_of(task, turn.user_turn), turn.is_tool_turn, len(turn.call_errors))
+            for turn in rollout.turns
+        ],
         reference,
         outcome=outcome_of(task, rollout, objective),
         method=objective.matching,

@@ -34,7 +34,7 @@ class ToolRL(Method):
         rewards = np.zeros(len(rollout.turns))
         if not rollout.turns:
             return rewards
-        written, reference = written_by(rollout), reference_of(task)
+        written, reference = written_by(task, rollout), reference_of(task)
         readable = not any(turn.call_errors for turn in rollout.turns)
         rewards[-1] = toolrl_reward(
             written,

@@ -111,10 +111,12 @@ def view_episode(row: Row, stage: str, label: str, tool_format: str) -> EpisodeV
         user_turns = row["task"]["user_turns"]
         turns, shown = [], 0  # the card shows the first user turn
         for index, turn in enumerate(row["turns"]):
-            messages = []
+            told: list[Row] = []
             while shown < turn["user_turn"] and shown + 1 < len(user_turns):
                 shown += 1
-                messages += [(message["role"], shorten(message["content"])) for message in user_turns[shown]]
+                told += user_turns[shown]
+            said = (row["turns"][index - 1].get("reply") if index else None) or told  # older files have the task's only
+            messages = [(message["role"], shorten(message["content"])) for message in said]
             turns.append(
                 TurnView(
                     number=index + 1,

@@ -34,6 +34,7 @@ _TURN = {
     "observations": [str],
     "user_turn": int,
     "finish_reason": str,
+    "reply": Optional([_MESSAGE]),
 }
 EPISODE = {
     "task_id": str,

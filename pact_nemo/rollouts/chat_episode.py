@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from pact_nemo.chat.json_calls import call_from
 from pact_nemo.chat.thoughts import OPENING, thoughts_and_visible
 from pact_nemo.environments.base import Environment, Task, ToolCall
+from pact_nemo.environments.sessions import seed_session
 from pact_nemo.errors import EnvironmentFailure, ServerError, ToolCallError
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.serving.chat_endpoint import Complete
@@ -117,6 +118,7 @@ def play_by_chat(
     session = None
     try:
         session = environment.start(task)
+        seed_session(session, sample)
         while True:
             if here >= limits.max_turns_per_user_turn or len(rollout.turns) >= limits.max_turns:
                 rollout.status, rollout.error = "truncated", f"more than {here} assistant turns in one user turn"
@@ -138,6 +140,7 @@ def play_by_chat(
             following = session.next_user_turn(turn.visible)
             if following is None:
                 break
+            turn.reply = [dict(message) for message in following[0]]
             user_turn, here = user_turn + 1, 0
             if watcher is not None:
                 watcher.user(*following, user_turn)

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 from pact_nemo.chat.contexts import Contexts
 from pact_nemo.chat.thoughts import visible_text
 from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
+from pact_nemo.environments.sessions import seed_session
 from pact_nemo.errors import DataError, EnvironmentFailure, PactError, ServerError, ToolCallError
 from pact_nemo.rollouts.types import Limit, Rollout, Turn
 from pact_nemo.serving.client import Completion, GenerationRequest
@@ -77,8 +78,8 @@ class SeedPath:
     run_seed: int
     step: int | str
 
-    def seed(self, task_id: str, sample: int, turn: int) -> int:
-        """63-bit seed of one request (BLAKE2b of the path)."""
+    def seed(self, task_id: str, sample: int, turn: int | str) -> int:
+        """63-bit seed of one request (BLAKE2b of the path), or of what ``turn`` names."""
         path = "\x1f".join(map(str, (self.run_seed, self.step, task_id, sample, turn)))
         return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -123,6 +124,7 @@ async def run_episode(task: Task, sample: int, setup: EpisodeSetup, client: Gene
     session: Session | None = None
     try:
         session = await _in_thread(task, setup.environment.start, task)
+        seed_session(session, setup.seeds.seed(task.id, sample, "user"))
         episode = _Episode(task, rollout, session, setup, client)
         try:
             await episode.play()
@@ -172,6 +174,7 @@ class _Episode:
             if following is None:
                 return
             messages, revealed = following
+            turn.reply = [dict(message) for message in messages]
             self.user_turn += 1
             self.turns_here = 0
             self.tools += revealed

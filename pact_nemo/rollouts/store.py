@@ -198,5 +198,10 @@ def _turn(row: Any, where: str, length: int, place: _Place) -> Turn:
             raise place.fail("a list of strings is needed", f"{where}.{name}")
     if "visible" in row:  # older dumps have none
         place.typed(row, {"visible": (str,)}, f"{where}.")
+    said = row.get("reply", [])
+    if not isinstance(said, list) or not all(isinstance(each, dict) for each in said):
+        raise place.fail("a list of messages is needed", f"{where}.reply")
+    for i, message in enumerate(said):
+        place.typed(message, {"role": (str,), "content": (str,)}, f"{where}.reply[{i}].")
     own = {item.name: row[item.name] for item in fields(Turn) if item.name in row}
     return Turn(**(own | {"calls": calls}))

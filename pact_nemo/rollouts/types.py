@@ -30,6 +30,7 @@ class Turn:
         observations: what the environment (or the parser) answered, one per call or error.
         user_turn: index of the user turn this assistant turn belongs to.
         finish_reason: the server's: ``stop`` or ``length``.
+        reply: what the user said next, where this turn closed a user turn; empty in older dumps.
     """
 
     start: int
@@ -41,6 +42,7 @@ class Turn:
     user_turn: int = 0
     finish_reason: str = "stop"
     visible: str = None  # type: ignore[assignment]  # never None after __post_init__
+    reply: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.visible is None:

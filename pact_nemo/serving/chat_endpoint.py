@@ -6,12 +6,19 @@ import http.client
 import json
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from pact_nemo.errors import ConfigError, ServerError
 from pact_nemo.serving import proxies
 
-Complete = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Mapping[str, Any]]
+Messages = Sequence[Mapping[str, Any]]
+Complete = Callable[[Messages, Messages], Mapping[str, Any]]
+
+
+class Seeded(Protocol):
+    """A :data:`Complete` that can be asked with a seed."""
+
+    def __call__(self, messages: Messages, tools: Messages, seed: int | None = None) -> Mapping[str, Any]: ...
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -28,8 +35,10 @@ def chat_endpoint(
     timeout_seconds: float,
     temperature: float,
     on_usage: Callable[[int, int], None] | None = None,
-) -> Complete:
+) -> Seeded:
     """A function (messages, tools) → assistant message dict that asks ``POST <base_url>/chat/completions``.
+
+    A ``seed`` is sent where one is given; whether the endpoint heeds it is its own affair.
 
     ``on_usage`` hears of the prompt and completion tokens of every answer that says them.
 
@@ -48,12 +57,14 @@ def chat_endpoint(
     if not key.isascii() or not key.isprintable():
         raise ConfigError(f"the key for {base_url} holds a character that no header can carry; look at its variable")
 
-    def complete(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    def complete(messages: Messages, tools: Messages, seed: int | None = None) -> Mapping[str, Any]:
         body: dict[str, Any] = {
             "model": model,
             "messages": list(messages),
             "temperature": temperature,
         }
+        if seed is not None:
+            body["seed"] = seed
         if tools:
             body["tools"] = [{"type": "function", "function": dict(tool)} for tool in tools]
         request = urllib.request.Request(

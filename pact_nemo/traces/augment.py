@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pact_nemo.environments.base import Environment, Outcome, Task, ToolCall
+from pact_nemo.environments.sessions import start_scripted
 from pact_nemo.errors import EnvironmentFailure, ToolCallError
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.traces.builder import TraceBuilder
@@ -46,7 +47,7 @@ def replay(environment: Environment, task: Task, trace: Trace, answer: str = "")
         answer: what is said after the last call; empty: the task's reference answer.
     """
     try:
-        session = environment.start(task)
+        session = start_scripted(environment, task, trace.later_user_turns)
     except EnvironmentFailure:
         return None
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pact_nemo.environments.base import Environment, Task
+from pact_nemo.environments.sessions import start_scripted
 from pact_nemo.errors import EnvironmentFailure
 from pact_nemo.traces.annotate import Context, Style, annotate_abstention, annotate_closing, annotate_turn
 from pact_nemo.traces.builder import TraceBuilder
@@ -35,7 +36,7 @@ def ground_truth_trace(
     tools = list(task.tools)
     everything = {tool["name"]: tool for tool in (*task.tools, *task.later_tools)}
     try:
-        session = environment.start(task)
+        session = start_scripted(environment, task, ())
     except EnvironmentFailure:
         return None
     try:

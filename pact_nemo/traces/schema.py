@@ -100,6 +100,11 @@ class Trace:
     verified: bool
     version: int = TRACE_VERSION
 
+    @property
+    def later_user_turns(self) -> tuple[tuple[dict[str, str], ...], ...]:
+        """What the user says in each user turn after the request."""
+        return tuple(turn.user_messages_after for turn in self.turns if turn.user_messages_after)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, the inverse of :meth:`from_dict`."""
         return asdict(self)

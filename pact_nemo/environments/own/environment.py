@@ -15,7 +15,7 @@ from pact_nemo.environments.own.hosts import ToolHost
 from pact_nemo.environments.own.judge import EndpointJudge
 from pact_nemo.environments.own.mcp_tools import MCPHost
 from pact_nemo.environments.own.names import Aliases
-from pact_nemo.environments.own.session import Judge, OwnSession, state_after
+from pact_nemo.environments.own.session import Judge, OwnSession, Simulated, state_after
 from pact_nemo.environments.own.settings import FIELDS, ONE_OF_THEM, OwnConfig
 from pact_nemo.environments.own.tasks import (
     ConversationLike,
@@ -24,6 +24,7 @@ from pact_nemo.environments.own.tasks import (
     conversation_id,
     mapped,
 )
+from pact_nemo.environments.own.user import EndpointUser
 from pact_nemo.environments.own.workers import ClassHost
 from pact_nemo.environments.rows import Row, read_rows
 from pact_nemo.environments.spec import EnvironmentSpec, Setup
@@ -56,6 +57,7 @@ class OwnEnvironment:
         self._read: list[Task] | None = None
         self._system = _system(self.settings.system)
         self._endpoint = EndpointJudge(self.settings.judge) if self.settings.judge.url is not None else None
+        self._user = EndpointUser(self.settings.user) if self.settings.simulated else None
 
     @cached_property
     def host(self) -> ToolHost:
@@ -102,7 +104,8 @@ class OwnEnvironment:
     def _read_tasks(self) -> list[Task]:
         quarantine = self._setup.quarantine
         judges = frozenset({"judge"}) if self._endpoint is not None else frozenset()
-        reader = TaskReader(self.settings, self.aliases, self._system, self.host.offers | judges)
+        instructed = self._user is not None and bool(self._user.instructions)
+        reader = TaskReader(self.settings, self.aliases, self._system, self.host.offers | judges, instructed)
         told: Sequence[ConversationLike] = self._setup.conversations() or ()
         seen: dict[str, int] = {}
 
@@ -160,6 +163,13 @@ class OwnEnvironment:
         Raises:
             EnvironmentFailure: they can't be started.
         """
+        return self._session(task, None)
+
+    def start_scripted(self, task: Task, later: Sequence[Sequence[dict[str, str]]]) -> OwnSession:
+        """See :func:`~pact_nemo.environments.sessions.start_scripted`."""
+        return self._session(task, later)
+
+    def _session(self, task: Task, script: Sequence[Sequence[dict[str, str]]] | None) -> OwnSession:
         expected = task.data["expected"]
         by_state = "state" in self.host.offers and any(expected)
         judge = Judge(
@@ -168,8 +178,10 @@ class OwnEnvironment:
             (lambda: self._expected_state(task)) if by_state else None,
             self._endpoint.score if self._endpoint is not None else None,
         )
+        told = task.data["row"].get("user_instructions") or ""
+        user = Simulated(self._user, told, script) if self._user is not None else None
         tools = self.host.open(task.data["row"])
-        return OwnSession(task, tools, self.aliases, judge, self._setup.max_observation_chars)
+        return OwnSession(task, tools, self.aliases, judge, self._setup.max_observation_chars, user)
 
     def _expected_state(self, task: Task) -> Any:
         """The state that a task's expected calls lead to; found once a task."""
@@ -197,7 +209,8 @@ def _system(path: str | None) -> str:
 
 def _describe(settings: OwnConfig) -> str:
     tools = settings.tools if settings.tools is not None else " ".join(settings.mcp.command)
-    return f"tools of {tools}; {settings.isolation} isolation; answers by {settings.answer}"
+    user = f"; a user played by {settings.user.model}" if settings.simulated else ""
+    return f"tools of {tools}; {settings.isolation} isolation; answers by {settings.answer}{user}"
 
 
 OWN = EnvironmentSpec(

@@ -32,7 +32,7 @@ _PROGRAM = (
 
 def _without_our_keys(config: OwnConfig) -> dict[str, str]:
     """The environment without the keys of the trainer's own endpoints: what a tool can read, a policy can ask for."""
-    ours = {config.judge.key_env, "TEACHER_API_KEY"}
+    ours = {config.judge.key_env, config.user.key_env, "TEACHER_API_KEY"}
     return {
         name: value
         for name, value in os.environ.items()

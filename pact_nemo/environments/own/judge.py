@@ -6,18 +6,16 @@ episodes that it likes (the report shows them), and prefer a check that is code 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import re
 import statistics
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pact_nemo.environments.answers import visible
+from pact_nemo.environments.own.asked import Asked
 from pact_nemo.environments.own.settings import JudgeConfig
 from pact_nemo.errors import ConfigError, EnvironmentFailure, ServerError
 from pact_nemo.runtime import strict_json
@@ -44,14 +42,11 @@ class EndpointJudge:
     def __init__(self, settings: JudgeConfig):
         self._settings = settings
         assert settings.url is not None and settings.model is not None  # the settings were checked
-        self._rubric = _rubric(settings.rubric)
+        self._rubric = text_of("agent.judge.rubric", settings.rubric, "say what a good episode is")
         key = os.environ.get(settings.key_env, "none")
         self._temperature = 0.0 if settings.votes == 1 else 1.0
         self._complete = chat_endpoint(settings.url, settings.model, key, settings.timeout, self._temperature)
-        self._known: dict[str, float] = {}
-        self._lock = threading.Lock()
-        if settings.cache is not None:
-            self._known = _cached(Path(settings.cache))
+        self._known = Asked("agent.judge.cache", settings.cache, "score", _share)
 
     def score(self, episode: Mapping[str, Any]) -> float:
         """The median of the votes, in [0, 1].
@@ -68,18 +63,7 @@ class EndpointJudge:
 
     def _vote(self, episode: str, number: int) -> float:
         asked = (self._settings.url, self._settings.model, self._temperature, self._rubric, _ASKED)
-        words = (*asked, episode, number)
-        key = hashlib.sha256("\0".join(map(str, words)).encode("utf-8", "surrogatepass")).hexdigest()
-        with self._lock:
-            if key in self._known:
-                return self._known[key]
-        score = self._asked(episode)
-        with self._lock:
-            self._known[key] = score
-            if self._settings.cache is not None:
-                with open(self._settings.cache, "a", encoding="utf-8") as handle:
-                    handle.write(json.dumps({"key": key, "score": score}) + "\n")
-        return score
+        return self._known.get((*asked, episode, number), lambda: self._asked(episode))
 
     def _asked(self, episode: str) -> float:
         messages = [
@@ -98,32 +82,19 @@ class EndpointJudge:
         raise EnvironmentFailure(f"agent.judge: no score between 0 and 1 in {said[:200]!r}")
 
 
-def _rubric(path: str | None) -> str:
+def text_of(setting: str, path: str | None, remedy: str) -> str:
+    """The words of a text file that a setting names.
+
+    Raises:
+        ConfigError: it can't be read, or says nothing.
+    """
     try:
         text = Path(path or "").expanduser().read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"agent.judge.rubric={path}: can't be read: {error}; give a text file") from error
+        raise ConfigError(f"{setting}={path}: can't be read: {error}; give a text file") from error
     if not text:
-        raise ConfigError(f"agent.judge.rubric={path}: is empty; say what a good episode is")
+        raise ConfigError(f"{setting}={path}: is empty; {remedy}")
     return text
-
-
-def _cached(path: Path) -> dict[str, float]:
-    """What was asked before; a last line that was cut off is left out."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        with path.open("a", encoding="utf-8") as handle:
-            handle.write("" if text.endswith("\n") or not text else "\n")  # a process was cut off there
-    except OSError as error:
-        raise ConfigError(f"agent.judge.cache={path}: {error.strerror}; give a file that can be written") from error
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            row = strict_json.loads(line)
-            if (score := _share(row["score"])) is not None:
-                found[str(row["key"])] = score
-    return found
 
 
 def _share(value: Any) -> float | None:

@@ -15,6 +15,7 @@ from pact_nemo.environments.own.hosts import OpenTools
 from pact_nemo.environments.own.names import Aliases
 from pact_nemo.environments.own.scoring import answer_score, expected_share
 from pact_nemo.environments.own.settings import OwnConfig
+from pact_nemo.environments.own.user import EndpointUser
 from pact_nemo.environments.sessions import after_the_end, shown_to_policy
 from pact_nemo.objective.rewards import values_equal
 
@@ -39,6 +40,46 @@ class Judge:
     endpoint: Callable[[Mapping[str, Any]], float] | None = None
 
 
+class Simulated:
+    """The user of one episode whom a model plays.
+
+    Args:
+        user: plays them.
+        told: the task's own instructions for them.
+        script: what the user says later, for episodes that are played without a policy. None: the model is asked.
+
+    Attributes:
+        seed: of the episode.
+        turns: user messages so far, the request among them.
+        stopped: whether the user ended the conversation.
+    """
+
+    def __init__(self, user: EndpointUser, told: str, script: Sequence[Sequence[Message]] | None = None):
+        self._user, self._told = user, told
+        self._script = None if script is None else list(script)
+        self.seed, self.turns, self.stopped = 0, 1, False
+
+    def following(self, messages: Sequence[Message]) -> list[Message]:
+        """The user's next messages, in answer to a conversation; the last ones where :attr:`stopped` is set then. Empty
+        where the assistant has said nothing, or the turns are used up.
+
+        Raises:
+            EnvironmentFailure: the model doesn't answer.
+        """
+        if self._script is not None:
+            found = [dict(each) for each in self._script.pop(0)] if self._script else []
+            self.stopped = not found
+            found = found or [{"role": "user", "content": self._user.settings.stop[0]}]
+        elif self.turns >= self._user.settings.max_turns or not visible(messages[-1]["content"]):
+            return []
+        else:
+            said = self._user.reply(self._told, messages, self.seed + self.turns)
+            self.stopped = self._user.ends(said)
+            found = [{"role": "user", "content": said}]
+        self.turns += not self.stopped
+        return found
+
+
 class OwnSession:
     """An episode. Which judge speaks: ``score()``, else the answer, the state, the endpoint, the expected calls.
 
@@ -48,6 +89,7 @@ class OwnSession:
         aliases: names of tools and arguments as the model sees them.
         judge: how the episode is judged.
         max_observation_chars: longer observations are cut for the policy; judges see them whole. None: no limit.
+        user: plays the user after the request; None: the task tells what is said.
     """
 
     def __init__(
@@ -57,8 +99,10 @@ class OwnSession:
         aliases: Aliases,
         judge: Judge,
         max_observation_chars: int | None,
+        user: Simulated | None = None,
     ):
         self.task = task
+        self._user = user
         self._tools, self._aliases, self._judge = tools, aliases, judge
         self._limit = max_observation_chars
         self._offered = {tool["name"] for tool in task.tools}
@@ -89,15 +133,30 @@ class OwnSession:
         return self._tools.call(own.name, own.arguments)
 
     def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
-        """See :class:`~pact_nemo.environments.base.Session`. The task's user turns come one after another."""
+        """See :class:`~pact_nemo.environments.base.Session`. The task's user turns come one after another, or a model
+        says them.
+
+        Raises:
+            EnvironmentFailure: it doesn't answer.
+        """
         self._answer = message
         self._messages.append({"role": "assistant", "content": message})
-        if len(self._calls) >= len(self.task.user_turns):
-            return None
-        messages = [dict(each) for each in self.task.user_turns[len(self._calls)]]
+        if self._user is not None:
+            messages = self._user.following(self._messages)
+        elif len(self._calls) < len(self.task.user_turns):
+            messages = [dict(each) for each in self.task.user_turns[len(self._calls)]]
+        else:
+            messages = []
         self._messages += messages
+        if not messages or (self._user is not None and self._user.stopped):
+            return None
         self._calls.append([])
         return messages, []
+
+    def seeded(self, seed: int) -> None:
+        """See :class:`~pact_nemo.environments.base.Session`."""
+        if self._user is not None:
+            self._user.seed = seed
 
     def outcome(self) -> Outcome:
         """See :class:`~pact_nemo.environments.base.Session`.
@@ -112,6 +171,8 @@ class OwnSession:
             "calls": float(len(done)),
             "invocation_errors": float(sum(text.startswith(f"{ERROR}:") for text in done)),
         }
+        if self._user is not None:
+            metrics |= {"user_turns": float(self._user.turns), "user_stopped": float(self._user.stopped)}
         if any(self.task.data["expected"]):
             metrics["expected_calls"] = self._expected_share()
         success = score >= self._judge.settings.success_score
@@ -132,7 +193,10 @@ class OwnSession:
         return "expected calls missing", float(self._expected_share() == 1.0)
 
     def _expected_share(self) -> float:
-        return expected_share([[call for call, _ in turn] for turn in self._calls], self.task.data["expected"])
+        made, expected = [[call for call, _ in turn] for turn in self._calls], self.task.data["expected"]
+        if self.task.any_turn:
+            made, expected = [sum(made, [])], [sum(map(list, expected), [])]
+        return expected_share(made, expected)
 
     def _episode(self) -> dict[str, Any]:
         return {

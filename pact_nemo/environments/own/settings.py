@@ -12,12 +12,12 @@ ANSWERS = ("contains", "exact", "f1", "number", "json")
 #: the keys of a task's row that have a meaning here; all others go to the user's class only
 FIELDS = (
     *("id", "group", "category", "messages", "prompt", "question", "tools", "answer", "expected_calls"),
-    *("user_turns", "info"),
+    *("user_turns", "user_instructions", "info"),
 )
 ONE_OF_THEM = (
     "give one of them, e.g. agent.tools=shop.py:Shop, or agent.mcp.command=[mcp-server-git,--repository,{workdir}]"
 )
-USER_TURNS = ("recorded", "first")
+USER_TURNS = ("recorded", "first", "endpoint")
 
 
 @dataclass
@@ -59,13 +59,66 @@ class JudgeConfig:
         """Raises ConfigError for a value out of range, or a part that is missing."""
         if self.url is None:
             return
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"agent.judge.url={self.url!r}: has to begin with http:// or https://")
-        for key in ("model", "rubric"):
-            if getattr(self, key) is None:
-                raise ConfigError(f"agent.judge.{key}: is not set, and agent.judge.url is")
+        _check_endpoint(self, "judge", ("model", "rubric"))
         if self.votes < 1 or self.timeout <= 0:
             raise ConfigError(f"agent.judge.votes={self.votes}, agent.judge.timeout={self.timeout}: must be above 0")
+
+
+@dataclass
+class UserConfig:
+    """A model behind an OpenAI-compatible endpoint that plays the user, with ``agent.user_turns=endpoint``.
+
+    It is told its instructions and what both have said, never calls or observations.
+    """
+
+    url: str | None = None  #: base URL of the endpoint, e.g. ``http://127.0.0.1:8000/v1``
+    model: str | None = None  #: the model's name there
+    instructions: str | None = None  #: a text file: what every user is told, before the row's ``user_instructions``
+    stop: list[str] = field(
+        default_factory=lambda: ["###STOP###"]
+    )  #: words of a user by which a conversation is over; the policy doesn't see that message
+    #: what the assistant says before the request, for this model alone: chat templates want its words second
+    greeting: str = "Hi! How can I help you today?"
+    max_turns: int = 10  #: user turns of an episode at most, the request among them; it is judged as it stands then
+    temperature: float = 0.0  #: above 0, each rollout's user has a seed of its own
+    key_env: str = "PACT_USER_API_KEY"  #: environment variable that holds the endpoint's key
+    timeout: float = 120.0  #: seconds for an answer
+    cache: str | None = (
+        None  #: a JSONL file of replies, so that nothing is asked twice; None: this process only. Temperature 0 only
+    )
+
+    def validate(self, used: bool) -> None:
+        """Raises ConfigError for a value out of range, or a part that is missing; ``used``: by ``agent.user_turns``."""
+        if not used:
+            if self.url is not None:
+                raise ConfigError("agent.user.url: is set, and is asked with agent.user_turns=endpoint only; set that")
+            return
+        if self.url is None:
+            raise ConfigError("agent.user_turns=endpoint: agent.user.url is not set; give the endpoint's base URL")
+        _check_endpoint(self, "user", ("model",))
+        if self.max_turns < 1 or self.timeout <= 0 or self.temperature < 0:
+            raise ConfigError(
+                f"agent.user.max_turns={self.max_turns}, agent.user.timeout={self.timeout},"
+                f" agent.user.temperature={self.temperature}: must be at least 1, above 0, and at least 0"
+            )
+        if not self.stop or not all(word.strip() for word in self.stop):
+            raise ConfigError(f"agent.user.stop={self.stop}: give a word that ends a conversation, e.g. ['###STOP###']")
+        if not self.greeting.strip():
+            raise ConfigError("agent.user.greeting: is empty; say how the assistant greets")
+        if self.cache is not None and self.temperature > 0:
+            raise ConfigError(
+                f"agent.user.cache={self.cache}: a user of temperature {self.temperature:g} answers anew each time;"
+                " leave the cache out, or set agent.user.temperature=0"
+            )
+
+
+def _check_endpoint(section: JudgeConfig | UserConfig, name: str, needed: tuple[str, ...]) -> None:
+    assert section.url is not None  # both sections look at it first
+    if not section.url.startswith(("http://", "https://")):
+        raise ConfigError(f"agent.{name}.url={section.url!r}: has to begin with http:// or https://")
+    for key in needed:
+        if getattr(section, key) is None:
+            raise ConfigError(f"agent.{name}.{key}: is not set, and agent.{name}.url is")
 
 
 @dataclass
@@ -85,12 +138,19 @@ class OwnConfig(EnvironmentConfig):
     memory_mb: int | None = None  #: address space of a rollout's process beyond what it starts with; None: no limit
     fields: dict[str, str] = field(default_factory=dict)  #: our name of a field of tasks and conversations -> theirs
     system: str | None = None  #: a text file; its words are the system message of tasks that have none
-    user_turns: str = "recorded"  #: later user messages: "recorded" (the row's), or "first" (the first turn only)
+    #: later user messages: "recorded" (the row's), "first" (the first turn only), "endpoint" (``agent.user``)
+    user_turns: str = "recorded"
+    user: UserConfig = field(default_factory=UserConfig)
     #: how ``answer`` is looked for in the closing message: "contains", "exact", "f1", "number", "json"
     answer: str = "contains"
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     success_score: float = 1.0  #: a score from here on counts as success
     read_only: list[str] = field(default_factory=list)  #: tools that only read: their calls are no reference calls
+
+    @property
+    def simulated(self) -> bool:
+        """Whether a model plays the user."""
+        return self.user_turns == "endpoint"
 
     def validate(self) -> None:
         """See :class:`~pact_nemo.environments.spec.EnvironmentConfig`."""
@@ -109,5 +169,6 @@ class OwnConfig(EnvironmentConfig):
         if odd:
             raise ConfigError(f"agent.fields: no field {odd[0]!r} of ours; ours are {', '.join(FIELDS)}")
         self.judge.validate()
+        self.user.validate(self.simulated)
         if not 0 < self.success_score <= 1:
             raise ConfigError(f"agent.success_score={self.success_score}: must be in (0, 1]")

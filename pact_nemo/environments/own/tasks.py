@@ -58,12 +58,14 @@ class TaskReader:
         aliases: names of tools and arguments as the model sees them.
         system: the system message of tasks that have none; empty: none.
         offers: what judges there are, of ``state``, ``score`` and ``judge``.
+        instructed: every user that a model plays is told something (``agent.user.instructions``).
     """
 
     settings: OwnConfig
     aliases: Aliases
     system: str
     offers: frozenset[str]
+    instructed: bool = False
 
     def of_row(self, row: Row, conversations: Conversations) -> Task:
         """A task of a row of ``tasks.path``. Without expected calls it gets those of its conversation.
@@ -86,7 +88,8 @@ class TaskReader:
             )
         told = conversations.of(name, turns[0])
         if not expected and told is not None:
-            expected = self._told(told, needed=not (answers or self.offers & {"score", "judge"}))[: len(turns)]
+            expected = self._told(told, needed=not (answers or self.offers & {"score", "judge"}))
+            expected = expected if self.settings.simulated else expected[: len(turns)]
         return self._task(row, name, turns, expected, {"answers": answers, "tools": tools})
 
     def _told(self, conversation: ConversationLike, *, needed: bool) -> list[list[ToolCall]]:
@@ -110,8 +113,8 @@ class TaskReader:
         row = Row(values, conversation.file, conversation.line)
         expected = self.calls_of(conversation)
         turns = [list(messages) for messages in conversation.user_turns]
-        if self.settings.user_turns == "first":
-            turns, expected = turns[:1], expected[:1]
+        if self.settings.user_turns != "recorded":
+            turns, expected = turns[:1], expected if self.settings.simulated else expected[:1]
         return self._task(row, conversation_id(conversation), turns, expected, {"answers": [], "tools": None})
 
     def calls_of(self, conversation: ConversationLike) -> list[list[ToolCall]]:
@@ -145,6 +148,12 @@ class TaskReader:
                 " expected_calls; give one of them, a conversation of this task, or agent.judge",
                 "answer",
             )
+        if self.settings.simulated and not (row.text("user_instructions", "") or self.instructed):
+            raise row.complain(
+                "nobody tells the user of agent.user what they want: give the row user_instructions, or set"
+                " agent.user.instructions",
+                "user_instructions",
+            )
         if self.system and all(message["role"] != "system" for message in turns[0]):
             turns[0] = [{"role": "system", "content": self.system}, *turns[0]]
         kept = [[call for call in calls if call.name not in self.settings.read_only] for calls in expected]
@@ -152,6 +161,8 @@ class TaskReader:
         tools = self.aliases.schemas
         if own["tools"] is not None:
             tools = [self.aliases.by_own_name(tool) for tool in own["tools"]]
+        if self.settings.simulated:  # the turns of another user are other ones
+            shown = [tuple(call for calls in shown for call in calls)]
         return Task(
             id=name,
             group=row.text("group", name),
@@ -161,6 +172,7 @@ class TaskReader:
             reference_calls=(*shown, *((),) * (len(turns) - len(shown))),
             reference_answer=_answer_text(own["answers"], self.settings.answer),
             data={"row": {**row.values, "id": name}, "answers": own["answers"], "expected": expected},
+            any_turn=self.settings.simulated,
         )
 
     def _opening(self, row: Row) -> list[Message]:
@@ -177,7 +189,7 @@ class TaskReader:
         return messages
 
     def _later(self, row: Row) -> list[list[Message]]:
-        if row.values.get("user_turns") is None or self.settings.user_turns == "first":
+        if row.values.get("user_turns") is None or self.settings.user_turns != "recorded":
             return []
         turns = []
         for index, turn in enumerate(row.json("user_turns", list)):
@@ -220,7 +232,7 @@ class TaskReader:
             return []
         given = row.json("expected_calls", list)
         nested = bool(given) and all(isinstance(item, list) for item in given)
-        if nested and len(given) > turns:
+        if nested and len(given) > turns and not self.settings.simulated:
             raise row.complain(f"calls of {len(given)} user turns, and there are {turns}", "expected_calls")
         calls = [
             [self._call(row, item, f"expected_calls[{index}]") for item in (part if nested else [part])]
