@@ -14,9 +14,11 @@ import pytest
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checking.check import Checked, check
-from pact_nemo.checking.findings import Finding, listed
+from pact_nemo.checking.findings import Finding, grouped, listed
 from pact_nemo.checkout import ROOT
 from pact_nemo.config.load import load_config
+from pact_nemo.environments.base import ToolCall
+from pact_nemo.traces.schema import Trace, TraceTurn
 
 CLASS = '''
 import itertools, os, random, time
@@ -169,6 +171,29 @@ SHARED = """
         for path in BOOK.parent.glob("open_*"):
             path.unlink(missing_ok=True)
 """
+ALONE = """
+        lock = BOOK.with_name("lock")
+        if lock.exists() and lock.read_text() != str(os.getpid()):
+            os._exit(3)
+        lock.write_text(str(os.getpid()))
+        return self.stock[sku]
+
+    def close(self):
+        BOOK.with_name("lock").unlink(missing_ok=True)
+"""
+
+
+def own_schema(data: Data) -> None:
+    """The conversations as traces of our own schema, of which one names another task."""
+    names = ["t8", *(str(row["task_id"]) for row in data.traces[1:])]
+    called = [ToolCall("lookup", {"sku": SKUS[index]}) for index in range(4)]
+    told = [row["messages"][2]["content"] for row in data.traces]
+    data.traces = [
+        Trace(name, "teacher", (TraceTurn((), (one,), (text,)),), True).to_dict()
+        for name, one, text in zip(names, called, told, strict=True)
+    ]
+
+
 #: name of a fault -> (what it changes, level, kind, words of the finding)
 FAULTS: dict[str, tuple[Callable[[Data], None], str, str, list[str]]] = {
     # tools
@@ -395,6 +420,24 @@ FAULTS: dict[str, tuple[Callable[[Data], None], str, str, list[str]]] = {
         "length",
         ["in evaluations", "evaluation.max_turns_per_user_turn=1"],
     ),
+    "a key that is nearly one with a meaning": (
+        lambda data: [each.update(usr_turns=["Thanks."]) for each in data.tasks],
+        "warning",
+        "key",
+        ["'usr_turns' of 4 rows", "'user_turns'", "t0, t1, t2, t3"],
+    ),
+    "traces of our own schema that belong to no task": (
+        own_schema,
+        "warning",
+        "trace:of_no_task",
+        ["1 of 4 traces", "'t8'", "traces.jsonl"],
+    ),
+    "an episode that fails beside another": (
+        instead(LEAK, ALONE.strip() + "\n"),
+        "error",
+        "isolation",
+        ["while another one is open", "agent.workers=1"],
+    ),
     "a task without a trace": (lambda data: data.traces.pop(), "note", "trace", ["1 of 4 tasks have no trace"]),
 }
 
@@ -422,6 +465,27 @@ def test_sound_data_raises_no_alarm(tmp_path: Path, chat: ChatFormat) -> None:
     texts = "\n".join(listed(found.findings))
     assert "doing nothing solves 0 of 4 tasks" in texts and "another task's expert solves 0 of 4" in texts
     assert "no trace calls order" in texts
+
+
+def test_one_cause_is_told_once(tmp_path: Path, chat: ChatFormat) -> None:
+    data = Data()
+    instead('task["info"]["stock"]', 'task["stocks"]')(data)
+    found = run(data, tmp_path, chat)
+    failed = [one for one in found.findings if one.kind == "episode" and "KeyError" in one.text]
+    places = [sorted(one.where.split(", ")) for one in failed if one.where]
+    assert places == [["t0", "t1", "t2", "t3"]], "\n".join(listed(found.findings))
+    many = grouped([Finding("error", "row", f"t{n}", f"t{n}: bad") for n in range(9)])
+    assert many == [Finding("error", "row", "t0, t1, t2, t3 and 5 more", "bad")]
+
+
+def test_questions_with_the_same_answer_are_no_other_tasks(tmp_path: Path, chat: ChatFormat) -> None:
+    """Yes is right in half of all tasks whose answers are yes and no."""
+    data = Data()
+    for index, (row, talk) in enumerate(zip(data.tasks, data.traces, strict=True)):
+        row["answer"] = talk["messages"][3]["content"] = "yes" if index < 3 else "no"
+    found = run(data, tmp_path, chat)
+    assert (found.count("error"), found.count("warning")) == (0, 0), "\n".join(listed(found.findings))
+    assert "another task's expert solves 0 of 2 tasks" in "\n".join(listed(found.findings))
 
 
 def test_many_of_a_kind_are_counted() -> None:

@@ -47,7 +47,7 @@ def test_a_conversation_becomes_turns_with_their_user_turns(tmp_path: Path) -> N
         (user_says("Yes, both."), {"role": "system", "content": "Be quick."}),
         (user_says("Thanks!"),),
     )
-    assert found.user_turns == (found.opening, *found.later[:2]) and found.answer == "Order 7 is refunded."
+    assert found.user_turns == (found.opening, *found.later[:2]) and found.answers[0] == "Order 7 is refunded."
     assert found.tools is not None and found.tools[0]["parameters"]["properties"] == {"name": {"type": "string"}}
     greeting, find, refund = found.turns
     assert (greeting.calls, greeting.segments, greeting.said) == ((), (), "Who are you?")
@@ -115,7 +115,9 @@ def test_assistant_messages_in_a_row_are_one(tmp_path: Path) -> None:
     )  # fmt: skip
     assert [call.name for call in found.turns[0].calls] == ["find", "refund"]
     assert (found.turns[0].reasoning, found.turns[0].closing) == ("Hm.\n\nWait.\n\nNow.", "It\n\nis.")
-    assert len(found.turns) == 2 and found.later == ((user_says("More"), user_says("Hello?")),) and found.answer == ""
+    assert (
+        len(found.turns) == 2 and found.later == ((user_says("More"), user_says("Hello?")),) and found.answers[0] == ""
+    )
 
 
 def test_results_without_ids_go_by_order(tmp_path: Path) -> None:
@@ -297,7 +299,7 @@ def test_published_rows_import_from_every_kind_of_file(tmp_path: Path, ending: s
     found = read_conversations(file, None, {"messages": "traj"}, report)
     assert [(item.line, item.task_id, item.reward) for item in found] == [(2, "1", 1.0), (3, "2", 0.0), (4, "3", 1.0)]
     assert (report.kept, report.dropped, report.messages, report.without_calls) == (3, {"no_call": 1}, 9, 6)
-    assert found[0].places[1] == ("traj[4].tool_calls[0]",) and found[0].answer == "Done."
+    assert found[0].places[1] == ("traj[4].tool_calls[0]",) and found[0].answers[0] == "Done."
 
 
 @pytest.mark.skipif("PACT_TAU_AIRLINE" not in os.environ, reason="PACT_TAU_AIRLINE names no file")

@@ -14,13 +14,15 @@ from pact_nemo.checking.data_checks import (
     conversation_findings,
     drift_findings,
     dropped_findings,
+    key_findings,
     length_findings,
     row_findings,
+    stray_findings,
     task_findings,
     tool_findings,
 )
-from pact_nemo.checking.findings import Finding
-from pact_nemo.checking.plays import Script
+from pact_nemo.checking.findings import Finding, grouped
+from pact_nemo.checking.plays import Expert, Script
 from pact_nemo.checking.reward_checks import expert_findings, nothing_findings, other_findings, session_findings
 from pact_nemo.config.schema import Config
 from pact_nemo.data.conversations import conversations_of, dropped_conversations, judged_conversations
@@ -29,7 +31,7 @@ from pact_nemo.data.tasks import build_environment
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ConfigError, DataError, EnvironmentFailure
 from pact_nemo.runtime.quarantine import Quarantine
-from pact_nemo.traces.schema import Trace
+from pact_nemo.traces.schema import read_traces
 
 
 @dataclass
@@ -76,7 +78,7 @@ def check(
     except (DataError, EnvironmentFailure) as error:
         found.findings.append(Finding("error", "file" if isinstance(error, DataError) else "tools", "", str(error)))
     finally:
-        found.findings[:0] = row_findings(quarantine)
+        found.findings = grouped([*row_findings(quarantine), *found.findings])
         if environment is not None:
             environment.close()
     return found
@@ -100,6 +102,7 @@ def _check(
         raise ConfigError("no task can be used; the rows above say why")
     found.tools = list({tool["name"]: tool for task in tasks for tool in task.tools}.values())
     found.findings += task_findings(environment, tasks)
+    found.findings += key_findings(environment, tasks)
     note("traces")
     used, findings = _traces(config, environment, tasks, quarantine)
     found.findings += findings
@@ -138,8 +141,8 @@ def _check(
 
 def _traces(
     config: Config, environment: Environment, tasks: list[Task], quarantine: Quarantine
-) -> tuple[dict[str, tuple[Trace, str]], list[Finding]]:
-    """Task id -> (trace, what is said after its last call)."""
+) -> tuple[dict[str, Expert], list[Finding]]:
+    """Task id -> (trace, what is said after its last call and at the end of the user turns behind it)."""
     told = conversations_of(config, quarantine)
     if told is not None:
         judged = list(judged_conversations(config, environment, told, tasks))
@@ -151,4 +154,9 @@ def _traces(
         Finding("warning", "trace", "", f"{count} traces are left out: {reason}") for reason, count in dropped.items()
     ]
     by_id = {task.id: task for task in tasks}
-    return {name: (several[0], by_id[name].reference_answer or "") for name, several in made.sources.items()}, findings
+    if config.traces.path is not None:
+        told_ids = [trace.task_id for trace in read_traces(Path(config.traces.path), Quarantine("quarantine"))]
+        findings += stray_findings(config.traces.path, told_ids, list(by_id))
+    return {
+        name: (several[0], (by_id[name].reference_answer or "",)) for name, several in made.sources.items()
+    }, findings

@@ -10,7 +10,7 @@ from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checking.findings import Finding, Level
-from pact_nemo.checking.plays import Play, Script, play
+from pact_nemo.checking.plays import Expert, Play, Script, play
 from pact_nemo.config.schema import Config
 from pact_nemo.data.conversations import Judged
 from pact_nemo.data.tasks import prompt_length
@@ -82,6 +82,27 @@ def task_findings(environment: Environment, tasks: Sequence[Task]) -> list[Findi
     return found
 
 
+def key_findings(environment: Environment, tasks: Sequence[Task]) -> list[Finding]:
+    """Keys of task rows that are nearly one that has a meaning. An environment that knows its rows' keys says which
+    (``misspelt_keys``).
+    """
+    ask: Callable[[Task], Mapping[str, str]] | None = getattr(environment, "misspelt_keys", None)
+    rows: dict[tuple[str, str], list[str]] = {}
+    for task in tasks if ask is not None else ():
+        for key, meant in ask(task).items():  # type: ignore[misc]
+            rows.setdefault((key, meant), []).append(task.id)
+    return [
+        Finding(
+            "warning",
+            "key",
+            ", ".join(names[:4]),
+            f"the key {key!r} of {len(names)} rows has no meaning but for your class; {meant!r} has one",
+            f"call it {meant!r}, or set agent.fields={{{meant}: {key}}}; leave it if your class reads it",
+        )
+        for (key, meant), names in rows.items()
+    ]
+
+
 def dropped_findings(path: str | None, dropped: Mapping[str, int]) -> list[Finding]:
     """Sound conversations that hold nothing to learn."""
     why = {
@@ -98,22 +119,39 @@ def dropped_findings(path: str | None, dropped: Mapping[str, int]) -> list[Findi
     ]
 
 
+def stray_findings(path: str, told: Sequence[str], known: Sequence[str]) -> list[Finding]:
+    """Traces of our own schema that belong to no task.
+
+    Args:
+        told: the task that each trace names.
+        known: ids of the tasks.
+    """
+    strays = [name for name in told if name not in known]
+    if not strays:
+        return []
+    closest = difflib.get_close_matches(strays[0], known, 1)
+    near = f" (near: {closest[0]!r})" if closest else ""
+    text = f"{len(strays)} of {len(told)} traces belong to no task; the first names {strays[0]!r}{near}"
+    level: Level = "error" if len(strays) == len(told) else "warning"
+    return [Finding(level, "trace:of_no_task", path, text, "mend task_id, or take the trace out")]
+
+
 def conversation_findings(
     judged: Sequence[Judged], tasks: Sequence[Task], environment: Environment
-) -> tuple[dict[str, tuple[Trace, str]], list[Finding]]:
+) -> tuple[dict[str, Expert], list[Finding]]:
     """What speaks against each conversation.
 
     Returns:
-        task id -> (main trace, its answer) of those that can be used, and findings.
+        task id -> (main trace, its answers) of those that can be used, and findings.
     """
-    used: dict[str, tuple[Trace, str]] = {}
+    used: dict[str, Expert] = {}
     found: list[Finding] = []
     names = [task.id for task in tasks]
     for one in judged:
         where = f"{one.conversation.file}:{one.conversation.line}"
         if one.reason is None:
             if one.task is not None and one.trace is not None:
-                used.setdefault(one.task.id, (one.trace, one.conversation.answer))
+                used.setdefault(one.task.id, (one.trace, one.conversation.answers))
             continue
         text, remedy = REASONS.get(one.reason, (one.reason, ""))
         if one.reason == "unknown_tool" and one.task is not None and one.trace is not None:
@@ -139,7 +177,7 @@ def conversation_findings(
 def _replayed(environment: Environment, one: Judged) -> str:
     """The first thing that goes wrong where a conversation is replayed."""
     assert one.task is not None and one.trace is not None
-    result = play(environment, one.task, Script.of_trace(one.trace, one.conversation.answer))
+    result = play(environment, one.task, Script.of_trace(one.trace, one.conversation.answers))
     if result.failure is not None:
         return result.failure
     told = [text for turn in one.trace.turns for text in turn.observations]
@@ -154,7 +192,7 @@ def _arguments(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())[:80]
 
 
-def drift_findings(used: dict[str, tuple[Trace, str]], plays: dict[str, Play]) -> list[Finding]:
+def drift_findings(used: dict[str, Expert], plays: dict[str, Play]) -> list[Finding]:
     """Traces whose observations are others than those that their tools give now."""
     changed = []
     for task_id, (trace, _) in used.items():
@@ -167,9 +205,7 @@ def drift_findings(used: dict[str, tuple[Trace, str]], plays: dict[str, Play]) -
     return [Finding("note", "trace", "", text, "the policy sees the tools' text, the trace teaches the told one")]
 
 
-def length_findings(
-    config: Config, chat: ChatFormat, tasks: Sequence[Task], used: dict[str, tuple[Trace, str]]
-) -> list[Finding]:
+def length_findings(config: Config, chat: ChatFormat, tasks: Sequence[Task], used: dict[str, Expert]) -> list[Finding]:
     """Token lengths against the limits of prompts, traces, responses and turns."""
     found: list[Finding] = []
     prompts: list[int] = []

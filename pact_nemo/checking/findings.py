@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 SAID = 5  #: findings of one kind that are listed; the rest is counted
+
+
+_TASK = re.compile(r"task '[^']*': ")  #: how errors of an episode begin
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,22 @@ class Finding:
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         return f"{place}{self.text}{f'; {self.remedy}' if self.remedy else ''}"
+
+
+def grouped(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings, one cause told once: those that differ in their place alone become one, which names the first
+    places and how many there are.
+    """
+    alike: dict[Finding, list[Finding]] = {}
+    for finding in findings:
+        text = _TASK.sub("", finding.text.removeprefix(f"{finding.where}: "))
+        alike.setdefault(replace(finding, where="", text=text), []).append(finding)
+    found = []
+    for finding, same in alike.items():
+        more = f" and {len(same) - 4} more" if len(same) > 4 else ""
+        places = ", ".join(one.where for one in same[:4] if one.where) + more
+        found.append(same[0] if len(same) == 1 else replace(finding, where=places))
+    return found
 
 
 def listed(findings: Sequence[Finding]) -> list[str]:

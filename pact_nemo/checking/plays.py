@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
@@ -10,6 +11,9 @@ from pact_nemo.errors import EnvironmentFailure, ToolCallError
 from pact_nemo.traces.augment import CLOSING
 from pact_nemo.traces.schema import Trace
 
+#: a trace, and what is said after its last call and at the end of each user turn behind it
+Expert = tuple[Trace, tuple[str, ...]]
+
 
 @dataclass(frozen=True)
 class Script:
@@ -17,18 +21,22 @@ class Script:
 
     Attributes:
         calls: per user turn, per assistant turn, its calls.
-        closing: what is said at the end of the last user turn.
+        closing: what is said at the end of the last user turn that has calls.
         earlier: what is said at the end of those before; where one is missing, ``closing``.
+        behind: what is said at the end of the user turns behind it; where one is missing, ``closing``.
         later: what the user says in each user turn after the request, where a model plays the user otherwise.
     """
 
     calls: tuple[tuple[tuple[ToolCall, ...], ...], ...]
     closing: str = CLOSING
     earlier: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
     later: tuple[tuple[dict[str, str], ...], ...] = ()
 
     @classmethod
-    def of_trace(cls, trace: Trace, closing: str) -> Script:
+    def of_trace(cls, trace: Trace, answers: Sequence[str]) -> Script:
+        """``answers``: what is said after the trace's last call, and at the end of each user turn behind it."""
+        closing = (answers[0] if answers else "") or CLOSING
         last = max(turn.user_turn for turn in trace.turns)
         turns: list[list[tuple[ToolCall, ...]]] = [[] for _ in range(1 + last)]
         earlier = [""] * last
@@ -36,12 +44,21 @@ class Script:
             if turn.calls:
                 turns[turn.user_turn].append(turn.calls)
             if turn.user_turn < last:
-                earlier[turn.user_turn] = turn.closing_message
-        return cls(tuple(map(tuple, turns)), closing or CLOSING, tuple(earlier), trace.later_user_turns)
+                earlier[turn.user_turn] = turn.closing_message or turn.said
+        return cls(
+            tuple(map(tuple, turns)),
+            closing,
+            tuple(earlier),
+            tuple(text or closing for text in answers[1:]),
+            trace.later_user_turns,
+        )
 
     def said(self, user_turn: int) -> str:
         """What closes a user turn."""
-        return self.earlier[user_turn] if user_turn < len(self.earlier) else self.closing
+        if user_turn < len(self.earlier):
+            return self.earlier[user_turn] or self.closing
+        after = user_turn - len(self.earlier) - 1
+        return self.behind[after] if 0 <= after < len(self.behind) else self.closing
 
     @classmethod
     def of_reference(cls, task: Task) -> Script:

@@ -9,6 +9,8 @@ from pact_nemo.checking.plays import NOTHING, Play, Playing, Script, play
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import EnvironmentFailure
 
+_APART = "keep state in the instance; files and databases of a rollout in a folder of its own"
+_BESIDE = "give each rollout its own port, lock and files; where the tools can't run twice, set agent.workers=1"
 MANY, SOME = 0.5, 0.1  #: shares of the tasks from which a wrong verdict is an error, and a warning
 
 
@@ -66,12 +68,17 @@ def other_findings(
     pairs = [
         (task, other)
         for task, other in zip(known, [*known[1:], *known[:1]], strict=True)
-        if task.id != other.id and scripts[task.id] != scripts[other.id]
+        if task.id != other.id and scripts[task.id] != scripts[other.id] and not _same_answer(task, other)
     ]
     if not pairs:
         return []
     won = [task.id for task, other in pairs if play(environment, task, scripts[other.id]).success]
     return _wrongly_won("another task's expert", won, len(pairs), "the verdict does not look at the task")
+
+
+def _same_answer(task: Task, other: Task) -> bool:
+    """Of questions with few answers, yes and no say, another task's answer is the right one again and again."""
+    return task.reference_answer is not None and task.reference_answer == other.reference_answer
 
 
 def _wrongly_won(who: str, won: Sequence[str], of: int, meaning: str) -> list[Finding]:
@@ -103,8 +110,9 @@ def session_findings(
         for task, one in zip((first, second), seen, strict=True):
             gap = _first_gap(plays[task.id], one)
             if gap is not None:
-                text = f"two episodes at a time see each other: {gap}"
-                remedy = "keep state in the instance; files and databases of a rollout in a folder of its own"
+                text, remedy = f"two episodes at a time see each other: {gap}", _APART
+                if one.failure is not None:
+                    text, remedy = f"an episode fails while another one is open: {one.failure}", _BESIDE
                 return [*found, Finding("error", "isolation", task.id, text, remedy)]
     return found
 

@@ -92,6 +92,8 @@ def judged_conversations(
     by_words = {user_words(task.user_turns[0]): task for task in reversed(tasks)}
     there = environment.tasks()
     others = {task.id for task in there} | {user_words(task.user_turns[0]) for task in there}
+    if getattr(environment, "first_turn_only", False):
+        told = [conversation.first_turn() for conversation in told]
     for conversation in told:
         name, words = conversation_id(conversation), user_words(conversation.opening)
         task = by_id.get(name) or (by_words.get(words) if conversation.task_id is None else None)

@@ -39,12 +39,23 @@ class Replay:
     outcome: Outcome
 
 
-def replay(environment: Environment, task: Task, trace: Trace, answer: str = "") -> Replay | None:
+def said_after(answers: Sequence[str], task: Task) -> Iterator[str]:
+    """What closes the user turn of the last call and those behind it, without end. Where nothing was said, the words
+    before, or the task's reference answer.
+    """
+    words = task.reference_answer or CLOSING
+    for answer in answers:
+        words = answer or words
+        yield words
+    yield from itertools.repeat(words)
+
+
+def replay(environment: Environment, task: Task, trace: Trace, answers: Sequence[str] = ()) -> Replay | None:
     """Execute a trace in a new session; None where the environment can't start it or refuses a call, or the task has
     fewer user turns than the trace.
 
     Args:
-        answer: what is said after the last call; empty: the task's reference answer.
+        answers: what is said after the last call and at the end of each user turn behind it (:func:`said_after`).
     """
     try:
         session = start_scripted(environment, task, trace.later_user_turns)
@@ -58,9 +69,10 @@ def replay(environment: Environment, task: Task, trace: Trace, answer: str = "")
                 if session.next_user_turn(closing) is None:
                     return None
                 user_turn, closing = user_turn + 1, ""
-            closing = turn.closing_message
+            closing = turn.closing_message or turn.said
             seen.append(tuple(session.execute(list(turn.calls))) if turn.calls else ())
-        while session.next_user_turn(answer or task.reference_answer or CLOSING) is not None:
+        said = said_after(answers, task)
+        while session.next_user_turn(next(said)) is not None:
             pass
         return Replay(tuple(seen), session.outcome())
     except (ToolCallError, EnvironmentFailure):

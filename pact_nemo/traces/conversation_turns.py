@@ -22,7 +22,8 @@ class Assembly:
 
     Attributes:
         builder: holds them.
-        opening, later, answer, places: as :class:`Conversation` has them.
+        opening, later, places: as :class:`Conversation` has them.
+        closings: user turn -> what the assistant says after its last call.
 
     Args:
         tools: names of the tools that the row offers.
@@ -32,7 +33,7 @@ class Assembly:
         self.builder = TraceBuilder()
         self.opening: Words = ()
         self.later: list[Words] = []
-        self.answer = ""
+        self.closings: dict[int, str] = {}
         self.places: list[tuple[str, ...]] = []
         self._tools = set(tools)
         self._begun = False
@@ -78,8 +79,7 @@ class Assembly:
         if not self.builder.acted_in(len(self.later)):
             self.builder.assistant([], [], [], len(self.later))
             self.places.append(())
-        elif self.places[-1]:
-            self.answer = self._closing
+        self.closings[len(self.later)] = self._closing
 
     def _results(self, messages: Sequence[ChatMessage]) -> None:
         """The results of the calls that wait for them."""
@@ -93,7 +93,8 @@ class Assembly:
         segments = [ReasoningSegment(*piece) for piece in split_reasoning("\n\n".join(written), sorted(self._tools))]
         self.builder.assistant(segments, [called.call for called in calls], observations, len(self.later))
         self.places.append(tuple(called.place.field for called in calls))
-        self._run, self._closing, self.answer = [], "", ""
+        self._run, self._closing = [], ""
+        self.closings.pop(len(self.later), None)
 
 
 def _telling(messages: Sequence[ChatMessage]) -> list[ChatMessage]:

@@ -52,7 +52,8 @@ class Conversation:
         opening: system and user messages before the first assistant message.
         later: system and user messages of each further user turn, those behind the last call included.
         turns: the trace's turns, up to the last call. A turn that calls without a word has no segments yet.
-        answer: what the assistant says right after the last call; empty where it says nothing.
+        answers: what the assistant says right after the last call, and at the end of each user turn behind it; empty
+            texts where it says nothing.
         task_id: of the task that it solves; None where the row names none.
         tools: schemas that the row offers; None where it tells none.
         reward: that the row tells.
@@ -67,7 +68,7 @@ class Conversation:
     opening: Words
     later: tuple[Words, ...]
     turns: tuple[TraceTurn, ...]
-    answer: str
+    answers: tuple[str, ...]
     task_id: str | None = None
     tools: tuple[Schema, ...] | None = None
     reward: float | None = None
@@ -80,6 +81,15 @@ class Conversation:
     def user_turns(self) -> tuple[Words, ...]:
         """Messages of the user turns that the trace reaches: those behind its last call are left out."""
         return (self.opening, *self.later[: self.turns[-1].user_turn])
+
+    def first_turn(self) -> Conversation:
+        """The conversation up to its second user turn. Without a call there, it stays as it is."""
+        turns = tuple(turn for turn in self.turns if turn.user_turn == 0)
+        if not turns[-1].calls or len(turns) == len(self.turns):
+            return self
+        last = replace(turns[-1], user_messages_after=(), new_tools_after=(), closing="")
+        answers = (turns[-1].closing_message,)
+        return replace(self, later=(), turns=(*turns[:-1], last), answers=answers, places=self.places[: len(turns)])
 
 
 @dataclass
@@ -215,7 +225,7 @@ def _conversation(row: Row, names: Mapping[str, str]) -> Conversation | str:
         assembly.opening,
         tuple(assembly.later),
         trace.turns,
-        assembly.answer,
+        tuple(assembly.closings.get(turn, "") for turn in range(trace.turns[-1].user_turn, len(assembly.later) + 1)),
         task_id=None if row.values.get(names["task_id"]) is None else row.text(names["task_id"]),
         tools=tools,
         reward=_reward(row, names["reward"]),

@@ -46,7 +46,7 @@ def why_unverified(
         if conversation.reward is None:
             return "no_reward"
         return "low_reward" if conversation.reward < min_score else None
-    result = replay(environment, task, trace, conversation.answer)
+    result = replay(environment, task, trace, conversation.answers)
     if result is None:
         return "replay_refused"
     if new_errors([turn.observations for turn in trace.turns], result.observations):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import threading
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pact_nemo.environments.own.hosts import ToolHost
 from pact_nemo.environments.own.judge import EndpointJudge
 from pact_nemo.environments.own.mcp_tools import MCPHost
 from pact_nemo.environments.own.names import Aliases
-from pact_nemo.environments.own.session import Judge, OwnSession, Simulated, state_after
+from pact_nemo.environments.own.session import ExpectedState, Judge, OwnSession, Simulated, state_after
 from pact_nemo.environments.own.settings import FIELDS, ONE_OF_THEM, OwnConfig
 from pact_nemo.environments.own.tasks import (
     ConversationLike,
@@ -80,6 +81,11 @@ class OwnEnvironment:
         """Names of tools and arguments as the model sees them."""
         return Aliases(self.host.schemas, self._setup.python_names)
 
+    @property
+    def first_turn_only(self) -> bool:
+        """Whether an episode ends with the request's turn, so that a conversation teaches no more than that."""
+        return self.settings.user_turns == "first"
+
     def shown_call(self, call: ToolCall) -> ToolCall:
         """A call of a conversation as the model would write it."""
         return self.aliases.shown(call)
@@ -88,6 +94,12 @@ class OwnEnvironment:
         """What an episode of a task begins with, as a key: the messages, and what the row holds for the tools."""
         own = {key: value for key, value in task.data["row"].items() if key not in FIELDS or key == "info"}
         return json.dumps([task.user_turns, own], sort_keys=True, default=str)
+
+    def misspelt_keys(self, task: Task) -> dict[str, str]:
+        """Keys of a task's row that only the tools read -> the key with a meaning that they nearly are."""
+        row = task.data["row"]
+        near = {key: difflib.get_close_matches(key.lower(), FIELDS, 1, 0.75) for key in row if key not in FIELDS}
+        return {key: found[0] for key, found in near.items() if found and row.get(found[0]) is None}
 
     def tasks(self) -> list[Task]:
         """All tasks in file order; read once.
@@ -170,12 +182,13 @@ class OwnEnvironment:
         return self._session(task, later)
 
     def _session(self, task: Task, script: Sequence[Sequence[dict[str, str]]] | None) -> OwnSession:
-        expected = task.data["expected"]
-        by_state = "state" in self.host.offers and any(expected)
+        scored = "score" in self.host.offers
+        by_state = "state" in self.host.offers and any(task.data["expected"]) and not task.data["answers"]
         judge = Judge(
             self.settings,
-            "score" in self.host.offers,
-            (lambda: self._expected_state(task)) if by_state else None,
+            scored,
+            # found before this episode has tools: with all workers in use, episodes would wait for each other
+            ExpectedState(self._expected_state(task)) if by_state and not scored else None,
             self._endpoint.score if self._endpoint is not None else None,
         )
         told = task.data["row"].get("user_instructions") or ""

@@ -24,19 +24,26 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class ExpectedState:
+    """What ``state()`` gives after the expected calls; a JSON value, ``None`` too."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
 class Judge:
     """How an episode is judged.
 
     Attributes:
         settings: the section ``agent``.
         scored: the tools have a ``score()``.
-        expected_state: gives the state that the expected calls lead to; None where the state is no judge.
+        expected_state: that the expected calls lead to; None where the state is no judge.
         endpoint: scores an episode that nothing else judges; None: there is no such judge.
     """
 
     settings: OwnConfig
     scored: bool
-    expected_state: Callable[[], Any] | None
+    expected_state: ExpectedState | None
     endpoint: Callable[[Mapping[str, Any]], float] | None = None
 
 
@@ -187,13 +194,15 @@ class OwnSession:
                 return "no closing message", 0.0
             return "wrong answer", answer_score(self._judge.settings.answer, self._answer, self.task.data["answers"])
         if self._judge.expected_state is not None:
-            return "wrong state", float(values_equal(self._tools.state(), self._judge.expected_state()))
+            return "wrong state", float(values_equal(self._tools.state(), self._judge.expected_state.value))
         if self._judge.endpoint is not None:
             return "judge", self._judge.endpoint(self._episode())
         return "expected calls missing", float(self._expected_share() == 1.0)
 
     def _expected_share(self) -> float:
-        made, expected = [[call for call, _ in turn] for turn in self._calls], self.task.data["expected"]
+        made = [[call for call, _ in turn] for turn in self._calls]
+        reads = self._judge.settings.read_only  # no reference calls, so nobody waits for them here either
+        expected = [[call for call in calls if call.name not in reads] for calls in self.task.data["expected"]]
         if self.task.any_turn:
             made, expected = [sum(made, [])], [sum(map(list, expected), [])]
         return expected_share(made, expected)

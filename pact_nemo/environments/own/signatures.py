@@ -232,13 +232,13 @@ def _sorted_sets(value: Any) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """What a tool returned as the model sees it: a text as it is, everything else as JSON. What JSON doesn't know is
-    there by ``str``.
+    """What a tool returned as the model sees it: a text as it is, everything else as JSON, a set as a sorted list. What
+    JSON doesn't know is there by ``str``.
     """
     if type(value) is str:
         return value
     try:
-        found = _ANY.dump_python(value, mode="json", fallback=lambda item: _array(item, str))
+        found = _ANY.dump_python(_sorted_sets(value), mode="json", fallback=lambda item: _array(item, str))
         return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
     except (ValueError, RecursionError):
         return str(value)

@@ -142,10 +142,13 @@ class TaskReader:
         expected: list[list[ToolCall]],
         own: dict[str, Any],
     ) -> Task:
-        if not (own["answers"] or self.offers & {"score", "judge"} or any(expected)):
+        kept = [[call for call in calls if call.name not in self.settings.read_only] for calls in expected]
+        calls_tell = any(expected if "state" in self.offers else kept)
+        if not (own["answers"] or self.offers & {"score", "judge"} or calls_tell):
             raise row.complain(
                 "nothing tells right from wrong: the tools have no score(), and the row has no answer and no"
-                " expected_calls; give one of them, a conversation of this task, or agent.judge",
+                " expected_calls but those of agent.read_only; give one of them, a conversation of this task, or"
+                " agent.judge",
                 "answer",
             )
         if self.settings.simulated and not (row.text("user_instructions", "") or self.instructed):
@@ -156,7 +159,6 @@ class TaskReader:
             )
         if self.system and all(message["role"] != "system" for message in turns[0]):
             turns[0] = [{"role": "system", "content": self.system}, *turns[0]]
-        kept = [[call for call in calls if call.name not in self.settings.read_only] for calls in expected]
         shown = [tuple(self.aliases.shown(call) for call in calls) for calls in kept]
         tools = self.aliases.schemas
         if own["tools"] is not None:
