@@ -15,6 +15,8 @@ import pytest
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checking.check import Checked, check
 from pact_nemo.checking.findings import Finding, grouped, listed
+from pact_nemo.checking.plays import Script
+from pact_nemo.checking.reward_checks import _holds
 from pact_nemo.checkout import ROOT
 from pact_nemo.config.load import load_config
 from pact_nemo.environments.base import ToolCall
@@ -438,6 +440,18 @@ FAULTS: dict[str, tuple[Callable[[Data], None], str, str, list[str]]] = {
         "isolation",
         ["while another one is open", "agent.workers=1"],
     ),
+    "episodes with too few turns": (
+        words("rollout.sampling.max_turns=1"),
+        "error",
+        "length",
+        ["assistant turns, the closing one included", "rollout.sampling.max_turns=1"],
+    ),
+    "messages too short for a call": (
+        words("rollout.sampling.max_turn_tokens=4"),
+        "error",
+        "length",
+        ["calls of a message", "rollout.sampling.max_turn_tokens=4"],
+    ),
     "a task without a trace": (lambda data: data.traces.pop(), "note", "trace", ["1 of 4 tasks have no trace"]),
 }
 
@@ -504,3 +518,17 @@ def test_the_command(fault: str | None, code: int, tmp_path: Path) -> None:
     assert done.returncode == code, done.stderr
     found = json.loads(done.stdout)
     assert (found["errors"] > 0) == bool(code) and [tool["name"] for tool in found["tools"]] == ["lookup", "order"]
+
+
+def test_observations_that_are_cut_for_the_policy_alone_are_no_other_ones(tmp_path: Path, chat: ChatFormat) -> None:
+    found = run(Data(words=["tasks.max_observation_chars=5"]), tmp_path, chat)
+    texts = "\n".join(listed(found.findings))
+    assert "tasks.max_observation_chars=5" in texts and "something else" not in texts
+
+
+def test_an_expert_who_does_more_may_solve_another_ones_task() -> None:
+    """What a longer solution holds, it solves; that says nothing against the verdict."""
+    first, second = ToolCall("look", {"sku": "A"}), ToolCall("look", {"sku": "B"})
+    short = Script((((first,),),))
+    assert _holds(Script((((second,), (first,)),)), short) and not _holds(short, Script((((first,), (first,)),)))
+    assert not _holds(Script((((first,),),), closing="It costs 4."), short)

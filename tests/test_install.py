@@ -115,13 +115,13 @@ def needs(*extras: str) -> list[Requirement]:
 
 def test_the_package_metadata_agree() -> None:
     assert PROJECT["requires-python"] == ">=3.11,<3.13"
-    assert set(PROJECT["optional-dependencies"]) == {"cpu", "gpu", "wandb", "mlflow", "dev", "docs"}
+    assert set(PROJECT["optional-dependencies"]) == {"cpu", "gpu", "wandb", "mlflow", "tau2", "dev", "docs"}
 
 
 def test_the_ranges_hold_what_the_locks_pin() -> None:
     """Loggers are optional: their pins are looked at where the lock has them."""
     for lock, required, optional in (
-        ("requirements.txt", needs("cpu", "dev", "docs"), needs("wandb", "mlflow")),
+        ("requirements.txt", needs("cpu", "dev", "docs"), needs("wandb", "mlflow", "tau2")),
         ("requirements-gpu.txt", needs("gpu")[len(PROJECT["dependencies"]) :], []),
     ):
         versions = pins(lock) | {"torch": ["2.13.0"]}  # tools/install.sh puts it there first

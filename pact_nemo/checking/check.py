@@ -132,7 +132,8 @@ def _check(
     }
     plays, findings = expert_findings(environment, played, scripts, told)
     found.findings += findings
-    found.findings += drift_findings({task.id: used[task.id] for task in played if task.id in used}, plays)
+    shown = {task.id: used[task.id] for task in played if task.id in used}
+    found.findings += drift_findings(shown, plays, config.tasks.max_observation_chars)
     found.findings += nothing_findings(environment, played)
     found.findings += other_findings(environment, played, scripts, plays)
     if getattr(config.environment_config, "workers", 2) > 1:  # two episodes at a time

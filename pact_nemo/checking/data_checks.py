@@ -15,10 +15,12 @@ from pact_nemo.config.schema import Config
 from pact_nemo.data.conversations import Judged
 from pact_nemo.data.tasks import prompt_length
 from pact_nemo.environments.base import Environment, Task
+from pact_nemo.environments.sessions import shown_to_policy
 from pact_nemo.errors import DataError
+from pact_nemo.objective.components import Component
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.schema import Trace
-from pact_nemo.traces.spans import encode_trace
+from pact_nemo.traces.spans import TraceTokens, encode_trace
 from pact_nemo.traces.verification import new_error
 
 #: what a reason for leaving out a conversation means to its owner, and what to do
@@ -192,11 +194,12 @@ def _arguments(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())[:80]
 
 
-def drift_findings(used: dict[str, Expert], plays: dict[str, Play]) -> list[Finding]:
-    """Traces whose observations are others than those that their tools give now."""
+def drift_findings(used: dict[str, Expert], plays: dict[str, Play], limit: int | None = None) -> list[Finding]:
+    """Traces whose observations are others than those that their tools give now; ``limit``: characters from which the
+    tools' are cut."""
     changed = []
     for task_id, (trace, _) in used.items():
-        told = [text for turn in trace.turns for text in turn.observations]
+        told = shown_to_policy([text for turn in trace.turns for text in turn.observations], limit)
         if task_id in plays and list(plays[task_id].observations) != told:
             changed.append(task_id)
     if not changed:
@@ -220,47 +223,50 @@ def length_findings(config: Config, chat: ChatFormat, tasks: Sequence[Task], use
     observed = [
         max((len(text) for turn in trace.turns for text in turn.observations), default=0) for trace, _ in used.values()
     ]
-    sampling, limits = config.rollout.sampling, config.tasks
-    beyond: list[tuple[Level, str, list[int], int | None, str, str]] = [
-        ("warning", "prompts", prompts, limits.max_prompt_tokens, "tasks.max_prompt_tokens", "are left out"),
-        ("warning", "traces", traces, config.traces.max_tokens, "traces.max_tokens", "are cut"),
-        (
-            "error",
-            "expert solutions",
-            traces,
-            sampling.max_response_tokens,
-            "rollout.sampling.max_response_tokens",
-            "can't be finished",
-        ),
-        (
-            "error",
-            "assistant turns of a user turn, its closing one included",
-            turns,
-            sampling.max_turns_per_user_turn,
-            "rollout.sampling.max_turns_per_user_turn",
-            "can't be finished",
-        ),
-        (
-            "warning",
-            "assistant turns of a user turn, in evaluations",
-            turns,
-            config.evaluation.max_turns_per_user_turn,
-            "evaluation.max_turns_per_user_turn",
-            "can't be finished",
-        ),
-        (
-            "warning",
-            "characters of the longest observation",
-            observed,
-            limits.max_observation_chars,
-            "tasks.max_observation_chars",
-            "are cut for the policy",
-        ),
-    ]
-    for level, what, sizes, limit, setting, fate in beyond:
-        if sizes and limit is not None:
-            found.append(_share(level, what, sizes, limit, setting, fate))
+    measured = {
+        "prompts": prompts,
+        "traces": traces,
+        "calls": [_longest_call(tokens) for tokens in encoded],
+        "turns": turns,
+        "all turns": [_all_turns(trace) for trace, _ in used.values()],
+        "observed": observed,
+    }
+    for level, what, of, limit, setting, fate in _limits(config):
+        if measured[of] and limit is not None:
+            found.append(_share(level, what, measured[of], limit, setting, fate))
     return found
+
+
+def _limits(config: Config) -> list[tuple[Level, str, str, int | None, str, str]]:
+    """Of each limit: how bad it is to be beyond, what is limited, by which measure, value, setting, and what becomes of
+    it.
+    """
+    sampling, limits, stuck = config.rollout.sampling, config.tasks, "can't be finished"
+    here, everywhere = sampling.max_turns_per_user_turn, sampling.max_turns
+    told, evaluated = "assistant turns of a user turn", config.evaluation.max_turns_per_user_turn
+    prefix, closing = "rollout.sampling.", "closing one included"
+    seen, seen_key = limits.max_observation_chars, "tasks.max_observation_chars"
+    return [
+        ("warning", "prompts", "prompts", limits.max_prompt_tokens, "tasks.max_prompt_tokens", "are left out"),
+        ("warning", "traces", "traces", config.traces.max_tokens, "traces.max_tokens", "are cut"),
+        ("error", "expert solutions", "traces", sampling.max_response_tokens, f"{prefix}max_response_tokens", stuck),
+        ("error", "calls of a message", "calls", sampling.max_turn_tokens, f"{prefix}max_turn_tokens", stuck),
+        ("error", f"{told}, its {closing}", "turns", here, f"{prefix}max_turns_per_user_turn", stuck),
+        ("error", f"assistant turns, the {closing}", "all turns", everywhere, f"{prefix}max_turns", stuck),
+        ("warning", f"{told}, in evaluations", "turns", evaluated, "evaluation.max_turns_per_user_turn", stuck),
+        ("warning", "characters of the longest observation", "observed", seen, seen_key, "are cut for the policy"),
+    ]
+
+
+def _longest_call(tokens: TraceTokens) -> int:
+    """Tokens of the calls of the assistant message that has most of them."""
+    called = Counter(turn for turn, what in zip(tokens.turn, tokens.component, strict=True) if what == Component.CALL)
+    return max(called.values(), default=0)
+
+
+def _all_turns(trace: Trace) -> int:
+    """Assistant turns of all user turns, with the messages that close them."""
+    return sum(bool(turn.calls) for turn in trace.turns) + 1 + len(trace.later_user_turns)
 
 
 def _most_turns(trace: Trace) -> int:

@@ -63,12 +63,12 @@ def nothing_findings(environment: Environment, tasks: Sequence[Task]) -> list[Fi
 def other_findings(
     environment: Environment, tasks: Sequence[Task], scripts: Mapping[str, Script], plays: Mapping[str, Play]
 ) -> list[Finding]:
-    """Play another task's expert: it must not solve this one."""
+    """Play another task's expert: it must not solve this one, unless it does all that this one's does."""
     known = [task for task in tasks if task.id in plays and plays[task.id].success]
     pairs = [
         (task, other)
         for task, other in zip(known, [*known[1:], *known[:1]], strict=True)
-        if task.id != other.id and scripts[task.id] != scripts[other.id] and not _same_answer(task, other)
+        if task.id != other.id and not _holds(scripts[other.id], scripts[task.id]) and not _same_answer(task, other)
     ]
     if not pairs:
         return []
@@ -79,6 +79,16 @@ def other_findings(
 def _same_answer(task: Task, other: Task) -> bool:
     """Of questions with few answers, yes and no say, another task's answer is the right one again and again."""
     return task.reference_answer is not None and task.reference_answer == other.reference_answer
+
+
+def _holds(script: Script, other: Script) -> bool:
+    """Whether a script makes all calls of another one, and closes as it does."""
+    left = [call for turn in script.calls for calls in turn for call in calls]
+    for call in (call for turn in other.calls for calls in turn for call in calls):
+        if call not in left:
+            return False
+        left.remove(call)
+    return script.closing == other.closing
 
 
 def _wrongly_won(who: str, won: Sequence[str], of: int, meaning: str) -> list[Finding]:

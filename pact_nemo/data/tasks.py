@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import Pythonic, tool_format
@@ -97,8 +98,9 @@ def load_tasks(
             train, held_out = split(usable, held_out=config.tasks.held_out, seed=config.tasks.split_seed)
         except ConfigError as error:
             raise ConfigError(f"{error}{_quarantined(quarantine)}") from error
-    asked = {str(task.user_turns) for task in held_out}
-    unseen = [task for task in train if str(task.user_turns) not in asked]
+    beginning: Callable[[Task], str] = getattr(environment, "beginning_of", lambda task: str(task.user_turns))
+    asked = {beginning(task) for task in held_out}
+    unseen = [task for task in train if beginning(task) not in asked]
     if len(unseen) < len(train):  # the same request in another row, or in another scenario
         dropped["held_out_too"], train = len(train) - len(unseen), unseen
     if config.objective.outcome == "answer_f1":

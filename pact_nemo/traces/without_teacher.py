@@ -22,8 +22,11 @@ def expert_trace(
         style, calls_per_turn: of the annotator; a search for recorded answers writes one call a turn.
 
     Returns:
-        None where the environment has none for this task.
+        None where the environment has none for this task; or where another user answers in each episode, because
+        calls alone don't tell what was said between them.
     """
+    if task.any_turn:
+        return None
     if kind == "ground_truth":
         return ground_truth_trace(environment, task, style, calls_per_turn)
     if kind == "recorded":

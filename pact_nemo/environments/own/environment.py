@@ -92,7 +92,8 @@ class OwnEnvironment:
 
     def beginning_of(self, task: Task) -> str:
         """What an episode of a task begins with, as a key: the messages, and what the row holds for the tools."""
-        own = {key: value for key, value in task.data["row"].items() if key not in FIELDS or key == "info"}
+        told = ("info", "user_instructions")
+        own = {key: value for key, value in task.data["row"].items() if key not in FIELDS or key in told}
         return json.dumps([task.user_turns, own], sort_keys=True, default=str)
 
     def misspelt_keys(self, task: Task) -> dict[str, str]:
