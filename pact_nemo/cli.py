@@ -96,14 +96,18 @@ def _explain(config: Config) -> None:
     """``--dry-run``: check everything, print settings, plan and what the data brings."""
     from pact_nemo.planning.from_config import describe_plan
     from pact_nemo.tracking.registry import check_trackers
+    from pact_nemo.training.lengths import lengths_of
     from pact_nemo.training.preflight import check_room, look_at_data, preflight
 
     if config.model.recipe is None:  # a recipe is explained on machines that it is not for
         check_room(config)
         check_trackers(config.tracking.trackers)
-    config, notes = look_at_data(config, preflight(config))
-    print(to_yaml(config))
-    print("\n".join([describe_plan(config), "data", *(f"  {note}" for note in notes)]))
+    seen = look_at_data(config, preflight(config))
+    lengths = None
+    if seen.chat is not None and seen.dataset is not None:
+        lengths = lengths_of(seen.config, seen.chat, seen.dataset)
+    print(to_yaml(seen.config))
+    print("\n".join([describe_plan(seen.config, lengths), "data", *(f"  {note}" for note in seen.notes)]))
 
 
 def _main(

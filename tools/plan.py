@@ -8,11 +8,14 @@
         policy.sequence_parallel=true
     python tools/plan.py --recipe qwen3_4b_4xh100_bf16 --prompt-tokens 3000 --response-tokens 1500 \\
         --trace-tokens 2000 --json
+    # your own agent: lengths are measured on its tasks and traces
+    python tools/plan.py --recipe qwen3_4b_4xh100_bf16 model.path=/models/Qwen3-4B agent.tools=shop.py:Shop \\
+        tasks.path=tasks.jsonl traces.path=traces.jsonl
     # rollout servers on nodes of their own
     python tools/plan.py --recipe llama3p1_70b_64xh100_bf16 --servers 2 --server-gpus 8
 
-Lengths are means over a run's prompts; without them the limits of the config are scaled
-(``planning/from_config.py: expected_lengths``). What the numbers rest on: docs/cluster/planner.md. Exit
+Lengths are means over a run's prompts. They are measured where the config names files of tasks or traces and a
+tokenizer is at hand; elsewhere the limits of the config are scaled (``planning/from_config.py: expected_lengths``). What the numbers rest on: docs/cluster/planner.md. Exit
 codes: 0, 2 when the asked-for layout is impossible or nothing fits, 1 when it does not fit.
 """
 
@@ -34,7 +37,7 @@ checkout.enter(__file__)
 from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.config.schema import Config
-from pact_nemo.errors import ConfigError
+from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.planning.from_config import (
     describe,
     expected_lengths,
@@ -48,7 +51,10 @@ from pact_nemo.planning.hardware import GPUS, gpu, this_cpu
 from pact_nemo.planning.memory import GIB
 from pact_nemo.planning.plan import Plan, make_plan, search
 from pact_nemo.planning.shape import Layout, ModelShape
+from pact_nemo.planning.workload import Lengths
 from pact_nemo.runtime.terminal import command
+from pact_nemo.training.lengths import read_lengths
+from recipes import pact_bfcl, pact_own
 
 REPOSITORY = checkout.ROOT
 
@@ -59,7 +65,7 @@ def parse() -> argparse.Namespace:
     source.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
     source.add_argument("--config", metavar="YAML", help="a settings file, e.g. a run's config.yaml")
     source.add_argument(
-        "--model", metavar="FOLDER", help="HF folder or config.json, with the paper's settings (conf/pact_bfcl.yaml)"
+        "--model", metavar="FOLDER", help="HF folder or config.json, with the paper's settings"
     )
     parser.add_argument("--gpus", type=int, help="trainer GPUs; default: the recipe's")
     parser.add_argument("--gpu", choices=[*GPUS, "cpu"], help="default: the recipe's, or what is here")
@@ -85,7 +91,13 @@ def parse() -> argparse.Namespace:
 
 
 def resolve(arguments: argparse.Namespace) -> tuple[Config, ModelShape]:
-    full = REPOSITORY / "conf" / "pact_bfcl.yaml"
+    """The config to plan and its model. Words ``agent.*`` mean an agent of the user's own, as in recipes/pact_own.py.
+
+    Raises:
+        ConfigError: nothing says what to plan, or the settings are wrong.
+    """
+    own = any(word == "environment=own" or word.startswith(("agent.", "agent=")) for word in arguments.overrides)
+    full = REPOSITORY / (pact_own.FULL if own else pact_bfcl.FULL)
     if arguments.config:
         config = load_config(arguments.config, arguments.overrides)
     elif arguments.recipe:
@@ -94,9 +106,22 @@ def resolve(arguments: argparse.Namespace) -> tuple[Config, ModelShape]:
         folder = Path(arguments.model)
         words = [f"model.path={folder.parent if folder.name == 'config.json' else folder}", *arguments.overrides]
         config = load_config(full, words)
+    elif own:
+        config = load_config(REPOSITORY / pact_own.PRESET, arguments.overrides)
     else:
-        raise ConfigError("say what to plan: --recipe NAME, --config YAML or --model FOLDER")
+        raise ConfigError("say what to plan: --recipe NAME, --config YAML, --model FOLDER or agent.tools=FILE")
     return config, model_shape(config)
+
+
+def lengths_for(arguments: argparse.Namespace, config: Config) -> Lengths:
+    """Lengths that were said, over those that were measured or are assumed."""
+    said = {name: getattr(arguments, f"{name}_tokens") for name in ("prompt", "response", "trace", "longest")}
+    said = {name: value for name, value in said.items() if value is not None}
+    if len(said) == 4:
+        return dataclasses.replace(expected_lengths(config), **said, source="as said")
+    found = read_lengths(config, lambda text: print(text, file=sys.stderr))
+    source = f"{', '.join(said)} as said, the others {found.source}" if said else found.source
+    return dataclasses.replace(found, **said, source=source)
 
 
 def show_search(plans: list[Plan], top: int) -> None:
@@ -138,11 +163,7 @@ def main() -> int:
         if arguments.disk:
             hardware = dataclasses.replace(hardware, disk_bandwidth=arguments.disk * 1e9)
         world = arguments.gpus or planned_world(config)
-        said = {name: getattr(arguments, f"{name}_tokens") for name in ("prompt", "response", "trace", "longest")}
-        lengths = dataclasses.replace(
-            expected_lengths(config), **{name: value for name, value in said.items() if value is not None}
-        )
-        work, server = step_work(config, lengths), server_plan(config, hardware, shape)
+        work, server = step_work(config, lengths_for(arguments, config)), server_plan(config, hardware, shape)
         if arguments.server_gpus:
             server = dataclasses.replace(server, gpus=arguments.server_gpus)
         shares = not arguments.servers and config.rollout.server.url is None
@@ -157,8 +178,9 @@ def main() -> int:
         plan = make_plan(
             shape, Layout.of(config.policy, world), config.policy, hardware, work, server, shares_gpus=shares
         )
-    except ConfigError as error:
-        print(f"configuration error: {error}", file=sys.stderr)
+    except (ConfigError, DataError) as error:
+        kind = "configuration error" if isinstance(error, ConfigError) else "data error"
+        print(f"{kind}: {error}", file=sys.stderr)
         return 2
     print(
         f"{shape.parameters / 1e6:,.0f} M parameters on {world} x {hardware.name}: {plan.layout.describe()}, recompute"

@@ -60,7 +60,7 @@ def step_work(config: Config, lengths: Lengths) -> StepWork:
         prompts=trainer.batch_size,
         group=objective.group_size,
         updates=updates,
-        conditioned=conditioned,
+        conditioned=conditioned * lengths.traced,
         trace_rl=method.trace_rl,
         score_old=1.0 if trainer.score_first_update else 1.0 - 1.0 / updates,
         score_prompt_only=1.0 / updates if corrected and not trainer.score_first_update else 0.0,
@@ -145,7 +145,7 @@ def describe(plan: Plan) -> list[str]:
     lines += [f"  {name:<32}{value / GIB:8.2f} GiB" for name, value in memory.host.items() if value]
     lines.append(
         f"time of a step: mean prompt {lengths.prompt:,}, response {lengths.response:,} (longest {lengths.longest:,}),"
-        f" trace {lengths.trace:,} tokens"
+        f" trace {lengths.trace:,} tokens; {lengths.source}"
     )
     lines += [
         f"  {name:<32}{value:8.1f} s{'   <- bottleneck' if name == plan.bottleneck else ''}"
@@ -220,8 +220,8 @@ def _length(config: Config) -> str:
     )
 
 
-def describe_plan(config: Config) -> str:
-    """The plan as text."""
+def describe_plan(config: Config, lengths: Lengths | None = None) -> str:
+    """The plan as text. ``lengths``: that were measured; None: :func:`expected_lengths`."""
     shape = model_shape(config)
     policy = config.policy
     scale = recipe(config.model.recipe) if config.model.recipe is not None else None
@@ -255,5 +255,5 @@ def describe_plan(config: Config) -> str:
         )
     if scale is not None:
         lines.append(f"  hardware   {scale.nodes} node(s) x {scale.gpus_per_node} GPU(s) of {scale.gpu_gib} GB")
-    lines += describe(run_plan(config, world=world))
+    lines += describe(run_plan(config, world=world, lengths=lengths))
     return "\n".join(lines)

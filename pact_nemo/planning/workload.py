@@ -7,6 +7,7 @@ the first half only.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 
@@ -21,6 +22,8 @@ class Lengths:
         policy_share: part of the response that the policy writes and is scored on; the rest are observations.
         longest: of all responses of a step; the rollout phase ends with it.
         boundary: the turn between h* and tau.
+        traced: part of the prompts that have a trace; the others are trained on under the prompt alone.
+        source: where the lengths are from, for people.
     """
 
     prompt: int
@@ -29,11 +32,36 @@ class Lengths:
     policy_share: float = 0.6
     longest: int = 0
     boundary: int = 8
+    traced: float = 1.0
+    source: str = "assumed from the limits"
 
     @property
     def written(self) -> float:
         """Tokens of a response that the policy writes."""
         return self.response * self.policy_share
+
+
+def measured(prompts: Sequence[int], traces: Sequence[tuple[int, int]], limit: int) -> Lengths:
+    """Lengths of tasks and traces that are there. Responses are taken to be as long as the expert's: nobody knows
+    better before a run.
+
+    Args:
+        prompts: tokens of some tasks' prompts, at least one.
+        traces: (tokens, those of them that the expert wrote) of each trace that a prompt has; empty: none has one, and
+            a response is half its limit long.
+        limit: the most tokens that a response may have, and what the longest of a step is taken to have.
+    """
+    tokens = sum(length for length, _ in traces)
+    mean = tokens / len(traces) if traces else limit / 2
+    return Lengths(
+        prompt=round(sum(prompts) / len(prompts)),
+        response=max(round(min(mean, limit)), 1),
+        trace=round(mean) if traces else 0,
+        policy_share=sum(written for _, written in traces) / tokens if tokens else Lengths.policy_share,
+        longest=limit,
+        traced=min(len(traces) / len(prompts), 1.0),
+        source=f"measured on {len(prompts)} tasks and {len(traces)} traces",
+    )
 
 
 @dataclass(frozen=True)

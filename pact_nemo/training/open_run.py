@@ -27,6 +27,7 @@ from pact_nemo.tracking.registry import check_trackers, open_trackers
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.generation import Generator
+from pact_nemo.training.lengths import lengths_of
 from pact_nemo.training.preflight import chat_format, check_room, preflight
 from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.served_weights import model_path, served_path
@@ -111,7 +112,8 @@ def _begin(stack: ExitStack, run: TrainingRun, *, resumed: bool) -> None:
     """Restore what there is, open the metrics, and wait until the servers have the weights to begin with."""
     config, state = run.config, run.state
     if rank() == 0:
-        plan = run_plan(config, world=dist.get_world_size())
+        lengths = lengths_of(config, run.chat, run.dataset)
+        plan = run_plan(config, world=dist.get_world_size(), lengths=lengths)
         run.plan = plan.as_json()
         run.progress.message(plan_in_one_line(plan))
     restored = resumed and run.checkpoints.restore()

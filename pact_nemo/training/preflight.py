@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import FOLDER_NAME, convert_gguf, find_embedded_gguf
 from pact_nemo.config.schema import Config, settled
-from pact_nemo.data.dataset import build_dataset, check_server_length
+from pact_nemo.data.dataset import Dataset, build_dataset, check_server_length
 from pact_nemo.data.tasks import build_environment, check_batches, load_tasks
 from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
@@ -159,7 +160,24 @@ def chat_of(config: Config) -> ChatFormat | None:
     return None if config.model.recipe is not None else _embedded_chat_format(config)
 
 
-def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[str]]:
+@dataclass(frozen=True)
+class DataSeen:
+    """What a look at tasks and traces found.
+
+    Attributes:
+        config: with its length in steps.
+        notes: lines that say what was found.
+        chat: template and tokenizer that lengths are counted with; None where the config names none.
+        dataset: of the run; None where it was not made.
+    """
+
+    config: Config
+    notes: list[str]
+    chat: ChatFormat | None = None
+    dataset: Dataset | None = None
+
+
+def look_at_data(config: Config, chat: ChatFormat | None) -> DataSeen:
     """Read tasks and traces as a run would, for ``--dry-run``: what a run would refuse is refused here.
 
     Traces that the run finds for recorded sub-answers are not made: that takes calls by the thousand.
@@ -168,19 +186,16 @@ def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[
         chat: of the model folder; None: the embedded model's is taken. A recipe without ``model.path`` has no
             tokenizer: no data is read.
 
-    Returns:
-        The config with its length in steps, and lines that say what was found.
-
     Raises:
         ConfigError, DataError: as :func:`~pact_nemo.data.dataset.build_dataset` does.
     """
     if chat is None and config.model.recipe is not None:
-        return config, ["tasks and traces were not read: lengths need a tokenizer, model.path=FOLDER"]
+        return DataSeen(config, ["tasks and traces were not read: lengths need a tokenizer, model.path=FOLDER"])
     notes: list[str] = []
     quarantine = Quarantine(config.run.bad_rows)
     chat = chat if chat is not None else chat_of(config)
     assert chat is not None  # no recipe without a model is left
-    environment = build_environment(config, quarantine)
+    environment, dataset = build_environment(config, quarantine), None
     try:
         if environment_spec(config.environment).expert_traces != "recorded" or config.traces.path is not None:
             dataset = build_dataset(config, environment, chat, notes.append, quarantine)
@@ -200,7 +215,7 @@ def look_at_data(config: Config, chat: ChatFormat | None) -> tuple[Config, list[
             f"{len(quarantine)} bad rows would be left out ({quarantine.by_file()}), the first one:"
             f" {quarantine.rows[0].error}"
         )
-    return settled(config, len(train)), notes
+    return DataSeen(settled(config, len(train)), notes, chat, dataset)
 
 
 def _embedded_chat_format(config: Config) -> ChatFormat:
