@@ -18,6 +18,7 @@ from pact_nemo.errors import ConfigError, DataError, PactError
 from pact_nemo.report.stats import mean, paired_bootstrap
 from tests.fixtures.run_folders import make_run
 from tools.comparisons import plan as plans
+from tools.comparisons import runner
 from tools.comparisons.picture import starts_svg
 from tools.comparisons.plan import Arm, Block, Cell, Plan, cells, load_plan, run_plan, start_words
 from tools.comparisons.results import read_results, table
@@ -34,10 +35,20 @@ PLAN = Plan(
 )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_plan_that_comes_along_can_run(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [*sorted((ROOT / "conf" / "plans").glob("*.yaml")), ROOT / "examples" / "shop" / "plan.yaml"],
+    ids=lambda path: path.stem,
+)
+def test_every_plan_that_comes_along_can_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     plan = load_plan(path)
-    assert plan.name == path.stem and plan.question and plan.prediction and len([*cells(plan)]) > 1
+    assert (
+        plan.name == (path.stem if path.stem != "plan" else path.parent.name)
+        and plan.question
+        and plan.prediction
+        and len([*cells(plan)]) > 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,6 +63,12 @@ def test_every_plan_that_comes_along_can_run(path: Path) -> None:
         ("name: p\narms: {a: {}}\nbaseline: b\ngrid: [{arms: [a]}]", "baseline=b is no arm"),
         ("name: p\nstarts: {published: {}}\narms: {a: {}}\ngrid: [{arms: [a]}]", "give that start another name"),
         ("name: p\narms: {a: {}}", "at least one run"),
+        (
+            "name: p\nbenchmark: own\nset: [agent.tools=x.py]\narms: {a: {set: [traces.path=talk.jsonl]}}\n"
+            "grid: [{arms: [a]}]",
+            "a: traces.path=talk.jsonl: no such file",
+        ),
+        ("name: p\nbenchmark: own\nset: [agent.toolz=x.py]\narms: {a: {}}\ngrid: [{arms: [a]}]", "a: .*toolz"),
     ],
 )
 def test_a_wrong_plan_is_refused_before_anything_runs(text: str, says: str, tmp_path: Path) -> None:
@@ -161,3 +178,22 @@ def test_the_interval_is_over_tasks_and_seeds() -> None:
     common = {task: [value + float(shift[s]) for s, value in enumerate(values)] for task, values in theirs.items()}
     paired = paired_bootstrap({task: [value + 0.1 for value in values] for task, values in common.items()}, common)
     assert paired == pytest.approx((0.1, 0.1))  # the same seeds on both sides: what a seed does to both is no chance
+
+
+def test_a_run_of_a_comparison_reads_paths_as_the_comparison_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The words of an own agent are paths, and the comparison may be started anywhere."""
+    seen: list[str | None] = []
+    monkeypatch.setattr(runner.subprocess, "call", lambda *_, cwd=None, **__: seen.append(cwd) or 1)
+    words = ["agent.tools=shop.py:Shop", "tasks.path=tasks.jsonl"]
+    with pytest.raises(PactError, match="exit code 1"):
+        runner.run_one(config_of("sft", "own", "smollm2_135m-cpu"), 1, tmp_path / "run", words)
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("method", ["pact", "sft", "grpo", "matchtir", "luffy", "chord", "toolrl"])
+def test_an_own_agent_has_the_budget_of_pact_with_every_method(method: str) -> None:
+    config = load_config([config_of(method, "own", "smollm2_135m-cpu")], ["agent.tools=shop.py", "traces.path=x"])
+    assert config.environment == "own" and config.method == method
+    assert config.warmup.steps + (config.trainer.steps or 0) == 18

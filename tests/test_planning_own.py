@@ -66,7 +66,9 @@ def test_lengths_are_measured_on_the_users_own_files(chat: ChatFormat) -> None:
     ids=["no file", "no tokenizer"],
 )
 def test_where_nothing_can_be_counted_the_limits_are_taken_and_it_is_said(words: list[str], says: str) -> None:
-    config = load_config([ROOT / "conf" / "pact_own.yaml", recipe("qwen3_4b_4xh100_bf16")], ["agent.tools=x.py", *words])
+    config = load_config(
+        [ROOT / "conf" / "pact_own.yaml", recipe("qwen3_4b_4xh100_bf16")], ["agent.tools=x.py", *words]
+    )
     said: list[str] = []
     assert read_lengths(config, said.append) == expected_lengths(config)
     assert says in "".join(said) and bool(said) == bool(says)

@@ -11,6 +11,10 @@ table of what came out.
     # a grid with shared starting policies and a budget
     python tools/compare.py --plan conf/plans/starting_point.yaml
 
+    # an agent of your own
+    python tools/compare.py --benchmark own --methods pact grpo sft --baseline sft -- agent.tools=shop.py:Shop \\
+        tasks.path=tasks.jsonl traces.path=traces.jsonl
+
 A method is the first word of a file ``conf/<method>_<benchmark>-<preset>.yaml``. A finished run is not run again; one
 that was cut is resumed.
 """
@@ -101,8 +105,8 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
     lines += [
         "",
         (
-            f"{count} held-out tasks a run, greedy decoding, the benchmark's own checker. In brackets: 95 % interval of"
-            " the difference over"
+            f"{count} held-out tasks a run, greedy decoding, the environment's own verdict. In brackets: 95 % interval"
+            " of the difference over"
         ),
         "tasks and seeds (paired bootstrap, 10,000 draws). Seconds and tokens are means over the runs.",
         ", ".join(

@@ -15,8 +15,9 @@
     python tools/plan.py --recipe llama3p1_70b_64xh100_bf16 --servers 2 --server-gpus 8
 
 Lengths are means over a run's prompts. They are measured where the config names files of tasks or traces and a
-tokenizer is at hand; elsewhere the limits of the config are scaled (``planning/from_config.py: expected_lengths``). What the numbers rest on: docs/cluster/planner.md. Exit
-codes: 0, 2 when the asked-for layout is impossible or nothing fits, 1 when it does not fit.
+tokenizer is at hand; elsewhere the limits of the config are scaled (``planning/from_config.py: expected_lengths``).
+What the numbers rest on: docs/cluster/planner.md. Exit codes: 0, 2 when the asked-for layout is impossible or nothing
+fits, 1 when it does not fit.
 """
 
 from __future__ import annotations
@@ -64,9 +65,7 @@ def parse() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
     source.add_argument("--config", metavar="YAML", help="a settings file, e.g. a run's config.yaml")
-    source.add_argument(
-        "--model", metavar="FOLDER", help="HF folder or config.json, with the paper's settings"
-    )
+    source.add_argument("--model", metavar="FOLDER", help="HF folder or config.json, with the paper's settings")
     parser.add_argument("--gpus", type=int, help="trainer GPUs; default: the recipe's")
     parser.add_argument("--gpu", choices=[*GPUS, "cpu"], help="default: the recipe's, or what is here")
     parser.add_argument(

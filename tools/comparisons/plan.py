@@ -14,6 +14,7 @@
     grid:
       - {starts: [sft12], arms: [pact, pact_slow]}
 
+Of an agent of your own, ``benchmark: own``, and ``set`` names tools, tasks and traces: examples/shop/plan.yaml.
 ``published`` is a start that every plan has: the preset's own model as it came, with the preset's warm-up.
 """
 
@@ -31,6 +32,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config
 from pact_nemo.errors import ConfigError
 from pact_nemo.report.comparison import total_seconds
 from pact_nemo.report.data import load_run
@@ -125,10 +127,22 @@ def load_plan(path: str | Path) -> Plan:
         raise ConfigError(f"{path}: baseline={plan.baseline} is no arm; arms: {', '.join(plan.arms)}")
     for name, arm in [*plan.starts.items(), *plan.arms.items()]:
         try:
-            load_config([config_of(arm.method, plan.benchmark, plan.preset)], [*plan.set, *arm.set])
+            _check_files(load_config([config_of(arm.method, plan.benchmark, plan.preset)], [*plan.set, *arm.set]))
         except ConfigError as error:
             raise ConfigError(f"{path}: {name}: {error}") from error
     return plan
+
+
+def _check_files(config: Config) -> None:
+    """Raises ConfigError where a file of tasks or traces isn't there: an arm's turn may come hours later."""
+    files = {
+        "tasks.path": config.tasks.path,
+        "tasks.eval_path": config.tasks.eval_path,
+        "traces.path": config.traces.path,
+    }
+    for key, path in files.items():
+        if path is not None and not Path(path).exists():
+            raise ConfigError(f"{key}={path}: no such file in {Path.cwd()}; give its path from there, or the whole one")
 
 
 def cells(plan: Plan) -> Iterator[Cell]:

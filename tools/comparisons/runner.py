@@ -69,7 +69,8 @@ def run_one(config: Path, seed: int, root: Path, overrides: Sequence[str]) -> Pa
     root.mkdir(parents=True, exist_ok=True)
     log = root / "log.txt"
     with open(log, "a", encoding="utf-8") as out:
-        code = subprocess.call([sys.executable, recipe, *words], stdout=out, stderr=subprocess.STDOUT, cwd=REPOSITORY)
+        # in this folder: a path in the words means what it means here
+        code = subprocess.call([sys.executable, recipe, *words], stdout=out, stderr=subprocess.STDOUT)
     done = finished(root)
     if code != 0 or done is None:
         end = "\n".join(log.read_text(encoding="utf-8").split("\n")[-8:])
