@@ -14,11 +14,10 @@ from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.config.schema import Config, to_yaml
 from pact_nemo.errors import ConfigError, Interrupted, PactError
-from pact_nemo.runtime import machine
+from pact_nemo.runtime import machine, orphans, ranks
+from pact_nemo.runtime.interrupt import EXIT_CODE as INTERRUPTED
 from pact_nemo.runtime.terminal import command, expendable_output
 from pact_nemo.tracking.run_folder import check_places, check_replay
-
-INTERRUPTED = 75  # EX_TEMPFAIL: try again later
 
 
 def resolve(arguments: argparse.Namespace, preset: str | None, full: str) -> Config:
@@ -55,8 +54,9 @@ def main(
     default_recipe: str | None = None,
 ) -> None:
     """Parse, resolve, and run or explain. Exit codes: 0 done, 2 the configuration is wrong, 75 stopped by a signal and
-    resumable, 1 anything else.
+    resumable, 76 a rank hung, 128 and more a rank was killed, 1 anything else.
 
+    Where a run needs several ranks and nobody has started them, they are started here (:mod:`pact_nemo.launcher`).
     A standard output that gets lost or full ends no run (:mod:`pact_nemo.runtime.terminal`)."""
     try:
         command(lambda: _main(run, preset, full, description, default_recipe))
@@ -110,6 +110,29 @@ def _explain(config: Config) -> None:
     print("\n".join([describe_plan(seen.config, lengths), "data", *(f"  {note}" for note in seen.notes)]))
 
 
+def _launched(config: Config, resume: str | None) -> int | None:
+    """Exit code of the ranks that this machine was started with here; None where this process is to run the job: it is
+    a rank already, or the only one.
+    """
+    if ranks.started_by() is not None:
+        if (parent := os.environ.pop(ranks.LAUNCHER_ENV, None)) is not None:
+            orphans.stop_without(int(parent))
+        return None
+    from pact_nemo import launcher
+    from pact_nemo.runtime.gpus import visible_gpus
+
+    gpus = visible_gpus()
+    world = launcher.ranks_here(config, gpus, sys.argv)
+    for line in launcher.report(config, gpus, world):
+        print(line, flush=True)
+    if world == 1:
+        return None
+    ending = launcher.launch(config, resume, world)
+    if text := ending.message():
+        print(text, file=sys.stderr)
+    return ending.code
+
+
 def _main(
     run: Callable[[Config, str | None], None],
     preset: str | None,
@@ -131,6 +154,8 @@ def _main(
             _explain(config)
             return 0
         with expendable_output():
+            if (ending := _launched(config, arguments.resume)) is not None:
+                return ending
             run(config, arguments.resume)
         return 0
     except ConfigError as error:

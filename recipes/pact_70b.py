@@ -5,7 +5,7 @@ with 8 GPUs.
     sbatch slurm/pact_70b.sh model.path=/models/Llama-3.1-70B-Instruct
     python recipes/pact_70b.py --dry-run                     # settings, layout and memory per GPU; starts nothing
     python recipes/pact_70b.py --recipe qwen3_32b_16xh100_bf16 --dry-run
-    torchrun --nproc-per-node=8 recipes/pact_70b.py --recipe qwen3_14b_8xh100_bf16 model.path=/models/Qwen3-14B
+    python recipes/pact_70b.py --recipe qwen3_14b_8xh100_bf16 model.path=/models/Qwen3-14B    # its 8 ranks, here
 
 Every setting is in docs/reference/settings.md.
 """

@@ -3,10 +3,10 @@
 
     python recipes/pact_bfcl.py                              # the embedded small model: runs anywhere
     python recipes/pact_bfcl.py trainer.steps=50 objective.anchor_prob=0.2 policy.micro_batch_tokens=2048
-    python recipes/pact_bfcl.py --recipe qwen3_4b_4xh100_bf16 model.path=/models/Qwen3-4B
+    python recipes/pact_bfcl.py --recipe qwen3_4b_4xh100_bf16 model.path=/models/Qwen3-4B    # its 4 ranks, here
     python recipes/pact_bfcl.py --dry-run                    # checks model, tasks and traces, prints config and plan
     python recipes/pact_bfcl.py --resume runs/latest
-    torchrun --nproc-per-node=2 recipes/pact_bfcl.py policy.pipeline_parallel=2
+    python recipes/pact_bfcl.py policy.pipeline_parallel=2   # two ranks; under torchrun or srun theirs
 
 Every setting is in docs/reference/settings.md.
 """

@@ -5,8 +5,7 @@ sub-answers or a file.
     python recipes/pact_ftrl.py tasks.path=/data/ftrl_train.parquet          # the embedded small model: runs anywhere
     python recipes/pact_ftrl.py tasks.path=/data/ftrl_train.parquet traces.path=traces.jsonl trainer.steps=50
     python recipes/pact_ftrl.py tasks.path=/data/ftrl_train.parquet --dry-run
-    torchrun --nproc-per-node=4 recipes/pact_ftrl.py --recipe qwen3_4b_4xh100_bf16 \\
-        model.path=/models/Qwen3-4B tasks.path=...
+    python recipes/pact_ftrl.py --recipe qwen3_4b_4xh100_bf16 model.path=/models/Qwen3-4B tasks.path=...
     python recipes/pact_ftrl.py --resume runs/latest
 
 Every setting is in docs/reference/settings.md.

@@ -5,8 +5,7 @@ sub-answers or a file.
     python recipes/pact_toolhop.py tasks.path=/data/ToolHop.json          # the embedded small model: runs anywhere
     python recipes/pact_toolhop.py tasks.path=/data/ToolHop.json traces.path=traces.jsonl trainer.steps=50
     python recipes/pact_toolhop.py tasks.path=/data/ToolHop.json --dry-run
-    torchrun --nproc-per-node=4 recipes/pact_toolhop.py --recipe qwen3_4b_4xh100_bf16 \\
-        model.path=/models/Qwen3-4B tasks.path=...
+    python recipes/pact_toolhop.py --recipe qwen3_4b_4xh100_bf16 model.path=/models/Qwen3-4B tasks.path=...
     python recipes/pact_toolhop.py --resume runs/latest
 
 Every setting is in docs/reference/settings.md.

@@ -101,6 +101,8 @@ def _run(config: Config) -> None:
     if config.model.earlier_thoughts is not None:
         _one_of("model.earlier_thoughts", config.model.earlier_thoughts, EARLIER_THOUGHTS)
     _one_of("run.bad_rows", config.run.bad_rows, POLICIES)
+    ranks = config.run.ranks
+    _require(ranks is None or ranks >= 1, f"run.ranks={ranks}: must be >= 1, or null for what the layout needs")
 
 
 def _rollout(config: Config) -> None:

@@ -24,6 +24,9 @@ class RunConfig:
     label: str | None = None  #: the method's name in folder names and comparisons; None = method
     root: str = "runs"  #: run folders are made below it; ``<root>/latest`` points to the newest
     seed: int = 1234  #: every random choice derives from it: split, prompt order, gate, sampling, initialisation
+    #: trainer processes that a plain ``python`` starts on this machine; null = the recipe's, or what the layout needs;
+    #: torchrun and srun say it themselves
+    ranks: int | None = None
     cache_dir: str = ".cache/pact_nemo"  #: converted models; safe to delete
     #: a task or trace row that can't be used: "quarantine": kept in quarantine.jsonl, counted; "strict": stops the run
     bad_rows: str = "quarantine"

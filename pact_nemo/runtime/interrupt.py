@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from pact_nemo.errors import Interrupted
 
+EXIT_CODE = 75  #: of a run that was asked to stop and has a checkpoint: EX_TEMPFAIL, try again later
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
 import time
 
@@ -24,3 +25,16 @@ def leave_with(parent: int, remove: str | None = None) -> None:
         os._exit(0)
 
     threading.Thread(target=watch, name="leave-with-parent", daemon=True).start()
+
+
+def stop_without(parent: int) -> None:
+    """Ask this process to stop, as a scheduler would (SIGTERM), once ``parent`` is no longer its parent; watched by a
+    daemon thread.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="stop-without-parent", daemon=True).start()

@@ -26,6 +26,9 @@ _TRAINER_ONLY = (
     "MASTER_ADDR",
     "MASTER_PORT",
     "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_USE_AGENT_STORE",  # vLLM's own ranks would wait for a meeting point that nobody opens
+    "PACT_LAUNCHER",
+    "PACT_RANK_LOGS",
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "GOMP_CPU_AFFINITY",

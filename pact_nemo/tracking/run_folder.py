@@ -19,6 +19,7 @@ from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.runtime import machine
 from pact_nemo.runtime.files import temporary_beside, write_text_atomic
 from pact_nemo.runtime.plugins import short_name
+from pact_nemo.runtime.ranks import LOGS_ENV
 
 
 class Workspace:
@@ -77,6 +78,17 @@ class Workspace:
                 f"{self.folder} is in use by another process; wait for it or start a new run"
             ) from error
         self._lock = handle
+
+    def take_logs(self) -> None:
+        """Move the logs of this job's ranks, where a launcher keeps them (:mod:`pact_nemo.runtime.ranks`), into
+        ``logs/N`` of the folder. Their files stay open.
+        """
+        if (logs := os.environ.pop(LOGS_ENV, None)) is None:
+            return
+        place = self.folder / "logs"
+        place.mkdir(exist_ok=True)
+        number = max((int(path.name) for path in place.iterdir() if path.name.isdigit()), default=0) + 1
+        os.rename(logs, place / str(number))
 
     def step_rollouts(self, step: int) -> Path:
         return self.rollouts / f"step_{step:06d}.jsonl"

@@ -48,18 +48,14 @@ def make_stage(folder: Path) -> dict[str, Any]:
 
 
 def recipe(stage: dict[str, Any], name: str, *words: str, ranks: int = 1, resume: Path | None = None) -> Path:
-    """Run the recipe as a user does; returns its run folder."""
-    launcher = (
-        [sys.executable]
-        if ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    )
+    """Run the recipe as a user does, with ``ranks`` processes; returns its run folder."""
     source = (
         ["--config", stage["preset"], *stage["words"], f"run.name={name}"]
         if resume is None
         else ["--resume", str(resume)]
     )
-    command = [*launcher, str(REPO / "recipes" / "pact_bfcl.py"), *source, *words]
+    several = [f"run.ranks={ranks}"] if ranks > 1 else []
+    command = [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), *source, *several, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=REPO, env=environment)
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
