@@ -40,6 +40,7 @@ from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.config.schema import Config
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.planning.from_config import (
+    ENGINES,
     describe,
     expected_lengths,
     hardware_of,
@@ -82,6 +83,12 @@ def parse() -> argparse.Namespace:
         "--servers", type=int, default=0, help="rollout servers on GPUs of their own; 0: one, on trainer GPUs"
     )
     parser.add_argument("--server-gpus", type=int, help="GPUs that a server is split over")
+    parser.add_argument(
+        "--engines",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="one rollout server, or engines on all trainer GPUs, in turn with the trainer; default: %(default)s",
+    )
     parser.add_argument("--search", action="store_true", help="layouts that fit, the fastest step first")
     parser.add_argument("--top", type=int, default=10, help="how many of them")
     parser.add_argument("--json", action="store_true", help="one JSON object last")
@@ -162,9 +169,16 @@ def main() -> int:
         if arguments.disk:
             hardware = dataclasses.replace(hardware, disk_bandwidth=arguments.disk * 1e9)
         world = arguments.gpus or planned_world(config)
-        work, server = step_work(config, lengths_for(arguments, config)), server_plan(config, hardware, shape)
         if arguments.server_gpus:
-            server = dataclasses.replace(server, gpus=arguments.server_gpus)
+            size = arguments.server_gpus
+            config = dataclasses.replace(
+                config,
+                rollout=dataclasses.replace(
+                    config.rollout, server=dataclasses.replace(config.rollout.server, tensor_parallel_size=size)
+                ),
+            )
+        work = step_work(config, lengths_for(arguments, config))
+        server = server_plan(config, hardware, shape, engines=arguments.engines, world=world)
         shares = not arguments.servers and config.rollout.server.url is None
         if arguments.servers:
             server = dataclasses.replace(server, servers=arguments.servers, share=0.9)

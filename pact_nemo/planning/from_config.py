@@ -10,16 +10,19 @@ from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG
 from pact_nemo.config.recipes import recipe
 from pact_nemo.config.schema import Config
 from pact_nemo.environments.registry import environment_spec
+from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import make_method
+from pact_nemo.planning.generation import ServerPlan, engines_on_every_node
 from pact_nemo.planning.hardware import Hardware, gpu, this_cpu
 from pact_nemo.planning.memory import GIB
 from pact_nemo.planning.plan import Plan, make_plan
 from pact_nemo.planning.shape import Layout, ModelShape
-from pact_nemo.planning.timing import ServerPlan
 from pact_nemo.planning.workload import Lengths, StepWork
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.training.limits import evaluation_limits
 
+#: one server for the job, on trainer GPUs or apart; or engines on all trainer GPUs, in turn with the trainer
+ENGINES = ("one", "all")
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -73,9 +76,18 @@ def step_work(config: Config, lengths: Lengths) -> StepWork:
     )
 
 
-def server_plan(config: Config, hardware: Hardware, shape: ModelShape) -> ServerPlan:
-    """Of the rollout side: one server, or those of ``rollout.server.url``. On a CPU it takes its weights and the cache
-    that it was given.
+def server_plan(
+    config: Config, hardware: Hardware, shape: ModelShape, *, engines: str = ENGINES[0], world: int | None = None
+) -> ServerPlan:
+    """Of the rollout side: one server, those of ``rollout.server.url``, or an engine on each of a node's GPU groups. On
+    a CPU a server takes its weights and the cache that it was given.
+
+    Args:
+        engines: one of ``ENGINES``.
+        world: trainer ranks; None: :func:`planned_world`.
+
+    Raises:
+        ConfigError: the model or a node can't be divided into such engines.
     """
     server = config.rollout.server
     count, width, share = (
@@ -85,7 +97,17 @@ def server_plan(config: Config, hardware: Hardware, shape: ModelShape) -> Server
     )
     if not hardware.cuda:
         share = (width * shape.parameters + (server.cpu_kv_cache_gib or 0) * GIB) / hardware.memory
-    return ServerPlan(count, server.tensor_parallel_size, server.max_num_seqs, share, width)
+    plan = ServerPlan(
+        count, server.tensor_parallel_size, server.max_num_seqs, share, width, config.rollout.sampling.concurrency
+    )
+    if engines != ENGINES[1]:
+        return plan
+    if server.url is not None or not hardware.cuda:
+        raise ConfigError("engines on all GPUs are started by the job itself, on GPUs; unset rollout.server.url")
+    per_node = hardware.gpus_per_node
+    if config.model.recipe is not None:
+        per_node = min(per_node, recipe(config.model.recipe).gpus_per_node)
+    return engines_on_every_node(shape, world if world is not None else planned_world(config), per_node, plan)
 
 
 def hardware_of(config: Config) -> Hardware:
@@ -138,7 +160,13 @@ def describe(plan: Plan) -> list[str]:
     lines += [f"  {name:<32}{value / GIB:8.2f} GiB" for name, value in memory.parts.items()]
     lines.append(f"  {'sum':<32}{memory.trainer / GIB:8.2f} GiB, for a micro-batch of {memory.row_tokens:,.0f} tokens")
     if memory.server:
-        lines.append(f"  {'rollout server beside it':<32}{memory.server / GIB:8.2f} GiB")
+        beside = "engine asleep beside it" if plan.server.time_sharing else "rollout server beside it"
+        lines.append(f"  {beside:<32}{memory.server / GIB:8.2f} GiB")
+    if plan.server.time_sharing:
+        lines.append(
+            f"  in its turn an engine has {plan.server.share:.2f} of a GPU; {plan.server.servers} engines over"
+            f" {plan.server.gpus} GPU(s) each"
+        )
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines.append(f"  {verdict}: {memory.total / GIB:.1f} of {plan.usable / GIB:.1f} usable GiB")
     lines.append("host memory per process")

@@ -58,6 +58,11 @@ def state_bytes(parameters: RankParameters, layout: Layout, policy: PolicyConfig
     )
 
 
+def communicators(layout: Layout) -> int:
+    """NCCL communicators of a rank with others."""
+    return sum(size > 1 for size in (layout.tensor, layout.pipeline, layout.context, layout.data, layout.expert))
+
+
 def communication_bytes(
     shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, *, cuda: bool, flying: float
 ) -> float:
@@ -70,8 +75,7 @@ def communication_bytes(
     gathered = tokens * shape.hidden * numbers.width if layout.sequence_parallel else 0.0
     boundary = tokens * shape.hidden / layout.hidden_split * numbers.width
     sent = (2 + (0 if cuda else flying)) * boundary if layout.pipeline > 1 else 0.0
-    groups = [layout.tensor, layout.pipeline, layout.context, layout.data, layout.expert]
-    return gathered + sent + (NCCL_COMMUNICATOR * sum(size > 1 for size in groups) if cuda else 0.0)
+    return gathered + sent + (NCCL_COMMUNICATOR * communicators(layout) if cuda else 0.0)
 
 
 @dataclass(frozen=True)

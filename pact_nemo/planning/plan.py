@@ -5,21 +5,19 @@ layout.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from pact_nemo.errors import ConfigError
+from pact_nemo.planning.compute import model_operations
+from pact_nemo.planning.generation import OUTSIDE_SHARE, ServerPlan, server_problems
 from pact_nemo.planning.hardware import Hardware
 from pact_nemo.planning.memory import GIB, USABLE, MemoryPlan, memory_plan
 from pact_nemo.planning.shape import Layout, ModelShape
-from pact_nemo.planning.timing import (
-    ServerPlan,
-    checkpoint_seconds,
-    export_bytes,
-    model_operations,
-    phases,
-    refit_seconds,
-)
+from pact_nemo.planning.sharing import awake_share
+from pact_nemo.planning.timing import checkpoint_seconds, export_bytes, phases, refit_seconds
 from pact_nemo.planning.workload import StepWork
 from pact_nemo.policy.config import PolicyConfig
 
@@ -84,6 +82,7 @@ class Plan:
             "usable_gib": self.usable / GIB,
             "seconds": dict(self.phases),
             "refit_seconds": dict(self.refit),
+            "engines": {"count": self.server.servers, "gpus": self.server.gpus, "share": self.server.share},
             "export_gib": export_bytes(self.shape, self.server.width) / GIB,
             "step_seconds": self.step,
             "checkpoint_seconds": self.checkpoint,
@@ -107,14 +106,18 @@ def make_plan(
     Raises:
         ConfigError: the model can't be cut this way.
     """
-    if found := layout.problems(shape):
+    if found := layout.problems(shape) + server_problems(shape, server.gpus):
         raise ConfigError("; ".join(found))
     policy = dataclasses.replace(
         policy,
         precision=policy.resolved_precision(cuda=hardware.cuda),
         fp8=policy.fp8 if hardware.fp8 else None,
     )
-    beside = server.share * hardware.memory if shares_gpus else 0.0
+    if server.time_sharing:  # it has all of a GPU in its turn, and what it can't give back otherwise
+        server = dataclasses.replace(server, share=awake_share(layout, hardware))
+    beside = 0.0
+    if shares_gpus:
+        beside = (0.0 if server.time_sharing else server.share * hardware.memory) + OUTSIDE_SHARE * hardware.cuda
     return Plan(
         shape,
         layout,
@@ -134,6 +137,29 @@ def _divisors(number: int) -> list[int]:
     return [value for value in range(1, number + 1) if number % value == 0]
 
 
+def _policies(shape: ModelShape, world: int, policy: PolicyConfig, hardware: Hardware) -> Iterator[PolicyConfig]:
+    """Every layout of ``world`` ranks that the launcher takes, with the settings of ``policy`` otherwise."""
+    tensors, pipelines = _divisors(min(world, hardware.gpus_per_node)), _divisors(world)
+    experts = _divisors(shape.experts) if shape.experts else [1]
+    for tensor, pipeline, context, virtual, expert in product(tensors, pipelines, (1, 2, 4, 8), (1, 2, 4), experts):
+        settings = dataclasses.replace(
+            policy,
+            tensor_parallel=tensor,
+            pipeline_parallel=pipeline,
+            context_parallel=context,
+            expert_parallel=expert,
+            virtual_pipeline=virtual if virtual > 1 else None,
+            sequence_parallel=tensor > 1,
+        )
+        if Layout.of(settings, world).problems(shape):
+            continue
+        try:
+            settings.validate_values()
+        except ConfigError:  # e.g. Transformer Engine's attention under context parallelism
+            continue
+        yield settings
+
+
 def search(
     shape: ModelShape,
     world: int,
@@ -147,38 +173,27 @@ def search(
     """Every layout of ``world`` ranks that fits, fastest step first; of each layout the least recompute that fits.
 
     TP stays within a node, CP is tried up to 8; every update must give each data-parallel rank at least one prompt.
-    Interleaved stages are tried with two and four chunks.
+    Interleaved stages are tried with two and four chunks. What the launcher would refuse is not among them.
 
     Raises:
-        ConfigError: nothing fits; the message says what comes closest.
+        ConfigError: nothing fits, and the message says what comes closest; or the server can't be split this way.
     """
+    if refused := server_problems(shape, server.gpus):
+        raise ConfigError("; ".join(refused))
     found: list[Plan] = []
     closest: Plan | None = None
-    for tensor in _divisors(min(world, hardware.gpus_per_node)):
-        for pipeline in _divisors(world):
-            for context in (1, 2, 4, 8):
-                for virtual in (1, 2, 4) if pipeline > 1 else (1,):
-                    for expert in _divisors(shape.experts) if shape.experts else [1]:
-                        layout = Layout(world, tensor, pipeline, context, expert, virtual, sequence_parallel=tensor > 1)
-                        if layout.problems(shape) or work.prompts / work.updates < layout.data:
-                            continue
-                        for recompute in ("none", "selective", "full"):
-                            settings = dataclasses.replace(
-                                policy,
-                                tensor_parallel=tensor,
-                                pipeline_parallel=pipeline,
-                                context_parallel=context,
-                                expert_parallel=expert,
-                                virtual_pipeline=virtual if virtual > 1 else None,
-                                sequence_parallel=tensor > 1,
-                                recompute=recompute,
-                            )
-                            plan = make_plan(shape, layout, settings, hardware, work, server, shares_gpus=shares_gpus)
-                            if closest is None or plan.memory.total < closest.memory.total:
-                                closest = plan
-                            if plan.fits:
-                                found.append(plan)
-                                break
+    for settings in _policies(shape, world, policy, hardware):
+        layout = Layout.of(settings, world)
+        if work.prompts / work.updates < layout.data:
+            continue
+        for recompute in ("none", "selective", "full"):
+            chosen = dataclasses.replace(settings, recompute=recompute)
+            plan = make_plan(shape, layout, chosen, hardware, work, server, shares_gpus=shares_gpus)
+            if closest is None or plan.memory.total < closest.memory.total:
+                closest = plan
+            if plan.fits:
+                found.append(plan)
+                break
     if not found:
         if closest is None:
             raise ConfigError(

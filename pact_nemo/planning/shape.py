@@ -32,6 +32,8 @@ class ModelShape:
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate: int = 0
+    window: int = 0  #: positions that a token sees in the layers with a sliding window
+    window_layers: int = 0
 
     @classmethod
     def of(cls, architecture: Architecture) -> ModelShape:
@@ -52,6 +54,8 @@ class ModelShape:
             experts=architecture.experts,
             experts_per_token=architecture.experts_per_token,
             expert_intermediate=architecture.expert_intermediate,
+            window=architecture.window or 0,
+            window_layers=sum(window is not None for window in architecture.windows),
         )
 
     @classmethod
@@ -92,9 +96,12 @@ class ModelShape:
             self.layer_parameters + 3 * self.hidden * self.expert_intermediate * self.experts_per_token
         )
 
-    def kv_bytes(self, width: int) -> int:
-        """Keys and values of one token in all layers, at ``width`` bytes a number."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * width
+    def cached_bytes(self, tokens: float, width: int) -> float:
+        """Keys and values of one sequence of ``tokens`` in all layers, at ``width`` bytes a number. Layers with a
+        sliding window keep no more than that.
+        """
+        kept = (self.layers - self.window_layers) * tokens + self.window_layers * min(tokens, float(self.window))
+        return 2.0 * kept * self.kv_heads * self.head_dim * width
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class Row:
         pairs: query-key pairs that attention looks at.
         joined_keys: keys that kernel calls copy together because they lie in more than one piece.
         masks: elements of the different masks that the CPU keeps.
+        calls: attention calls of a layer.
     """
 
     tokens: float = 0.0
@@ -81,6 +82,7 @@ class Row:
     pairs: float = 0.0
     joined_keys: float = 0.0
     masks: float = 0.0
+    calls: float = 0.0
 
     def __add__(self, other: Row) -> Row:
         return Row(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -124,18 +126,17 @@ def tree(
             extra = (
                 lengths.trace / count if index == len(ends) - 1 and conditioned and len(branches) > len(ends) else 0.0
             )
-            total += Row(before + own, scored + extra, causal_pairs(before + own, before + own)) * count
+            total += Row(before + own, scored + extra, causal_pairs(before + own, before + own), calls=1) * count
         return total
     if (
         len(branches) == 1 and branches[0][3] == 1
     ):  # an only child continues its parent's run: one kernel call, one piece
         before, own, scored, _ = branches[0]
-        return Row(before + own, scored, causal_pairs(before + own, before + own))
-    total = Row(prompt, 0.0, causal_pairs(prompt, prompt))
+        return Row(before + own, scored, causal_pairs(before + own, before + own), calls=1)
+    total = Row(prompt, 0.0, causal_pairs(prompt, prompt), calls=1)
     for before, own, scored, count in branches:
-        total += Row(own, scored, causal_pairs(own, before + own), before + own) * count + Row(
-            masks=own * (before + own)
-        )
+        branch = Row(own, scored, causal_pairs(own, before + own), joined_keys=before + own, calls=1)
+        total += branch * count + Row(masks=own * (before + own))
     return total
 
 

@@ -19,7 +19,8 @@ from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning import disk
 from pact_nemo.planning.from_config import model_shape
-from pact_nemo.planning.shape import Layout, ModelShape
+from pact_nemo.planning.generation import server_problems
+from pact_nemo.planning.shape import Layout
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.model_folder import check_model_folder, check_values
@@ -77,7 +78,7 @@ def check_layout(config: Config, world: int | None) -> None:
     enough = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel * policy.expert_parallel
     found = Layout.of(policy, enough).problems(shape)
     if server.url is None:
-        found += _server_problems(shape, server.tensor_parallel_size)
+        found += server_problems(shape, server.tensor_parallel_size)
     fp8 = policy.resolved_fp8(capability=devices.compute_capability(), has_te=devices.has_transformer_engine())
     if fp8 is not None and 2 * policy.fp8_bf16_layers >= shape.layers:
         found.append(
@@ -124,19 +125,6 @@ def check_room(config: Config) -> None:
                 f" {free / gib:.1f} GiB are free; make room, lower trainer.keep_checkpoints or rollout.keep_exports, or"
                 " set run.root or rollout.exports_dir to another disk"
             )
-
-
-def _server_problems(shape: ModelShape, ranks: int) -> list[str]:
-    """Why vLLM can't split this model. It repeats key and value heads where there are fewer than ranks."""
-    key = f"rollout.server.tensor_parallel_size={ranks}"
-    found = (
-        []
-        if shape.heads % ranks == 0
-        else [f"{shape.heads} attention heads can't be split over {key} (it has to divide num_attention_heads)"]
-    )
-    if shape.kv_heads % ranks and ranks % shape.kv_heads:
-        found.append(f"{shape.kv_heads} key/value heads can't be split over {key} (one has to divide the other)")
-    return found
 
 
 def chat_format(config: Config, source: Path) -> ChatFormat:

@@ -75,8 +75,8 @@ def families(settings: Settings) -> dict[str, Any]:
 
 def step(settings: Settings) -> dict[str, Any]:
     """A PACT step of the recipe's model: seconds, tokens, FLOP/s and peak memory beside the plan, tree and separate."""
+    from pact_nemo.planning.compute import model_operations
     from pact_nemo.planning.from_config import run_plan
-    from pact_nemo.planning.timing import model_operations
     from tools.benches.kit import stand_in, still_policy, timed_step
 
     config = step_config(settings)

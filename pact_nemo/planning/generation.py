@@ -1,0 +1,141 @@
+"""Seconds of a step's rollouts, and what a rollout server takes of a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pact_nemo.errors import ConfigError
+from pact_nemo.planning.hardware import Hardware
+from pact_nemo.planning.shape import ModelShape
+from pact_nemo.planning.workload import StepWork
+
+GIB = 1024**3
+BATCHED_TOKENS = 8192  # of one engine step, vLLM's default on a large GPU
+#: of a vLLM worker beside the share that it is given: CUDA context and captured graphs, which it leaves out (assumed)
+OUTSIDE_SHARE = 2.0 * GIB
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """The rollout side.
+
+    Attributes:
+        servers: how many engines.
+        gpus: that each is split over.
+        sequences: that one decodes together at most.
+        share: of each GPU's memory that it gets.
+        width: bytes of a weight there.
+        concurrency: episodes that are open at once over all engines; None = as many as they take.
+        time_sharing: the engines are on all trainer GPUs and sleep while the policy is scored and updated; the
+            trainer's state leaves the GPU while they generate.
+    """
+
+    servers: int
+    gpus: int
+    sequences: int
+    share: float = 0.9
+    width: int = 2
+    concurrency: int | None = None
+    time_sharing: bool = False
+
+
+def server_problems(shape: ModelShape, ranks: int) -> list[str]:
+    """Why vLLM can't split this model over ``ranks`` GPUs. It repeats key and value heads where there are fewer than
+    ranks.
+    """
+    key = f"rollout.server.tensor_parallel_size={ranks}"
+    found = (
+        []
+        if shape.heads % ranks == 0
+        else [f"{shape.heads} attention heads can't be split over {key} (it has to divide num_attention_heads)"]
+    )
+    if shape.kv_heads % ranks and ranks % shape.kv_heads:
+        found.append(f"{shape.kv_heads} key/value heads can't be split over {key} (one has to divide the other)")
+    return found
+
+
+def engines_on_every_node(shape: ModelShape, world: int, gpus_per_node: int, server: ServerPlan) -> ServerPlan:
+    """As many engines of ``server``'s size as the job's nodes hold, in turn with the trainer.
+
+    Raises:
+        ConfigError: a node can't be divided into engines of this size.
+    """
+    node = min(world, gpus_per_node)
+    if world % node or node % server.gpus:
+        raise ConfigError(
+            f"engines of rollout.server.tensor_parallel_size={server.gpus} GPUs don't divide the {node} GPUs of a node;"
+            f" take a divisor of {node}"
+        )
+    if found := server_problems(shape, server.gpus):
+        raise ConfigError("; ".join(found))
+    return ServerPlan(world // server.gpus, server.gpus, server.sequences, server.share, server.width, None, True)
+
+
+def working_bytes(shape: ModelShape, server: ServerPlan) -> float:
+    """Of one of an engine's GPUs beside weights and cache: the largest engine step and the sampler's float32 logits."""
+    width = max(shape.intermediate, shape.experts_per_token * shape.expert_intermediate) / server.gpus
+    step = BATCHED_TOKENS * server.width * (3.0 * shape.hidden + 3.0 * width)
+    return step + 3.0 * 4.0 * server.sequences * shape.vocab
+
+
+def cache_room(shape: ModelShape, hardware: Hardware, server: ServerPlan) -> float:
+    """Bytes of one of an engine's GPUs that are left for keys and values.
+
+    Raises:
+        ConfigError: the weights alone leave none.
+    """
+    taken = server.width * shape.parameters / server.gpus
+    if hardware.cuda:
+        taken += working_bytes(shape, server)
+    room = hardware.memory * server.share - taken
+    if hardware.cuda and room <= 0:
+        raise ConfigError(
+            f"rollout.server.gpu_memory_utilization={server.share:.2f} of a {hardware.name} is"
+            f" {hardware.memory * server.share / GIB:.1f} GiB; weights and one engine step over {server.gpus} GPU(s)"
+            f" take {taken / GIB:.1f} GiB and leave no cache"
+        )
+    return max(room, 0.05 * hardware.memory)
+
+
+def sequences_together(shape: ModelShape, hardware: Hardware, server: ServerPlan, work: StepWork) -> float:
+    """Mean number of episodes that an engine decodes at once, while there are enough of them."""
+    episodes = work.episodes / server.servers
+    cache = shape.cached_bytes(work.lengths.prompt + work.lengths.response, server.width) / server.gpus
+    open_ = episodes if server.concurrency is None else min(episodes, server.concurrency / server.servers)
+    return max(1.0, min(float(server.sequences), open_, cache_room(shape, hardware, server) / cache))
+
+
+def rollout_seconds(shape: ModelShape, hardware: Hardware, server: ServerPlan, work: StepWork) -> float:
+    """Decoding until the longest response is done, prefill included; episodes that don't fit together wait for their
+    turn.
+
+    A decoding step reads the weights once and every sequence's cache, and costs a fixed overhead; on a machine without
+    much compute per byte the matrix products take longer than the reading, and the larger of the two counts.
+
+    Raises:
+        ConfigError: the server's share of a GPU holds no cache.
+    """
+    lengths = work.lengths
+    episodes = work.episodes / server.servers
+    cache = shape.cached_bytes(lengths.prompt + lengths.response / 2, server.width) / server.gpus
+    weights = server.width * (shape.active_layer_parameters + shape.vocab * shape.hidden) / server.gpus
+    if shape.experts:  # many sequences wake nearly all experts
+        weights = server.width * shape.parameters / server.gpus
+    together = sequences_together(shape, hardware, server, work)
+    bandwidth = hardware.memory_bandwidth * hardware.memory_reached
+    rate = hardware.bf16 * hardware.reached_serving
+    token_operations = 2.0 * (shape.active_layer_parameters + shape.vocab * shape.hidden) / server.gpus
+
+    def step(sequences: float) -> float:
+        reading, computing = (weights + cache * sequences) / bandwidth, token_operations * sequences / rate
+        return max(reading, computing) + hardware.decode_overhead
+
+    # full batches while there is work, then a tail in which fewer and fewer are left until the longest ends
+    written = lengths.written
+    longest = max(lengths.longest * lengths.policy_share, written)
+    full_steps = max(episodes / together, 1.0) * written
+    tail = max(longest - written, 0.0)
+    decode = full_steps * step(together) + tail * step(max(together * written / (2.0 * longest), 1.0))
+    prompts = work.prompts / server.servers * lengths.prompt  # K rollouts share their prompt's cache
+    observed = episodes * (lengths.response - written)
+    return decode + token_operations * (prompts + observed) / rate
