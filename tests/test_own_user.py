@@ -16,6 +16,7 @@ from pact_nemo.checkout import ROOT
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
 from pact_nemo.data.conversations import conversations_of, import_traces
+from pact_nemo.data.task_traces import find_traces
 from pact_nemo.data.tasks import build_environment
 from pact_nemo.environments.base import Environment, Task, ToolCall
 from pact_nemo.errors import ConfigError, DataError, EnvironmentFailure
@@ -99,6 +100,13 @@ def test_reference_calls_may_be_made_in_any_user_turn(chat: Any, endpoint: Endpo
     rollout = played(chat, environment, task, ["Where?", "Sure?", '[find(place="Rome")]', "Done."])
     assert rollout.outcome is not None and rollout.outcome.metrics["expected_calls"] == 1
     assert matching_rewards(task, rollout, config.objective, outcome_weight=0.0).tolist() == [0, 0, 1, 0]
+
+
+def test_reference_calls_alone_are_no_expert_trace(endpoint: Endpoint, opened: Opened) -> None:
+    """Nobody knows what the user said between them."""
+    config, environment, task = opened(ROW)
+    found = find_traces(config, environment, [task], [], Quarantine())
+    assert found.sources == {} and found.dropped["trace_missing"] == 1 and endpoint.bodies == []
 
 
 @pytest.mark.parametrize(("answer", "said"), [(500, "500"), ("<think>Hm.</think>", "says nothing"), (302, "302")])

@@ -35,6 +35,15 @@ def test_turns_show_reward_advantage_and_the_users_later_words() -> None:
     assert view.verdict == "passed" and view.reward == "2"
 
 
+def test_the_words_of_a_simulated_user_are_shown() -> None:
+    """The task doesn't know them; the rollout does."""
+    row = episode(0)
+    row["turns"][0]["reply"] = [{"role": "user", "content": "And sort it."}]
+    row["turns"][1]["user_turn"] = 1
+    view = view_episode(row, "training", "sample 0", "pythonic")
+    assert view.turns[0].messages == [] and view.turns[1].messages == [("user", "And sort it.")]
+
+
 @pytest.mark.parametrize(
     ("status", "outcome", "verdict"),
     [("failed", None, "failed to run"), ("truncated", False, "cut off"), ("ok", False, "not passed")],
