@@ -16,6 +16,7 @@ from pact_nemo.checking.data_checks import (
     dropped_findings,
     key_findings,
     length_findings,
+    name_findings,
     row_findings,
     stray_findings,
     task_findings,
@@ -101,7 +102,7 @@ def _check(
     if not tasks:
         raise ConfigError("no task can be used; the rows above say why")
     found.tools = list({tool["name"]: tool for task in tasks for tool in task.tools}.values())
-    found.findings += task_findings(environment, tasks)
+    found.findings += [*name_findings(environment), *task_findings(environment, tasks)]
     found.findings += key_findings(environment, tasks)
     note("traces")
     used, findings = _traces(config, environment, tasks, quarantine)

@@ -64,6 +64,20 @@ def tool_findings(tasks: Sequence[Task], called: Counter[str]) -> list[Finding]:
     return found
 
 
+def name_findings(environment: Environment) -> list[Finding]:
+    """Names that the tool format can't carry, and those that the model sees in their place."""
+    names: Callable[[], dict[str, Any]] = getattr(environment, "shown_names", dict)
+    table = names()
+    shown = [f"{own} as {alias}" for own, alias in table.get("tools", {}).items()]
+    shown += [
+        f"{tool}({own}) as {tool}({alias})"
+        for tool, arguments in table.get("arguments", {}).items()
+        for own, alias in arguments.items()
+    ]
+    text = f"the model sees {', '.join(shown[:8])}{f' and {len(shown) - 8} more' if len(shown) > 8 else ''}"
+    return [Finding("note", "name", "", text)] if shown else []
+
+
 def task_findings(environment: Environment, tasks: Sequence[Task]) -> list[Finding]:
     """Requests that stand in several tasks and have different answers. An environment whose episodes begin with more
     than the request says with what (``beginning_of``); of others, equal requests are not compared.

@@ -18,7 +18,7 @@ class ToolCall:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-_MAX_NAME_CHARS = 200
+MAX_NAME_CHARS = 200
 _NO_NAME = re.compile(r"""[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"'`()<>{};=\\]""")
 
 
@@ -31,8 +31,8 @@ def name_fault(name: object, *, argument: bool = False) -> str | None:
     """
     if not isinstance(name, str) or not name:
         return "is not a text"
-    if len(name) > _MAX_NAME_CHARS:
-        return f"is longer than {_MAX_NAME_CHARS} characters"
+    if len(name) > MAX_NAME_CHARS:
+        return f"is longer than {MAX_NAME_CHARS} characters"
     odd = _NO_NAME.search(name)
     if odd is not None:
         return f"holds the character {odd.group()!r}, which no name may have"
@@ -43,17 +43,21 @@ def name_fault(name: object, *, argument: bool = False) -> str | None:
     return None
 
 
-def check_schema(tool: Any) -> None:
+def check_schema(tool: Any, *, names: bool = True) -> None:
     """Raises ValueError where a tool schema isn't
     ``{"name": text, "description": text, "parameters": {"properties": {name: {…}}, …}}``: everything that shows tools
     to a model or fills their arguments relies on it. The message names tool and property.
+
+    Args:
+        names: names are refused that no call can carry (:func:`name_fault`). False: whoever shows the tool gives it
+            others.
     """
     if not isinstance(tool, dict) or not isinstance(tool.get("parameters"), dict):
         raise ValueError("a tool has to be an object with parameters")
     if not isinstance(tool.get("name"), str) or not tool["name"] or not isinstance(tool.get("description", ""), str):
         raise ValueError("a tool's name and description have to be texts")
     fault = name_fault(tool["name"])
-    if fault is not None:
+    if names and fault is not None:
         raise ValueError(f"the tool name {tool['name'][:60]!r} {fault}")
     here = f"tool {tool['name']!r}: "
     properties, required = tool["parameters"].get("properties", {}), tool["parameters"].get("required", [])
@@ -61,7 +65,7 @@ def check_schema(tool: Any) -> None:
         raise ValueError(f"{here}parameters.properties has to be an object of objects, not {type(properties).__name__}")
     for name, value in properties.items():
         fault = name_fault(name, argument=True)
-        if fault is not None:
+        if names and fault is not None:
             raise ValueError(f"{here}the argument name {str(name)[:60]!r} {fault}")
         if not isinstance(value, dict):
             found = "null" if value is None else type(value).__name__

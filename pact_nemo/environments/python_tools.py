@@ -26,13 +26,16 @@ _VALUES = frozenset(
 )
 
 
-def tool_schema(function: Any) -> dict[str, Any]:
+def tool_schema(function: Any, *, names: bool = True) -> dict[str, Any]:
     """A published function description as ``{"name", "description", "parameters"}``.
 
     Taken off or undone: the OpenAI wrapper ``{"type", "function"}``, descriptions and parameters that are JSON strings,
     null for what is absent (``description: null``, ``parameters: null``, properties and keywords of other tools), whole
     numbers that a table made floats, and the names that Anthropic and MCP have for parameters (``input_schema``,
     ``inputSchema``).
+
+    Args:
+        names: see :func:`~pact_nemo.environments.base.check_schema`.
 
     Raises:
         ValueError: it is none; says why, and of which tool and property.
@@ -46,7 +49,7 @@ def tool_schema(function: Any) -> dict[str, Any]:
         "description": "" if description is None else str(description),
         "parameters": _tidy(parameters),
     }
-    check_schema(schema)
+    check_schema(schema, names=names)
     return schema
 
 
@@ -132,7 +135,7 @@ def as_schema(value: Any, schema: Any) -> Any:
     return _whole(value) if "integer" in kinds and "number" not in kinds else value
 
 
-def tool_schemas(row: Row, tools: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
+def tool_schemas(row: Row, tools: Iterable[tuple[str, Any]], *, names: bool = True) -> list[dict[str, Any]]:
     """:func:`tool_schema` of each (field, description).
 
     Raises:
@@ -141,7 +144,7 @@ def tool_schemas(row: Row, tools: Iterable[tuple[str, Any]]) -> list[dict[str, A
     schemas = []
     for where, tool in tools:
         try:
-            schemas.append(tool_schema(tool))
+            schemas.append(tool_schema(tool, names=names))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise row.complain(f"not a function description: {error}", where) from error
     return schemas

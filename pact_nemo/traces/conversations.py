@@ -255,7 +255,8 @@ def _tools(row: Row, name: str) -> tuple[Schema, ...] | None:
     if row.values.get(name) is None:
         return None
     offered = row.json(name, list)
-    return tuple(tool_schemas(row, [(f"{name}[{index}]", tool) for index, tool in enumerate(offered)])) or None
+    fields = [(f"{name}[{index}]", tool) for index, tool in enumerate(offered)]
+    return tuple(tool_schemas(row, fields, names=False)) or None  # the environment shows them under its own names
 
 
 def _reward(row: Row, name: str) -> float | None:

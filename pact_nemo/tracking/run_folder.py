@@ -34,6 +34,7 @@ class Workspace:
         self.rollouts = folder / "rollouts"
         self.evaluations = folder / "eval"
         self.traces = folder / "traces.jsonl"
+        self.names = folder / "tool_names.json"  #: own name -> the name that the model sees, where any differs
         self.checkpoints = folder / "checkpoints"
         self.exports = folder / "exports"
         self.hf = folder / "hf"

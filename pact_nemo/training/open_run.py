@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -17,7 +18,7 @@ from pact_nemo.planning.from_config import plan_in_one_line, run_plan
 from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import on_rank_zero, rank
-from pact_nemo.runtime.files import write_text_atomic
+from pact_nemo.runtime.files import write_json_atomic, write_text_atomic
 from pact_nemo.runtime.interrupt import StopRequest, stop_request
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.runtime.terminal import RunLog, guarded_output, on_loss
@@ -98,6 +99,10 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
     check_batches(config, dataset.train, dataset.warmup_tasks(config.warmup.max_tasks))
     if rank() == 0:
         write_traces(space.traces, list(dataset.traces.values()))
+        names: Callable[[], dict[str, Any]] = getattr(environment, "shown_names", dict)
+        if table := names():
+            write_json_atomic(space.names, table)
+            progress.message(f"the model sees some tools or arguments under other names: {space.names}")
     generator = Generator(config, chat, environment, progress, space.server_log)
     stack.callback(generator.close)
     generator.check = stop.raise_if_set

@@ -90,6 +90,10 @@ class OwnEnvironment:
         """A call of a conversation as the model would write it."""
         return self.aliases.shown(call)
 
+    def shown_names(self) -> dict[str, dict[str, Any]]:
+        """What the model sees under another name: ``tools`` and ``arguments``, own name -> shown name."""
+        return self.aliases.table()
+
     def beginning_of(self, task: Task) -> str:
         """What an episode of a task begins with, as a key: the messages, and what the row holds for the tools."""
         told = ("info", "user_instructions")

@@ -139,7 +139,8 @@ def _known(key: str, asked: Iterable[str], there: Mapping[str, Any]) -> None:
 def _schema(tool: Tool) -> dict[str, Any]:
     try:
         return tool_schema(
-            {"name": tool.name, "description": tool.description, "inputSchema": copy.deepcopy(tool.input_schema)}
+            {"name": tool.name, "description": tool.description, "inputSchema": copy.deepcopy(tool.input_schema)},
+            names=False,  # the table of names gives it others
         )
     except ValueError as error:
         raise ConfigError(
@@ -162,7 +163,7 @@ def _offered(config: MCPConfig, schema: dict[str, Any], name: str) -> OfferedToo
         parameters |= {"required": required} if required else {}
     shown = {**schema, "name": name}
     try:
-        tool_schema(shown)
+        tool_schema(shown, names=False)
     except ValueError as error:
         raise ConfigError(f"agent.mcp.rename.{schema['name']}={name!r}: {error}") from error
     return OfferedTool(schema["name"], shown, hidden, _validator(parameters, schema["name"]))

@@ -1,7 +1,8 @@
 """Names of tools and arguments as the model sees them: one two-way table for a tool set.
 
-JSON formats carry ``[A-Za-z0-9_-]{1,64}`` as tool names and any argument name. Python text carries plain identifiers
-only. What a format can't carry gets a name that it can, everywhere: in prompts, rollouts and traces.
+JSON formats carry ``[A-Za-z0-9_-]{1,64}`` as tool names, and argument names without white space, quotes and the like.
+Python text carries plain identifiers only. What a format can't carry gets a name that it can, everywhere: in prompts,
+rollouts and traces. Conversations may have either name, for an endpoint may have refused the tool's own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pact_nemo.environments.base import ToolCall
+from pact_nemo.environments.base import MAX_NAME_CHARS, ToolCall, name_fault
 from pact_nemo.environments.calls import is_plain
 from pact_nemo.errors import ConfigError
 
@@ -20,6 +21,14 @@ _JSON_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 def json_name(name: str) -> str:
     """A tool's name with ``_`` for what JSON formats can't carry, and at most 64 characters."""
     return name if _JSON_NAME.fullmatch(name) else re.sub(r"[^A-Za-z0-9_-]", "_", name)[:64]
+
+
+def json_argument(name: str) -> str:
+    """An argument's name with ``_`` for what no call can carry: white space, quotes, markup."""
+    if name_fault(name, argument=True) is None:
+        return name
+    kept = "".join(one if name_fault(one, argument=True) is None else "_" for one in name)
+    return kept[:MAX_NAME_CHARS]
 
 
 def python_identifier(name: str) -> str:
@@ -50,7 +59,7 @@ class Aliases:
         self._arguments = {
             tool["name"]: _shown_names(
                 list(tool["parameters"].get("properties") or {}),
-                python_identifier if python_names else str,
+                python_identifier if python_names else json_argument,
                 f"the arguments of {tool['name']!r},",
             )
             for tool in schemas
@@ -63,29 +72,52 @@ class Aliases:
         """The tools' own names."""
         return set(self._tools)
 
+    def knows(self, name: str) -> bool:
+        """Whether a tool has this name, its own or the one that the model sees."""
+        return name in self._tools or name in self._own
+
+    def own_name(self, name: str) -> str:
+        """A tool's own name; an unknown one stays."""
+        return name if name in self._tools else self._own.get(name, name)
+
     def by_own_name(self, name: str) -> dict[str, Any]:
         """The schema, as the model sees it, of a tool by its own name."""
         alias = self._tools[name]
         return next(schema for schema in self.schemas if schema["name"] == alias)
 
     def shown(self, call: ToolCall) -> ToolCall:
-        """A call by its own names as the model would write it. Unknown names stay."""
+        """A call as the model would write it, whichever of the two names it has. Unknown names stay."""
+        call = self.own(call)
         table = self._arguments.get(call.name, {})
         arguments = {table.get(key, key): value for key, value in call.arguments.items()}
         return ToolCall(self._tools.get(call.name, call.name), arguments)
 
     def own(self, call: ToolCall) -> ToolCall:
-        """What the model wrote, by the tool's own names. Unknown names stay."""
-        name = self._own.get(call.name, call.name)
+        """A call by the tool's own names, whichever of the two names it has. Unknown names stay."""
+        name = self.own_name(call.name)
         table = {alias: own for own, alias in self._arguments.get(name, {}).items()}
         return ToolCall(name, {table.get(key, key): value for key, value in call.arguments.items()})
 
-    def table(self) -> dict[str, str]:
-        """Own name -> the name that the model sees, of what differs; an argument as ``tool.argument``."""
-        changed = {own: alias for own, alias in self._tools.items() if own != alias}
-        for tool, names in self._arguments.items():
-            changed |= {f"{tool}.{own}": alias for own, alias in names.items() if own != alias}
-        return changed
+    def shown_text(self, tool: str, text: str) -> str:
+        """What a tool says of its arguments, with the quoted names as the model sees them."""
+        for own, alias in self._arguments.get(tool, {}).items():
+            if own != alias:
+                for quote in "'\"":
+                    text = text.replace(f"{quote}{own}{quote}", f"{quote}{alias}{quote}")
+        return text
+
+    def table(self) -> dict[str, dict[str, Any]]:
+        """What differs, own name -> the name that the model sees: ``tools``, and ``arguments`` of each tool. Empty
+        where nothing does.
+        """
+        tools = {own: alias for own, alias in self._tools.items() if own != alias}
+        arguments = {
+            tool: changed
+            for tool, names in self._arguments.items()
+            if (changed := {own: alias for own, alias in names.items() if own != alias})
+        }
+        parts: dict[str, dict[str, Any]] = {"tools": tools, "arguments": arguments}
+        return {part: names for part, names in parts.items() if names}
 
     def _schema(self, tool: Mapping[str, Any]) -> dict[str, Any]:
         names, parameters = self._arguments[tool["name"]], dict(tool["parameters"])

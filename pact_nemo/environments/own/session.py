@@ -137,7 +137,8 @@ class OwnSession:
     def _run(self, shown: ToolCall, own: ToolCall) -> str:
         if shown.name not in self._offered:
             return f"{ERROR}: unknown tool {shown.name!r}. Available: {', '.join(sorted(self._offered))}"
-        return self._tools.call(own.name, own.arguments)
+        text = self._tools.call(own.name, own.arguments)
+        return self._aliases.shown_text(own.name, text) if text.startswith(f"{ERROR}:") else text
 
     def next_user_turn(self, message: str = "") -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
         """See :class:`~pact_nemo.environments.base.Session`. The task's user turns come one after another, or a model

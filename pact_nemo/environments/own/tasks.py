@@ -126,12 +126,12 @@ class TaskReader:
         calls: list[list[ToolCall]] = [[] for _ in conversation.user_turns]
         for turn, places in zip(conversation.turns, conversation.places, strict=True):
             for call, place in zip(turn.calls, places, strict=True):
-                if call.name not in self.aliases.own_names:
+                if not self.aliases.knows(call.name):
                     raise Row({}, conversation.file, conversation.line).complain(
                         f"the tool {call.name!r} is not offered; offered: {', '.join(sorted(self.aliases.own_names))}",
                         place,
                     )
-                calls[turn.user_turn].append(call)
+                calls[turn.user_turn].append(self.aliases.own(call))
         return calls
 
     def _task(
@@ -221,10 +221,10 @@ class TaskReader:
         for index, tool in enumerate(row.json("tools", list)):
             inner = tool.get("function", tool) if isinstance(tool, dict) else tool
             name = inner.get("name") if isinstance(inner, dict) else inner
-            if name not in self.aliases.own_names:
+            if not isinstance(name, str) or not self.aliases.knows(name):
                 known = ", ".join(sorted(self.aliases.own_names))
                 raise row.complain(f"the tool {name!r} does not exist; there are: {known}", f"tools[{index}]")
-            names.append(name)
+            names.append(self.aliases.own_name(name))
         if not names:
             raise row.complain("offers no tool; leave the key out to offer all", "tools")
         return names
@@ -255,10 +255,10 @@ class TaskReader:
         if not isinstance(arguments, dict):
             raise row.complain("the arguments have to be an object", f"{field}.arguments")
         call = ToolCall(inner["name"], arguments)
-        if call.name not in self.aliases.own_names:
+        if not self.aliases.knows(call.name):
             known = ", ".join(sorted(self.aliases.own_names))
             raise row.complain(f"the tool {call.name!r} does not exist; there are: {known}", field)
-        return call
+        return self.aliases.own(call)
 
 
 def conversation_id(conversation: ConversationLike) -> str:
