@@ -84,6 +84,9 @@ def _arguments(description: str | None, default_recipe: str | None) -> argparse.
         action="store_true",
         help="check model, tasks and traces; print config, plan and memory; start nothing",
     )
+    parser.add_argument(  # of the job scripts
+        "--check-nodes", nargs=3, type=int, metavar=("NODES", "SERVERS", "RANKS"), help=argparse.SUPPRESS
+    )
     parser.add_argument(
         "--resume", nargs="?", const="runs/latest", metavar="RUN", help="continue a run folder (default runs/latest)"
     )
@@ -148,6 +151,13 @@ def _main(
     try:
         machine.prepare()
         config = resolve(arguments, preset, full)
+        if arguments.check_nodes is not None:
+            from pact_nemo.launcher import check_nodes
+
+            print(check_nodes(config, *arguments.check_nodes))
+            return 0
+        policy = config.policy
+        machine.prepare_cuda(one_connection=policy.tensor_parallel * policy.context_parallel > 1)
         check_replay(config)
         check_places(config)
         if arguments.dry_run:

@@ -6,6 +6,7 @@ Under torchrun or srun the ranks are there already, and nothing here is used. Th
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import secrets
 import shlex
@@ -114,6 +115,34 @@ def _sbatch(chosen: Recipe, words: list[str]) -> str:
     return (
         f'RECIPE={shlex.quote(place)} SETTINGS="--recipe {chosen.name}" sbatch --nodes={chosen.nodes}'
         f" slurm/pact_70b.sh {shlex.join(kept)}".rstrip()
+    )
+
+
+def check_nodes(config: Config, nodes: int, server_nodes: int, ranks_per_node: int) -> str:
+    """Whether the nodes of a cluster's job hold the layout, in words.
+
+    Args:
+        nodes: of the job.
+        server_nodes: those of them that carry a rollout server each and no trainer.
+        ranks_per_node: trainer processes of each other node.
+
+    Raises:
+        ConfigError: they don't; the message says how many nodes do.
+    """
+    policy, left = config.policy, nodes - server_nodes
+    dense = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel
+    experts = policy.pipeline_parallel * policy.expert_parallel
+    block = math.lcm(dense, experts)
+    step = block // math.gcd(block, ranks_per_node)  # nodes that whole copies of the model fill
+    ranks = left * ranks_per_node
+    servers = f" and SERVER_NODES={server_nodes}" if server_nodes else ""
+    if left > 0 and ranks % block == 0:
+        return f"{ranks} ranks on {left} node(s): {ranks // dense} x (TP x PP x CP = {dense}){servers}"
+    fewer, more = left // step * step + server_nodes, (max(left, 0) // step + 1) * step + server_nodes
+    remedy = f"--nodes={more}" + (f" or --nodes={fewer}" if fewer > server_nodes else "")
+    raise ConfigError(
+        f"--nodes={nodes}{servers} leaves {max(ranks, 0)} trainer ranks, and the layout takes multiples of {block} (TP"
+        f" x PP x CP = {dense}, PP x EP = {experts}); submit with {remedy}, or change policy.*_parallel"
     )
 
 

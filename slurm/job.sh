@@ -11,6 +11,10 @@
 #   SERVER_NODES       nodes, the last ones, that carry a rollout server each and no trainer (default 0: rank 0 starts one server on its own node)
 #   SERVER_SETTINGS    settings of these servers, e.g. "rollout.server.tensor_parallel_size=8 rollout.server.gpu_memory_utilization=0.9"
 #   MAX_REQUEUES       how often the job may requeue itself (default 20)
+#   SBATCH_ACCOUNT, SBATCH_PARTITION   account and partition; sbatch reads them itself, like its other SBATCH_ variables
+#   CPU_BIND           srun --cpu-bind (default none: ranks stay near their GPUs by themselves, and the first rank, which runs environments and
+#                      server, may use all of the node's cores)
+#   OMP_NUM_THREADS    threads of a trainer process (default --cpus-per-task)
 set -euo pipefail
 REPOSITORY="${PACT_REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}"
 cd "$REPOSITORY"
@@ -23,11 +27,25 @@ RUN_ROOT="${RUN_ROOT:-runs/slurm-$JOB}"
 PYTHON="${PYTHON:-.venv/bin/python}"
 LOGS="$RUN_ROOT/logs"
 
+# srun doesn't take --cpus-per-task over from sbatch
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}"
+fi
+ulimit -n "$(ulimit -Hn)" # srun hands it on: a socket for every episode, file and rank
+# a node's address, not its name: several slurmd may share one host. Asked here, for a container has no scontrol
+address() {
+    local found
+    found="$(scontrol show node "$1" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)" && [ -n "$found" ] || {
+        echo "scontrol show node $1 names no NodeAddr; the ranks can't find each other without it" >&2
+        return 1
+    }
+    echo "$found"
+}
+hosts=()
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-    head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-    # the node's address, not its name: several slurmd may share one host
-    export MASTER_ADDR="$(scontrol show node "$head_node" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)"
-    export MASTER_PORT="$((20000 + JOB % 20000))"
+    hosts=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
+    MASTER_ADDR="$(address "${hosts[0]}")"
+    export MASTER_ADDR MASTER_PORT="$((20000 + JOB % 20000))"
 fi
 if [ -e "$RUN_ROOT/latest/config.yaml" ]; then
     words=(--resume "$RUN_ROOT/latest")
@@ -42,41 +60,68 @@ container=()
 if [ -n "${CONTAINER:-}" ]; then
     container=(--container-image="$CONTAINER" --container-mounts="${CONTAINER_MOUNTS:-$REPOSITORY:$REPOSITORY}" --container-workdir="$REPOSITORY")
 fi
+[ -z "$DRY_RUN" ] || [ "${#hosts[@]}" != 0 ] || hosts=($(seq -f 'node%g' 1 "$NODES"))
 placed=()
-serve=()
 if [ "$SERVER_NODES" -gt 0 ]; then
-    hosts=($(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null || true))
-    [ -n "$DRY_RUN" ] && hosts=($(seq -f 'node%g' 1 "$NODES"))
     placed=(--nodelist="$(IFS=,; echo "${hosts[*]:0:$TRAINER_NODES}")")
     [ -n "${PACT_ROLLOUT_API_KEY:-}" ] || export PACT_ROLLOUT_API_KEY="$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')"
-    # a server serves the model as it came; a resumed trainer loads its own weights into it before it asks for anything
-    serve=(srun --nodes="$SERVER_NODES" --ntasks="$SERVER_NODES" --ntasks-per-node=1 --nodelist="$(IFS=,; echo "${hosts[*]:$TRAINER_NODES}")"
-        --output="$LOGS/attempt-$ATTEMPT-server-%t.log" "${container[@]}" bash -c
-        'address="$(scontrol show node "$SLURMD_NODENAME" 2>/dev/null | grep -o "NodeAddr=[^ ]*" | cut -d= -f2 || hostname -i)"
-         exec "$1" tools/serve.py --host 0.0.0.0 --address "$address" --ready "$2-$SLURM_PROCID.url" --log "$2-$SLURM_PROCID.vllm" "${@:3}"'
-        server "$PYTHON" "$LOGS/attempt-$ATTEMPT-server" $SETTINGS "$@" ${SERVER_SETTINGS:-})
 fi
-launch=(srun --nodes="$TRAINER_NODES" --ntasks="$((TRAINER_NODES * RANKS_PER_NODE))" --ntasks-per-node="$RANKS_PER_NODE" "${placed[@]}" --wait=60 --output="$LOGS/attempt-$ATTEMPT-rank-%t.log")
-launch+=("${container[@]}" bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank "$PYTHON" "$RECIPE" "${words[@]}")
+bind=(--cpu-bind="${CPU_BIND:-none}")
+# sets serve: the command of the server number $1 on node $2, whose address is $3. It serves the model as it came; a resumed trainer loads its
+# own weights into it before it asks for anything
+serve_on() {
+    local name="$LOGS/attempt-$ATTEMPT-server-$1"
+    serve=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$2" "${bind[@]}" --output="$name.log")
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || serve+=(--cpus-per-task="$((SLURM_CPUS_PER_TASK * RANKS_PER_NODE))") # the node is the server's alone
+    serve+=("${container[@]}" "$PYTHON" tools/serve.py --host 0.0.0.0 --address "$3" --ready "$name.url" --log "$name.vllm"
+        $SETTINGS "${overrides[@]}" ${SERVER_SETTINGS:-})
+}
+overrides=("$@")
+launch=(srun --nodes="$TRAINER_NODES" --ntasks="$((TRAINER_NODES * RANKS_PER_NODE))" --ntasks-per-node="$RANKS_PER_NODE" "${placed[@]}" "${bind[@]}"
+    --wait=60 --output="$LOGS/attempt-$ATTEMPT-rank-%t.log" "${container[@]}" bash -c
+    'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE='"$RANKS_PER_NODE"'; exec "$@"'
+    rank "$PYTHON" "$RECIPE" "${words[@]}")
+# whether the nodes that are left for trainers hold the layout: asked before anything starts, where the environment is
+check=("$PYTHON" "$RECIPE" --check-nodes "$NODES" "$SERVER_NODES" "$RANKS_PER_NODE" "${words[@]}")
 
 if [ -n "$DRY_RUN" ]; then
     grep '^#SBATCH' "$0"
+    for variable in SBATCH_ACCOUNT SBATCH_PARTITION; do [ -z "${!variable:-}" ] || echo "# $variable=${!variable}"; done
     echo "# in $REPOSITORY, attempt $ATTEMPT, logs in $LOGS"
-    [ "$SERVER_NODES" = 0 ] || { printf '%q ' "${serve[@]}"; echo "&"; }
+    for ((index = 0; index < SERVER_NODES; index++)); do
+        serve_on "$index" "${hosts[TRAINER_NODES + index]:-?}" "ADDRESS"
+        printf '%q ' "${serve[@]}"
+        echo "&"
+    done
     printf '%q ' "${launch[@]}"
     [ "$SERVER_NODES" = 0 ] || printf 'rollout.server.url=...'
     echo
-    exit 0
+    if [ -n "${CONTAINER:-}" ] || ! command -v "$PYTHON" > /dev/null; then
+        echo "# not checked here, but by the job before it starts anything: whether the layout fits the nodes"
+        exit 0
+    fi
+    "${check[@]}" --dry-run
+    exit
 fi
 
+if [ "${#hosts[@]}" != "$NODES" ]; then echo "scontrol names ${#hosts[@]} of the job's $NODES nodes ($SLURM_JOB_NODELIST)" >&2; exit 1; fi
 mkdir -p "$LOGS"
 echo "$(date -Is) job $JOB attempt $ATTEMPT on $SLURM_JOB_NODELIST: ${words[*]}"
+srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="${hosts[0]}" "${bind[@]}" "${container[@]}" "${check[@]}"
 if [ "$SERVER_NODES" -gt 0 ]; then
-    "${serve[@]}" &
-    server_step=$!
-    trap 'kill $server_step 2>/dev/null || true' EXIT
+    servers=()
+    trap 'kill "${servers[@]}" 2>/dev/null || true' EXIT
+    for ((index = 0; index < SERVER_NODES; index++)); do
+        host="${hosts[TRAINER_NODES + index]}"
+        at="$(address "$host")"
+        serve_on "$index" "$host" "$at"
+        "${serve[@]}" &
+        servers+=($!)
+    done
     until [ "$(ls "$LOGS/attempt-$ATTEMPT-server-"*.url 2>/dev/null | wc -l)" = "$SERVER_NODES" ]; do
-        kill -0 "$server_step" 2>/dev/null || { echo "a rollout server did not start; see $LOGS/attempt-$ATTEMPT-server-*"; exit 1; }
+        for step in "${servers[@]}"; do
+            kill -0 "$step" 2>/dev/null || { echo "a rollout server did not start; see $LOGS/attempt-$ATTEMPT-server-*"; exit 1; }
+        done
         sleep 1
     done
     launch+=("rollout.server.url=$(cat "$LOGS/attempt-$ATTEMPT-server-"*.url | paste -sd,)")

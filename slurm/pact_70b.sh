@@ -3,6 +3,8 @@
 #   sbatch slurm/pact_70b.sh model.path=/models/Llama-3.1-70B-Instruct
 #   SETTINGS="--recipe qwen2p5_72b_64xh100_bf16" sbatch slurm/pact_70b.sh model.path=/models/Qwen2.5-72B-Instruct
 #   sbatch --nodes=16 slurm/pact_70b.sh model.path=... policy.pipeline_parallel=8            # another layout: the rest is data parallel
+#   SERVER_NODES=2 SERVER_SETTINGS="rollout.server.gpu_memory_utilization=0.9" sbatch --nodes=10 slurm/pact_70b.sh ...   # 8 train, 2 serve
+#   SBATCH_ACCOUNT=A SBATCH_PARTITION=P sbatch slurm/pact_70b.sh ...                          # where the cluster wants them
 #   bash slurm/pact_70b.sh --dry-run model.path=...                                         # what would be submitted; starts nothing
 #SBATCH --job-name=pact-70b
 #SBATCH --nodes=8

@@ -305,3 +305,20 @@ def test_a_refused_start_says_why_once_and_leaves_no_logs_outside_the_run(tmp_pa
     assert done.returncode == 2 and "holds no config.json" in done.stderr, done.stderr
     assert done.stderr.count("holds no") == 1 == done.stderr.count("rank 0 ended with exit code 2")
     assert not list((tmp_path / "runs").glob(".ranks-*"))
+
+
+def test_the_nodes_of_a_job_hold_the_layout_or_the_number_that_does_is_named() -> None:
+    config = of("llama3p1_70b_64xh100_bf16")
+    assert launcher.check_nodes(config, 8, 0, 8).startswith("64 ranks on 8 node(s): 2 x (TP x PP x CP = 32)")
+    assert "SERVER_NODES=2" in launcher.check_nodes(config, 10, 2, 8)
+    for nodes, servers, remedy in (
+        (8, 2, "leaves 48 trainer ranks.*--nodes=10 or --nodes=6,"),
+        (2, 2, "leaves 0 trainer ranks.*--nodes=6,"),
+        (3, 0, "leaves 24 trainer ranks.*--nodes=4,"),
+    ):
+        with pytest.raises(ConfigError, match=remedy):
+            launcher.check_nodes(config, nodes, servers, 8)
+    experts = of("qwen3_30b_a3b_16xh100_bf16")  # TP 4, PP 2, EP 8
+    assert launcher.check_nodes(experts, 2, 0, 8)
+    with pytest.raises(ConfigError, match="multiples of 16.*PP x EP = 16"):
+        launcher.check_nodes(experts, 1, 0, 8)

@@ -10,6 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from pact_nemo.errors import ConfigError
+from pact_nemo.runtime import machine
+from pact_nemo.runtime.ranks import LAUNCHER_ENV, LOGS_ENV
 from pact_nemo.serving import launch
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.endpoint import ServerEndpoint
@@ -147,3 +149,32 @@ def test_the_package_imports_neither_vllm_nor_torch_nor_traces():
     code += "sys.exit(repr(bad) if bad else 0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stderr
+
+
+def test_a_server_inherits_nothing_of_the_ranks_around_it(monkeypatch, with_cuda):
+    """The trainer's allocator and queues are its own; vLLM's ranks must not look for the trainer's meeting point."""
+    for name in (*machine.ALLOCATOR_ENV, machine.CONNECTIONS_ENV):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    machine.prepare_cuda(one_connection=True)
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", LAUNCHER_ENV, LOGS_ENV):
+        monkeypatch.setenv(name, "True")
+    environment = launch.engine_environment(GPU, ENDPOINT)
+    assert not {
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+        "TORCHELASTIC_USE_AGENT_STORE",
+        LAUNCHER_ENV,
+        LOGS_ENV,
+    } & set(environment)
+
+
+def test_what_a_user_says_of_cuda_stands(monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    machine.prepare_cuda(one_connection=True)
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"

@@ -8,15 +8,18 @@ import atexit
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkProcess
 from multiprocessing.managers import SyncManager
 from typing import Any
 
+from pact_nemo.runtime.interrupt import SIGNALS
 from pact_nemo.runtime.machine import short_folder
 from pact_nemo.runtime.orphans import leave_with
 
@@ -32,9 +35,22 @@ def start_results_queue() -> None:
         sockets = short_folder()  # the default is below TMPDIR, which may be too long for a socket
         atexit.register(shutil.rmtree, sockets, ignore_errors=True)
         manager = SyncManager(address=str(sockets / "results"), ctx=multiprocessing.get_context("spawn"))
-        with _bare_children():
+        with _bare_children(), _deaf_children():
             manager.start(leave_with, (os.getpid(), str(sockets)))
         filesystem_async._results_queue = manager.Queue()
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Spawned processes don't hear signals that ask for an end: a scheduler sends them to every process of a job, and
+    the trainer says when the save is done.
+    """
+    resource_tracker.ensure_running()  # its own start would let the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -33,6 +33,8 @@ PLACES = {
     "FLASHINFER_WORKSPACE_BASE": "",  # it adds .cache/flashinfer itself
     "MPLCONFIGDIR": ".config/matplotlib",
 }
+#: Variables of torch's allocator, and of CUDA's hardware queues.
+ALLOCATOR_ENV, CONNECTIONS_ENV = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "CUDA_DEVICE_MAX_CONNECTIONS"
 SOCKET_PATH_BYTES = 107  #: most that the kernel takes (sun_path)
 _SOCKET_NAME_BYTES = 40  #: of a socket in a folder of :func:`short_folder`: vLLM's are "/" and a UUID
 _FOLDER_NAME = "pact-"  #: and eight random characters
@@ -119,6 +121,21 @@ def prepare() -> None:
         os.environ["USER"] = os.environ["LOGNAME"] = f"user{os.getuid()}"
     if moved and os.environ.get("RANK", "0") == "0":
         log.warning("%s can't be written: caches and locks go below %s", ", ".join(moved), _stand_in())
+
+
+def prepare_cuda(*, one_connection: bool) -> None:
+    """Settings of CUDA for this process, where the user has none of their own. Before anything opens a GPU. The rollout
+    server doesn't inherit them (``serving/launch.py``): vLLM's sleep mode has an allocator of its own.
+
+    Args:
+        one_connection: kernels start in the order of their launches, which megatron-core's overlap of tensor-parallel
+            exchange and products counts on.
+    """
+    if not any(os.environ.get(name) for name in ALLOCATOR_ENV):
+        # packed rows differ in length from step to step; segments that grow leave no gaps that nothing fits
+        os.environ[ALLOCATOR_ENV[0]] = "expandable_segments:True"
+    if one_connection:
+        os.environ.setdefault(CONNECTIONS_ENV, "1")
 
 
 def _home() -> str | None:

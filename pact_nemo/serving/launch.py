@@ -27,6 +27,8 @@ _TRAINER_ONLY = (
     "MASTER_PORT",
     "TORCHELASTIC_RUN_ID",
     "TORCHELASTIC_USE_AGENT_STORE",  # vLLM's own ranks would wait for a meeting point that nobody opens
+    *machine.ALLOCATOR_ENV,
+    machine.CONNECTIONS_ENV,
     "PACT_LAUNCHER",
     "PACT_RANK_LOGS",
     "OMP_NUM_THREADS",
