@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from pact_nemo.policy import distributed, megatron_import, without_cuda
+from pact_nemo.policy import device, distributed, megatron_import, without_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the redirection is for machines without CUDA")
 megatron_import.prepare_megatron()
@@ -269,3 +270,21 @@ def test_on_gpus_objects_travel_over_gloo(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("RANK", raising=False)
     distributed.init_distributed(30)
     assert asked["backend"] == "cpu:gloo,cuda:nccl"
+
+
+def test_a_rank_stays_on_the_cpus_beside_its_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = tmp_path / "0000:1b:00.0"
+    place.mkdir()
+    (place / "local_cpulist").write_text("0-1,4,6-7\n")
+    assert device.near_cpus("0000:1b:00.0", tmp_path) == {0, 1, 4, 6, 7}
+    assert device.near_cpus("0000:1c:00.0", tmp_path) == set()
+    kept: list[set[int]] = []
+    properties = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1B, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: properties)
+    monkeypatch.setattr(device, "near_cpus", lambda address: {0, 1, 4, 6, 7} if address == place.name else set())
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2, 7})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cpus: kept.append(cpus))
+    for rank in ("0", "3"):  # the first rank of a node starts what others need
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        device.stay_near_gpu()
+    assert kept == [{1, 7}]

@@ -64,6 +64,8 @@ class PolicyConfig:
         distributed_optimizer: shard optimizer state over the data-parallel ranks.
         overlap_grad_reduce: reduce gradients over the data-parallel ranks while the backward pass still runs.
         export_writers: ranks that write an export, at most; None = all that see the folder.
+        check_links: at the start of a job of several ranks, check that each is there once and on a device of its own,
+            and measure how fast they reach each other; a few seconds.
         init_timeout_s: seconds in which at least one rank has to get on (a phase, an episode, a micro-batch); then the
             run is declared hung.
     """
@@ -89,6 +91,7 @@ class PolicyConfig:
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     export_writers: int | None = None
+    check_links: bool = True
     init_timeout_s: int = 1800
 
     def validate_values(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -41,6 +42,31 @@ def compute_deterministically() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     torch.use_deterministic_algorithms(True)
+
+
+def near_cpus(address: str, devices: Path = Path("/sys/bus/pci/devices")) -> set[int]:
+    """CPUs of the memory that a PCI device is attached to; empty where the kernel doesn't say."""
+    try:
+        ranges = (devices / address / "local_cpulist").read_text().strip().split(",")
+        pairs = [part.partition("-") for part in ranges if part]
+        return {cpu for first, _, last in pairs for cpu in range(int(first), int(last or first) + 1)}
+    except (OSError, ValueError):
+        return set()
+
+
+def stay_near_gpu() -> None:
+    """Keep this rank, and what it starts from now on, on the CPUs beside its GPU, as far as it may use them.
+
+    The first rank of a node is left alone: it may run environments and start the rollout server, which other GPUs and
+    all of the node's cores belong to.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return
+    found = torch.cuda.get_device_properties(local_device())
+    address = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+    near = near_cpus(address) & os.sched_getaffinity(0)
+    if near:
+        os.sched_setaffinity(0, near)
 
 
 def keep_freed_memory() -> None:

@@ -12,7 +12,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from pact_nemo.policy.device import local_device, use_cuda
+from pact_nemo.policy.device import local_device, stay_near_gpu, use_cuda
+from pact_nemo.policy.links import take_rank
 from pact_nemo.runtime.hangs import HangWatch
 
 
@@ -69,11 +70,14 @@ def init_distributed(timeout_s: float) -> None:
     backend = "cpu:gloo,cuda:nccl" if use_cuda() else "gloo"
     if use_cuda():
         torch.cuda.set_device(local_device())
+        stay_near_gpu()
     world = os.environ.get("WORLD_SIZE")
     if "RANK" in os.environ and world is not None:
         if os.environ.get("LOCAL_WORLD_SIZE") == world:  # torchrun on one machine
             _stay_on_loopback()
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        take_rank(dist.PrefixStore(f"pact_nemo/ranks/{attempt}", store), rank, size)
         # a connection of its own: the main thread's may be waiting
         own = store.clone() if hasattr(store, "clone") else store
         HangWatch(dist.PrefixStore("pact_nemo/hangs", own), rank, size, timeout_s).start()

@@ -14,8 +14,10 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config, settled, steps_of, to_dict, to_yaml
 from pact_nemo.data.dataset import Dataset, build_dataset
 from pact_nemo.data.tasks import build_environment, check_batches
-from pact_nemo.planning.from_config import plan_in_one_line, run_plan
+from pact_nemo.planning.from_config import hardware_of, plan_in_one_line, run_plan
+from pact_nemo.policy.device import use_cuda
 from pact_nemo.policy.distributed import init_distributed
+from pact_nemo.policy.links import check_links, slow_links
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import on_rank_zero, rank
 from pact_nemo.runtime.files import write_json_atomic, write_text_atomic
@@ -54,6 +56,8 @@ def open_run(config: Config, resume: str | None) -> Iterator[TrainingRun]:
         progress = stack.enter_context(RunProgress(total_steps=steps, enabled=rank() == 0, log=log))
         progress.message(f"run folder {space.folder}")
         with progress.phase("set-up"):
+            if config.policy.check_links:
+                _look_at_links(config, progress)
             on_rank_zero(space.check_exports)
             if resume is None:
                 on_rank_zero(lambda: check_room(config))
@@ -78,6 +82,20 @@ def _open_folder(stack: ExitStack, config: Config, resume: str | None) -> Worksp
     space = opened[0] if opened else Workspace(Path(folder))
     space.place_exports(config.rollout.exports_dir)
     return space
+
+
+def _look_at_links(config: Config, progress: RunProgress) -> None:
+    """How fast the ranks reach each other, and a warning that names hosts where that is slow."""
+    found = check_links()
+    if found is None:
+        return
+    expected = {}
+    if use_cuda():
+        hardware = hardware_of(config)
+        expected = {True: hardware.node_bandwidth, False: hardware.network_bandwidth}
+    progress.message(found.describe())
+    for text in slow_links(found.ring, expected):
+        progress.message(f"warning: {text}")
 
 
 def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProgress, stop: StopRequest) -> TrainingRun:
