@@ -19,6 +19,7 @@ SCRIPTS = {
     "pact-traces": "tools/make_traces.py",
     "pact-check": "tools/check.py",
     "pact-plan": "tools/plan.py",
+    "pact-rehearse": "tools/rehearse.py",
     "pact-report": "tools/report.py",
     "pact-compare": "tools/compare.py",
     "pact-serve": "tools/serve.py",
