@@ -3,6 +3,7 @@
 
     python tools/rehearse.py --recipe llama3p1_70b_64xh100_bf16             # a rank of each pipeline stage
     python tools/rehearse.py --recipe llama3p1_70b_64xh100_bf16 --stage 3 --layers 8 policy.recompute=none
+    python tools/rehearse.py --recipe llama3p1_70b_64xh100_fp8 --transformer-engine
 
 A wrong device, shape or name raises as it would on a GPU. Of each part of a step it says the peak of the GPU's memory
 beside the plan's, and which lines read numbers back to the host. What it can't show: docs/cluster/rehearsal.md. Exit
@@ -33,6 +34,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", type=int, help="pipeline stage; default: one rank of each")
     parser.add_argument("--layers", type=int, help="of the model, for a quick look; default: the recipe's")
     parser.add_argument("--tokens", type=int, help="of a row; default: policy.micro_batch_tokens")
+    parser.add_argument(
+        "--transformer-engine",
+        action="store_true",
+        help="Transformer Engine's layers, by a stand-in that has no kernels",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object last")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of pact_nemo/config/schema.py")
     return parser.parse_intermixed_args()
@@ -41,7 +47,9 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     asked = parse()
     try:
-        case = Case(asked.recipe, asked.stage or 0, asked.layers, asked.tokens, tuple(asked.overrides))
+        case = Case(
+            asked.recipe, asked.stage or 0, asked.layers, asked.tokens, asked.transformer_engine, tuple(asked.overrides)
+        )
         stages = range(check(case).pipeline)
         if asked.stage is not None:
             stages = range(asked.stage, asked.stage + 1)

@@ -25,6 +25,7 @@ class Case:
         stage: the pipeline stage that the rank is of.
         layers: of the model, in place of its own number; None = all.
         tokens: of a row, in place of ``policy.micro_batch_tokens``; None = that.
+        transformer_engine: Transformer Engine's modules, by their stand-in; else the layers that run without it.
         words: further settings, ``key=value``.
     """
 
@@ -32,6 +33,7 @@ class Case:
     stage: int = 0
     layers: int | None = None
     tokens: int | None = None
+    transformer_engine: bool = False
     words: tuple[str, ...] = ()
 
     def config(self) -> Config:
@@ -65,6 +67,7 @@ class Phase:
         planned: the planner's number for the same; None = it has none.
         operations: that torch dispatched.
         seconds: that the rehearsal took.
+        in_fp8: share of the decoder's products that ran in FP8; 0 without Transformer Engine.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Phase:
     planned: float | None
     operations: int
     seconds: float
+    in_fp8: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,8 @@ def check(case: Case) -> Layout:
     layout = layout_of(config, case.recipe)
     if found := layout.problems(shape):
         raise ConfigError("; ".join(found))
+    if config.policy.attention == "te":
+        raise ConfigError("policy.attention=te can't be rehearsed: its kernels are Transformer Engine's own")
     chunks = layout.pipeline * layout.virtual
     if case.layers is not None and case.layers % chunks:
         raise ConfigError(f"{case.layers} layers can't be cut into {chunks} chunks; take a multiple of {chunks}")

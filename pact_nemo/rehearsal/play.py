@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import tempfile
@@ -27,6 +28,7 @@ from pact_nemo.policy.trees import Segment, TokenTree
 from pact_nemo.policy.without_cuda import redirect_rng_state
 from pact_nemo.rehearsal import cuda, experts, ranks, weights
 from pact_nemo.rehearsal.case import Case, Outcome, Phase, layout_of, rank_of, rehearsed_work
+from pact_nemo.rehearsal.engine_layers import PRODUCTS
 from pact_nemo.rehearsal.observed import READS, Memory, Mode
 
 _original_to_local, _original_local_batches = microbatches.to_local, microbatches.local_batches
@@ -96,16 +98,18 @@ class _Stage:
 
     def _timed(self, name: str, action: Any, planned: float | None = None) -> Any:
         self.memory.forget_peak()
+        PRODUCTS.clear()
         start = time.perf_counter()
         found = action()
         seconds = time.perf_counter() - start
         operations = sum(self.memory.operations.values())
-        self.phases.append(Phase(name, float(self.memory.peak), planned, operations, seconds))
+        in_fp8 = PRODUCTS["fp8"] / max(1, sum(PRODUCTS.values()))
+        self.phases.append(Phase(name, float(self.memory.peak), planned, operations, seconds, in_fp8))
         return found
 
     @staticmethod
     def _planned(phase: Phase, planned: float) -> Phase:
-        return Phase(phase.name, phase.peak, planned, phase.operations, phase.seconds)
+        return dataclasses.replace(phase, planned=planned)
 
     def _plan(self, policy: MegatronPolicy, tokens: int, rows: int) -> dict[str, float]:
         """What the planner says of the same rank and rows, without CUDA's context and NCCL's buffers."""
@@ -131,8 +135,6 @@ class _Stage:
 
 
 def _as_it_runs(policy: MegatronPolicy) -> Any:
-    import dataclasses
-
     return dataclasses.replace(policy.config, fp8=policy.fp8, precision="bf16" if policy.bf16 else "fp32")
 
 

@@ -1,5 +1,5 @@
-"""The process of a rehearsal: ``python -m pact_nemo.rehearsal.rank GUARD`` reads cases as a JSON
-list from standard input and prints a line of JSON for each.
+"""The process of a rehearsal: ``python -m pact_nemo.rehearsal.rank GUARD [--transformer-engine]`` reads cases as a
+JSON list from standard input and prints a line of JSON for each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pact_nemo.rehearsal import guard
 
 
 def main() -> int:
-    library = sys.argv[1]
+    library, *options = sys.argv[1:]
     held = guard.preload(Path(library))
     import torch
 
@@ -26,6 +26,10 @@ def main() -> int:
     cuda.pretend_cuda(local_rank=0)
     ranks.install()
     observed.read_lists()
+    if "--transformer-engine" in options:
+        from pact_nemo.rehearsal import engine_stand_in
+
+        engine_stand_in.install()
     from pact_nemo.rehearsal.case import Case, Outcome
     from pact_nemo.rehearsal.play import play
 

@@ -1,4 +1,4 @@
-"""Rehearsing from outside: a process for all cases, and what it found as text."""
+"""Rehearsing from outside: a process for all cases that use the same layers, and what it found as text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,22 @@ MODULE = "pact_nemo.rehearsal.rank"
 
 
 def rehearse(cases: Sequence[Case]) -> list[Outcome]:
-    """Every case's outcome, in order. They run one after another in one process.
+    """Every case's outcome, in order. They run one after another, in a process with Transformer Engine's stand-in and
+    one without.
 
     Raises:
         MissingDependency: there is no C++ compiler.
-        RuntimeError: the process ended before it had played its cases.
+        RuntimeError: a process ended before it had played its cases.
     """
+    found: dict[int, Outcome] = {}
+    for engine in (False, True):
+        wanted = [index for index, case in enumerate(cases) if case.transformer_engine is engine]
+        if wanted:
+            found |= zip(wanted, _run([cases[index] for index in wanted], engine), strict=True)
+    return [found[index] for index in range(len(cases))]
+
+
+def _run(cases: list[Case], engine: bool) -> list[Outcome]:
     paths = [str(checkout.ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {
         # a launcher's own variables would make it a rank of that job
@@ -33,7 +43,7 @@ def rehearse(cases: Sequence[Case]) -> list[Outcome]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(paths),
     }
-    command = [sys.executable, "-m", MODULE, str(build_guard())]
+    command = [sys.executable, "-m", MODULE, str(build_guard()), *(["--transformer-engine"] if engine else [])]
     words = json.dumps([dataclasses.asdict(case) for case in cases])
     done = subprocess.run(command, input=words, env=environment, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
@@ -50,15 +60,16 @@ def _outcome(found: dict[str, object], case: Case) -> Outcome:
 def describe(outcome: Outcome) -> list[str]:
     """An outcome as lines of text."""
     case = outcome.case
-    lines = [f"{case.recipe}, pipeline stage {case.stage}"]
+    engine = "Transformer Engine's layers" if case.transformer_engine else "local layers"
+    lines = [f"{case.recipe}, pipeline stage {case.stage}, {engine}"]
     if outcome.fault:
         return [*lines, *(f"  {line}" for line in outcome.fault.rstrip().splitlines())]
     lines[0] += f": {outcome.parameters / 1e6:,.0f} M parameters, {outcome.rows} rows of {outcome.row_tokens:,} tokens"
     for phase in outcome.phases:
-        beside = ""
+        beside, eight = "", f"; {100 * phase.in_fp8:.0f} % of the products in FP8" if phase.in_fp8 else ""
         if phase.planned is not None:
             beside = f", planned {phase.planned / GIB:.2f} ({100 * (phase.planned / phase.peak - 1):+.1f} %)"
-        lines.append(f"  {phase.name:<20}{phase.peak / GIB:8.2f} GiB{beside}; {phase.operations:,} operations")
+        lines.append(f"  {phase.name:<20}{phase.peak / GIB:8.2f} GiB{beside}; {phase.operations:,} operations{eight}")
     lines.append(f"  {sum(outcome.reads.values()):,} numbers read back to the host in an update")
     lines += [f"    {count:6,}  {line}" for line, count in outcome.reads.items()]
     return lines
