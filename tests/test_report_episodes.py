@@ -37,7 +37,7 @@ def test_turns_show_reward_advantage_and_the_users_later_words() -> None:
 
 def test_the_words_of_a_simulated_user_are_shown() -> None:
     """The task doesn't know them; the rollout does."""
-    row = episode(0)
+    row = episode(0, success=True)
     row["turns"][0]["reply"] = [{"role": "user", "content": "And sort it."}]
     row["turns"][1]["user_turn"] = 1
     view = view_episode(row, "training", "sample 0", "pythonic")
