@@ -20,7 +20,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +37,7 @@ from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config, to_dict
 from pact_nemo.data.tasks import build_environment, limited
 from pact_nemo.environments.base import Environment, Task
+from pact_nemo.environments.order import play_in_order, refuse_samples, standing, with_prerequisites
 from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError, PactError, ServerError
@@ -71,8 +71,9 @@ def player(
         limits = evaluation_limits(config)
 
         def by_chat(tasks: list[Task]) -> list[Rollout]:
-            with ThreadPoolExecutor(sampling.concurrency) as threads:
-                made = list(threads.map(lambda task: play_by_chat(environment, task, 0, complete, limits), tasks))
+            made = play_in_order(
+                tasks, lambda task: play_by_chat(environment, task, 0, complete, limits), sampling.concurrency
+            )
             if all(rollout.status == "failed" for rollout in made):
                 raise ServerError(f"all {len(made)} episodes failed; the first: {made[0].error}")
             return made
@@ -143,16 +144,49 @@ def open_folder(config: Config, options: argparse.Namespace) -> Path:
     return episodes
 
 
+def chosen_tasks(config: Config, options: argparse.Namespace, environment: Environment) -> list[Task]:
+    """The tasks that count, by ``--held-out`` and ``--limit``, behind those that they build on."""
+    tasks = environment.tasks()
+    chosen = [task for task in tasks if not task.prepares]
+    if options.held_out:
+        chosen = limited(config, *split(chosen, held_out=config.tasks.held_out, seed=config.tasks.split_seed))[1]
+    chosen = with_prerequisites(chosen[: options.limit], tasks)
+    if not options.model.startswith("http"):
+        refuse_samples(chosen, config.evaluation.samples)
+    return chosen
+
+
+def kept_rollouts(episodes: Path, tasks: list[Task]) -> list[Rollout]:
+    """What was played before and stands: not what failed, nor what builds on an episode that is played again.
+
+    Args:
+        tasks: all that there are.
+    """
+    rollouts = [r for r in read_rollouts(episodes) if r.status != "failed"] if episodes.is_file() else []
+    stands = standing({rollout.task_id for rollout in rollouts}, tasks)
+    return [rollout for rollout in rollouts if rollout.task_id in stands]
+
+
+def prerequisites(tasks: list[Task], rollouts: list[Rollout]) -> dict[str, Any]:
+    """Of episodes that others build on: how many there are, which failed, and the tasks that could not be played for
+    it.
+    """
+    failed = {rollout.task_id for rollout in rollouts if rollout.status == "failed"}
+    lost = sorted(task.id for task in tasks if not task.prepares and task.id in failed and failed & set(task.after))
+    return {
+        "n": sum(task.prepares for task in tasks),
+        "failed": sorted(task.id for task in tasks if task.prepares and task.id in failed),
+        "not_played": lost,
+    }
+
+
 def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    environment = build_environment(config)
+    environment = build_environment(config, folder=options.out)
     episodes = open_folder(config, options)
     started = time.monotonic()
     try:
-        tasks = environment.tasks()
-        if options.held_out:
-            tasks = limited(config, *split(tasks, held_out=config.tasks.held_out, seed=config.tasks.split_seed))[1]
-        tasks = tasks[: options.limit]
-        rollouts = [r for r in read_rollouts(episodes) if r.status != "failed"] if episodes.is_file() else []
+        every, tasks = environment.tasks(), chosen_tasks(config, options, environment)
+        rollouts = kept_rollouts(episodes, every)
         done = {rollout.task_id for rollout in rollouts}
         left = [task for task in tasks if task.id not in done]
         with RunProgress(total_steps=0, enabled=not options.json) as progress:
@@ -165,9 +199,9 @@ def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
                         played = {rollout.task_id for rollout in rollouts}
                         dump_evaluation(
                             episodes,
-                            [t for t in tasks if t.id in played],
+                            [t for t in every if t.id in played],
                             rollouts,
-                            episode_rewards(config, tasks, rollouts)[0],
+                            episode_rewards(config, every, rollouts)[0],
                         )
     finally:
         environment.close()
@@ -177,9 +211,11 @@ def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     score = summarise(tasks, rollouts, call_rewards, 0, time.monotonic() - started).to_dict()
     name = options.name if options.model.startswith("http") else Path(options.model).resolve().name
     result = {"model": options.model, "name": name, "benchmark": config.environment, **score}
+    if any(task.prepares for task in tasks):
+        result["prerequisites"] = prerequisites(tasks, rollouts)
     write_scores = environment_spec(config.environment).write_scores
     if write_scores is not None:
-        write_scores(options.out, name, tasks, verdicts(rollouts))
+        write_scores(options.out, name, [task for task in tasks if not task.prepares], verdicts(rollouts))
     write_json_atomic(options.out / "result.json", result)
     return result
 
@@ -231,6 +267,12 @@ def main() -> int:
     for metric, value in result["metrics"].items():
         table.add_row(metric, str(result["n"]), f"{value:.4f}")
     Console().print(table)
+    before = result.get("prerequisites", {"failed": []})
+    if before["failed"]:
+        print(
+            f"{len(before['failed'])} episodes that others build on failed: {', '.join(before['failed'])}\n"
+            f"{len(before['not_played'])} tasks were not played for it and count 0; the same command plays them again"
+        )
     return 0
 
 

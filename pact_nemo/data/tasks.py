@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import Pythonic, tool_format
@@ -19,13 +20,16 @@ from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Limits, Sandbox
 
 
-def build_environment(config: Config, quarantine: Quarantine | None = None, path: str | None = None) -> Environment:
+def build_environment(
+    config: Config, quarantine: Quarantine | None = None, path: str | None = None, folder: Path | None = None
+) -> Environment:
     """The environment that the setting ``environment`` names; its sandbox, where it has one, starts when it is first
     needed.
 
     Args:
         quarantine: takes the bad rows of its files; None: one of its own, with the policy of ``run.bad_rows``.
         path: a file of tasks in place of ``tasks.path``.
+        folder: where it may keep what a resumed evaluation needs; None: nowhere.
 
     Raises:
         ConfigError: there is no such environment, or it can't be built.
@@ -43,6 +47,7 @@ def build_environment(config: Config, quarantine: Quarantine | None = None, path
         sandbox=lambda: Sandbox(config.sandbox.workers, limits, unconfined=config.sandbox.unconfined),
         conversations=lambda: conversations_of(config, quarantine),
         python_names=isinstance(tool_format(config.model.tool_format), Pythonic),
+        folder=folder,
     )
     return registry.build_environment(config.environment, setup)
 
@@ -81,6 +86,7 @@ def load_tasks(
             too long and ``tasks.overlong`` is stop.
     """
     dropped = {"prompt_too_long": 0}
+    refuse_evaluation_only(config, environment.tasks())
 
     def short_enough(tasks: list[Task]) -> list[Task]:
         return _short_enough(config, tasks, chat, quarantine, dropped)
@@ -117,6 +123,19 @@ def load_tasks(
                 f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out{bad}"
             )
     return train, held_out, dropped
+
+
+def refuse_evaluation_only(config: Config, tasks: list[Task]) -> None:
+    """Raises ConfigError where the tasks of these settings can be evaluated but not trained on; says why."""
+    why = registry.environment_spec(config.environment).evaluation_only(config.environment_config)
+    if why is not None:
+        raise ConfigError(why)
+    linked = next((task for task in tasks if task.after or task.prepares), None)
+    if linked is not None:
+        raise ConfigError(
+            f"task {linked.id} builds on other episodes or prepares for them, so it can't be trained on: leave such"
+            " tasks out, and evaluate them with tools/evaluate.py"
+        )
 
 
 def check_batches(config: Config, train: list[Task], warmup_tasks: list[Task] | None) -> None:

@@ -94,6 +94,8 @@ class Task:
         data: the benchmark's own record, for its environment and checker only.
         later_tools: function schemas that later user turns reveal, where the reference calls may use them.
         any_turn: a reference call may be made in any user turn, because another user answers in each episode.
+        after: ids of the tasks that this one builds on: their episodes end before its own begins. Evaluation only.
+        prepares: it is played for those that build on it, and has no score of its own.
     """
 
     id: str
@@ -107,6 +109,8 @@ class Task:
     tags: tuple[str, ...] = ()
     later_tools: tuple[dict[str, Any], ...] = field(default=(), compare=False, repr=False)
     any_turn: bool = False
+    after: tuple[str, ...] = ()
+    prepares: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,14 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Release all state; safe to call twice."""
+        ...
+
+
+class OpensItself(Session, Protocol):
+    """A session whose first messages are known only as it starts: they hold what earlier episodes left behind."""
+
+    def opening(self) -> list[dict[str, str]]:
+        """The messages in place of ``task.user_turns[0]``; the same ones whenever it is asked."""
         ...
 
 

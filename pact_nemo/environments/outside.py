@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from pact_nemo.environments.base import Goal, Outcome, Task, ToolCall, check_schema
-from pact_nemo.environments.sessions import shown_to_policy
+from pact_nemo.environments.order import order_fault
+from pact_nemo.environments.sessions import opening_messages, shown_to_policy
 from pact_nemo.environments.spec import EnvironmentSpec
 from pact_nemo.errors import ConfigError, EnvironmentFailure, PactError
 
@@ -116,6 +117,9 @@ class OutsideEnvironment:
                 if task.id in seen:
                     raise self._refused(f"tasks()[{index}].id {task.id!r} is another task's; ids have to differ")
                 seen.add(task.id)
+            fault = order_fault(found)
+            if fault is not None:
+                raise self._refused(f"tasks() {fault}")
             session = self._asked(f"start({found[0].id!r})", lambda: self._inner.start(found[0]))
             missing = _lacking(session, OutsideSession.NEEDED)
             self._asked("close() of a session", getattr(session, "close", lambda: None))
@@ -174,6 +178,15 @@ class OutsideSession:
         """See :class:`~pact_nemo.environments.base.Session`."""
         with self._guarded("seeded()"):
             getattr(self._inner, "seeded", lambda seed: None)(seed)
+
+    def opening(self) -> list[dict[str, str]]:
+        """See :class:`~pact_nemo.environments.base.OpensItself`; the task's own where the session has none."""
+        with self._guarded("opening()"):
+            found = opening_messages(self._inner, self.task)
+        fault = _messages_fault(found)
+        if fault is not None:
+            raise self._failure(f"opening() {fault}")
+        return found
 
     def execute(self, calls: list[ToolCall]) -> list[str]:
         """See :class:`~pact_nemo.environments.base.Session`."""

@@ -18,6 +18,14 @@ def shown_to_policy(observations: Sequence[str], limit: int | None) -> list[str]
     return [text if limit is None or len(text) <= limit else f"{text[:limit]} [cut]" for text in observations]
 
 
+def opening_messages(session: Any, task: Task) -> list[dict[str, str]]:
+    """The first messages of an episode: the session's own where it is one that
+    :class:`~pact_nemo.environments.base.OpensItself`, else the task's.
+    """
+    own = getattr(session, "opening", None)
+    return [dict(message) for message in (own() if callable(own) else task.user_turns[0])]
+
+
 def after_the_end(task: Task) -> EnvironmentFailure:
     """The error for a call when the episode is over."""
     return EnvironmentFailure(f"{task.id}: a call after the episode's end")

@@ -54,6 +54,8 @@ class Setup:
         conversations: reads ``traces.path`` where it is a file of conversations, once; None where it is none. For an
             environment whose tasks can be read out of them.
         python_names: ``model.tool_format`` writes calls as Python text, so names have to be plain identifiers.
+        folder: where it may keep what has to outlive the process, for an evaluation that is cut and goes on. None:
+            nothing has to.
     """
 
     settings: Any
@@ -64,9 +66,14 @@ class Setup:
     sandbox: Callable[[], Sandbox]
     conversations: Callable[[], Sequence[Any] | None] = _no_conversations
     python_names: bool = False
+    folder: Path | None = None
 
 
 def _no_limit_of_its_own() -> int | None:
+    return None
+
+
+def _trains_on_all(settings: Any) -> str | None:
     return None
 
 
@@ -94,6 +101,8 @@ class EnvironmentSpec:
         describe: its own settings in the plan, in one line.
         checked: every call is held against the protocol, what may be missing is supplied, and observations are cut to
             ``tasks.max_observation_chars`` (:mod:`pact_nemo.environments.outside`). False: its own tests see to that.
+        evaluation_only: (its settings) -> why the tasks that they ask for can't be trained on, and the remedy; None
+            where they can. Evaluation takes them all the same.
         write_scores: (folder, model name, tasks, task id -> (passed, reason)); writes the files of a leaderboard.
     """
 
@@ -109,4 +118,5 @@ class EnvironmentSpec:
     official_turns: Callable[[], int | None] = _no_limit_of_its_own
     checked: bool = True
     describe: Callable[[Any], str] = _no_words
+    evaluation_only: Callable[[Any], str | None] = _trains_on_all
     write_scores: Callable[[Path, str, Sequence[Task], Mapping[str, tuple[bool, str | None]]], None] | None = None

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
 from pact_nemo.environments.base import Task
+from pact_nemo.environments.order import refuse_samples
 from pact_nemo.errors import Interrupted, ServerLost
 from pact_nemo.rollouts.episode import EpisodeSetup, Generates, run_episode
 from pact_nemo.rollouts.types import Rollout
@@ -62,16 +63,24 @@ async def run_batch(
 
     Each open episode has a thread for its environment, so that tools which wait hold up no other episode.
 
+    A task waits for those of the batch that it builds on (``Task.after``), however they end; it takes no place in the
+    queue meanwhile.
+
     ``check`` is called a few times a second; what it raises ends the batch and is passed on.
     """
-    gate = asyncio.Semaphore(concurrency)
+    refuse_samples(tasks, samples)
+    gate, ended_tasks = asyncio.Semaphore(concurrency), {task.id: asyncio.Event() for task in tasks}
     _give_threads(concurrency)
     total, done, tokens = len(tasks) * samples, 0, 0
 
     async def one(task: Task, sample: int, client: Served) -> Rollout:
         nonlocal done, tokens
+        for name in task.after:
+            if name in ended_tasks:
+                await ended_tasks[name].wait()
         async with gate:
             rollout = await run_episode(task, sample, setup, client)
+        ended_tasks[task.id].set()
         done += 1
         tokens += sum(rollout.loss_mask)
         if on_progress is not None:

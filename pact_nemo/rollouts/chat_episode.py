@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from pact_nemo.chat.json_calls import call_from
 from pact_nemo.chat.thoughts import OPENING, thoughts_and_visible
 from pact_nemo.environments.base import Environment, Task, ToolCall
-from pact_nemo.environments.sessions import seed_session
+from pact_nemo.environments.sessions import opening_messages, seed_session
 from pact_nemo.errors import EnvironmentFailure, ServerError, ToolCallError
 from pact_nemo.rollouts.types import Rollout, Turn
 from pact_nemo.serving.chat_endpoint import Complete
@@ -113,12 +113,13 @@ def play_by_chat(
     """
     started = time.perf_counter()
     rollout = Rollout(task.id, sample, [], [], [], [], [], None, 0)
-    messages: list[dict[str, Any]] = [dict(message) for message in task.user_turns[0]]
+    messages: list[dict[str, Any]] = []
     tools, user_turn, here = list(task.tools), 0, 0
     session = None
     try:
         session = environment.start(task)
         seed_session(session, sample)
+        messages += opening_messages(session, task)
         while True:
             if here >= limits.max_turns_per_user_turn or len(rollout.turns) >= limits.max_turns:
                 rollout.status, rollout.error = "truncated", f"more than {here} assistant turns in one user turn"

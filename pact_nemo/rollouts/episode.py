@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 from pact_nemo.chat.contexts import Contexts
 from pact_nemo.chat.thoughts import visible_text
 from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
-from pact_nemo.environments.sessions import seed_session
+from pact_nemo.environments.sessions import opening_messages, seed_session
 from pact_nemo.errors import DataError, EnvironmentFailure, PactError, ServerError, ToolCallError
 from pact_nemo.rollouts.types import Limit, Rollout, Turn
 from pact_nemo.serving.client import Completion, GenerationRequest
@@ -125,6 +125,9 @@ async def run_episode(task: Task, sample: int, setup: EpisodeSetup, client: Gene
     try:
         session = await _in_thread(task, setup.environment.start, task)
         seed_session(session, setup.seeds.seed(task.id, sample, "user"))
+        opening = await _in_thread(task, opening_messages, session, task)
+        if opening != [dict(message) for message in task.user_turns[0]]:
+            rollout.prompt_ids = setup.chat.prompt_ids(opening, list(task.tools))
         episode = _Episode(task, rollout, session, setup, client)
         try:
             await episode.play()

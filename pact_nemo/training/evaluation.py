@@ -42,14 +42,16 @@ class Score:
 def summarise(
     tasks: list[Task], rollouts: list[Rollout], call_rewards: list[float], version: int, seconds: float
 ) -> Score:
-    """Denominators: ``score`` over all episodes, ``call_reward`` over those with reference calls (None: none has),
-    ``categories`` over the episodes of each category or tag."""
+    """Denominators: ``score`` over all episodes but those that only prepare for others, ``call_reward`` over those with
+    reference calls (None: none has), ``categories`` over the episodes of each category or tag."""
     by_task = {task.id: task for task in tasks}
     flat: list[float] = []
     passed: dict[str, list[float]] = defaultdict(list)
     further: dict[str, list[float]] = defaultdict(list)
     for rollout in rollouts:
         task, value = by_task[rollout.task_id], rollout.outcome.score if rollout.outcome is not None else 0.0
+        if task.prepares:
+            continue
         flat.append(value)
         for name in (task.category, *task.tags):
             passed[name].append(value)
@@ -59,7 +61,7 @@ def summarise(
         score=sum(flat) / len(flat),
         n=len(flat),
         call_reward=sum(call_rewards) / len(call_rewards) if call_rewards else None,
-        failed=sum(r.status == "failed" for r in rollouts),
+        failed=sum(r.status == "failed" and not by_task[r.task_id].prepares for r in rollouts),
         categories={name: {"score": sum(v) / len(v), "n": len(v)} for name, v in sorted(passed.items())},
         weight_version=version,
         seconds=seconds,
