@@ -159,6 +159,19 @@ def same_request(data: Data) -> None:
     data.tasks.append({**data.tasks[0], "id": "t9", "answer": "99"})
 
 
+def two_turns(data: Data) -> None:
+    """The first conversation goes on: the user asks for another article."""
+    more = trace(1)["messages"]
+    more[1]["tool_calls"][0]["id"] = more[2]["tool_call_id"] = "c2"
+    more[1]["tool_calls"] = [{**call("lookup", sku="B2"), "id": "c2"}]
+    data.traces[0]["messages"] += [{"role": "user", "content": "And B2?"}, *more[1:]]
+
+
+def chat_first(data: Data) -> None:
+    """The first user turn of the first conversation is answered without a call."""
+    del data.traces[0]["messages"][1:3]
+
+
 LEAK = "return self.stock[sku]\n"
 BOOKED = """
         BOOK.write_text(f"{BOOK.read_text() if BOOK.exists() else 0}1")
@@ -355,6 +368,45 @@ FAULTS: dict[str, tuple[Callable[[Data], None], str, str, list[str]]] = {
         "row",
         ["expected_calls[0]", "no JSON"],
     ),
+    "a misspelt key of a task": (
+        in_task(answer=None, anwser="10"),
+        "warning",
+        "key",
+        ["tasks.jsonl:1", "'anwser' goes to the class only", "near: 'answer'"],
+    ),
+    "a misspelt request": (
+        in_task(question=None, quesiton="What?"),
+        "warning",
+        "key",
+        ["'quesiton'", "near: 'question'"],
+    ),
+    "a misspelt key of a conversation": (
+        in_trace(rewrad=1.0),
+        "warning",
+        "key",
+        ["traces.jsonl:1", "'rewrad' is read by nobody", "near: 'reward'"],
+    ),
+    "only calls that read are expected": (
+        lambda data: (
+            words("agent.read_only=[lookup]")(data),
+            in_task(answer=None, expected_calls=[{"name": "lookup", "arguments": {"sku": "A1"}}])(data),
+        ),
+        "error",
+        "row",
+        ["tasks.jsonl:1", "agent.read_only"],
+    ),
+    "a conversation of more user turns than the task": (
+        two_turns,
+        "warning",
+        "trace:longer_than_task",
+        ["traces.jsonl:1", "user_turns", "agent.user_turns=first"],
+    ),
+    "a first user turn without a call": (
+        lambda data: (words("agent.user_turns=first")(data), two_turns(data), chat_first(data)),
+        "warning",
+        "trace:no_call_in_first_turn",
+        ["traces.jsonl:1", "agent.user_turns=recorded"],
+    ),
     "one request, two answers": (same_request, "error", "task", ["2 different answers"]),
     # conversations
     "a conversation row is no JSON": (row_before("traces", "{oops"), "error", "row", ["traces.jsonl"]),
@@ -421,12 +473,6 @@ FAULTS: dict[str, tuple[Callable[[Data], None], str, str, list[str]]] = {
         "warning",
         "length",
         ["in evaluations", "evaluation.max_turns_per_user_turn=1"],
-    ),
-    "a key that is nearly one with a meaning": (
-        lambda data: [each.update(usr_turns=["Thanks."]) for each in data.tasks],
-        "warning",
-        "key",
-        ["'usr_turns' of 4 rows", "'user_turns'", "t0, t1, t2, t3"],
     ),
     "traces of our own schema that belong to no task": (
         own_schema,
@@ -499,7 +545,7 @@ def test_questions_with_the_same_answer_are_no_other_tasks(tmp_path: Path, chat:
         row["answer"] = talk["messages"][3]["content"] = "yes" if index < 3 else "no"
     found = run(data, tmp_path, chat)
     assert (found.count("error"), found.count("warning")) == (0, 0), "\n".join(listed(found.findings))
-    assert "another task's expert solves 0 of 2 tasks" in "\n".join(listed(found.findings))
+    assert "another task's expert solves 0 of 4 tasks" in "\n".join(listed(found.findings))
 
 
 def test_many_of_a_kind_are_counted() -> None:

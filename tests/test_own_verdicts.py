@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from pact_nemo.checkout import ROOT
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
 from pact_nemo.data.conversations import conversations_of, import_traces
+from pact_nemo.data.task_traces import with_reference_calls
 from pact_nemo.data.tasks import build_environment
 from pact_nemo.environments.base import Environment, Task, ToolCall
 from pact_nemo.environments.own.signatures import as_text
 from pact_nemo.errors import DataError
 from pact_nemo.runtime.quarantine import Quarantine
+from pact_nemo.traces.schema import Trace, TraceTurn
 
 TOOLS = '''
 class Shop:
@@ -96,9 +99,11 @@ def test_one_worker_does_not_wait_for_itself(tmp_path: Path) -> None:
     (tmp_path / "tasks.jsonl").write_text(json.dumps(row(expected_calls=[call("order", sku="A1", count=2)])))
     source = f"""
 from pact_nemo.config.load import load_config
+from pact_nemo.data.task_traces import with_reference_calls
 from pact_nemo.data.tasks import build_environment
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.runtime.quarantine import Quarantine
+from pact_nemo.traces.schema import Trace, TraceTurn
 words = ["agent.tools={tmp_path}/shop.py:Shop", "tasks.path={tmp_path}/tasks.jsonl", "agent.workers=1"]
 environment = build_environment(load_config("{ROOT}/conf/pact_own-smollm2_135m-cpu.yaml", words), Quarantine())
 (task,) = environment.tasks()
@@ -162,3 +167,13 @@ def test_with_the_first_turn_alone_longer_conversations_teach_that_turn(opened: 
 def test_a_set_is_observed_in_one_order() -> None:
     texts = {as_text({"skus": set(names)}) for names in ("abcdefgh", "hgfedcba")}
     assert texts == {'{"skus": ["a", "b", "c", "d", "e", "f", "g", "h"]}'}
+
+
+def test_calls_of_a_trace_keep_their_user_turn_as_reference_calls() -> None:
+    turns = tuple(({"role": "user", "content": words},) for words in ("One?", "Two?"))
+    task = Task("t", "t", "own", turns, (), ((), ()))
+    order = ToolCall("order", {"sku": "A1", "count": 1})
+    trace = Trace("t", "teacher", (TraceTurn((), (LOOKUP,), ("3",)), TraceTurn((), (order,), ("ok",), 1)), True)
+    assert with_reference_calls(task, trace).reference_calls == ((LOOKUP,), (order,))
+    anywhere = with_reference_calls(replace(task, any_turn=True), trace)
+    assert anywhere.reference_calls == ((LOOKUP, order),)

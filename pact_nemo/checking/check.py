@@ -14,14 +14,13 @@ from pact_nemo.checking.data_checks import (
     conversation_findings,
     drift_findings,
     dropped_findings,
-    key_findings,
     length_findings,
     name_findings,
     row_findings,
-    stray_findings,
     task_findings,
     tool_findings,
 )
+from pact_nemo.checking.file_checks import key_findings, stray_findings
 from pact_nemo.checking.findings import Finding, grouped
 from pact_nemo.checking.plays import Expert, Script
 from pact_nemo.checking.reward_checks import expert_findings, nothing_findings, other_findings, session_findings
@@ -99,11 +98,11 @@ def _check(
     if config.traces.path is not None and not Path(config.traces.path).is_file():
         raise ConfigError(f"traces.path={config.traces.path}: no such file")
     found.tasks = len(tasks)
+    found.findings += key_findings(config)
     if not tasks:
         raise ConfigError("no task can be used; the rows above say why")
     found.tools = list({tool["name"]: tool for task in tasks for tool in task.tools}.values())
     found.findings += [*name_findings(environment), *task_findings(environment, tasks)]
-    found.findings += key_findings(environment, tasks)
     note("traces")
     used, findings = _traces(config, environment, tasks, quarantine)
     found.findings += findings

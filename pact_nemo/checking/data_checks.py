@@ -15,7 +15,7 @@ from pact_nemo.config.schema import Config
 from pact_nemo.data.conversations import Judged
 from pact_nemo.data.tasks import prompt_length
 from pact_nemo.environments.base import Environment, Task
-from pact_nemo.environments.sessions import shown_to_policy
+from pact_nemo.environments.sessions import CUT, shown_to_policy
 from pact_nemo.errors import DataError
 from pact_nemo.objective.components import Component
 from pact_nemo.runtime.quarantine import Quarantine
@@ -36,13 +36,26 @@ REASONS = {
     "low_reward": ("has a reward below traces.min_score", "take it out, or lower traces.min_score"),
     "replay_refused": ("can't be replayed", "mend what is named here"),
     "replay_error": ("brings an error that it did not have", "mend the tool or the task's info"),
+    "no_call_in_first_turn": (
+        "calls nothing in its first user turn, and agent.user_turns=first takes that one only",
+        "set agent.user_turns=recorded, or take it out",
+    ),
+    "longer_than_task": (
+        "calls tools in a user turn that its task does not have",
+        "give the task's row those user_turns, or set agent.user_turns=first to use the first turn's part",
+    ),
     "replay_low_score": ("does not solve its task", "mend its answer, the task's, or score()"),
 }
 
 
 def row_findings(quarantine: Quarantine) -> list[Finding]:
     """Rows of either file that can't be read."""
-    return [Finding("error", "row", "", str(row.error)) for row in quarantine.rows]
+    found = []
+    for row in quarantine.rows:
+        where = ":".join(str(part) for part in (row.error.file, row.error.line) if part is not None)
+        text = str(row.error)
+        found.append(Finding("error", "row", where, text.removeprefix(f"{where}: ") if where else text))
+    return found
 
 
 def tool_findings(tasks: Sequence[Task], called: Counter[str]) -> list[Finding]:
@@ -98,27 +111,6 @@ def task_findings(environment: Environment, tasks: Sequence[Task]) -> list[Findi
     return found
 
 
-def key_findings(environment: Environment, tasks: Sequence[Task]) -> list[Finding]:
-    """Keys of task rows that are nearly one that has a meaning. An environment that knows its rows' keys says which
-    (``misspelt_keys``).
-    """
-    ask: Callable[[Task], Mapping[str, str]] | None = getattr(environment, "misspelt_keys", None)
-    rows: dict[tuple[str, str], list[str]] = {}
-    for task in tasks if ask is not None else ():
-        for key, meant in ask(task).items():  # type: ignore[misc]
-            rows.setdefault((key, meant), []).append(task.id)
-    return [
-        Finding(
-            "warning",
-            "key",
-            ", ".join(names[:4]),
-            f"the key {key!r} of {len(names)} rows has no meaning but for your class; {meant!r} has one",
-            f"call it {meant!r}, or set agent.fields={{{meant}: {key}}}; leave it if your class reads it",
-        )
-        for (key, meant), names in rows.items()
-    ]
-
-
 def dropped_findings(path: str | None, dropped: Mapping[str, int]) -> list[Finding]:
     """Sound conversations that hold nothing to learn."""
     why = {
@@ -133,23 +125,6 @@ def dropped_findings(path: str | None, dropped: Mapping[str, int]) -> list[Findi
         Finding("warning", f"trace:{reason}", str(path), f"{count} conversations {why[reason][0]}", why[reason][1])
         for reason, count in dropped.items()
     ]
-
-
-def stray_findings(path: str, told: Sequence[str], known: Sequence[str]) -> list[Finding]:
-    """Traces of our own schema that belong to no task.
-
-    Args:
-        told: the task that each trace names.
-        known: ids of the tasks.
-    """
-    strays = [name for name in told if name not in known]
-    if not strays:
-        return []
-    closest = difflib.get_close_matches(strays[0], known, 1)
-    near = f" (near: {closest[0]!r})" if closest else ""
-    text = f"{len(strays)} of {len(told)} traces belong to no task; the first names {strays[0]!r}{near}"
-    level: Level = "error" if len(strays) == len(told) else "warning"
-    return [Finding(level, "trace:of_no_task", path, text, "mend task_id, or take the trace out")]
 
 
 def conversation_findings(
@@ -214,12 +189,24 @@ def drift_findings(used: dict[str, Expert], plays: dict[str, Play], limit: int |
     changed = []
     for task_id, (trace, _) in used.items():
         told = shown_to_policy([text for turn in trace.turns for text in turn.observations], limit)
-        if task_id in plays and list(plays[task_id].observations) != told:
+        if task_id in plays and _differ(told, plays[task_id].observations):
             changed.append(task_id)
     if not changed:
         return []
     text = f"the tools now observe something else than {len(changed)} of {len(used)} traces tell, {changed[0]} first"
     return [Finding("note", "trace", "", text, "the policy sees the tools' text, the trace teaches the told one")]
+
+
+def _differ(told: Sequence[str], seen: Sequence[str]) -> bool:
+    """Whether observations differ in more than where they were cut."""
+    if len(told) != len(seen):
+        return True
+    for then, now in zip(told, seen, strict=True):
+        whole = not (then.endswith(CUT) or now.endswith(CUT))
+        then, now = then.removesuffix(CUT), now.removesuffix(CUT)
+        if then != now and (whole or not (then.startswith(now) or now.startswith(then))):
+            return True
+    return False
 
 
 def length_findings(config: Config, chat: ChatFormat, tasks: Sequence[Task], used: dict[str, Expert]) -> list[Finding]:

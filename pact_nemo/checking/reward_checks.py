@@ -65,13 +65,16 @@ def other_findings(
 ) -> list[Finding]:
     """Play another task's expert: it must not solve this one, unless it does all that this one's does."""
     known = [task for task in tasks if task.id in plays and plays[task.id].success]
-    pairs = [
-        (task, other)
-        for task, other in zip(known, [*known[1:], *known[:1]], strict=True)
-        if task.id != other.id and not _holds(scripts[other.id], scripts[task.id]) and not _same_answer(task, other)
-    ]
+    pairs = []
+    for index, task in enumerate(known):
+        others = [*known[index + 1 :], *known[:index]]
+        sound = (one for one in others if not _same_answer(task, one))
+        other = next((one for one in sound if not _holds(scripts[one.id], scripts[task.id])), None)
+        if other is not None:
+            pairs.append((task, other))
     if not pairs:
-        return []
+        text = f"no two of {len(known)} tasks have different solutions: nobody knows whether the verdict looks at them"
+        return [Finding("note", "reward", "", text)] if len(known) > 1 else []
     won = [task.id for task, other in pairs if play(environment, task, scripts[other.id]).success]
     return _wrongly_won("another task's expert", won, len(pairs), "the verdict does not look at the task")
 

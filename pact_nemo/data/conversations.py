@@ -92,8 +92,6 @@ def judged_conversations(
     by_words = {user_words(task.user_turns[0]): task for task in reversed(tasks)}
     there = environment.tasks()
     others = {task.id for task in there} | {user_words(task.user_turns[0]) for task in there}
-    if getattr(environment, "first_turn_only", False):
-        told = [conversation.first_turn() for conversation in told]
     for conversation in told:
         name, words = conversation_id(conversation), user_words(conversation.opening)
         task = by_id.get(name) or (by_words.get(words) if conversation.task_id is None else None)
@@ -101,8 +99,20 @@ def judged_conversations(
             lost = name not in others and (conversation.task_id is not None or words not in others)
             yield Judged(conversation, None, None, "of_no_task" if lost else None)
             continue
-        trace, reason = _verified(config, environment, conversation, task)
-        yield Judged(conversation, task, trace, reason)
+        yield _judged(config, environment, conversation, task)
+
+
+def _judged(config: Config, environment: Environment, conversation: Conversation, task: Task) -> Judged:
+    """A conversation of a task; where an episode ends with the request's turn, the part of that turn."""
+    if getattr(environment, "first_turn_only", False):
+        part = conversation.first_turn()
+        if part is None:
+            return Judged(conversation, task, None, "no_call_in_first_turn")
+        conversation = part
+    trace, reason = _verified(config, environment, conversation, task)
+    if reason == "replay_refused" and conversation.turns[-1].user_turn >= len(task.user_turns):
+        reason = "longer_than_task"
+    return Judged(conversation, task, trace, reason)
 
 
 def import_traces(

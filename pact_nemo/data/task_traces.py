@@ -12,7 +12,7 @@ from typing import Literal, TypeVar, cast
 
 from pact_nemo.config.schema import Config
 from pact_nemo.data.conversations import conversations_of, import_traces
-from pact_nemo.environments.base import Environment, Task
+from pact_nemo.environments.base import Environment, Task, ToolCall
 from pact_nemo.environments.registry import environment_spec
 from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.runtime.quarantine import Quarantine
@@ -160,7 +160,11 @@ def _augment_all(
 
 def with_reference_calls(task: Task, trace: Trace | None) -> Task:
     """A task with the calls of its trace as reference calls, where it has none of its own: the matching reward's (eq.
-    24)."""
+    24). Each call keeps its user turn.
+    """
     if trace is None or any(task.reference_calls):
         return task
-    return replace(task, reference_calls=(tuple(call for turn in trace.turns for call in turn.calls),))
+    calls: list[list[ToolCall]] = [[] for _ in (task.user_turns if not task.any_turn else (0,))]
+    for turn in trace.turns:
+        calls[0 if task.any_turn else min(turn.user_turn, len(calls) - 1)] += turn.calls
+    return replace(task, reference_calls=tuple(map(tuple, calls)))

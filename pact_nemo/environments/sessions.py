@@ -12,10 +12,12 @@ from pact_nemo.environments.python_tools import Executed, PythonTools
 from pact_nemo.errors import EnvironmentFailure
 from pact_nemo.sandbox import Sandbox
 
+CUT = " [cut]"  #: ends an observation that was cut
+
 
 def shown_to_policy(observations: Sequence[str], limit: int | None) -> list[str]:
     """Observations as the policy sees them: those longer than ``limit`` characters are cut. None: no limit."""
-    return [text if limit is None or len(text) <= limit else f"{text[:limit]} [cut]" for text in observations]
+    return [text if limit is None or len(text) <= limit else f"{text[:limit]}{CUT}" for text in observations]
 
 
 def opening_messages(session: Any, task: Task) -> list[dict[str, str]]:

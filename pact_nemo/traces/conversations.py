@@ -82,11 +82,11 @@ class Conversation:
         """Messages of the user turns that the trace reaches: those behind its last call are left out."""
         return (self.opening, *self.later[: self.turns[-1].user_turn])
 
-    def first_turn(self) -> Conversation:
-        """The conversation up to its second user turn. Without a call there, it stays as it is."""
+    def first_turn(self) -> Conversation | None:
+        """The conversation up to its second user turn; None without a call there."""
         turns = tuple(turn for turn in self.turns if turn.user_turn == 0)
         if not turns[-1].calls or len(turns) == len(self.turns):
-            return self
+            return self if turns[-1].calls else None
         last = replace(turns[-1], user_messages_after=(), new_tools_after=(), closing="")
         answers = (turns[-1].closing_message,)
         return replace(self, later=(), turns=(*turns[:-1], last), answers=answers, places=self.places[: len(turns)])

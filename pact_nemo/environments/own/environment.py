@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import threading
 from collections.abc import Sequence
@@ -99,12 +98,6 @@ class OwnEnvironment:
         told = ("info", "user_instructions")
         own = {key: value for key, value in task.data["row"].items() if key not in FIELDS or key in told}
         return json.dumps([task.user_turns, own], sort_keys=True, default=str)
-
-    def misspelt_keys(self, task: Task) -> dict[str, str]:
-        """Keys of a task's row that only the tools read -> the key with a meaning that they nearly are."""
-        row = task.data["row"]
-        near = {key: difflib.get_close_matches(key.lower(), FIELDS, 1, 0.75) for key in row if key not in FIELDS}
-        return {key: found[0] for key, found in near.items() if found and row.get(found[0]) is None}
 
     def tasks(self) -> list[Task]:
         """All tasks in file order; read once.

@@ -215,7 +215,8 @@ def as_json(value: Any) -> Any:
         ValueError: it has no JSON form.
     """
     try:
-        found = _ANY.dump_python(_sorted_sets(value), mode="json", fallback=_array)
+        plain = _sorted_sets(_ANY.dump_python(value))  # first, so that sets in dataclasses and models are seen
+        found = _ANY.dump_python(plain, mode="json", fallback=_array)
         strict_json.check(found)
     except (ValueError, RecursionError) as error:
         raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
@@ -226,9 +227,9 @@ def _sorted_sets(value: Any) -> Any:
     """Two equal sets may hold their elements in another order."""
     if isinstance(value, set | frozenset):
         return sorted(map(_sorted_sets, value), key=repr)
-    if type(value) is dict:
+    if isinstance(value, dict):
         return {key: _sorted_sets(item) for key, item in value.items()}
-    return [_sorted_sets(item) for item in value] if type(value) in (list, tuple) else value
+    return [_sorted_sets(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def as_text(value: Any) -> str:

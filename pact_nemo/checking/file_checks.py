@@ -1,0 +1,67 @@
+"""What can be told from the files alone: keys that look like ours, traces of no task."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pact_nemo.checking.findings import Finding, Level
+from pact_nemo.config.schema import Config
+from pact_nemo.environments.own.settings import FIELDS, OwnConfig
+from pact_nemo.environments.rows import read_rows
+from pact_nemo.runtime.quarantine import Quarantine
+from pact_nemo.traces.conversations import FIELDS as CONVERSATION_FIELDS
+from pact_nemo.traces.schema import is_trace_file
+
+NEAR = 0.8  #: of difflib's ratio, from which on a key looks like another
+
+
+def key_findings(config: Config) -> list[Finding]:
+    """Keys of the rows of tasks and conversations that mean nothing here and look like one that does."""
+    own = config.environment_config
+    found: list[Finding] = []
+    if isinstance(own, OwnConfig) and config.tasks.path is not None:
+        found += misspelt_keys(config.tasks.path, FIELDS, own.fields, "goes to the class only")
+    if config.traces.path is not None and Path(config.traces.path).is_file() and not is_trace_file(config.traces.path):
+        found += misspelt_keys(config.traces.path, CONVERSATION_FIELDS, config.traces.fields, "is read by nobody")
+    return found
+
+
+def misspelt_keys(path: str, known: Sequence[str], fields: Mapping[str, str], fate: str) -> list[Finding]:
+    """The keys of a file's rows that look like one of ours that the row lacks.
+
+    Args:
+        known: our names of fields.
+        fields: our name -> the name in this file.
+        fate: what becomes of other keys.
+    """
+    if not Path(path).is_file():
+        return []  # said already
+    theirs = {fields.get(name, name): name for name in known}
+    found = []
+    for row in read_rows(path, Quarantine("quarantine")):
+        absent = [name for name in theirs if row.values.get(name) is None]
+        for key in row.values:
+            near = difflib.get_close_matches(key, absent, 1, NEAR) if key not in theirs else []
+            if near:
+                text = f"the key {key!r} {fate} (near: {near[0]!r})"
+                found.append(Finding("warning", "key", f"{path}:{row.number}", text, f"rename it to {near[0]!r}"))
+    return found
+
+
+def stray_findings(path: str, told: Sequence[str], known: Sequence[str]) -> list[Finding]:
+    """Traces of our own schema that belong to no task.
+
+    Args:
+        told: the task that each trace names.
+        known: ids of the tasks.
+    """
+    strays = [name for name in told if name not in known]
+    if not strays:
+        return []
+    closest = difflib.get_close_matches(strays[0], known, 1)
+    near = f" (near: {closest[0]!r})" if closest else ""
+    text = f"{len(strays)} of {len(told)} traces belong to no task; the first names {strays[0]!r}{near}"
+    level: Level = "error" if len(strays) == len(told) else "warning"
+    return [Finding(level, "trace:of_no_task", path, text, "mend task_id, or take the trace out")]
