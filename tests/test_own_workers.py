@@ -26,7 +26,7 @@ def host(reference: str = f"{FILE}:Hostile", **settings: Any) -> ClassHost:
     return ClassHost(reference, OwnConfig(tools=reference, **{"timeout": 20.0, **settings}))
 
 
-@pytest.fixture(scope="module", params=["process", "thread"])
+@pytest.fixture(scope="module", params=["process", "thread", "sandbox"])
 def shop(request: pytest.FixtureRequest) -> Iterator[ClassHost]:
     found = host(f"{FILE}:Shop", isolation=request.param)
     yield found

@@ -18,6 +18,7 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Callable, Sequence
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x20000,
@@ -75,14 +76,21 @@ def _syscall(table: dict[str, int], *arguments: object) -> int:
     return result
 
 
-def enter(read_only: list[str]) -> None:
+def end_with_parent() -> None:
+    """End this process when its parent ends."""
+    _check(_libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
+
+
+def enter(read_only: list[str], wait: Callable[[int], int] | None = None) -> None:
     """Confine this process and everything it starts. It must have one thread.
 
     Returns in a child that is process 1 of a new PID namespace; the caller's process only waits for it and never
     returns.
 
     Args:
-        read_only: host folders that the worker sees, at the same paths, read-only; system libraries come on top.
+        read_only: host folders that the worker sees, at the same paths, read-only; system libraries come on top. A
+            file stands for itself.
+        wait: what the caller's process does: gives the wait status of the process that it is given; None: it waits.
 
     Raises:
         Unconfined: the kernel refuses a step.
@@ -97,9 +105,9 @@ def enter(read_only: list[str]) -> None:
                 handle.write(text)
     child = os.fork()
     if child:
-        _, status = os.waitpid(child, 0)
+        status = wait(child) if wait is not None else os.waitpid(child, 0)[1]
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-    _check(_libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
+    end_with_parent()
     _new_root(read_only)
     _check(_libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")  # /proc/1 of the worker stays closed to the tools it runs
 
@@ -107,6 +115,7 @@ def enter(read_only: list[str]) -> None:
 def _new_root(read_only: list[str]) -> None:
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     base = "/tmp"
+    below = _held([path for path in read_only if _within(path, base)])  # before something else is mounted over them
     mount("tmpfs", base, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     seen: list[str] = []
     for folder in sorted({os.path.abspath(path) for path in [*SYSTEM_FOLDERS, *read_only]}):
@@ -114,10 +123,17 @@ def _new_root(read_only: list[str]) -> None:
             continue
         if os.path.islink(folder) and folder in SYSTEM_FOLDERS:
             os.symlink(os.readlink(folder), base + folder)
+        elif folder in below:
+            _show(below[folder], base + folder)
+            seen.append(folder)
         elif os.path.isdir(folder):
             os.makedirs(base + folder, exist_ok=True)
             _bind(folder, base + folder)
             seen.append(folder)
+        elif os.path.isfile(folder):
+            os.makedirs(os.path.dirname(base + folder), exist_ok=True)
+            open(base + folder, "w").close()
+            _bind(folder, base + folder)
     for path in (*SYSTEM_FILES, *DEVICES):
         if os.path.exists(path):
             os.makedirs(os.path.dirname(base + path), exist_ok=True)
@@ -144,14 +160,42 @@ def _bind(source: str, target: str, device: bool = False) -> None:
         mount(None, target, None, flags | MS_NOEXEC if not device else flags)
 
 
-def drop(limits: dict[str, float], confined: bool) -> None:
+def _within(path: str, folder: str) -> bool:
+    return os.path.abspath(path).startswith(folder + "/")
+
+
+def _held(paths: Sequence[str]) -> dict[str, int]:
+    """A descriptor of each path: it reaches what is below a mount that comes later."""
+    return {os.path.abspath(path): os.open(path, os.O_PATH | os.O_CLOEXEC) for path in paths if os.path.exists(path)}
+
+
+def _show(descriptor: int, target: str) -> None:
+    """Show what a descriptor of :func:`_held` is of, read-only."""
+    source = f"/proc/self/fd/{descriptor}"
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        open(target, "w").close()
+    _bind(source, target)
+    os.close(descriptor)
+
+
+def drop(limits: dict[str, float], confined: bool, keep: Sequence[str] = (), proc: bool = False) -> None:
     """Give this process a scratch folder and resource limits, and take its privileges away for good.
+
+    Args:
+        limits: ``memory_mb``, ``cpu_seconds``, ``scratch_mb``, ``processes``, ``uid``.
+        confined: False: resource limits only.
+        keep: what stays visible below ``/tmp``.
+        proc: show the processes of this process's own PID namespace, which it is the first of.
 
     Raises:
         Unconfined: the kernel refuses a step.
     """
     if confined:
         unshare(CLONE_NEWNS | CLONE_NEWIPC, "scratch")
+        held = _held(keep)
         mount(
             "tmpfs",
             "/tmp",
@@ -159,6 +203,10 @@ def drop(limits: dict[str, float], confined: bool) -> None:
             MS_NOSUID | MS_NODEV | MS_NOEXEC,
             f"size={int(limits['scratch_mb'])}m,mode=1777,nr_inodes=4096",
         )
+        for path, descriptor in held.items():
+            _show(descriptor, path)
+        if proc:
+            mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
         os.chdir("/tmp")
     memory = int(limits["memory_mb"]) << 20
     for kind, value in (

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pact_nemo.environments.own import wire
+from pact_nemo.environments.own import confinement, wire
 from pact_nemo.environments.own.settings import OwnConfig
 from pact_nemo.errors import ConfigError
 
@@ -59,17 +59,21 @@ class Importer:
     """
 
     def __init__(self, reference: str, config: OwnConfig):
+        sandbox = confinement.plan(reference, config) if config.isolation == "sandbox" else None
         ours, theirs = socket.socketpair()
         settings = {
             "path": [str(place) for place in sys.path],
             "descriptor": theirs.fileno(),
             "parent": os.getpid(),
-            "reference": reference,
+            "reference": reference if sandbox is None else sandbox["reference"],
+            "sandbox": sandbox,
             "include": list(config.include),
             "memory_mb": config.memory_mb,
         }
         self._control, self._lock = ours, threading.Lock()
         self._children: set[int] = set()
+        self._sandboxed = sandbox is not None
+        environment = {"PYTHONHASHSEED": "0", **_without_our_keys(config)}  # a set has the same order in every run
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM, json.dumps(settings)],
@@ -78,10 +82,13 @@ class Importer:
                 stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # Ctrl-C is for the trainer
-                env={"PYTHONHASHSEED": "0", **_without_our_keys(config)},  # a set has the same order in every run
+                env=environment if sandbox is None else confinement.ENVIRONMENT,
             )
         try:
-            self.report = self._first_report(f"agent.tools={reference!r}", max(IMPORT_S, config.timeout))
+            what, seconds = f"agent.tools={reference!r}", max(IMPORT_S, config.timeout)
+            self.report = self._first_report(what, seconds)
+            if self._sandboxed:
+                self.report = self._confined_report(what, seconds)
         except BaseException:
             _kill_group(self._process.pid)  # it may hang in the user's file
             self.close()
@@ -103,6 +110,21 @@ class Importer:
             raise ConfigError(report["error"])
         return report
 
+    def _confined_report(self, what: str, seconds: float) -> dict[str, Any]:
+        """What a rollout's process finds: the importing process itself never runs the user's file."""
+        try:
+            child = self.fork()
+            try:
+                answer = child.ask({"do": "report"}, seconds)
+            finally:
+                child.end()
+        except (Lost, ImporterLost) as error:
+            raise ConfigError(f"{what}: its import in the sandbox: {error}") from error
+        if "failure" in answer:
+            raise ConfigError(f"{what}, in the sandbox: {answer['failure']}")
+        report: dict[str, Any] = answer["value"]
+        return report
+
     def fork(self) -> Child:
         """A process for a rollout.
 
@@ -113,11 +135,11 @@ class Importer:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                answer = self._ask({"do": "fork"}, (theirs.fileno(),))
+                answer, descriptors = self._ask({"do": "fork"}, (theirs.fileno(),))
                 if "error" in answer:
                     raise Lost(f"no process can be started: {answer['error']}")
                 pid: int = answer["pid"]
-                ended = os.pidfd_open(pid)
+                ended = descriptors[0] if descriptors else os.pidfd_open(pid)
             except ProcessLookupError as error:  # nobody but the lost process would have waited for it
                 ours.close()
                 raise ImporterLost(f"the process that imports the tools is lost ({error})") from error
@@ -135,18 +157,19 @@ class Importer:
         with self._lock:
             self._children.discard(pid)
         try:
-            status = self._ask({"do": "end", "pid": pid}).get("status")
+            status = self._ask({"do": "end", "pid": pid})[0].get("status")
         except ImporterLost:
-            _kill_group(pid)
+            if not self._sandboxed:  # whose numbers are those of another namespace, which ends with its first process
+                _kill_group(pid)
             return None
         return None if status is None else os.waitstatus_to_exitcode(status)
 
-    def _ask(self, request: dict[str, Any], descriptors: tuple[int, ...] = ()) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any], descriptors: tuple[int, ...] = ()) -> tuple[dict[str, Any], list[int]]:
         with self._lock:
             deadline = time.monotonic() + _CONTROL_S
             try:
                 wire.send(self._control, wire.encoded(request), deadline, descriptors)
-                return wire.receive(self._control, deadline)
+                return wire.receive_with_descriptors(self._control, deadline)
             except (OSError, EOFError, ValueError) as error:
                 self._control.close()  # what comes later would answer another request
                 raise ImporterLost(f"the process that imports the tools is lost ({error})") from error
@@ -161,7 +184,7 @@ class Importer:
             self._process.wait()
         with self._lock:
             left, self._children = self._children, set()
-        for pid in left:
+        for pid in left if not self._sandboxed else ():
             _kill_group(pid)
 
     def _wait(self, seconds: float) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pact_nemo.environments.spec import EnvironmentConfig
 from pact_nemo.errors import ConfigError
 
-ISOLATION = ("process", "thread")
+ISOLATION = ("process", "thread", "sandbox")
 ANSWERS = ("contains", "exact", "f1", "number", "json")
 #: the keys of a task's row that have a meaning here; all others go to the user's class only
 FIELDS = (
@@ -131,7 +131,8 @@ class OwnConfig(EnvironmentConfig):
     include: list[str] = field(
         default_factory=list
     )  #: only these methods or functions are tools; empty: all public ones
-    #: "process": each rollout's object lives in a process of its own; "thread": in the trainer's process, for speed
+    #: "process": each rollout's object lives in a process of its own; "thread": in the trainer's process, for speed;
+    #: "sandbox": in a confined process, for code that nobody vouches for
     isolation: str = "process"
     timeout: float = 30.0  #: seconds that a call, the constructor or ``score()`` may take
     workers: int = 64  #: rollouts that are open at once

@@ -62,15 +62,18 @@ def receive(connection: socket.socket, deadline: float | None, ended: int | None
     return decoded(_read(connection, _size(_read(connection, 4, deadline, ended)), deadline, ended))
 
 
-def receive_with_descriptors(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """The next message and the descriptors that came with it, without a time limit. Raises as :func:`receive`."""
+def receive_with_descriptors(
+    connection: socket.socket, deadline: float | None = None
+) -> tuple[dict[str, Any], list[int]]:
+    """The next message and the descriptors that came with it. Raises as :func:`receive`."""
+    connection.settimeout(_left(deadline))
     head, descriptors, _, _ = socket.recv_fds(connection, 4, 1)
     if not head:
         raise EOFError("the connection is closed")
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-    head += _read(connection, 4 - len(head), None, None)
-    return decoded(_read(connection, _size(head), None, None)), descriptors
+    head += _read(connection, 4 - len(head), deadline, None)
+    return decoded(_read(connection, _size(head), deadline, None)), descriptors
 
 
 def _size(head: bytes) -> int:

@@ -16,11 +16,12 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from pact_nemo.environments.own import wire
+from pact_nemo.environments.own import confinement, wire
 from pact_nemo.environments.own.classes import Instance, Offered
 from pact_nemo.errors import ConfigError
 
@@ -38,14 +39,22 @@ def main(descriptor: int, parent: int, settings: dict[str, Any]) -> None:
     Args:
         descriptor: of the connection to the trainer.
         parent: the trainer's process id.
-        settings: ``reference``, ``include``, ``memory_mb``.
+        settings: ``reference``, ``include``, ``memory_mb``; ``sandbox``: of :func:`confinement.plan`, or None.
     """
     _leave_with(parent)  # an import may hang
     with socket.socket(fileno=descriptor) as control:
         control.set_inheritable(False)
+        tools: Imported | Confined
         try:
-            offered = Offered(settings["reference"], settings["include"])
-            report: dict[str, Any] = {key: getattr(offered, key) for key in ("schemas", "offers", "warnings", "name")}
+            if settings["sandbox"] is not None:
+                _ignore_what_is_the_trainers()
+                _libc.prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
+                confinement.enter(settings["sandbox"], parent)
+                tools, report = Confined(settings), {}
+                parent = os.getppid()
+            else:
+                tools = Imported(settings)
+                report = tools.report
         except ConfigError as error:
             report = {"error": str(error)}
         except BaseException as error:
@@ -56,19 +65,79 @@ def main(descriptor: int, parent: int, settings: dict[str, Any]) -> None:
         # the thread of the trainer that started this process may end long before the trainer does
         _libc.prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        for number in _OF_THE_TRAINER:
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_what_is_the_trainers()
         gc.collect()
         gc.freeze()
         family = _Family(set(_children()))
         try:
-            _serve(control, parent, offered, family, settings["memory_mb"])
+            _serve(control, parent, tools, family)
         finally:
             family.end_all()
             os.killpg(os.getpid(), signal.SIGKILL)  # helpers, and this process itself
 
 
-def _serve(control: socket.socket, parent: int, offered: Offered, family: _Family, memory_mb: int | None) -> None:
+def _ignore_what_is_the_trainers() -> None:
+    for number in _OF_THE_TRAINER:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Imported:
+    """The user's file in the process that starts rollouts, which are forks of it."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self._offered = Offered(settings["reference"], settings["include"])
+        self._memory_mb: int | None = settings["memory_mb"]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return _report(self._offered)
+
+    def begin(self, number: int) -> Answering:
+        """What answers the requests of a rollout, in its process."""
+        if self._memory_mb is not None:
+            _limit_memory(self._memory_mb)
+        return Instance(self._offered)
+
+
+class Confined:
+    """The user's file in the confined process of a rollout, and nowhere else."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self._settings = settings
+        self._instance: Instance | None = None
+        self._failure = ""
+
+    def begin(self, number: int) -> Answering:
+        """As :meth:`Imported.begin`; the process that it returns in is another one, without privileges."""
+        try:
+            confinement.become_rollout(self._settings["sandbox"], number)
+        except OSError as error:
+            self._failure = f"the sandbox can't be set up: {error}"
+        return self
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """As :meth:`Instance.answer`; the first one imports the file. ``report``: what the file offers."""
+        offered = None
+        if self._instance is None and not self._failure:
+            try:
+                offered = Offered(self._settings["reference"], self._settings["include"])
+                self._instance = Instance(offered)
+            except ConfigError as error:
+                self._failure = str(error)
+            except BaseException as error:
+                self._failure = f"{type(error).__name__}: {error}"
+        if self._instance is None:
+            return {"failure": self._failure}
+        if request["do"] == "report":
+            return {"value": _report(offered)} if offered is not None else {"failure": "it was asked for already"}
+        return self._instance.answer(request)
+
+
+def _report(offered: Offered) -> dict[str, Any]:
+    return {key: getattr(offered, key) for key in ("schemas", "offers", "warnings", "name")}
+
+
+def _serve(control: socket.socket, parent: int, tools: Imported | Confined, family: _Family) -> None:
     waiting = select.poll()
     waiting.register(control.fileno(), select.POLLIN)
     while True:
@@ -82,11 +151,15 @@ def _serve(control: socket.socket, parent: int, offered: Offered, family: _Famil
         except (EOFError, OSError, ValueError):
             return
         if request["do"] == "fork":
-            reply = family.fork(control, descriptors[0], offered, memory_mb)
+            reply = family.fork(control, descriptors[0], tools)
         else:
             reply = {"status": family.end(request["pid"])}
+        # a process of another namespace has another number there: a descriptor of it goes along
+        ended = [os.pidfd_open(reply["pid"])] if isinstance(tools, Confined) and "pid" in reply else []
         with contextlib.suppress(OSError):  # then the next look finds it gone
-            wire.send(control, wire.encoded(reply), None)
+            wire.send(control, wire.encoded(reply), None, ended)
+        for descriptor in ended:
+            os.close(descriptor)
 
 
 class _Family:
@@ -100,13 +173,15 @@ class _Family:
         self._helpers = helpers
         self._rollouts: set[int] = set()
         self._killed: set[int] = set()
+        self._started = 0
 
-    def fork(self, control: socket.socket, descriptor: int, offered: Offered, memory_mb: int | None) -> dict[str, Any]:
+    def fork(self, control: socket.socket, descriptor: int, tools: Imported | Confined) -> dict[str, Any]:
         try:
             me = os.getpid()
+            self._started += 1
             pid = os.fork()
             if pid == 0:
-                _child(control, descriptor, me, offered, memory_mb)
+                _child(control, descriptor, me, partial(tools.begin, self._started))
         except OSError as error:
             return {"error": f"{type(error).__name__}: {error}"}
         finally:
@@ -168,7 +243,13 @@ def _leave_with(parent: int) -> None:
         os._exit(0)
 
 
-def _child(control: socket.socket, descriptor: int, parent: int, offered: Offered, memory_mb: int | None) -> None:
+class Answering(Protocol):
+    """What answers the requests of a rollout."""
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]: ...
+
+
+def _child(control: socket.socket, descriptor: int, parent: int, begin: Callable[[], Answering]) -> None:
     """One rollout. Never returns."""
     code = 1
     try:
@@ -180,9 +261,7 @@ def _child(control: socket.socket, descriptor: int, parent: int, offered: Offere
         control.close()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         connection = socket.socket(fileno=descriptor)
-        if memory_mb is not None:
-            _limit_memory(memory_mb)
-        _run(connection, Instance(offered))
+        _run(connection, begin())
         code = 0
     finally:
         os._exit(code)
@@ -194,7 +273,7 @@ def _limit_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def _run(connection: socket.socket, instance: Instance) -> None:
+def _run(connection: socket.socket, instance: Answering) -> None:
     me = os.getpid()
     while True:
         try:
