@@ -90,3 +90,16 @@ def test_every_stage_of_every_recipe_runs_on_transformer_engines_layers(name: st
         check_outcome(outcome)
         assert "TELayerNormColumnParallelLinear" in outcome.modules
     assert recipe(name).policy.pipeline_parallel == outcome.case.stage + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_plan_is_within_five_percent_of_the_peak_at_full_depth(name: str) -> None:
+    """The first and the last pipeline stage, rows of the recipe's own length, Transformer Engine's layers."""
+    stages = sorted({0, recipe(name).policy.pipeline_parallel - 1})
+    for outcome in rehearse([Case(name, stage, transformer_engine=True) for stage in stages]):
+        check_outcome(outcome)
+        phase = outcome.phase("update")
+        assert phase.planned is not None
+        print(f"{name}, stage {outcome.case.stage}: planned {100 * (phase.planned / phase.peak - 1):+.1f} %")
+        assert abs(phase.planned / phase.peak - 1) < 0.05
