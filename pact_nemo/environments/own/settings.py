@@ -161,6 +161,11 @@ class OwnConfig(EnvironmentConfig):
                 raise ConfigError(f"agent.{key}={value!r}: must be one of {', '.join(known)}")
         if self.tools is not None and self.mcp.command:
             raise ConfigError(f"agent.tools and agent.mcp.command: {ONE_OF_THEM}")
+        if self.mcp.command and self.isolation == "sandbox":
+            raise ConfigError(
+                "agent.isolation=sandbox: an MCP server is a program of its own and isn't confined; leave"
+                " agent.isolation out, and confine agent.mcp.command yourself, e.g. with bwrap"
+            )
         limits = {"timeout": self.timeout, "workers": self.workers, "mcp.timeout": self.mcp.timeout}
         limits |= {"memory_mb": self.memory_mb} if self.memory_mb is not None else {}
         for key, number in limits.items():
