@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pact_nemo.config.load import load_config
-from pact_nemo.config.schema import Config, settled, steps_of, to_yaml
+from pact_nemo.config.schema import Config, open_episodes, settled, steps_of, to_yaml
 from pact_nemo.data.tasks import prompts_of_step
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import METHODS, method_class
@@ -339,3 +339,23 @@ def test_a_text_that_yaml_takes_for_something_else_is_refused_by_name(value: str
 def test_a_run_has_a_name_that_a_folder_can_have(word: str) -> None:
     with pytest.raises(ConfigError, match="run.name|run.label"):
         load_config(None, [word])
+
+
+@pytest.mark.parametrize(
+    ("words", "episodes"),
+    [
+        ([], 80),
+        (["rollout.server.max_num_seqs=30"], 38),
+        (["rollout.server.url=http://a:1,http://b:1,http://c:1"], 240),
+        (["rollout.server.url=http://a:1,http://b:1", "rollout.sampling.concurrency=7"], 7),
+    ],
+)
+def test_episodes_in_flight_follow_the_servers(words: list[str], episodes: int) -> None:
+    config = load_config(None, ["rollout.server.max_num_seqs=64", *words])
+    assert open_episodes(config) == episodes
+    assert open_episodes(config, 8) == (config.rollout.sampling.concurrency or 10 * config.rollout.server.max_num_seqs)
+
+
+def test_no_episode_in_flight_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.sampling\.concurrency=0"):
+        load_config(None, ["rollout.sampling.concurrency=0"])

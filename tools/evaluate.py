@@ -34,7 +34,7 @@ from rich.table import Table
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.load import load_config
-from pact_nemo.config.schema import Config, to_dict
+from pact_nemo.config.schema import Config, open_episodes, to_dict
 from pact_nemo.data.tasks import build_environment, limited
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.environments.order import play_in_order, refuse_samples, standing, with_prerequisites
@@ -62,7 +62,6 @@ def player(
     config: Config, options: argparse.Namespace, environment: Environment, progress: RunProgress
 ) -> Iterator[Any]:
     """A function tasks -> rollouts, for either kind of model."""
-    sampling = config.rollout.sampling
     if options.model.startswith(("http://", "https://")):
         key = os.environ.get("OPENAI_API_KEY", "none")
         complete = chat_endpoint(
@@ -72,7 +71,7 @@ def player(
 
         def by_chat(tasks: list[Task]) -> list[Rollout]:
             made = play_in_order(
-                tasks, lambda task: play_by_chat(environment, task, 0, complete, limits), sampling.concurrency
+                tasks, lambda task: play_by_chat(environment, task, 0, complete, limits), open_episodes(config)
             )
             if all(rollout.status == "failed" for rollout in made):
                 raise ServerError(f"all {len(made)} episodes failed; the first: {made[0].error}")

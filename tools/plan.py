@@ -37,7 +37,7 @@ checkout.enter(__file__)
 
 from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
-from pact_nemo.config.schema import Config
+from pact_nemo.config.schema import Config, open_episodes
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.planning.from_config import (
     ENGINES,
@@ -181,7 +181,8 @@ def main() -> int:
         server = server_plan(config, hardware, shape, engines=arguments.engines, world=world)
         shares = not arguments.servers and config.rollout.server.url is None
         if arguments.servers:
-            server = dataclasses.replace(server, servers=arguments.servers, share=0.9)
+            open_ = open_episodes(config, arguments.servers)
+            server = dataclasses.replace(server, servers=arguments.servers, share=0.9, concurrency=open_)
         if arguments.search:
             plans = search(shape, world, config.policy, hardware, work, server, shares_gpus=shares)
             show_search(plans, arguments.top)

@@ -128,6 +128,10 @@ def _rollout(config: Config) -> None:
         " not of a truncated one, and the update would be off by what was cut; lower rollout.sampling.temperature"
         " instead",
     )
+    _require(
+        sampling.concurrency is None or sampling.concurrency >= 1,
+        f"rollout.sampling.concurrency={sampling.concurrency}: must be >= 1, or left out",
+    )
     if config.rollout.importance == "tis":
         _require(
             config.rollout.importance_cap >= 1.0,

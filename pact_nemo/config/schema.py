@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,8 @@ from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.serving.config import RolloutServerConfig
+
+EPISODES_A_SEQUENCE = 1.25  #: that are open, for each sequence that a server decodes
 
 
 @dataclass
@@ -133,7 +136,8 @@ class SamplingConfig:
     #: policy tokens per assistant turn, its thought included: one may take the whole response
     max_turn_tokens: int = 23000
     max_response_tokens: int = 23000  #: tokens after x that the server sees at one time, observations included
-    concurrency: int = 64  #: episodes in flight
+    #: episodes in flight; None = 1.25 for each sequence that the servers decode together (``max_num_seqs``)
+    concurrency: int | None = None
 
 
 @dataclass
@@ -336,6 +340,18 @@ def to_yaml(config: Config) -> str:
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dict of every setting."""
     return dataclasses.asdict(config)
+
+
+def open_episodes(config: Config, servers: int | None = None) -> int:
+    """Episodes in flight: ``rollout.sampling.concurrency``, or a quarter more than the servers decode together, because
+    some of them wait for their tools.
+
+    Args:
+        servers: how many there are; None = those of ``rollout.server.url``, or one.
+    """
+    said, server = config.rollout.sampling.concurrency, config.rollout.server
+    count = servers if servers is not None else len(server.url.split(",")) if server.url is not None else 1
+    return said if said is not None else math.ceil(EPISODES_A_SEQUENCE * count * server.max_num_seqs)
 
 
 def steps_of(config: Config, training_tasks: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG
 from pact_nemo.config.recipes import recipe
-from pact_nemo.config.schema import Config
+from pact_nemo.config.schema import Config, open_episodes
 from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import make_method
@@ -98,7 +98,7 @@ def server_plan(
     if not hardware.cuda:
         share = (width * shape.parameters + (server.cpu_kv_cache_gib or 0) * GIB) / hardware.memory
     plan = ServerPlan(
-        count, server.tensor_parallel_size, server.max_num_seqs, share, width, config.rollout.sampling.concurrency
+        count, server.tensor_parallel_size, server.max_num_seqs, share, width, open_episodes(config, count)
     )
     if engines != ENGINES[1]:
         return plan

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
-from pact_nemo.config.schema import Config
+from pact_nemo.config.schema import Config, open_episodes
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ServerError
 from pact_nemo.rollouts.batch import run_batch
@@ -113,7 +113,7 @@ class Generator:
                     samples,
                     setup,
                     clients=self._servers,
-                    concurrency=self._config.rollout.sampling.concurrency,
+                    concurrency=open_episodes(self._config),
                     on_progress=show,
                     check=self.check,
                 )

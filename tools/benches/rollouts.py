@@ -32,7 +32,7 @@ from pathlib import Path
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.config.load import load_config
-from pact_nemo.config.schema import Config
+from pact_nemo.config.schema import Config, open_episodes
 from pact_nemo.data.dataset import build_dataset
 from pact_nemo.data.tasks import build_environment, prompts_of_step
 from pact_nemo.environments.base import Environment, Task
@@ -101,12 +101,12 @@ def run(options: Namespace) -> int:
         finally:
             server.close()
             environment.close()
-    best, own = choose(rows), load_config(options.config).rollout
+    best, own = choose(rows), load_config(options.config)
     result = {
         "limit": config.rollout.server.max_num_seqs,
         "episodes": len(tasks) * k,
         "concurrency that keeps it busy, over the limit": best["concurrency"] / options.limit,
-        "concurrency of the config, over its limit": own.sampling.concurrency / own.server.max_num_seqs,
+        "concurrency of the config, over its limit": open_episodes(own) / own.rollout.server.max_num_seqs,
         "ratio": best["busy"],
         "goal": f">= {GOAL}",
     }
