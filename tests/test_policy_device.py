@@ -16,7 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pact_nemo.config.load import load_config
+from pact_nemo.config.recipes import recipe
+from pact_nemo.errors import ConfigError
 from pact_nemo.policy import device, distributed, megatron_import, without_cuda
+from pact_nemo.training import preflight
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the redirection is for machines without CUDA")
 megatron_import.prepare_megatron()
@@ -288,3 +292,22 @@ def test_a_rank_stays_on_the_cpus_beside_its_gpu(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("LOCAL_RANK", rank)
         device.stay_near_gpu()
     assert kept == [{1, 7}]
+
+
+def test_attention_in_float32_that_no_gpu_holds_is_refused_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's lengths under fp32 on an 80 GB card; bf16, short rows, and machines without a GPU pass."""
+
+    def check(*words: str, gpu: int | None = 80 * 10**9) -> None:
+        monkeypatch.setattr(device, "gpu_memory", lambda: gpu)
+        preflight.check_layout(
+            load_config([REPO / "conf" / "pact_bfcl.yaml", recipe("qwen3_1p7b_4xh100_bf16")], list(words)), None
+        )
+
+    fp32 = ("policy.precision=fp32",)
+    with pytest.raises(
+        ConfigError, match="policy.precision=fp32: on a GPU the attention scores of 23,000 by .* GiB, of 75"
+    ):
+        check(*fp32)
+    check()
+    check(*fp32, gpu=None)
+    check(*fp32, "tasks.max_prompt_tokens=2000", "rollout.sampling.max_response_tokens=2000", "traces.max_tokens=2000")

@@ -30,6 +30,11 @@ def compute_capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(local_device()) if use_cuda() else None
 
 
+def gpu_memory() -> int | None:
+    """Bytes of this rank's GPU; None without one."""
+    return torch.cuda.get_device_properties(local_device()).total_memory if use_cuda() else None
+
+
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine can be used: a GPU and the package."""
     return use_cuda() and transformer_engine_installed()

@@ -27,6 +27,7 @@ from pact_nemo.policy.model_folder import check_model_folder, check_values
 from pact_nemo.runtime import machine, strict_json
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.runtime.tensor_files import read_tensors
+from pact_nemo.training.limits import training_limits
 
 READ_BYTES = (
     4 << 30
@@ -84,12 +85,33 @@ def check_layout(config: Config, world: int | None) -> None:
         found.append(
             f"policy.fp8_bf16_layers={policy.fp8_bf16_layers} at each end leaves none of {shape.layers} layers in FP8"
         )
+    found += _fp32_attention(config, shape, devices.gpu_memory())
     if found:
         model = "the embedded model" if config.model.recipe is None else f"the model of recipe {config.model.recipe}"
         where = model if config.model.path is None else str(Path(config.model.path) / "config.json")
         raise ConfigError(f"{where}: {'; '.join(found)}; change these settings of the layout, or take another model")
     if world is not None:
         policy.validate(cuda=devices.use_cuda(), world_size=world)
+
+
+def _fp32_attention(config: Config, shape: ModelShape, memory: int | None) -> list[str]:
+    """Why attention in float32 would not fit a GPU of ``memory`` bytes; None: there is none.
+
+    torch has no kernel there for heads that share keys and values: it stores the scores of each call, twice.
+    """
+    policy, limits = config.policy, training_limits(config)
+    if memory is None or shape.heads == shape.kv_heads or policy.resolved_precision(cuda=True) != "fp32":
+        return []
+    prompt, trace, response = config.tasks.max_prompt_tokens, config.traces.max_tokens, limits.max_response_tokens
+    queries, keys = max(prompt, trace, response), prompt + trace + response
+    needed = 2 * 4 * (shape.heads // policy.tensor_parallel) * queries * keys
+    if needed <= memory:
+        return []
+    return [
+        f"policy.precision=fp32: on a GPU the attention scores of {queries:,} by {keys:,} tokens take"
+        f" {needed / 2**30:.0f} GiB, of {memory / 2**30:.0f}; set policy.precision=bf16, whose kernels store none, or"
+        " lower tasks.max_prompt_tokens, rollout.sampling.max_response_tokens and traces.max_tokens"
+    ]
 
 
 def check_room(config: Config) -> None:
