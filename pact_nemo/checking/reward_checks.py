@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 from pact_nemo.checking.findings import Finding, Level
@@ -136,7 +137,9 @@ def _first_gap(told: Play, seen: Play) -> str | None:
         return seen.failure
     for call, then, now in zip(told.calls, told.observations, seen.observations, strict=False):
         if then != now:
-            return f"{call.name} gave {then[:80]!r}, then {now[:80]!r}"
+            same = len(os.path.commonprefix([then, now]))
+            start = max(same - 20, 0)  # what they have in common tells nothing
+            return f"{call.name} gave {then[start : start + 80]!r}, then {now[start : start + 80]!r}"
     if len(told.observations) != len(seen.observations):
         return "another number of calls"
     return None if told.score == seen.score else "another score"
