@@ -19,6 +19,7 @@ from pact_nemo.errors import ConfigError, DataError, MissingDependency, ToolCall
 from pact_nemo.runtime import strict_json
 from pact_nemo.runtime.quarantine import BadRow, Quarantine
 
+#: the multi-turn categories, which is what the environment has where no setting says otherwise
 CATEGORIES = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 
 _JSON_TYPES = {

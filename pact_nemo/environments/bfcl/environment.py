@@ -1,4 +1,4 @@
-"""BFCL multi-turn: whole episodes (``window="full"``) or one user turn at a time (``window="turn"``), judged by the
+"""BFCL. Multi-turn: whole episodes (``window="full"``) or one user turn at a time (``window="turn"``), judged by the
 official checkers.
 
 In the reduced form each task is one user turn t of an entry: earlier turns are replayed from the ground truth, the
@@ -16,14 +16,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pact_nemo.environments.base import Task, ToolCall
+from pact_nemo.environments.bfcl.agentic import Agentic
+from pact_nemo.environments.bfcl.agentic_data import AgenticEntry
+from pact_nemo.environments.bfcl.agentic_session import AgenticSession
 from pact_nemo.environments.bfcl.backend import Backend
 from pact_nemo.environments.bfcl.data import Entry, load_category
 from pact_nemo.environments.bfcl.leaderboard import write_score_files
 from pact_nemo.environments.bfcl.session import BFCLSession, user_messages
-from pact_nemo.environments.bfcl.settings import BFCLConfig
+from pact_nemo.environments.bfcl.settings import BFCLConfig, evaluation_only
 from pact_nemo.environments.grounding import is_grounded
 from pact_nemo.environments.spec import EnvironmentSpec, Setup
 from pact_nemo.errors import DataError, EnvironmentFailure
@@ -55,6 +59,7 @@ class BFCLEnvironment:
         max_observation_chars: longer observations are cut for the policy; the checker sees them whole. None: no limit.
         seed: of the tools' choice and order.
         quarantine: takes bad rows; as it comes, the first one is refused.
+        folder: where an evaluation keeps the memories of conversations; None: in a temporary one.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -64,26 +69,39 @@ class BFCLEnvironment:
     max_observation_chars: int | None = None
     seed: int = 0
     quarantine: Quarantine = field(default_factory=Quarantine, repr=False, compare=False)
+    folder: Path | None = None
     _tasks: list[Task] = field(default_factory=list, init=False, repr=False, compare=False)
+    _agentic: Agentic = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.settings.validate()
+        parts = (self.settings, self.max_observation_chars, self.quarantine, self.folder, self._offered)
+        object.__setattr__(self, "_agentic", Agentic(*parts))
 
     def tasks(self) -> list[Task]:
         """All tasks that pass the filters, in BFCL's order; made once."""
         if not self._tasks:
-            entries = [
-                entry for category in self.settings.categories for entry in load_category(category, self.quarantine)
+            agentic = self.settings.agentic
+            self._tasks[:] = [
+                task
+                for category in self.settings.categories
+                for task in (self._agentic.tasks(category) if category in agentic else self._multi_turn(category))
             ]
-            found = (self.quarantine.parse(lambda: self._tasks_of(entry), entry.record) for entry in entries)  # noqa: B023 - called at once
-            self._tasks[:] = [task for tasks in found for task in tasks or ()]
         return list(self._tasks)
 
-    def close(self) -> None:
-        """Nothing runs outside sessions."""
+    def _multi_turn(self, category: str) -> list[Task]:
+        entries = load_category(category, self.quarantine)
+        found = (self.quarantine.parse(lambda: self._tasks_of(entry), entry.record) for entry in entries)  # noqa: B023 - called at once
+        return [task for tasks in found for task in tasks or ()]
 
-    def start(self, task: Task) -> BFCLSession:
+    def close(self) -> None:
+        """Give the folder back; nothing runs outside sessions."""
+        self._agentic.close()
+
+    def start(self, task: Task) -> BFCLSession | AgenticSession:
         """A new episode of ``task``; close it when done."""
+        if isinstance(task.data.get("entry"), AgenticEntry):
+            return self._agentic.start(task)
         return BFCLSession(task, self.settings, self.max_observation_chars)
 
     def _offered(
@@ -197,11 +215,12 @@ class BFCLEnvironment:
 
 
 def _build(setup: Setup) -> BFCLEnvironment:
-    return BFCLEnvironment(setup.settings, setup.max_observation_chars, setup.seed, setup.quarantine)
+    return BFCLEnvironment(setup.settings, setup.max_observation_chars, setup.seed, setup.quarantine, setup.folder)
 
 
 def _describe(settings: BFCLConfig) -> str:
-    return f"{', '.join(settings.categories)}; window {settings.window}"
+    memory = f"; memory {settings.memory}" if settings.agentic else ""
+    return f"{', '.join(settings.categories)}; window {settings.window}{memory}"
 
 
 BFCL = EnvironmentSpec(
@@ -213,5 +232,6 @@ BFCL = EnvironmentSpec(
     reference_answers=False,
     official_turns=official_turns,
     describe=_describe,
+    evaluation_only=evaluation_only,
     write_scores=write_score_files,
 )

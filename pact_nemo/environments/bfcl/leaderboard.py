@@ -14,7 +14,8 @@ from pact_nemo.runtime.files import write_text_atomic
 def write_score_files(
     folder: Path, name: str, tasks: Sequence[Task], verdicts: Mapping[str, tuple[bool, str | None]]
 ) -> None:
-    """``score/<model>/multi_turn/BFCL_v4_<category>_score.json``: the header line and one line per failed task.
+    """``score/<model>/<group>/BFCL_v4_<category>_score.json``, e.g. of ``multi_turn``: the header line and one line per
+    failed task. A category that bfcl-eval doesn't have (the training kinds of memory) gets no file.
 
     Args:
         folder: the files lie below it.
@@ -22,9 +23,10 @@ def write_score_files(
         tasks: every task that was played.
         verdicts: task id -> (passed, error type).
     """
+    from bfcl_eval.constants.category_mapping import ALL_SCORING_CATEGORIES
     from bfcl_eval.utils import get_directory_structure_by_category, get_file_name_by_category
 
-    for category in sorted({task.category for task in tasks}):
+    for category in sorted({task.category for task in tasks} & set(ALL_SCORING_CATEGORIES)):
         rows = [(task.id, *verdicts[task.id]) for task in tasks if task.category == category]
         good = sum(passed for _, passed, _ in rows)
         lines: list[dict[str, Any]] = [{"accuracy": good / len(rows), "correct_count": good, "total_count": len(rows)}]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from typing import Any
 
 from pact_nemo.environments.base import Outcome, Task, ToolCall
-from pact_nemo.environments.bfcl.backend import Backend, protect_strings, too_heavy
+from pact_nemo.environments.bfcl.backend import Backend, Instances, protect_strings, too_heavy
 from pact_nemo.environments.bfcl.data import Entry
 from pact_nemo.environments.bfcl.settings import BFCLConfig
 from pact_nemo.environments.calls import call_text
@@ -26,6 +27,32 @@ def user_messages(entry: Entry, turn: int) -> tuple[dict[str, str], ...]:
     if turn in entry.revealed:
         return (_new_functions_message(),)
     return tuple({"role": row["role"], "content": row["content"]} for row in entry.record["question"][turn])
+
+
+def run_calls(
+    backend: Instances, calls: Sequence[ToolCall], offered: Set[str], hidden: Set[str] = frozenset()
+) -> tuple[list[str], list[str]]:
+    """Run the calls of one assistant turn in order. Returns (an observation a call, the texts that were executed).
+
+    Args:
+        offered: names of tools that run, and are listed where another one is called.
+        hidden: names of tools that run and are not listed.
+    """
+    observations, executed = [], []
+    for call in calls:
+        if call.name not in offered and call.name not in hidden:
+            observations.append(f"Error: unknown function {call.name!r}. Available: {', '.join(sorted(offered))}")
+            continue
+        try:
+            text = protect_strings(call_text(call))
+            if too_heavy(call):
+                raise ToolCallError("a number in the call is too large")
+        except ToolCallError as error:
+            observations.append(f"Error: {error}")
+            continue
+        executed.append(text)
+        observations.append(backend.execute([text])[0])
+    return observations, executed
 
 
 class BFCLSession:
@@ -73,23 +100,7 @@ class BFCLSession:
         """
         if self._closed or self._finished:
             raise after_the_end(self.task)
-        step: list[str] = []
-        observations = []
-        for call in calls:
-            if call.name not in self._offered and call.name not in self._hidden:
-                observations.append(
-                    f"Error: unknown function {call.name!r}. Available: {', '.join(sorted(self._offered))}"
-                )
-                continue
-            try:
-                text = protect_strings(call_text(call))
-                if too_heavy(call):
-                    raise ToolCallError("a number in the call is too large")
-            except ToolCallError as error:
-                observations.append(f"Error: {error}")
-                continue
-            step.append(text)
-            observations.append(self._backend.execute([text])[0])
+        observations, step = run_calls(self._backend, calls, self._offered, self._hidden)
         if step:
             self.steps[-1].append(step)
         return shown_to_policy(observations, self._limit)
