@@ -20,7 +20,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.planning import disk
 from pact_nemo.planning.from_config import model_shape
 from pact_nemo.planning.generation import server_problems
-from pact_nemo.planning.shape import Layout
+from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.model_folder import check_model_folder, check_values
