@@ -27,6 +27,7 @@ from pact_nemo.environments.bfcl.memory import (
     fixed_snapshots,
     load_encoder,
     memory_text,
+    with_instruction,
 )
 from pact_nemo.environments.bfcl.memory_facts import Fact, find_fact, is_sayable, keep_calls, read_calls, write_calls
 from pact_nemo.environments.bfcl.settings import BFCLConfig
@@ -131,7 +132,7 @@ class Agentic:
         for entry in conversations:
             said = [fact for fact in facts if fact.conversation.id == entry.id and is_sayable(fact)]
             if said:
-                turns = (_opening(entry, None), *entry.user_turns[1:])
+                turns = (tuple(with_instruction(entry, _shown(entry, None))), *entry.user_turns[1:])
                 targets = tuple(fact.question for fact in said)
                 tasks.append(self._task(entry, turns, "write", write_calls(said, entry), targets=targets, before=None))
         return tasks
@@ -142,8 +143,9 @@ class Agentic:
         if self._settings.memory_snapshots is not None:
             ids = {chain: entry.id for chain, entry in ends.items()}
             given = fixed_snapshots(self._settings.memory_snapshots, category, ids)
+            shown = {chain: _shown(end, given[chain]) for chain, end in ends.items()}
             return [
-                self._read_task(entry, given[entry.chain], ())
+                self._read_task(entry, given[entry.chain], shown[entry.chain], ())
                 for entry in entries
                 if not entry.is_conversation
                 and contains_answer(memory_text(given[entry.chain], entry.backend), entry.answers)[0]
@@ -153,13 +155,16 @@ class Agentic:
             said = [fact for fact in facts if fact.question.chain == chain]
             stored = keep_calls(said, end.backend)
             before = _filled(end, stored)
+            prompt = _shown(end, before)
             tasks += [
-                self._read_task(fact.question, before, read_calls(fact, stored)) for fact in said if is_sayable(fact)
+                self._read_task(fact.question, before, prompt, read_calls(fact, stored))
+                for fact in said
+                if is_sayable(fact)
             ]
         return tasks
 
-    def _read_task(self, entry: AgenticEntry, before: str, calls: tuple[ToolCall, ...]) -> Task:
-        return self._task(entry, (_opening(entry, before),), "read", (calls,), before=before)
+    def _read_task(self, entry: AgenticEntry, before: str, shown: str, calls: tuple[ToolCall, ...]) -> Task:
+        return self._task(entry, (tuple(with_instruction(entry, shown)),), "read", (calls,), before=before)
 
     def start(self, task: Task) -> AgenticSession:
         """A new episode of ``task``.
@@ -194,8 +199,8 @@ def _with_memory(entry: AgenticEntry, before: str | None, use: Callable[[Memory]
         memory.close()
 
 
-def _opening(entry: AgenticEntry, before: str | None) -> tuple[dict[str, str], ...]:
-    return tuple(_with_memory(entry, before, Memory.opening))
+def _shown(entry: AgenticEntry, before: str | None) -> str:
+    return str(_with_memory(entry, before, Memory.shown))
 
 
 def _filled(entry: AgenticEntry, calls: Sequence[ToolCall]) -> str:

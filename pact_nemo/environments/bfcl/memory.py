@@ -54,11 +54,11 @@ def load_encoder(folder: str) -> None:
             f"{key}={folder}: no modules.json is in it, so it is no sentence-transformers model; name the folder that"
             f" holds {ENCODER}"
         )
-    missing = [name for name in ("sentence_transformers", "faiss") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("sentence_transformers", "faiss", "sklearn") if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependency(
-            f"memory_vector needs {', '.join(missing)}: pip install --no-deps sentence-transformers faiss-cpu, or leave"
-            " memory_vector out of environment_config.categories"
+            f"memory_vector needs {', '.join(missing)}: pip install --no-deps sentence-transformers faiss-cpu"
+            " scikit-learn joblib threadpoolctl, or leave memory_vector out of environment_config.categories"
         )
     with LOCK:
         if _encoder is not None and _encoder != path:
@@ -70,7 +70,10 @@ def load_encoder(folder: str) -> None:
 
 def _import_vector_backend(path: Path) -> None:
     """BFCL's module asks for its encoder by a name that would be looked up on a hub; here the name means the folder."""
-    package: Any = importlib.import_module("sentence_transformers")
+    try:
+        package: Any = importlib.import_module("sentence_transformers")
+    except ImportError as error:
+        raise MissingDependency(f"memory_vector can't be imported ({error}); install what is missing") from error
     original = package.SentenceTransformer
 
     def on_disk(name: str, **words: Any) -> Any:
@@ -81,6 +84,8 @@ def _import_vector_backend(path: Path) -> None:
     package.SentenceTransformer = on_disk
     try:
         importlib.import_module(_VECTOR_MODULE)
+    except ImportError as error:
+        raise MissingDependency(f"memory_vector can't be imported ({error}); install what is missing") from error
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"environment_config.encoder={path}: it can't be loaded ({error}); copy it again") from error
     finally:
@@ -101,6 +106,30 @@ def memory_text(snapshot: str, backend: str) -> str:
     if backend == "MemoryAPI_vector":
         return "\n".join(str(text) for part in parts for text in part["store"].values())
     return "\n".join(f"{key}: {value}" for part in parts for key, value in part.items())
+
+
+def with_instruction(entry: AgenticEntry, shown: str) -> list[dict[str, str]]:
+    """The first user turn of an entry under BFCL's instruction to use the memory.
+
+    Args:
+        entry: a conversation or question.
+        shown: what :meth:`Memory.shown` says.
+    """
+    from bfcl_eval.constants import default_prompts
+
+    unified = entry.backend == "MemoryAPI_rec_sum"
+    template = (
+        default_prompts.MEMORY_BACKEND_INSTRUCTION_UNIFIED
+        if unified
+        else default_prompts.MEMORY_BACKEND_INSTRUCTION_CORE_ARCHIVAL
+    )
+    setting = default_prompts.MEMORY_AGENT_SETTINGS[entry.chain]
+    system = template.format(scenario_setting=setting, memory_content=shown)
+    first = [dict(message) for message in entry.user_turns[0]]
+    if first[0]["role"] == "system":
+        first[0]["content"] = f"{system}\n\n{first[0]['content']}"
+        return first
+    return [{"role": "system", "content": system}, *first]
 
 
 class Memory:
@@ -137,26 +166,14 @@ class Memory:
             self.close()
             raise
 
+    def shown(self) -> str:
+        """What a prompt shows of the memory now."""
+        held = str(self.backend.instance(self.entry.backend)._dump_core_memory_to_context())
+        return held.encode("utf-8", "replace").decode("utf-8")
+
     def opening(self) -> list[dict[str, str]]:
         """The first user turn under BFCL's instruction, which shows what the memory holds now."""
-        from bfcl_eval.constants import default_prompts
-
-        unified = self.entry.backend == "MemoryAPI_rec_sum"
-        template = (
-            default_prompts.MEMORY_BACKEND_INSTRUCTION_UNIFIED
-            if unified
-            else default_prompts.MEMORY_BACKEND_INSTRUCTION_CORE_ARCHIVAL
-        )
-        held = str(self.backend.instance(self.entry.backend)._dump_core_memory_to_context())
-        system = template.format(
-            scenario_setting=default_prompts.MEMORY_AGENT_SETTINGS[self.entry.chain],
-            memory_content=held.encode("utf-8", "replace").decode("utf-8"),
-        )
-        first = [dict(message) for message in self.entry.user_turns[0]]
-        if first[0]["role"] == "system":
-            first[0]["content"] = f"{system}\n\n{first[0]['content']}"
-            return first
-        return [{"role": "system", "content": system}, *first]
+        return with_instruction(self.entry, self.shown())
 
     def save(self) -> str:
         """What the memory holds now, as BFCL's backend saves it."""
