@@ -60,6 +60,17 @@ def spikes(record: dict[str, Any], limits: AlarmsConfig) -> list[str]:
     return found
 
 
+def engines_left(record: dict[str, Any]) -> str | None:
+    """What a step's record says of rollout servers that were given up; None while all are there."""
+    share = record.get("engines/share", 1.0)
+    if share >= 1.0:
+        return None
+    return (
+        f"{100 * share:.0f} % of the rollout servers are left (engines/share), so rollouts take longer; the run stops"
+        " below rollout.server.min_engines_share: look at the servers' logs, and --resume starts all of them again"
+    )
+
+
 def kind_of(rollout: Rollout) -> str:
     """Type of a failed rollout's error."""
     return str(rollout.error).partition(":")[0]

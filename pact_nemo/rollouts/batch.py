@@ -43,17 +43,35 @@ async def _repeat(check: Callable[[], None] | None) -> None:
         await asyncio.sleep(CHECK_SECONDS)
 
 
+class _Gate:
+    """Lets so many in at once as ``limit`` says at that moment."""
+
+    def __init__(self, limit: Callable[[], int]):
+        self._limit, self._inside, self._left = limit, 0, asyncio.Condition()
+
+    async def __aenter__(self) -> None:
+        async with self._left:
+            await self._left.wait_for(lambda: self._inside < self._limit())
+            self._inside += 1
+
+    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
+        async with self._left:
+            self._inside -= 1
+            self._left.notify()
+
+
 async def run_batch(
     tasks: Sequence[Task],
     samples: int,
     setup: EpisodeSetup,
     *,
     clients: Sequence[Served],
-    concurrency: int,
+    concurrency: int | Callable[[], int],
     on_progress: BatchProgress | None = None,
     check: Callable[[], None] | None = None,
 ) -> list[Rollout]:
-    """Play every task ``samples`` times, at most ``concurrency`` episodes at once.
+    """Play every task ``samples`` times, at most ``concurrency`` episodes at once; a function is asked at every start
+    of one, and may say less than before.
 
     Returns ``len(tasks) * samples`` rollouts ordered by (task, sample): ``tasks[i]``'s are
     ``[i * samples : (i + 1) * samples]``. Tasks go to the clients in turn, all rollouts of a task to the same one, one
@@ -69,8 +87,9 @@ async def run_batch(
     ``check`` is called a few times a second; what it raises ends the batch and is passed on.
     """
     refuse_samples(tasks, samples)
-    gate, ended_tasks = asyncio.Semaphore(concurrency), {task.id: asyncio.Event() for task in tasks}
-    _give_threads(concurrency)
+    limit = concurrency if callable(concurrency) else lambda: concurrency
+    gate, ended_tasks = _Gate(limit), {task.id: asyncio.Event() for task in tasks}
+    _give_threads(limit())
     total, done, tokens = len(tasks) * samples, 0, 0
 
     async def one(task: Task, sample: int, client: Served) -> Rollout:

@@ -60,7 +60,9 @@ class RolloutServerConfig:
     heartbeat_s: float = 5.0  #: while generating, the server's engine is asked for a sign of life this often
     #: without an answer for this long it counts as hung and is restarted; longer than its longest step
     heartbeat_timeout_s: float = 60.0
-    max_restarts: int = 3  #: of a server that died or hung, in the whole run; then the run stops
+    max_restarts: int = 3  #: of a server that died or hung, in the whole run; then it is given up
+    #: of all servers that has to be left when one is given up; with fewer the run stops
+    min_engines_share: float = 0.5
     #: times that a request is sent again when a server that lives gave no usable answer, or none in time
     reissue_limit: int = 2
     #: vLLM's statistics: /metrics (sequences running and waiting, …) and a line in its log now and then
@@ -96,6 +98,8 @@ class RolloutServerConfig:
             raise ConfigError(
                 f"rollout.server.gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share in (0, 1]"
             )
+        if not 0 <= self.min_engines_share <= 1:
+            raise ConfigError(f"rollout.server.min_engines_share is {self.min_engines_share}; it is a share in [0, 1]")
         self.refuse_secrets()
         self.refuse_other_sampling()
         for name in (

@@ -140,6 +140,7 @@ class SupervisedServer:
         while True:
             self._happened(Event.RESTART)
             if self.health.state is State.LOST:
+                self.server.close()  # what hangs holds memory and cores
                 raise ServerLost(
                     f"the rollout server is given up after {self.health.restarts} restarts"
                     f" (rollout.server.max_restarts): {reason}; end of"
@@ -294,7 +295,7 @@ class SupervisedServer:
         asked = -math.inf
         try:
             while True:
-                if self.health.state is State.DEAD:
+                if self.health.state in (State.DEAD, State.LOST):
                     return self.health.reason
                 gone = self.server.exit_reason()
                 if gone is not None:

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from pact_nemo.rollouts.batch import run_batch
 from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.config import EpisodeLimits, Sampling
-from pact_nemo.serving.health import State
-from pact_nemo.serving.refit import RefitReport, check_export, load
+from pact_nemo.serving.fleet import Fleet
+from pact_nemo.serving.refit import RefitReport
 from pact_nemo.serving.server import RolloutServer
 from pact_nemo.serving.supervisor import SupervisedServer
 from pact_nemo.tracking.terminal import RunProgress
@@ -42,11 +41,14 @@ class Generator:
         self._config, self._chat, self._environment, self._progress = config, chat, environment, progress
         self._log_file = log_file
         self._source: Path | None = None
-        self._servers: list[SupervisedServer] = []
+        self._fleet = self._fleet_of([])
         self._ready = False
-        self._told = (0, 0)  # restarts and requests sent again that were counted already
         self.on_request: Callable[[dict[str, Any]], None] | None = None
         self.check: Callable[[], None] | None = None
+
+    def _fleet_of(self, engines: list[SupervisedServer]) -> Fleet:
+        share = self._config.rollout.server.min_engines_share
+        return Fleet(engines, min_share=share, note=self._progress.message)
 
     def launch(self, source: Path) -> None:
         """Start the server process on the model as it came (version 0) and return at once."""
@@ -60,22 +62,19 @@ class Generator:
             )
             servers = [RolloutServer(one, source, log_file=self._log_file, version=0) for one in each]
             note = self._progress.message
-            self._servers = [
-                SupervisedServer(one, note=note, on_request=self._requested, like=source) for one in servers
-            ]
+            self._fleet = self._fleet_of(
+                [SupervisedServer(one, note=note, on_request=self._requested, like=source) for one in servers]
+            )
             for server in servers:
                 server.launch()
 
     def wait_ready(self) -> None:
         """Block until the server answers. Raises ServerError with the end of its log when it doesn't."""
-        for server in self._servers:
-            server.wait_ready()
-        self._ready = bool(self._servers)
-        if self._servers:
-            count = f"{len(self._servers)} rollout servers" if len(self._servers) > 1 else "rollout server"
-            self._progress.message(
-                f"{count} ready after {max(each.server.start_seconds or 0.0 for each in self._servers):.0f} s"
-            )
+        seconds, count = self._fleet.wait_ready(), len(self._fleet.engines)
+        self._ready = count > 0
+        if self._ready:
+            what = f"{count} rollout servers" if count > 1 else "rollout server"
+            self._progress.message(f"{what} ready after {seconds:.0f} s")
 
     def _requested(self, body: dict[str, Any]) -> None:
         if self.on_request is not None:
@@ -93,12 +92,7 @@ class Generator:
     ) -> list[Rollout]:
         if not self._ready:
             raise ServerError("the rollout server was not started on this rank")
-        for each in self._servers:
-            if each.weight_version != version:
-                raise ServerError(
-                    f"{each.server.endpoint.url} holds weight version {each.weight_version}, the policy is at"
-                    f" {version}; refit first"
-                )
+        self._fleet.check_version(version)
         with self._progress.phase(name, total=len(tasks) * samples) as phase:
             started = time.perf_counter()
 
@@ -112,8 +106,8 @@ class Generator:
                     tasks,
                     samples,
                     setup,
-                    clients=self._servers,
-                    concurrency=open_episodes(self._config),
+                    clients=self._fleet.routes(len(tasks)),
+                    concurrency=self._in_flight,
                     on_progress=show,
                     check=self.check,
                 )
@@ -121,12 +115,16 @@ class Generator:
         self._refuse_all_failed(name, rollouts)
         return rollouts
 
+    def _in_flight(self) -> int:
+        """Episodes that are played at once: fewer when an engine is given up, so that requests don't wait longer."""
+        return open_episodes(self._config, len(self._fleet.living))
+
     def _refuse_all_failed(self, name: str, rollouts: list[Rollout]) -> None:
         """Nothing can be learnt or scored from a batch in which no episode was played: stop and say why."""
         if all(rollout.status == "failed" for rollout in rollouts):
             cause, count = Counter(str(rollout.error) for rollout in rollouts).most_common(1)[0]
-            for each in self._servers:
-                each.server.check_alive()
+            for engine in self._fleet.living:
+                engine.server.check_alive()
             raise ServerError(f"{name}: all {len(rollouts)} episodes failed; most often ({count} times): {cause}")
 
     def rollouts(self, tasks: list[Task], k: int, *, step: int, version: int) -> list[Rollout]:
@@ -155,50 +153,18 @@ class Generator:
 
         Raises:
             CheckpointError: the export is not whole or not what is due; no server was touched.
-            ServerLost: a server is given up.
+            ServerLost: too few servers are left.
         """
         if not self._ready:
             raise ServerError("the rollout server was not started on this rank")
-        elsewhere = self._config.rollout.server.url is not None
-        clients = [each.client for each in self._servers]
-        started = time.perf_counter()
-        check_export(clients, folder, version, like=self._source)
-        verify_s = time.perf_counter() - started
-        for each in self._servers:
-            each.refitting(folder, version)
-        reports: list[RefitReport] = []
-        with ThreadPoolExecutor(len(clients)) as threads:
-            loads = [
-                threads.submit(load, client, folder, version, elsewhere=elsewhere, verify_s=verify_s)
-                for client in clients
-            ]
-        for each, one in zip(self._servers, loads, strict=True):
-            each.server.rotate_log()
-            try:
-                reports.append(one.result())
-                each.refitted()
-            except ServerError as error:
-                report = each.recover(str(error))
-                assert report is not None
-                reports.append(report)
-            else:
-                if each.health.state is State.DEAD:  # it was given up while the last batch ended
-                    each.recover(each.health.reason)
-        return reports
+        return self._fleet.refit(folder, version, like=self._source)
 
     def counts(self) -> dict[str, float]:
-        """Since the last call: ``server/restarts`` and ``rollout/reissued`` (requests sent again); nothing without a
-        server.
-        """
-        if not self._ready:
-            return {}
-        now = sum(each.health.restarts for each in self._servers), sum(each.reissued for each in self._servers)
-        before, self._told = self._told, now
-        return {"server/restarts": now[0] - before[0], "rollout/reissued": now[1] - before[1]}
+        """See :meth:`pact_nemo.serving.fleet.Fleet.counts`; nothing without a server."""
+        return self._fleet.counts() if self._ready else {}
 
     def peak_memory_bytes(self) -> int:
-        return sum(each.server.peak_memory_bytes() for each in self._servers)
+        return self._fleet.peak_memory_bytes()
 
     def close(self) -> None:
-        for each in self._servers:
-            each.server.close()
+        self._fleet.close()

@@ -67,6 +67,8 @@ def refit(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) -> ServerL
             on_rank_zero(run.state.ahead.finish)
         with watch("refit"):
             record |= run.weights.refit()
+        if (warning := alarms.engines_left(record)) is not None:
+            run.progress.message(f"warning: step {run.state.step}: {warning}")
     except ServerLost as error:
         return error
     return None

@@ -19,6 +19,7 @@ from pact_nemo.rollouts.batch import run_batch
 from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.config import EpisodeLimits, RolloutServerConfig, Sampling
+from pact_nemo.serving.fleet import Fleet
 from pact_nemo.serving.refit import check_export, load
 from pact_nemo.serving.server import RolloutServer
 from pact_nemo.serving.supervisor import SupervisedServer
@@ -151,21 +152,20 @@ class Bench:
             served.recover(str(error))
 
 
-def play(served: SupervisedServer, step: int = 0) -> list[Rollout]:
+def play(served: SupervisedServer | Fleet, step: int = 0, tasks: int = EPISODES // 2) -> list[Rollout]:
     items = [
-        Task(f"t{i}", f"t{i}", "c", (({"role": "user", "content": f"task {i}"},),), (), ((),))
-        for i in range(EPISODES // 2)
+        Task(f"t{i}", f"t{i}", "c", (({"role": "user", "content": f"task {i}"},),), (), ((),)) for i in range(tasks)
     ]
     environment = Turns()
     batch = run_batch(
         items,
         2,
-        clients=[served],
+        clients=served.routes(tasks) if isinstance(served, Fleet) else [served],
         setup=EpisodeSetup(environment, Chat(), LIMITS, Sampling(), SeedPath(3, step)),
         concurrency=4,
     )  # type: ignore[arg-type]
     rollouts = asyncio.run(batch)
-    assert len(environment.heard) == EPISODES * TURNS
+    assert len(environment.heard) == 2 * tasks * TURNS
     return rollouts
 
 
