@@ -111,8 +111,12 @@ def test_what_failed_is_named_and_played_again_with_all_that_builds_on_it(tmp_pa
     """The same evaluation goes on: nothing that stands is played twice, nothing that doesn't is believed."""
     person.broken = {person.first[4]}
     again = words(person, tmp_path, "--limit", "4", KV)
-    result = evaluate(*again)
     chain = [entry.id for entry in of_chain("customer") if entry.is_conversation]
+    (tmp_path / "memory").mkdir()
+    for name in chain:  # what another evaluation left, which was killed before it saved an episode
+        stale = {"core_memory": {"k_0": "conversation 0"}, "archival_memory": {}}
+        (tmp_path / "memory" / f"{name}.json").write_text(json.dumps(stale))
+    result = evaluate(*again)
     assert result["prerequisites"]["failed"] == chain[4:]
     assert result["prerequisites"]["not_played"] == [f"memory_kv_{i}-customer-{i}" for i in range(4)]
     assert (result["score"], result["n"], result["failed"]) == (0.0, 4, 4)

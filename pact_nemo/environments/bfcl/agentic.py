@@ -180,6 +180,8 @@ class Agentic:
             made = WriteSession if kind == "write" else MemorySession
             return made(task, task.data["before"], self._limit)
         assert self._snapshots is not None
+        if kind == "conversation":
+            self._snapshots.drop(entry.id)  # first of all: what an earlier attempt left must not outlive a failure here
         before = self._snapshots.read(entry.after[-1], entry.id) if entry.after else None
         if kind == "conversation":
             return ConversationSession(task, before, self._limit, self._snapshots)

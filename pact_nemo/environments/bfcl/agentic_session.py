@@ -105,7 +105,6 @@ class ConversationSession(MemorySession):
     """
 
     def __init__(self, task: Task, before: str | None, max_observation_chars: int | None, keep: Snapshots):
-        keep.drop(task.id)
         super().__init__(task, before, max_observation_chars)
         self._keep = keep
 
