@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pact_nemo.checkpoints.manifest import verify_manifest
+from pact_nemo.checkpoints.verified import verify_once
 
 #: Least allowed difference between a head's output and its weights' product, relative to the latter's largest entry:
 #: another kernel sums in another order. In 16-bit types their own precision is allowed.
@@ -40,7 +41,8 @@ class RefitExtension:
         the server was started with.
 
         A folder whose manifest says another version, or whose files are not of the manifest's sizes (with ``verify``:
-        digests), is refused before anything is loaded: this process may see another state of the disk than the trainer.
+        digests, which one process of the machine checks), is refused before anything is loaded: this process may see
+        another state of the disk than the trainer.
 
         Raises:
             CheckpointError: the folder is not what it should be.
@@ -48,8 +50,10 @@ class RefitExtension:
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        if version is not None:
-            verify_manifest(folder, expect_version=version, digests=verify)
+        if version is not None and verify:
+            verify_once(folder, expect_version=version)
+        elif version is not None:
+            verify_manifest(folder, expect_version=version, digests=False)
         self.pact_version = -1  # neither the old ones nor the new ones, should this fail half way
         threads = torch.get_num_threads()
         try:
