@@ -297,6 +297,7 @@ def test_ranks_whose_launcher_is_gone_stop_with_a_checkpoint(stage: dict[str, An
     assert list((stage["folder"] / "runs" / "orphans-pact-seed1234-1" / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.slow
 def test_a_refused_start_says_why_once_and_leaves_no_logs_outside_the_run(tmp_path: Path) -> None:
     words = ["run.ranks=2", f"run.root={tmp_path / 'runs'}", f"model.path={tmp_path}", "policy.tensor_parallel=3"]
     command = [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), *words]
