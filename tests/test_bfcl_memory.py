@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from pact_nemo.checking.check import check
 from pact_nemo.config.load import load_config
 from pact_nemo.data.tasks import build_environment, refuse_evaluation_only
 from pact_nemo.environments.base import Task, ToolCall
@@ -346,6 +347,7 @@ def test_the_published_kind_is_never_trained_on() -> None:
     with pytest.raises(ConfigError, match=r"environment_config\.memory=published"):
         refuse_evaluation_only(config, environment.tasks())
     environment.close()
+    assert [finding.text for finding in check(config, None).findings if "memory=published" in finding.text]
     for kind in ("write", "read"):
         trained = load_config(
             [], ["environment=bfcl", "environment_config.categories=[memory_kv]", f"environment_config.memory={kind}"]

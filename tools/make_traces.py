@@ -39,7 +39,7 @@ from pact_nemo.chat.thoughts import thoughts_and_visible
 from pact_nemo.chat.tool_formats import tool_format
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
-from pact_nemo.data.tasks import build_environment
+from pact_nemo.data.tasks import build_environment, refuse_evaluation_only
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.environments.calls import shown
 from pact_nemo.environments.registry import environment_spec
@@ -143,6 +143,7 @@ def make(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     annotator: ModelAnnotator | None = None
     try:
         tasks = environment.tasks()[: options.limit]
+        refuse_evaluation_only(config, tasks)
         attempt: Attempt
         if options.teacher is not None:
 

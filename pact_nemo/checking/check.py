@@ -27,7 +27,7 @@ from pact_nemo.checking.reward_checks import expert_findings, nothing_findings, 
 from pact_nemo.config.schema import Config
 from pact_nemo.data.conversations import conversations_of, dropped_conversations, judged_conversations
 from pact_nemo.data.task_traces import find_traces
-from pact_nemo.data.tasks import build_environment
+from pact_nemo.data.tasks import build_environment, refuse_evaluation_only
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ConfigError, DataError, EnvironmentFailure
 from pact_nemo.runtime.quarantine import Quarantine
@@ -95,6 +95,7 @@ def _check(
 ) -> None:
     note("rows")
     tasks = environment.tasks()
+    refuse_evaluation_only(config, tasks)
     if config.traces.path is not None and not Path(config.traces.path).is_file():
         raise ConfigError(f"traces.path={config.traces.path}: no such file")
     found.tasks = len(tasks)
