@@ -8,6 +8,7 @@ import pytest
 
 from pact_nemo.errors import Interrupted, ServerError
 from pact_nemo.rollouts.batch import run_batch
+from pact_nemo.rollouts.chat_episode import read_calls
 from pact_nemo.rollouts.episode import EpisodeSetup
 from pact_nemo.serving.client import Completion
 from pact_nemo.serving.config import Sampling
@@ -121,3 +122,10 @@ def test_tasks_go_to_the_servers_in_turn_and_stay_there(chat):
     rollouts = asyncio.run(run_batch(tasks, 2, clients=[Policy(0), Policy(1)], **settings))
     assert [(r.task_id, r.sample) for r in rollouts] == [(f"t{i}", k) for i in range(5) for k in range(2)]
     assert asked == {0: {"0", "2", "4"}, 1: {"1", "3"}}
+
+
+@pytest.mark.parametrize("given", [3, "find", {"name": "find"}])
+def test_an_endpoint_whose_calls_are_no_list_fails_one_call_and_not_the_evaluation(given: object) -> None:
+    ((identifier, fault),) = read_calls({"role": "assistant", "tool_calls": given})
+    assert identifier == "0" and "tool_calls is no list" in str(fault)
+    assert read_calls({"tool_calls": None}) == [] == read_calls({})

@@ -38,7 +38,10 @@ def read_calls(message: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = 
     :mod:`pact_nemo.chat.json_calls` says.
     """
     calls: list[tuple[str, ToolCall | str]] = []
-    for index, item in enumerate(message.get("tool_calls") or []):
+    given = message.get("tool_calls") or []
+    if not isinstance(given, list):
+        return [("0", f"tool_calls is no list: {given!r:.60}")]
+    for index, item in enumerate(given):
         identifier = str(item.get("id") or index) if isinstance(item, dict) else str(index)
         try:
             function = item.get("function") if isinstance(item, dict) else item
