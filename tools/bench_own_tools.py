@@ -6,6 +6,10 @@ called in a plain loop, interleaved, medians.
 
 A rollout is an instance, its calls, and its end. "One at a time" times each call alone. "At once" starts all rollouts
 together, each in a thread of the caller, as training does.
+
+"Busy" is what a rollout server would be: of the time from the start to a rollout's end, the part in which the rollout
+waits for the server and not for its tools; the mean over all rollouts. Generation is a wait here, of ``--generation``
+seconds a turn, and takes no core from the tools. A real server's figure is ``tools/bench.py rollouts``.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,7 @@ from pact_nemo import checkout
 
 checkout.enter(__file__)
 
-from pact_nemo.environments.own.settings import OwnConfig
+from pact_nemo.environments.own.settings import ISOLATION, OwnConfig
 from pact_nemo.environments.own.workers import ClassHost
 from pact_nemo.runtime.plugins import load_plugin
 from pact_nemo.runtime.terminal import command
@@ -91,6 +96,21 @@ def hosted(host: ClassHost, threads: ThreadPoolExecutor, rollouts: int, calls: i
     return found
 
 
+def busy(host: ClassHost, threads: ThreadPoolExecutor, rollouts: int, calls: int, generation: float) -> float:
+    """Share of a rollout server's time that tools leave to it, in [0, 1]."""
+    started = time.perf_counter()
+
+    def rollout(_: int) -> float:
+        tools = host.open(TASK)
+        for _ in range(calls):
+            time.sleep(generation)
+            tools.call("take", ARGUMENTS)
+        tools.close()
+        return calls * generation / (time.perf_counter() - started)
+
+    return statistics.mean(threads.map(rollout, range(rollouts)))
+
+
 def table(rounds: dict[str, list[Timed]], rollouts: int, calls: int) -> str:
     """One line a contestant. Each figure is the median over the rounds; of starts, calls and ends, of each round's
     median. "Wall a call" is a round's length over its calls.
@@ -118,6 +138,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rollouts", type=int, default=64)
     parser.add_argument("--calls", type=int, default=10)
+    parser.add_argument("--generation", type=float, nargs="+", default=[0.1, 0.5], help="seconds of a turn")
     words = parser.parse_args()
     count, calls = words.rollouts, words.calls
     with (
@@ -125,35 +146,45 @@ def main() -> None:
         ThreadPoolExecutor(1) as one,
         ThreadPoolExecutor(count) as all_of_them,
     ):
+        Path(folder).chmod(0o755)  # in the sandbox it is read under another user id
         file = Path(folder) / "bench_shop.py"
         file.write_text(SOURCE)
+        file.chmod(0o644)
         reference = f"{file}:Shop"
         shop: type = load_plugin("bench", reference, {})
-        processes = ClassHost(reference, OwnConfig(tools=reference, workers=count))
-        threads = ClassHost(reference, OwnConfig(tools=reference, workers=count, isolation="thread"))
+        hosts = {
+            kind: ClassHost(reference, OwnConfig(tools=reference, workers=count, isolation=kind)) for kind in ISOLATION
+        }
         contestants: dict[str, Callable[[], Timed]] = {
             "plain loop": lambda: plain(shop, count, calls),
-            "processes, one at a time": lambda: hosted(processes, one, count, calls),
-            f"processes, {count} at once": lambda: hosted(processes, all_of_them, count, calls),
-            f"threads, {count} at once": lambda: hosted(threads, all_of_them, count, calls),
         }
+        for kind, host in hosts.items():
+            contestants[f"{kind}, one at a time"] = partial(hosted, host, one, count, calls)
+            contestants[f"{kind}, {count} at once"] = partial(hosted, host, all_of_them, count, calls)
         rounds: dict[str, list[Timed]] = {name: [] for name in contestants}
         for number in range(words.rounds + 1):  # the first warms up
             for name, contestant in contestants.items():
                 found = contestant()
                 if number:
                     rounds[name].append(found)
-        processes.close()
-        threads.close()
+        shares = {
+            (kind, seconds): statistics.median(busy(host, all_of_them, count, calls, seconds) for _ in range(3))
+            for kind, host in hosts.items()
+            for seconds in words.generation
+        }
+        for host in hosts.values():
+            host.close()
     print(
         f"{platform.machine()}, Python {platform.python_version()}, {count} rollouts of {calls} calls a round,"
         f" {words.rounds} interleaved rounds"
     )
     print(table(rounds, count, calls))
-    name = f"processes, {count} at once"
+    for (kind, seconds), share in shares.items():
+        print(f"busy, {kind}, {count} at once, {seconds:g} s of generation a turn: {share:.3f}")
+    name = f"process, {count} at once"
     pairs = zip(rounds[name], rounds["plain loop"], strict=True)
     ratio = statistics.median(ours.seconds / plain_one.seconds for ours, plain_one in pairs)
-    alone = middle([each.calls for each in rounds["processes, one at a time"]])
+    alone = middle([each.calls for each in rounds["process, one at a time"]])
     added = 1e3 * (alone - middle([each.calls for each in rounds["plain loop"]]))
     print(f"a call alone: {added:.3f} ms more than in the plain loop; {name}: {ratio:,.0f} times its time")
 
