@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from pact_nemo.config.schema import Config
@@ -23,6 +22,7 @@ from pact_nemo.planning.shape import Layout, ModelShape, rank_parameters
 from pact_nemo.planning.workload import StepWork
 from pact_nemo.policy import attention, bridge, microbatches
 from pact_nemo.policy.families import MODEL_TYPES
+from pact_nemo.policy.megatron_import import prepare_megatron
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import Segment, TokenTree
 from pact_nemo.policy.without_cuda import redirect_rng_state
@@ -30,6 +30,10 @@ from pact_nemo.rehearsal import cuda, experts, ranks, weights
 from pact_nemo.rehearsal.case import Case, Outcome, Phase, layout_of, rank_of, rehearsed_work
 from pact_nemo.rehearsal.engine_layers import PRODUCTS
 from pact_nemo.rehearsal.observed import READS, Memory, Mode
+
+prepare_megatron()
+
+from megatron.core import parallel_state  # noqa: E402
 
 _original_to_local, _original_local_batches = microbatches.to_local, microbatches.local_batches
 

@@ -163,7 +163,8 @@ class SupervisedServer:
                     else None
                 )
             except ServerError as error:
-                if self._leaving:
+                if self._leaving:  # half started it answers nobody; dead, it is started anew when it is needed again
+                    self._happened(Event.FAILED, reason=reason)
                     raise
                 reason = str(error)
                 self._happened(Event.FAILED, reason=reason)

@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 
 from pact_nemo.environments.base import Task
-from pact_nemo.errors import CheckpointError, ServerLost
+from pact_nemo.errors import CheckpointError, ServerError, ServerLost
 from pact_nemo.rollouts.batch import run_batch
 from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.serving.config import Sampling
+from pact_nemo.serving.health import State
 from pact_nemo.serving.server import group_members
 from pact_nemo.serving.supervisor import SupervisedServer
 from tests.faults import tally
@@ -173,6 +174,18 @@ def test_a_server_that_died_between_two_batches(bench: Bench, undisturbed: dict[
     assert served.server.pid is not None
     os.killpg(served.server.pid, signal.SIGKILL)
     assert content(play(served, 1)) == undisturbed[1] and served.health.restarts == 1
+
+
+def test_a_batch_that_ends_during_a_restart_holds_up_no_later_one(bench: Bench) -> None:
+    """The restart is broken off with the batch. The server was left half started, and nobody started it again."""
+    served = bench.launch()
+    expected = content(play(served))
+    served._leaving = True
+    with pytest.raises(ServerError, match="being stopped"):
+        served.recover("it died as the last episode ended")
+    served._leaving = False
+    assert served.health.state is State.DEAD
+    assert content(play(served)) == expected and served.health.restarts == 2
 
 
 def test_weights_swapped_behind_our_back_are_noticed_by_the_heartbeat(bench: Bench) -> None:
