@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -17,7 +16,7 @@ from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config, to_yaml
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.runtime import machine
-from pact_nemo.runtime.files import temporary_beside, write_text_atomic
+from pact_nemo.runtime.files import lock_folder, temporary_beside, write_text_atomic
 from pact_nemo.runtime.plugins import short_name
 from pact_nemo.runtime.ranks import LOGS_ENV
 
@@ -69,16 +68,9 @@ class Workspace:
 
     def lock(self) -> None:
         """Raises CheckpointError when another process has the folder open."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = open(self.folder / ".lock", "w")  # noqa: SIM115 - held for the life of the process
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.close()
-            raise CheckpointError(
-                f"{self.folder} is in use by another process; wait for it or start a new run"
-            ) from error
-        self._lock = handle
+        self._lock = lock_folder(self.folder)
+        if self._lock is None:
+            raise CheckpointError(f"{self.folder} is in use by another process; wait for it or start a new run")
 
     def take_logs(self) -> None:
         """Move the logs of this job's ranks, where a launcher keeps them (:mod:`pact_nemo.runtime.ranks`), into

@@ -8,7 +8,6 @@ the same time, was cut off or is played again can't reach another episode's memo
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib
 import importlib.util
 import json
@@ -22,7 +21,7 @@ from pact_nemo.environments.bfcl.agentic_data import AgenticEntry
 from pact_nemo.environments.bfcl.backend import LOCK, Instances
 from pact_nemo.errors import ConfigError, EnvironmentFailure, MissingDependency
 from pact_nemo.runtime import strict_json
-from pact_nemo.runtime.files import write_text_atomic
+from pact_nemo.runtime.files import lock_folder, write_text_atomic
 
 FOLDER = "memory"
 ENCODER = "all-MiniLM-L6-v2"
@@ -212,18 +211,13 @@ class Snapshots:
         if self._lock is not None:
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = open(self.folder / ".lock", "w")  # noqa: SIM115 - held as long as the environment is open
+            self._lock = lock_folder(self.folder)
         except OSError as error:
             raise ConfigError(f"{self.folder}: memory can't be kept there ({error}); name another --out") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.close()
+        if self._lock is None:
             raise ConfigError(
                 f"{self.folder} is in use by another evaluation; wait for it, or name another folder with --out"
-            ) from error
-        self._lock = handle
+            )
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
