@@ -97,6 +97,11 @@ def memory_gib() -> dict[str, float]:
     return {name: read() / 2**30 for name, read in names.items()}
 
 
+def free_gib() -> float | None:
+    """What the GPU has free, GiB; None without one."""
+    return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else None
+
+
 def forget_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

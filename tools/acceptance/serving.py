@@ -16,6 +16,7 @@ import torch
 
 from pact_nemo.checkout import ROOT
 from tools.acceptance.kit import Settings, checks_of
+from tools.acceptance.models import free_gib
 
 WORDS = (
     "trainer.steps=3",
@@ -106,9 +107,9 @@ def alone(settings: Settings) -> dict[str, Any]:
         gpu_memory_utilization=0.3,
         extra_args=more,
     )
-    found: dict[str, Any] = {"free_gib": {"before": _free()}}
+    found: dict[str, Any] = {"free_gib": {"before": free_gib()}}
     with RolloutServer(config, model, log_file=settings.folder / "alone.log") as server:
-        found["start_s"], found["free_gib"]["serving"] = server.start_seconds, _free()
+        found["start_s"], found["free_gib"]["serving"] = server.start_seconds, free_gib()
         wanted = [request(chat, f"Tell me about the number {n}.", seed=n, max_tokens=64) for n in range(4)]
         once, again = (sample(client_of(server), *wanted) for _ in range(2))
         found["repeats"] = [a.token_ids == b.token_ids for a, b in zip(once, again, strict=True)]
@@ -121,14 +122,12 @@ def alone(settings: Settings) -> dict[str, Any]:
         found["throughput"] = [_throughput(server, chat, count) for count in ((8,) if settings.small else (64, 256))]
         found["refit"] = _refit(server, model, settings)
         if not settings.small:
-            found["sleep"] = _sleep(server, chat, found["free_gib"])
-    found["free_gib"]["after"] = _free()
+            exports = settings.folder / "exports"
+            export = next(path for path in exports.iterdir() if path.name.endswith("2"))
+            found["sleep"] = _sleep(server, chat, export)
+    found["free_gib"]["after"] = free_gib()
     found["server"] = _server_lines(settings.folder / "alone.log")
     return found
-
-
-def _free() -> float | None:
-    return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else None
 
 
 def _throughput(server: Any, chat: Any, count: int) -> dict[str, float]:
@@ -171,27 +170,40 @@ def _refit(server: Any, model: Path, settings: Settings) -> dict[str, Any]:
     return {"seconds": reports, "against_transformers": {"mean": gap.mean().item(), "max": gap.max().item()}}
 
 
-def _sleep(server: Any, chat: Any, free: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's sleep mode: memory given back, seconds, and the same tokens after waking."""
-    from tests.workers.server_kit import client_of, request, sample
+def _sleep(server: Any, chat: Any, export: Path) -> dict[str, Any]:
+    """vLLM's sleep mode: memory given back, seconds; the same tokens after a nap that keeps the weights, and after one
+    that drops them and a refit.
+    """
+    from pact_nemo.serving.refit import load
+    from tests.workers.server_kit import client_of, reference_logprobs, request, sample
 
     admin, found = server.admin(), {}
     wanted = request(chat, seed=7, max_tokens=48)
     client = client_of(server, weight_version=2)
     [before] = sample(client, wanted)
-    for level in ("1", "2"):
+
+    def timed(method: str, path: str, **query: str) -> float:
         start = time.perf_counter()
-        admin._call("POST", "/sleep", level=level)
-        asleep = time.perf_counter() - start
-        free[f"asleep_{level}"] = _free()
-        start = time.perf_counter()
-        admin._call("POST", "/wake_up")
-        found[level] = {"sleep_s": asleep, "wake_s": time.perf_counter() - start}
-        free[f"awake_{level}"] = _free()
+        admin._call(method, path, **query)
+        return time.perf_counter() - start
+
+    for level in ("1", "1", "2", "2"):
+        row: dict[str, Any] = {"level": level, "sleep_s": timed("POST", "/sleep", level=level, mode="wait")}
+        row["asleep_gib"] = free_gib()
         if level == "1":
-            [after] = sample(client, wanted)
-            found[level]["same_tokens"] = after.token_ids == before.token_ids
-            found[level]["same_logprobs"] = after.logprobs == before.logprobs
+            row["wake_s"] = timed("POST", "/wake_up")
+        else:
+            row["wake_weights_s"] = timed("POST", "/wake_up", tags="weights")
+            row["weights_gib"] = free_gib()
+            row["reload_s"] = load(client, export, 2).reload_s
+            row["wake_cache_s"] = timed("POST", "/wake_up", tags="kv_cache")
+        row["awake_gib"] = free_gib()
+        [after] = sample(client, wanted)
+        row["same_tokens"] = after.token_ids == before.token_ids
+        row["same_logprobs"] = after.logprobs == before.logprobs
+        expected = reference_logprobs(export, wanted.prompt_ids, after.token_ids)
+        row["against_transformers"] = (torch.tensor(after.logprobs) - expected).abs().max().item()
+        found.setdefault("naps", []).append(row)
     return found
 
 

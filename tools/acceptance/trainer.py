@@ -21,6 +21,7 @@ from tools.acceptance.models import (
     PROMPTS,
     difference,
     forget_peak,
+    free_gib,
     lengths,
     memory_gib,
     random_model,
@@ -241,6 +242,44 @@ def _repeated(policy: Any, trees: list[Any], root: Path) -> dict[str, Any]:
     }
 
 
+def offload(settings: Settings) -> dict[str, Any]:
+    """The trainer's memory given back and taken again, three times: bytes, seconds, what the GPU has free, equal bits."""
+    from pact_nemo.policy.offload import trainer_memory
+    from tools.benches.kit import stand_in, still_policy, timed_step
+
+    config = step_config(settings)
+    policy = still_policy(config, random_model(settings))
+    timed_step(stand_in(config, policy), step_groups(config, settings, prompts=1))
+    found: dict[str, Any] = {}
+    for weights in (False, True):
+        memory = trainer_memory(policy.wrapped, policy.optimizer, weights=weights)
+        before, rounds = memory.fingerprint(), []
+        for _ in range(3):
+            free = [free_gib()]
+            released = memory.release()
+            free.append(free_gib())
+            restored = memory.restore()
+            free.append(free_gib())
+            rounds.append(
+                {
+                    "release_s": released.seconds,
+                    "restore_s": restored.seconds,
+                    "release_gb_s": released.copied / released.seconds / 1e9,
+                    "restore_gb_s": restored.copied / restored.seconds / 1e9,
+                    "free_gib": free,
+                    "same_bits": memory.fingerprint() == before,
+                }
+            )
+        found["with weights" if weights else "without weights"] = {
+            "copied_gb": memory.copied_bytes / 1e9,
+            "dropped_gb": memory.dropped_bytes / 1e9,
+            "rounds": rounds,
+        }
+        del memory
+    timed = timed_step(stand_in(config, policy), step_groups(config, settings, prompts=1))
+    return found | {"update_after_s": timed["update"]}
+
+
 def entropies(settings: Settings) -> dict[str, Any]:
     """The vocabulary head's kernels against a plain softmax in float64, with gradients."""
     from pact_nemo.policy.heads import vocab_parallel_logprobs_and_entropies
@@ -276,6 +315,7 @@ def entropies(settings: Settings) -> dict[str, Any]:
 GROUPS = (
     checks_of("machine", 60, machine, entropies),
     checks_of("deterministic", 80, deterministic),
+    checks_of("offload", 60, offload),
     checks_of("same", 60, same),
     checks_of("step", 150, step),
     checks_of("waiting", 45, waiting),
