@@ -17,6 +17,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SMALLEST = 1 << 16  #: bytes; what is smaller stays where it is
+BLOCK = 1 << 30  #: bytes of the host's memory taken at once
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Offload:
         drops, copies = _storages(dropped, own), _storages(kept, own)
         self._dropped = [_bytes_of(storage) for pointer, storage in drops.items() if pointer not in copies]
         self._copied = [_bytes_of(storage) for storage in copies.values()]
-        self._host: torch.Tensor | None = None
+        self._host: list[torch.Tensor] | None = None  # blocks, filled one after another
         self.released = False
 
     @property
@@ -114,11 +115,17 @@ class Offload:
         return Moved(self.copied_bytes, self.dropped_bytes, time.perf_counter() - start)
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every piece of the device's memory with its place on the host."""
         assert self._host is not None
-        start = 0
+        blocks = iter(self._host)
+        room = next(blocks, torch.empty(0, dtype=torch.uint8))
         for view in self._copied:
-            yield view, self._host[start : start + view.numel()]
-            start += view.numel()
+            while view.numel():
+                if not room.numel():
+                    room = next(blocks)
+                size = min(view.numel(), room.numel())
+                yield view[:size], room[:size]
+                view, room = view[size:], room[size:]
 
 
 def trainer_memory(wrapped: list[Any], optimizer: Any, *, weights: bool) -> Offload:
@@ -165,16 +172,17 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload,no-any-return]
 
 
-def _host_memory(size: int, *, locked: bool) -> torch.Tensor:
-    """[size] uint8 on the host, page-locked if asked for and allowed. (torch's own allocator of page-locked memory
-    rounds up to a power of two.)
+def _host_memory(size: int, *, locked: bool) -> list[torch.Tensor]:
+    """Blocks of ``size`` bytes in all on the host, page-locked if asked for and allowed.
+
+    Blocks of 2^30, for torch's allocator of page-locked memory rounds up to a power of two.
     """
-    memory = torch.empty(size, dtype=torch.uint8)
-    if locked and size:
-        error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)
-        if int(error) != 0:
-            logger.warning("the trainer's copy on the host is in pageable memory, and slower: %s", error)
-    return memory
+    sizes = [BLOCK] * (size // BLOCK) + [size % BLOCK]
+    try:
+        return [torch.empty(part, dtype=torch.uint8, pin_memory=locked) for part in sizes if part]
+    except RuntimeError as error:  # the system allows no more locked memory
+        logger.warning("the trainer's copy on the host is in pageable memory, and slower: %s", error)
+        return [torch.empty(part, dtype=torch.uint8) for part in sizes if part]
 
 
 def _synchronize(views: list[torch.Tensor]) -> None:
