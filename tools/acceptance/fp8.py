@@ -182,9 +182,9 @@ def experts(settings: Settings) -> dict[str, Any]:
 GROUPS = (
     checks_of("layers", 60, machine, layers),
     checks_of("attention", 130, attention),
-    checks_of("bf16", 60, bf16),
-    checks_of("blockwise", 60, blockwise),
-    checks_of("tensorwise", 60, tensorwise),
+    checks_of("bf16", 110, bf16),
+    checks_of("blockwise", 110, blockwise),
+    checks_of("tensorwise", 110, tensorwise),
     checks_of("kernels", 60, kernels),
     checks_of("experts", 60, experts),
     checks_of("families", 100, families),
