@@ -86,8 +86,8 @@ def test_a_check_that_raises_is_a_finding(tmp_path: Path) -> None:
         ("trainer", ["machine"], ["machine", "entropies"]),
         pytest.param(
             "trainer",
-            ["same", "deterministic", "step", "resume", "kernels", "families", "waiting"],
-            ["same", "deterministic", "step", "disk", "resume", "kernels", "families", "waiting"],
+            ["same", "deterministic", "offload", "step", "resume", "kernels", "families", "waiting"],
+            ["same", "deterministic", "offload", "step", "disk", "resume", "kernels", "families", "waiting"],
             marks=pytest.mark.slow,
         ),
         pytest.param(

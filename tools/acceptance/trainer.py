@@ -243,7 +243,7 @@ def _repeated(policy: Any, trees: list[Any], root: Path) -> dict[str, Any]:
 
 
 def offload(settings: Settings) -> dict[str, Any]:
-    """The trainer's memory given back and taken again, three times: bytes, seconds, the GPU's free memory, equal bits."""
+    """The trainer's memory given back and taken again three times: bytes, seconds, free memory, equal bits."""
     from pact_nemo.policy.offload import trainer_memory
     from tools.benches.kit import stand_in, still_policy, timed_step
 
