@@ -16,6 +16,7 @@ from typing import Any
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy.families import FAMILIES, Family, harmless_keys, neutral_values
 from pact_nemo.policy.hf_settings import REMEDY, among, refusal, show, whole
+from pact_nemo.policy.other_formats import how_to_convert
 from pact_nemo.runtime import strict_json
 
 
@@ -30,7 +31,8 @@ def read_config(source: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any],
     path = Path(source)
     path = path / "config.json" if path.name != "config.json" else path
     if not path.is_file():
-        raise ConfigError(f"{path.parent} holds no config.json; policy weights must be a local Hugging Face folder")
+        what = how_to_convert(path.parent) or "policy weights must be a local Hugging Face folder"
+        raise ConfigError(f"{path.parent} holds no config.json; {what}")
     try:
         text = path.read_text(encoding="utf-8")
         if text.startswith("\ufeff"):  # read here, and refused by transformers and by servers

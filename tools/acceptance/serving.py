@@ -177,7 +177,8 @@ def _sleep(server: Any, chat: Any, export: Path) -> dict[str, Any]:
     from pact_nemo.serving.refit import load
     from tests.workers.server_kit import client_of, reference_logprobs, request, sample
 
-    admin, found = server.admin(), {}
+    admin = server.admin()
+    found: dict[str, Any] = {}
     wanted = request(chat, seed=7, max_tokens=48)
     client = client_of(server, weight_version=2)
     [before] = sample(client, wanted)
