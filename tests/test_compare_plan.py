@@ -5,6 +5,7 @@ gone.
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -138,6 +139,23 @@ def test_results_stay_when_the_weights_are_gone(tmp_path: Path, monkeypatch: pyt
     (kept / "sft4-pact-seed1.json").write_text(json.dumps({"plan": "small"}))
     with pytest.raises(DataError, match="sft4-pact-seed1.json: no result of this version"):
         read_results(kept)
+
+
+def test_several_runs_go_on_at_once_and_a_start_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, kept, together = tmp_path / "runs", tmp_path / "evidence", threading.Barrier(3)
+    for cell in [*(Cell("published", name, 1) for name in PLAN.starts), *cells(PLAN)]:
+        place(root, cell, 5)
+    original, started = plans.run_one, []
+
+    def meets(config: Path, seed: int, folder: Path, words: list[str]) -> Path:
+        started.append(folder.name)
+        if folder.name not in PLAN.starts and len(started) - len({*started} & {*PLAN.starts}) <= 6:
+            together.wait(20)  # broken, unless three are here at once
+        return original(config, seed, folder, words)
+
+    monkeypatch.setattr(plans, "run_one", meets)
+    assert len(run_plan(PLAN, root, kept, jobs=3, note=lambda _: None)) == 10
+    assert len(started) == len({*started}) == 10
 
 
 def test_no_run_starts_when_the_budget_is_spent_and_a_failure_loses_nothing(

@@ -160,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep-weights", action="store_true", help="with --plan: keep checkpoints and weights of finished runs"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="with --plan: runs at once, for a machine that has room for several"
+    )
     parser.add_argument("--picture", type=Path, metavar="SVG", help="also draw scores and learning curves")
     parser.add_argument(
         "--out",
@@ -207,11 +210,18 @@ def main() -> int:
 
 def of_plan(options: argparse.Namespace) -> int:
     """Run a plan, or show what it brought so far."""
+    if options.jobs < 1:
+        raise PactError(f"--jobs={options.jobs}: give at least 1")
     plan = plans.load_plan(options.plan)
     folder = options.results or REPOSITORY / "docs" / "evidence" / plan.name
     if not options.only_table:
         plans.run_plan(
-            plan, options.root / plan.name, folder, keep_weights=options.keep_weights, note=partial(print, flush=True)
+            plan,
+            options.root / plan.name,
+            folder,
+            keep_weights=options.keep_weights,
+            jobs=options.jobs,
+            note=partial(print, flush=True),
         )
     results = kept.read_results(folder)
     if not results:

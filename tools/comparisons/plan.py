@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,44 +172,83 @@ def start_words(start: str, folder: Path | None) -> list[str]:
 
 
 def run_plan(
-    plan: Plan, root: Path, results: Path, *, keep_weights: bool = False, note: Callable[[str], None] = print
+    plan: Plan,
+    root: Path,
+    results: Path,
+    *,
+    keep_weights: bool = False,
+    jobs: int = 1,
+    note: Callable[[str], None] = print,
 ) -> list[Result]:
     """Run what has no result yet, and write each result when it is there.
 
     Args:
         root: run folders are made below it; weights and checkpoints of finished runs are deleted, but those of starts.
         results: folder of the results, a JSON file a run.
+        jobs: runs at once; the next one in line starts when one has ended.
 
     Returns:
         all results of the plan that there are.
 
     Raises:
         ConfigError: a run was made with other settings.
-        PactError: a run failed; those that are finished have their results.
+        PactError: a run failed; no further run is started, and those that are finished have their results.
     """
-    started = time.monotonic()
     todo = [cell for cell in cells(plan) if not (results / f"{cell.id}.json").is_file()]
-    spent = sum(result.seconds for result in read_results(results)) if results.is_dir() else 0.0
-    folders: dict[str, Path] = {}  # of the starting policies that were looked at
-    for number, cell in enumerate(todo, 1):
-        if plan.hours is not None and spent > plan.hours * 3600:
-            note(
-                f"{spent / 3600:.1f} of {plan.hours} hours are spent: {len(todo) - number + 1} runs are left; raise"
-                " hours to make them"
-            )
-            break
-        if cell.start != PUBLISHED and cell.start not in folders:
-            folders[cell.start], seconds = _start(plan, cell.start, root, results, note)
-            spent += seconds
-        note(f"[{time.monotonic() - started:6.0f} s] run {number}/{len(todo)}: {cell.id}")
+    work = _Work(plan, root, results, keep_weights, note, len(todo))
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = [pool.submit(work.run, number, cell) for number, cell in enumerate(todo, 1)]
+    for run in runs:
+        run.result()
+    return read_results(results)
+
+
+class _Work:
+    """The runs of a plan that have no result yet, for threads that take one after another."""
+
+    def __init__(
+        self, plan: Plan, root: Path, results: Path, keep_weights: bool, note: Callable[[str], None], count: int
+    ):
+        self._plan, self._root, self._results = plan, root, results
+        self._keep_weights, self._note, self._count = keep_weights, note, count
+        self._began = time.monotonic()
+        self._spent = sum(result.seconds for result in read_results(results)) if results.is_dir() else 0.0
+        self._starts: dict[str, Path] = {}  # the starting policies that were looked at
+        self._over = False  # a run failed, or the budget is spent: none begins any more
+        self._lock = threading.Lock()
+
+    def run(self, number: int, cell: Cell) -> None:
+        """Run one cell, unless another one failed or the budget is spent."""
+        try:
+            self._run(number, cell)
+        except BaseException:
+            self._over = True
+            raise
+
+    def _run(self, number: int, cell: Cell) -> None:
+        plan = self._plan
+        with self._lock:  # a starting policy is made once, and runs that need it wait
+            if not self._over and plan.hours is not None and self._spent > plan.hours * 3600:
+                self._over = True
+                self._note(
+                    f"{self._spent / 3600:.1f} of {plan.hours} hours are spent: {self._count - number + 1} runs are"
+                    " left; raise hours to make them"
+                )
+            if self._over:
+                return
+            if cell.start != PUBLISHED and cell.start not in self._starts:
+                self._starts[cell.start], seconds = _start(plan, cell.start, self._root, self._results, self._note)
+                self._spent += seconds
+        self._note(f"[{time.monotonic() - self._began:6.0f} s] run {number}/{self._count}: {cell.id}")
         arm = plan.arms[cell.arm]
-        words = [*plan.set, *start_words(cell.start, folders.get(cell.start)), *arm.set]
-        run = run_one(config_of(arm.method, plan.benchmark, plan.preset), cell.seed, root / cell.id, words)
-        spent += _keep(plan, cell, run, words, results)
-        if not keep_weights:
+        words = [*plan.set, *start_words(cell.start, self._starts.get(cell.start)), *arm.set]
+        run = run_one(config_of(arm.method, plan.benchmark, plan.preset), cell.seed, self._root / cell.id, words)
+        spent = _keep(plan, cell, run, words, self._results)
+        with self._lock:
+            self._spent += spent
+        if not self._keep_weights:
             for name in WEIGHTS:
                 shutil.rmtree(run / name, ignore_errors=True)
-    return read_results(results)
 
 
 def _start(plan: Plan, name: str, root: Path, results: Path, note: Callable[[str], None]) -> tuple[Path, float]:
