@@ -6,6 +6,7 @@ with medians and a ratio.
     python tools/bench.py trl --run runs/latest              # our steps against TRL's GRPO on the same rollouts
     python tools/bench.py logprobs                           # vocabulary head: memory at 32k tokens, time
     python tools/bench.py packing --run runs/latest          # real tokens in packed rows; ragged against equal lengths
+    python tools/bench.py offload                            # a trainer's memory to the host and back
     python tools/bench.py rollouts                           # how busy the rollout server is
     python tools/bench.py phases --run runs/latest           # a step's wall time by phase
     # time and memory against K, lengths, vocabulary, processes
@@ -28,13 +29,14 @@ checkout.enter(__file__)
 
 from pact_nemo.errors import PactError
 from pact_nemo.runtime.terminal import command
-from tools.benches import growth, logprobs, packing, phases, refit, rollouts, step, trl_peer
+from tools.benches import growth, logprobs, offload, packing, phases, refit, rollouts, step, trl_peer
 
 BENCHES = {
     "step": step,
     "trl": trl_peer,
     "logprobs": logprobs,
     "packing": packing,
+    "offload": offload,
     "rollouts": rollouts,
     "refit": refit,
     "phases": phases,

@@ -86,3 +86,11 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc give all that is free to the kernel now, also after :func:`keep_freed_memory`; without glibc nothing
+    happens.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,7 +1,7 @@
 """What a trainer holds between two updates, off its device and back, bit for bit.
 
 Storages are moved, not tensors: every view of one (a parameter in megatron's buffer, a main weight, a bucket) stays the
-object that it is. The gradients are dropped, because each backward pass begins with zeros.
+object that it is. The gradients are dropped, because each backward pass writes zeros first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from pact_nemo.policy.device import give_back_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -35,42 +37,62 @@ class Moved:
     seconds: float
 
 
+class HostMemory:
+    """Where a trainer's copy lies on the host: made as it is first needed, page-locked beside a GPU, kept for the next
+    time. Making it takes longer than many copies into it.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[torch.Tensor] = []
+
+    def blocks(self, size: int, *, locked: bool) -> list[torch.Tensor]:
+        """Blocks of ``size`` bytes in all or more, [bytes] uint8 each; more of them are made where there are too few.
+
+        Args:
+            locked: page-locked, as far as the system allows.
+        """
+        missing = size - sum(block.numel() for block in self._blocks)
+        if missing > 0:
+            self._blocks += _host_memory(missing, locked=locked)
+        return self._blocks
+
+
 class Offload:
     """The memory of one rank's trainer, on its device or released.
 
-    The copy on the host is made once, page-locked beside a GPU, and kept for the next time.
-
     Args:
         kept: tensors whose values come back. Those that share a storage move together.
-        dropped: tensors whose values nobody reads after a restore; they are zeros then.
+        dropped: tensors that are written before anybody reads them again; what is in them after a restore is undefined.
         stays: tensors whose storages don't move, also where ``kept`` or ``dropped`` has a view of them.
+        host: of an earlier one, to be used again.
+
+    Attributes:
+        copied: the storages whose values come back, [bytes] uint8 each.
+        released: whether the device's memory is given back.
     """
 
     def __init__(
-        self, kept: Iterable[torch.Tensor], dropped: Iterable[torch.Tensor], stays: Iterable[torch.Tensor] = ()
+        self,
+        kept: Iterable[torch.Tensor],
+        dropped: Iterable[torch.Tensor],
+        stays: Iterable[torch.Tensor] = (),
+        *,
+        host: HostMemory | None = None,
     ):
         own = {tensor.untyped_storage().data_ptr() for tensor in stays}
         drops, copies = _storages(dropped, own), _storages(kept, own)
         self._dropped = [_bytes_of(storage) for pointer, storage in drops.items() if pointer not in copies]
-        self._copied = [_bytes_of(storage) for storage in copies.values()]
-        self._host: list[torch.Tensor] | None = None  # blocks, filled one after another
+        self.copied = [_bytes_of(storage) for storage in copies.values()]
+        self._host = host if host is not None else HostMemory()
         self.released = False
 
     @property
     def copied_bytes(self) -> int:
-        return sum(view.numel() for view in self._copied)
+        return sum(view.numel() for view in self.copied)
 
     @property
     def dropped_bytes(self) -> int:
         return sum(view.numel() for view in self._dropped)
-
-    def fingerprint(self) -> list[int]:
-        """A sum over the bytes of each copied storage, by position: equal bits have equal sums."""
-        sums = []
-        for view in self._copied:
-            words = view[: view.numel() // 8 * 8].view(torch.int64)
-            sums.append(int(words.sum()) ^ int((words[::2] * 31).sum()) ^ int((words[::7] * 131).sum()))
-        return sums
 
     @torch.no_grad()
     def release(self) -> Moved:
@@ -82,15 +104,15 @@ class Offload:
         if self.released:
             raise RuntimeError("the trainer's memory is released already")
         start = time.perf_counter()
-        if self._host is None:
-            self._host = _host_memory(self.copied_bytes, locked=any(view.is_cuda for view in self._copied))
         for view, host in self._pairs():
             host.copy_(view, non_blocking=True)
-        _synchronize(self._copied)
-        for view in (*self._copied, *self._dropped):
+        _synchronize(self.copied)
+        for view in (*self.copied, *self._dropped):
             view.untyped_storage().resize_(0)
-        if any(view.is_cuda for view in (*self._copied, *self._dropped)):
+        if any(view.is_cuda for view in (*self.copied, *self._dropped)):
             torch.cuda.empty_cache()
+        else:
+            give_back_freed_memory()
         self.released = True
         return Moved(self.copied_bytes, self.dropped_bytes, time.perf_counter() - start)
 
@@ -104,22 +126,19 @@ class Offload:
         if not self.released:
             raise RuntimeError("the trainer's memory is not released")
         start = time.perf_counter()
-        for view in (*self._copied, *self._dropped):
+        for view in (*self.copied, *self._dropped):
             view.untyped_storage().resize_(view.numel())
         for view, host in self._pairs():
             view.copy_(host, non_blocking=True)
-        for view in self._dropped:
-            view.zero_()
-        _synchronize(self._copied)
+        _synchronize(self.copied)
         self.released = False
         return Moved(self.copied_bytes, self.dropped_bytes, time.perf_counter() - start)
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Every piece of the device's memory with its place on the host."""
-        assert self._host is not None
-        blocks = iter(self._host)
+        blocks = iter(self._host.blocks(self.copied_bytes, locked=any(view.is_cuda for view in self.copied)))
         room = next(blocks, torch.empty(0, dtype=torch.uint8))
-        for view in self._copied:
+        for view in self.copied:
             while view.numel():
                 if not room.numel():
                     room = next(blocks)
@@ -128,14 +147,15 @@ class Offload:
                 view, room = view[size:], room[size:]
 
 
-def trainer_memory(wrapped: list[Any], optimizer: Any, *, weights: bool) -> Offload:
+def trainer_memory(wrapped: list[Any], optimizer: Any, *, weights: bool, host: HostMemory | None = None) -> Offload:
     """What a policy's trainer can leave to others while nothing is trained: the optimizer's main weights and moments,
-    the gradients, and the weights if asked for.
+    the gradients, and the weights if asked for. It is of now: the first update and a loaded checkpoint make moments.
 
     Args:
         wrapped: megatron's DDP chunks.
         optimizer: megatron's chained optimizer over them.
         weights: the model's weights, too. Without them the policy can still score and export.
+        host: see :class:`Offload`.
     """
     buffers = [buffer for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     parameters = [parameter.data for chunk in wrapped for parameter in chunk.module.parameters()]
@@ -144,6 +164,7 @@ def trainer_memory(wrapped: list[Any], optimizer: Any, *, weights: bool) -> Offl
         kept=[*kept, *parameters] if weights else kept,
         dropped=[buffer.grad_data for buffer in buffers],
         stays=() if weights else parameters,
+        host=host,
     )
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from pact_nemo.checkpoints import resume
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.errors import NumericsError, PactError
+from pact_nemo.policy import offload
 from pact_nemo.policy import policy as policy_module
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.distributed import exit_rank
@@ -79,11 +80,25 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
         return sorted(policy.export_hf(Path(argument), dtype="float32"))
     if verb == "export_version":
         return export(policy, **argument)
+    if verb == "away":
+        return away(policy, **argument)
     if verb == "save":
         return str(resume.save(policy, argument, {"note": policy.step}))
     if verb == "load":
         return resume.load(policy, argument)
     raise ValueError(verb)
+
+
+def away(policy: MegatronPolicy, *, weights: bool) -> Any:
+    """Release and restore: whether anything was copied, every storage was given back, and all bits came back."""
+    with mock.patch.object(offload, "SMALLEST", 100):  # the models are tiny
+        memory = offload.trainer_memory(policy.wrapped, policy.optimizer, weights=weights)
+    before = [view.clone() for view in memory.copied]
+    memory.release()
+    empty = all(view.untyped_storage().nbytes() == 0 for view in memory.copied)
+    memory.restore()
+    same = all(torch.equal(now, then) for now, then in zip(memory.copied, before, strict=True))
+    return [bool(before), empty, same]
 
 
 def export(
