@@ -79,6 +79,38 @@ def test_a_run_with_its_own_server(stage: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_two_ranks_and_a_server_that_take_turns_change_no_bit(stage: dict[str, Any]) -> None:
+    """vLLM beside two ranks whose storages are really given back. One request at a time: what is computed together
+    changes last bits.
+    """
+    words = [
+        "trainer.replay=null",
+        "trainer.steps=2",
+        "evaluation.before=false",
+        "rollout.sampling.concurrency=1",
+        "rollout.sampling.max_turn_tokens=16",
+        "rollout.sampling.max_turns=2",
+        "rollout.server.max_model_len=512",
+        "trainer.batch_size=2",
+        "objective.group_size=2",
+    ]
+    runs = [
+        recipe(stage, f"turns-{on}", *words, f"rollout.server.time_sharing={on}", ranks=2) for on in ("false", "true")
+    ]
+    rows = [
+        [{k: v for k, v in row.items() if not k.startswith(("refit/", "moved/"))} for row in records(run)]
+        for run in runs
+    ]
+    assert rows[0] == rows[1]
+    one, other = (weights(run) for run in runs)
+    assert all(torch.equal(other[name], value) for name, value in one.items())
+    moved = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["moved/copied"] > 0 for row in moved if row["stage"] == "rl")
+    said = (runs[1] / "server.log").read_text()
+    assert said.count("to fall asleep") >= 4 and said.count("to wake up tags") >= 6
+
+
+@pytest.mark.slow
 def test_generation_ahead_is_one_version_behind_and_survives_a_cut(stage: dict[str, Any]) -> None:
     """``trainer.overlap``: the first step samples from the weights it trains, later ones from those before; a
     checkpoint holds what was sampled.

@@ -107,7 +107,7 @@ def _run(config: Config) -> None:
 
 def _rollout(config: Config) -> None:
     """Rollouts and their export."""
-    sampling = config.rollout.sampling
+    sampling, server = config.rollout.sampling, config.rollout.server
     _one_of("rollout.importance", config.rollout.importance, ("tis", "off"))
     _one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32", "fp8_block"))
     _require(
@@ -131,6 +131,16 @@ def _rollout(config: Config) -> None:
     _require(
         sampling.concurrency is None or sampling.concurrency >= 1,
         f"rollout.sampling.concurrency={sampling.concurrency}: must be >= 1, or left out",
+    )
+    _require(
+        not server.time_sharing or server.url is None,
+        f"rollout.server.time_sharing=true: the servers of rollout.server.url={server.url} don't sleep for this"
+        " trainer; leave time_sharing out, or start the server with the run and leave url out",
+    )
+    _require(
+        not (server.time_sharing and config.trainer.overlap),
+        "rollout.server.time_sharing=true with trainer.overlap=true: a server that sleeps during the update can't"
+        " sample meanwhile; leave one of them out",
     )
     if config.rollout.importance == "tis":
         _require(

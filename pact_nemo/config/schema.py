@@ -354,6 +354,20 @@ def open_episodes(config: Config, servers: int | None = None) -> int:
     return said if said is not None else math.ceil(EPISODES_A_SEQUENCE * count * server.max_num_seqs)
 
 
+def takes_turns(config: Config, *, cuda: bool) -> bool:
+    """Whether trainer and engines have the GPUs in turn (``rollout.server.time_sharing``). A replay has no engines.
+
+    Args:
+        cuda: the engines are on GPUs.
+    """
+    server, trainer = config.rollout.server, config.trainer
+    if trainer.replay is not None:
+        return False
+    if server.time_sharing is not None:
+        return server.time_sharing
+    return cuda and server.url is None and not trainer.overlap
+
+
 def steps_of(config: Config, training_tasks: int) -> int:
     """RL steps of a run: ``trainer.steps``, or ``trainer.epochs`` times the batches that an epoch fills.
 

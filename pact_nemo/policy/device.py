@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import platform
 from pathlib import Path
@@ -86,6 +87,17 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def forget_pages(address: int, size: int) -> None:
+    """Have the kernel take back the whole pages of a CPU tensor's memory: its values are lost, its address stays.
+    Without glibc on Linux nothing happens.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        page = mmap.PAGESIZE
+        start, end = -(-address // page) * page, (address + size) // page * page
+        if end > start:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def give_back_freed_memory() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pact_nemo.policy.device import give_back_freed_memory
+from pact_nemo.policy.device import forget_pages, give_back_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,10 @@ class Offload:
             host.copy_(view, non_blocking=True)
         _synchronize(self.copied)
         for view in (*self.copied, *self._dropped):
-            view.untyped_storage().resize_(0)
+            if view.untyped_storage().resizable():
+                view.untyped_storage().resize_(0)
+            else:  # NumPy has had a view of it, as the export's writer has
+                forget_pages(view.data_ptr(), view.numel())
         if any(view.is_cuda for view in (*self.copied, *self._dropped)):
             torch.cuda.empty_cache()
         else:
@@ -127,7 +130,8 @@ class Offload:
             raise RuntimeError("the trainer's memory is not released")
         start = time.perf_counter()
         for view in (*self.copied, *self._dropped):
-            view.untyped_storage().resize_(view.numel())
+            if view.untyped_storage().resizable():
+                view.untyped_storage().resize_(view.numel())
         for view, host in self._pairs():
             view.copy_(host, non_blocking=True)
         _synchronize(self.copied)

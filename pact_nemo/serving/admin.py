@@ -109,6 +109,24 @@ class ServerAdmin:
         """Take requests again."""
         self._call("POST", "/resume")
 
+    def sleep(self, *, drop: bool) -> None:
+        """Finish what runs, forget KV blocks, and give a GPU's memory back. On a CPU the memory stays, and requests
+        wait all the same.
+
+        Args:
+            drop: the weights, too; others have to be loaded. False: they wait on the host.
+        """
+        self._call("POST", "/sleep", level="2" if drop else "1", mode="wait")
+
+    def wake(self, part: str | None = None) -> None:
+        """Take the memory again; requests are taken once all of it is there.
+
+        Args:
+            part: ``weights`` or ``kv_cache``; None: both, with the weights of before.
+        """
+        query = {} if part is None else {"tags": part}
+        self._call("POST", "/wake_up", body=None, **query)
+
     def load_weights(self, folder: Path, version: int | None, *, verify: bool = False) -> None:
         """Make every worker load the weights of an HF folder in place
         (:class:`pact_nemo.serving.worker.RefitExtension`).

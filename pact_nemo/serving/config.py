@@ -52,6 +52,9 @@ class RolloutServerConfig:
     #: CPU only: worker inside the engine process, forked from the front end: half the start-up time
     cpu_single_process: bool = True
     tensor_parallel_size: int = 1  #: GPUs that the model is split over
+    #: the server sleeps while the policy trains, and the trainer's memory is on the host while it generates; null =
+    #: where a GPU run starts its own server, without ``trainer.overlap``
+    time_sharing: bool | None = None
     gpu_memory_utilization: float = 0.85  #: GPU only: share of its memory that the server may take
     start_timeout_s: float = 600.0  #: from process start to healthy
     stop_timeout_s: float = 10.0  #: from SIGTERM to SIGKILL

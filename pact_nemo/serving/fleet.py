@@ -127,6 +127,55 @@ class Fleet:
     # -- between batches
     # ------------------------------------------------------------------------------------------------------------------
 
+    def sleep(self, *, drop: bool) -> None:
+        """Have every engine asleep. One that isn't then is ended, which gives its memory back as well; it is started
+        anew when it is needed.
+
+        Args:
+            drop: they keep no weights: a :meth:`refit` has to come before they are asked.
+        """
+
+        def sleep(engine: SupervisedServer) -> None:
+            if drop:  # what memory holds that comes later passes for no version
+                engine.client.admin.set_weight_version("dropped")
+            engine.client.admin.sleep(drop=drop)
+
+        self._each(sleep)
+
+    def wake(self, part: str | None) -> None:
+        """Have every engine awake.
+
+        Args:
+            part: only ``weights``, before a refit, or ``kv_cache``, after it; None: all, with the weights of before. An
+                engine that doesn't wake is started anew, before a refit by the refit.
+
+        Raises:
+            ServerLost: too few engines are left.
+        """
+        self._each(lambda engine: engine.client.admin.wake(part))
+        for engine in self.living if part != "weights" else ():
+            if engine.health.state is State.DEAD:
+                try:
+                    engine.recover(engine.health.reason)
+                except ServerLost as error:
+                    self.give_up(engine, str(error))
+
+    def _each(self, tell: Callable[[SupervisedServer], None]) -> None:
+        """Of all that live, at the same time; who refuses, is late or gone is ended."""
+
+        def told(engine: SupervisedServer) -> None:
+            if engine.health.state is State.DEAD:
+                engine.server.close()  # what hangs holds memory
+                return
+            try:
+                tell(engine)
+            except ServerError as error:
+                engine.put_down(str(error))
+
+        if living := self.living:
+            with ThreadPoolExecutor(len(living)) as threads:
+                list(threads.map(told, living))
+
     def refit(self, folder: Path, version: int, *, like: Path | None) -> list[RefitReport]:
         """Make every engine load an export, all at the same time; see :func:`pact_nemo.serving.refit.refit_all`. One
         that dies, hangs or fails meanwhile is restarted and given the export.

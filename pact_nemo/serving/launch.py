@@ -90,6 +90,8 @@ def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: Se
     batched = config.max_num_batched_tokens
     if cuda:
         arguments.append(f"--gpu-memory-utilization={config.gpu_memory_utilization}")
+        if config.time_sharing:
+            arguments.append("--enable-sleep-mode")
     else:
         # A prompt that is prefilled in chunks rewinds its request's random generator, which a CPU generator can't:
         # vLLM's engine would die.

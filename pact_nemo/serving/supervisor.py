@@ -176,6 +176,11 @@ class SupervisedServer:
             )
             return report
 
+    def put_down(self, reason: str) -> None:
+        """End a server that does not do what it is told, and what it holds; :meth:`recover` starts it anew."""
+        self._happened(Event.FAILED, reason=reason)
+        self.server.close()
+
     def _happened(self, event: Event, *, version: int | None = None, reason: str = "") -> None:
         before = self.health
         self.health = before.after(event, time.monotonic(), self._limits, version=version, reason=reason)

@@ -56,6 +56,7 @@ class Checkpointer:
         self.finish_saving(wait=True)
         if on_rank_zero(resume_folders.checkpoint_path(self.workspace.checkpoints, self.policy.step).exists):
             return  # nothing has been trained since; what stands under a checkpoint's name is whole
+        self.weights.sharing.trainer()
         if background:
             self.saving = resume.BackgroundSave(self.policy, self.workspace.checkpoints, self.state.as_row())
         else:
@@ -117,6 +118,7 @@ class Checkpointer:
     def leave(self) -> NoReturn:
         """Checkpoint what is finished and raise Interrupted."""
         state = self.state
+        self.weights.sharing.trainer(end=True)
         done = f"after step {state.step}" if state.step else f"after warm-up step {state.warmup_step}"
         if self.policy.step > 0:
             self.save()
@@ -128,6 +130,7 @@ class Checkpointer:
 
     def give_up(self, problem: PactError) -> NoReturn:
         """Checkpoint what is finished and raise the problem, of the same type, with how to go on."""
+        self.weights.sharing.trainer(end=True)
         if self.policy.step > 0:
             self.save()
         self.finish_saving(wait=True)

@@ -127,6 +127,7 @@ def close_run(run: TrainingRun) -> None:
     with run.progress.phase("export"):
         start = time.perf_counter()
         if not on_rank_zero(lambda: is_current(space.hf, run.state.version)):
+            run.sharing.trainer(end=True)
             export_to(run.policy, space.hf, version=run.state.version, dtype=run.policy.weight_dtype)
         run.state.seconds["export"] = time.perf_counter() - start
     if rank() != 0:

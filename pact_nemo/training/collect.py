@@ -30,13 +30,14 @@ def collect(run: TrainingRun, watch: Stopwatch) -> tuple[list[PromptGroup], floa
     Raises:
         Interrupted, ServerLost, TooManyFailures: what was finished before is checkpointed.
     """
-    with watch("rollout"):
-        try:
+    try:
+        run.sharing.engines()
+        with watch("rollout"):
             groups, seconds = groups_of_step(run)
-        except Interrupted:  # nothing of this step has touched the weights: what is finished is the step before
-            run.checkpoints.leave()
-        except ServerLost as error:
-            run.checkpoints.give_up(error)
+    except Interrupted:  # nothing of this step has touched the weights: what is finished is the step before
+        run.checkpoints.leave()
+    except ServerLost as error:
+        run.checkpoints.give_up(error)
     if (problem := alarms.too_many(rollouts_of(groups), run.config.alarms)) is not None:
         run.checkpoints.give_up(TooManyFailures(problem))
     return groups, seconds

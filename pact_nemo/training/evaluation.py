@@ -103,6 +103,7 @@ def evaluate(run: TrainingRun, name: str) -> None:
         dump_evaluation(run.workspace.evaluation(name), tasks, rollouts, rewards)
         return summarise(tasks, rollouts, call_rewards, state.version, seconds)
 
+    run.sharing.engines()
     try:
         score = on_rank_zero(play)
     except Interrupted:

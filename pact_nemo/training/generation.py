@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
-from pact_nemo.config.schema import Config, open_episodes
+from pact_nemo.config.schema import Config, open_episodes, takes_turns
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ServerError
 from pact_nemo.rollouts.batch import run_batch
@@ -19,6 +19,7 @@ from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.config import EpisodeLimits, Sampling
 from pact_nemo.serving.fleet import Fleet
+from pact_nemo.serving.launch import on_cuda
 from pact_nemo.serving.refit import RefitReport
 from pact_nemo.serving.server import RolloutServer
 from pact_nemo.serving.supervisor import SupervisedServer
@@ -55,6 +56,7 @@ class Generator:
         if self._config.trainer.replay is None:
             self._source = source
             settings = self._config.rollout.server
+            settings = replace(settings, time_sharing=takes_turns(self._config, cuda=on_cuda(settings)))
             each = (
                 [replace(settings, url=url.strip()) for url in settings.url.split(",")]
                 if settings.url is not None
@@ -158,6 +160,14 @@ class Generator:
         if not self._ready:
             raise ServerError("the rollout server was not started on this rank")
         return self._fleet.refit(folder, version, like=self._source)
+
+    def sleep(self, *, drop: bool) -> None:
+        """See :meth:`pact_nemo.serving.fleet.Fleet.sleep`."""
+        self._fleet.sleep(drop=drop)
+
+    def wake(self, part: str | None) -> None:
+        """See :meth:`pact_nemo.serving.fleet.Fleet.wake`."""
+        self._fleet.wake(part)
 
     def counts(self) -> dict[str, float]:
         """See :meth:`pact_nemo.serving.fleet.Fleet.counts`; nothing without a server."""

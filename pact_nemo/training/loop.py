@@ -17,17 +17,21 @@ from pact_nemo.training.update import update
 
 def train(run: TrainingRun) -> None:
     """Run every step from where the run stands to its last."""
+    for key, value in run.sharing.taken().items():  # before the first step
+        if key.startswith("time/"):
+            run.state.spend(key.removeprefix("time/"), value)
     while run.state.step < run.total_steps:
         run.checkpoints.leave_if_asked()
         watch = Stopwatch(run.progress)
         groups, seconds = collect(run, watch)  # K rollouts under x, rewards, advantages, gate, trace
         start_ahead(run)
+        run.sharing.trainer(drop=True)
         record = update(run, groups, watch)  # under x and [x; h*]
         run.state.step += 1
         record |= observe(run, groups, record, watch)
         lost = refit(run, record, watch)
         record |= {f"failed/{kind}": count for kind, count in alarms.failures(rollouts_of(groups)).items()}
-        record |= {**watch.times, "time/total": watch.total()}
+        record |= {**watch.times, **run.sharing.taken(), "time/total": watch.total()}
         if seconds:
             record["rollout/tokens_per_second"] = record["tokens/policy"] / seconds
         run.recorder.step("rl", record)  # before the checkpoint: a step that a checkpoint holds is in metrics.jsonl
@@ -65,8 +69,10 @@ def refit(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) -> ServerL
     try:
         with watch("rollout"):  # what is left of the next step's; servers change weights between batches, never within
             on_rank_zero(run.state.ahead.finish)
+        moving = run.sharing.seconds
         with watch("refit"):
             record |= run.weights.refit()
+        watch.times["time/refit"] -= run.sharing.seconds - moving  # they have names of their own
         if (warning := alarms.engines_left(record)) is not None:
             run.progress.message(f"warning: step {run.state.step}: {warning}")
     except ServerLost as error:

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pact_nemo.chat.template import ChatFormat
-from pact_nemo.config.schema import Config, settled, steps_of, to_dict, to_yaml
+from pact_nemo.config.schema import Config, settled, steps_of, takes_turns, to_dict, to_yaml
 from pact_nemo.data.dataset import Dataset, build_dataset
 from pact_nemo.data.tasks import build_environment, check_batches
 from pact_nemo.planning.from_config import hardware_of, plan_in_one_line, run_plan
@@ -24,6 +24,7 @@ from pact_nemo.runtime.files import write_json_atomic, write_text_atomic
 from pact_nemo.runtime.interrupt import StopRequest, stop_request
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.runtime.terminal import RunLog, guarded_output, on_loss
+from pact_nemo.serving.launch import on_cuda
 from pact_nemo.traces.schema import write_traces
 from pact_nemo.tracking import run_folder
 from pact_nemo.tracking.registry import check_trackers, open_trackers
@@ -34,6 +35,7 @@ from pact_nemo.training.lengths import lengths_of
 from pact_nemo.training.preflight import chat_format, check_room, preflight
 from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.served_weights import model_path, served_path
+from pact_nemo.training.time_sharing import TimeSharing
 
 
 @contextmanager
@@ -125,11 +127,16 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
     stack.callback(generator.close)
     generator.check = stop.raise_if_set
     on_rank_zero(lambda: generator.launch(served_path(config, source)))
+    sharing = TimeSharing(generator, progress, on=takes_turns(config, cuda=on_cuda(config.rollout.server)))
+    if sharing.on:  # an engine measures what is free as it starts, and the policy needs what it takes
+        on_rank_zero(generator.wait_ready)
+        sharing.before_policy()
     updates = progress.total_steps * (config.trainer.batch_size // config.trainer.mini_batch_size)
     policy = MegatronPolicy(
         config.policy, config.optimizer, source, seed=config.run.seed, total_steps=config.warmup.steps + updates
     )
-    return TrainingRun(config, space, chat, environment, dataset, policy, generator, progress, source, stop)
+    sharing.built(policy)
+    return TrainingRun(config, space, chat, environment, dataset, policy, generator, progress, source, stop, sharing)
 
 
 def _begin(stack: ExitStack, run: TrainingRun, *, resumed: bool) -> None:
@@ -149,7 +156,8 @@ def _begin(stack: ExitStack, run: TrainingRun, *, resumed: bool) -> None:
             run.workspace.folder, to_dict(config), resume_from=done, scores=state.scores, say=run.progress.message
         )
         run.recorder.trackers = stack.enter_context(trackers)
-    on_rank_zero(run.generator.wait_ready)
+    if not run.sharing.on:
+        on_rank_zero(run.generator.wait_ready)
     if restored:
         run.progress.message(f"resumed after step {state.step} (weight version {state.version})")
         if state.version > 0:

@@ -23,6 +23,7 @@ from pact_nemo.training.generation import Generator
 from pact_nemo.training.recorder import Recorder
 from pact_nemo.training.served_weights import ServedWeights
 from pact_nemo.training.state import RunState, new_state
+from pact_nemo.training.time_sharing import TimeSharing
 
 
 def trace_schedule(config: Config, clock: Clock) -> TraceSchedule:
@@ -45,6 +46,7 @@ class TrainingRun:
 
     Attributes:
         source: the HF folder that the run starts from.
+        sharing: who has the memory of GPUs that trainer and engines share.
         boundary_ids: tokens between a trace (or its control) and a rollout behind it.
         plan: planned seconds and memory, on rank 0.
     """
@@ -59,6 +61,7 @@ class TrainingRun:
     progress: RunProgress
     source: Path
     stop: StopRequest
+    sharing: TimeSharing
 
     method: Method = field(init=False)
     state: RunState = field(init=False)
@@ -76,7 +79,9 @@ class TrainingRun:
         self.schedule = trace_schedule(config, self.state.clock)
         nothing = config.traces.control == "none"
         self.boundary_ids = self.chat.boundary_after_nothing_ids() if nothing else self.chat.boundary_ids()
-        self.weights = ServedWeights(config, space, policy, self.generator, self.source, self.state, progress.message)
+        self.weights = ServedWeights(
+            config, space, policy, self.generator, self.source, self.state, progress.message, self.sharing
+        )
         self.checkpoints = Checkpointer(config, space, policy, self.weights, self.state, progress, self.stop)
         self.recorder = Recorder(self.state, progress)
 

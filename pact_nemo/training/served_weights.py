@@ -22,6 +22,7 @@ from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.state import RunState
+from pact_nemo.training.time_sharing import TimeSharing
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +59,13 @@ class ServedWeights:
     source: Path
     state: RunState
     note: Callable[[str], None]
+    sharing: TimeSharing
 
     def export(self, version: int) -> Path:
         """Write the current weights as ``exports/v<version>``: complete and checksummed before the folder has its
         name.
         """
+        self.sharing.trainer(drop=True)
         folder = export_path(self.workspace.exports, version)
 
         def is_there() -> bool:
@@ -104,14 +107,16 @@ class ServedWeights:
             counts = self.generator.counts()
             return {"refit/export": export_s, **parts, "refit/bytes": float(reports[0].bytes), **counts}
 
-        return on_rank_zero(reload)
+        with self.sharing.loading():
+            return on_rank_zero(reload)
 
     def serve_current(self) -> None:
         """After a resume: make the servers load the restored weights before they answer anything."""
         if self.config.trainer.replay is not None:
             return
         folder, version = self.export(self.state.version), self.state.version
-        on_rank_zero(lambda: self.generator.refit(folder, version))
+        with self.sharing.loading():
+            on_rank_zero(lambda: self.generator.refit(folder, version))
 
     @property
     def reference_path(self) -> Path:
@@ -126,6 +131,7 @@ class ServedWeights:
         """
         if self.config.objective.kl_coef == 0:
             return
+        self.sharing.trainer()
         if not on_rank_zero(self.reference_path.exists):
             export_version(self.policy, self.reference_path.parent, 0, dtype=self.policy.weight_dtype)
         self.policy.load_reference(self.reference_path)

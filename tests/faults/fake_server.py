@@ -22,6 +22,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 
 class Engine:
@@ -29,6 +30,7 @@ class Engine:
         self.faults = faults
         self.label, self.version, self.cache = "default", None, ""
         self.weights = self._read(model)
+        self.asleep: set[str] = set()  # parts whose memory is given back
         self.stuck, self.dead = threading.Event(), threading.Event()
         answers = faults / "answers.json"
         self.answers: dict[str, list[int]] = json.loads(answers.read_text()) if answers.exists() else {}
@@ -49,6 +51,18 @@ class Engine:
             plan = json.loads((self.faults / "faults.json").read_text())
             return next((row["do"] for row in plan if row["at"] == number and row.get("of", "generate") == kind), None)
 
+    def sleep(self, level: int) -> None:
+        """As vLLM on a GPU: at level 2 the weights are gone, and memory that is mapped for them later holds anything.
+        Their version is still said.
+        """
+        assert not self.asleep
+        self.asleep, self.cache = {"weights", "kv_cache"}, ""
+        if level == 2:
+            self.weights = "nothing"
+
+    def wake(self, tags: list[str]) -> None:
+        self.asleep -= set(tags) or {"weights", "kv_cache"}
+
     def load(self, folder: str | None, version: int | None) -> None:
         what = self.fault("load")
         if what == "exit":
@@ -58,6 +72,8 @@ class Engine:
         if what == "fail":
             self.version = -1
             raise RuntimeError("load failed half way")
+        if "weights" in self.asleep:
+            raise RuntimeError("no memory for weights")
         assert folder is not None
         if version is not None:
             assert json.loads((Path(folder) / "manifest.json").read_text())["version"] == version
@@ -163,7 +179,20 @@ class Handler(BaseHTTPRequestHandler):
             except RuntimeError as error:
                 return self.reply({"error": str(error)}, status=500)
             return self.reply({"results": [None]})
+        elif path in ("/sleep", "/wake_up"):
+            what = engine.fault(path[1:])
+            if what == "exit":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "fail":
+                return self.reply({"error": "out of memory"}, status=500)
+            query = parse_qs(self.path.partition("?")[2])
+            if path == "/sleep":
+                engine.sleep(int(query["level"][0]))
+            else:
+                engine.wake(query.get("tags", []))
         elif path.startswith("/inference"):
+            if engine.asleep:  # vLLM would keep it waiting; here it is seen
+                return self.reply({"error": "asked while asleep"}, status=400)
             return self.generate(body)
         return self.reply({})
 

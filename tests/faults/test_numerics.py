@@ -166,6 +166,7 @@ def test_a_run_gives_up_with_a_checkpoint() -> None:
         policy=SimpleNamespace(step=3),
         state=SimpleNamespace(step=2),
         workspace=SimpleNamespace(folder=Path("runs/x")),
+        weights=SimpleNamespace(sharing=SimpleNamespace(trainer=lambda end: calls.append("trainer's turn"))),
         save=lambda: calls.append("checkpoint"),
         finish_saving=lambda wait: calls.append("finish"),
     )
@@ -173,4 +174,4 @@ def test_a_run_gives_up_with_a_checkpoint() -> None:
         TooManyFailures, match="step 3: the cause\nWhat was finished before is checkpointed: go on with --resume runs/x"
     ):
         Checkpointer.give_up(stand, TooManyFailures("the cause"))  # type: ignore[arg-type]
-    assert calls == ["checkpoint", "finish"]
+    assert calls == ["trainer's turn", "checkpoint", "finish"]
