@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,10 +170,18 @@ def test_what_is_no_tool_fails_the_rollout(tmp_path: Path, method: str, value: s
     body = f"    def {method}(self{argument}):\n        return {value}\n"
     file.write_text(f"class Judge:\n    def tool(self):\n        'Tool.'\n{body}")
     found = host(f"{file}:Judge")
-    with pytest.raises(EnvironmentFailure, match=f"^task 't1': .*{words}"):
-        tools = found.open(TASK)
-        tools.score(EPISODE) if method == "score" else tools.state()
-    assert psutil.Process(found._importer._process.pid).children() == []  # type: ignore[union-attr]
+    for _ in range(2):
+        with pytest.raises(EnvironmentFailure, match=f"^task 't1': .*{words}"):
+            tools = found.open(TASK)
+            tools.score(EPISODE) if method == "score" else tools.state()
+    until = time.monotonic() + 10
+    zygote = psutil.Process(found._importer._process.pid)  # type: ignore[union-attr]
+    statuses: list[str] = ["unknown"] * 2
+    while len(statuses) != 1 and time.monotonic() < until:  # one waits for the next rollout
+        time.sleep(0.1)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            statuses = [child.status() for child in zygote.children()]
+    assert len(statuses) == 1 and psutil.STATUS_ZOMBIE not in statuses
     found.close()
 
 

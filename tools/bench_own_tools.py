@@ -9,7 +9,8 @@ together, each in a thread of the caller, as training does.
 
 "Busy" is what a rollout server would be: of the time from the start to a rollout's end, the part in which the rollout
 waits for the server and not for its tools; the mean over all rollouts. Generation is a wait here, of ``--generation``
-seconds a turn, and takes no core from the tools. A real server's figure is ``tools/bench.py rollouts``.
+seconds a turn, and takes no core from the tools. Phases of rollouts are ``--pause`` seconds apart, as updates are
+between those of a training. A real server's figure is ``tools/bench.py rollouts``.
 """
 
 from __future__ import annotations
@@ -111,6 +112,17 @@ def busy(host: ClassHost, threads: ThreadPoolExecutor, rollouts: int, calls: int
     return statistics.mean(threads.map(rollout, range(rollouts)))
 
 
+def busy_after_pauses(
+    host: ClassHost, threads: ThreadPoolExecutor, words: argparse.Namespace, generation: float
+) -> float:
+    """:func:`busy`, the median of three phases."""
+    found = []
+    for _ in range(3):
+        time.sleep(words.pause)
+        found.append(busy(host, threads, words.rollouts, words.calls, generation))
+    return statistics.median(found)
+
+
 def table(rounds: dict[str, list[Timed]], rollouts: int, calls: int) -> str:
     """One line a contestant. Each figure is the median over the rounds; of starts, calls and ends, of each round's
     median. "Wall a call" is a round's length over its calls.
@@ -139,6 +151,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=64)
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--generation", type=float, nargs="+", default=[0.1, 0.5], help="seconds of a turn")
+    parser.add_argument("--pause", type=float, default=2.0, help="seconds between two phases of rollouts")
     words = parser.parse_args()
     count, calls = words.rollouts, words.calls
     with (
@@ -168,7 +181,7 @@ def main() -> None:
                 if number:
                     rounds[name].append(found)
         shares = {
-            (kind, seconds): statistics.median(busy(host, all_of_them, count, calls, seconds) for _ in range(3))
+            (kind, seconds): busy_after_pauses(host, all_of_them, words, seconds)
             for kind, host in hosts.items()
             for seconds in words.generation
         }

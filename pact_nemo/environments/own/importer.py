@@ -132,23 +132,18 @@ class Importer:
             ImporterLost: no process can be started any more by this one.
             Lost: the system refuses another process.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                answer, descriptors = self._ask({"do": "fork"}, (theirs.fileno(),))
-                if "error" in answer:
-                    raise Lost(f"no process can be started: {answer['error']}")
-                pid: int = answer["pid"]
-                ended = descriptors[0] if descriptors else os.pidfd_open(pid)
-            except ProcessLookupError as error:  # nobody but the lost process would have waited for it
-                ours.close()
-                raise ImporterLost(f"the process that imports the tools is lost ({error})") from error
-            except BaseException:
-                ours.close()
-                raise
+        answer, descriptors = self._ask({"do": "fork"})
+        if "error" in answer:
+            raise Lost(f"no process can be started: {answer['error']}")
+        pid: int = answer["pid"]
+        if len(descriptors) != 2:  # this process has as many files open as it may
+            for each in descriptors:
+                os.close(each)
+            self._end(pid)
+            raise Lost("no process can be started: there is no file descriptor left for its connection")
         with self._lock:
             self._children.add(pid)
-        return Child(ours, ended, lambda: self._end(pid))
+        return Child(socket.socket(fileno=descriptors[0]), descriptors[1], lambda: self._end(pid))
 
     def _end(self, pid: int) -> int | None:
         """Kill a rollout's process and all that it started; the exit code, negative for a signal, where it had ended by
@@ -164,11 +159,11 @@ class Importer:
             return None
         return None if status is None else os.waitstatus_to_exitcode(status)
 
-    def _ask(self, request: dict[str, Any], descriptors: tuple[int, ...] = ()) -> tuple[dict[str, Any], list[int]]:
+    def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         with self._lock:
             deadline = time.monotonic() + _CONTROL_S
             try:
-                wire.send(self._control, wire.encoded(request), deadline, descriptors)
+                wire.send(self._control, wire.encoded(request), deadline)
                 return wire.receive_with_descriptors(self._control, deadline)
             except (OSError, EOFError, ValueError) as error:
                 self._control.close()  # what comes later would answer another request

@@ -67,7 +67,7 @@ def receive_with_descriptors(
 ) -> tuple[dict[str, Any], list[int]]:
     """The next message and the descriptors that came with it. Raises as :func:`receive`."""
     connection.settimeout(_left(deadline))
-    head, descriptors, _, _ = socket.recv_fds(connection, 4, 1)
+    head, descriptors, _, _ = socket.recv_fds(connection, 4, 2)
     if not head:
         raise EOFError("the connection is closed")
     for descriptor in descriptors:

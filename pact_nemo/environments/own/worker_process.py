@@ -8,29 +8,35 @@ the trainer is gone, however that died.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
-import resource
 import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pact_nemo.environments.own import confinement, wire
-from pact_nemo.environments.own.classes import Instance, Offered
+from pact_nemo.environments.own.rollout_process import (
+    OF_THE_TRAINER,
+    PR_SET_CHILD_SUBREAPER,
+    PR_SET_PDEATHSIG,
+    Confined,
+    Imported,
+    begin_rollout,
+    leave_with,
+    libc,
+)
 from pact_nemo.errors import ConfigError
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _REAP_S = 1.0  #: for a killed child to be gone; later it is looked after in passing
+_MOST = 256  #: processes that are kept for rollouts, open ones included
+_QUIET_S = 0.02  #: without a request, before what can wait is done
 _LOOK_S = 1.0  #: between looks at whether the trainer is still there
-#: what a scheduler sends to every process of a job; this one stays as long as the trainer does
-_OF_THE_TRAINER = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-_libc = ctypes.CDLL(None)
 
 
 def main(descriptor: int, parent: int, settings: dict[str, Any]) -> None:
@@ -41,14 +47,14 @@ def main(descriptor: int, parent: int, settings: dict[str, Any]) -> None:
         parent: the trainer's process id.
         settings: ``reference``, ``include``, ``memory_mb``; ``sandbox``: of :func:`confinement.plan`, or None.
     """
-    _leave_with(parent)  # an import may hang
+    leave_with(parent)  # an import may hang
     with socket.socket(fileno=descriptor) as control:
         control.set_inheritable(False)
         tools: Imported | Confined
         try:
             if settings["sandbox"] is not None:
                 _ignore_what_is_the_trainers()
-                _libc.prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
+                libc.prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
                 confinement.enter(settings["sandbox"], parent)
                 tools, report = Confined(settings), {}
                 parent = os.getppid()
@@ -62,13 +68,14 @@ def main(descriptor: int, parent: int, settings: dict[str, Any]) -> None:
         wire.send(control, wire.encoded(report), None)
         if "error" in report:
             return
-        # the thread of the trainer that started this process may end long before the trainer does
-        _libc.prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
-        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        if settings["sandbox"] is None:
+            # the thread of the trainer that started this process may end long before the trainer does
+            libc.prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         _ignore_what_is_the_trainers()
         gc.collect()
         gc.freeze()
-        family = _Family(set(_children()))
+        family = _Family(set(_children()), settings["sandbox"] is not None)
         try:
             _serve(control, parent, tools, family)
         finally:
@@ -77,130 +84,148 @@ def main(descriptor: int, parent: int, settings: dict[str, Any]) -> None:
 
 
 def _ignore_what_is_the_trainers() -> None:
-    for number in _OF_THE_TRAINER:
+    for number in OF_THE_TRAINER:
         signal.signal(number, signal.SIG_IGN)
-
-
-class Imported:
-    """The user's file in the process that starts rollouts, which are forks of it."""
-
-    def __init__(self, settings: dict[str, Any]):
-        self._offered = Offered(settings["reference"], settings["include"])
-        self._memory_mb: int | None = settings["memory_mb"]
-
-    @property
-    def report(self) -> dict[str, Any]:
-        return _report(self._offered)
-
-    def begin(self, number: int) -> Answering:
-        """What answers the requests of a rollout, in its process."""
-        if self._memory_mb is not None:
-            _limit_memory(self._memory_mb)
-        return Instance(self._offered)
-
-
-class Confined:
-    """The user's file in the confined process of a rollout, and nowhere else."""
-
-    def __init__(self, settings: dict[str, Any]):
-        self._settings = settings
-        self._instance: Instance | None = None
-        self._failure = ""
-
-    def begin(self, number: int) -> Answering:
-        """As :meth:`Imported.begin`; the process that it returns in is another one, without privileges."""
-        try:
-            confinement.become_rollout(self._settings["sandbox"], number)
-        except OSError as error:
-            self._failure = f"the sandbox can't be set up: {error}"
-        return self
-
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """As :meth:`Instance.answer`; the first one imports the file. ``report``: what the file offers."""
-        offered = None
-        if self._instance is None and not self._failure:
-            try:
-                offered = Offered(self._settings["reference"], self._settings["include"])
-                self._instance = Instance(offered)
-            except ConfigError as error:
-                self._failure = str(error)
-            except BaseException as error:
-                self._failure = f"{type(error).__name__}: {error}"
-        if self._instance is None:
-            return {"failure": self._failure}
-        if request["do"] == "report":
-            return {"value": _report(offered)} if offered is not None else {"failure": "it was asked for already"}
-        return self._instance.answer(request)
-
-
-def _report(offered: Offered) -> dict[str, Any]:
-    return {key: getattr(offered, key) for key in ("schemas", "offers", "warnings", "name")}
 
 
 def _serve(control: socket.socket, parent: int, tools: Imported | Confined, family: _Family) -> None:
     waiting = select.poll()
     waiting.register(control.fileno(), select.POLLIN)
+    pause = _LOOK_S
     while True:
-        if not waiting.poll(_LOOK_S * 1000):
-            family.reap()
+        if not waiting.poll(pause * 1000):
             if os.getppid() != parent:
                 return
+            pause = family.when_idle(control, tools)
             continue
         try:
-            request, descriptors = wire.receive_with_descriptors(control)
+            request = wire.receive(control, None)
         except (EOFError, OSError, ValueError):
             return
         if request["do"] == "fork":
-            reply = family.fork(control, descriptors[0], tools)
+            _hand_over(control, family, family.take(control, tools))
         else:
-            reply = {"status": family.end(request["pid"])}
-        # a process of another namespace has another number there: a descriptor of it goes along
-        ended = [os.pidfd_open(reply["pid"])] if isinstance(tools, Confined) and "pid" in reply else []
-        with contextlib.suppress(OSError):  # then the next look finds it gone
-            wire.send(control, wire.encoded(reply), None, ended)
-        for descriptor in ended:
-            os.close(descriptor)
+            status = family.end(request["pid"])
+            with contextlib.suppress(OSError):  # then the next look finds the trainer gone
+                wire.send(control, wire.encoded({"status": status}), None)
+        pause = _QUIET_S
+
+
+def _hand_over(control: socket.socket, family: _Family, found: _Begun | OSError) -> None:
+    """Give the trainer the connection to a rollout's process, and a descriptor that says when it has ended: a process
+    of another namespace has another number there.
+    """
+    descriptors: list[int] = []
+    reply: dict[str, Any]
+    try:
+        if isinstance(found, OSError):
+            raise found
+        ended = os.pidfd_open(found.pid)
+        descriptors = [found.connection.detach(), ended]
+        reply = {"pid": found.pid}
+    except OSError as error:
+        reply = {"error": f"{type(error).__name__}: {error}"}
+        if isinstance(found, _Begun):
+            family.end(found.pid)
+    with contextlib.suppress(OSError):  # then the next look finds the trainer gone
+        wire.send(control, wire.encoded(reply), None, descriptors)
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A rollout's process that waits for its first request, and the trainer's end of the connection to it."""
+
+    pid: int
+    connection: socket.socket
 
 
 class _Family:
-    """The children of this process.
+    """The children of this process. As many as were open at once are kept: those that aren't open are spares, started
+    while nobody waits, so that a phase of many rollouts finds its processes there.
 
     Args:
         helpers: those that the user's file started as it was imported; they stay.
+        apart: each rollout has a PID namespace of its own, which ends with it.
     """
 
-    def __init__(self, helpers: set[int]):
+    def __init__(self, helpers: set[int], apart: bool):
+        self._apart = apart
         self._helpers = helpers
         self._rollouts: set[int] = set()
         self._killed: set[int] = set()
         self._started = 0
+        self._spares: list[_Begun] = []
+        self._most, self._refused = 1, False
 
-    def fork(self, control: socket.socket, descriptor: int, tools: Imported | Confined) -> dict[str, Any]:
+    def when_idle(self, control: socket.socket, tools: Imported | Confined) -> float:
+        """Do what can wait for a moment in which nobody asks for anything: bury the killed, or start one process ahead.
+        Where the system refuses that, none is until a rollout ends. Returns the seconds until there is more to do.
+        """
+        self.reap()
+        if self._killed:
+            return _QUIET_S
+        if self._refused or len(self._rollouts) >= min(self._most, _MOST):
+            return _LOOK_S
+        found = self._fork(control, tools)
+        if isinstance(found, OSError):
+            self._refused = True
+        else:
+            self._spares.append(found)
+        return 0.0
+
+    def take(self, control: socket.socket, tools: Imported | Confined) -> _Begun | OSError:
+        """A process for a rollout: a spare that lives, else a new one; or why there is none."""
+        found: _Begun | OSError | None = None
+        while self._spares and found is None:
+            found = self._spares.pop(0)
+            if os.waitid(os.P_PID, found.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                found.connection.close()
+                self.end(found.pid)
+                found = None
+        found = found if found is not None else self._fork(control, tools)
+        self._most = max(self._most, len(self._rollouts) - len(self._spares))
+        return found
+
+    def _fork(self, control: socket.socket, tools: Imported | Confined) -> _Begun | OSError:
         try:
-            me = os.getpid()
-            self._started += 1
-            pid = os.fork()
-            if pid == 0:
-                _child(control, descriptor, me, partial(tools.begin, self._started))
+            ours, theirs = socket.socketpair()
         except OSError as error:
-            return {"error": f"{type(error).__name__}: {error}"}
-        finally:
-            os.close(descriptor)
+            return error
+        me = os.getpid()
+        self._started += 1
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError as error:
+                ours.close()
+                return error
+            if pid == 0:
+                strange = [control, ours, *(spare.connection for spare in self._spares)]
+                begin_rollout(strange, theirs, me, partial(tools.begin, self._started))
         self._rollouts.add(pid)
-        return {"pid": pid}
+        return _Begun(pid, ours)
 
     def end(self, pid: int) -> int | None:
-        """Kill a child and everything that it started. Its wait status, where it had ended by itself."""
+        """Kill a child and everything that it started. Its wait status, where it had ended by itself. One that started
+        nothing, or has a namespace of its own, is buried later.
+        """
         if pid not in self._rollouts:
             return None
         self._rollouts.remove(pid)
+        self._refused = False
         done, status = os.waitpid(pid, os.WNOHANG)
+        alone = self._apart or (not done and not any(_children(pid)))
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
         if not done:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)  # it may have no group of its own yet
             self._killed.add(pid)
+        if alone:
+            return status if done else None
+        if not done:
             ended = os.pidfd_open(pid)
             wire.has_ended(ended, _REAP_S)
             os.close(ended)
@@ -231,62 +256,8 @@ class _Family:
         self.reap()
 
 
-def _children() -> Iterator[int]:
-    with contextlib.suppress(OSError):
-        yield from map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
-
-
-def _leave_with(parent: int) -> None:
-    """End when the thread that started this process ends."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(0)
-
-
-class Answering(Protocol):
-    """What answers the requests of a rollout."""
-
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]: ...
-
-
-def _child(control: socket.socket, descriptor: int, parent: int, begin: Callable[[], Answering]) -> None:
-    """One rollout. Never returns."""
-    code = 1
-    try:
-        _leave_with(parent)
-        os.setsid()
-        for number in _OF_THE_TRAINER:
-            signal.signal(number, signal.SIG_DFL)
-        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a tool started stays below it
-        control.close()
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        connection = socket.socket(fileno=descriptor)
-        _run(connection, begin())
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def _limit_memory(megabytes: int) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + (megabytes << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
-def _run(connection: socket.socket, instance: Answering) -> None:
-    me = os.getpid()
-    while True:
-        try:
-            request = wire.receive(connection, None)
-        except (EOFError, OSError):
-            return
-        reply = instance.answer(request)
-        if os.getpid() != me:
-            return  # a tool forked, and this is the copy
-        try:
-            data = wire.encoded(reply)
-        except BaseException as error:
-            data = wire.encoded({"failure": f"its result can't be sent: {type(error).__name__}: {error}"[:1000]})
-        wire.send(connection, data, None)
-        if request["do"] == "close":
-            return
+def _children(pid: int | None = None) -> Iterator[int]:
+    """Of this process, or of another one."""
+    for thread in Path(f"/proc/{pid if pid is not None else os.getpid()}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            yield from map(int, thread.read_text().split())
