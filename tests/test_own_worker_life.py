@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -141,3 +142,26 @@ def test_processes_for_the_next_rollouts_are_started_ahead_and_know_nothing_of_t
         tools.close()
     shop.close()
     assert gone(list(spares))
+
+
+@pytest.mark.parametrize("isolation", ["process", "sandbox"])
+@pytest.mark.parametrize("seeding", ["", "random.seed(3)"])
+def test_every_rollout_of_every_run_draws_the_same(tmp_path: Path, isolation: str, seeding: str) -> None:
+    tmp_path.chmod(0o755)
+    file = tmp_path / "dice.py"
+    file.write_text(
+        f"import random\n{seeding}\nclass Dice:\n"
+        "    def __init__(self, task): self.first = random.random()\n"
+        "    def roll(self) -> list:\n        'Roll.'\n        return [self.first, random.random()]\n"
+    )
+    rolls = []
+    for _ in range(2):
+        found = host(f"{file}:Dice", isolation=isolation)
+        for _ in range(3):  # the first is forked as it is asked for
+            tools = found.open(TASK)
+            rolls.append(tools.call("roll", {}))
+            tools.close()
+            time.sleep(0.1)
+        found.close()
+    dice = random.Random(3 if seeding else 0)
+    assert rolls == [f"[{dice.random()}, {dice.random()}]"] * 6

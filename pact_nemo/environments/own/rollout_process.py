@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import resource
 import signal
 import socket
@@ -31,8 +32,10 @@ class Imported:
     """The user's file in the process that starts rollouts, which are forks of it."""
 
     def __init__(self, settings: dict[str, Any]):
+        random.seed(0)  # each rollout starts with the state that the import leaves
         self._offered = Offered(settings["reference"], settings["include"])
         self._memory_mb: int | None = settings["memory_mb"]
+        self._random = random.getstate()
 
     @property
     def report(self) -> dict[str, Any]:
@@ -40,6 +43,7 @@ class Imported:
 
     def begin(self, number: int) -> Answering:
         """What answers the requests of a rollout, in its process."""
+        random.setstate(self._random)  # Python gives each fork another one
         if self._memory_mb is not None:
             _limit_memory(self._memory_mb)
         return Instance(self._offered)
@@ -50,6 +54,8 @@ class Confined:
 
     def __init__(self, settings: dict[str, Any]):
         self._settings = settings
+        random.seed(0)
+        self._random = random.getstate()
         self._offered: Offered | None = None
         self._instance: Instance | None = None
         self._failure = ""
@@ -63,6 +69,7 @@ class Confined:
         except OSError as error:
             self._failure = f"the sandbox can't be set up: {error}"
             return self
+        random.setstate(self._random)
         try:
             self._offered = Offered(self._settings["reference"], self._settings["include"])
             self._instance = Instance(self._offered)
