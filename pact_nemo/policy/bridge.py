@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import Iterator, KeysView, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from pact_nemo.runtime.collective import raise_together
 prepare_megatron()
 
 from megatron.bridge import AutoBridge  # noqa: E402
+
+if TYPE_CHECKING:
+    from pact_nemo.policy.lora import Adapters
 
 _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 
@@ -160,19 +163,37 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def export_weights(bridge: AutoBridge, chunks: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def conversion_tasks(bridge: AutoBridge, chunks: list[Any]) -> list[Any]:
+    """The bridge's conversion tasks of the chunks as they were when they were first asked for; collective then."""
+    # walks over all modules for each layer: a third of the time of an export of a small model
+    if not hasattr(bridge, "_tasks_of_pact"):
+        bridge._tasks_of_pact = bridge.get_conversion_tasks(chunks)
+    return bridge._tasks_of_pact  # type: ignore[no-any-return]
+
+
+def export_weights(
+    bridge: AutoBridge, chunks: list[Any], adapters: Adapters | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face names and full tensors, gathered over TP and PP one at a time; collective, every rank gets every
-    tensor, on its own device. They may share memory with the parameters."""
+    tensor, on its own device. They may share memory with the parameters.
+
+    Args:
+        bridge: of :func:`load_bridge`.
+        chunks: this rank's model chunks.
+        adapters: what is added to their weights; those tensors are float32.
+    """
     vocab_size = chunks[0].true_vocab_size
     vocab_names = {
         mapping.hf_param
         for mapping in bridge._model_bridge.mapping_registry().mappings
         if mapping.megatron_param in VOCAB_PARAMETERS
     } | {"lm_head.weight"}
-    # walks over all modules for each layer: a third of the time of an export of a small model
-    if not hasattr(bridge, "_tasks_of_pact"):
-        bridge._tasks_of_pact = bridge.get_conversion_tasks(chunks)
+    tasks = conversion_tasks(bridge, chunks)
     for name, tensor in bridge.export_hf_weights(
-        chunks, cpu=False, show_progress=False, conversion_tasks=bridge._tasks_of_pact
+        chunks,
+        cpu=False,
+        show_progress=False,
+        conversion_tasks=tasks if adapters is None else adapters.merged(tasks),
+        merge_adapter_weights=False,  # the bridge's own way rounds to the weight's dtype in between
     ):
         yield name, tensor[:vocab_size] if name in vocab_names else tensor

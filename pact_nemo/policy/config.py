@@ -11,6 +11,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 RECOMPUTE = ("none", "full", "selective")
 ATTENTION = ("auto", "tree_sdpa", "te")
 LR_SCHEDULES = ("constant", "linear", "cosine")
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 #: first compute capability with the recipe's kernels: Ada and Hopper have per-tensor scales, Hopper block scales,
 #: Blackwell the MX formats. ``delayed`` is not among them: under Transformer Engine its scales move with every
@@ -24,9 +25,56 @@ def transformer_engine_installed() -> bool:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters: ``W x + (alpha / rank) B A x`` with a frozen ``W``. B begins at 0, so the first step computes
+    the base.
+
+    Attributes:
+        rank: rows of A and columns of B; 0 = off, every weight is trained.
+        alpha: the adapters' product is scaled by ``alpha / rank``.
+        dropout: of the adapters' input; only 0 is computed: log-probs of scoring and update have to agree.
+        targets: matrices that get an adapter: ``linear_qkv`` (q_proj, k_proj and v_proj, which share one A),
+            ``linear_proj`` (o_proj), ``linear_fc1`` (gate_proj and up_proj, which share one A), ``linear_fc2``
+            (down_proj).
+        experts: adapters on routed experts; not computed, so it has to stay False.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    experts: bool = False
+
+    def validate(self) -> None:
+        """Raises ConfigError on a value that is out of range or not computed."""
+        if self.rank < 0:
+            raise ConfigError(f"policy.lora.rank is {self.rank}; it must be at least 1, or 0 to train every weight")
+        if not self.rank:
+            return
+        if not self.alpha > 0.0:
+            raise ConfigError(f"policy.lora.alpha is {self.alpha}; it must be above 0")
+        if self.dropout != 0.0:
+            raise ConfigError(
+                f"policy.lora.dropout is {self.dropout}; only 0 is computed, for the update has to see the log-probs"
+                " that its ratios are taken against"
+            )
+        if self.experts:
+            raise ConfigError("policy.lora.experts=true is not computed; set it to false and adapt attention alone")
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ConfigError(f"policy.lora.targets is {list(self.targets)}; name at least one matrix, each once")
+        for name in self.targets:
+            if name in ("embedding", "word_embeddings", "output_layer", "embed_tokens", "lm_head"):
+                raise ConfigError(
+                    f"policy.lora.targets holds {name}; the embedding and the output matrix get no adapter: take it out"
+                )
+            if name not in LORA_TARGETS:
+                raise ConfigError(f"policy.lora.targets holds {name!r}; choose among {', '.join(LORA_TARGETS)}")
+
+
+@dataclass
 class PolicyConfig:
-    """How the policy is laid out and computed. The result of a step doesn't depend on any field but ``precision`` and
-    ``fp8``.
+    """How the policy is laid out and computed. The result of a step doesn't depend on any field but ``precision``,
+    ``fp8`` and ``lora``.
 
     Attributes:
         tensor_parallel: ranks that share each weight matrix (TP).
@@ -59,6 +107,7 @@ class PolicyConfig:
             exceptions and needs 0.
         fp8_emulate: where there is no Transformer Engine, round what enters and leaves the linear layers as the recipe
             would: shows on any machine what FP8 does to log-probs, ratios and clipping. Slower, not faster.
+        lora: train low-rank adapters instead of the weights.
         deterministic: on GPUs, kernels that add in a fixed order, so that a resumed run repeats an uninterrupted one
             bit for bit; attention's backward pass is slower. On the CPU it is so anyway.
         distributed_optimizer: shard optimizer state over the data-parallel ranks.
@@ -87,6 +136,7 @@ class PolicyConfig:
     fp8: str | None = None
     fp8_bf16_layers: int = 1
     fp8_emulate: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
     deterministic: bool = False
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
@@ -134,6 +184,14 @@ class PolicyConfig:
                 " there"
             )
         self._validate_fp8_values()
+        self.lora.validate()
+        if self.lora.rank and self.fp8 is not None:
+            raise ConfigError("policy.lora.rank is not computed together with policy.fp8; set policy.fp8=null")
+        if self.lora.rank % self.tensor_parallel:
+            raise ConfigError(
+                f"policy.lora.rank={self.lora.rank} can't be split over tensor_parallel = {self.tensor_parallel}; take"
+                " a multiple of it"
+            )
 
     def validate(self, *, cuda: bool, world_size: int = 1) -> None:
         """Check the fields against each other and against the machine.

@@ -21,6 +21,7 @@ recipe            block                                   scale from            
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -28,10 +29,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pact_nemo.policy import device as devices
+from pact_nemo.policy.config import PolicyConfig
+
+logger = logging.getLogger(__name__)
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 #: rows are padded to multiples of this many tokens: what the products of the recipe need
 ALIGNMENT = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 HISTORY = 1024  # passes that the delayed recipe looks back on
+
+
+def recipe_here(config: PolicyConfig, *, bf16: bool) -> str | None:
+    """The FP8 recipe that runs on this machine; None = none, which is said where one was asked for.
+
+    Raises:
+        ConfigError: see ``PolicyConfig.resolved_fp8``.
+    """
+    found = config.resolved_fp8(capability=devices.compute_capability(), has_te=devices.has_transformer_engine())
+    if config.fp8 is not None and found is None:
+        logger.warning(
+            "policy.fp8=%s needs a GPU with FP8 and Transformer Engine, which are not here: running in %s",
+            config.fp8,
+            "bf16" if bf16 else "fp32",
+        )
+    return found
 
 
 def number_format(recipe: str) -> str:

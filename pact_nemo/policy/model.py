@@ -49,6 +49,7 @@ class PactGPTModel(GPTModel):
     logprob_chunk: int
     true_vocab_size: int
     rotates_itself: bool  #: core attention turns queries and keys, by angles that are computed once a micro-batch
+    base_is_frozen: bool = False  #: only adapters are trained
 
     def _preprocess(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, decoder_input: Any = None, **kwargs: Any
@@ -59,6 +60,9 @@ class PactGPTModel(GPTModel):
         batch: TreeBatch = kwargs["packed_seq_params"]
         if decoder_input is None and self.pre_process:
             decoder_input = self._embed(input_ids, position_ids)
+            if self.base_is_frozen and self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+                # a recomputed layer has a backward pass only where its input wants a gradient
+                decoder_input = decoder_input.detach().requires_grad_()
         if not self.rotates_itself:
             return decoder_input, self._rotary(batch.position_ids), None, None, None, None
         angles = torch.outer(batch.position_ids.to(torch.float32), self.rotary_pos_emb.inv_freq)[:, None, None, :]
@@ -211,14 +215,14 @@ def build_chunks(provider: Any, architecture: Architecture, config: PolicyConfig
         model.rotates_itself = config.fused_elementwise and config.attention != "te"
         model.rotary_pos_emb.inv_freq = rotary_frequencies(architecture).to(local_device())
         model.to(local_device())
-        _mark_tensor_parallel(model)
+        mark_tensor_parallel(model)
         if config.fp8_emulate and provider.fp8 is not None:
             emulate(model, model.config)
         chunks.append(model)
     return chunks
 
 
-def _mark_tensor_parallel(model: torch.nn.Module) -> None:
+def mark_tensor_parallel(model: torch.nn.Module) -> None:
     """Mark which parameters are shards: megatron does so only while it initialises weights, and needs it for gradient
     norms.
     """

@@ -4,7 +4,6 @@ and export.
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,24 @@ import torch
 import torch.distributed as dist
 
 from pact_nemo.errors import ConfigError, NumericsError
-from pact_nemo.policy import bridge, fp8, microbatches, optimizer
+from pact_nemo.policy import bridge, fp8, lora, microbatches, optimizer
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.export.hf_folder import write_folder
 from pact_nemo.policy.export.layout import LayoutSettings, check_dtype
+from pact_nemo.policy.export.peft_folder import write_adapter
 from pact_nemo.policy.fp8 import ALIGNMENT
 from pact_nemo.policy.microbatches import LocalMicroBatch
 from pact_nemo.policy.model import build_chunks
 from pact_nemo.policy.process_groups import initialize_model_parallel
 from pact_nemo.policy.provider import build_provider, configure_provider
-from pact_nemo.policy.reference import Weights, in_place_of_own, read_weights
+from pact_nemo.policy.reference import Reference, reference_for
 from pact_nemo.policy.sharded_state import load_sharded_state, sharded_state
 from pact_nemo.policy.trees import TokenTree, check_token_ids
 from pact_nemo.policy.update_result import UpdateResult
 from pact_nemo.runtime.digests import FileEntry
-
-logger = logging.getLogger(__name__)
 
 
 class MegatronPolicy:
@@ -75,14 +73,7 @@ class MegatronPolicy:
         self.hf_path, self.total_steps, self.step = Path(hf_path), total_steps, 0
         self.device = devices.local_device()
         self.bf16 = config.resolved_precision(cuda=cuda) == "bf16"
-        self.fp8 = config.resolved_fp8(capability=devices.compute_capability(), has_te=devices.has_transformer_engine())
-        if config.fp8 is not None and self.fp8 is None:
-            precision = "bf16" if self.bf16 else "fp32"
-            logger.warning(
-                "policy.fp8=%s needs a GPU with FP8 and Transformer Engine, which are not here: running in %s",
-                config.fp8,
-                precision,
-            )
+        self.fp8 = fp8.recipe_here(config, bf16=self.bf16)
         self.alignment = ALIGNMENT[self.fp8] if self.fp8 is not None else 1
         initialize_model_parallel(config, seed=seed)
         self.bridge = bridge.load_bridge(hf_path)
@@ -92,7 +83,8 @@ class MegatronPolicy:
         configure_provider(self.provider, config, cuda=cuda, fp8=self.fp8)
         self.chunks = build_chunks(self.provider, self.architecture, config, cuda=cuda)
         bridge.load_weights(self.bridge, self.chunks)
-        self._reference: Weights | None = None
+        self.adapters = lora.attach(config.lora, self.architecture, self.bridge, self.chunks, seed=seed)
+        self._reference: Reference | None = None
         self.wrapped: list[Any] = []
         self.optimizer: Any = None
         if trainable:
@@ -141,7 +133,7 @@ class MegatronPolicy:
         """
         if self._reference is None:
             raise ConfigError("reference log-probs need load_reference()")
-        with in_place_of_own(self._reference, self.chunks, self.device), fp8.switched_off(self.chunks):
+        with self._reference(), fp8.switched_off(self.chunks):
             return self.logprobs(trees)
 
     @property
@@ -149,19 +141,11 @@ class MegatronPolicy:
         """Name of the dtype that holds the weights without loss."""
         return "bfloat16" if self.bf16 else "float32"
 
-    @torch.no_grad()
     def load_reference(self, hf_path: str | Path) -> None:
-        """Take the weights of an HF folder as the frozen reference; the current weights are untouched. Collective.
-
-        Raises:
-            ConfigError: the folder's model is not the policy's.
-        """
-        if check_architecture(hf_path) != self.architecture:
-            ours, theirs = self.hf_path / "config.json", Path(hf_path) / "config.json"
-            raise ConfigError(
-                f"{theirs} describes another model than {ours}; take a reference of the same architecture"
-            )
-        self._reference = read_weights(hf_path, self.chunks, self.device)
+        """Take the weights of an HF folder as the frozen reference, see :func:`reference_for`. Collective."""
+        self._reference = reference_for(
+            hf_path, self.hf_path, self.architecture, self.chunks, self.device, self.adapters
+        )
 
     def _local_batches(self, trees: list[TokenTree], *, entropy: bool) -> tuple[list[LocalMicroBatch], int]:
         """This rank's micro-batches of ``trees`` as this model computes them, and the number of tree tokens on all
@@ -311,7 +295,7 @@ class MegatronPolicy:
         """
         check_dtype(dtype)
         return write_folder(
-            bridge.export_weights(self.bridge, self.chunks),
+            bridge.export_weights(self.bridge, self.chunks, self.adapters),
             self.hf_path,
             folder,
             dtype,
@@ -320,10 +304,23 @@ class MegatronPolicy:
             previous=previous,
         )
 
+    @torch.no_grad()
+    def export_adapter(self, folder: str | Path) -> None:
+        """Write the adapters alone in PEFT format into an existing folder, :mod:`pact_nemo.policy.export.peft_folder`.
+        Collective.
+
+        Raises:
+            ConfigError: the policy has none.
+        """
+        if self.adapters is None:
+            raise ConfigError("there is no adapter to export: policy.lora.rank is 0")
+        write_adapter(self.adapters, self.hf_path, folder)
+
     # ------------------------------------------------------------- checkpoint
 
     def state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
-        """Sharded state dict of weights and optimizer (moments, main weights, Adam's step counters); collective.
+        """Sharded state dict of what is trained and its optimizer (moments, main weights, Adam's step counters);
+        collective.
 
         Independent of the layout: ``checkpoints.resume`` loads it under another one.
 
@@ -332,7 +329,7 @@ class MegatronPolicy:
         """
         if self.optimizer is None:
             raise ConfigError("a policy built with trainable=False has no state to resume from; export it instead")
-        return sharded_state(self.chunks, self.optimizer, is_loading=is_loading)
+        return sharded_state(self.chunks, self.optimizer, is_loading=is_loading, adapters=self.adapters)
 
     def load_state_dict(self, state: dict[str, Any], *, step: int) -> None:
         """Take over a loaded state. Reference weights stay what they are.
@@ -341,7 +338,7 @@ class MegatronPolicy:
             state: as :meth:`state_dict`, with the tensors loaded.
             step: optimizer steps behind it.
         """
-        load_sharded_state(self.chunks, self.optimizer, state)
+        load_sharded_state(self.chunks, self.optimizer, state, adapters=self.adapters)
         self.step = step
 
     def _per_tree(self, trees: list[TokenTree], parts: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:

@@ -4,17 +4,61 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pact_nemo.errors import ConfigError
 from pact_nemo.policy import bridge
+from pact_nemo.policy.architectures import Architecture, check_architecture
+
+if TYPE_CHECKING:
+    from pact_nemo.policy.lora import Adapters
 
 logger = logging.getLogger(__name__)
 
+Reference = Callable[[], contextlib.AbstractContextManager[None]]  # in which a policy's passes see the reference
 Weights = list[dict[str, torch.Tensor]]  # of each model chunk: parameter -> its values
+
+
+def reference_for(
+    hf_path: str | Path,
+    own_path: Path,
+    own: Architecture,
+    chunks: list[Any],
+    device: torch.device,
+    adapters: Adapters | None,
+) -> Reference:
+    """The frozen weights of a folder for these chunks. Collective.
+
+    Args:
+        hf_path: folder of the reference.
+        own_path: folder that the policy began with.
+        own: its architecture.
+        chunks: this rank's model chunks.
+        device: that they are on.
+        adapters: theirs, if they have some. Their base is the reference then, and nothing is copied.
+
+    Raises:
+        ConfigError: the folder's model is another one, or not the adapters' base.
+        CheckpointError: its tensors are not those of the model, or not finite.
+    """
+    if adapters is not None:
+        if Path(hf_path).resolve() != own_path.resolve():
+            raise ConfigError(
+                f"policy.lora has its base for a reference, {own_path}, and can't take {hf_path}; set"
+                " objective.kl_coef=0, or train all weights: policy.lora.rank=0"
+            )
+        return adapters.switched_off
+    if check_architecture(hf_path) != own:
+        raise ConfigError(
+            f"{Path(hf_path) / 'config.json'} describes another model than {own_path / 'config.json'}; take a"
+            " reference of the same architecture"
+        )
+    return partial(in_place_of_own, read_weights(hf_path, chunks, device), chunks, device)
 
 
 @torch.no_grad()

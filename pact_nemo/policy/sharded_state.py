@@ -1,31 +1,63 @@
-"""Weights and optimizer of a rank as megatron's sharded state dict, which another layout can load."""
+"""What a rank trains and its optimizer as megatron's sharded state dict, which another layout can load."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pact_nemo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pact_nemo.policy.lora import Adapters
+
+_FACTS = "adapters"  #: what a state of adapters belongs to
 
 
-def sharded_state(chunks: list[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+def sharded_state(
+    chunks: list[Any], optimizer: Any, *, is_loading: bool, adapters: Adapters | None = None
+) -> dict[str, Any]:
     """Weights, moments, main weights and Adam's step counters of this rank's chunks; collective.
 
     Args:
         chunks: this rank's model chunks.
         optimizer: megatron's optimizer over them.
         is_loading: the tensors are placeholders that are loaded into.
+        adapters: where there are some, only they are trained, and the base isn't in the state.
     """
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-    state: dict[str, Any] = {
-        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(_names(chunks), chunks, strict=True)
-    }
+    state: dict[str, Any] = {}
+    for name, chunk in zip(_names(chunks), chunks, strict=True):
+        whole = chunk.sharded_state_dict(metadata=metadata)
+        state[name] = whole if adapters is None else {key: part for key, part in whole.items() if _is_adapters(key)}
     state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    if adapters is not None and not is_loading:
+        state[_FACTS] = adapters.facts
     return state
 
 
-def load_sharded_state(chunks: list[Any], optimizer: Any, state: dict[str, Any]) -> None:
-    """Take over a state of :func:`sharded_state` whose tensors were loaded."""
+def load_sharded_state(
+    chunks: list[Any], optimizer: Any, state: dict[str, Any], *, adapters: Adapters | None = None
+) -> None:
+    """Take over a state of :func:`sharded_state` whose tensors were loaded.
+
+    Raises:
+        CheckpointError: it is of adapters, and these are none or other ones; or the other way round.
+    """
+    facts = state.get(_FACTS)
+    if (facts is None) != (adapters is None):
+        kind, remedy = ("all weights", "0") if facts is None else ("adapters", str(facts["rank"]))
+        raise CheckpointError(f"the checkpoint holds {kind}; resume with policy.lora.rank={remedy}")
+    if adapters is not None and facts is not None:
+        adapters.check_facts(facts)
     for name, chunk in zip(_names(chunks), chunks, strict=True):
-        chunk.load_state_dict(state[name], strict=True)
+        left = chunk.load_state_dict(state[name], strict=adapters is None)
+        lost = [key for key in left.missing_keys if _is_adapters(key)] + list(left.unexpected_keys)
+        if lost:
+            raise CheckpointError(f"the checkpoint and the adapters differ in {lost[0]}")
     optimizer.load_state_dict(state["optimizer"])
+
+
+def _is_adapters(key: str) -> bool:
+    return ".adapter." in key
 
 
 def _names(chunks: list[Any]) -> list[str]:

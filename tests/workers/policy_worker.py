@@ -24,7 +24,7 @@ from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.errors import NumericsError, PactError
 from pact_nemo.policy import offload
 from pact_nemo.policy import policy as policy_module
-from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.config import LoraConfig, OptimizerConfig, PolicyConfig
 from pact_nemo.policy.distributed import exit_rank
 from pact_nemo.policy.export import writer as export_writer
 from pact_nemo.policy.export.layout import LayoutSettings
@@ -78,6 +78,11 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
         return None
     if verb == "export":
         return sorted(policy.export_hf(Path(argument), dtype="float32"))
+    if verb == "adapter":
+        Path(argument).mkdir(exist_ok=True)
+        return policy.export_adapter(argument)
+    if verb == "load_reference":
+        return policy.load_reference(argument)
     if verb == "export_version":
         return export(policy, **argument)
     if verb == "away":
@@ -153,6 +158,9 @@ def refusal(job: dict[str, Any]) -> list[list[str]]:
 
 
 def make_policy(job: dict[str, Any]) -> MegatronPolicy:
+    config = dict(job.get("config", {}))
+    if "lora" in config:
+        config["lora"] = LoraConfig(**config["lora"])
     return MegatronPolicy(
         PolicyConfig(
             **{
@@ -160,7 +168,7 @@ def make_policy(job: dict[str, Any]) -> MegatronPolicy:
                 "micro_batch_tokens": 96,
                 "logprob_chunk": 16,
                 "init_timeout_s": 120,
-                **job.get("config", {}),
+                **config,
             }
         ),
         OptimizerConfig(**{"lr": 1e-3, "weight_decay": 0.01, "eps": 1e-5, **job.get("optimizer", {})}),

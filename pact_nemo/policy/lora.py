@@ -1,0 +1,308 @@
+"""Low-rank adapters on a frozen base, through Megatron-Bridge's PEFT package.
+
+The bridge's layers compute ``W x + (alpha / rank) B A x``. Three things are done here instead of there. A's first
+values are a function of the seed, the layer and the matrix, so that no layout changes them. An export multiplies B A
+and adds it to the base in float32: the bridge does so in the base's dtype, where bf16 rounds a small update away. The
+base's own names stay what they were: its conversion tasks are made before the adapters are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.policy.architectures import Architecture
+from pact_nemo.policy.bridge import conversion_tasks, folder_of
+from pact_nemo.policy.config import LoraConfig
+from pact_nemo.policy.device import has_transformer_engine, local_device
+from pact_nemo.policy.megatron_import import prepare_megatron
+from pact_nemo.policy.model import mark_tensor_parallel
+from pact_nemo.policy.model_folder import ModelFolder
+from pact_nemo.runtime.collective import on_rank_zero
+
+prepare_megatron()
+
+from megatron.bridge import AutoBridge  # noqa: E402
+from megatron.bridge.peft import utils as peft_utils  # noqa: E402
+from megatron.bridge.peft.lora import LoRA  # noqa: E402
+from megatron.bridge.peft.lora_layers import LoRALinear  # noqa: E402
+from megatron.bridge.peft.walk_utils import walk  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+
+if not has_transformer_engine():
+    peft_utils.HAVE_TE = False  # it takes the stand-ins of megatron_import for classes
+
+#: where a target stands in a layer, and its matrices' names in a Hugging Face folder
+PLACES = {
+    "linear_qkv": ("self_attention", ("q_proj", "k_proj", "v_proj")),
+    "linear_proj": ("self_attention", ("o_proj",)),
+    "linear_fc1": ("mlp", ("gate_proj", "up_proj")),
+    "linear_fc2": ("mlp", ("down_proj",)),
+}
+_SPLIT_BY_COLUMNS = ("linear_proj", "linear_fc2")  # over tensor-parallel ranks; the others by rows
+
+
+def check_lora(config: LoraConfig, model: Architecture) -> None:
+    """Refuse adapters that a model has no place for.
+
+    Raises:
+        ConfigError: the rank is above a matrix's, or a target is inside the experts.
+    """
+    if model.experts and (inside := [name for name in config.targets if PLACES[name][0] == "mlp"]):
+        raise ConfigError(
+            f"policy.lora.targets holds {', '.join(inside)}, which are experts in this model and get no adapter; set"
+            " policy.lora.targets=[linear_qkv,linear_proj]"
+        )
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    sizes = {
+        "linear_qkv": min(queries + 2 * keys, model.hidden),
+        "linear_proj": min(queries, model.hidden),
+        "linear_fc1": min(2 * model.intermediate, model.hidden),
+        "linear_fc2": min(model.intermediate, model.hidden),
+    }
+    for name in config.targets:
+        if config.rank > sizes[name]:
+            raise ConfigError(
+                f"policy.lora.rank={config.rank} is above the rank that {name} itself can have, {sizes[name]}; lower it"
+            )
+
+
+class Adapters:
+    """The adapters of a policy's chunks, and what they make of its base."""
+
+    def __init__(self, config: LoraConfig, chunks: list[Any], tasks: list[Any], *, seed: int, base: str):
+        """Freeze the chunks and put adapters on their targets. Collective over tensor-parallel ranks.
+
+        Args:
+            config: checked by :func:`check_lora`.
+            chunks: this rank's model chunks with the base's weights, before anything wraps them.
+            tasks: conversion tasks of the bare chunks that nothing else uses; they remember shapes.
+            seed: of the run.
+            base: digest of the base's folder.
+        """
+        self.config, self.chunks, self.base = config, chunks, base
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+            chunk.base_is_frozen = True
+            _wrap(chunk, config)
+            mark_tensor_parallel(chunk)
+        self.layers = dict(_adapted(chunks))
+        for name, layer in self.layers.items():
+            _initialise(layer, f"{seed}:{name}")
+        self._by_weight = {id(layer.to_wrap.weight): layer for layer in self.layers.values()}
+        pattern = re.compile(rf"layers\.\d+\.\w+\.({'|'.join(config.targets)})\.weight$")
+        self._tasks = [task for task in tasks if task is not None and pattern.search(task.global_param_name)]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint of the adapters alone has to be loaded onto: JSON values."""
+        return {
+            "rank": self.config.rank,
+            "alpha": float(self.config.alpha),
+            "targets": sorted(self.config.targets),
+            "base": self.base,
+        }
+
+    def check_facts(self, found: dict[str, Any]) -> None:
+        """Refuse the state of adapters that would mean something else here.
+
+        Raises:
+            CheckpointError: they are scaled differently, or belong to another base.
+        """
+        for key, ours in self.facts.items():
+            if found.get(key) == ours:
+                continue
+            if key == "base":
+                raise CheckpointError(
+                    "the checkpoint's adapters were trained on other base weights than those of model.path; resume with"
+                    " the model that the run began with"
+                )
+            raise CheckpointError(
+                f"the checkpoint has policy.lora.{key}={found.get(key)}, this run {ours}; resume with the checkpoint's"
+            )
+
+    @contextlib.contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """The chunks' next passes without the adapters: the base alone, with no copy of it."""
+        for layer in self.layers.values():
+            layer.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enable_adapter_layers()
+
+    @torch.no_grad()
+    def merged(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """Conversion tasks whose weights have their adapters' product in them, float32, one at a time. Collective.
+
+        Nothing is rounded here: what an export rounds, it rounds once. The base is read only.
+        """
+        factors = {key: _whole_factors(layer) for key, layer in self._by_weight.items()}
+        for task in tasks:
+            layer = self._by_weight.get(id(task.param_weight)) if task is not None else None
+            if layer is None:
+                yield task
+                continue
+            inner, outer = factors[id(task.param_weight)]
+            scale = self.config.alpha / self.config.rank
+            merged = torch.add(task.param_weight.float(), outer.float() @ inner.float(), alpha=scale)
+            changed = copy.copy(task)  # frozen, in the bridge
+            object.__setattr__(changed, "param_weight", merged)
+            yield changed
+
+    @torch.no_grad()
+    def peft_tensors(self) -> dict[str, torch.Tensor]:
+        """The adapters as ``peft`` names and cuts them: A is [rank, columns] and B [rows, rank] of each of a Hugging
+        Face model's own matrices. On the host, in the policy's dtype, on every rank. Collective.
+        """
+        found = {}
+        for task in self._tasks:
+            layer = self._by_weight.get(id(task.param_weight))
+            inner = outer = module = None
+            by_columns = task.global_param_name.split(".")[-2] in _SPLIT_BY_COLUMNS
+            if layer is not None:
+                module = layer.to_wrap
+                whole = _whole_factors(layer)
+                inner, outer = layer.adapter.linear_in.weight.data, layer.adapter.linear_out.weight.data
+                inner, outer = (inner, whole[1]) if by_columns else (whole[0], outer)
+            # the factor that is cut over ranks as the matrix is takes the matrix's way to Hugging Face
+            cut, shared = (inner, outer) if by_columns else (outer, inner)
+            parts = task.mapping.megatron_to_hf(cut, module)
+            shared = task.mapping.broadcast_from_pp_rank(shared, cache_key="the adapter's other factor")
+            for name, part in parts.items():
+                stem = f"base_model.model.{name.removesuffix('.weight')}"
+                first, second = (part, shared) if by_columns else (shared, part)
+                found[f"{stem}.lora_A.weight"] = _own_copy(first)
+                found[f"{stem}.lora_B.weight"] = _own_copy(second)
+        return found
+
+    def peft_config(self, base_model: str) -> dict[str, Any]:
+        """Content of ``adapter_config.json``."""
+        alpha = float(self.config.alpha)
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "r": self.config.rank,
+            "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+            "lora_dropout": 0.0,
+            "target_modules": sorted(name for target in self.config.targets for name in PLACES[target][1]),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+            "use_dora": False,
+            "use_rslora": False,
+        }
+
+
+def attach(
+    config: LoraConfig, model: Architecture, bridge: AutoBridge, chunks: list[Any], *, seed: int
+) -> Adapters | None:
+    """The adapters that the settings ask for, put on chunks that have the base's weights; None = none. Collective.
+
+    Raises:
+        ConfigError: see :func:`check_lora`.
+    """
+    if not config.rank:
+        return None
+    check_lora(config, model)
+    conversion_tasks(bridge, chunks)  # exports go by the names that the base has without adapters
+    folder = folder_of(bridge)
+    base = on_rank_zero(lambda: _digest(folder))
+    return Adapters(config, chunks, bridge.get_conversion_tasks(chunks), seed=seed, base=base)
+
+
+def _digest(folder: ModelFolder) -> str:
+    """A digest of a model folder that takes no time: names, types, shapes and the first MiB of each of its weights."""
+    digest = hashlib.sha256()
+    for name, entry in sorted(folder.entries.items()):
+        digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode())
+        with (folder.path / entry.file).open("rb") as file:
+            file.seek(entry.start)
+            digest.update(file.read(min(entry.end - entry.start, 1 << 20)))
+    return digest.hexdigest()
+
+
+def _wrap(chunk: Any, config: LoraConfig) -> None:
+    """Put the bridge's adapter layers around the targets, on the chunk's device."""
+    recipe = LoRA(
+        target_modules=[f"*.{PLACES[name][0]}.{name}" for name in config.targets],
+        dim=config.rank,
+        alpha=config.alpha,
+        dropout=0.0,
+    )
+    before, root, guard = chunk.config.perform_initialization, logging.getLogger(), logging.NullHandler()
+    disabled = logging.root.manager.disable
+    root.addHandler(guard)  # the bridge's line for each layer would configure logging where nobody has yet
+    logging.disable(logging.INFO)
+    try:
+        walk(chunk, recipe.transform)
+    finally:
+        logging.disable(disabled)
+        root.removeHandler(guard)
+        chunk.config.perform_initialization = before
+    chunk.to(local_device())
+
+
+def _adapted(chunks: list[Any]) -> Iterator[tuple[str, Any]]:
+    """(layer number in the whole model and the matrix's name there, adapter layer) of this rank's chunks."""
+    for chunk in chunks:
+        for block in chunk.decoder.layers:
+            for name, module in block.named_modules():
+                if isinstance(module, LoRALinear):
+                    yield f"{block.layer_number}.{name}", module
+
+
+@torch.no_grad()
+def _initialise(layer: Any, key: str) -> None:
+    """B = 0; A uniform in +-1 / sqrt(columns), as ``peft`` draws it. Every rank draws the whole of A and takes its
+    part.
+    """
+    adapter = layer.adapter
+    mine, size, rank = adapter.linear_in.weight, _tensor_parallel().size(), _tensor_parallel().rank()
+    columns = mine.shape[1] * (size if adapter.input_is_parallel else 1)
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+    whole = (torch.rand(adapter.dim, columns, generator=generator) * 2.0 - 1.0) / columns**0.5
+    mine.copy_(whole.chunk(size, dim=1 if adapter.input_is_parallel else 0)[rank])
+    adapter.linear_out.weight.zero_()
+
+
+def _whole_factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) whose product is this rank's part of the matrix: of the two, the one that the matrix isn't cut along is
+    gathered.
+    """
+    inner, outer = layer.adapter.linear_in.weight.data, layer.adapter.linear_out.weight.data
+    if layer.adapter.input_is_parallel:
+        return inner, _gathered_rows(outer)
+    return _gathered_rows(inner), outer
+
+
+def _gathered_rows(part: torch.Tensor) -> torch.Tensor:
+    group = _tensor_parallel()
+    if group.size() == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """On the host, in memory of its own: a safetensors file has no shared memory."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _tensor_parallel() -> Any:
+    return parallel_state.get_tensor_model_parallel_group()
