@@ -26,6 +26,7 @@ from pact_nemo.planning.memory import GIB
 from pact_nemo.planning.plan import Plan
 from pact_nemo.runtime.gpus import Gpu, named
 from pact_nemo.runtime.ranks import Ending, RankProcesses
+from pact_nemo.serving.placement import engines_per_node
 
 
 def _plan(config: Config, world: int, gpus: list[Gpu]) -> Plan:
@@ -127,7 +128,7 @@ def check_nodes(config: Config, nodes: int, server_nodes: int, ranks_per_node: i
         ranks_per_node: trainer processes of each other node.
 
     Raises:
-        ConfigError: they don't; the message says how many nodes do.
+        ConfigError: they don't; the message says how many nodes do. Or the rollout engines can't be shared by them.
     """
     policy, left = config.policy, nodes - server_nodes
     dense = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel
@@ -137,13 +138,31 @@ def check_nodes(config: Config, nodes: int, server_nodes: int, ranks_per_node: i
     ranks = left * ranks_per_node
     servers = f" and SERVER_NODES={server_nodes}" if server_nodes else ""
     if left > 0 and ranks % block == 0:
-        return f"{ranks} ranks on {left} node(s): {ranks // dense} x (TP x PP x CP = {dense}){servers}"
+        engines = "" if server_nodes else f"; {_engines(config, left, ranks_per_node)}"
+        return f"{ranks} ranks on {left} node(s): {ranks // dense} x (TP x PP x CP = {dense}){servers}{engines}"
     fewer, more = left // step * step + server_nodes, (max(left, 0) // step + 1) * step + server_nodes
     remedy = f"--nodes={more}" + (f" or --nodes={fewer}" if fewer > server_nodes else "")
     raise ConfigError(
         f"--nodes={nodes}{servers} leaves {max(ranks, 0)} trainer ranks, and the layout takes multiples of {block} (TP"
         f" x PP x CP = {dense}, PP x EP = {experts}); submit with {remedy}, or change policy.*_parallel"
     )
+
+
+def _engines(config: Config, nodes: int, gpus: int) -> str:
+    """Where rollouts come from, in words.
+
+    Args:
+        nodes, gpus: of the trainer; GPUs of one node.
+    """
+    server = config.rollout.server
+    if server.url is not None:
+        return f"rollouts from {server.url}"
+    each = f"over {server.tensor_parallel_size} GPU(s)"
+    if server.engines == "1":
+        return f"a rollout engine {each}"
+    count = engines_per_node(server, nodes, gpus)
+    engines = f"{count} rollout engines {each} each" if count > 1 else f"a rollout engine {each}"
+    return f"{engines} on every node" if nodes > 1 else engines
 
 
 def report(config: Config, gpus: list[Gpu], world: int) -> list[str]:
@@ -155,10 +174,7 @@ def report(config: Config, gpus: list[Gpu], world: int) -> list[str]:
     lines = [
         f"found {named(gpus)}; Transformer Engine {fused or 'not installed'}; vLLM {engine or 'not installed'}",
     ]
-    server = config.rollout.server
-    where = (
-        f"rollouts from {server.url}" if server.url else f"a rollout engine over {server.tensor_parallel_size} of them"
-    )
+    where = _engines(config, 1, world)
     used = f"GPU{'s 0 to ' + str(world - 1) if world > 1 else ' 0'} of {len(gpus)}"
     if config.model.recipe is not None:
         more = f"; run.ranks={len(gpus)} takes all of them" if world < len(gpus) and config.run.ranks is None else ""

@@ -87,7 +87,8 @@ def parse() -> argparse.Namespace:
         "--engines",
         choices=ENGINES,
         default=ENGINES[0],
-        help="one rollout server, or engines on all trainer GPUs, in turn with the trainer; default: %(default)s",
+        help="set: as rollout.server.engines says, beside the trainer; all: on all trainer GPUs, in turn with it;"
+        " default: %(default)s",
     )
     parser.add_argument("--search", action="store_true", help="layouts that fit, the fastest step first")
     parser.add_argument("--top", type=int, default=10, help="how many of them")

@@ -19,10 +19,12 @@ from pact_nemo.planning.plan import Plan, make_plan
 from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.planning.workload import Lengths, StepWork
 from pact_nemo.policy.architectures import check_architecture
+from pact_nemo.serving.config import ALL_ENGINES
+from pact_nemo.serving.placement import engines_per_node
 from pact_nemo.training.limits import evaluation_limits
 
-#: one server for the job, on trainer GPUs or apart; or engines on all trainer GPUs, in turn with the trainer
-ENGINES = ("one", "all")
+#: as ``rollout.server.engines`` says, beside the trainer; or engines on all trainer GPUs, in turn with the trainer
+ENGINES = ("set", "all")
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -79,8 +81,8 @@ def step_work(config: Config, lengths: Lengths) -> StepWork:
 def server_plan(
     config: Config, hardware: Hardware, shape: ModelShape, *, engines: str = ENGINES[0], world: int | None = None
 ) -> ServerPlan:
-    """Of the rollout side: one server, those of ``rollout.server.url``, or an engine on each of a node's GPU groups. On
-    a CPU a server takes its weights and the cache that it was given.
+    """Of the rollout side: the engines that the job starts, the servers of ``rollout.server.url``, or engines that take
+    turns with the trainer. On a CPU an engine takes its weights and the cache that it was given.
 
     Args:
         engines: one of ``ENGINES``.
@@ -90,11 +92,8 @@ def server_plan(
         ConfigError: the model or a node can't be divided into such engines.
     """
     server = config.rollout.server
-    count, width, share = (
-        len(server.url.split(",")) if server.url else 1,
-        WIDTHS[server.dtype],
-        server.gpu_memory_utilization,
-    )
+    world = world if world is not None else planned_world(config)
+    count, width, share = engines_of(config, hardware, world), WIDTHS[server.dtype], server.gpu_memory_utilization
     if not hardware.cuda:
         share = (width * shape.parameters + (server.cpu_kv_cache_gib or 0) * GIB) / hardware.memory
     plan = ServerPlan(
@@ -104,10 +103,25 @@ def server_plan(
         return plan
     if server.url is not None or not hardware.cuda:
         raise ConfigError("engines on all GPUs are started by the job itself, on GPUs; unset rollout.server.url")
-    per_node = hardware.gpus_per_node
-    if config.model.recipe is not None:
-        per_node = min(per_node, recipe(config.model.recipe).gpus_per_node)
-    return engines_on_every_node(shape, world if world is not None else planned_world(config), per_node, plan)
+    return engines_on_every_node(shape, world, _gpus_per_node(config, hardware), plan)
+
+
+def engines_of(config: Config, hardware: Hardware, world: int) -> int:
+    """Rollout engines of the whole job."""
+    server = config.rollout.server
+    if server.url is not None:
+        return len(server.url.split(","))
+    if server.engines != ALL_ENGINES:
+        return int(server.engines)
+    per_node = _gpus_per_node(config, hardware) if hardware.cuda else world
+    nodes = -(-world // per_node)
+    return nodes * engines_per_node(server, nodes, min(world, per_node) if hardware.cuda else None)
+
+
+def _gpus_per_node(config: Config, hardware: Hardware) -> int:
+    if config.model.recipe is None:
+        return hardware.gpus_per_node
+    return min(hardware.gpus_per_node, recipe(config.model.recipe).gpus_per_node)
 
 
 def hardware_of(config: Config) -> Hardware:
@@ -137,7 +151,7 @@ def run_plan(
         config.policy,
         hardware,
         step_work(config, lengths if lengths is not None else expected_lengths(config)),
-        server_plan(config, hardware, shape),
+        server_plan(config, hardware, shape, world=world),
         shares_gpus=config.rollout.server.url is None,
     )
 

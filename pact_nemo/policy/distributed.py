@@ -50,6 +50,12 @@ def exit_rank(code: int) -> None:
     os._exit(code)
 
 
+def new_store() -> dist.Store:
+    """A connection of its own to the job's store, whatever the main thread's is waiting for."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.clone() if hasattr(store, "clone") else store
+
+
 def init_distributed(timeout_s: float) -> None:
     """Start torch.distributed: nccl for CUDA tensors, gloo for the CPU's and for objects. Under ``torchrun`` its
     environment is used; a plain process becomes a job of one rank that no other process can reach. Does nothing if a

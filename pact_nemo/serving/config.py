@@ -8,6 +8,7 @@ from pact_nemo.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
+ALL_ENGINES = "all"  #: of ``rollout.server.engines``
 
 
 #: Words of vLLM's command line that change what is sampled, or what its log-probs mean, behind the trainer's back.
@@ -56,6 +57,9 @@ class RolloutServerConfig:
     #: where a GPU run starts its own server, without ``trainer.overlap``
     time_sharing: bool | None = None
     gpu_memory_utilization: float = 0.85  #: GPU only: share of its memory that the server may take
+    #: engines that the job starts: 1 = on its first node; a multiple of its nodes = as many on each; "all" = on each
+    #: node as many as its trainer's GPUs take (CPU: one a node). With ``url`` none are started
+    engines: str = "1"
     start_timeout_s: float = 600.0  #: from process start to healthy
     stop_timeout_s: float = 10.0  #: from SIGTERM to SIGKILL
     request_timeout_s: float = 600.0  #: deadline of one generation request, queueing included
@@ -101,6 +105,8 @@ class RolloutServerConfig:
             raise ConfigError(
                 f"rollout.server.gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share in (0, 1]"
             )
+        if self.engines != ALL_ENGINES and not (self.engines.isdecimal() and int(self.engines) >= 1):
+            raise ConfigError(f"rollout.server.engines is {self.engines!r}; a number of 1 or more, or {ALL_ENGINES}")
         if not 0 <= self.min_engines_share <= 1:
             raise ConfigError(f"rollout.server.min_engines_share is {self.min_engines_share}; it is a share in [0, 1]")
         self.refuse_secrets()

@@ -240,8 +240,7 @@ class Fleet:
 
 
 def _load(engine: SupervisedServer, folder: Path, version: int, verify_s: float) -> RefitReport:
-    elsewhere = engine.server.config.url is not None
-    return load(engine.client, folder, version, elsewhere=elsewhere, verify_s=verify_s)
+    return load(engine.client, folder, version, elsewhere=engine.server.elsewhere, verify_s=verify_s)
 
 
 class Route:

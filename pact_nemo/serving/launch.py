@@ -11,8 +11,10 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.runtime import machine
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.endpoint import ServerEndpoint
+from pact_nemo.serving.placement import EnginePlace
 from pact_nemo.serving.serve_process import FORK_ENGINE_ENV, PARENT_ENV
 
+ALONE = EnginePlace()
 GUARD = "pact_nemo.serving.api_key.RequireApiKey"
 WORKER_EXTENSION = "pact_nemo.serving.worker.RefitExtension"
 #: What a trainer's environment may say about its own ranks and threads; none of it is meant for the server.
@@ -114,7 +116,9 @@ def intel_openmp() -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def engine_environment(config: RolloutServerConfig, endpoint: ServerEndpoint) -> dict[str, str]:
+def engine_environment(
+    config: RolloutServerConfig, endpoint: ServerEndpoint, place: EnginePlace = ALONE
+) -> dict[str, str]:
     """Environment of the server process: ours, without the trainer's rank and thread settings, plus vLLM's.
 
     Raises:
@@ -137,8 +141,10 @@ def engine_environment(config: RolloutServerConfig, endpoint: ServerEndpoint) ->
     if on_cuda(config):
         # a sampler of its own random numbers, without log-probs after top-p: requests carry seeds and ask for them
         environment.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+        if place.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(place.devices)
         return environment
-    cores = sorted(os.sched_getaffinity(0))[: config.cpu_threads]
+    cores = place.cores(sorted(os.sched_getaffinity(0)))[: config.cpu_threads]
     environment |= {
         "CUDA_VISIBLE_DEVICES": "",
         "VLLM_CPU_KVCACHE_SPACE": str(config.cpu_kv_cache_gib),

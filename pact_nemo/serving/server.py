@@ -12,17 +12,15 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import pact_nemo
 from pact_nemo.errors import CheckpointError, ConfigError, ServerError
@@ -32,6 +30,8 @@ from pact_nemo.serving.admin import ServerAdmin
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.endpoint import ServerEndpoint
 from pact_nemo.serving.launch import engine_arguments, engine_environment
+from pact_nemo.serving.placement import EnginePlace
+from pact_nemo.serving.processes import free_port, group_members, peak_resident, tail_of
 from pact_nemo.serving.proxies import left_aside
 from pact_nemo.serving.serve_process import SOCKETS_ENV
 
@@ -55,6 +55,7 @@ class RolloutServer:
         model_path: Hugging Face folder to serve.
         log_file: where the server's output goes (appended).
         version: weight version that ``model_path`` is; every completion is stamped with it.
+        place: where it runs, beside other engines of its node.
 
     Attributes:
         start_seconds: from process start to the first healthy answer; None before that.
@@ -66,9 +67,17 @@ class RolloutServer:
 
     program: tuple[str, ...] = (sys.executable, "-m", "pact_nemo.serving.serve_process")
 
-    def __init__(self, config: RolloutServerConfig, model_path: str | Path, *, log_file: str | Path, version: int = 0):
+    def __init__(
+        self,
+        config: RolloutServerConfig,
+        model_path: str | Path,
+        *,
+        log_file: str | Path,
+        version: int = 0,
+        place: EnginePlace | None = None,
+    ):
         config.validate()
-        self.config = config
+        self.config, self.place = config, place if place is not None else EnginePlace()
         self.model_path = Path(model_path)
         self.log_file = Path(log_file)
         self.version = version
@@ -117,15 +126,16 @@ class RolloutServer:
         self._spawn()
 
     def _spawn(self) -> None:
-        port = _free_port()
-        key = os.environ.get(self.config.api_key_env) or secrets.token_urlsafe(32)
+        key = self.place.api_key or os.environ.get(self.config.api_key_env) or secrets.token_urlsafe(32)
         local = self.config.host if self.config.host not in ("0.0.0.0", "::") else "127.0.0.1"
-        self._endpoint = ServerEndpoint(f"http://{local}:{port}", key)
+        address = self.place.address or local
+        port = free_port(address)
+        self._endpoint = ServerEndpoint(f"http://{f'[{address}]' if ':' in address else address}:{port}", key)
         command = [
             *self.program,
-            *engine_arguments(self.config, self.model_path, self._endpoint, port),
+            *engine_arguments(self._listening(), self.model_path, self._endpoint, port),
         ]
-        environment = engine_environment(self.config, self._endpoint)
+        environment = engine_environment(self.config, self._endpoint, self.place)
         self._remove_sockets()
         self._sockets = machine.short_folder()
         environment[SOCKETS_ENV] = str(
@@ -146,6 +156,10 @@ class RolloutServer:
                 start_new_session=True,
             )
         log.info("rollout server: process %d, %s, log %s", self._process.pid, self._endpoint.url, self.log_file)
+
+    def _listening(self) -> RolloutServerConfig:
+        """The settings with the address that its place says."""
+        return self.config if self.place.address is None else replace(self.config, host=self.place.address)
 
     def wait_ready(self, on_progress: Progress | None = None) -> RolloutServer:
         """Block until the server answers, then stamp it with the weight version.
@@ -198,6 +212,11 @@ class RolloutServer:
     # ------------------------------------------------------------------------------------------------------------
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether it may see another disk, or another state of it, than this process does."""
+        return self.config.url is not None
+
+    @property
     def pid(self) -> int | None:
         """Process (and process group) id of a server that we started."""
         return self._process.pid if self._process is not None else None
@@ -229,12 +248,7 @@ class RolloutServer:
 
     def log_tail(self, lines: int = _TAIL_LINES) -> str:
         """Last lines of the server's log."""
-        with contextlib.suppress(OSError), open(self.log_file, "rb") as handle:
-            text = _tail(handle, lines)
-            return (
-                text.replace(self._endpoint.api_key, "(key)") if self._endpoint is not None else text
-            )  # it ends up in errors and logs
-        return "(no log)"
+        return tail_of(self.log_file, lines, self._endpoint.api_key if self._endpoint is not None else None)
 
     def rotate_log(self) -> None:
         """Move a log that has outgrown ``log_mb`` to ``<name>.1``. The server appends to the file that it has open, so
@@ -253,9 +267,7 @@ class RolloutServer:
         readable after :meth:`close`.
         """
         if self._process is not None:
-            self._peak_memory = max(
-                self._peak_memory, sum(_peak_resident(pid) for pid in group_members(self._process.pid))
-            )
+            self._peak_memory = max(self._peak_memory, peak_resident(self._process.pid))
         return self._peak_memory
 
     # -- end
@@ -307,35 +319,3 @@ class RolloutServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def group_members(group: int) -> list[int]:
-    """Ids of the live (not zombie) processes of a process group, from ``/proc``; empty off Linux."""
-    members = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            state, _, process_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(process_group) == group and state not in ("Z", "X"):
-                members.append(int(entry.name))
-    return members
-
-
-def _peak_resident(pid: int) -> int:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _tail(handle: IO[bytes], lines: int) -> str:
-    handle.seek(0, os.SEEK_END)
-    handle.seek(max(0, handle.tell() - 64 * 1024))
-    text = handle.read().decode("utf-8", errors="replace")
-    return "\n".join(deque(text.splitlines(), maxlen=lines))

@@ -24,6 +24,7 @@ from pact_nemo.runtime.hangs import beat
 from pact_nemo.serving.client import Completion, GenerationRequest, RolloutClient, StaleWeights, TransientServerError
 from pact_nemo.serving.health import Event, Health, HealthLimits, State
 from pact_nemo.serving.refit import RefitReport, refit
+from pact_nemo.serving.remote import RemoteServer
 from pact_nemo.serving.server import RolloutServer
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class SupervisedServer:
 
     def __init__(
         self,
-        server: RolloutServer,
+        server: RolloutServer | RemoteServer,
         *,
         note: Callable[[str], None] = log.warning,
         on_request: Callable[[dict[str, Any]], None] | None = None,
@@ -85,7 +86,7 @@ class SupervisedServer:
         """Block until the server answers. Raises ServerError when it doesn't; a first start is not tried again."""
         self._open(self.server)
 
-    def _open(self, server: RolloutServer) -> None:
+    def _open(self, server: RolloutServer | RemoteServer) -> None:
         server.wait_ready(self._progress)
         settings = server.config
         self._client = RolloutClient(
@@ -158,7 +159,7 @@ class SupervisedServer:
                 self.server.restart()
                 self._open(self.server)
                 report = (
-                    refit(self.client, *self._loaded, like=self._like, elsewhere=attached)
+                    refit(self.client, *self._loaded, like=self._like, elsewhere=self.server.elsewhere)
                     if self._loaded is not None
                     else None
                 )

@@ -14,13 +14,17 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config, open_episodes, takes_turns
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ServerError
+from pact_nemo.policy.distributed import new_store
 from pact_nemo.rollouts.batch import run_batch
 from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.rollouts.types import Rollout
-from pact_nemo.serving.config import EpisodeLimits, Sampling
+from pact_nemo.runtime.collective import on_rank_zero, rank
+from pact_nemo.serving.config import EpisodeLimits, RolloutServerConfig, Sampling
 from pact_nemo.serving.fleet import Fleet
 from pact_nemo.serving.launch import on_cuda
+from pact_nemo.serving.nodes import job_engines
 from pact_nemo.serving.refit import RefitReport
+from pact_nemo.serving.remote import Keeper, RemoteServer
 from pact_nemo.serving.server import RolloutServer
 from pact_nemo.serving.supervisor import SupervisedServer
 from pact_nemo.tracking.terminal import RunProgress
@@ -28,8 +32,8 @@ from pact_nemo.training.limits import evaluation_limits, training_limits
 
 
 class Generator:
-    """Owns the rollout server of a run, or knows those that run elsewhere. Made on every rank; started and used on rank
-    0 only, and not at all in a replay.
+    """Owns the rollout engines of a run, or knows servers that run elsewhere. Made, launched and closed on every rank;
+    used on rank 0 only, and not at all in a replay.
 
     Attributes:
         on_request: called with the body of every generation request just before it is sent.
@@ -43,6 +47,7 @@ class Generator:
         self._log_file = log_file
         self._source: Path | None = None
         self._fleet = self._fleet_of([])
+        self._keepers: list[Keeper] = []
         self._ready = False
         self.on_request: Callable[[dict[str, Any]], None] | None = None
         self.check: Callable[[], None] | None = None
@@ -52,26 +57,43 @@ class Generator:
         return Fleet(engines, min_share=share, note=self._progress.message)
 
     def launch(self, source: Path) -> None:
-        """Start the server process on the model as it came (version 0) and return at once."""
-        if self._config.trainer.replay is None:
-            self._source = source
-            settings = self._config.rollout.server
-            settings = replace(settings, time_sharing=takes_turns(self._config, cuda=on_cuda(settings)))
-            each = (
-                [replace(settings, url=url.strip()) for url in settings.url.split(",")]
-                if settings.url is not None
-                else [settings]
-            )
-            servers = [RolloutServer(one, source, log_file=self._log_file, version=0) for one in each]
-            note = self._progress.message
-            self._fleet = self._fleet_of(
-                [SupervisedServer(one, note=note, on_request=self._requested, like=source) for one in servers]
-            )
-            for server in servers:
-                server.launch()
+        """Start the engines on the model as it came (version 0) and return at once. Collective: a node's first rank
+        starts those of its node.
+        """
+        if self._config.trainer.replay is not None:
+            return
+        self._source = source
+        settings = self._config.rollout.server
+        settings = replace(settings, time_sharing=takes_turns(self._config, cuda=on_cuda(settings)))
+        if settings.url is not None or settings.engines == "1":
+            servers = self._few(settings, source) if rank() == 0 else []
+        else:
+            found = job_engines(settings, source, self._log_file, new_store)
+            self._keepers, servers = found.keepers, found.servers
+        note = self._progress.message
+        self._fleet = self._fleet_of(
+            [SupervisedServer(one, note=note, on_request=self._requested, like=source) for one in servers]
+        )
+        on_rank_zero(lambda: [server.launch() for server in servers])
+
+    def _few(self, settings: RolloutServerConfig, source: Path) -> list[RolloutServer | RemoteServer]:
+        """Those that run elsewhere, or one on this node."""
+        urls = [url.strip() for url in settings.url.split(",")] if settings.url is not None else [None]
+        each = [replace(settings, url=url) for url in urls]
+        return [RolloutServer(one, source, log_file=self._log_file, version=0) for one in each]
+
+    @property
+    def measures_memory(self) -> bool:
+        """Whether the engines look at how much memory of the trainer's GPUs is free while they start: nothing else may
+        take any then, so they have to be waited for before the policy is built.
+        """
+        settings = self._config.rollout.server
+        return self._config.trainer.replay is None and settings.url is None and on_cuda(settings)
 
     def wait_ready(self) -> None:
-        """Block until the server answers. Raises ServerError with the end of its log when it doesn't."""
+        """Block until every engine answers; on rank 0. Raises ServerError with the end of its log when one doesn't."""
+        if self._ready:
+            return
         seconds, count = self._fleet.wait_ready(), len(self._fleet.engines)
         self._ready = count > 0
         if self._ready:
@@ -177,4 +199,7 @@ class Generator:
         return self._fleet.peak_memory_bytes()
 
     def close(self) -> None:
+        """Stop what this rank started; on every rank."""
+        for keeper in self._keepers:
+            keeper.stop()
         self._fleet.close()

@@ -101,7 +101,7 @@ def _look_at_links(config: Config, progress: RunProgress) -> None:
 
 
 def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProgress, stop: StopRequest) -> TrainingRun:
-    """Check, read the data, and build policy and generation. The server loads while the policy is built."""
+    """Check, read the data, and build policy and generation. On a CPU the servers load while the policy is built."""
     checked: list[ChatFormat | None] = []
     on_rank_zero(lambda: checked.append(preflight(config, dist.get_world_size())))
     source = model_path(config)
@@ -126,10 +126,11 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
     generator = Generator(config, chat, environment, progress, space.server_log)
     stack.callback(generator.close)
     generator.check = stop.raise_if_set
-    on_rank_zero(lambda: generator.launch(served_path(config, source)))
+    generator.launch(on_rank_zero(lambda: served_path(config, source)))
     sharing = TimeSharing(generator, progress, on=takes_turns(config, cuda=on_cuda(config.rollout.server)))
-    if sharing.on:  # an engine measures what is free as it starts, and the policy needs what it takes
+    if sharing.on or generator.measures_memory:  # the policy needs what an engine finds free as it starts
         on_rank_zero(generator.wait_ready)
+    if sharing.on:
         sharing.before_policy()
     updates = progress.total_steps * (config.trainer.batch_size // config.trainer.mini_batch_size)
     policy = MegatronPolicy(
