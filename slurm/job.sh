@@ -8,7 +8,8 @@
 #                      same id and so goes on from its own newest checkpoint
 #   PYTHON             interpreter of the environment (default .venv/bin/python)
 #   CONTAINER          image for srun --container-image (enroot/pyxis), CONTAINER_MOUNTS its mounts; empty = the environment itself
-#   SERVER_NODES       nodes, the last ones, that carry a rollout server each and no trainer (default 0: rank 0 starts one server on its own node)
+#   SERVER_NODES       nodes, the last ones, that carry a rollout server each and no trainer (default 0: the ranks start the engines of
+#                      rollout.server.engines on their own nodes)
 #   SERVER_SETTINGS    settings of these servers, e.g. "rollout.server.tensor_parallel_size=8 rollout.server.gpu_memory_utilization=0.9"
 #   MAX_REQUEUES       how often the job may requeue itself (default 20)
 #   SBATCH_ACCOUNT, SBATCH_PARTITION   account and partition; sbatch reads them itself, like its other SBATCH_ variables

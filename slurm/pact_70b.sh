@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# PACT on full BFCL multi-turn with a 70B policy, 8 nodes with 8 GPUs of 80 GB. The first node also carries the rollout server, split over its GPUs.
+# PACT on full BFCL multi-turn with a 70B policy, 8 nodes with 8 GPUs of 80 GB. Each node also carries a rollout engine, split over its GPUs.
 #   sbatch slurm/pact_70b.sh model.path=/models/Llama-3.1-70B-Instruct
 #   SETTINGS="--recipe qwen2p5_72b_64xh100_bf16" sbatch slurm/pact_70b.sh model.path=/models/Qwen2.5-72B-Instruct
 #   sbatch --nodes=16 slurm/pact_70b.sh model.path=... policy.pipeline_parallel=8            # another layout: the rest is data parallel

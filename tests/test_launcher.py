@@ -51,6 +51,14 @@ def test_a_node_of_eight_h100_holds_every_recipe_of_one_node(name: str) -> None:
         (found, started) = launcher.report(of(name), [H100] * 8, chosen.world_size)
         assert "8 x NVIDIA H100 80GB HBM3 (79 GiB, 78 free); Transformer Engine not installed" in found
         assert f"recipe {name}: {chosen.world_size} rank(s) on GPU" in started
+        split = chosen.server.tensor_parallel_size
+        engines = chosen.world_size // split
+        said = (
+            f"{engines} rollout engines over {split} GPU(s) each" if engines > 1 else "a rollout engine over 1 GPU(s)"
+        )
+        assert said in started
+        (_, single) = launcher.report(of(name, "rollout.server.engines=1"), [H100] * 8, chosen.world_size)
+        assert f"a rollout engine over {split} GPU(s)" in single
         assert ("run.ranks=8 takes all of them" in started) is (chosen.world_size < 8)
 
 
@@ -311,7 +319,11 @@ def test_a_refused_start_says_why_once_and_leaves_no_logs_outside_the_run(tmp_pa
 def test_the_nodes_of_a_job_hold_the_layout_or_the_number_that_does_is_named() -> None:
     config = of("llama3p1_70b_64xh100_bf16")
     assert launcher.check_nodes(config, 8, 0, 8).startswith("64 ranks on 8 node(s): 2 x (TP x PP x CP = 32)")
-    assert "SERVER_NODES=2" in launcher.check_nodes(config, 10, 2, 8)
+    assert launcher.check_nodes(config, 8, 0, 8).endswith("; a rollout engine over 8 GPU(s) on every node")
+    apart = launcher.check_nodes(config, 10, 2, 8)
+    assert "SERVER_NODES=2" in apart and "engine" not in apart
+    with pytest.raises(ConfigError, match="engines=12 can't be shared evenly by 8 nodes"):
+        launcher.check_nodes(of("llama3p1_70b_64xh100_bf16", "rollout.server.engines=12"), 8, 0, 8)
     for nodes, servers, remedy in (
         (8, 2, "leaves 48 trainer ranks.*--nodes=10 or --nodes=6,"),
         (2, 2, "leaves 0 trainer ranks.*--nodes=6,"),

@@ -218,7 +218,10 @@ def test_the_tool_prints_one_json_object_last_and_its_exit_code_is_the_verdict(
     assert wrong.returncode == 2 and "48 ranks are not a multiple" in wrong.stderr
     turns = run("--recipe", "llama3p1_70b_64xh100_bf16", "--engines", "all", "--json")
     shared = json.loads(turns.stdout.splitlines()[-1])
-    assert shared["engines"]["count"] == 8 and shared["step_seconds"] < 0.5 * plan["step_seconds"]
+    one = run("--recipe", "llama3p1_70b_64xh100_bf16", "--json", "rollout.server.engines=1")
+    alone = json.loads(one.stdout.splitlines()[-1])
+    assert [found["engines"]["count"] for found in (alone, plan, shared)] == [1, 8, 8]
+    assert shared["step_seconds"] < plan["step_seconds"] < 0.5 * alone["step_seconds"]
     assert "engine asleep beside it" in turns.stdout
     searched = run("--recipe", "qwen3_8b_8xh100_bf16", "--search", "--top", "3", "--json")
     layouts = json.loads(searched.stdout.splitlines()[-1])["layouts"]

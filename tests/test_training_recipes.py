@@ -66,6 +66,11 @@ def test_a_layout_divides_model_and_ranks_and_fits_its_gpus_by_the_plan(name: st
     assert plan.fits and plan.hardware.memory == found.gpu_gib * 1e9 and plan.layout.world == found.world_size, (
         plan.memory
     )
+    engines = found.world_size // found.server.tensor_parallel_size
+    alone = run_plan(load_config([FULL, found], ["rollout.server.engines=1"]))
+    assert (plan.server.servers, alone.server.servers) == (engines, 1), "engines on all GPUs"
+    assert plan.step < 0.8 * alone.step if engines > 1 else plan.step == alone.step
+    assert plan.memory.total == alone.memory.total, "the fullest GPU is the one beside an engine"
     card = found.gpu_gib * 1e9 / GIB
     server = found.server.gpu_memory_utilization * card
     assert plan.memory.server == pytest.approx(server * GIB + OUTSIDE_SHARE)

@@ -15,6 +15,7 @@ from typing import Any
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy.config import PolicyConfig
+from pact_nemo.serving.config import ALL_ENGINES
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 40960}
 QWEN2P5_72B = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 32768}
@@ -25,10 +26,10 @@ LONGEST_REQUEST_S = 3600.0  # one turn may think for all of the response: 23,000
 
 @dataclass(frozen=True)
 class ServerShare:
-    """The rollout server of a recipe: on the first node, beside trainer ranks.
+    """The rollout engines of a recipe: on all GPUs of every node, beside trainer ranks.
 
     Attributes:
-        tensor_parallel_size: GPUs that it is split over.
+        tensor_parallel_size: GPUs that each is split over.
         gpu_memory_utilization: its share of each of them; the rest is the trainer's.
         max_model_len: prompt + response, tokens.
         max_num_seqs: sequences decoded together.
@@ -74,6 +75,7 @@ class Recipe:
             "rollout": {
                 "server": {
                     **dataclasses.asdict(self.server),
+                    "engines": ALL_ENGINES,
                     "dtype": "bfloat16",
                     "request_timeout_s": LONGEST_REQUEST_S,
                 }
