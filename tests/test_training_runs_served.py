@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -207,3 +210,52 @@ def test_two_servers_that_run_elsewhere_are_shared_and_refitted_together(stage: 
         for server in servers:
             server.terminate()
         assert [server.wait(30) for server in servers] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_nodes_has_an_engine_on_each(stage: dict[str, Any]) -> None:
+    """Two ranks that are two nodes: engines, evaluations, a step, refits of both, and a clean end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**os.environ, **shared, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    words = ["--config", stage["preset"], *stage["words"], "run.name=nodes", "trainer.replay=null", "trainer.steps=1"]
+    words += ["trainer.batch_size=2", "trainer.mini_batch_size=2", "rollout.sampling.max_turn_tokens=24"]
+    words += ["rollout.server.max_model_len=512", "rollout.server.engines=all"]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(REPO / "recipes" / "pact_bfcl.py"), *words],
+            env={**environment, "RANK": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=REPO,
+        )
+        for number in (0, 1)
+    ]
+    try:
+        said = [one.communicate(timeout=580)[0] for one in ranks]
+    finally:
+        for one in ranks:
+            one.kill()
+    assert [one.returncode for one in ranks] == [0, 0], said
+    run = stage["folder"] / "runs" / "nodes-pact-seed1234-1"
+    assert "2 rollout servers ready" in said[0]
+    assert sorted(path.name for path in run.glob("server*.log")) == ["server-0.log", "server-1.log"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert [summary["eval"][name]["weight_version"] for name in ("base", "before", "after")] == [0, 1, 2]
+    assert all(summary["eval"][name]["failed"] == 0 for name in summary["eval"])
+    (row,) = [r for r in records(run) if r["stage"] == "rl"]
+    assert row["mismatch/mean_abs"] < 2e-3 and row["rollout/failed"] == 0 and row["engines/share"] == 1
+    assert serving(stage["folder"] / "model") == []
+
+
+def serving(model: Path) -> list[str]:
+    """Processes that serve a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"--model={model}" in (entry / "cmdline").read_text().replace("\0", " "):
+                found.append(entry.name)
+    return found
