@@ -49,7 +49,7 @@ def test_its_own_solutions_pass_its_own_checkers(suite: str, tmp_path: Path) -> 
         found, rejected = import_traces(config, environment, told, tasks)  # replayed, and judged by score()
         nothing = [task.id for task in tasks if play(environment, task, NOTHING).success]
         first = found[tasks[0].id][0]
-        half = play(environment, tasks[0], Script.of_trace(first, ("Done.",)))
+        half = play(environment, tasks[0], Script.of_trace(first, ("Done.",), tasks[0]))
     finally:
         environment.close()
     assert not rejected and half.failure is None

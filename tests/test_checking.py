@@ -298,7 +298,7 @@ FAULTS: dict[str, tuple[Callable[[Data], None], str, str, list[str]]] = {
         ["another task's expert solves 4 of 4"],
     ),
     "a tool draws by chance": (
-        instead(LEAK, 'return {**self.stock[sku], "luck": random.random()}\n'),
+        instead(LEAK, 'return {**self.stock[sku], "luck": random.SystemRandom().random()}\n'),
         "warning",
         "repeat",
         ["lookup"],

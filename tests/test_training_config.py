@@ -82,6 +82,7 @@ def test_overrides_win_over_yaml_and_parents_lose_to_children(tmp_path: Path) ->
         (["objective.anchor_prob=1.5"], "objective.anchor_prob"),
         (["objective.group_size=1"], "objective.group_size"),
         (["trainer.mini_batch_size=7"], "trainer.mini_batch_size"),
+        (["diagnostics.gradient_every=2", "trainer.mini_batch_size=1"], "gradient_every=2 compares two halves"),
         (["traces.components=[answers]"], "traces.components"),
         (["environment_config.max_calls=2"], "environment_config.max_calls only"),
         (["environment_config.window=half"], "environment_config.window"),

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pact_nemo.checking.check import Checked, check
+from pact_nemo.checking.data_checks import kind_of
 from pact_nemo.checking.findings import listed
 from pact_nemo.cli import resolve
 from pact_nemo.errors import ConfigError, PactError
@@ -71,10 +72,7 @@ def _text(found: Checked) -> list[str]:
     for tool in found.tools:
         properties = tool["parameters"].get("properties", {})
         required = set(tool["parameters"].get("required", ()))
-        words = [
-            f"{name}{'' if name in required else '?'}: {schema.get('type', 'any')}"
-            for name, schema in properties.items()
-        ]
+        words = [f"{name}{'' if name in required else '?'}: {kind_of(schema)}" for name, schema in properties.items()]
         lines.append(f"  {tool['name']}({', '.join(words)})  {(tool.get('description') or '')[:90]}")
     lines.append(f"{found.tasks} tasks, {found.traces} with a trace; episodes of {found.played} tasks were played")
     lines += listed(found.findings)

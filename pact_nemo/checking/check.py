@@ -121,7 +121,7 @@ def _check(
     random.Random(config.tasks.split_seed).shuffle(played)
     played = played[:limit]
     found.played = len(played)
-    scripts = {task.id: Script.of_trace(*used[task.id]) for task in played if task.id in used}
+    scripts = {task.id: Script.of_trace(*used[task.id], task) for task in played if task.id in used}
     for task in played:
         if task.id not in scripts and (any(task.reference_calls) or task.reference_answer):
             scripts[task.id] = Script.of_reference(task)

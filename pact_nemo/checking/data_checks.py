@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +76,25 @@ def tool_findings(tasks: Sequence[Task], called: Counter[str]) -> list[Finding]:
     if called and unused:
         found.append(Finding("note", "tool", "", f"no trace calls {', '.join(unused)}"))
     return found
+
+
+def kind_of(schema: Mapping[str, Any]) -> str:
+    """What an argument may be, for people: ``integer | null``, ``"mon" | "tue"``, ``array of string``, ``any``."""
+    options = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if options is not None:
+        return " | ".join(json.dumps(option, ensure_ascii=False) for option in options)
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            return " | ".join(dict.fromkeys(kind_of(one) for one in schema[key]))
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if schema.get("allOf"):
+        return kind_of(schema["allOf"][0])
+    kind = schema.get("type", "any")
+    if isinstance(kind, list | tuple):
+        return " | ".join(map(str, kind))
+    items = schema.get("items")
+    return f"array of {kind_of(items)}" if kind == "array" and isinstance(items, Mapping) and items else str(kind)
 
 
 def name_findings(environment: Environment) -> list[Finding]:
@@ -168,7 +188,7 @@ def conversation_findings(
 def _replayed(environment: Environment, one: Judged) -> str:
     """The first thing that goes wrong where a conversation is replayed."""
     assert one.task is not None and one.trace is not None
-    result = play(environment, one.task, Script.of_trace(one.trace, one.conversation.answers))
+    result = play(environment, one.task, Script.of_trace(one.trace, one.conversation.answers, one.task))
     if result.failure is not None:
         return result.failure
     told = [text for turn in one.trace.turns for text in turn.observations]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
 from pact_nemo.environments.sessions import start_scripted
 from pact_nemo.errors import EnvironmentFailure, ToolCallError
-from pact_nemo.traces.augment import CLOSING
+from pact_nemo.traces.augment import CLOSING, closings
 from pact_nemo.traces.schema import Trace
 
 #: a trace, and what is said after its last call and at the end of each user turn behind it
@@ -23,7 +24,7 @@ class Script:
         calls: per user turn, per assistant turn, its calls.
         closing: what is said at the end of the last user turn that has calls.
         earlier: what is said at the end of those before; where one is missing, ``closing``.
-        behind: what is said at the end of the user turns behind it; where one is missing, ``closing``.
+        behind: what is said at the end of the user turns behind it, the last for ever; empty: ``closing``.
         later: what the user says in each user turn after the request, where a model plays the user otherwise.
     """
 
@@ -34,31 +35,20 @@ class Script:
     later: tuple[tuple[dict[str, str], ...], ...] = ()
 
     @classmethod
-    def of_trace(cls, trace: Trace, answers: Sequence[str]) -> Script:
+    def of_trace(cls, trace: Trace, answers: Sequence[str], task: Task) -> Script:
         """``answers``: what is said after the trace's last call, and at the end of each user turn behind it."""
-        closing = (answers[0] if answers else "") or CLOSING
         last = max(turn.user_turn for turn in trace.turns)
         turns: list[list[tuple[ToolCall, ...]]] = [[] for _ in range(1 + last)]
-        earlier = [""] * last
         for turn in trace.turns:
             if turn.calls:
                 turns[turn.user_turn].append(turn.calls)
-            if turn.user_turn < last:
-                earlier[turn.user_turn] = turn.closing_message or turn.said
-        return cls(
-            tuple(map(tuple, turns)),
-            closing,
-            tuple(earlier),
-            tuple(text or closing for text in answers[1:]),
-            trace.later_user_turns,
-        )
+        said = tuple(itertools.islice(closings(trace, answers, task), last + max(len(answers), 1)))
+        return cls(tuple(map(tuple, turns)), said[last], said[:last], said[last + 1 :], trace.later_user_turns)
 
     def said(self, user_turn: int) -> str:
         """What closes a user turn."""
-        if user_turn < len(self.earlier):
-            return self.earlier[user_turn] or self.closing
-        after = user_turn - len(self.earlier) - 1
-        return self.behind[after] if 0 <= after < len(self.behind) else self.closing
+        said = (*self.earlier, *[self.closing] * (len(self.calls) - len(self.earlier)), *self.behind)
+        return said[min(user_turn, len(said) - 1)] if said else self.closing
 
     @classmethod
     def of_reference(cls, task: Task) -> Script:

@@ -101,7 +101,8 @@ def _wrongly_won(who: str, won: Sequence[str], of: int, meaning: str) -> list[Fi
         return [Finding("note", "reward", "", text)]
     level: Level = "error" if len(won) > MANY * of else "warning"
     remedy = f"look at {', '.join(won[:4])}: give them an answer, or make the verdict stricter"
-    return [Finding(level, "reward", "", f"{text}: {meaning}", remedy)]
+    said = meaning if level == "error" else f"on these, {meaning}"
+    return [Finding(level, "reward", "", f"{text}: {said}", remedy)]
 
 
 def session_findings(

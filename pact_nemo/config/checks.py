@@ -304,6 +304,12 @@ def _observation(config: Config) -> None:
         every = getattr(config.diagnostics, key)
         _require(every >= 0, f"diagnostics.{key}={every}: steps from one measurement to the next, or 0 for none")
     _require(
+        config.diagnostics.gradient_every == 0 or config.trainer.mini_batch_size >= 2,
+        f"diagnostics.gradient_every={config.diagnostics.gradient_every} compares two halves of a mini-batch, and"
+        f" trainer.mini_batch_size={config.trainer.mini_batch_size} has no halves: set it to at least 2, or"
+        " gradient_every to 0",
+    )
+    _require(
         config.diagnostics.trace_tasks >= 1, f"diagnostics.trace_tasks={config.diagnostics.trace_tasks}: must be >= 1"
     )
     check_settings(config.tracking.trackers)

@@ -29,6 +29,7 @@ _BREAKS = frozenset(
     ).split()
 )
 _DANGLING = _BREAKS | frozenset("and or the a an any all".split())
+_OF_A_THING = frozenset("of that which whose".split())  # what follows a noun, and no verb
 _PREAMBLE = re.compile(  # "An advanced tool designed to …"
     r"^(?:an?|the|this)\b[^.,;]*?\b(?:tool|function|utility|api)\b"
     r"(?:\s+(?:that|which))?(?:\s+is)?(?:\s+designed)?(?:\s+(?:to|for))?\s+",
@@ -56,8 +57,12 @@ def purpose(tool: Mapping[str, Any], limit: int) -> str:
     verb = words[0].lower()
     if verb.endswith("ing"):  # "… tool for retrieving dates"
         return " ".join(["help with", verb, *words[1:]])
-    if verb.endswith(("sses", "shes", "ches")):
+    if len(words) > 1 and words[1].lower() in _OF_A_THING:  # "Rooms that are free"
+        return " ".join(["get", verb, *words[1:]])
+    if verb.endswith(("sses", "shes", "ches", "xes", "zzes", "oes")):
         verb = verb[:-2]
+    elif verb.endswith("ies") and len(verb) > 4:
+        verb = f"{verb[:-3]}y"
     elif verb.endswith("s") and not verb.endswith("ss"):
         verb = verb[:-1]
     return " ".join([verb, *words[1:]])

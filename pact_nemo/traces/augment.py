@@ -39,10 +39,19 @@ class Replay:
     outcome: Outcome
 
 
-def said_after(answers: Sequence[str], task: Task) -> Iterator[str]:
-    """What closes the user turn of the last call and those behind it, without end. Where nothing was said, the words
-    before, or the task's reference answer.
+def closings(trace: Trace, answers: Sequence[str], task: Task) -> Iterator[str]:
+    """What closes each user turn of an episode that plays a trace, without end: before the turn of the last call what
+    the trace says there, empty for nothing; then the answers. For an empty one, the words before, or the task's
+    reference answer.
+
+    Args:
+        answers: what is said after the last call and at the end of each user turn behind it.
     """
+    said = [""] * max((turn.user_turn for turn in trace.turns), default=0)
+    for turn in trace.turns:
+        if turn.user_turn < len(said):
+            said[turn.user_turn] = turn.closing_message or turn.said
+    yield from said
     words = task.reference_answer or CLOSING
     for answer in answers:
         words = answer or words
@@ -55,7 +64,7 @@ def replay(environment: Environment, task: Task, trace: Trace, answers: Sequence
     fewer user turns than the trace.
 
     Args:
-        answers: what is said after the last call and at the end of each user turn behind it (:func:`said_after`).
+        answers: what is said after the last call and at the end of each user turn behind it (:func:`closings`).
     """
     try:
         session = start_scripted(environment, task, trace.later_user_turns)
@@ -63,15 +72,13 @@ def replay(environment: Environment, task: Task, trace: Trace, answers: Sequence
         return None
     try:
         seen: list[tuple[str, ...]] = []
-        user_turn, closing = 0, ""
+        user_turn, said = 0, closings(trace, answers, task)
         for turn in trace.turns:
             while user_turn < turn.user_turn:
-                if session.next_user_turn(closing) is None:
+                if session.next_user_turn(next(said)) is None:
                     return None
-                user_turn, closing = user_turn + 1, ""
-            closing = turn.closing_message or turn.said
+                user_turn += 1
             seen.append(tuple(session.execute(list(turn.calls))) if turn.calls else ())
-        said = said_after(answers, task)
         while session.next_user_turn(next(said)) is not None:
             pass
         return Replay(tuple(seen), session.outcome())
