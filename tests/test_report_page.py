@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 from fixtures.run_folders import make_run
 
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import to_yaml
 from pact_nemo.errors import DataError
 from pact_nemo.report import write_report
 from pact_nemo.report.comparison import compare
 from pact_nemo.report.curves import rl_curves
 from pact_nemo.report.data import Run, load_run
 from pact_nemo.report.episodes import choose_tasks, training_cards
+from pact_nemo.report.page import facts
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIL = "<script>window.hit=1</script><img src=x onerror='window.hit=1'>\"'><b>&amp;{{ 7*7 }}"
@@ -78,6 +81,21 @@ def test_headline_table_and_facts(page: Page) -> None:
     assert "multi_turn_miss_func" in text and "as published" in text and "after warm-up" in text
     for fact in ("pact", "embedded small model", "14:39", "31\u202f200", "2.13.0+cpu", "trainer 5.0 GiB"):
         assert fact in page.text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["agent.tools=shop.py:Shop"], "own: shop.py:Shop"),
+        (["agent.mcp.command=[mcp-server-git,--repository,{workdir}]"], "own: mcp-server-git --repository {workdir}"),
+    ],
+)
+def test_an_own_agents_tools_are_named(tmp_path: Path, words: list[str], said: str) -> None:
+    folder = make_run(tmp_path, steps=2)
+    assert dict(facts(load_run(folder)))["Environment"] == "bfcl"
+    own = load_config(ROOT / "conf" / "pact_own-smollm2_135m-cpu.yaml", ["traces.path=talks.jsonl", *words])
+    (folder / "config.yaml").write_text(to_yaml(own), encoding="utf-8")
+    assert dict(facts(load_run(folder)))["Environment"] == said
 
 
 def test_every_required_curve_is_there_with_a_title_and_a_description(page: Page) -> None:

@@ -83,6 +83,14 @@ def size(value: float) -> str:
     return f"{value / 1024**3:.1f} GiB" if value >= 1024**3 else f"{value / 1024**2:.0f} MiB"
 
 
+def environment_of(run: Run) -> str | None:
+    """What the run was trained on; of an own agent, where its tools come from."""
+    found = run.setting("environment")
+    command = run.setting("environment_config.mcp.command") or []
+    tools = run.setting("environment_config.tools") or " ".join(map(str, command))
+    return f"{found}: {tools}" if found == "own" and tools else found
+
+
 def facts(run: Run) -> list[tuple[str, str]]:
     """The short list beside the headline; what the run doesn't say is left out."""
     summary = run.summary
@@ -93,6 +101,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     found: list[tuple[str, str | None]] = [
         ("Method", run.method),
         ("Model", str(model) if model else "embedded small model"),
+        ("Environment", environment_of(run)),
         ("Seed", str(run.seed)),
         ("Warm-up steps", amount(len(run.warmup)) if run.warmup else None),
         ("RL steps", str(summary.get("steps", len(run.rl)))),
