@@ -201,10 +201,10 @@ def test_engines_of_a_node() -> None:
 
 
 def seat(
-    number: int, devices: str | None = "0,1,2,3", ranks: int = 4, *, leader: bool = True, sees_run: bool = True
+    number: int, devices: str | None = "0,1,2,3", ranks: int = 4, *, leader: bool = True, missing: tuple[str, ...] = ()
 ) -> Seat:
     gpus = tuple(devices.split(",")) if devices is not None else None
-    return Seat(number, leader, f"n{number}", f"10.0.0.{number}", gpus, ranks, sees_run)
+    return Seat(number, leader, f"n{number}", f"10.0.0.{number}", gpus, ranks, missing)
 
 
 def job_of(monkeypatch: pytest.MonkeyPatch, folder: Path, engines: str, *seats: Seat, ranks: int = 1) -> JobEngines:
@@ -231,8 +231,8 @@ def test_a_job_that_can_not_have_such_engines_is_refused(monkeypatch: pytest.Mon
         job_of(monkeypatch, tmp_path, "2", seat(0, "0"))
     with pytest.raises(ConfigError, match="the trainer has 3 GPUs on n4 and 4 on n0"):
         job_of(monkeypatch, tmp_path, "all", seat(0), seat(4, ranks=3))
-    with pytest.raises(ConfigError, match="n4 does not see .*put run.root on a file system of all nodes"):
-        job_of(monkeypatch, tmp_path, "all", seat(0), seat(4, sees_run=False))
+    with pytest.raises(ConfigError, match="n4 does not see /nvme/v: .*put model.path, .* of all nodes"):
+        job_of(monkeypatch, tmp_path, "all", seat(0), seat(4, missing=("/nvme/v",)))
     with pytest.raises(ConfigError, match="rank 0 is no first rank of its node"):
         job_of(monkeypatch, tmp_path, "all", seat(0, leader=False), seat(4))
 

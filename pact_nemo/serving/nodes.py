@@ -37,7 +37,7 @@ class Seat:
         host, address: of its machine, and where the other nodes reach it.
         devices: GPUs that it sees, as ``CUDA_VISIBLE_DEVICES`` names them; None: the engines run on the CPU.
         ranks: trainer ranks of its node.
-        sees_run: the run folder is there.
+        missing: folders of the run that are not there.
     """
 
     rank: int
@@ -46,7 +46,7 @@ class Seat:
     address: str
     devices: tuple[str, ...] | None
     ranks: int
-    sees_run: bool
+    missing: tuple[str, ...]
 
 
 @dataclass
@@ -67,7 +67,9 @@ def engine_log(log_file: Path, number: int) -> Path:
     return log_file.with_name(f"{log_file.stem}-{number}{log_file.suffix}")
 
 
-def job_engines(config: RolloutServerConfig, source: Path, log_file: Path, new_store: NewStore) -> JobEngines:
+def job_engines(
+    config: RolloutServerConfig, source: Path, log_file: Path, new_store: NewStore, shared: tuple[Path, ...] = ()
+) -> JobEngines:
     """The engines of every node, none of them launched. Collective.
 
     Engines of rank 0's node are its own children. Every other node's are children of that node's first rank, which a
@@ -77,13 +79,14 @@ def job_engines(config: RolloutServerConfig, source: Path, log_file: Path, new_s
         source: the HF folder to serve, which all nodes see.
         log_file: in a folder that all nodes see; each engine has its own (:func:`engine_log`).
         new_store: used where there is more than one node.
+        shared: further folders that all nodes see.
 
     Raises:
-        ConfigError, PactError: on all ranks: a node has too few GPUs or others than the first one, doesn't see the run
-            folder, or doesn't find the way to rank 0.
+        ConfigError, PactError: on all ranks: a node has too few GPUs or others than the first one, doesn't see one
+            of the folders, or doesn't find the way to rank 0.
     """
     key = on_rank_zero(lambda: os.environ.get(config.api_key_env) or secrets.token_urlsafe(32))
-    leaders, found = _leaders(config, log_file.parent), JobEngines()
+    leaders, found = _leaders(config, (source, log_file.parent, *shared)), JobEngines()
     count = engines_per_node(config, len(leaders), _trainer_gpus(leaders[0]))
     places = [_places(config, count, leader, key) for leader in leaders]  # the same, or refused, on all ranks
     for number in range(count * len(leaders)):
@@ -103,7 +106,7 @@ def job_engines(config: RolloutServerConfig, source: Path, log_file: Path, new_s
     return found
 
 
-def _leaders(config: RolloutServerConfig, run_folder: Path) -> list[Seat]:
+def _leaders(config: RolloutServerConfig, folders: tuple[Path, ...]) -> list[Seat]:
     """The first rank of each node, the same list on all ranks. Collective.
 
     Raises:
@@ -118,7 +121,7 @@ def _leaders(config: RolloutServerConfig, run_folder: Path) -> list[Seat]:
             address_towards(os.environ.get("MASTER_ADDR")),
             _gpus(config),
             int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            run_folder.is_dir(),
+            tuple(str(folder) for folder in folders if not folder.is_dir()),
         )
     except (OSError, PactError) as error:
         failure = error
@@ -130,10 +133,11 @@ def _leaders(config: RolloutServerConfig, run_folder: Path) -> list[Seat]:
             " numbered node by node, as torchrun and srun do"
         )
     for one in leaders[1:]:
-        if not one.sees_run:
+        if one.missing:
             raise ConfigError(
-                f"{one.host} does not see {run_folder}: engines on other nodes log there and load their weights from"
-                " it; put run.root on a file system of all nodes, or set rollout.server.engines=1"
+                f"{one.host} does not see {', '.join(one.missing)}: engines there need it for weights and logs; put"
+                " model.path, run.root and rollout.exports_dir on a file system of all nodes, or set"
+                " rollout.server.engines=1"
             )
         if _trainer_gpus(one) != _trainer_gpus(leaders[0]):
             raise ConfigError(

@@ -56,9 +56,12 @@ class Generator:
         share = self._config.rollout.server.min_engines_share
         return Fleet(engines, min_share=share, note=self._progress.message)
 
-    def launch(self, source: Path) -> None:
+    def launch(self, source: Path, exports: Path | None = None) -> None:
         """Start the engines on the model as it came (version 0) and return at once. Collective: a node's first rank
         starts those of its node.
+
+        Args:
+            exports: where refits will load from.
         """
         if self._config.trainer.replay is not None:
             return
@@ -68,7 +71,8 @@ class Generator:
         if settings.url is not None or settings.engines == "1":
             servers = self._few(settings, source) if rank() == 0 else []
         else:
-            found = job_engines(settings, source, self._log_file, new_store)
+            shared = (exports,) if exports is not None else ()
+            found = job_engines(settings, source, self._log_file, new_store, shared)
             self._keepers, servers = found.keepers, found.servers
         note = self._progress.message
         self._fleet = self._fleet_of(

@@ -126,7 +126,7 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
     generator = Generator(config, chat, environment, progress, space.server_log)
     stack.callback(generator.close)
     generator.check = stop.raise_if_set
-    generator.launch(on_rank_zero(lambda: served_path(config, source)))
+    generator.launch(on_rank_zero(lambda: served_path(config, source)), space.exports)
     sharing = TimeSharing(generator, progress, on=takes_turns(config, cuda=on_cuda(config.rollout.server)))
     if sharing.on or generator.measures_memory:  # the policy needs what an engine finds free as it starts
         on_rank_zero(generator.wait_ready)
