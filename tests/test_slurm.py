@@ -337,3 +337,21 @@ def test_a_rollout_server_on_a_node_of_its_own(
     summary = json.loads((root / "latest" / "summary.json").read_text())
     assert [summary["eval"][name]["weight_version"] for name in ("base", "before", "after")] == [0, 1, 2]
     assert summary["peak_memory_bytes"]["server"] == 0  # the trainer started none
+
+
+@pytest.mark.slow
+def test_a_rollout_engine_on_every_node(cluster: Cluster, stage: dict[str, Any], tmp_path: Path) -> None:
+    root = tmp_path / "everywhere"
+    words = ["trainer.replay=null", "trainer.steps=1", "trainer.batch_size=2", "trainer.mini_batch_size=2"]
+    words += ["rollout.sampling.max_turn_tokens=24", "rollout.server.engines=all"]
+    job = submit(cluster, stage, root, *words)
+    cluster.wait_state(job, ("COMPLETED", "FAILED", "CANCELLED"), 500)
+    said = Path(f"{root}.log").read_text()
+    logs = "".join(path.read_text() for path in (root / "logs").glob("*"))
+    assert cluster.state(job) == "COMPLETED", said[-3000:] + logs
+    assert "2 rollout servers ready" in logs
+    run = (root / "latest").resolve()
+    assert {path.name for path in run.glob("server*.log")} == {"server-0.log", "server-1.log"}
+    summary = json.loads((run / "summary.json").read_text())
+    assert [summary["eval"][name]["weight_version"] for name in ("base", "before", "after")] == [0, 1, 2]
+    assert summary["peak_memory_bytes"]["server"] > 0
