@@ -328,6 +328,18 @@ def test_leading_zeros_are_no_octal_number() -> None:
     assert load_config(None, ["trainer.steps=010"]).trainer.steps == 10
 
 
+def test_a_placeholder_in_braces_is_a_text(tmp_path: Path) -> None:
+    command = ["mcp-server-git", "--repository", "{workdir}"]
+    base = f"environment: own\ntraces: {{path: {tmp_path}/a.jsonl}}\n"
+    (tmp_path / "a.yaml").write_text(
+        f"{base}agent:\n  mcp:\n    command: [mcp-server-git, --repository, {{workdir}}]\n"
+    )
+    (tmp_path / "b.yaml").write_text(base)
+    word = "agent.mcp.command=[mcp-server-git,--repository,{workdir}]"  # as the manual has it
+    for found in (load_config(tmp_path / "a.yaml"), load_config(tmp_path / "b.yaml", [word])):
+        assert found.environment_config.mcp.command == command  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("value", ["[a]", "{a: b}"])
 def test_a_text_that_yaml_takes_for_something_else_is_refused_by_name(value: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(f"run:\n  seed: 3\n  name: {value}\n")

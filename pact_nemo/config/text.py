@@ -83,6 +83,17 @@ def _construct(text: str, kind: Any, where: str) -> Any:
         loader.dispose()
 
 
+def _placeholder(node: yaml.Node) -> yaml.Node | None:
+    """``{word}``, which YAML takes for an object with a key without a value, as the text that it looks like."""
+    if not isinstance(node, yaml.MappingNode) or not node.flow_style or len(node.value) != 1:
+        return None
+    key, value = node.value[0]
+    bare = isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode) and value.tag == _NULL
+    if not bare or value.value:
+        return None
+    return yaml.ScalarNode(_STRING, f"{{{key.value}}}", node.start_mark, node.end_mark)
+
+
 def _as_written(node: yaml.Node, kind: Any, where: str, key: str, known: dict[tuple[int, str], yaml.Node]) -> yaml.Node:
     """The node with plain words tagged as texts where the schema has a text. Nodes that aliases share are rebuilt once
     for each type.
@@ -92,6 +103,7 @@ def _as_written(node: yaml.Node, kind: Any, where: str, key: str, known: dict[tu
         return known[place]
     found = node
     if _is_text(kind):
+        node = _placeholder(node) or node
         if not isinstance(node, yaml.ScalarNode):
             line = node.start_mark.line + 1 if node.start_mark is not None else 1
             raise ConfigError(f"{where}: {key} (line {line}) is a text; put its value into quotes")
