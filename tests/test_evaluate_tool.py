@@ -7,14 +7,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures.endpoint import Endpoint
 
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.environments.bfcl.data import data_dir
@@ -26,28 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 Answer = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
-class ChatServer:
-    """A chat-completions server whose answers are a function of the messages."""
+class ChatServer(Endpoint):
+    """Its answers are a function of the messages."""
 
     def __init__(self, answer: Answer):
-        self.asked = 0
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.asked += 1
-                data = json.dumps({"choices": [{"message": answer(body["messages"])}]}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *words: Any) -> None: ...
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        super().__init__()
+        self.answer = lambda body: answer(body["messages"])
 
 
 def tool_calls(calls: list[ToolCall]) -> list[dict[str, Any]]:
@@ -97,7 +80,7 @@ def solver(bfcl_tasks: list[Task]) -> Iterator[ChatServer]:
 
     made = ChatServer(answer)
     yield made
-    made.server.shutdown()
+    made.close()
 
 
 def test_verdicts_are_bfcl_evals_own_item_by_item(tmp_path: Path, solver: ChatServer, bfcl_tasks: list[Task]) -> None:
@@ -160,7 +143,7 @@ def test_a_toolhop_answer_by_url(tmp_path: Path) -> None:
         f"tasks.path={tmp_path / 'rows.jsonl'}",
     ]
     result = evaluate(*words)
-    server.server.shutdown()
+    server.close()
     assert (
         result["score"] == 1.0
         and result["metrics"]["answer_correctness"] == 1.0

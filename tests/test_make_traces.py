@@ -7,13 +7,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures.endpoint import Endpoint, Said
 
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.rollouts.chat_episode import message_parts
@@ -25,41 +24,20 @@ from tests.workers.question_rows import FIND, POP, toolhop_row
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Teacher:
-    """An OpenAI-compatible endpoint that plays a part per question: solves it, leaks the answer, writes broken calls,
-    or is down.
-    """
+class Teacher(Endpoint):
+    """Plays a part per question: solves it, leaks the answer, writes broken calls, or is down."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.down = False
-        self.asked = 0
+        self.usage = {"prompt_tokens": 10, "completion_tokens": 3}
         self.say = lambda words: {"content": words}
         self.labels = '{"types": ["task_restate", "tool_selection"]}'
-        teacher = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                teacher.asked += 1
-                if teacher.down:
-                    self.send_error(503)
-                    return
-                message = teacher.answer(body)
-                data = json.dumps(
-                    {"choices": [{"message": message}], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}
-                ).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+    def said(self, body: dict[str, Any]) -> Said:
+        return 503 if self.down else self.message(body)
 
-            def log_message(self, *words: Any) -> None: ...
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+    def message(self, body: dict[str, Any]) -> dict[str, Any]:
         if "tools" not in body:
             return {"content": self.labels}
         question = body["messages"][0]["content"]
@@ -82,7 +60,7 @@ class Teacher:
 def teacher() -> Iterator[Teacher]:
     made = Teacher()
     yield made
-    made.server.shutdown()
+    made.close()
 
 
 def make(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -4,14 +4,13 @@ come from.
 
 from __future__ import annotations
 
-import http.server
 import json
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import pytest
+from fixtures.endpoint import Endpoint
 
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.environments.bfcl.environment import BFCLEnvironment
@@ -223,39 +222,17 @@ def test_a_teacher_that_goes_wrong_gives_no_trace(message: dict[str, Any]) -> No
     assert teacher_trace(env, env.tasks()[0], lambda messages, tools: message, max_turns=3) is None
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    requests: list[dict[str, Any]] = []
-    reply: bytes = b""
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(type(self).reply)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def test_the_endpoint_is_asked_as_openai_clients_do() -> None:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        complete = chat_endpoint(f"http://127.0.0.1:{server.server_port}/v1/", "m", "secret", 5.0, 0.0)
-        _Handler.reply = json.dumps({"choices": [{"message": {"content": "hi"}}]}).encode()
-        assert complete([{"role": "user", "content": "x"}], [SEARCH]) == {"content": "hi"}
-        asked = _Handler.requests[-1]
-        assert (asked["path"], asked["key"], asked["model"]) == ("/v1/chat/completions", "Bearer secret", "m")
-        assert asked["tools"][0] == {"type": "function", "function": SEARCH}
-        for reply in (b"", b"{}", b'{"choices": []}', b'{"choices": [{"message": 3}]}'):
-            _Handler.reply = reply
-            with pytest.raises(ServerError):
-                complete([], [])
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=5)
+def test_the_endpoint_is_asked_as_openai_clients_do(endpoint: Endpoint) -> None:
+    complete = chat_endpoint(f"{endpoint.url}/", "m", "secret", 5.0, 0.0)
+    endpoint.texts = [{"content": "hi"}]
+    assert complete([{"role": "user", "content": "x"}], [SEARCH]) == {"content": "hi"}
+    asked = endpoint.bodies[-1]
+    assert (endpoint.paths[-1], endpoint.keys[-1], asked["model"]) == ("/v1/chat/completions", "Bearer secret", "m")
+    assert asked["tools"][0] == {"type": "function", "function": SEARCH}
+    for reply in (b"", b"{}", b'{"choices": []}', b'{"choices": [{"message": 3}]}'):
+        endpoint.texts = [reply]
+        with pytest.raises(ServerError):
+            complete([], [])
+    endpoint.close()
     with pytest.raises(ServerError):
         complete([], [])
