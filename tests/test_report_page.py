@@ -96,6 +96,8 @@ def test_an_own_agents_tools_are_named(tmp_path: Path, words: list[str], said: s
     own = load_config(ROOT / "conf" / "pact_own-smollm2_135m-cpu.yaml", ["traces.path=talks.jsonl", *words])
     (folder / "config.yaml").write_text(to_yaml(own), encoding="utf-8")
     assert dict(facts(load_run(folder)))["Environment"] == said
+    words_of_a_benchmark = re.search(r"benchmark|official", Page(write_report(folder).read_text(encoding="utf-8")).text)
+    assert words_of_a_benchmark is None, words_of_a_benchmark
 
 
 def test_every_required_curve_is_there_with_a_title_and_a_description(page: Page) -> None:

@@ -129,7 +129,7 @@ RL = (
     ),
     Curve(
         "Training success",
-        "official checker's pass; share of rollouts",
+        "the environment's verdict; share of rollouts that pass",
         (("reward/success", "success"),),
         SHARE_FROM_ZERO,
         how="noisy",
