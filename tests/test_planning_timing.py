@@ -115,6 +115,17 @@ def test_engines_on_all_gpus_take_turns_with_the_trainer() -> None:
     assert turns["offload"] == turns["return"] == (state.weights + state.optimizer) / H100.host_bandwidth
     assert plans[1].phases["taking turns"] == pytest.approx(sum(turns.values()))
     assert "taking turns" not in plans[0].phases
+    # and the host has to have room for them
+    copy = "trainer's copy, in the engines' turn"
+    assert plans[1].memory.host[copy] == state.weights + state.optimizer and copy not in plans[0].memory.host
+    # Transformer Engine's copies of the weights stay on the GPU
+    fp8 = dataclasses.replace(found.policy, fp8="blockwise")
+    kept = make_plan(LLAMA_70B, layout, fp8, H100, work, every, shares_gpus=True)
+    copies = kept.memory.parts["FP8 copies of weights"]
+    assert (plans[1].server.share - kept.server.share) * H100.memory == pytest.approx(copies, rel=0.05)
+    # a share that was set is not replaced
+    half = dataclasses.replace(every, share=0.5, whole=False)
+    assert make_plan(LLAMA_70B, layout, found.policy, H100, work, half, shares_gpus=True).server.share == 0.5
     with pytest.raises(ConfigError, match="don't divide the 8 GPUs of a node"):
         engines_on_every_node(LLAMA_70B, 64, 8, dataclasses.replace(one, gpus=16))
     with pytest.raises(ConfigError, match="leave no cache"):

@@ -183,7 +183,9 @@ def main() -> int:
         shares = not arguments.servers and config.rollout.server.url is None
         if arguments.servers:
             open_ = open_episodes(config, arguments.servers)
-            server = dataclasses.replace(server, servers=arguments.servers, share=0.9, concurrency=open_)
+            server = dataclasses.replace(
+                server, servers=arguments.servers, share=0.9, concurrency=open_, time_sharing=False, whole=False
+            )
         if arguments.search:
             plans = search(shape, world, config.policy, hardware, work, server, shares_gpus=shares)
             show_search(plans, arguments.top)

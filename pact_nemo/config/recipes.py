@@ -26,17 +26,15 @@ LONGEST_REQUEST_S = 3600.0  # one turn may think for all of the response: 23,000
 
 @dataclass(frozen=True)
 class ServerShare:
-    """The rollout engines of a recipe: on all GPUs of every node, beside trainer ranks.
+    """The rollout engines of a recipe: on all GPUs of every node, in turn with trainer ranks.
 
     Attributes:
         tensor_parallel_size: GPUs that each is split over.
-        gpu_memory_utilization: its share of each of them; the rest is the trainer's.
         max_model_len: prompt + response, tokens.
         max_num_seqs: sequences decoded together.
     """
 
     tensor_parallel_size: int
-    gpu_memory_utilization: float
     max_model_len: int
     max_num_seqs: int
 
@@ -127,9 +125,7 @@ def qwen3_0p6b_1xh100_bf16() -> Recipe:
         gpus_per_node=1,
         gpu_gib=80,
         policy=_bf16(micro_batch_tokens=32768),
-        server=ServerShare(
-            tensor_parallel_size=1, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=128
-        ),
+        server=ServerShare(tensor_parallel_size=1, max_model_len=PAPER_LENGTH, max_num_seqs=128),
     )
 
 
@@ -144,9 +140,7 @@ def qwen3_1p7b_4xh100_bf16() -> Recipe:
         gpus_per_node=4,
         gpu_gib=80,
         policy=_bf16(micro_batch_tokens=32768),
-        server=ServerShare(
-            tensor_parallel_size=1, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=128
-        ),
+        server=ServerShare(tensor_parallel_size=1, max_model_len=PAPER_LENGTH, max_num_seqs=128),
     )
 
 
@@ -161,9 +155,7 @@ def qwen3_4b_4xh100_bf16() -> Recipe:
         gpus_per_node=4,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=2, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(
-            tensor_parallel_size=1, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=64
-        ),
+        server=ServerShare(tensor_parallel_size=1, max_model_len=PAPER_LENGTH, max_num_seqs=64),
     )
 
 
@@ -177,9 +169,7 @@ def qwen3_8b_8xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=4, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(
-            tensor_parallel_size=2, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=64
-        ),
+        server=ServerShare(tensor_parallel_size=2, max_model_len=PAPER_LENGTH, max_num_seqs=64),
     )
 
 
@@ -193,9 +183,7 @@ def qwen3_14b_8xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=8, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(
-            tensor_parallel_size=4, gpu_memory_utilization=0.3, max_model_len=PAPER_LENGTH, max_num_seqs=64
-        ),
+        server=ServerShare(tensor_parallel_size=4, max_model_len=PAPER_LENGTH, max_num_seqs=64),
     )
 
 
@@ -209,9 +197,7 @@ def qwen3_32b_16xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=8, pipeline_parallel=2, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(
-            tensor_parallel_size=8, gpu_memory_utilization=0.25, max_model_len=PAPER_LENGTH, max_num_seqs=64
-        ),
+        server=ServerShare(tensor_parallel_size=8, max_model_len=PAPER_LENGTH, max_num_seqs=64),
     )
 
 
@@ -225,9 +211,7 @@ def qwen2p5_72b_64xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=8, pipeline_parallel=4, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(
-            tensor_parallel_size=8, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=64
-        ),
+        server=ServerShare(tensor_parallel_size=8, max_model_len=PAPER_LENGTH, max_num_seqs=64),
     )
 
 
@@ -241,9 +225,7 @@ def llama3p1_70b_64xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=8, pipeline_parallel=4, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(
-            tensor_parallel_size=8, gpu_memory_utilization=0.4, max_model_len=PAPER_LENGTH, max_num_seqs=64
-        ),
+        server=ServerShare(tensor_parallel_size=8, max_model_len=PAPER_LENGTH, max_num_seqs=64),
     )
 
 
@@ -283,9 +265,7 @@ def qwen3_30b_a3b_16xh100_bf16() -> Recipe:
         policy=_bf16(
             tensor_parallel=4, pipeline_parallel=2, expert_parallel=8, sequence_parallel=True, micro_batch_tokens=32768
         ),
-        server=ServerShare(
-            tensor_parallel_size=4, gpu_memory_utilization=0.35, max_model_len=PAPER_LENGTH, max_num_seqs=64
-        ),
+        server=ServerShare(tensor_parallel_size=4, max_model_len=PAPER_LENGTH, max_num_seqs=64),
     )
 
 

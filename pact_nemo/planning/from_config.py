@@ -8,7 +8,7 @@ from typing import Any
 
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG
 from pact_nemo.config.recipes import recipe
-from pact_nemo.config.schema import Config, open_episodes
+from pact_nemo.config.schema import Config, open_episodes, takes_turns
 from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import make_method
@@ -19,11 +19,11 @@ from pact_nemo.planning.plan import Plan, make_plan
 from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.planning.workload import Lengths, StepWork
 from pact_nemo.policy.architectures import check_architecture
-from pact_nemo.serving.config import ALL_ENGINES
+from pact_nemo.serving.config import ALL_ENGINES, share_beside
 from pact_nemo.serving.placement import engines_per_node
 from pact_nemo.training.limits import evaluation_limits
 
-#: as ``rollout.server.engines`` says, beside the trainer; or engines on all trainer GPUs, in turn with the trainer
+#: as ``rollout.server`` says; or engines on all trainer GPUs, in turn with the trainer
 ENGINES = ("set", "all")
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
@@ -93,11 +93,19 @@ def server_plan(
     """
     server = config.rollout.server
     world = world if world is not None else planned_world(config)
-    count, width, share = engines_of(config, hardware, world), WIDTHS[server.dtype], server.gpu_memory_utilization
+    count, width, share = engines_of(config, hardware, world), WIDTHS[server.dtype], share_beside(server)
     if not hardware.cuda:
         share = (width * shape.parameters + (server.cpu_kv_cache_gib or 0) * GIB) / hardware.memory
+    sharing = takes_turns(config, cuda=hardware.cuda)
     plan = ServerPlan(
-        count, server.tensor_parallel_size, server.max_num_seqs, share, width, open_episodes(config, count)
+        count,
+        server.tensor_parallel_size,
+        server.max_num_seqs,
+        share,
+        width,
+        open_episodes(config, count),
+        time_sharing=sharing,
+        whole=sharing and hardware.cuda and server.gpu_memory_utilization is None,
     )
     if engines != ENGINES[1]:
         return plan
@@ -166,6 +174,16 @@ def planned_world(config: Config) -> int:
     return policy.pipeline_parallel * max(policy.tensor_parallel * policy.context_parallel, policy.expert_parallel)
 
 
+def engine_share(config: Config, world: int) -> float:
+    """Share of a GPU's memory that each engine of a run is given: ``rollout.server.gpu_memory_utilization``, or what
+    the plan leaves it.
+
+    Args:
+        world: trainer ranks.
+    """
+    return run_plan(config, world=world).server.share
+
+
 def describe(plan: Plan) -> list[str]:
     """Memory and time of a plan as lines of text."""
     lengths, memory = plan.work.lengths, plan.memory
@@ -216,11 +234,14 @@ def compare_with(plan: dict[str, Any], seconds: dict[str, float], steps: int, pe
         peak_bytes: measured, of ``trainer`` and ``server``.
     """
     planned = dict(plan["seconds"])
+    seconds = seconds | {
+        "taking turns": sum(seconds.get(move, 0.0) for move in ("release", "restore", "sleep", "wake"))
+    }
     planned["score"] = sum(planned.pop(name, 0.0) for name in ("old-policy scoring", "reference scoring"))
     lines = [
         f"{name}: {seconds[name] / steps:.1f} s a step, planned {planned[name]:.1f} s"
-        for name in ("rollout", "score", "update", "refit")
-        if steps and seconds.get(name)
+        for name in ("rollout", "score", "update", "refit", "taking turns")
+        if steps and seconds.get(name) and name in planned
     ]
     if peak_bytes.get("trainer"):
         total = (

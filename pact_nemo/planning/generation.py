@@ -26,8 +26,9 @@ class ServerPlan:
         share: of each GPU's memory that it gets.
         width: bytes of a weight there.
         concurrency: episodes that are open at once over all engines; None = as many as they take.
-        time_sharing: the engines are on all trainer GPUs and sleep while the policy is scored and updated; the
-            trainer's state leaves the GPU while they generate.
+        time_sharing: the engines are on trainer GPUs and sleep while the policy is scored and updated; the trainer's
+            state leaves the GPU while they generate.
+        whole: in their turn they get all that the trainer leaves, whatever ``share`` says.
     """
 
     servers: int
@@ -37,6 +38,7 @@ class ServerPlan:
     width: int = 2
     concurrency: int | None = None
     time_sharing: bool = False
+    whole: bool = False
 
 
 def server_problems(shape: ModelShape, ranks: int) -> list[str]:
@@ -68,7 +70,9 @@ def engines_on_every_node(shape: ModelShape, world: int, gpus_per_node: int, ser
         )
     if found := server_problems(shape, server.gpus):
         raise ConfigError("; ".join(found))
-    return ServerPlan(world // server.gpus, server.gpus, server.sequences, server.share, server.width, None, True)
+    return ServerPlan(
+        world // server.gpus, server.gpus, server.sequences, server.share, server.width, None, True, whole=True
+    )
 
 
 def working_bytes(shape: ModelShape, server: ServerPlan) -> float:

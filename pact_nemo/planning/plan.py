@@ -16,7 +16,7 @@ from pact_nemo.planning.generation import OUTSIDE_SHARE, ServerPlan, server_prob
 from pact_nemo.planning.hardware import Hardware
 from pact_nemo.planning.memory import GIB, USABLE, MemoryPlan, memory_plan
 from pact_nemo.planning.shape import Layout, ModelShape
-from pact_nemo.planning.sharing import awake_share
+from pact_nemo.planning.sharing import awake_share, largest_state, moved_bytes
 from pact_nemo.planning.timing import checkpoint_seconds, export_bytes, phases, refit_seconds
 from pact_nemo.planning.workload import StepWork
 from pact_nemo.policy.config import PolicyConfig
@@ -113,11 +113,16 @@ def make_plan(
         precision=policy.resolved_precision(cuda=hardware.cuda),
         fp8=policy.fp8 if hardware.fp8 else None,
     )
-    if server.time_sharing:  # it has all of a GPU in its turn, and what it can't give back otherwise
-        server = dataclasses.replace(server, share=awake_share(layout, hardware))
+    state = largest_state(shape, layout, policy)
+    if server.time_sharing and server.whole:
+        server = dataclasses.replace(server, share=awake_share(layout, hardware, fp8_copies=state.fp8_copies))
     beside = 0.0
     if shares_gpus:
-        beside = (0.0 if server.time_sharing else server.share * hardware.memory) + OUTSIDE_SHARE * hardware.cuda
+        asleep = server.time_sharing and hardware.cuda  # what it can't give back stays; on a CPU that is all
+        beside = (0.0 if asleep else server.share * hardware.memory) + OUTSIDE_SHARE * hardware.cuda
+    memory = memory_plan(shape, layout, policy, work, cuda=hardware.cuda, server=beside)
+    if server.time_sharing:
+        memory.host["trainer's copy, in the engines' turn"] = moved_bytes(state)
     return Plan(
         shape,
         layout,
@@ -125,7 +130,7 @@ def make_plan(
         hardware,
         work,
         server,
-        memory_plan(shape, layout, policy, work, cuda=hardware.cuda, server=beside),
+        memory,
         phases(shape, layout, policy, hardware, work, server),
         refit_seconds(shape, layout, hardware, server),
         checkpoint_seconds(shape, layout, policy, hardware),

@@ -7,9 +7,8 @@ from __future__ import annotations
 from pact_nemo.planning.compute import Pass, pass_seconds
 from pact_nemo.planning.generation import ServerPlan, rollout_seconds
 from pact_nemo.planning.hardware import Hardware
-from pact_nemo.planning.memory import state_bytes
 from pact_nemo.planning.shape import Layout, ModelShape, rank_parameters
-from pact_nemo.planning.sharing import moved_bytes, turn_seconds
+from pact_nemo.planning.sharing import largest_state, turn_seconds
 from pact_nemo.planning.workload import StepWork
 from pact_nemo.policy.config import PolicyConfig
 
@@ -101,9 +100,6 @@ def phases(
         "refit": sum(refit_seconds(shape, layout, hardware, server).values()),
     }
     if server.time_sharing:
-        state = max(
-            (state_bytes(rank_parameters(shape, layout, stage), layout, policy) for stage in range(layout.pipeline)),
-            key=moved_bytes,
-        )
+        state = largest_state(shape, layout, policy)
         found["taking turns"] = sum(turn_seconds(state, hardware, server).values())
     return found

@@ -56,7 +56,9 @@ class RolloutServerConfig:
     #: the server sleeps while the policy trains, and the trainer's memory is on the host while it generates; null =
     #: where a GPU run starts its own server, without ``trainer.overlap``
     time_sharing: bool | None = None
-    gpu_memory_utilization: float = 0.85  #: GPU only: share of its memory that the server may take
+    #: GPU only: share of its memory that the server may take; null = with ``time_sharing`` what the trainer leaves in
+    #: the server's turn, by the plan, otherwise 0.85
+    gpu_memory_utilization: float | None = None
     #: engines that the job starts: 1 = on its first node; a multiple of its nodes = as many on each; "all" = on each
     #: node as many as its trainer's GPUs take (CPU: one a node). With ``url`` none are started
     engines: str = "1"
@@ -101,7 +103,7 @@ class RolloutServerConfig:
                 raise ConfigError(f"rollout.server.{name} must be at least 1, not {getattr(self, name)}")
         if self.cpu_block_size < 32 or self.cpu_block_size % 32:
             raise ConfigError(f"rollout.server.cpu_block_size is {self.cpu_block_size}; a multiple of 32 is needed")
-        if not 0 < self.gpu_memory_utilization <= 1:
+        if not 0 < share_beside(self) <= 1:
             raise ConfigError(
                 f"rollout.server.gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share in (0, 1]"
             )
@@ -166,6 +168,11 @@ class RolloutServerConfig:
                 f"rollout.server.extra_args holds {secret.partition('=')[0]}: every process of the machine can read a"
                 f" command line. Put the key into the variable {self.api_key_env}"
             )
+
+
+def share_beside(config: RolloutServerConfig) -> float:
+    """Share of a GPU's memory that a server is given beside whatever else is there."""
+    return config.gpu_memory_utilization if config.gpu_memory_utilization is not None else 0.85
 
 
 @dataclass(frozen=True)

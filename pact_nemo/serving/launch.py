@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.runtime import machine
-from pact_nemo.serving.config import RolloutServerConfig
+from pact_nemo.serving.config import RolloutServerConfig, share_beside
 from pact_nemo.serving.endpoint import ServerEndpoint
 from pact_nemo.serving.placement import EnginePlace
 from pact_nemo.serving.serve_process import FORK_ENGINE_ENV, PARENT_ENV
@@ -91,7 +91,7 @@ def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: Se
         arguments.append("--enforce-eager")
     batched = config.max_num_batched_tokens
     if cuda:
-        arguments.append(f"--gpu-memory-utilization={config.gpu_memory_utilization}")
+        arguments.append(f"--gpu-memory-utilization={share_beside(config):g}")
         if config.time_sharing:
             arguments.append("--enable-sleep-mode")
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
-from pact_nemo.config.schema import Config, open_episodes, takes_turns
+from pact_nemo.config.schema import Config, open_episodes
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ServerError
 from pact_nemo.policy.distributed import new_store
@@ -67,7 +67,6 @@ class Generator:
             return
         self._source = source
         settings = self._config.rollout.server
-        settings = replace(settings, time_sharing=takes_turns(self._config, cuda=on_cuda(settings)))
         if settings.url is not None or settings.engines == "1":
             servers = self._few(settings, source) if rank() == 0 else []
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config, settled, steps_of, takes_turns, to_dict, to_yaml
 from pact_nemo.data.dataset import Dataset, build_dataset
 from pact_nemo.data.tasks import build_environment, check_batches
-from pact_nemo.planning.from_config import hardware_of, plan_in_one_line, run_plan
+from pact_nemo.planning.from_config import engine_share, hardware_of, plan_in_one_line, run_plan
 from pact_nemo.policy.device import use_cuda
 from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.links import check_links, slow_links
@@ -123,7 +124,7 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
         if table := names():
             write_json_atomic(space.names, table)
             progress.message(f"the model sees some tools or arguments under other names: {space.names}")
-    generator = Generator(config, chat, environment, progress, space.server_log)
+    generator = Generator(_with_share(config), chat, environment, progress, space.server_log)
     stack.callback(generator.close)
     generator.check = stop.raise_if_set
     generator.launch(on_rank_zero(lambda: served_path(config, source)), space.exports)
@@ -138,6 +139,16 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
     )
     sharing.built(policy)
     return TrainingRun(config, space, chat, environment, dataset, policy, generator, progress, source, stop, sharing)
+
+
+def _with_share(config: Config) -> Config:
+    """The config as the engines are started: whether they take turns with the trainer, and what of a GPU they get."""
+    server = config.rollout.server
+    cuda = server.url is None and on_cuda(server)
+    sharing = takes_turns(config, cuda=cuda)
+    share = engine_share(config, dist.get_world_size()) if sharing and cuda else server.gpu_memory_utilization
+    server = replace(server, time_sharing=sharing, gpu_memory_utilization=share)
+    return replace(config, rollout=replace(config.rollout, server=server))
 
 
 def _begin(stack: ExitStack, run: TrainingRun, *, resumed: bool) -> None:
