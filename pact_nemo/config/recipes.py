@@ -169,7 +169,7 @@ def qwen3_8b_8xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=4, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=2, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        server=ServerShare(tensor_parallel_size=2, max_model_len=PAPER_LENGTH, max_num_seqs=256),
     )
 
 
@@ -183,7 +183,7 @@ def qwen3_14b_8xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=8, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=4, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        server=ServerShare(tensor_parallel_size=4, max_model_len=PAPER_LENGTH, max_num_seqs=256),
     )
 
 
@@ -197,7 +197,7 @@ def qwen3_32b_16xh100_bf16() -> Recipe:
         gpus_per_node=8,
         gpu_gib=80,
         policy=_bf16(tensor_parallel=8, pipeline_parallel=2, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=8, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        server=ServerShare(tensor_parallel_size=8, max_model_len=PAPER_LENGTH, max_num_seqs=256),
     )
 
 
@@ -210,8 +210,10 @@ def qwen2p5_72b_64xh100_bf16() -> Recipe:
         nodes=8,
         gpus_per_node=8,
         gpu_gib=80,
-        policy=_bf16(tensor_parallel=8, pipeline_parallel=4, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=8, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        policy=_bf16(
+            tensor_parallel=4, pipeline_parallel=4, virtual_pipeline=4, sequence_parallel=True, micro_batch_tokens=32768
+        ),
+        server=ServerShare(tensor_parallel_size=8, max_model_len=PAPER_LENGTH, max_num_seqs=256),
     )
 
 
@@ -224,8 +226,10 @@ def llama3p1_70b_64xh100_bf16() -> Recipe:
         nodes=8,
         gpus_per_node=8,
         gpu_gib=80,
-        policy=_bf16(tensor_parallel=8, pipeline_parallel=4, sequence_parallel=True, micro_batch_tokens=32768),
-        server=ServerShare(tensor_parallel_size=8, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        policy=_bf16(
+            tensor_parallel=4, pipeline_parallel=4, virtual_pipeline=4, sequence_parallel=True, micro_batch_tokens=32768
+        ),
+        server=ServerShare(tensor_parallel_size=8, max_model_len=PAPER_LENGTH, max_num_seqs=256),
     )
 
 
@@ -265,7 +269,7 @@ def qwen3_30b_a3b_16xh100_bf16() -> Recipe:
         policy=_bf16(
             tensor_parallel=4, pipeline_parallel=2, expert_parallel=8, sequence_parallel=True, micro_batch_tokens=32768
         ),
-        server=ServerShare(tensor_parallel_size=4, max_model_len=PAPER_LENGTH, max_num_seqs=64),
+        server=ServerShare(tensor_parallel_size=4, max_model_len=PAPER_LENGTH, max_num_seqs=256),
     )
 
 

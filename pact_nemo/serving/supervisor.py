@@ -171,10 +171,8 @@ class SupervisedServer:
                 self._happened(Event.FAILED, reason=reason)
                 continue
             self._happened(Event.LOADED, version=self.weight_version)
-            self._note(
-                f"rollout server: back after {time.monotonic() - started:.0f} s with weight version"
-                f" {self.weight_version}"
-            )
+            seconds = time.monotonic() - started
+            self._note(f"rollout server: back after {seconds:.0f} s with weight version {self.weight_version}")
             return report
 
     def put_down(self, reason: str) -> None:
