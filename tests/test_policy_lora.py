@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 from pact_nemo.checkpoints import resume
 from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.planning.memory import state_bytes
+from pact_nemo.planning.shape import Layout, ModelShape, rank_parameters
+from pact_nemo.planning.shape import adapter_parameters as adapter_parameters_of
 from pact_nemo.policy.config import LoraConfig, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.test_policy_model import hf_logprobs, load_hf
@@ -113,6 +116,18 @@ def test_only_adapters_have_gradients_moments_and_room_in_a_checkpoint(
         for name, folder in folders.items()
     }
     assert sizes["lora"] < 0.4 * sizes["full"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_plan_counts_what_is_trained(family: str, models: Callable[[str], Path]) -> None:
+    policy = build(models(family), lora=lora(family))
+    policy.update(TREES, loss_fn)
+    shape = ModelShape.of(policy.architecture)
+    numbers = [param.numel() for param in adapter_parameters(policy).values()]
+    assert adapter_parameters_of(shape, policy.config.lora) == sum(numbers)
+    state = state_bytes(rank_parameters(shape, Layout(1), 0, policy.config.lora), Layout(1), policy.config)
+    assert state.weights == 4 * sum(param.numel() for param in policy.chunks[0].parameters())
+    assert (state.gradients, state.optimizer) == (4 * sum(numbers), 8 * sum(numbers))
 
 
 def test_gradients_are_finite_differences_of_the_loss(models: Callable[[str], Path]) -> None:

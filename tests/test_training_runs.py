@@ -228,3 +228,38 @@ def test_a_wrong_setting_and_a_dry_run_start_nothing(tmp_path: Path) -> None:
     )
     assert dry.returncode == 0 and "steps: 7" in dry.stdout and "GiB" in dry.stdout and "7 steps x" in dry.stdout
     assert not list(tmp_path.iterdir())
+
+
+ADAPTERS = ["policy.lora.rank=4", "policy.lora.alpha=8", "warmup.steps=0"]
+
+
+def test_a_run_of_adapters_resumes_bit_for_bit_and_leaves_them_in_peft_format(
+    stage: dict[str, Any], plain: Path
+) -> None:
+    whole = recipe(stage, "adapters", *ADAPTERS)
+    first = recipe(stage, "adapters-halves", *ADAPTERS, "trainer.steps=1")
+    resumed = recipe(stage, "adapters-halves", f"trainer.steps={STEPS}", resume=first)
+    assert records(resumed) == records(whole)
+    rows = records(whole)
+    assert rows[-1]["policy/kl_ref"] > 0 and all(row["policy/grad_norm"] > 0 for row in rows)
+    one, other, base = weights(whole), weights(resumed), load_file(stage["folder"] / "model" / "model.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    tensors = load_file(whole / "adapter" / "adapter_model.safetensors")
+    settings = json.loads((whole / "adapter" / "adapter_config.json").read_text())
+    for name, value in one.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        want = base[name]
+        if f"{stem}.lora_A.weight" in tensors:
+            product = tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
+            want = want + settings["lora_alpha"] / settings["r"] * product
+            assert product.abs().max() > 0
+        torch.testing.assert_close(value, want, rtol=0, atol=1e-6, msg=name)
+    assert json.loads((whole / "summary.json").read_text())["adapter_export"] == str(whole / "adapter")
+    (before,) = first.glob("adapter-v*")  # the shorter run's, under its version
+    large = [sum(file.stat().st_size for file in run.glob("checkpoints/*/weights/*")) for run in (whole, plain)]
+    assert large[0] < 0.1 * large[1]
+
+
+def test_a_warm_up_before_a_reference_that_is_the_base_is_refused(stage: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"objective\.kl_coef=0 or warmup\.steps=0"):
+        load_config(stage["preset"], [*stage["words"], *ADAPTERS[:2]])

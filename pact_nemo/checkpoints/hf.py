@@ -59,6 +59,33 @@ def export_to(
     return target
 
 
+class HasAdapters(Protocol):
+    """A policy that can write its adapters alone; collective."""
+
+    def export_adapter(self, folder: str | Path) -> None: ...
+
+
+def export_adapter_to(policy: HasAdapters, folder: str | Path, *, version: int) -> Path:
+    """Write the policy's adapters as a new ``folder`` in PEFT format with a manifest; visible only when whole.
+    Collective.
+
+    Raises:
+        CheckpointError: on all ranks: the disk refused (the message names file and remedy). Nothing is left behind.
+        FileExistsError: the folder exists already (CheckpointError on ranks other than 0).
+    """
+    target = Path(folder)
+    with naming_the_file(target, "can't be written", "nothing of it became visible"), ExitStack() as stack:
+        temporary = Path(on_rank_zero(lambda: str(stack.enter_context(new_directory(target)))))
+        policy.export_adapter(temporary)
+
+        def publish() -> None:
+            write_manifest(temporary, version, {"format": "peft"})
+            stack.close()
+
+        on_rank_zero(publish)
+    return target
+
+
 def export_version(
     policy: Exportable, root: str | Path, version: int, *, dtype: str = "bfloat16", extra: dict[str, Any] | None = None
 ) -> Path:

@@ -234,6 +234,11 @@ def _objective(config: Config) -> None:
         " rollout.sampling.max_response_tokens",
     )
     _require(objective.kl_coef >= 0.0, f"objective.kl_coef={objective.kl_coef}: must be >= 0")
+    _require(
+        not (config.policy.lora.rank and config.warmup.steps and objective.kl_coef),
+        f"policy.lora.rank={config.policy.lora.rank} has the base for its KL reference, and warmup.steps="
+        f"{config.warmup.steps} makes another policy of it before RL begins; set objective.kl_coef=0 or warmup.steps=0",
+    )
     _require(objective.sft_coef >= 0.0, f"objective.sft_coef={objective.sft_coef}: must be >= 0")
 
 

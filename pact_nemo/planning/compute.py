@@ -62,12 +62,14 @@ class Pass:
         rows: micro-batches of a data-parallel rank.
         train: forward and backward, else forward alone.
         fp8: the decoder's products are in FP8.
+        frozen: the weights have no gradient, only the hidden states have (adapters; their own products are left out).
     """
 
     row: Row
     rows: int
     train: bool
     fp8: bool
+    frozen: bool = False
 
 
 def forward_operations(shape: ModelShape, row: Row) -> Operations:
@@ -89,9 +91,11 @@ def _product_numbers(shape: ModelShape) -> float:
     return float(shape.layers * (attention + copies * (2 * shape.hidden + 3 * width)))
 
 
-def model_operations(shape: ModelShape, row: Row) -> float:
-    """Of forward and backward, as model TFLOP/s are counted: nothing that is recomputed."""
-    return 3.0 * forward_operations(shape, row).total
+def model_operations(shape: ModelShape, row: Row, *, frozen: bool = False) -> float:
+    """Of forward and backward, as model TFLOP/s are counted: nothing that is recomputed. ``frozen`` weights have no
+    gradient of their own."""
+    work = forward_operations(shape, row)
+    return 3.0 * work.total - ((work.products + work.head) if frozen else 0.0)
 
 
 def compute_seconds(
@@ -101,6 +105,9 @@ def compute_seconds(
     work = forward_operations(shape, one.row)
     again = policy.recompute if one.train else "none"
     passes = (4.0 if again == "full" else 3.0) if one.train else 1.0
+    head = 4.0 if one.train else 1.0
+    if one.train and one.frozen:
+        passes, head = passes - 1.0, head - 1.0
     attention = (ATTENTION_BACKWARD + (2.0 if again != "none" else 1.0)) if one.train else 1.0
     in_fp8 = max(0.0, 1.0 - 2.0 * policy.fp8_bf16_layers / shape.layers) if one.fp8 and hardware.fp8 else 0.0
     dense = hardware.bf16 * hardware.reached_bf16
@@ -109,8 +116,7 @@ def compute_seconds(
     bandwidth = hardware.memory_bandwidth * hardware.memory_reached
     kernels = hardware.reached_te_attention if policy.attention == "te" else hardware.reached_attention
     return {
-        "products": (passes * work.products * each / mixed + (4.0 if one.train else 1.0) * work.head / dense)
-        / layout.world,
+        "products": (passes * work.products * each / mixed + head * work.head / dense) / layout.world,
         "attention": attention * work.attention / (hardware.bf16 * kernels) / layout.world,
         "around FP8": passes * work.numbers * in_fp8 * hardware.fp8_bytes / bandwidth / layout.world,
     }

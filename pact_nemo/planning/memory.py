@@ -43,13 +43,21 @@ def state_bytes(parameters: RankParameters, layout: Layout, policy: PolicyConfig
     weights.
 
     The distributed optimizer cuts moments and main weights over DP x CP, those of experts over the ranks with the same
-    experts. Under ``policy.fp8`` Transformer Engine caches each weight in FP8 twice, as it is and transposed.
+    experts. Under ``policy.fp8`` Transformer Engine caches each weight in FP8 twice, as it is and transposed. Where
+    only adapters are trained, gradients and optimizer are theirs alone.
     """
     fp32 = policy.precision == "fp32"
     each = FP32 * (MOMENTS if fp32 else MOMENTS + 1)
     sharded = policy.distributed_optimizer
     dense = share(parameters.dense, layout.data * layout.context if sharded else 1)
     expert = share(parameters.expert, layout.expert_data if sharded else 1)
+    if parameters.adapters is not None:
+        return StateBytes(
+            weights=(4 if fp32 else 2) * (parameters.total + parameters.adapters),
+            fp8_copies=0,
+            gradients=FP32 * parameters.adapters,
+            optimizer=each * share(parameters.adapters, layout.data * layout.context if sharded else 1),
+        )
     return StateBytes(
         weights=(4 if fp32 else 2) * parameters.total,
         fp8_copies=2 * parameters.total if policy.fp8 else 0,
@@ -76,6 +84,14 @@ def communication_bytes(
     boundary = tokens * shape.hidden / layout.hidden_split * numbers.width
     sent = (2 + (0 if cuda else flying)) * boundary if layout.pipeline > 1 else 0.0
     return gathered + sent + (NCCL_COMMUNICATOR * communicators(layout) if cuda else 0.0)
+
+
+def adapter_working(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
+    """What an adapter takes beside the layer at work: its output before it is added, and over tensor-parallel ranks
+    the whole row of its input or output (measured by rehearsals, ``docs/reference/lora.md``).
+    """
+    widest = shape.hidden if layout.tensor > 1 else shape.intermediate
+    return 2.0 * row.tokens / layout.context * widest * numbers.width
 
 
 @dataclass(frozen=True)
@@ -117,14 +133,17 @@ def stage_memory(
 ) -> MemoryPlan:
     """Of a rank of one pipeline stage; ``policy.precision`` is fp32 or bf16, not auto."""
     numbers = Numbers.of(policy.precision, fp8=policy.fp8 is not None, kernels="te" if cuda else "torch")
-    parameters = rank_parameters(shape, layout, stage)
+    parameters = rank_parameters(shape, layout, stage, policy.lora)
+    copied = work.reference and parameters.adapters is None  # adapters are switched off for it instead
+    saved = parameters.total if parameters.adapters is None else parameters.adapters
     state = state_bytes(parameters, layout, policy)
     row = row if row is not None else work.micro_batch(policy.micro_batch_tokens, layout.data)
     rows = work.micro_batches(policy.micro_batch_tokens, layout.data)
     between = communication_bytes(shape, layout, numbers, row, cuda=cuda, flying=in_flight(layout, stage, rows))
     peak: ActivationPeak = training_peak(shape, layout, policy, numbers, row, stage=stage, micro_batches=rows)
+    adapting = 0.0 if parameters.adapters is None else adapter_working(shape, layout, numbers, row)
     # the reference pass puts the reference weights beside the current ones, without gradients
-    reference = (state.weights if work.reference and cuda else 0) + scoring_peak(
+    reference = (state.weights if copied and cuda else 0) + scoring_peak(
         shape, layout, numbers, row, stage=stage, chunk=policy.logprob_chunk
     )
     parts = {
@@ -136,6 +155,8 @@ def stage_memory(
         "log-prob head and chunk": peak.head,
         "communication buffers": between,
     }
+    if adapting:
+        parts["adapter at work"] = adapting
     if state.fp8_copies:
         parts["FP8 copies of weights"] = float(state.fp8_copies)
     if cuda:
@@ -143,8 +164,8 @@ def stage_memory(
     if reference > peak.total:
         parts["scoring, beyond the update"] = reference - peak.total
     host = {
-        "reference weights (host)": float(state.weights) if work.reference else 0.0,
-        "checkpoint copies (at a save)": float(state.weights + FP32 * parameters.total),
+        "reference weights (host)": float(state.weights) if copied else 0.0,
+        "checkpoint copies (at a save)": float((FP32 if numbers.width == FP32 else 2) * saved + FP32 * saved),
         "Python and libraries": LIBRARIES,
     }
     return MemoryPlan(stage, parts, host, row_tokens=row.tokens)

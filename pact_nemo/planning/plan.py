@@ -65,7 +65,8 @@ class Plan:
     def update_tflops(self) -> float:
         """Model TFLOP/s of a GPU during the update."""
         row = self.work.mean_tree * float(self.work.prompts)
-        return model_operations(self.shape, row) / self.phases["update"] / self.layout.world / 1e12
+        work = model_operations(self.shape, row, frozen=self.policy.lora.rank > 0)
+        return work / self.phases["update"] / self.layout.world / 1e12
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -9,7 +9,7 @@ from typing import Any
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy.architectures import Architecture, resolve_sizes
-from pact_nemo.policy.config import PolicyConfig
+from pact_nemo.policy.config import LoraConfig, PolicyConfig
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,13 @@ class RankParameters:
         dense: all but the experts; their gradients and optimizer state go over DP x CP.
         expert: of its experts; theirs go over ``Layout.expert_data`` ranks.
         largest: of its largest single weight.
+        adapters: of its adapters, where only they are trained; else None.
     """
 
     dense: int
     expert: int
     largest: int
+    adapters: int | None = None
 
     @property
     def total(self) -> int:
@@ -214,12 +216,25 @@ def padded_vocab(shape: ModelShape, layout: Layout) -> int:
     return shape.vocab + -shape.vocab % layout.tensor
 
 
-def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> RankParameters:
+def adapter_parameters(shape: ModelShape, lora: LoraConfig) -> int:
+    """Of the adapters of all layers: what a checkpoint of them holds."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sides = {
+        "linear_qkv": shape.hidden + queries + 2 * keys,
+        "linear_proj": queries + shape.hidden,
+        "linear_fc1": shape.hidden + 2 * shape.intermediate,
+        "linear_fc2": shape.intermediate + shape.hidden,
+    }
+    return shape.layers * lora.rank * sum(sides[name] for name in lora.targets)
+
+
+def rank_parameters(shape: ModelShape, layout: Layout, stage: int, lora: LoraConfig | None = None) -> RankParameters:
     """Exactly what a rank of pipeline stage ``stage`` holds, as megatron builds it.
 
     Matrices and the biases of their columns are cut over TP. Norms, q/k norms, other biases and the router are on every
     rank of it. The embedding is on the first stage, the final norm and the head on the last. A tied head is the
-    embedding on a pipeline of one, and a copy of it on the last stage of a longer one.
+    embedding on a pipeline of one, and a copy of it on the last stage of a longer one. Both factors of an adapter are
+    cut over TP, those of all stages are alike.
 
     Raises:
         ConfigError: the model can't be cut this way.
@@ -248,7 +263,8 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> RankParame
     largest = max(
         hidden * first_linear, hidden * (queries + 2 * groups), hidden * shape.experts, rows if first or last else 0
     )
-    return RankParameters(dense, expert, largest)
+    adapters = adapter_parameters(shape, lora) // (layout.pipeline * tensor) if lora is not None and lora.rank else None
+    return RankParameters(dense, expert, largest, adapters)
 
 
 def share(count: int, ranks: int) -> int:

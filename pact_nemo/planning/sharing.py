@@ -29,7 +29,7 @@ def trainer_asleep(layout: Layout, *, fp8_copies: float = 0.0) -> float:
 
 def largest_state(shape: ModelShape, layout: Layout, policy: PolicyConfig) -> StateBytes:
     """Of the pipeline stage that moves most; ``policy.precision`` is fp32 or bf16, not auto."""
-    stages = (rank_parameters(shape, layout, stage) for stage in range(layout.pipeline))
+    stages = (rank_parameters(shape, layout, stage, policy.lora) for stage in range(layout.pipeline))
     return max((state_bytes(parameters, layout, policy) for parameters in stages), key=moved_bytes)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pact_nemo.planning.compute import Pass, pass_seconds
 from pact_nemo.planning.generation import ServerPlan, rollout_seconds
 from pact_nemo.planning.hardware import Hardware
-from pact_nemo.planning.shape import Layout, ModelShape, rank_parameters
+from pact_nemo.planning.shape import Layout, ModelShape, RankParameters, adapter_parameters, rank_parameters
 from pact_nemo.planning.sharing import largest_state, turn_seconds
 from pact_nemo.planning.workload import StepWork
 from pact_nemo.policy.config import PolicyConfig
@@ -19,11 +19,14 @@ def update_seconds(
     """All optimizer updates of a step: passes, gradient reduction, Adam, parameter gathering."""
     row = work.mean_tree * (work.prompts / work.updates)
     rows = work.micro_batches(policy.micro_batch_tokens, layout.data)
-    training = Pass(row, rows, train=True, fp8=policy.fp8 is not None)
+    training = Pass(row, rows, train=True, fp8=policy.fp8 is not None, frozen=policy.lora.rank > 0)
     one = pass_seconds(shape, layout, policy, hardware, training)
     held = max(
-        (rank_parameters(shape, layout, stage) for stage in range(layout.pipeline)), key=lambda found: found.total
+        (rank_parameters(shape, layout, stage, policy.lora) for stage in range(layout.pipeline)),
+        key=lambda found: found.total,
     )
+    if held.adapters is not None:  # all else is neither reduced nor updated
+        held = RankParameters(held.adapters, 0, held.largest)
     replicas = layout.data * layout.context
     if replicas > 1:  # reduce-scatter in fp32, all-gather in the weights' dtype
         link = hardware.node_bandwidth if layout.world <= hardware.gpus_per_node else hardware.network_bandwidth
@@ -58,7 +61,7 @@ def scoring_seconds(
     if work.reference:
         scoring = Pass(alone, rows * work.updates, train=False, fp8=False)
         found["reference scoring"] = pass_seconds(shape, layout, policy, hardware, scoring)
-        if hardware.cuda:  # its weights come from the host
+        if hardware.cuda and not policy.lora.rank:  # its weights come from the host
             held = max(rank_parameters(shape, layout, stage).total for stage in range(layout.pipeline))
             found["reference scoring"] += 2.0 * held / hardware.host_bandwidth
     return found
@@ -83,10 +86,11 @@ def refit_seconds(shape: ModelShape, layout: Layout, hardware: Hardware, server:
 
 
 def checkpoint_seconds(shape: ModelShape, layout: Layout, policy: PolicyConfig, hardware: Hardware) -> float:
-    """Weights and optimizer state, written by all nodes."""
+    """What is trained and its optimizer state, written by all nodes."""
     nodes = max(1, -(-layout.world // hardware.gpus_per_node))
     each = (2 if policy.precision != "fp32" else 4) + (12 if policy.precision != "fp32" else 8)
-    return each * shape.parameters / (nodes * hardware.disk_bandwidth)
+    trained = adapter_parameters(shape, policy.lora) if policy.lora.rank else shape.parameters
+    return each * trained / (nodes * hardware.disk_bandwidth)
 
 
 def phases(

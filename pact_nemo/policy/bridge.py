@@ -10,7 +10,9 @@ bridge's own readers differ from version to version. What else it lacks is in
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import logging
 import re
 from collections.abc import Iterator, KeysView, Mapping
@@ -97,6 +99,16 @@ class FolderState(Mapping[str, torch.Tensor]):
 
     def close(self) -> None:
         self._reader.close()
+
+    def digest(self) -> str:
+        """A digest of the folder that takes no time: names, types, shapes and the first MiB of each of its weights."""
+        digest = hashlib.sha256()
+        for name, entry in sorted(self.folder.entries.items()):
+            digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode())
+            with (self.folder.path / entry.file).open("rb") as file:
+                file.seek(entry.start)
+                digest.update(file.read(min(entry.end - entry.start, 1 << 20)))
+        return digest.hexdigest()
 
 
 @torch.no_grad()

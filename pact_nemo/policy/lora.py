@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -22,12 +21,11 @@ import torch.distributed as dist
 
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.policy.architectures import Architecture
-from pact_nemo.policy.bridge import conversion_tasks, folder_of
+from pact_nemo.policy.bridge import conversion_tasks
 from pact_nemo.policy.config import LoraConfig
 from pact_nemo.policy.device import has_transformer_engine, local_device
 from pact_nemo.policy.megatron_import import prepare_megatron
 from pact_nemo.policy.model import mark_tensor_parallel
-from pact_nemo.policy.model_folder import ModelFolder
 from pact_nemo.runtime.collective import on_rank_zero
 
 prepare_megatron()
@@ -220,20 +218,8 @@ def attach(
         return None
     check_lora(config, model)
     conversion_tasks(bridge, chunks)  # exports go by the names that the base has without adapters
-    folder = folder_of(bridge)
-    base = on_rank_zero(lambda: _digest(folder))
+    base = on_rank_zero(bridge.hf_pretrained.state.digest)
     return Adapters(config, chunks, bridge.get_conversion_tasks(chunks), seed=seed, base=base)
-
-
-def _digest(folder: ModelFolder) -> str:
-    """A digest of a model folder that takes no time: names, types, shapes and the first MiB of each of its weights."""
-    digest = hashlib.sha256()
-    for name, entry in sorted(folder.entries.items()):
-        digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode())
-        with (folder.path / entry.file).open("rb") as file:
-            file.seek(entry.start)
-            digest.update(file.read(min(entry.end - entry.start, 1 << 20)))
-    return digest.hexdigest()
 
 
 def _wrap(chunk: Any, config: LoraConfig) -> None:

@@ -110,7 +110,14 @@ def _move_modules_in_place() -> None:
                     store[name] = moved
         return self
 
+    def bfloat16(self: torch.nn.Module) -> torch.nn.Module:
+        odd = next((name for name, value in self.named_parameters() if value.dtype != torch.bfloat16), None)
+        if odd is not None:
+            raise RuntimeError(f"{odd} would be made anew in bfloat16: a rehearsal can't exchange a parameter's data")
+        return self
+
     torch.nn.Module.to = to  # type: ignore[method-assign,assignment]
+    torch.nn.Module.bfloat16 = bfloat16  # type: ignore[method-assign,assignment]
 
 
 def _choose_flash_attention() -> None:

@@ -17,7 +17,14 @@ from pact_nemo.config.schema import Config
 from pact_nemo.methods.registry import make_method
 from pact_nemo.objective.loss import STREAMS
 from pact_nemo.planning.activations import Numbers, scoring_peak
-from pact_nemo.planning.memory import CUDA_CONTEXT, NCCL_COMMUNICATOR, communicators, stage_memory, state_bytes
+from pact_nemo.planning.memory import (
+    CUDA_CONTEXT,
+    NCCL_COMMUNICATOR,
+    adapter_working,
+    communicators,
+    stage_memory,
+    state_bytes,
+)
 from pact_nemo.planning.shape import Layout, ModelShape, rank_parameters
 from pact_nemo.planning.workload import StepWork
 from pact_nemo.policy import attention, bridge, microbatches
@@ -122,18 +129,23 @@ class _Stage:
         row = tree * (tokens / tree.tokens)
         memory = stage_memory(self.shape, self.layout, settings, self.work, stage=self.case.stage, cuda=True, row=row)
         outside = CUDA_CONTEXT + NCCL_COMMUNICATOR * communicators(self.layout)
-        parameters = rank_parameters(self.shape, self.layout, self.case.stage)
+        parameters = rank_parameters(self.shape, self.layout, self.case.stage, settings.lora)
         state = state_bytes(parameters, self.layout, settings)
         numbers = Numbers.of("bf16", fp8=settings.fp8 is not None, kernels="te")
         forward = scoring_peak(
             self.shape, self.layout, numbers, row, stage=self.case.stage, chunk=settings.logprob_chunk
         )
+        if parameters.adapters is not None:
+            forward += adapter_working(self.shape, self.layout, numbers, row)
         before = float(state.total)
         beyond = memory.parts.get("scoring, beyond the update", 0.0)
         return {
             "built": float(state.weights + state.gradients) + state.optimizer / 3.0,
             "scoring": before - state.optimizer * 2.0 / 3.0 + forward,
-            "reference scoring": before - state.optimizer * 2.0 / 3.0 + state.weights + forward,
+            "reference scoring": before
+            - state.optimizer * 2.0 / 3.0
+            + (0 if settings.lora.rank else state.weights)
+            + forward,
             "update": memory.trainer - outside - beyond,
         }
 

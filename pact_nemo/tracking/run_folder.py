@@ -37,6 +37,7 @@ class Workspace:
         self.checkpoints = folder / "checkpoints"
         self.exports = folder / "exports"
         self.hf = folder / "hf"
+        self.adapter = folder / "adapter"
         self.numerics = folder / "numerics"
         self.server_log = folder / "server.log"
         self.run_log = folder / "run.log"

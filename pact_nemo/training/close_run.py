@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo import __version__
-from pact_nemo.checkpoints.hf import export_to
+from pact_nemo.checkpoints.hf import export_adapter_to, export_to
 from pact_nemo.checkpoints.manifest import verify_manifest
 from pact_nemo.errors import CheckpointError
 from pact_nemo.planning.from_config import compare_with
@@ -78,6 +78,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "warmup_steps": run.state.warmup_step,
         "eval": run.state.scores,
         "hf_export": str(run.workspace.hf),
+        "adapter_export": str(run.workspace.adapter) if config.policy.lora.rank else None,
         "seconds": {name: round(value, 3) for name, value in run.state.seconds.items()},
         "peak_memory_bytes": {
             "trainer": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -120,8 +121,8 @@ def is_current(folder: Path, version: int) -> bool:
 
 
 def close_run(run: TrainingRun) -> None:
-    """Write the trained policy as an HF folder that transformers and vLLM load as it is, then the summary and the
-    report.
+    """Write the trained policy as an HF folder that transformers and vLLM load as it is, its adapters, if it has some,
+    in PEFT format, then the summary and the report.
     """
     space = run.workspace
     with run.progress.phase("export"):
@@ -129,6 +130,8 @@ def close_run(run: TrainingRun) -> None:
         if not on_rank_zero(lambda: is_current(space.hf, run.state.version)):
             run.sharing.trainer(end=True)
             export_to(run.policy, space.hf, version=run.state.version, dtype=run.policy.weight_dtype)
+        if run.config.policy.lora.rank and not on_rank_zero(lambda: is_current(space.adapter, run.state.version)):
+            export_adapter_to(run.policy, space.adapter, version=run.state.version)
         run.state.seconds["export"] = time.perf_counter() - start
     if rank() != 0:
         return
@@ -144,4 +147,6 @@ def close_run(run: TrainingRun) -> None:
     with run.progress.phase("report"):
         page = write_report(space.folder)
     run.progress.message(f"trained checkpoint (HF format): {space.hf}")
+    if run.config.policy.lora.rank:
+        run.progress.message(f"its adapters alone (PEFT format): {space.adapter}")
     run.progress.message(f"report: {page}")

@@ -20,7 +20,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.planning import disk
 from pact_nemo.planning.from_config import model_shape
 from pact_nemo.planning.generation import server_problems
-from pact_nemo.planning.shape import Layout, ModelShape
+from pact_nemo.planning.shape import Layout, ModelShape, adapter_parameters
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.model_folder import check_model_folder, check_values
@@ -124,7 +124,9 @@ def check_room(config: Config) -> None:
     parameters, rollout = model_shape(config).parameters, config.rollout
     precision = config.policy.resolved_precision(cuda=devices.use_cuda())
     reference = config.warmup.steps > 0 and config.objective.kl_coef > 0
-    own = disk.checkpoint_bytes(parameters, precision, config.trainer.keep_checkpoints)
+    lora = config.policy.lora
+    trained = adapter_parameters(model_shape(config), lora) if lora.rank else parameters
+    own = disk.checkpoint_bytes(trained, precision, config.trainer.keep_checkpoints)
     own += disk.final_bytes(parameters, precision, reference=reference)
     exports = (
         disk.export_bytes(parameters, rollout.export_dtype, rollout.keep_exports)

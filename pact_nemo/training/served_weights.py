@@ -141,7 +141,7 @@ class ServedWeights:
         other weights.
         """
         reference = [self.reference_path] if version < 0 and self.config.warmup.steps > 0 else []
-        for folder in (*self.workspace.exports.glob("v*"), self.workspace.hf, *reference):
+        for folder in (*self.workspace.exports.glob("v*"), self.workspace.hf, self.workspace.adapter, *reference):
             if not folder.exists():
                 continue
             try:
