@@ -164,7 +164,7 @@ def test_the_70b_recipe_plans_without_weights_and_asks_for_them_before_it_runs(t
     dry = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
     assert "meta-llama/Llama-3.1-70B-Instruct: 70,554 M parameters" in dry.stdout
-    assert "64 process(es): TP 8 x PP 4 x CP 1 x DP 2" in dry.stdout
+    assert "64 process(es): TP 4 x PP 4 x CP 1 x DP 4" in dry.stdout
     bare = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert bare.returncode == 2 and "model.path=/models/Llama-3.1-70B-Instruct" in bare.stderr
     assert not list(tmp_path.iterdir())

@@ -275,27 +275,26 @@ def qwen3_30b_a3b_16xh100_bf16() -> Recipe:
     )
 
 
-def _adapters(recipe: Recipe, name: str, *, gpus: int, server: ServerShare, **layout: Any) -> Recipe:
+def _adapters(recipe: Recipe, name: str, *, gpus: int, **layout: Any) -> Recipe:
     """The same model on one node of ``gpus``, with adapters on every matrix instead of all weights."""
     policy = dataclasses.replace(_bf16(micro_batch_tokens=32768, **layout), lora=LoraConfig(rank=32, alpha=64.0))
-    return dataclasses.replace(recipe, name=name, nodes=1, gpus_per_node=gpus, policy=policy, server=server)
+    return dataclasses.replace(recipe, name=name, nodes=1, gpus_per_node=gpus, policy=policy)
 
 
 def qwen3_4b_1xh100_lora() -> Recipe:
-    base = qwen3_4b_4xh100_bf16()
-    return _adapters(base, "qwen3_4b_1xh100_lora", gpus=1, server=base.server)
+    return _adapters(qwen3_4b_4xh100_bf16(), "qwen3_4b_1xh100_lora", gpus=1)
 
 
 def qwen3_32b_8xh100_lora() -> Recipe:
     base = qwen3_32b_16xh100_bf16()
     name = "qwen3_32b_8xh100_lora"
-    return _adapters(base, name, gpus=8, server=base.server, tensor_parallel=8, sequence_parallel=True)
+    return _adapters(base, name, gpus=8, tensor_parallel=8, sequence_parallel=True)
 
 
 def llama3p1_70b_8xh100_lora_bf16() -> Recipe:
     base = llama3p1_70b_64xh100_bf16()
     name = "llama3p1_70b_8xh100_lora_bf16"
-    return _adapters(base, name, gpus=8, server=base.server, tensor_parallel=8, sequence_parallel=True)
+    return _adapters(base, name, gpus=8, tensor_parallel=8, sequence_parallel=True)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
