@@ -54,7 +54,9 @@ def test_a_node_of_eight_h100_holds_every_recipe_of_one_node(name: str) -> None:
         split = chosen.server.tensor_parallel_size
         engines = chosen.world_size // split
         said = (
-            f"{engines} rollout engines over {split} GPU(s) each" if engines > 1 else "a rollout engine over 1 GPU(s)"
+            f"{engines} rollout engines over {split} GPU(s) each"
+            if engines > 1
+            else f"a rollout engine over {split} GPU(s)"
         )
         assert said in started
         (_, single) = launcher.report(of(name, "rollout.server.engines=1"), [H100] * 8, chosen.world_size)
@@ -66,7 +68,7 @@ def test_what_a_node_can_not_hold_is_refused_with_what_it_can() -> None:
     two = refused("qwen3_4b_4xh100_bf16", [H100] * 2)
     assert "4 rank(s), one a GPU" in two and "2 x NVIDIA H100" in two and "fit here: qwen3_0p6b_1xh100_bf16" in two
     small = refused("qwen3_4b_4xh100_bf16", [SMALL] * 4)
-    assert "GiB of each GPU by the plan" in small and "no recipe fits here" in small
+    assert "GiB of each GPU by the plan" in small and "fit here: qwen3_0p6b_1xh100_bf16" in small
     used = refused("qwen3_4b_4xh100_bf16", [H100, H100, Gpu(H100.name, H100.memory, 10 * 2**30), H100])
     assert "10.0 are free of GPU 2" in used and "CUDA_VISIBLE_DEVICES" in used
     none = refused("qwen3_4b_4xh100_bf16", [])
@@ -92,7 +94,10 @@ def test_without_a_recipe_the_small_preset_runs_and_the_recipes_that_fit_are_nam
     config = load_config(REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml")
     assert launcher.ranks_here(config, [H100] * 4, []) == 1
     (_, line) = launcher.report(config, [H100] * 4, 1)
-    assert "no --recipe: 1 rank(s) on GPU 0 of 4" in line and "qwen3_4b_4xh100_bf16 (--recipe NAME" in line
+    assert (
+        "no --recipe: 1 rank(s) on GPU 0 of 4" in line
+        and "qwen3_4b_4xh100_bf16, qwen3_4b_1xh100_lora (--recipe NAME" in line
+    )
     assert "qwen3_8b" not in line and launcher.report(config, [], 1) == []
     layout = load_config(REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml", ["policy.pipeline_parallel=2"])
     assert launcher.ranks_here(layout, [], []) == 2 == launcher.ranks_here(layout, [H100] * 2, [])
@@ -317,7 +322,8 @@ def test_a_refused_start_says_why_once_and_leaves_no_logs_outside_the_run(tmp_pa
 
 
 def test_the_nodes_of_a_job_hold_the_layout_or_the_number_that_does_is_named() -> None:
-    config = of("llama3p1_70b_64xh100_bf16")
+    assert "4 x (TP x PP x CP = 16)" in launcher.check_nodes(of("llama3p1_70b_64xh100_bf16"), 8, 0, 8)
+    config = of("llama3p1_70b_64xh100_bf16", "policy.tensor_parallel=8")
     assert launcher.check_nodes(config, 8, 0, 8).startswith("64 ranks on 8 node(s): 2 x (TP x PP x CP = 32)")
     assert launcher.check_nodes(config, 8, 0, 8).endswith("; a rollout engine over 8 GPU(s) on every node")
     apart = launcher.check_nodes(config, 10, 2, 8)

@@ -221,18 +221,19 @@ def test_the_tool_prints_one_json_object_last_and_its_exit_code_is_the_verdict(
         and plan["bottleneck"] in plan["seconds"]
         and "<- bottleneck" in done.stdout
     )
-    assert plan["layout"]["tensor"] == 8 and sum(plan["memory_gib"].values()) + plan["server_gib"] == pytest.approx(
+    assert plan["layout"]["tensor"] == 4 and sum(plan["memory_gib"].values()) + plan["server_gib"] == pytest.approx(
         plan["total_gib"]
     )
-    assert run("--recipe", "llama3p1_70b_64xh100_bf16", "--gpus", "32", "policy.tensor_parallel=4").returncode == 1
-    wrong = run("--recipe", "llama3p1_70b_64xh100_bf16", "--gpus", "48")
-    assert wrong.returncode == 2 and "48 ranks are not a multiple" in wrong.stderr
+    assert run("--recipe", "llama3p1_70b_64xh100_bf16", "--gpus", "16").returncode == 1
+    wrong = run("--recipe", "llama3p1_70b_64xh100_bf16", "--gpus", "40")
+    assert wrong.returncode == 2 and "40 ranks are not a multiple" in wrong.stderr
     turns = run("--recipe", "llama3p1_70b_64xh100_bf16", "--engines", "all", "--json")
     shared = json.loads(turns.stdout.splitlines()[-1])
     one = run("--recipe", "llama3p1_70b_64xh100_bf16", "--json", "rollout.server.engines=1")
     alone = json.loads(one.stdout.splitlines()[-1])
     assert [found["engines"]["count"] for found in (alone, plan, shared)] == [1, 8, 8]
-    assert shared["step_seconds"] < plan["step_seconds"] < 0.5 * alone["step_seconds"]
+    assert shared["step_seconds"] == plan["step_seconds"] < 0.6 * alone["step_seconds"]
+    assert plan["step_seconds"] < 800
     assert "engine asleep beside it" in turns.stdout
     searched = run("--recipe", "qwen3_8b_8xh100_bf16", "--search", "--top", "3", "--json")
     layouts = json.loads(searched.stdout.splitlines()[-1])["layouts"]

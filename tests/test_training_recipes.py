@@ -70,10 +70,10 @@ def test_a_layout_divides_model_and_ranks_and_fits_its_gpus_by_the_plan(name: st
     engines = found.world_size // found.server.tensor_parallel_size
     alone = run_plan(load_config([FULL, found], ["rollout.server.engines=1"]))
     assert (plan.server.servers, alone.server.servers) == (engines, 1), "engines on all GPUs"
-    assert plan.step < 0.8 * alone.step if engines > 1 else plan.step == alone.step
+    assert plan.step < 0.9 * alone.step if engines > 1 else plan.step == alone.step
     assert plan.memory.total == alone.memory.total, "the fullest GPU is the one beside an engine"
     card = found.gpu_gib * 1e9 / GIB
-    assert plan.server.time_sharing and plan.server.share > 0.8
+    assert plan.server.time_sharing and plan.server.share > 0.75
     server = plan.server.share * card
     assert plan.memory.server == OUTSIDE_SHARE  # asleep beside the trainer
     weights = 2 * shape.parameters / found.server.tensor_parallel_size / GIB
