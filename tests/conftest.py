@@ -37,6 +37,8 @@ LONG = (
     "test_training_fast_paths",
     "test_planning_timing",
     "test_tracking",
+    "test_policy_offload",
+    "test_time_sharing",
     "test_hangs",
     "test_policy_model_folder",
     "test_benches",

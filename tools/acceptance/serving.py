@@ -44,7 +44,7 @@ SMALL = (
     "warmup.steps=1",
 )
 KEPT = re.compile(
-    r"^(time/|mismatch|importance|loss|grad|rollout/|tokens|reward|eval|step$|ratio|clip|kl|memory|refit|server)"
+    r"^(time/|mismatch|importance|loss|grad|rollout/|tokens|reward|eval|step$|ratio|clip|kl|memory|moved|refit|server)"
 )
 
 
