@@ -224,7 +224,10 @@ def test_the_tool_prints_one_json_object_last_and_its_exit_code_is_the_verdict(
     assert plan["layout"]["tensor"] == 4 and sum(plan["memory_gib"].values()) + plan["server_gib"] == pytest.approx(
         plan["total_gib"]
     )
-    assert run("--recipe", "llama3p1_70b_64xh100_bf16", "--gpus", "16").returncode == 1
+    smaller = ("--recipe", "llama3p1_70b_64xh100_bf16", "--gpus", "32")
+    assert run(*smaller).returncode == 0
+    beside = ("rollout.server.time_sharing=false", "rollout.server.gpu_memory_utilization=0.4")
+    assert run(*smaller, *beside).returncode == 1  # both at once don't fit there
     wrong = run("--recipe", "llama3p1_70b_64xh100_bf16", "--gpus", "40")
     assert wrong.returncode == 2 and "40 ranks are not a multiple" in wrong.stderr
     turns = run("--recipe", "llama3p1_70b_64xh100_bf16", "--engines", "all", "--json")
