@@ -20,10 +20,12 @@ import pytest
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.errors import ConfigError
 from pact_nemo.serving import launch, nodes
+from pact_nemo.serving.board import Board
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.endpoint import ServerEndpoint
 from pact_nemo.serving.nodes import JobEngines, Seat, address_towards, job_engines
 from pact_nemo.serving.placement import EnginePlace, engines_per_node, places_on_node
+from pact_nemo.serving.remote import Keeper, RemoteServer, Where
 from pact_nemo.serving.server import RolloutServer
 from pact_nemo.serving.supervisor import SupervisedServer
 from tests.faults.server_bench import Bench, content, play
@@ -152,6 +154,45 @@ def test_no_engine_outlives_its_rank(folder: Path, what: str) -> None:
     while job.engines() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert job.engines() == []
+
+
+class Held:
+    """An engine that takes a while to end, and holds memory until then."""
+
+    pid = None
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def exit_reason(self) -> None: ...
+
+    def rotate_log(self) -> None: ...
+
+    def peak_memory_bytes(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        time.sleep(0.5)
+        self.ended = True
+
+
+class Words(dict[str, str]):
+    """A store of this process."""
+
+    set = dict.__setitem__
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def test_an_engine_that_is_put_down_holds_nothing_any_more(tmp_path: Path) -> None:
+    words, held = Words(), Held()
+    keeper = Keeper(held, Board(words, 0))  # type: ignore[arg-type]
+    keeper.start()
+    server = RemoteServer(of("all"), Board(words, 0), Where("n1", 8, tmp_path / "log", "key"))  # type: ignore[arg-type]
+    server.end()
+    assert held.ended, "the trainer takes the memory next"
+    keeper.stop()
 
 
 @pytest.mark.slow

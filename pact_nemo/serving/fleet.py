@@ -165,7 +165,7 @@ class Fleet:
 
         def told(engine: SupervisedServer) -> None:
             if engine.health.state is State.DEAD:
-                engine.server.close()  # what hangs holds memory
+                engine.server.end()  # what hangs holds memory
                 return
             try:
                 tell(engine)

@@ -86,6 +86,17 @@ class RemoteServer:
         with suppress(RuntimeError):  # the store is gone: so is the job
             self._order(Do.STOP)
 
+    def end(self) -> None:
+        """Order its end, and wait until its node says so: what it holds of a GPU is free then."""
+        self.close()
+        deadline = time.monotonic() + self.config.stop_timeout_s + _LATER_S
+        with suppress(RuntimeError):
+            while self._newest(0.0) is None:
+                if time.monotonic() > deadline:
+                    log.warning("the rollout server on %s was told to end, and nothing was heard of it", self._where)
+                    return
+                time.sleep(_POLL_S)
+
     def _order(self, do: Do) -> None:
         self._number += 1
         self._board.order(Order(self._number, do))

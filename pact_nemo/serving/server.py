@@ -290,6 +290,8 @@ class RolloutServer:
             self._kill_group()
             self._process = None
 
+    end = close  #: of an engine on another node it waits longer
+
     def _kill_group(self) -> None:
         """SIGKILL what is left of the group and wait until the kernel has none of it any more."""
         assert self._process is not None

@@ -178,7 +178,7 @@ class SupervisedServer:
     def put_down(self, reason: str) -> None:
         """End a server that does not do what it is told, and what it holds; :meth:`recover` starts it anew."""
         self._happened(Event.FAILED, reason=reason)
-        self.server.close()
+        self.server.end()
 
     def _happened(self, event: Event, *, version: int | None = None, reason: str = "") -> None:
         before = self.health

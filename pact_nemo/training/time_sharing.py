@@ -118,7 +118,7 @@ class TimeSharing:
             elif move is Move.RESTORE:
                 self._together(self._restore)
             elif move is Move.END:
-                on_rank_zero(self._generator.close)
+                self._together(self._generator.close)  # the engines of a node are its first rank's
             elif phase == "sleep":
                 on_rank_zero(lambda: self._generator.sleep(drop=move is Move.DROP))
             else:
@@ -127,13 +127,13 @@ class TimeSharing:
         self.state = after
         self._record[f"time/{phase}"] += time.perf_counter() - start
 
-    def _together(self, move: Callable[[], Moved]) -> None:
+    def _together(self, move: Callable[[], Moved | None]) -> None:
         """On every rank; none goes on before all have done it."""
         error: Exception | None = None
         try:
-            moved = move()
-            self._record["moved/copied"] += moved.copied
-            self._record["moved/dropped"] += moved.dropped
+            if (moved := move()) is not None:
+                self._record["moved/copied"] += moved.copied
+                self._record["moved/dropped"] += moved.dropped
         except Exception as raised:
             error = raised
         raise_together(error)
