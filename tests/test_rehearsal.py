@@ -23,9 +23,10 @@ PHASES = ["built", "scoring", "reference scoring", "update"]
 
 
 def few_layers(name: str, *, tokens: int = 2048, **more: object) -> list[Case]:
-    """One rank of each pipeline stage, a layer each."""
-    stages = recipe(name).policy.pipeline_parallel
-    return [Case(name, stage, layers=stages, tokens=tokens, words=FEW, **more) for stage in range(stages)]  # type: ignore[arg-type]
+    """One rank of each pipeline stage, a layer each, or one for each of its virtual stages."""
+    policy = recipe(name).policy
+    stages, layers = policy.pipeline_parallel, policy.pipeline_parallel * (policy.virtual_pipeline or 1)
+    return [Case(name, stage, layers=layers, tokens=tokens, words=FEW, **more) for stage in range(stages)]  # type: ignore[arg-type]
 
 
 def check_outcome(outcome: Outcome) -> None:
@@ -88,7 +89,7 @@ def test_what_cannot_be_rehearsed_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match="pipeline stages 0 to 3, not 4"):
         check(Case("llama3p1_70b_64xh100_bf16", stage=4))
-    with pytest.raises(ConfigError, match="6 layers can't be cut into 4 chunks"):
+    with pytest.raises(ConfigError, match="6 layers can't be cut into 16 chunks"):
         check(Case("llama3p1_70b_64xh100_bf16", layers=6))
 
     def start(*words: str) -> SimpleNamespace:
