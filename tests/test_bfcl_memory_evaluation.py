@@ -45,9 +45,9 @@ class Person(ChatServer):
         self.delay = 0.0
         self.wanted = {e.user_turns[0][-1]["content"]: e for e in of_chain("customer") if not e.is_conversation}
         self.first = [e.user_turns[0][-1]["content"] for e in of_chain("customer") if e.is_conversation]
-        super().__init__(self.reply)
+        super().__init__(self.spoken)
 
-    def reply(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    def spoken(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         said = [message["content"] for message in messages if message["role"] == "user"]
         system, question = messages[0]["content"], self.wanted.get(said[0])
         time.sleep(self.delay)

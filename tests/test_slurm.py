@@ -152,12 +152,13 @@ def test_servers_in_containers_are_reached_by_addresses_that_slurm_says_outside(
 
 
 def test_nodes_that_do_not_hold_the_layout_are_refused_before_anything_starts(tmp_path: Path) -> None:
-    done = job_of_four_nodes(tmp_path, "pact_70b.sh", "model.path=/m", SERVER_NODES="2")
+    wide = "policy.tensor_parallel=8"  # TP x PP = 32
+    done = job_of_four_nodes(tmp_path, "pact_70b.sh", "model.path=/m", wide, SERVER_NODES="2")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "--nodes=4 and SERVER_NODES=2 leaves 16 trainer ranks" in done.stderr and "--nodes=6" in done.stderr
     assert len((tmp_path / "srun.d" / "srun").read_text().splitlines()) == 1  # the check alone
     (tmp_path / "again").mkdir()
-    dry = job_of_four_nodes(tmp_path / "again", "pact_70b.sh", "--dry-run", SERVER_NODES="2")
+    dry = job_of_four_nodes(tmp_path / "again", "pact_70b.sh", "--dry-run", wide, SERVER_NODES="2")
     assert dry.returncode == 2 and "submit with --nodes=6" in dry.stderr and "--nodelist=node4" in dry.stdout
     assert not (tmp_path / "again" / "srun.d" / "srun").exists()
 

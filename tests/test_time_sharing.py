@@ -1,5 +1,5 @@
 """Trainer and engines in turn: the state machine against a model of the memory, the engines' side on server processes,
-the trainer's on a real policy. Whole runs, and runs that are cut: faults/test_time_sharing.py.
+the trainer's on a real policy. Whole runs, and runs that are cut: faults/test_taking_turns.py.
 """
 
 from __future__ import annotations

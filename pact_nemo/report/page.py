@@ -88,7 +88,7 @@ def environment_of(run: Run) -> str | None:
     found = run.setting("environment")
     command = run.setting("environment_config.mcp.command") or []
     tools = run.setting("environment_config.tools") or " ".join(map(str, command))
-    return f"{found}: {tools}" if found == "own" and tools else found
+    return f"{found}: {tools}" if tools else found
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
