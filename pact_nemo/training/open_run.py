@@ -124,11 +124,12 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
         if table := names():
             write_json_atomic(space.names, table)
             progress.message(f"the model sees some tools or arguments under other names: {space.names}")
-    generator = Generator(_with_share(config), chat, environment, progress, space.server_log)
+    served = _as_served(config)
+    generator = Generator(served, chat, environment, progress, space.server_log)
     stack.callback(generator.close)
     generator.check = stop.raise_if_set
     generator.launch(on_rank_zero(lambda: served_path(config, source)), space.exports)
-    sharing = TimeSharing(generator, progress, on=takes_turns(config, cuda=on_cuda(config.rollout.server)))
+    sharing = TimeSharing(generator, progress, on=bool(served.rollout.server.time_sharing))
     if sharing.on or generator.measures_memory:  # the policy needs what an engine finds free as it starts
         on_rank_zero(generator.wait_ready)
     if sharing.on:
@@ -141,7 +142,7 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
     return TrainingRun(config, space, chat, environment, dataset, policy, generator, progress, source, stop, sharing)
 
 
-def _with_share(config: Config) -> Config:
+def _as_served(config: Config) -> Config:
     """The config as the engines are started: whether they take turns with the trainer, and what of a GPU they get."""
     server = config.rollout.server
     cuda = server.url is None and on_cuda(server)
