@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
@@ -60,6 +60,30 @@ class _Gate:
             self._left.notify()
 
 
+async def _side_by_side(
+    clients: Sequence[Served],
+    check: Callable[[], None] | None,
+    episodes: Callable[[], list[Coroutine[Any, Any, Rollout]]],
+) -> list[Rollout]:
+    """Play episodes with the clients open, all at once, until the last has ended or ``check`` raises."""
+    ended: BaseException | None = None
+    try:
+        async with AsyncExitStack() as opened:
+            for client in clients:
+                await opened.enter_async_context(client)
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(_repeat(check))
+                running = [group.create_task(episode) for episode in episodes()]
+                if running:
+                    await asyncio.wait(running)
+                watching.cancel()
+    except* (Interrupted, ServerLost) as raised:
+        ended = raised.exceptions[0]
+    if ended is not None:  # raised out here: Python 3.11.2 wraps what an except* clause raises into a group again
+        raise ended from None
+    return [task.result() for task in running]
+
+
 async def run_batch(
     tasks: Sequence[Task],
     samples: int,
@@ -106,23 +130,8 @@ async def run_batch(
             on_progress(done, total, tokens)
         return rollout
 
-    ended: BaseException | None = None
-    try:
-        async with AsyncExitStack() as opened:
-            for client in clients:
-                await opened.enter_async_context(client)
-            async with asyncio.TaskGroup() as group:
-                watching = group.create_task(_repeat(check))
-                running = [
-                    group.create_task(one(task, sample, clients[i % len(clients)]))
-                    for i, task in enumerate(tasks)
-                    for sample in range(samples)
-                ]
-                if running:
-                    await asyncio.wait(running)
-                watching.cancel()
-    except* (Interrupted, ServerLost) as raised:
-        ended = raised.exceptions[0]
-    if ended is not None:  # raised out here: Python 3.11.2 wraps what an except* clause raises into a group again
-        raise ended from None
-    return [task.result() for task in running]
+    def episodes() -> list[Coroutine[Any, Any, Rollout]]:
+        order = ((i, task, sample) for i, task in enumerate(tasks) for sample in range(samples))
+        return [one(task, sample, clients[i % len(clients)]) for i, task, sample in order]
+
+    return await _side_by_side(clients, check, episodes)
