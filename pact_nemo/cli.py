@@ -98,9 +98,10 @@ def _arguments(description: str | None, default_recipe: str | None) -> argparse.
 def _explain(config: Config) -> None:
     """``--dry-run``: check everything, print settings, plan and what the data brings."""
     from pact_nemo.planning.from_config import describe_plan
+    from pact_nemo.preflight.checks import check_room, preflight
+    from pact_nemo.preflight.dry_run import look_at_data
+    from pact_nemo.preflight.lengths import lengths_of
     from pact_nemo.tracking.registry import check_trackers
-    from pact_nemo.training.lengths import lengths_of
-    from pact_nemo.training.preflight import check_room, look_at_data, preflight
 
     if config.model.recipe is None:  # a recipe is explained on machines that it is not for
         check_room(config)

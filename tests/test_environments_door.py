@@ -18,6 +18,7 @@ import pytest
 import pact_nemo
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.config.limits import evaluation_limits
 from pact_nemo.config.load import load_config
 from pact_nemo.config.own import MOVED
 from pact_nemo.config.schema import Config, to_dict, to_yaml
@@ -30,7 +31,6 @@ from pact_nemo.environments.spec import EnvironmentSpec
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning.from_config import describe_plan
 from pact_nemo.traces.without_teacher import expert_trace
-from pact_nemo.training.limits import evaluation_limits
 from tests.workers.policy_kit import make_model
 from tests.workers.question_rows import ftrl_row, toolhop_row, write
 from tests.workers.scripted import write_replay

@@ -15,7 +15,7 @@ from pact_nemo.config.recipes import recipe
 from pact_nemo.data.tasks import build_environment, prompt_length
 from pact_nemo.planning.from_config import expected_lengths, run_plan, step_work
 from pact_nemo.planning.workload import Lengths, measured
-from pact_nemo.training.lengths import read_lengths
+from pact_nemo.preflight.lengths import read_lengths
 from tools import plan as plan_tool
 
 ROOT = Path(__file__).resolve().parents[1]

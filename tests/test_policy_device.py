@@ -20,7 +20,7 @@ from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import recipe
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy import device, distributed, megatron_import, without_cuda
-from pact_nemo.training import preflight
+from pact_nemo.preflight import checks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the redirection is for machines without CUDA")
 megatron_import.prepare_megatron()
@@ -299,7 +299,7 @@ def test_attention_in_float32_that_no_gpu_holds_is_refused_before_a_run(monkeypa
 
     def check(*words: str, gpu: int | None = 80 * 10**9) -> None:
         monkeypatch.setattr(device, "gpu_memory", lambda: gpu)
-        preflight.check_layout(
+        checks.check_layout(
             load_config([REPO / "conf" / "pact_bfcl.yaml", recipe("qwen3_1p7b_4xh100_bf16")], list(words)), None
         )
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from pact_nemo.config.limits import evaluation_limits, training_limits
 from pact_nemo.config.load import load_config
 from pact_nemo.environments.bfcl.session import FORCE_TERMINATED
 from pact_nemo.errors import ConfigError
 from pact_nemo.rollouts.chat_episode import play_by_chat
-from pact_nemo.training.limits import evaluation_limits, training_limits
 from tests.workers.bfcl_tasks import bfcl_environment
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

@@ -16,9 +16,10 @@ from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
 from pact_nemo.data.tasks import check_batches
 from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.preflight.checks import check_room, preflight
+from pact_nemo.preflight.token_ids import check_served_folder, check_token_ids
 from pact_nemo.runtime import machine
 from pact_nemo.training import open_run as setup
-from pact_nemo.training.preflight import check_room, check_served_folder, check_token_ids, preflight
 from tests.fixtures.chat_models import tokenizer
 from tests.workers.policy_kit import VOCAB, make_model
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pact_nemo.config.limits import evaluation_limits, training_limits
 from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, Recipe, recipe
 from pact_nemo.config.schema import to_yaml
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning.from_config import GIB, ModelShape, expected_lengths, model_shape, run_plan
 from pact_nemo.planning.generation import OUTSIDE_SHARE
-from pact_nemo.training.limits import evaluation_limits, training_limits
 
 REPO = Path(__file__).resolve().parents[1]
 FULL = REPO / "conf" / "pact_bfcl.yaml"

@@ -31,9 +31,9 @@ from pact_nemo.checking.data_checks import kind_of
 from pact_nemo.checking.findings import listed
 from pact_nemo.cli import resolve
 from pact_nemo.errors import ConfigError, PactError
+from pact_nemo.preflight.chat import chat_of
 from pact_nemo.runtime import machine
 from pact_nemo.runtime.terminal import command
-from pact_nemo.training.preflight import chat_of
 from recipes.pact_own import FULL, PRESET
 
 

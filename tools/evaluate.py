@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.config.limits import evaluation_limits
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config, open_episodes, to_dict
 from pact_nemo.data.tasks import build_environment, limited
@@ -41,6 +42,7 @@ from pact_nemo.environments.order import play_in_order, refuse_samples, standing
 from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError, PactError, ServerError
+from pact_nemo.preflight.token_ids import check_served_folder
 from pact_nemo.rollouts.chat_episode import play_by_chat
 from pact_nemo.rollouts.store import read_rollouts
 from pact_nemo.rollouts.types import Rollout
@@ -51,8 +53,6 @@ from pact_nemo.tracking.episodes import dump_evaluation
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.evaluation import episode_rewards, summarise
 from pact_nemo.training.generation import Generator
-from pact_nemo.training.limits import evaluation_limits
-from pact_nemo.training.preflight import check_served_folder
 
 REPOSITORY = checkout.ROOT
 

@@ -54,8 +54,8 @@ from pact_nemo.planning.memory import GIB
 from pact_nemo.planning.plan import Plan, make_plan, search
 from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.planning.workload import Lengths
+from pact_nemo.preflight.lengths import read_lengths
 from pact_nemo.runtime.terminal import command
-from pact_nemo.training.lengths import read_lengths
 from recipes import pact_bfcl, pact_own
 
 REPOSITORY = checkout.ROOT

@@ -29,10 +29,10 @@ checkout.enter(__file__)
 from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.errors import ConfigError, PactError
+from pact_nemo.preflight.checks import preflight
 from pact_nemo.runtime.files import write_text_atomic
 from pact_nemo.runtime.terminal import command
 from pact_nemo.serving.server import RolloutServer
-from pact_nemo.training.preflight import preflight
 from pact_nemo.training.served_weights import model_path, served_path
 
 

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG
+from pact_nemo.config.limits import evaluation_limits
 from pact_nemo.config.recipes import recipe
 from pact_nemo.config.schema import Config, open_episodes, takes_turns
 from pact_nemo.environments.registry import environment_spec
@@ -21,7 +22,6 @@ from pact_nemo.planning.workload import Lengths, StepWork
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.serving.config import ALL_ENGINES, share_beside
 from pact_nemo.serving.placement import engines_per_node
-from pact_nemo.training.limits import evaluation_limits
 
 #: as ``rollout.server`` says; or engines on all trainer GPUs, in turn with the trainer
 ENGINES = ("set", "all")

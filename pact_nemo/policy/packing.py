@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pact_nemo.errors import DataError
-from pact_nemo.policy.trees import Cut, Segment, TokenTree
+from pact_nemo.policy.trees import Cut, Segment, TokenTree, check_trees
 
 PAD_TOKEN = 0
 
@@ -147,40 +146,6 @@ class _Builder:
             flat_index=joined["flat"],
             used=used,
         )
-
-
-def check_trees(trees: list[TokenTree]) -> None:
-    """Refuse trees that can't be scored.
-
-    Raises:
-        DataError: a segment is empty, comes before its parent, has a scored list of another length, scores the first
-            token of a root, or a stream's length isn't the number of scored tokens or trees don't carry the same
-            streams.
-    """
-    for number, tree in enumerate(trees):
-        where = f"trees[{number}]"
-        for index, segment in enumerate(tree.segments):
-            here = f"{where}.segments[{index}]"
-            if not len(segment) or len(segment) != len(segment.scored):
-                raise DataError(
-                    f"{len(segment)} tokens with {len(segment.scored)} scored flags; equal and at least one",
-                    field=here,
-                )
-            if not -1 <= segment.parent < index:
-                raise DataError(f"parent {segment.parent} doesn't come before the segment", field=here)
-            if segment.parent < 0 and segment.scored[0]:
-                raise DataError("the first token of a root has no predecessor and can't be scored", field=here)
-        if tree.streams.keys() != trees[0].streams.keys():
-            raise DataError(
-                f"streams {sorted(tree.streams)} differ from those of the first tree, {sorted(trees[0].streams)}",
-                field=where,
-            )
-        for name, stream in tree.streams.items():
-            if stream.shape != (tree.num_scored,):
-                raise DataError(
-                    f"stream has shape {tuple(stream.shape)}, the tree scores {tree.num_scored} tokens",
-                    field=f"{where}.{name}",
-                )
 
 
 @dataclass(frozen=True)
@@ -316,7 +281,7 @@ def plan_rows(
         group_of: the number of rows per rank is padded to a multiple of this (interleaved pipeline schedules need PP).
 
     Raises:
-        DataError: see :func:`check_trees`.
+        DataError: see :func:`~pact_nemo.policy.trees.check_trees`.
     """
     check_trees(trees)
     limits = {token_budget}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.config.limits import evaluation_limits, training_limits
 from pact_nemo.config.schema import Config, open_episodes
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ServerError
@@ -28,7 +29,6 @@ from pact_nemo.serving.remote import Keeper, RemoteServer
 from pact_nemo.serving.server import RolloutServer
 from pact_nemo.serving.supervisor import SupervisedServer
 from pact_nemo.tracking.terminal import RunProgress
-from pact_nemo.training.limits import evaluation_limits, training_limits
 
 
 class Generator:

@@ -20,6 +20,9 @@ from pact_nemo.policy.device import use_cuda
 from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.links import check_links, slow_links
 from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.preflight.chat import chat_format
+from pact_nemo.preflight.checks import check_room, preflight
+from pact_nemo.preflight.lengths import lengths_of
 from pact_nemo.runtime.collective import on_rank_zero, rank
 from pact_nemo.runtime.files import write_json_atomic, write_text_atomic
 from pact_nemo.runtime.interrupt import StopRequest, stop_request
@@ -32,8 +35,6 @@ from pact_nemo.tracking.registry import check_trackers, open_trackers
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.generation import Generator
-from pact_nemo.training.lengths import lengths_of
-from pact_nemo.training.preflight import chat_format, check_room, preflight
 from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.served_weights import model_path, served_path
 from pact_nemo.training.time_sharing import TimeSharing

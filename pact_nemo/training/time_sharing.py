@@ -1,4 +1,4 @@
-"""Trainer and engines on the same GPUs, one after the other: moves memory as :mod:`pact_nemo.training.turns` allows.
+"""Trainer and engines on the same GPUs, one after the other: moves memory as :mod:`pact_nemo.runtime.turns` allows.
 
 Every method is collective. Where nothing is shared (``rollout.server.time_sharing``) none of them does anything.
 """
@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pact_nemo.policy.offload import HostMemory, Moved, Offload, trainer_memory
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import on_rank_zero, raise_together
+from pact_nemo.runtime.turns import Move, Turns
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.generation import Generator
-from pact_nemo.training.turns import Move, Turns
 
 #: what a move counts as; others: wake
 _PHASE = {

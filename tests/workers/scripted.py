@@ -11,6 +11,7 @@ from typing import Any
 
 from pact_nemo.batches.prompt_groups import Gate, TraceUse, form_group
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.config.limits import training_limits
 from pact_nemo.config.schema import Config
 from pact_nemo.data.dataset import build_dataset
 from pact_nemo.data.tasks import build_environment, prompts_of_step
@@ -22,7 +23,6 @@ from pact_nemo.serving.client import Completion, GenerationRequest
 from pact_nemo.serving.config import Sampling
 from pact_nemo.tracking.episodes import dump_step
 from pact_nemo.tracking.run_folder import Workspace
-from pact_nemo.training.limits import training_limits
 
 
 class ScriptedPolicy:

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.config.limits import training_limits
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config, open_episodes
 from pact_nemo.data.dataset import build_dataset
@@ -41,7 +42,6 @@ from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.config import Sampling
 from pact_nemo.serving.server import RolloutServer
-from pact_nemo.training.limits import training_limits
 from tools.benches.kit import report
 from tools.benches.rollouts_watch import Record, TimedChat, TimedClient, TimedEnvironment, analyse, sampling_server
 

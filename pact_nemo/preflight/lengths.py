@@ -12,8 +12,8 @@ from pact_nemo.environments.registry import environment_spec
 from pact_nemo.objective.components import OBSERVATION, OTHER
 from pact_nemo.planning.from_config import expected_lengths
 from pact_nemo.planning.workload import Lengths, measured
+from pact_nemo.preflight.chat import chat_of
 from pact_nemo.runtime.quarantine import Quarantine
-from pact_nemo.training.preflight import chat_of
 
 LOOKED_AT = 256  #: training tasks that are measured at most: a mean needs no more
 
