@@ -15,9 +15,6 @@ from typing import Any
 
 import pytest
 
-from pact_nemo.checking.check import check
-from pact_nemo.config.load import load_config
-from pact_nemo.data.tasks import build_environment, refuse_evaluation_only
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.environments.bfcl.agentic_data import MEMORY_CATEGORIES, load_agentic
 from pact_nemo.environments.bfcl.agentic_session import contains_answer
@@ -27,7 +24,7 @@ from pact_nemo.environments.bfcl.memory import Snapshots
 from pact_nemo.environments.bfcl.settings import BFCLConfig
 from pact_nemo.environments.order import order_fault
 from pact_nemo.environments.splits import split
-from pact_nemo.errors import ConfigError, DataError, EnvironmentFailure
+from pact_nemo.errors import ConfigError, EnvironmentFailure
 from tests.workers.bfcl_play import left_behind
 from tests.workers.bfcl_tasks import bfcl_environment, make_traces
 
@@ -324,67 +321,8 @@ def test_reading_the_memories_of_an_evaluation(tmp_path: Path) -> None:
         bfcl_environment(["memory_kv"], memory="read", memory_snapshots=str(tmp_path / "memory")).tasks()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["categories=[memory_kv]", "memory=recall"], "memory='recall'"),
-        (["categories=[memory_kv]", "window=turn"], "window=turn only applies to multi-turn"),
-        (["categories=[memory_kv]", "max_tools=4"], "evaluated with all of its tools"),
-        (["categories=[memory_kv]", "memory_snapshots=x"], "memory_snapshots only applies"),
-        (["categories=[memory_kv,memory_rec_sum]", "memory=read", "memory_snapshots=x"], "one memory category"),
-        (["categories=[memory_vector]"], "never downloaded"),
-        (["categories=[memory_disk]"], "unknown BFCL category 'memory_disk'"),
-    ],
-)
-def test_settings_that_can_not_be_are_refused_by_name(words: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
-        load_config([], ["environment=bfcl", *(f"environment_config.{word}" for word in words)])
-
-
-def test_the_published_kind_is_never_trained_on() -> None:
-    config = load_config([], ["environment=bfcl", "environment_config.categories=[memory_kv]"])
-    environment = build_environment(config)
-    with pytest.raises(ConfigError, match=r"environment_config\.memory=published"):
-        refuse_evaluation_only(config, environment.tasks())
-    environment.close()
-    assert [finding.text for finding in check(config, None).findings if "memory=published" in finding.text]
-    for kind in ("write", "read"):
-        trained = load_config(
-            [], ["environment=bfcl", "environment_config.categories=[memory_kv]", f"environment_config.memory={kind}"]
-        )
-        refuse_evaluation_only(trained, build_environment(trained).tasks())
-
-
 def test_max_tools_keeps_what_the_reference_calls_need() -> None:
     env = bfcl_environment(["memory_kv"], memory="read", max_tools=4)
     for task in env.tasks():
         names = {tool["name"] for tool in task.tools}
         assert len(task.tools) == 4 and {"archival_memory_list_keys", "archival_memory_retrieve"} <= names
-
-
-def test_bad_rows_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pact_nemo.environments.bfcl import agentic_data
-
-    folder = tmp_path / "data"
-    for name in ("memory_prereq_conversation", "possible_answer"):
-        (folder / name).mkdir(parents=True)
-    for name in CHAINS:
-        source = data_dir() / "memory_prereq_conversation" / f"memory_{name}.json"
-        (folder / "memory_prereq_conversation" / source.name).write_bytes(source.read_bytes())
-    for where in ("BFCL_v4_memory.json", "possible_answer/BFCL_v4_memory.json"):
-        rows = (data_dir() / where).read_text(encoding="utf-8").splitlines()
-        rows[4] = rows[4].replace('"scenario": "customer"', '"scenario": "zoo"')
-        (folder / where).write_text("\n".join(rows), encoding="utf-8")
-    monkeypatch.setattr(agentic_data, "data_dir", lambda: folder)
-    with pytest.raises(
-        DataError, match=r"BFCL_v4_memory\.json:5: expected one of student, customer.*\[field scenario\]"
-    ):
-        load_agentic("memory_kv")
-
-
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pact_nemo.errors import MissingDependency
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match="pip install --no-deps rank-bm25 overrides"):
-        bfcl_environment(["memory_kv"])

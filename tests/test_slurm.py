@@ -1,11 +1,10 @@
-"""The job scripts on a real Slurm: two slurmd on this host, a job over both, requeued in mid-step, a node that dies,
-and what is printed dry.
+"""The job scripts on a real Slurm: two slurmd on this host, a job over both, requeued in mid-step, and a node that
+dies.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,145 +21,7 @@ from tests.workers.recipe_runs import recipe, records
 from tests.workers.slurm_cluster import Cluster, missing
 
 REPO = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted(path.name for path in (REPO / "slurm").glob("pact_*.sh"))
 LACKS = missing()
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_dry_run_prints_the_resources_and_the_command_and_starts_nothing(name: str, tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | {
-        "RUN_ROOT": str(tmp_path / "runs")
-    }
-    command = ["bash", str(REPO / "slurm" / name), "--dry-run", "trainer.steps=5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (
-        "#SBATCH --nodes=" in done.stdout
-        and "#SBATCH --signal=TERM@" in done.stdout
-        and "#SBATCH --requeue" in done.stdout
-    )
-    (launch,) = [line for line in done.stdout.splitlines() if line.startswith("srun ")]
-    assert "trainer.steps=5" in launch and f"run.root={tmp_path}" in launch and "--recipe" in launch
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("code", "requeues"), [(75, 5), (76, 2), (137, 2), (1, 0), (2, 0), (0, 0)])
-def test_what_a_job_makes_of_the_ranks_exit_code(code: int, requeues: int, tmp_path: Path) -> None:
-    """``srun`` ends at once with ``code`` and no checkpoint; how many of five attempts put the job back into the
-    queue.
-    """
-    asked = tmp_path / "asked"
-    scontrol = (
-        f'case "$*" in requeue*) echo "$2" >> {asked};; *hostnames*) echo node0;; *) echo NodeAddr=127.0.0.1;; esac'
-    )
-    srun = f'[[ " $* " == *" --check-nodes "* ]] || exit {code}'
-    for name, body in {"srun": srun, "scontrol": scontrol}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    job = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "node0",
-        "SLURM_JOB_NUM_NODES": "1",
-        "RUN_ROOT": str(tmp_path / "runs"),
-    }
-    environment = (
-        {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-        | job
-        | {"PACT_REPOSITORY": str(REPO)}
-    )
-    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
-    for attempt in range(5):
-        command = ["bash", str(REPO / "slurm" / "pact_bfcl.sh")]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, env=environment | {"SLURM_RESTART_COUNT": str(attempt)}
-        )
-        requeued = asked.read_text().splitlines() if asked.exists() else []
-        assert requeued == ["7"] * min(attempt + 1, requeues), done.stdout + done.stderr
-        assert done.returncode == (0 if attempt < requeues else code)
-
-
-#: ``srun`` that runs a command once, as its first task; in a "container" no Slurm program is found
-SRUN = """#!/bin/bash
-echo "cpus=$SRUN_CPUS_PER_TASK omp=$OMP_NUM_THREADS files=$(ulimit -n) $*" >> "$STAND_IN/srun"
-export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1
-while [[ "$1" == --* ]]; do [[ "$1" != --container-image=* ]] || export PATH="$STAND_IN/container:$PATH"; shift; done
-exec "$@"
-"""
-#: ``scontrol`` of a job of four nodes
-SCONTROL = """#!/bin/bash
-case "$*" in
-  "show hostnames"*) printf 'node%s\\n' 1 2 3 4;;
-  "show node "*) echo "NodeName=$3 NodeAddr=10.0.0.${3#node} Port=1";;
-esac
-"""
-#: an interpreter that answers for the recipe and for tools/serve.py
-INTERPRETER = """#!/bin/bash
-echo "$RANK/$WORLD_SIZE/$LOCAL_WORLD_SIZE $MASTER_ADDR $*" >> "$STAND_IN/python"
-[[ " $* " != *" --check-nodes "* ]] || exec "$REAL_PYTHON" "$@"
-if [ "$1" = tools/serve.py ]; then
-    while [ $# -gt 0 ]; do case "$1" in --address) address="$2";; --ready) ready="$2";; esac; shift; done
-    command -v scontrol | grep -q container && ! scontrol show node node3 || exit 9
-    echo "http://$address:8000" > "$ready"; exec sleep 60
-fi
-"""
-
-
-def job_of_four_nodes(folder: Path, script: str, *words: str, **said: str) -> subprocess.CompletedProcess[str]:
-    """Run a job script as the batch step of such a job, with stand-ins for Slurm, container and recipe."""
-    (folder / "container").mkdir()
-    missing = "#!/bin/bash\nexit 127\n"
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("interpreter", INTERPRETER)):
-        (folder / name).write_text(text)
-    (folder / "container" / "scontrol").write_text(missing)
-    for path in (*folder.glob("s*"), folder / "interpreter", folder / "container" / "scontrol"):
-        path.chmod(0o755)
-    (folder / "srun.d").mkdir()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMP_"))}
-    environment |= {
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "node[1-4]",
-        "SLURM_JOB_NUM_NODES": "4",
-        "SLURM_CPUS_PER_TASK": "12",
-        "RUN_ROOT": str(folder / "runs"),
-        "PACT_REPOSITORY": str(REPO),
-        "STAND_IN": str(folder / "srun.d"),
-        "PYTHON": str(folder / "interpreter"),
-        "REAL_PYTHON": sys.executable,
-        "PATH": f"{folder}:{os.environ['PATH']}",
-        **said,
-    }
-    (folder / "srun.d" / "container").symlink_to(folder / "container")
-    command = ["bash", str(REPO / "slurm" / script), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-
-
-def test_servers_in_containers_are_reached_by_addresses_that_slurm_says_outside(tmp_path: Path) -> None:
-    """Four nodes, two of them for servers; a container has no ``scontrol``."""
-    said = {"SERVER_NODES": "2", "CONTAINER": "image", "SETTINGS": "--recipe qwen3_14b_8xh100_bf16"}
-    done = job_of_four_nodes(tmp_path, "pact_70b.sh", "model.path=/m", **said)
-    assert done.returncode == 0, done.stdout + done.stderr
-    check, *servers, trainers = (tmp_path / "srun.d" / "srun").read_text().splitlines()
-    assert " --check-nodes 4 2 8 " in check and "--container-image=image" in check
-    for line, node in zip(sorted(servers), ("node3", "node4"), strict=True):
-        assert f"--nodelist={node} " in line and "--cpus-per-task=96" in line and "--container-image=image" in line
-    assert "--nodelist=node1,node2" in trainers and "--ntasks=16" in trainers and "--cpu-bind=none" in trainers
-    hard = subprocess.run(["bash", "-c", "ulimit -Hn"], capture_output=True, text=True, check=True).stdout.strip()
-    assert trainers.startswith(f"cpus=12 omp=12 files={hard} ")
-    rank = (tmp_path / "srun.d" / "python").read_text().splitlines()[-1]
-    assert rank.startswith("0/1/8 10.0.0.1 recipes/pact_70b.py --recipe qwen3_14b_8xh100_bf16")
-    assert rank.endswith("rollout.server.url=http://10.0.0.3:8000,http://10.0.0.4:8000")
-
-
-def test_nodes_that_do_not_hold_the_layout_are_refused_before_anything_starts(tmp_path: Path) -> None:
-    wide = "policy.tensor_parallel=8"  # TP x PP = 32
-    done = job_of_four_nodes(tmp_path, "pact_70b.sh", "model.path=/m", wide, SERVER_NODES="2")
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "--nodes=4 and SERVER_NODES=2 leaves 16 trainer ranks" in done.stderr and "--nodes=6" in done.stderr
-    assert len((tmp_path / "srun.d" / "srun").read_text().splitlines()) == 1  # the check alone
-    (tmp_path / "again").mkdir()
-    dry = job_of_four_nodes(tmp_path / "again", "pact_70b.sh", "--dry-run", wide, SERVER_NODES="2")
-    assert dry.returncode == 2 and "submit with --nodes=6" in dry.stderr and "--nodelist=node4" in dry.stdout
-    assert not (tmp_path / "again" / "srun.d" / "srun").exists()
 
 
 @pytest.fixture(scope="module")

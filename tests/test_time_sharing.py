@@ -15,17 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pact_nemo.config.load import load_config
-from pact_nemo.config.schema import takes_turns
-from pact_nemo.errors import ConfigError, ServerLost
+from pact_nemo.errors import ServerLost
 from pact_nemo.policy import offload
-from pact_nemo.serving.config import RolloutServerConfig
-from pact_nemo.serving.endpoint import ServerEndpoint
+from pact_nemo.runtime.turns import Move, Turn, Turns
 from pact_nemo.serving.fleet import Fleet
 from pact_nemo.serving.health import State
-from pact_nemo.serving.launch import engine_arguments
 from pact_nemo.training.time_sharing import TimeSharing
-from pact_nemo.training.turns import Move, Turn, Turns
 from tests.faults.server_bench import Bench, content, play
 
 WANTS = ("trainer", "drop", "engines", "load", "end")
@@ -331,46 +326,3 @@ def test_where_nothing_is_shared_nothing_is_moved() -> None:
     with sharing.loading():
         pass
     assert engines.told == [] and sharing.taken() == {}
-
-
-# -- settings
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("words", "cuda", "on"),
-    [
-        ([], True, True),
-        ([], False, False),
-        (["rollout.server.time_sharing=true"], False, True),
-        (["rollout.server.time_sharing=false"], True, False),
-        (["rollout.server.url=http://10.0.0.1:8000"], True, False),
-        (["trainer.overlap=true", "rollout.importance=tis"], True, False),
-        (["trainer.replay=runs/before", "rollout.server.time_sharing=true"], True, False),
-    ],
-)
-def test_who_takes_turns(words: list[str], cuda: bool, on: bool) -> None:
-    assert takes_turns(load_config(None, words), cuda=cuda) is on
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["rollout.server.url=http://10.0.0.1:8000"], "rollout.server.url=http://10.0.0.1:8000 don't sleep"),
-        (["trainer.overlap=true", "rollout.importance=tis"], "trainer.overlap=true"),
-    ],
-)
-def test_servers_that_cannot_sleep_are_refused_by_name(words: list[str], named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
-        load_config(None, ["rollout.server.time_sharing=true", *words])
-
-
-def test_only_a_server_on_a_gpu_is_started_for_sleep_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    def arguments(**settings: Any) -> list[str]:
-        config = RolloutServerConfig(**settings)
-        return engine_arguments(config, Path("/m"), ServerEndpoint("http://127.0.0.1:1", "k"), 1)
-
-    assert "--enable-sleep-mode" not in arguments(device="cpu", time_sharing=True)  # vLLM refuses it there
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "--enable-sleep-mode" in arguments(device="cuda", time_sharing=True)
-    assert "--enable-sleep-mode" not in arguments(device="cuda")
