@@ -16,7 +16,8 @@ SCRIPTS = sorted(path.name for path in (REPO / "slurm").glob("pact_*.sh"))
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_dry_run_prints_the_resources_and_the_command_and_starts_nothing(name: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | {
-        "RUN_ROOT": str(tmp_path / "runs")
+        "RUN_ROOT": str(tmp_path / "runs"),
+        "PYTHON": sys.executable,  # not make's, which made this environment
     }
     command = ["bash", str(REPO / "slurm" / name), "--dry-run", "trainer.steps=5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
