@@ -13,6 +13,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.runtime import machine
 from pact_nemo.runtime.ranks import LAUNCHER_ENV, LOGS_ENV
 from pact_nemo.serving import launch
+from pact_nemo.serving.adapters import RUNTIME_ENV, UNNAMED_ENV, AdapterRoom
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.endpoint import ServerEndpoint
 
@@ -30,6 +31,27 @@ def with_cuda(monkeypatch):
 
 def arguments(config):
     return launch.engine_arguments(config, Path("/models/m"), ENDPOINT, 5000)
+
+
+def test_room_for_adapters_is_asked_for_where_refits_bring_them(monkeypatch):
+    monkeypatch.setenv(UNNAMED_ENV, "1")
+    room = AdapterRoom(12, ("q_proj", "k_proj"))
+    words = launch.engine_arguments(replace(CPU, extra_args=["--x"]), Path("/models/m"), ENDPOINT, 5000, room)
+    end = ["--enable-lora", "--max-loras=1", "--max-lora-rank=16", "--lora-target-modules", "q_proj", "k_proj", "--x"]
+    assert words[-len(end) :] == end and not any("lora" in word for word in arguments(CPU))
+    environment = launch.engine_environment(CPU, ENDPOINT, launch.ALONE, room)
+    # a request for an adapter that isn't there is refused, whatever the user's environment says
+    assert (environment[RUNTIME_ENV], environment[UNNAMED_ENV]) == ("1", "0")
+    assert RUNTIME_ENV not in launch.engine_environment(CPU, ENDPOINT)
+
+
+def test_a_server_that_lacks_room_for_adapters_is_told_what_to_start_it_with():
+    room = AdapterRoom(12, ("q_proj",))
+    assert room.lacks(16, None, True) == room.lacks(64, ["o_proj", "q_proj"], True) == []
+    assert room.lacks(0, None, False) == ["--enable-lora", "--max-lora-rank=16", f"{RUNTIME_ENV}=1"]
+    assert room.lacks(8, ["o_proj"], True) == ["--max-lora-rank=16", "--lora-target-modules q_proj"]
+    with pytest.raises(ConfigError, match=r"policy\.lora\.rank=513: .* up to rank 512.*rollout\.lora_refit=merged"):
+        AdapterRoom(513, ())
 
 
 def test_cpu(monkeypatch):

@@ -329,6 +329,14 @@ def test_a_disk_without_room_for_the_run_is_refused_with_what_it_takes(
     )
     with pytest.raises(ConfigError, match=r"rollout.exports_dir=/fast: .* 1.5 GiB there"):
         check_room(load_config(PRESET, ["rollout.exports_dir=/fast"]))
+    # refits of adapters take megabytes, unless they bring the merged model
+    monkeypatch.setattr(
+        machine, "free_bytes", lambda folder: 12 * parameters if str(folder) == "runs" else 3 * 4 * 2_442_240
+    )
+    adapters = ["rollout.exports_dir=/fast", "policy.lora.rank=8", "objective.kl_coef=0"]
+    check_room(load_config(PRESET, adapters))
+    with pytest.raises(ConfigError, match=r"rollout.exports_dir=/fast: .* 1.5 GiB there"):
+        check_room(load_config(PRESET, [*adapters, "rollout.lora_refit=merged"]))
     with pytest.raises(ConfigError, match=r"run.root=runs"):
         monkeypatch.setattr(machine, "free_bytes", lambda folder: parameters)
         check_room(load_config(PRESET, ["rollout.exports_dir=/fast"]))

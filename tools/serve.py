@@ -7,8 +7,9 @@
         model.path=/models/Qwen3-8B rollout.server.tensor_parallel_size=8 rollout.server.gpu_memory_utilization=0.9
 
 It serves ``model.path`` as weight version 0 until it is told otherwise, with the very arguments that a trainer starts
-its own server with. When it answers, its address is written to ``--ready``. SIGTERM or Ctrl-C stops it and everything
-it started. The key comes from the variable that ``rollout.server.api_key_env`` names, the same as the trainer's.
+its own server with. With ``policy.lora.rank`` above 0 it takes the adapters of such a trainer. When it answers, its
+address is written to ``--ready``. SIGTERM or Ctrl-C stops it and everything it started. The key comes from the variable
+that ``rollout.server.api_key_env`` names, the same as the trainer's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pact_nemo import checkout
 checkout.enter(__file__)
 
 from pact_nemo.config.load import load_config
+from pact_nemo.config.lora import adapter_room
 from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.errors import ConfigError, PactError
 from pact_nemo.preflight.checks import preflight
@@ -57,7 +59,8 @@ def main() -> int:
                 " trainers'"
             )
         preflight(config)
-        with RolloutServer(settings, served_path(config, model_path(config)), log_file=options.log) as server:
+        source, adapters = served_path(config, model_path(config)), adapter_room(config)
+        with RolloutServer(settings, source, log_file=options.log, adapters=adapters) as server:
             parts = urlsplit(server.endpoint.url)
             url = f"http://{options.address or parts.hostname}:{parts.port}"
             print(

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from pact_nemo.checkpoints.adapter_exports import PEFT_FACTS
 from pact_nemo.checkpoints.failures import naming_the_file
 from pact_nemo.checkpoints.manifest import export_path, read_manifest, versions, write_manifest
 from pact_nemo.errors import CheckpointError
+from pact_nemo.policy.config import ADAPTER, MERGED
 from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.runtime.digests import FileEntry
 from pact_nemo.runtime.files import new_directory
 
 logger = logging.getLogger(__name__)
+
+#: facts for the manifest, and digests of the files that the writers know from memory
+Written = tuple[dict[str, Any], dict[str, FileEntry]]
 
 
 class Exportable(Protocol):
@@ -46,23 +52,19 @@ def export_to(
             and remedy). Nothing is left behind.
         FileExistsError: the folder exists already (CheckpointError on ranks other than 0).
     """
-    target = Path(folder)
-    with naming_the_file(target, "can't be written", "nothing of it became visible"), ExitStack() as stack:
-        temporary = Path(on_rank_zero(lambda: str(stack.enter_context(new_directory(target)))))
-        written = policy.export_hf(temporary, dtype=dtype, previous=_entries(previous))
 
-        def publish() -> None:
-            write_manifest(temporary, version, {"dtype": dtype, **(extra or {})}, known=written)
-            stack.close()
+    def write(temporary: Path) -> Written:
+        known = policy.export_hf(temporary, dtype=dtype, previous=_entries(previous))
+        return {"dtype": dtype, **(extra or {})}, known
 
-        on_rank_zero(publish)
-    return target
+    return _publish(Path(folder), version, write)
 
 
+@runtime_checkable
 class HasAdapters(Protocol):
-    """A policy that can write its adapters alone; collective."""
+    """A policy that can write its adapters alone; collective. It returns what they have to be loaded onto."""
 
-    def export_adapter(self, folder: str | Path) -> None: ...
+    def export_adapter(self, folder: str | Path) -> dict[str, Any]: ...
 
 
 def export_adapter_to(policy: HasAdapters, folder: str | Path, *, version: int) -> Path:
@@ -73,13 +75,17 @@ def export_adapter_to(policy: HasAdapters, folder: str | Path, *, version: int) 
         CheckpointError: on all ranks: the disk refused (the message names file and remedy). Nothing is left behind.
         FileExistsError: the folder exists already (CheckpointError on ranks other than 0).
     """
-    target = Path(folder)
+    return _publish(Path(folder), version, lambda temporary: ({**PEFT_FACTS, **policy.export_adapter(temporary)}, {}))
+
+
+def _publish(target: Path, version: int, write: Callable[[Path], Written]) -> Path:
+    """A new folder with what ``write`` puts there and a manifest; visible only when whole. Collective."""
     with naming_the_file(target, "can't be written", "nothing of it became visible"), ExitStack() as stack:
         temporary = Path(on_rank_zero(lambda: str(stack.enter_context(new_directory(target)))))
-        policy.export_adapter(temporary)
+        facts, known = write(temporary)
 
         def publish() -> None:
-            write_manifest(temporary, version, {"format": "peft"})
+            write_manifest(temporary, version, facts, known=known)
             stack.close()
 
         on_rank_zero(publish)
@@ -87,14 +93,21 @@ def export_adapter_to(policy: HasAdapters, folder: str | Path, *, version: int) 
 
 
 def export_version(
-    policy: Exportable, root: str | Path, version: int, *, dtype: str = "bfloat16", extra: dict[str, Any] | None = None
+    policy: Exportable,
+    root: str | Path,
+    version: int,
+    *,
+    kind: str = MERGED,
+    dtype: str = "bfloat16",
+    extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the policy's weights as ``<root>/v{version:06d}`` with a manifest; visible only when whole. Collective.
+    """Write the policy as ``<root>/v{version:06d}`` with a manifest; visible only when whole. Collective.
 
     Args:
         policy: the policy.
         root: folder of versions.
         version: weight version, the optimizer step in training.
+        kind: ``merged``: its weights; ``adapter``: its adapters alone, in its own dtype.
         dtype: of the weights.
         extra: facts for the manifest.
 
@@ -112,7 +125,11 @@ def export_version(
         earlier = [number for number in versions(root) if number < version]
         return str(export_path(root, earlier[-1])) if earlier else None
 
-    return export_to(policy, folder, version=version, dtype=dtype, extra=extra, previous=on_rank_zero(before))
+    previous = on_rank_zero(before)
+    if kind == ADAPTER:
+        assert isinstance(policy, HasAdapters)
+        return export_adapter_to(policy, folder, version=version)
+    return export_to(policy, folder, version=version, dtype=dtype, extra=extra, previous=previous)
 
 
 def _entries(folder: str | Path | None) -> tuple[Path, dict[str, FileEntry]] | None:

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
+from pact_nemo.checkpoints.adapter_exports import BASE_KEY
 from pact_nemo.checkpoints.manifest import verify_manifest, write_manifest
 from pact_nemo.errors import CheckpointError
 from pact_nemo.policy.export.hf_folder import write_folder_alone
 from pact_nemo.policy.model_folder import ModelFolder, WeightReader, check_model_folder
 from pact_nemo.runtime import machine
 from pact_nemo.runtime.files import new_directory
+from pact_nemo.runtime.tensor_files import quick_digest
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +42,9 @@ def materialise(source: str | Path, cache_dir: str | Path, dtype: str) -> Path:
     folder = Path(cache_dir) / f"{base.name}-{dtype}-{blake3(repr((str(base), state)).encode()).hexdigest()[:12]}"
     if folder.exists():
         try:
-            verify_manifest(folder)
-            return folder
+            if BASE_KEY in verify_manifest(folder).extra:
+                return folder
+            raise CheckpointError(f"{folder} does not say what it is a copy of; an older version made it")
         except CheckpointError as error:
             log.warning("the %s copy is made again: %s", dtype, error)
             shutil.rmtree(folder)
@@ -49,7 +52,8 @@ def materialise(source: str | Path, cache_dir: str | Path, dtype: str) -> Path:
     try:
         with new_directory(folder) as temporary:
             known = write_folder_alone(_read(model), base, temporary, dtype, model.shapes)
-            write_manifest(temporary, 0, {"source": base.name, "dtype": dtype}, known=known)
+            facts = {"source": base.name, "dtype": dtype, BASE_KEY: quick_digest(base, model.entries)}
+            write_manifest(temporary, 0, facts, known=known)
     except OSError:
         if not folder.exists():  # unless another process finished the same copy first
             raise

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.chat.contexts import EARLIER_THOUGHTS
+from pact_nemo.config.lora import adapter_room
 from pact_nemo.config.schema import Config, to_dict
 from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import method_class
 from pact_nemo.objective.schedules import CALL_SCHEDULES, REASONING_SCHEDULES
 from pact_nemo.objective.weights import AGGREGATIONS, SFT_AGGREGATIONS
+from pact_nemo.policy.config import ADAPTER, MERGED
 from pact_nemo.runtime.quarantine import POLICIES
 from pact_nemo.traces.augment import KINDS
 from pact_nemo.traces.controls import CONTROLS
@@ -110,6 +112,13 @@ def _rollout(config: Config) -> None:
     sampling, server = config.rollout.sampling, config.rollout.server
     _one_of("rollout.importance", config.rollout.importance, ("tis", "off"))
     _one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32", "fp8_block"))
+    _one_of("rollout.lora_refit", config.rollout.lora_refit, (ADAPTER, MERGED))
+    _require(
+        adapter_room(config) is None or config.rollout.export_dtype != "fp8_block",
+        f"rollout.export_dtype=fp8_block with rollout.lora_refit={ADAPTER}: adapters are trained beside the base in the"
+        " policy's own precision, and a base in FP8 is another one; set rollout.lora_refit=merged, or"
+        " rollout.export_dtype=bfloat16",
+    )
     _require(
         config.rollout.exports_dir is None or Path(config.rollout.exports_dir).is_absolute(),
         f"rollout.exports_dir={config.rollout.exports_dir}: must be an absolute path, the same for every rank and"

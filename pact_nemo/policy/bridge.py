@@ -10,9 +10,7 @@ bridge's own readers differ from version to version. What else it lacks is in
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import logging
 import re
 from collections.abc import Iterator, KeysView, Mapping
@@ -26,6 +24,7 @@ from pact_nemo.policy.bridge_extensions import VOCAB_PARAMETERS, extend_bridge
 from pact_nemo.policy.megatron_import import prepare_megatron
 from pact_nemo.policy.model_folder import ModelFolder, WeightReader, check_model_folder
 from pact_nemo.runtime.collective import raise_together
+from pact_nemo.runtime.tensor_files import quick_digest
 
 prepare_megatron()
 
@@ -101,14 +100,8 @@ class FolderState(Mapping[str, torch.Tensor]):
         self._reader.close()
 
     def digest(self) -> str:
-        """A digest of the folder that takes no time: names, types, shapes and the first MiB of each of its weights."""
-        digest = hashlib.sha256()
-        for name, entry in sorted(self.folder.entries.items()):
-            digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode())
-            with (self.folder.path / entry.file).open("rb") as file:
-                file.seek(entry.start)
-                digest.update(file.read(min(entry.end - entry.start, 1 << 20)))
-        return digest.hexdigest()
+        """A digest of the folder that takes no time; see :func:`pact_nemo.runtime.tensor_files.quick_digest`."""
+        return quick_digest(self.folder.path, self.folder.entries)
 
 
 @torch.no_grad()

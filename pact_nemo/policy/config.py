@@ -11,7 +11,16 @@ PRECISIONS = ("auto", "fp32", "bf16")
 RECOMPUTE = ("none", "full", "selective")
 ATTENTION = ("auto", "tree_sdpa", "te")
 LR_SCHEDULES = ("constant", "linear", "cosine")
-LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+#: a matrix that may have an adapter, and what a Hugging Face model calls it or its parts
+LORA_MATRICES = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+LORA_TARGETS = tuple(LORA_MATRICES)
+#: what is exported of a policy with adapters: they alone, or the whole model with them in it
+ADAPTER, MERGED = "adapter", "merged"
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 #: first compute capability with the recipe's kernels: Ada and Hopper have per-tensor scales, Hopper block scales,
 #: Blackwell the MX formats. ``delayed`` is not among them: under Transformer Engine its scales move with every

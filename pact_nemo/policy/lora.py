@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.policy.architectures import Architecture
 from pact_nemo.policy.bridge import conversion_tasks
-from pact_nemo.policy.config import LoraConfig
+from pact_nemo.policy.config import LORA_MATRICES, LoraConfig
 from pact_nemo.policy.device import has_transformer_engine, local_device
 from pact_nemo.policy.megatron_import import prepare_megatron
 from pact_nemo.policy.model import mark_tensor_parallel
@@ -40,13 +40,8 @@ from megatron.core import parallel_state  # noqa: E402
 if not has_transformer_engine():
     peft_utils.HAVE_TE = False  # it takes the stand-ins of megatron_import for classes
 
-#: where a target stands in a layer, and its matrices' names in a Hugging Face folder
-PLACES = {
-    "linear_qkv": ("self_attention", ("q_proj", "k_proj", "v_proj")),
-    "linear_proj": ("self_attention", ("o_proj",)),
-    "linear_fc1": ("mlp", ("gate_proj", "up_proj")),
-    "linear_fc2": ("mlp", ("down_proj",)),
-}
+#: where a target stands in a layer
+PLACES = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
 _SPLIT_BY_COLUMNS = ("linear_proj", "linear_fc2")  # over tensor-parallel ranks; the others by rows
 
 
@@ -56,7 +51,7 @@ def check_lora(config: LoraConfig, model: Architecture) -> None:
     Raises:
         ConfigError: the rank is above a matrix's, or a target is inside the experts.
     """
-    if model.experts and (inside := [name for name in config.targets if PLACES[name][0] == "mlp"]):
+    if model.experts and (inside := [name for name in config.targets if PLACES[name] == "mlp"]):
         raise ConfigError(
             f"policy.lora.targets holds {', '.join(inside)}, which are experts in this model and get no adapter; set"
             " policy.lora.targets=[linear_qkv,linear_proj]"
@@ -195,7 +190,7 @@ class Adapters:
             "r": self.config.rank,
             "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
             "lora_dropout": 0.0,
-            "target_modules": sorted(name for target in self.config.targets for name in PLACES[target][1]),
+            "target_modules": sorted(name for target in self.config.targets for name in LORA_MATRICES[target]),
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
@@ -225,7 +220,7 @@ def attach(
 def _wrap(chunk: Any, config: LoraConfig) -> None:
     """Put the bridge's adapter layers around the targets, on the chunk's device."""
     recipe = LoRA(
-        target_modules=[f"*.{PLACES[name][0]}.{name}" for name in config.targets],
+        target_modules=[f"*.{PLACES[name]}.{name}" for name in config.targets],
         dim=config.rank,
         alpha=config.alpha,
         dropout=0.0,

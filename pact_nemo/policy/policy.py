@@ -305,9 +305,12 @@ class MegatronPolicy:
         )
 
     @torch.no_grad()
-    def export_adapter(self, folder: str | Path) -> None:
+    def export_adapter(self, folder: str | Path) -> dict[str, Any]:
         """Write the adapters alone in PEFT format into an existing folder, :mod:`pact_nemo.policy.export.peft_folder`.
         Collective.
+
+        Returns:
+            what they have to be loaded onto: rank, alpha, targets, and the base's digest.
 
         Raises:
             ConfigError: the policy has none.
@@ -315,6 +318,7 @@ class MegatronPolicy:
         if self.adapters is None:
             raise ConfigError("there is no adapter to export: policy.lora.rank is 0")
         write_adapter(self.adapters, self.hf_path, folder)
+        return self.adapters.facts
 
     # ------------------------------------------------------------- checkpoint
 

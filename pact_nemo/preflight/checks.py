@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.limits import training_limits
+from pact_nemo.config.lora import refit_kind
 from pact_nemo.config.schema import Config
 from pact_nemo.data.dataset import check_server_length
 from pact_nemo.errors import ConfigError
@@ -15,6 +16,7 @@ from pact_nemo.planning.generation import server_problems
 from pact_nemo.planning.shape import Layout, ModelShape, adapter_parameters
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
+from pact_nemo.policy.config import ADAPTER
 from pact_nemo.policy.model_folder import check_model_folder, check_values
 from pact_nemo.preflight.chat import chat_format
 from pact_nemo.preflight.token_ids import check_token_ids
@@ -119,11 +121,9 @@ def check_room(config: Config) -> None:
     trained = adapter_parameters(model_shape(config), lora) if lora.rank else parameters
     own = disk.checkpoint_bytes(trained, precision, config.trainer.keep_checkpoints)
     own += disk.final_bytes(parameters, precision, reference=reference)
-    exports = (
-        disk.export_bytes(parameters, rollout.export_dtype, rollout.keep_exports)
-        if config.trainer.replay is None
-        else 0.0
-    )
+    own_dtype = "float32" if precision == "fp32" else "bfloat16"  # of adapters, which are exported as they are
+    what = (trained, own_dtype) if refit_kind(config) == ADAPTER else (parameters, rollout.export_dtype)
+    exports = disk.export_bytes(*what, rollout.keep_exports) if config.trainer.replay is None else 0.0
     needs = {
         "run.root": (config.run.root, own),
         "rollout.exports_dir": (rollout.exports_dir or config.run.root, exports),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,23 @@ def common_version(answer: dict[str, Any]) -> int | None:
     return int(version) if version is not None else None
 
 
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What a server says of adapters.
+
+    Attributes:
+        rank: of those that it takes, at most; 0: it takes none.
+        targets: matrices that they may have; None: all.
+        runtime: it loads and drops them while it runs.
+        base: digest of the model that it holds; None: a refit's weights, which are nobody's base.
+    """
+
+    rank: int
+    targets: list[str] | None
+    runtime: bool
+    base: str | None
+
+
 class ServerAdmin:
     """Thin, typed access to the control paths of vLLM's server. Every method raises ServerError when the server
     refuses, is late or is gone.
@@ -45,6 +63,15 @@ class ServerAdmin:
         self.timeout_s = timeout_s
 
     def _call(self, method: str, path: str, *, body: dict[str, Any] | None = None, **query: str) -> dict[str, Any]:
+        """The answer, which is JSON."""
+        response = self._send(method, path, body=body, **query)
+        try:
+            answer = response.json() if response.content else {}
+        except json.JSONDecodeError as error:
+            raise ServerError(f"{method} {path}: the answer is not JSON: {response.text[:200]!r}") from error
+        return answer if isinstance(answer, dict) else {"answer": answer}
+
+    def _send(self, method: str, path: str, *, body: dict[str, Any] | None = None, **query: str) -> httpx.Response:
         try:
             # trust_env=False: a proxy setting of the machine must not carry the loopback traffic away.
             response = httpx.request(
@@ -70,11 +97,7 @@ class ServerAdmin:
             raise ServerError(
                 f"{method} {path}: HTTP {response.status_code} from {self.endpoint.url}: {response.text[:500]}"
             )
-        try:
-            answer = response.json() if response.content else {}
-        except json.JSONDecodeError as error:
-            raise ServerError(f"{method} {path}: the answer is not JSON: {response.text[:200]!r}") from error
-        return answer if isinstance(answer, dict) else {"answer": answer}
+        return response
 
     def healthy(self) -> bool:
         """One quick look; False while the server starts or when it is gone."""
@@ -138,6 +161,41 @@ class ServerAdmin:
                 verified it here.
         """
         self._call("POST", RPC_PATH, body={"method": "pact_load_weights", "args": [str(folder), version, verify]})
+
+    def adapters(self) -> list[str]:
+        """Names of the adapters that requests may give."""
+        try:
+            rows = self._call("GET", "/v1/models")["data"]
+            return [str(row["id"]) for row in rows if row["parent"] is not None]
+        except (KeyError, TypeError) as error:
+            raise ServerError(f"{self.endpoint.url} does not say which models it has ({error!r})") from error
+
+    def load_adapter(self, name: str, folder: Path, version: int, *, verify: bool = False) -> None:
+        """Have an adapter loaded beside the base, and make sure that every worker computes with it.
+
+        Args:
+            name: that requests will give it; not one that is there.
+            folder, version, verify: as :meth:`load_weights` has them; the folder is in PEFT format.
+        """
+        where = [str(folder), version]
+        self._call("POST", RPC_PATH, body={"method": "pact_expect_adapter", "args": [*where, verify]})
+        self._send("POST", "/v1/load_lora_adapter", body={"lora_name": name, "lora_path": str(folder)})
+        self._call("POST", RPC_PATH, body={"method": "pact_adapter_loaded", "args": where})
+
+    def drop_adapter(self, name: str) -> None:
+        """Requests that give this name are refused from now on."""
+        self._send("POST", "/v1/unload_lora_adapter", body={"lora_name": name})
+
+    def adapter_facts(self) -> AdapterFacts:
+        """What the server was started with."""
+        answer = self._call("POST", RPC_PATH, body={"method": "pact_adapter_facts"})
+        try:
+            return AdapterFacts(**answer["results"][0])
+        except (IndexError, KeyError, TypeError) as error:
+            raise ServerError(
+                f"{self.endpoint.url} does not say whether it takes adapters ({error!r}); start it with this version of"
+                " the package"
+            ) from error
 
     def loaded_version(self) -> int | None:
         """The version that the workers loaded last; None for the weights that they were started with."""

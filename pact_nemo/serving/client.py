@@ -88,6 +88,9 @@ class RolloutClient:
             seed.
         admin_timeout_s: deadline of each control call.
         on_request: called with every JSON body just before it is sent, e.g. to record what reaches the server.
+
+    Attributes:
+        model: what requests ask for: the server's model, or an adapter beside it.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class RolloutClient:
     ):
         self.endpoint = endpoint
         self.weight_version = weight_version
+        self.model = endpoint.model
         self.on_request = on_request
         self.in_flight = 0
         self._timeout_s = request_timeout_s
@@ -138,7 +142,8 @@ class RolloutClient:
         Raises:
             ServerError: no answer before the deadline, the server is gone, refuses, or answers something else than a
                 completion.
-            StaleWeights: the completion was sampled from another weight version.
+            StaleWeights: the completion was sampled from another weight version, or the adapter that was asked for is
+                not there.
         """
         if self._http is None:
             raise ServerError("the client is closed: use `async with client:` around generate()")
@@ -155,6 +160,8 @@ class RolloutClient:
             ) from error
         finally:
             self.in_flight -= 1
+        if response.status_code == 404 and self.model in response.text:
+            raise StaleWeights(f"{self.endpoint.url} has no {self.model} any more: {response.text[:200]}")
         if response.status_code != 200:
             kind = TransientServerError if response.status_code >= 500 else ServerError
             raise kind(
@@ -196,7 +203,7 @@ class RolloutClient:
             "logprobs": 0,
             "detokenize": False,
         }
-        return {"model": self.endpoint.model, "token_ids": list(request.prompt_ids), "sampling_params": sampling}
+        return {"model": self.model, "token_ids": list(request.prompt_ids), "sampling_params": sampling}
 
     async def _post(self, http: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
         for attempt in range(self._retries + 1):
@@ -216,7 +223,8 @@ class RolloutClient:
 
     def _completion(self, response: httpx.Response, request: GenerationRequest) -> Completion:
         try:
-            choice = response.json()["choices"][0]
+            answer = response.json()
+            choice, model = answer["choices"][0], answer.get("model")
             token_ids = [int(token) for token in choice["token_ids"]]
             content = choice["logprobs"]["content"]
             logprobs = [float(entry["logprob"]) for entry in content]
@@ -246,6 +254,8 @@ class RolloutClient:
                 f"{self.endpoint.url} sampled with weight version {'/'.join(stamps) or 'unknown'}, expected"
                 f" {self.weight_version}"
             )
+        if model != self.model and (model is not None or self.model != self.endpoint.model):
+            raise StaleWeights(f"{self.endpoint.url} sampled from {model}, expected {self.model}")
         return Completion(token_ids, logprobs, finish_reason, self.weight_version)
 
 

@@ -20,6 +20,12 @@ _OWN_ARGUMENTS = frozenset(
         "hf-overrides",
         "load-format",
         "logits-processors",
+        "enable-lora",
+        "lora-modules",
+        "lora-target-modules",
+        "lora-dtype",
+        "max-lora-rank",
+        "max-loras",
     }
 )
 

@@ -132,13 +132,14 @@ class Fleet:
         anew when it is needed.
 
         Args:
-            drop: they keep no weights: a :meth:`refit` has to come before they are asked.
+            drop: they keep no weights: a :meth:`refit` has to come before they are asked. Where that brings an adapter
+                it brings no base, so they keep that on the host.
         """
 
         def sleep(engine: SupervisedServer) -> None:
             if drop:  # what memory holds that comes later passes for no version
                 engine.client.admin.set_weight_version("dropped")
-            engine.client.admin.sleep(drop=drop)
+            engine.client.admin.sleep(drop=drop and engine.server.adapters is None)
 
         self._each(sleep)
 

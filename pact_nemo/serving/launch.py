@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.runtime import machine
+from pact_nemo.serving.adapters import RUNTIME_ENV, UNNAMED_ENV, AdapterRoom
 from pact_nemo.serving.config import RolloutServerConfig, share_beside
 from pact_nemo.serving.endpoint import ServerEndpoint
 from pact_nemo.serving.placement import EnginePlace
@@ -62,7 +63,13 @@ def single_process(config: RolloutServerConfig) -> bool:
     return config.cpu_single_process and config.tensor_parallel_size == 1 and not on_cuda(config)
 
 
-def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: ServerEndpoint, port: int) -> list[str]:
+def engine_arguments(
+    config: RolloutServerConfig,
+    model_path: Path,
+    endpoint: ServerEndpoint,
+    port: int,
+    adapters: AdapterRoom | None = None,
+) -> list[str]:
     """vLLM's command line. The API key is not on it: any process of the machine can read that."""
     cuda = on_cuda(config)
     arguments = [
@@ -101,6 +108,8 @@ def engine_arguments(config: RolloutServerConfig, model_path: Path, endpoint: Se
         batched = max(batched if batched is not None else 4096, config.max_model_len)
     if batched is not None:
         arguments.append(f"--max-num-batched-tokens={batched}")
+    if adapters is not None:
+        arguments += adapters.arguments()
     return arguments + list(config.extra_args)
 
 
@@ -117,7 +126,10 @@ def intel_openmp() -> Path | None:
 
 
 def engine_environment(
-    config: RolloutServerConfig, endpoint: ServerEndpoint, place: EnginePlace = ALONE
+    config: RolloutServerConfig,
+    endpoint: ServerEndpoint,
+    place: EnginePlace = ALONE,
+    adapters: AdapterRoom | None = None,
 ) -> dict[str, str]:
     """Environment of the server process: ours, without the trainer's rank and thread settings, plus vLLM's.
 
@@ -136,8 +148,11 @@ def engine_environment(
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_PLUGINS": "",
+        UNNAMED_ENV: "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if adapters is not None:
+        environment[RUNTIME_ENV] = "1"
     if on_cuda(config):
         # a sampler of its own random numbers, without log-probs after top-p: requests carry seeds and ask for them
         environment.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")

@@ -17,6 +17,7 @@ from typing import Any
 
 from pact_nemo.errors import ConfigError, PactError
 from pact_nemo.runtime.collective import gather, host, on_rank_zero, raise_together, rank
+from pact_nemo.serving.adapters import AdapterRoom
 from pact_nemo.serving.board import Board
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.launch import on_cuda
@@ -68,7 +69,12 @@ def engine_log(log_file: Path, number: int) -> Path:
 
 
 def job_engines(
-    config: RolloutServerConfig, source: Path, log_file: Path, new_store: NewStore, shared: tuple[Path, ...] = ()
+    config: RolloutServerConfig,
+    source: Path,
+    log_file: Path,
+    new_store: NewStore,
+    shared: tuple[Path, ...] = (),
+    adapters: AdapterRoom | None = None,
 ) -> JobEngines:
     """The engines of every node, none of them launched. Collective.
 
@@ -80,6 +86,7 @@ def job_engines(
         log_file: in a folder that all nodes see; each engine has its own (:func:`engine_log`).
         new_store: used where there is more than one node.
         shared: further folders that all nodes see.
+        adapters: that refits bring; None: they bring whole models.
 
     Raises:
         ConfigError, PactError: on all ranks: a node has too few GPUs or others than the first one, doesn't see one
@@ -93,14 +100,14 @@ def job_engines(
         leader, place = leaders[number // count], places[number // count][number % count]
         log = engine_log(log_file, number) if count * len(leaders) > 1 else log_file
         if leader.rank == rank():
-            server = RolloutServer(config, source, log_file=log, place=place)
+            server = RolloutServer(config, source, log_file=log, place=place, adapters=adapters)
             if rank() == 0:
                 found.servers.append(server)
             else:
                 found.keepers.append(Keeper(server, Board(new_store(), number)))
         elif rank() == 0:
             where = Where(leader.host, leader.rank, log, key)
-            found.servers.append(RemoteServer(config, Board(new_store(), number), where))
+            found.servers.append(RemoteServer(config, Board(new_store(), number), where, adapters=adapters))
     for keeper in found.keepers:
         keeper.start()
     return found

@@ -7,19 +7,19 @@ failure, can pass for a rollout of either policy.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from pact_nemo.checkpoints.adapter_exports import LM_HEAD, check_fits, is_adapter, is_tied
 from pact_nemo.checkpoints.manifest import read_manifest, verify_manifest
 from pact_nemo.errors import CheckpointError, ServerError
 from pact_nemo.runtime.tensor_files import is_derived, read_tensors
+from pact_nemo.serving.adapters import adapter_name
+from pact_nemo.serving.admin import ServerAdmin
 from pact_nemo.serving.client import RolloutClient
-
-_LM_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ def refit_all(
 
     Args:
         clients: their servers are updated, and each one's ``weight_version`` when its own has succeeded.
-        export_dir: a folder with a manifest (:mod:`pact_nemo.checkpoints.manifest`), readable by the servers.
+        export_dir: a folder with a manifest (:mod:`pact_nemo.checkpoints.manifest`), readable by the servers: a whole
+            model, or adapters alone (:mod:`pact_nemo.checkpoints.adapter_exports`).
         version: must be the manifest's.
-        like: folder that the servers were started from; the export must hold the same tensors. (vLLM keeps the old
-            value of a tensor that is missing.)
+        like: folder that the servers were started from; the export must hold the same tensors (vLLM keeps the old
+            value of a tensor that is missing), or adapters of that very base.
         elsewhere: the servers may be on other machines: they check the digests of what they see themselves.
 
     Raises:
@@ -88,9 +89,9 @@ def check_export(
 ) -> None:
     """Everything that can be known to be wrong before a server is touched; see :func:`refit_all`."""
     folder = Path(export_dir).resolve()
-    verify_manifest(folder, expect_version=version)
+    manifest = verify_manifest(folder, expect_version=version)
     if like is not None:
-        check_same_tensors(folder, Path(like))
+        (check_fits if is_adapter(manifest) else check_same_tensors)(folder, Path(like))
     for client in clients:
         if version < client.weight_version:
             raise CheckpointError(
@@ -115,7 +116,7 @@ def load(
     admin.pause()
     marks.append(time.perf_counter())
     admin.set_weight_version(f"loading-{version}")
-    admin.load_weights(folder, version, verify=elsewhere)
+    model = _put(admin, folder, version, verify=elsewhere)
     marks.append(time.perf_counter())
     admin.reset_prefix_cache()
     admin.set_weight_version(version)
@@ -125,10 +126,29 @@ def load(
         raise ServerError(
             f"{client.endpoint.url}: its workers hold another weight version than {version}, which they were just given"
         )
-    client.weight_version = version
+    client.weight_version, client.model = version, model
     marks.append(time.perf_counter())
     parts = [after - before for before, after in zip(marks, marks[1:], strict=False)]
     return RefitReport(version, read_manifest(folder).total_bytes, verify_s, *parts)
+
+
+def _put(admin: ServerAdmin, folder: Path, version: int, *, verify: bool) -> str:
+    """Have the export where the server computes with it, and no earlier adapter.
+
+    Returns:
+        what requests have to ask for.
+    """
+    if not is_adapter(read_manifest(folder)):
+        admin.load_weights(folder, version, verify=verify)
+        return admin.endpoint.model
+    name, there = adapter_name(folder, version), admin.adapters()
+    if name in there:  # of a load that did not succeed: of its bytes nothing is known
+        admin.drop_adapter(name)
+    admin.load_adapter(name, folder, version, verify=verify)
+    for old in there:
+        if old != name:
+            admin.drop_adapter(old)
+    return name
 
 
 def check_same_tensors(export: Path, like: Path) -> None:
@@ -139,7 +159,7 @@ def check_same_tensors(export: Path, like: Path) -> None:
         {name: entry.shape for name, entry in read_tensors(folder).items() if not is_derived(name)}
         for folder in (export, like)
     )
-    optional = {_LM_HEAD} if _is_tied(export) else set()
+    optional = {LM_HEAD} if is_tied(export) else set()
     missing = sorted(old.keys() - new.keys() - optional)
     extra = sorted(new.keys() - old.keys() - optional)
     if missing or extra:
@@ -152,10 +172,3 @@ def check_same_tensors(export: Path, like: Path) -> None:
             raise CheckpointError(
                 f"{export}: {name} has shape {new[name]}, {like} has {old[name]}; export the same model"
             )
-
-
-def _is_tied(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"])
-    except (OSError, ValueError, KeyError):
-        return False

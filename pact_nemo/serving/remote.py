@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pact_nemo.errors import PactError, ServerError
+from pact_nemo.serving.adapters import AdapterRoom
 from pact_nemo.serving.admin import ServerAdmin
 from pact_nemo.serving.board import Board, Do, Order, Status
 from pact_nemo.serving.config import RolloutServerConfig
@@ -52,8 +53,16 @@ class RemoteServer:
     elsewhere = True
     pid: int | None = None
 
-    def __init__(self, config: RolloutServerConfig, board: Board, where: Where, *, version: int = 0):
-        self.config, self.version, self.log_file = config, version, where.log_file
+    def __init__(
+        self,
+        config: RolloutServerConfig,
+        board: Board,
+        where: Where,
+        *,
+        version: int = 0,
+        adapters: AdapterRoom | None = None,
+    ):
+        self.config, self.version, self.log_file, self.adapters = config, version, where.log_file, adapters
         self.start_seconds: float | None = None
         self._board, self._where = board, where
         self._number, self._launched_at = 0, 0.0

@@ -26,7 +26,9 @@ import pact_nemo
 from pact_nemo.errors import CheckpointError, ConfigError, ServerError
 from pact_nemo.runtime import machine
 from pact_nemo.runtime.tensor_files import read_tensors
+from pact_nemo.serving.adapters import AdapterRoom
 from pact_nemo.serving.admin import ServerAdmin
+from pact_nemo.serving.attached import take_over
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.endpoint import ServerEndpoint
 from pact_nemo.serving.launch import engine_arguments, engine_environment
@@ -56,12 +58,14 @@ class RolloutServer:
         log_file: where the server's output goes (appended).
         version: weight version that ``model_path`` is; every completion is stamped with it.
         place: where it runs, beside other engines of its node.
+        adapters: that refits bring; None: they bring whole models. An attached server has to be started with room for
+            them.
 
     Attributes:
         start_seconds: from process start to the first healthy answer; None before that.
 
     Raises (launch, wait_ready):
-        ConfigError: contradictory settings, or no API key for an attached server.
+        ConfigError: contradictory settings, no API key for an attached server, or one that takes no such adapters.
         ServerError: the process died (with the last lines of its log), or was not healthy before ``start_timeout_s``.
     """
 
@@ -75,11 +79,12 @@ class RolloutServer:
         log_file: str | Path,
         version: int = 0,
         place: EnginePlace | None = None,
+        adapters: AdapterRoom | None = None,
     ):
         config.validate()
         self.config, self.place = config, place if place is not None else EnginePlace()
         self.model_path = Path(model_path)
-        self.log_file = Path(log_file)
+        self.log_file, self.adapters = Path(log_file), adapters
         self.version = version
         self.start_seconds: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -133,9 +138,9 @@ class RolloutServer:
         self._endpoint = ServerEndpoint(f"http://{f'[{address}]' if ':' in address else address}:{port}", key)
         command = [
             *self.program,
-            *engine_arguments(self._listening(), self.model_path, self._endpoint, port),
+            *engine_arguments(self._listening(), self.model_path, self._endpoint, port, self.adapters),
         ]
-        environment = engine_environment(self.config, self._endpoint, self.place)
+        environment = engine_environment(self.config, self._endpoint, self.place, self.adapters)
         self._remove_sockets()
         self._sockets = machine.short_folder()
         environment[SOCKETS_ENV] = str(
@@ -195,14 +200,8 @@ class RolloutServer:
                 on_progress(time.monotonic() - self._launched_at, self._last_line())
             time.sleep(0.2)
         admin = self.admin()
-        if (
-            self.config.url is not None and admin.loaded_version() is not None
-        ):  # another run, or an earlier part of this one, was here
-            admin.pause()
-            admin.set_weight_version("loading")
-            admin.load_weights(self.model_path.resolve(), None)
-            admin.reset_prefix_cache()
-            admin.resume()
+        if self.config.url is not None:
+            take_over(admin, self.model_path, self.adapters)
         admin.set_weight_version(self.version)
         admin.check_weight_version(self.version)
         self.start_seconds = time.monotonic() - self._launched_at

@@ -12,6 +12,7 @@ from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.limits import evaluation_limits, training_limits
+from pact_nemo.config.lora import adapter_room
 from pact_nemo.config.schema import Config, open_episodes
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ServerError
@@ -20,6 +21,7 @@ from pact_nemo.rollouts.batch import run_batch
 from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.runtime.collective import on_rank_zero, rank
+from pact_nemo.serving.adapters import AdapterRoom
 from pact_nemo.serving.config import EpisodeLimits, RolloutServerConfig, Sampling
 from pact_nemo.serving.fleet import Fleet
 from pact_nemo.serving.launch import on_cuda
@@ -61,17 +63,18 @@ class Generator:
         starts those of its node.
 
         Args:
-            exports: where refits will load from.
+            exports: where refits will load from; None: there are none.
         """
         if self._config.trainer.replay is not None:
             return
         self._source = source
         settings = self._config.rollout.server
+        adapters = adapter_room(self._config) if exports is not None else None
         if settings.url is not None or settings.engines == "1":
-            servers = self._few(settings, source) if rank() == 0 else []
+            servers = self._few(settings, source, adapters) if rank() == 0 else []
         else:
             shared = (exports,) if exports is not None else ()
-            found = job_engines(settings, source, self._log_file, new_store, shared)
+            found = job_engines(settings, source, self._log_file, new_store, shared, adapters)
             self._keepers, servers = found.keepers, found.servers
         note = self._progress.message
         self._fleet = self._fleet_of(
@@ -79,11 +82,13 @@ class Generator:
         )
         on_rank_zero(lambda: [server.launch() for server in servers])
 
-    def _few(self, settings: RolloutServerConfig, source: Path) -> list[RolloutServer | RemoteServer]:
+    def _few(
+        self, settings: RolloutServerConfig, source: Path, adapters: AdapterRoom | None
+    ) -> list[RolloutServer | RemoteServer]:
         """Those that run elsewhere, or one on this node."""
         urls = [url.strip() for url in settings.url.split(",")] if settings.url is not None else [None]
         each = [replace(settings, url=url) for url in urls]
-        return [RolloutServer(one, source, log_file=self._log_file, version=0) for one in each]
+        return [RolloutServer(one, source, log_file=self._log_file, version=0, adapters=adapters) for one in each]
 
     @property
     def measures_memory(self) -> bool:

@@ -9,12 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pact_nemo.checkpoints.adapter_exports import is_adapter
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
+from pact_nemo.checkpoints.failures import delete_folder
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, read_manifest, verify_manifest
 from pact_nemo.checkpoints.quantised import materialise
+from pact_nemo.config.lora import refit_kind
 from pact_nemo.config.schema import Config
 from pact_nemo.errors import CheckpointError
+from pact_nemo.policy.config import ADAPTER
 from pact_nemo.policy.export.fp8_block import FP8_BLOCK
 from pact_nemo.policy.model_folder import check_model_folder
 from pact_nemo.policy.policy import MegatronPolicy
@@ -62,23 +66,29 @@ class ServedWeights:
     sharing: TimeSharing
 
     def export(self, version: int) -> Path:
-        """Write the current weights as ``exports/v<version>``: complete and checksummed before the folder has its
-        name.
+        """Write the current weights, or the adapters alone (``rollout.lora_refit``), as ``exports/v<version>``:
+        complete and checksummed before the folder has its name.
         """
         self.sharing.trainer(drop=True)
         folder = export_path(self.workspace.exports, version)
 
+        kind = refit_kind(self.config)
+
         def is_there() -> bool:
             """A whole export of this version; :meth:`forget_exports_after` removed those that an earlier attempt wrote
-            after its last checkpoint.
+            after its last checkpoint. One of the other kind (the run is resumed with another ``rollout.lora_refit``) is
+            removed here.
             """
             if not folder.exists():
                 return False
-            verify_manifest(folder, expect_version=version)
-            return True
+            if is_adapter(verify_manifest(folder, expect_version=version)) == (kind == ADAPTER):
+                return True
+            delete_folder(folder, "the version is exported again")
+            return False
 
         if not on_rank_zero(is_there):
-            export_version(self.policy, self.workspace.exports, version, dtype=self.config.rollout.export_dtype)
+            dtype = self.config.rollout.export_dtype
+            export_version(self.policy, self.workspace.exports, version, kind=kind, dtype=dtype)
         return folder
 
     def refit(self) -> dict[str, float]:

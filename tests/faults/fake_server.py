@@ -30,6 +30,8 @@ class Engine:
         self.faults = faults
         self.label, self.version, self.cache = "default", None, ""
         self.weights = self._read(model)
+        self.adapters: dict[str, str] = {}  # name -> digest of what it holds
+        self.expected: str | None = None  # folder of the adapter that is about to be loaded
         self.asleep: set[str] = set()  # parts whose memory is given back
         self.stuck, self.dead = threading.Event(), threading.Event()
         answers = faults / "answers.json"
@@ -80,6 +82,31 @@ class Engine:
         if what != "keep":  # "keep": says it loaded them, and did not
             self.weights, self.version = self._read(Path(folder)), version
 
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """As vLLM: under a new name, read when it is asked for."""
+        assert name not in self.adapters and str(folder) == self.expected and "weights" not in self.asleep
+        what = self.fault("load")
+        if what in ("exit", "stop"):
+            os.kill(os.getpid(), signal.SIGKILL if what == "exit" else signal.SIGSTOP)
+        if what == "fail":
+            raise RuntimeError("load failed half way")
+        if what == "keep":  # says it loaded it, and did not
+            return
+        self.adapters[name] = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+    def rpc(self, method: str, args: list[Any]) -> Any:
+        """What :mod:`pact_nemo.serving.worker` does; raises RuntimeError where that refuses."""
+        if method == "pact_load_weights":
+            self.load(*args[:2])
+        if method == "pact_expect_adapter":
+            if json.loads((Path(args[0]) / "manifest.json").read_text())["version"] != args[1]:
+                raise RuntimeError("another version")
+            self.expected, self.version, self.held = args[0], -1, len(self.adapters)
+        if method == "pact_adapter_loaded":
+            if len(self.adapters) != self.held + 1:
+                raise RuntimeError("0 adapters were loaded instead of it alone")
+            self.version = args[1]
+
     def stop_short(self, what: str | None) -> None:
         """Faults of the process and its engine, before anything is sampled."""
         if self.stuck.is_set():
@@ -103,14 +130,16 @@ class Engine:
             time.sleep(1.0)
         if what == "old weights":  # somebody else restarted it
             self.label, self.version, self.weights, self.cache = "default", None, "old", ""
+            self.adapters.clear()
         if what == "other weights":  # and gave it the right label
             self.version, self.weights, self.cache = None, "old", ""
 
     def sample(self, body: dict[str, Any]) -> dict[str, Any]:
+        weights = self.weights + self.adapters.get(body["model"], "")
         if not self.cache:
-            self.cache = self.weights  # the prefix cache is of the weights that filled it
+            self.cache = weights  # the prefix cache is of the weights that filled it
         settings = body["sampling_params"]
-        draw = random.Random(f"{self.weights}{self.cache}{body['token_ids']}{settings['seed']}")
+        draw = random.Random(f"{weights}{self.cache}{body['token_ids']}{settings['seed']}")
         known = self.answers.get(" ".join(map(str, body["token_ids"])))
         if known is not None and draw.random() < 0.5:
             ids = known[: settings["max_tokens"]]
@@ -121,9 +150,10 @@ class Engine:
         content = [{"token_id": token, "logprob": -draw.random()} for token in ids]
         spans = [{"version": self.label, "start": 0, "end": len(ids)}]
         return {
+            "model": body["model"],
             "choices": [
                 {"token_ids": ids, "logprobs": {"content": content}, "finish_reason": "stop", "weight_versions": spans}
-            ]
+            ],
         }
 
 
@@ -153,6 +183,17 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/health":
             return self.reply({})
+        what = self.engine.fault("call")
+        if what == "exit":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "refuse":
+            return self.reply({"error": "no"}, status=500)
+        if self.path == "/v1/models":
+            rows = [
+                {"id": "policy", "parent": None},
+                *({"id": name, "parent": "policy"} for name in self.engine.adapters),
+            ]
+            return self.reply({"data": rows})
         return self.reply({"weight_version": self.engine.label})
 
     def do_POST(self) -> None:
@@ -160,6 +201,12 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
         if self.headers["Authorization"] != f"Bearer {os.environ['VLLM_API_KEY']}":
             return self.reply({}, status=401)
+        if not path.startswith("/inference") and body.get("method") != "pact_heartbeat":
+            what = engine.fault("call")
+            if what == "exit":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "refuse":
+                return self.reply({"error": "no"}, status=500)
         if path == "/update_weight_version":
             engine.label = body["new_version"]
         elif path == "/reset_prefix_cache":
@@ -175,10 +222,18 @@ class Handler(BaseHTTPRequestHandler):
                     time.sleep(3600)
                 return self.reply({"results": [{"version": engine.version}]})
             try:
-                engine.load(*body["args"][:2])
+                return self.reply({"results": [engine.rpc(body["method"], body["args"])]})
             except RuntimeError as error:
                 return self.reply({"error": str(error)}, status=500)
-            return self.reply({"results": [None]})
+        elif path == "/v1/load_lora_adapter":
+            try:
+                engine.load_adapter(body["lora_name"], Path(body["lora_path"]))
+            except RuntimeError as error:
+                return self.reply({"error": str(error)}, status=500)
+            return self.reply(b"Success")
+        elif path == "/v1/unload_lora_adapter":
+            del engine.adapters[body["lora_name"]]
+            return self.reply(b"Success")
         elif path in ("/sleep", "/wake_up"):
             what = engine.fault(path[1:])
             if what == "exit":
@@ -193,6 +248,8 @@ class Handler(BaseHTTPRequestHandler):
         elif path.startswith("/inference"):
             if engine.asleep:  # vLLM would keep it waiting; here it is seen
                 return self.reply({"error": "asked while asleep"}, status=400)
+            if body["model"] not in ("policy", *engine.adapters):
+                return self.reply({"error": f"The model `{body['model']}` does not exist."}, status=404)
             return self.generate(body)
         return self.reply({})
 

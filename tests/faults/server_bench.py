@@ -12,12 +12,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from pact_nemo.chat.contexts import Contexts
+from pact_nemo.checkpoints.adapter_exports import BASE_KEY, PEFT_FACTS, base_digest
 from pact_nemo.checkpoints.manifest import new_export
 from pact_nemo.environments.base import Outcome, Task
 from pact_nemo.errors import ServerError
 from pact_nemo.rollouts.batch import run_batch
 from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.rollouts.types import Rollout
+from pact_nemo.serving.adapters import AdapterRoom
 from pact_nemo.serving.config import EpisodeLimits, RolloutServerConfig, Sampling
 from pact_nemo.serving.fleet import Fleet
 from pact_nemo.serving.refit import check_export, load
@@ -98,31 +100,52 @@ class Turns:
 
 
 class Bench:
-    """One supervised fake server."""
+    """One supervised fake server.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Args:
+        adapters: refits bring them alone.
+    """
+
+    def __init__(self, folder: Path, *, adapters: bool = False):
+        self.folder, self.adapters = folder, AdapterRoom(1, ("layer",)) if adapters else None
         self.notes: list[str] = []
         self.supervised: SupervisedServer | None = None
 
     def export(self, version: int) -> Path:
-        with new_export(self.folder / "exports", version) as folder:
-            self._model(folder, version)
+        model = self.folder / "model"
+        facts = {**PEFT_FACTS, BASE_KEY: base_digest(model)} if self.adapters is not None else {}
+        with new_export(self.folder / "exports", version, facts) as folder:
+            (self._model if self.adapters is None else self._adapter)(folder, version)
         return self.folder / "exports" / f"v{version:06d}"
 
     @staticmethod
     def _model(folder: Path, number: int) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text("{}")
-        save_file({"w": np.full(8, number, np.float32)}, folder / "model.safetensors")
+        tensors = {"w": np.full(8, number, np.float32), "layer.weight": np.full((4, 4), number, np.float32)}
+        save_file(tensors, folder / "model.safetensors")
+
+    @staticmethod
+    def _adapter(folder: Path, number: int) -> None:
+        (folder / "adapter_config.json").write_text("{}")
+        factors = {"A": np.full((1, 4), number, np.float32), "B": np.full((4, 1), number, np.float32)}
+        tensors = {f"base_model.model.layer.lora_{name}.weight": factor for name, factor in factors.items()}
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    def fault(self, *faults: dict[str, Any]) -> None:
+        """What is to go wrong from now on, instead of what was."""
+        (self.folder / "faults.json").write_text(json.dumps(faults))
 
     def launch(self, *faults: dict[str, Any], **settings: Any) -> SupervisedServer:
         self._model(self.folder / "model", 0)
-        (self.folder / "faults.json").write_text(json.dumps(faults))
+        self.fault(*faults)
         for count in self.folder.glob("*.count"):
             count.unlink()
         server = RolloutServer(
-            RolloutServerConfig(**{**CONFIG, **settings}), self.folder / "model", log_file=self.folder / "server.log"
+            RolloutServerConfig(**{**CONFIG, **settings}),
+            self.folder / "model",
+            log_file=self.folder / "server.log",
+            adapters=self.adapters,
         )
         server.program = (sys.executable, str(Path(__file__).with_name("fake_server.py")), str(self.folder))
         server.launch()
