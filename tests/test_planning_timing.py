@@ -26,7 +26,7 @@ from pact_nemo.planning.generation import OUTSIDE_SHARE, ServerPlan, engines_on_
 from pact_nemo.planning.hardware import gpu, this_cpu
 from pact_nemo.planning.memory import state_bytes
 from pact_nemo.planning.plan import make_plan, search
-from pact_nemo.planning.shape import Layout, ModelShape, rank_parameters
+from pact_nemo.planning.shape import Layout, ModelShape, adapter_parameters, rank_parameters
 from pact_nemo.planning.sharing import moved_bytes, trainer_asleep, turn_seconds
 from pact_nemo.planning.workload import Lengths, Row, StepWork, causal_pairs
 from pact_nemo.policy.architectures import resolve_sizes
@@ -130,6 +130,24 @@ def test_engines_on_all_gpus_take_turns_with_the_trainer() -> None:
         engines_on_every_node(LLAMA_70B, 64, 8, dataclasses.replace(one, gpus=16))
     with pytest.raises(ConfigError, match="leave no cache"):
         make_plan(LLAMA_70B, layout, found.policy, H100, work, dataclasses.replace(one, gpus=1), shares_gpus=True)
+
+
+def test_a_refit_of_adapters_takes_their_bytes_and_leaves_the_base_on_the_host_of_a_sleeping_engine() -> None:
+    work = StepWork(Lengths(4200, 2875, 2875), prompts=256, group=8, updates=8, score_old=True)
+    found = recipe("llama3p1_70b_8xh100_lora_bf16")
+    shape, layout = ModelShape.from_hf(found.shape), Layout.of(found.policy, 8)
+    whole = ServerPlan(1, 8, 64, 0.9, time_sharing=True, whole=True)
+    alone = dataclasses.replace(whole, adapters=adapter_parameters(shape, found.policy.lora))
+    plans = [make_plan(shape, layout, found.policy, H100, work, s, shares_gpus=True) for s in (whole, alone)]
+    share = alone.adapters / shape.parameters
+    assert share < 0.01
+    assert plans[1].phases["refit"] == pytest.approx(share * plans[0].phases["refit"])
+    assert plans[1].as_json()["export_gib"] == pytest.approx(share * plans[0].as_json()["export_gib"])
+    base = 2 * shape.parameters / 8
+    assert plans[1].memory.host["engine's base, in the trainer's turn"] == base
+    moves = [plan.phases["taking turns"] for plan in plans]
+    assert moves[1] - moves[0] == pytest.approx(2 * base / H100.host_bandwidth)
+    assert plans[1].step < plans[0].step
 
 
 def test_servers_share_the_open_episodes() -> None:

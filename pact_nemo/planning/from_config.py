@@ -8,6 +8,7 @@ from typing import Any
 
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG
 from pact_nemo.config.limits import evaluation_limits
+from pact_nemo.config.lora import refit_kind
 from pact_nemo.config.recipes import recipe
 from pact_nemo.config.schema import Config, open_episodes, takes_turns
 from pact_nemo.environments.registry import environment_spec
@@ -17,9 +18,10 @@ from pact_nemo.planning.generation import ServerPlan, engines_on_every_node
 from pact_nemo.planning.hardware import Hardware, gpu, this_cpu
 from pact_nemo.planning.memory import GIB
 from pact_nemo.planning.plan import Plan, make_plan
-from pact_nemo.planning.shape import Layout, ModelShape
+from pact_nemo.planning.shape import Layout, ModelShape, adapter_parameters
 from pact_nemo.planning.workload import Lengths, StepWork
 from pact_nemo.policy.architectures import check_architecture
+from pact_nemo.policy.config import ADAPTER
 from pact_nemo.serving.config import ALL_ENGINES, share_beside
 from pact_nemo.serving.placement import engines_per_node
 
@@ -106,6 +108,7 @@ def server_plan(
         open_episodes(config, count),
         time_sharing=sharing,
         whole=sharing and hardware.cuda and server.gpu_memory_utilization is None,
+        adapters=adapter_parameters(shape, config.policy.lora) if refit_kind(config) == ADAPTER else 0,
     )
     if engines != ENGINES[1]:
         return plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning.hardware import Hardware
@@ -29,6 +29,7 @@ class ServerPlan:
         time_sharing: the engines are on trainer GPUs and sleep while the policy is scored and updated; the trainer's
             state leaves the GPU while they generate.
         whole: in their turn they get all that the trainer leaves, whatever ``share`` says.
+        adapters: parameters that a refit brings, and the engines hold beside the model; 0: it brings the whole model.
     """
 
     servers: int
@@ -39,6 +40,7 @@ class ServerPlan:
     concurrency: int | None = None
     time_sharing: bool = False
     whole: bool = False
+    adapters: int = 0
 
 
 def server_problems(shape: ModelShape, ranks: int) -> list[str]:
@@ -70,9 +72,7 @@ def engines_on_every_node(shape: ModelShape, world: int, gpus_per_node: int, ser
         )
     if found := server_problems(shape, server.gpus):
         raise ConfigError("; ".join(found))
-    return ServerPlan(
-        world // server.gpus, server.gpus, server.sequences, server.share, server.width, None, True, whole=True
-    )
+    return replace(server, servers=world // server.gpus, concurrency=None, time_sharing=True, whole=True)
 
 
 def working_bytes(shape: ModelShape, server: ServerPlan) -> float:
@@ -88,7 +88,7 @@ def cache_room(shape: ModelShape, hardware: Hardware, server: ServerPlan) -> flo
     Raises:
         ConfigError: the weights alone leave none.
     """
-    taken = server.width * shape.parameters / server.gpus
+    taken = server.width * (shape.parameters + server.adapters) / server.gpus
     if hardware.cuda:
         taken += working_bytes(shape, server)
     room = hardware.memory * server.share - taken

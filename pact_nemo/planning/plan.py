@@ -16,7 +16,7 @@ from pact_nemo.planning.generation import OUTSIDE_SHARE, ServerPlan, server_prob
 from pact_nemo.planning.hardware import Hardware
 from pact_nemo.planning.memory import GIB, USABLE, MemoryPlan, memory_plan
 from pact_nemo.planning.shape import Layout, ModelShape
-from pact_nemo.planning.sharing import awake_share, largest_state, moved_bytes
+from pact_nemo.planning.sharing import awake_share, kept_asleep, largest_state, moved_bytes
 from pact_nemo.planning.timing import checkpoint_seconds, export_bytes, phases, refit_seconds
 from pact_nemo.planning.workload import StepWork
 from pact_nemo.policy.config import PolicyConfig
@@ -84,7 +84,7 @@ class Plan:
             "seconds": dict(self.phases),
             "refit_seconds": dict(self.refit),
             "engines": {"count": self.server.servers, "gpus": self.server.gpus, "share": self.server.share},
-            "export_gib": export_bytes(self.shape, self.server.width) / GIB,
+            "export_gib": export_bytes(self.shape, self.server) / GIB,
             "step_seconds": self.step,
             "checkpoint_seconds": self.checkpoint,
             "bottleneck": self.bottleneck,
@@ -124,6 +124,8 @@ def make_plan(
     memory = memory_plan(shape, layout, policy, work, cuda=hardware.cuda, server=beside)
     if server.time_sharing:
         memory.host["trainer's copy, in the engines' turn"] = moved_bytes(state)
+        if server.adapters and hardware.cuda:
+            memory.host["engine's base, in the trainer's turn"] = kept_asleep(shape, server)
     return Plan(
         shape,
         layout,

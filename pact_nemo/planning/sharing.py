@@ -44,10 +44,20 @@ def moved_bytes(state: StateBytes) -> float:
     return float(state.weights + state.optimizer)
 
 
-def turn_seconds(state: StateBytes, hardware: Hardware, server: ServerPlan) -> dict[str, float]:
-    """Of one step: the trainer leaves, engines wake, engines sleep, the trainer returns. Weights reach an engine by the
-    refit, so it drops its own as it falls asleep."""
+def kept_asleep(shape: ModelShape, server: ServerPlan) -> float:
+    """Bytes of one of an engine's GPUs that wait on the host while it sleeps: nothing where a refit brings the whole
+    model, and the base where it brings adapters."""
+    return server.width * shape.parameters / server.gpus if server.adapters else 0.0
+
+
+def turn_seconds(state: StateBytes, hardware: Hardware, server: ServerPlan, kept: float = 0.0) -> dict[str, float]:
+    """Of one step: the trainer leaves, engines wake, engines sleep, the trainer returns.
+
+    Args:
+        kept: :func:`kept_asleep`.
+    """
     if not server.time_sharing:
         return {}
     copy = moved_bytes(state) / hardware.host_bandwidth
-    return {"offload": copy, "wake": WAKE_SECONDS, "sleep": SLEEP_SECONDS, "return": copy}
+    base = kept / hardware.host_bandwidth
+    return {"offload": copy, "wake": WAKE_SECONDS + base, "sleep": SLEEP_SECONDS + base, "return": copy}

@@ -8,7 +8,7 @@ from pact_nemo.planning.compute import Pass, pass_seconds
 from pact_nemo.planning.generation import ServerPlan, rollout_seconds
 from pact_nemo.planning.hardware import Hardware
 from pact_nemo.planning.shape import Layout, ModelShape, RankParameters, adapter_parameters, rank_parameters
-from pact_nemo.planning.sharing import largest_state, turn_seconds
+from pact_nemo.planning.sharing import kept_asleep, largest_state, turn_seconds
 from pact_nemo.planning.workload import StepWork
 from pact_nemo.policy.config import PolicyConfig
 
@@ -67,8 +67,9 @@ def scoring_seconds(
     return found
 
 
-def export_bytes(shape: ModelShape, width: int) -> float:
-    return float(width) * shape.parameters
+def export_bytes(shape: ModelShape, server: ServerPlan) -> float:
+    """Of one refit."""
+    return float(server.width) * (server.adapters or shape.parameters)
 
 
 def refit_seconds(shape: ModelShape, layout: Layout, hardware: Hardware, server: ServerPlan) -> dict[str, float]:
@@ -76,7 +77,7 @@ def refit_seconds(shape: ModelShape, layout: Layout, hardware: Hardware, server:
     and read there once, however many engines it has (the rest comes from the page cache).
     """
     nodes = max(1, -(-layout.world // hardware.gpus_per_node))
-    size = export_bytes(shape, server.width)
+    size = export_bytes(shape, server)
     gather = size / hardware.network_bandwidth if layout.tensor * layout.pipeline > 1 else 0.0
     return {
         "gather and write": max(gather, size / (nodes * hardware.disk_bandwidth)),
@@ -105,5 +106,5 @@ def phases(
     }
     if server.time_sharing:
         state = largest_state(shape, layout, policy)
-        found["taking turns"] = sum(turn_seconds(state, hardware, server).values())
+        found["taking turns"] = sum(turn_seconds(state, hardware, server, kept_asleep(shape, server)).values())
     return found
