@@ -5,6 +5,9 @@ export does); the policy is exported; the server verifies and loads the export a
 process, as ``cp`` is. ``ratio`` is the worse of two: copy time / export time, and copy time / (verification + reload)
 time; medians over the rounds of each round's own ratio, because other work on the machine slows whole rounds. Under
 torchrun every rank exports, rank 0 does the rest.
+
+With ``--lora-rank`` the policy has adapters, and a refit brings them alone, or with ``--refit merged`` the whole model
+with them in it.
 """
 
 from __future__ import annotations
@@ -26,10 +29,11 @@ import torch
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import prune_exports, verify_manifest
-from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.config import ADAPTER, LORA_MATRICES, MERGED, LoraConfig, OptimizerConfig, PolicyConfig
 from pact_nemo.policy.distributed import exit_rank, init_distributed
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import on_rank_zero, rank, world_size
+from pact_nemo.serving.adapters import AdapterRoom
 from pact_nemo.serving.client import GenerationRequest, RolloutClient
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.refit import refit
@@ -51,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="bfloat16", help="of the export")
     parser.add_argument("--precision", default="bf16", help="of the policy: bf16, as large models are trained, or fp32")
+    parser.add_argument("--lora-rank", type=int, default=0, help="adapters of this rank on every matrix")
+    parser.add_argument("--refit", choices=(ADAPTER, MERGED), default=ADAPTER, help="with --lora-rank: what it brings")
     parser.add_argument("--no-server", action="store_true", help="export and verification only")
     for axis in ("tensor", "pipeline", "expert"):
         parser.add_argument(f"--{axis}-parallel", type=int, default=1)
@@ -69,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
                 expert_parallel=options.expert_parallel,
                 precision=options.precision,
                 export_writers=options.writers,
+                lora=LoraConfig(rank=options.lora_rank),
             ),
             OptimizerConfig(),
             source,
@@ -77,10 +84,11 @@ def run(options: argparse.Namespace) -> int:
             trainable=False,
         )
         exports = folder / "exports"
-        export_version(policy, exports, 0, dtype=options.dtype)
+        _leave_the_base(policy)
+        export_version(policy, exports, 0, kind=_kind(options), dtype=options.dtype)
         with _serving(options, source, folder) as client:
             for version in range(1, options.rounds + 2):
-                row = _round(policy, client, exports, version, options.dtype, folder / "copy", source)
+                row = _round(policy, client, exports, version, options, folder / "copy", source)
                 if version > 1:  # the first one warms up
                     rows.append(row)
     if rank() == 0:
@@ -95,17 +103,16 @@ def _round(
     client: RolloutClient | None,
     exports: Path,
     version: int,
-    dtype: str,
+    options: argparse.Namespace,
     copy: Path,
     source: Path,
 ) -> dict[str, float]:
     """Seconds of each part, and ``bytes``."""
-    for chunk in policy.chunks:
-        for param in chunk.parameters():
-            param.mul_(1 + 2**-6)  # every weight of every version differs in bfloat16
+    for param in _trained(policy):
+        param.mul_(1 + 2**-6)  # every weight of every version differs in bfloat16
     row = on_rank_zero(lambda: _copy(exports / f"v{version - 1:06d}", copy))
     start = time.perf_counter()
-    folder = export_version(policy, exports, version, dtype=dtype)
+    folder = export_version(policy, exports, version, kind=_kind(options), dtype=options.dtype)
     row["export_s"] = time.perf_counter() - start
 
     def reload() -> dict[str, float]:
@@ -124,6 +131,26 @@ def _round(
         return times
 
     return row | on_rank_zero(reload)
+
+
+def _kind(options: argparse.Namespace) -> str:
+    return options.refit if options.lora_rank else MERGED
+
+
+def _trained(policy: MegatronPolicy) -> Iterator[torch.nn.Parameter]:
+    """The weights, or the adapters where there are some."""
+    for chunk in policy.chunks:
+        for name, param in chunk.named_parameters():
+            if policy.adapters is None or ".adapter." in name:
+                yield param
+
+
+@torch.no_grad()
+def _leave_the_base(policy: MegatronPolicy) -> None:
+    """Adapters begin with B = 0, which no factor would change."""
+    generator = torch.Generator().manual_seed(1)
+    for param in _trained(policy) if policy.adapters is not None else ():
+        param.copy_(0.01 * torch.randn(param.shape, generator=generator))
 
 
 async def _one_token(client: RolloutClient) -> None:
@@ -159,7 +186,9 @@ def _serving(options: argparse.Namespace, source: Path, folder: Path) -> Iterato
         return
     dtype = options.dtype if options.dtype in ("float32", "float16") else "bfloat16"
     config = RolloutServerConfig(dtype=dtype, max_model_len=512, max_num_seqs=4, max_num_batched_tokens=512)
-    with RolloutServer(config, source, log_file=folder / "server.log") as server:
+    names = tuple(name for matrices in LORA_MATRICES.values() for name in matrices)
+    room = AdapterRoom(options.lora_rank, names) if _kind(options) == ADAPTER else None
+    with RolloutServer(config, source, log_file=folder / "server.log", adapters=room) as server:
         yield RolloutClient(
             server.endpoint, weight_version=0, request_timeout_s=120.0, connect_retries=1, admin_timeout_s=600.0
         )
