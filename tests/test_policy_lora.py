@@ -26,7 +26,7 @@ from pact_nemo.objective.schedules import StepClock
 from pact_nemo.planning.memory import state_bytes
 from pact_nemo.planning.shape import Layout, ModelShape, rank_parameters
 from pact_nemo.planning.shape import adapter_parameters as adapter_parameters_of
-from pact_nemo.policy.config import ADAPTER, LoraConfig, PolicyConfig
+from pact_nemo.policy.config import ADAPTER, MERGED, LoraConfig, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.tensor_files import read_tensors
 from pact_nemo.tracking.run_folder import Workspace
@@ -324,11 +324,14 @@ def test_pairs_of_settings_that_are_not_computed_are_refused_by_name() -> None:
 )
 def test_what_a_server_cant_serve_beside_its_base_is_refused_by_name(words: list[str], message: str) -> None:
     preset = Path(__file__).parents[1] / "conf" / "pact_bfcl_lora-smollm2_135m-cpu.yaml"
-    assert refit_kind(load_config([preset], [])) == ADAPTER
+    found = load_config([preset], [])
+    assert [refit_kind(found, cuda=cuda) for cuda in (True, False)] == [ADAPTER, MERGED]
+    assert refit_kind(load_config([preset], ["rollout.lora_refit=adapter"]), cuda=False) == ADAPTER
+    assert refit_kind(load_config([preset], ["policy.lora.rank=0"]), cuda=True) == MERGED
     with pytest.raises(ConfigError, match=message):
         load_config([preset], words)
     if words[0].startswith(("policy", "rollout.export")):
-        assert adapter_room(load_config([preset], [*words, "rollout.lora_refit=merged"])) is None
+        assert adapter_room(load_config([preset], [*words, "rollout.lora_refit=merged"]), cuda=True) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3", "qwen3_moe"])
@@ -363,7 +366,7 @@ def test_what_a_refit_brings_follows_the_setting_and_is_kept_and_removed_alike(
     preset = Path(__file__).parents[1] / "conf" / "pact_bfcl_lora-smollm2_135m-cpu.yaml"
     policy = build(models("llama"), lora=lora())
     weights = ServedWeights(
-        load_config([preset], []),
+        load_config([preset], ["rollout.lora_refit=adapter"]),
         Workspace(tmp_path),
         policy,
         generator=None,  # type: ignore[arg-type]
@@ -376,9 +379,10 @@ def test_what_a_refit_brings_follows_the_setting_and_is_kept_and_removed_alike(
     written = (folder / "manifest.json").stat().st_mtime_ns
     assert is_adapter(read_manifest(folder)) and weights.export(1) == folder
     assert (folder / "manifest.json").stat().st_mtime_ns == written, "it was there already"
+    adapters = weights.config
     weights.config = load_config([preset], ["rollout.lora_refit=merged"])
     assert weights.export(1) == folder and not is_adapter(verify_manifest(folder, expect_version=1))
-    weights.config = load_config([preset], [])
+    weights.config = adapters
     assert is_adapter(read_manifest(weights.export(1)))
     weights.export(2)
     weights.forget_exports_after(1)

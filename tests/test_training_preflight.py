@@ -333,7 +333,7 @@ def test_a_disk_without_room_for_the_run_is_refused_with_what_it_takes(
     monkeypatch.setattr(
         machine, "free_bytes", lambda folder: 12 * parameters if str(folder) == "runs" else 3 * 4 * 2_442_240
     )
-    adapters = ["rollout.exports_dir=/fast", "policy.lora.rank=8", "objective.kl_coef=0"]
+    adapters = ["rollout.exports_dir=/fast", "policy.lora.rank=8", "objective.kl_coef=0", "rollout.lora_refit=adapter"]
     check_room(load_config(PRESET, adapters))
     with pytest.raises(ConfigError, match=r"rollout.exports_dir=/fast: .* 1.5 GiB there"):
         check_room(load_config(PRESET, [*adapters, "rollout.lora_refit=merged"]))

@@ -7,9 +7,9 @@
         model.path=/models/Qwen3-8B rollout.server.tensor_parallel_size=8 rollout.server.gpu_memory_utilization=0.9
 
 It serves ``model.path`` as weight version 0 until it is told otherwise, with the very arguments that a trainer starts
-its own server with. With ``policy.lora.rank`` above 0 it takes the adapters of such a trainer. When it answers, its
-address is written to ``--ready``. SIGTERM or Ctrl-C stops it and everything it started. The key comes from the variable
-that ``rollout.server.api_key_env`` names, the same as the trainer's.
+its own server with. Where a refit brings adapters (``rollout.lora_refit``) it takes those of such a trainer. When it
+answers, its address is written to ``--ready``. SIGTERM or Ctrl-C stops it and everything it started. The key comes from
+the variable that ``rollout.server.api_key_env`` names, the same as the trainer's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pact_nemo.errors import ConfigError, PactError
 from pact_nemo.preflight.checks import preflight
 from pact_nemo.runtime.files import write_text_atomic
 from pact_nemo.runtime.terminal import command
+from pact_nemo.serving.launch import on_cuda
 from pact_nemo.serving.server import RolloutServer
 from pact_nemo.training.served_weights import model_path, served_path
 
@@ -59,7 +60,7 @@ def main() -> int:
                 " trainers'"
             )
         preflight(config)
-        source, adapters = served_path(config, model_path(config)), adapter_room(config)
+        source, adapters = served_path(config, model_path(config)), adapter_room(config, cuda=on_cuda(settings))
         with RolloutServer(settings, source, log_file=options.log, adapters=adapters) as server:
             parts = urlsplit(server.endpoint.url)
             url = f"http://{options.address or parts.hostname}:{parts.port}"

@@ -112,12 +112,13 @@ def _rollout(config: Config) -> None:
     sampling, server = config.rollout.sampling, config.rollout.server
     _one_of("rollout.importance", config.rollout.importance, ("tis", "off"))
     _one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32", "fp8_block"))
-    _one_of("rollout.lora_refit", config.rollout.lora_refit, (ADAPTER, MERGED))
+    if config.rollout.lora_refit is not None:
+        _one_of("rollout.lora_refit", config.rollout.lora_refit, (ADAPTER, MERGED))
     _require(
-        adapter_room(config) is None or config.rollout.export_dtype != "fp8_block",
-        f"rollout.export_dtype=fp8_block with rollout.lora_refit={ADAPTER}: adapters are trained beside the base in the"
-        " policy's own precision, and a base in FP8 is another one; set rollout.lora_refit=merged, or"
-        " rollout.export_dtype=bfloat16",
+        adapter_room(config, cuda=True) is None or config.rollout.export_dtype != "fp8_block",
+        f"rollout.export_dtype=fp8_block with rollout.lora_refit={config.rollout.lora_refit}: adapters are trained"
+        " beside the base in the policy's own precision, and a base in FP8 is another one; set"
+        " rollout.lora_refit=merged, or rollout.export_dtype=bfloat16",
     )
     _require(
         config.rollout.exports_dir is None or Path(config.rollout.exports_dir).is_absolute(),

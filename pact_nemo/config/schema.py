@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
-from pact_nemo.policy.config import ADAPTER, OptimizerConfig, PolicyConfig
+from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.serving.config import RolloutServerConfig
 
 EPISODES_A_SEQUENCE = 1.25  #: that are open, for each sequence that a server decodes
@@ -149,8 +149,8 @@ class RolloutConfig:
     importance: str = "tis"  #: correction of sampler-trainer mismatch: "tis" (truncated importance sampling) or "off"
     importance_cap: float = 2.0  #: tis: largest importance weight
     #: what a refit brings where policy.lora trains adapters: "adapter": they alone, loaded beside the base; "merged":
-    #: the whole model with them in it (docs/reference/lora.md)
-    lora_refit: str = ADAPTER
+    #: the whole model with them in it; null = adapter for servers on GPUs, merged on a CPU (docs/reference/lora.md)
+    lora_refit: str | None = None
     #: of the weights that the server reloads: bfloat16 | float16 | float32 | fp8_block (docs/cluster/refit.md)
     export_dtype: str = "bfloat16"
     #: disk for refit exports, an absolute path that servers see too (local NVMe, shared); None = the run folder

@@ -99,6 +99,7 @@ def server_plan(
     if not hardware.cuda:
         share = (width * shape.parameters + (server.cpu_kv_cache_gib or 0) * GIB) / hardware.memory
     sharing = takes_turns(config, cuda=hardware.cuda)
+    kind = refit_kind(config, cuda=hardware.cuda)
     plan = ServerPlan(
         count,
         server.tensor_parallel_size,
@@ -108,7 +109,7 @@ def server_plan(
         open_episodes(config, count),
         time_sharing=sharing,
         whole=sharing and hardware.cuda and server.gpu_memory_utilization is None,
-        adapters=adapter_parameters(shape, config.policy.lora) if refit_kind(config) == ADAPTER else 0,
+        adapters=adapter_parameters(shape, config.policy.lora) if kind == ADAPTER else 0,
     )
     if engines != ENGINES[1]:
         return plan

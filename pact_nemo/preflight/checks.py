@@ -122,7 +122,8 @@ def check_room(config: Config) -> None:
     own = disk.checkpoint_bytes(trained, precision, config.trainer.keep_checkpoints)
     own += disk.final_bytes(parameters, precision, reference=reference)
     own_dtype = "float32" if precision == "fp32" else "bfloat16"  # of adapters, which are exported as they are
-    what = (trained, own_dtype) if refit_kind(config) == ADAPTER else (parameters, rollout.export_dtype)
+    kind = refit_kind(config, cuda=devices.use_cuda())
+    what = (trained, own_dtype) if kind == ADAPTER else (parameters, rollout.export_dtype)
     exports = disk.export_bytes(*what, rollout.keep_exports) if config.trainer.replay is None else 0.0
     needs = {
         "run.root": (config.run.root, own),

@@ -69,7 +69,7 @@ class Generator:
             return
         self._source = source
         settings = self._config.rollout.server
-        adapters = adapter_room(self._config) if exports is not None else None
+        adapters = adapter_room(self._config, cuda=on_cuda(settings)) if exports is not None else None
         if settings.url is not None or settings.engines == "1":
             servers = self._few(settings, source, adapters) if rank() == 0 else []
         else:

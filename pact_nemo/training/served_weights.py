@@ -23,6 +23,7 @@ from pact_nemo.policy.export.fp8_block import FP8_BLOCK
 from pact_nemo.policy.model_folder import check_model_folder
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import on_rank_zero
+from pact_nemo.serving.launch import on_cuda
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.state import RunState
@@ -72,7 +73,7 @@ class ServedWeights:
         self.sharing.trainer(drop=True)
         folder = export_path(self.workspace.exports, version)
 
-        kind = refit_kind(self.config)
+        kind = refit_kind(self.config, cuda=on_cuda(self.config.rollout.server))
 
         def is_there() -> bool:
             """A whole export of this version; :meth:`forget_exports_after` removed those that an earlier attempt wrote

@@ -19,7 +19,11 @@ from pact_nemo.serving.refit import check_export, load
 from pact_nemo.serving.supervisor import SupervisedServer
 from tests.faults.server_bench import Bench, content, play
 
-PATIENT = {"request_timeout_s": 5.0, "heartbeat_timeout_s": 5.0}  #: where no fault has to be waited for
+PATIENT = {
+    "request_timeout_s": 10.0,
+    "heartbeat_timeout_s": 10.0,
+    "refit_timeout_s": 20.0,
+}  #: where no fault is waited for
 #: of a refit from one adapter to the next: pause, label, names, three of the load, drop, cache, label, resume, look
 CALLS = 11
 
