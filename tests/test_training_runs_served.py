@@ -114,6 +114,46 @@ def test_two_ranks_and_a_server_that_take_turns_change_no_bit(stage: dict[str, A
 
 
 @pytest.mark.slow
+def test_refits_of_adapters_through_sleep_and_resume_change_no_bit(stage: dict[str, Any]) -> None:
+    """One run has its server awake all the time. The other is cut after a step, resumed on the restored adapter, and
+    takes turns with its server.
+    """
+    words = [
+        "trainer.replay=null",
+        "policy.lora.rank=4",
+        "policy.lora.alpha=8",
+        "rollout.lora_refit=adapter",
+        "warmup.steps=0",
+        "evaluation.before=false",
+        "rollout.sampling.concurrency=1",
+        "rollout.sampling.max_turn_tokens=16",
+        "rollout.sampling.max_turns=2",
+        "rollout.server.max_model_len=512",
+        "trainer.batch_size=2",
+        "objective.group_size=2",
+    ]
+    whole = recipe(stage, "adapters-awake", *words)
+    first = recipe(stage, "adapters-cut", *words, "rollout.server.time_sharing=true", "trainer.steps=1")
+    resumed = recipe(stage, "adapters-cut", "trainer.steps=2", resume=first)
+    rows = [
+        [{k: v for k, v in row.items() if not k.startswith(("refit/", "moved/"))} for row in records(run)]
+        for run in (whole, resumed)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+    assert all(row["mismatch/mean_abs"] < 2e-3 for row in rows[0])
+    one, other = weights(whole), weights(resumed)
+    assert all(torch.equal(other[name], value) for name, value in one.items())
+    for run, versions in ((whole, ["v000001", "v000002"]), (resumed, ["v000001", "v000002"])):
+        exports = sorted(run.glob("exports/v*"))
+        assert [path.name for path in exports] == versions
+        assert all((path / "adapter_model.safetensors").is_file() for path in exports)
+    scores = json.loads((resumed / "summary.json").read_text())["eval"]
+    assert scores["after"]["weight_version"] == 2 and scores["after"]["failed"] == 0
+    said = (resumed / "server.log").read_text()
+    assert said.count("to fall asleep") >= 3 and said.count("Loaded new LoRA adapter: name 'policy-v000001-") == 2
+
+
+@pytest.mark.slow
 def test_generation_ahead_is_one_version_behind_and_survives_a_cut(stage: dict[str, Any]) -> None:
     """``trainer.overlap``: the first step samples from the weights it trains, later ones from those before; a
     checkpoint holds what was sampled.
