@@ -307,10 +307,7 @@ class MegatronPolicy:
     @torch.no_grad()
     def export_adapter(self, folder: str | Path) -> dict[str, Any]:
         """Write the adapters alone in PEFT format into an existing folder, :mod:`pact_nemo.policy.export.peft_folder`.
-        Collective.
-
-        Returns:
-            what they have to be loaded onto: rank, alpha, targets, and the base's digest.
+        Collective. Returns what they have to be loaded onto (:attr:`pact_nemo.policy.lora.Adapters.facts`).
 
         Raises:
             ConfigError: the policy has none.
