@@ -18,6 +18,7 @@ from pact_nemo.serving.serve_process import FORK_ENGINE_ENV, PARENT_ENV
 ALONE = EnginePlace()
 GUARD = "pact_nemo.serving.api_key.RequireApiKey"
 WORKER_EXTENSION = "pact_nemo.serving.worker.RefitExtension"
+PORT_ENV = "VLLM_PORT"  #: from where vLLM looks for ports of its own
 #: What a trainer's environment may say about its own ranks and threads; none of it is meant for the server.
 _TRAINER_ONLY = (
     "RANK",
@@ -28,6 +29,8 @@ _TRAINER_ONLY = (
     "ROLE_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
+    PORT_ENV,  # one number for all engines; each is given its own (serving/ports.py)
+    "VLLM_DP_MASTER_PORT",
     "TORCHELASTIC_RUN_ID",
     "TORCHELASTIC_USE_AGENT_STORE",  # vLLM's own ranks would wait for a meeting point that nobody opens
     *machine.ALLOCATOR_ENV,

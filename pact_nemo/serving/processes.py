@@ -1,10 +1,9 @@
-"""What the machine says of a server's processes, of free ports, and the end of its log."""
+"""What the machine says of a server's processes, and the end of its log."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections import deque
 from pathlib import Path
 
@@ -31,13 +30,6 @@ def _peak_resident(pid: int) -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return 0
-
-
-def free_port(address: str = "127.0.0.1") -> int:
-    """A port that nobody listens on at this address now."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
 
 
 def tail_of(file: Path, lines: int, secret: str | None = None) -> str:

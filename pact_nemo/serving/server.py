@@ -31,9 +31,10 @@ from pact_nemo.serving.admin import ServerAdmin
 from pact_nemo.serving.attached import take_over
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.endpoint import ServerEndpoint
-from pact_nemo.serving.launch import engine_arguments, engine_environment
+from pact_nemo.serving.launch import PORT_ENV, engine_arguments, engine_environment
 from pact_nemo.serving.placement import EnginePlace
-from pact_nemo.serving.processes import free_port, group_members, peak_resident, tail_of
+from pact_nemo.serving.ports import Ports, claim_ports
+from pact_nemo.serving.processes import group_members, peak_resident, tail_of
 from pact_nemo.serving.proxies import left_aside
 from pact_nemo.serving.serve_process import SOCKETS_ENV
 
@@ -90,6 +91,7 @@ class RolloutServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._endpoint: ServerEndpoint | None = None
         self._sockets: Path | None = None
+        self._ports: Ports | None = None
         self._launched_at = 0.0
         self._peak_memory = 0
         self._lock = threading.RLock()
@@ -134,13 +136,17 @@ class RolloutServer:
         key = self.place.api_key or os.environ.get(self.config.api_key_env) or secrets.token_urlsafe(32)
         local = self.config.host if self.config.host not in ("0.0.0.0", "::") else "127.0.0.1"
         address = self.place.address or local
-        port = free_port(address)
-        self._endpoint = ServerEndpoint(f"http://{f'[{address}]' if ':' in address else address}:{port}", key)
+        ports = claim_ports()  # others than it has: what is left of a process that went may still listen there
+        self._release_ports()
+        self._ports = ports
+        url = f"http://{f'[{address}]' if ':' in address else address}:{ports.http}"
+        self._endpoint = ServerEndpoint(url, key)
         command = [
             *self.program,
-            *engine_arguments(self._listening(), self.model_path, self._endpoint, port, self.adapters),
+            *engine_arguments(self._listening(), self.model_path, self._endpoint, ports.http, self.adapters),
         ]
         environment = engine_environment(self.config, self._endpoint, self.place, self.adapters)
+        environment[PORT_ENV] = str(ports.internal)
         self._remove_sockets()
         self._sockets = machine.short_folder()
         environment[SOCKETS_ENV] = str(
@@ -179,7 +185,7 @@ class RolloutServer:
             if self._process is not None and self._process.poll() is not None:
                 tail = self.log_tail()
                 if "address already in use" in tail.lower() and port_tries > 0:
-                    port_tries -= 1  # another process took the port between our look and the server's bind
+                    port_tries -= 1  # another program took the port between our look and the server's bind
                     self._kill_group()
                     self._spawn()
                     endpoint = self.endpoint
@@ -287,6 +293,7 @@ class RolloutServer:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(self.config.stop_timeout_s)
             self._kill_group()
+            self._release_ports()
             self._process = None
 
     end = close  #: of an engine on another node it waits longer
@@ -307,6 +314,11 @@ class RolloutServer:
         if self._sockets is not None:
             shutil.rmtree(self._sockets, ignore_errors=True)
             self._sockets = None
+
+    def _release_ports(self) -> None:
+        if self._ports is not None:
+            self._ports.release()
+            self._ports = None
 
     def __enter__(self) -> RolloutServer:
         try:
