@@ -97,7 +97,9 @@ def _arguments(description: str | None, default_recipe: str | None) -> argparse.
 
 def _explain(config: Config) -> None:
     """``--dry-run``: check everything, print settings, plan and what the data brings."""
-    from pact_nemo.planning.from_config import describe_plan
+    from pact_nemo.planning.from_config import describe_plan, planned_world
+    from pact_nemo.planning.host_room import check_host_room
+    from pact_nemo.policy.device import use_cuda
     from pact_nemo.preflight.checks import check_room, preflight
     from pact_nemo.preflight.dry_run import look_at_data
     from pact_nemo.preflight.lengths import lengths_of
@@ -106,6 +108,9 @@ def _explain(config: Config) -> None:
     if config.model.recipe is None:  # a recipe is explained on machines that it is not for
         check_room(config)
         check_trackers(config.tracking.trackers)
+        if use_cuda():
+            world = config.run.ranks or planned_world(config)
+            check_host_room(config, world=world, ranks_here=world)
     seen = look_at_data(config, preflight(config))
     lengths = None
     if seen.chat is not None and seen.dataset is not None:

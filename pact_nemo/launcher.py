@@ -22,6 +22,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.planning.findings import version_of
 from pact_nemo.planning.from_config import planned_world, run_plan
 from pact_nemo.planning.hardware import gpu as planned_gpu
+from pact_nemo.planning.host_room import check_host_room, holds
 from pact_nemo.planning.memory import GIB
 from pact_nemo.planning.plan import Plan
 from pact_nemo.runtime.gpus import Gpu, named
@@ -36,15 +37,16 @@ def _plan(config: Config, world: int, gpus: list[Gpu]) -> Plan:
 
 
 def fitting(gpus: list[Gpu]) -> list[str]:
-    """Names of the recipes that these GPUs hold, by the plan. (The lengths that it goes by are those of all
-    benchmarks.)
+    """Names of the recipes that these GPUs, and the memory beside them, hold by the plan. (The lengths that it goes by
+    are those of all benchmarks.)
     """
     found = []
     for name in RECIPES:
         chosen = recipe(name)
         if chosen.nodes == 1 and chosen.world_size <= len(gpus):
             config = load_config([ROOT / "conf" / "pact_bfcl.yaml", chosen])
-            if _plan(config, chosen.world_size, gpus).fits:
+            plan = _plan(config, chosen.world_size, gpus)
+            if plan.fits and holds(plan):
                 found.append(name)
     return found
 
@@ -104,6 +106,7 @@ def _check_memory(config: Config, who: str, gpus: list[Gpu], world: int) -> None
                 f" {index} ({found.name}): another process holds the rest (nvidia-smi); end it, or choose GPUs with"
                 " CUDA_VISIBLE_DEVICES"
             )
+    check_host_room(config, world=world, ranks_here=world)
 
 
 def _sbatch(chosen: Recipe, words: list[str]) -> str:

@@ -20,9 +20,11 @@ from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.config.schema import Config
 from pact_nemo.errors import ConfigError
+from pact_nemo.planning import host_room
 from pact_nemo.runtime import gpus as gpu_module
 from pact_nemo.runtime import ranks
 from pact_nemo.runtime.gpus import Gpu, visible_gpus
+from pact_nemo.runtime.machine import HostMemory
 from pact_nemo.runtime.ranks import Ending, RankProcesses
 from tests.workers.recipe_runs import REPO, records, weights
 from tests.workers.recipe_runs import recipe as run_recipe
@@ -30,6 +32,11 @@ from tests.workers.recipe_runs import recipe as run_recipe
 FULL = REPO / "conf" / "pact_bfcl.yaml"
 H100 = Gpu("NVIDIA H100 80GB HBM3", 85_000_000_000, 84_000_000_000)
 SMALL = Gpu("NVIDIA L4", 24_000_000_000, 23_500_000_000)
+
+
+@pytest.fixture(autouse=True)
+def _memory_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_room, "host_memory", lambda: HostMemory(2 << 40))
 
 
 def of(name: str, *words: str) -> Config:

@@ -24,6 +24,7 @@ from pact_nemo.planning.compute import (
 )
 from pact_nemo.planning.generation import OUTSIDE_SHARE, ServerPlan, engines_on_every_node, sequences_together
 from pact_nemo.planning.hardware import gpu, this_cpu
+from pact_nemo.planning.host import ASLEEP
 from pact_nemo.planning.memory import state_bytes
 from pact_nemo.planning.plan import make_plan, search
 from pact_nemo.planning.shape import Layout, ModelShape, adapter_parameters, rank_parameters
@@ -117,7 +118,8 @@ def test_engines_on_all_gpus_take_turns_with_the_trainer() -> None:
     assert "taking turns" not in plans[0].phases
     # and the host has to have room for them
     copy = "trainer's copy, in the engines' turn"
-    assert plans[1].memory.host[copy] == state.weights + state.optimizer and copy not in plans[0].memory.host
+    there = plans[1].memory.host[copy]
+    assert 0 <= there - (state.weights + state.optimizer) < 2**30 and copy not in plans[0].memory.host
     # Transformer Engine's copies of the weights stay on the GPU
     fp8 = dataclasses.replace(found.policy, fp8="blockwise")
     kept = make_plan(LLAMA_70B, layout, fp8, H100, work, every, shares_gpus=True)
@@ -144,7 +146,7 @@ def test_a_refit_of_adapters_takes_their_bytes_and_leaves_the_base_on_the_host_o
     assert plans[1].phases["refit"] == pytest.approx(share * plans[0].phases["refit"])
     assert plans[1].as_json()["export_gib"] == pytest.approx(share * plans[0].as_json()["export_gib"])
     base = 2 * shape.parameters / 8
-    assert plans[1].memory.host["engine's base, in the trainer's turn"] == base
+    assert plans[1].host is not None and plans[1].host.parts[ASLEEP] >= 8 * base
     moves = [plan.phases["taking turns"] for plan in plans]
     assert moves[1] - moves[0] == pytest.approx(2 * base / H100.host_bandwidth)
     assert plans[1].step < plans[0].step

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pact_nemo.policy.config import FIRST_CAPABILITY  # standard library only
+from pact_nemo.runtime.machine import host_memory
 
 #: ``slurm`` asks what a login node must have: its GPUs are elsewhere, and a CPU cluster has none
 ALL, GPU, SLURM, NONE = ("cpu", "gpu", "slurm"), ("gpu",), ("slurm",), ()
@@ -312,10 +313,11 @@ def memory(mode: str) -> Finding:
         for name, _, rest in (line.partition(":") for line in meminfo.read_text().splitlines())
     }
     available, total = sizes["MemAvailable"], sizes["MemTotal"]
-    limit_file, used_file = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit_file.is_file() and used_file.is_file() and (limit := limit_file.read_text().strip()) != "max":
-        total = min(total, int(limit))
-        available = min(available, int(limit) - int(used_file.read_text()))
+    if (found := host_memory()) is not None and found.limit is not None:
+        total = found.total
+        used = found.limit.with_name("memory.current" if found.limit.name == "memory.max" else "memory.usage_in_bytes")
+        if used.is_file():
+            available = min(available, total - int(used.read_text()))
     wanted = {"cpu": 8, "gpu": 64, "slurm": 1}[mode]
     ok = available >= wanted * GIB
     detail = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"

@@ -205,8 +205,14 @@ def describe(plan: Plan) -> list[str]:
         )
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines.append(f"  {verdict}: {memory.total / GIB:.1f} of {plan.usable / GIB:.1f} usable GiB")
-    lines.append("host memory per process")
-    lines += [f"  {name:<32}{value / GIB:8.2f} GiB" for name, value in memory.host.items() if value]
+    if plan.host is None:
+        lines.append("host memory per process")
+        lines += [f"  {name:<32}{value / GIB:8.2f} GiB" for name, value in memory.host.items() if value]
+    else:
+        host = plan.host
+        lines.append(f"host memory of a node with {host.ranks} rank(s) and {host.engines} engine(s), the fullest")
+        lines += [f"  {name:<36}{value / GIB:10.2f} GiB" for name, value in host.parts.items() if value]
+        lines.append(f"  {'sum':<36}{host.total / GIB:10.2f} GiB; a node has to have {host.needed / GIB:,.0f} GiB")
     lines.append(
         f"time of a step: mean prompt {lengths.prompt:,}, response {lengths.response:,} (longest {lengths.longest:,}),"
         f" trace {lengths.trace:,} tokens; {lengths.source}"

@@ -101,7 +101,7 @@ class MemoryPlan:
     Attributes:
         stage: which pipeline stage that is.
         parts: on the device, by name; their sum is the trainer's peak.
-        host: in host memory, by name (on a CPU machine it is the same memory).
+        host: in host memory, by name; on a CPU machine it is the same memory.
         server: the rollout server's share of a GPU that carries both.
         row_tokens: tokens of the micro-batch that it is for.
     """
@@ -163,8 +163,10 @@ def stage_memory(
         parts["CUDA context"] = CUDA_CONTEXT
     if reference > peak.total:
         parts["scoring, beyond the update"] = reference - peak.total
+    if cuda:  # planning/host.py has the host's
+        return MemoryPlan(stage, parts, row_tokens=row.tokens)
     host = {
-        "reference weights (host)": float(state.weights) if copied else 0.0,
+        "reference weights": float(state.weights) if copied else 0.0,
         "checkpoint copies (at a save)": float((FP32 if numbers.width == FP32 else 2) * saved + FP32 * saved),
         "Python and libraries": LIBRARIES,
     }

@@ -14,9 +14,10 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.planning.compute import model_operations
 from pact_nemo.planning.generation import OUTSIDE_SHARE, ServerPlan, server_problems
 from pact_nemo.planning.hardware import Hardware
+from pact_nemo.planning.host import COPY, HostPlan, host_plan, rank_host
 from pact_nemo.planning.memory import GIB, USABLE, MemoryPlan, memory_plan
 from pact_nemo.planning.shape import Layout, ModelShape
-from pact_nemo.planning.sharing import awake_share, kept_asleep, largest_state, moved_bytes
+from pact_nemo.planning.sharing import awake_share, largest_state, moved_bytes
 from pact_nemo.planning.timing import checkpoint_seconds, export_bytes, phases, refit_seconds
 from pact_nemo.planning.workload import StepWork
 from pact_nemo.policy.config import PolicyConfig
@@ -29,6 +30,7 @@ class Plan:
     Attributes:
         policy: with precision, FP8 recipe and recompute as they will run.
         shares_gpus: the rollout server sits on trainer GPUs; its share of them counts against the fit.
+        host: host memory of a node with GPUs; None on CPUs, where it is the trainer's own.
     """
 
     shape: ModelShape
@@ -42,6 +44,7 @@ class Plan:
     refit: dict[str, float]
     checkpoint: float
     shares_gpus: bool
+    host: HostPlan | None = None
 
     @property
     def usable(self) -> float:
@@ -78,6 +81,7 @@ class Plan:
             "fits": self.fits,
             "memory_gib": {name: value / GIB for name, value in self.memory.parts.items()},
             "memory_host_gib": {name: value / GIB for name, value in self.memory.host.items()},
+            "node_host_gib": {name: value / GIB for name, value in self.host.parts.items()} if self.host else {},
             "server_gib": self.memory.server / GIB,
             "total_gib": self.memory.total / GIB,
             "usable_gib": self.usable / GIB,
@@ -122,10 +126,13 @@ def make_plan(
         asleep = server.time_sharing and hardware.cuda  # what it can't give back stays; on a CPU that is all
         beside = (0.0 if asleep else server.share * hardware.memory) + OUTSIDE_SHARE * hardware.cuda
     memory = memory_plan(shape, layout, policy, work, cuda=hardware.cuda, server=beside)
-    if server.time_sharing:
-        memory.host["trainer's copy, in the engines' turn"] = moved_bytes(state)
-        if server.adapters and hardware.cuda:
-            memory.host["engine's base, in the trainer's turn"] = kept_asleep(shape, server)
+    host = None
+    if hardware.cuda:
+        host = host_plan(shape, layout, policy, hardware, work, server if shares_gpus else None)
+        sharing = server.time_sharing
+        memory.host.update(rank_host(shape, layout, policy, work, stage=memory.stage, time_sharing=sharing))
+    elif server.time_sharing:
+        memory.host[COPY] = moved_bytes(state)
     return Plan(
         shape,
         layout,
@@ -138,6 +145,7 @@ def make_plan(
         refit_seconds(shape, layout, hardware, server),
         checkpoint_seconds(shape, layout, policy, hardware),
         shares_gpus,
+        host,
     )
 
 

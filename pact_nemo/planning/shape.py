@@ -267,6 +267,23 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int, lora: LoraCon
     return RankParameters(dense, expert, largest, adapters)
 
 
+def rank_matrices(shape: ModelShape, layout: Layout, stage: int) -> list[int]:
+    """Elements of each matrix that a rank of pipeline stage ``stage`` holds, as :func:`rank_parameters` counts them;
+    norms and biases are left out.
+    """
+    tensor, hidden = layout.tensor, shape.hidden
+    queries, groups = shape.heads * shape.head_dim // tensor, shape.kv_heads * shape.head_dim // tensor
+    layer = [hidden * (queries + 2 * groups), queries * hidden]
+    if shape.experts:
+        own = [2 * hidden * shape.expert_intermediate, hidden * shape.expert_intermediate]
+        layer += [hidden * shape.experts, *own * (shape.experts // layout.expert)]
+    else:
+        layer += [2 * hidden * (shape.intermediate // tensor), hidden * (shape.intermediate // tensor)]
+    first, last = stage == 0, stage == layout.pipeline - 1
+    ends = first + (last and not (shape.tied and first))
+    return layer * (shape.layers // layout.pipeline) + [padded_vocab(shape, layout) // tensor * hidden] * ends
+
+
 def share(count: int, ranks: int) -> int:
     """What the most loaded of ``ranks`` ranks holds of ``count`` elements, padding left out."""
     return -(-count // ranks)

@@ -7,12 +7,14 @@ and for every process that it starts.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import logging
 import os
 import shutil
 import stat
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from pact_nemo.errors import ConfigError
@@ -73,6 +75,55 @@ def disk_of(folder: str | os.PathLike[str]) -> int:
 def free_bytes(folder: str | os.PathLike[str]) -> int:
     """What this user may still write to the disk of a folder."""
     return shutil.disk_usage(_existing(folder)).free
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Memory that this process may use.
+
+    Attributes:
+        total: bytes.
+        limit: the file that allows no more; None: that is all that the machine has.
+    """
+
+    total: int
+    limit: Path | None = None
+
+
+def host_memory(root: Path = Path("/")) -> HostMemory | None:
+    """The machine's memory, or the least that a cgroup above this process allows: a container's, or a Slurm job's. None
+    where the system doesn't say.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    try:
+        words = (root / "proc/meminfo").read_text().split()
+        found = HostMemory(int(words[words.index("MemTotal:") + 1]) * 1024)
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, ValueError, IndexError):
+        return None
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base, name = (
+            ("sys/fs/cgroup", "memory.max")
+            if not controllers
+            else (
+                "sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+            )
+        )
+        place = root / base / path.lstrip("/")
+        for folder in (place, *place.parents):
+            if not folder.is_relative_to(root / base):
+                break
+            with contextlib.suppress(OSError, ValueError):  # "max" is no number
+                limit = int((folder / name).read_text())
+                if limit < found.total:
+                    found = HostMemory(limit, folder / name)
+    return found
 
 
 def prepare() -> None:
