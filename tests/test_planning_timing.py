@@ -22,7 +22,7 @@ from pact_nemo.planning.compute import (
     model_operations,
     pass_seconds,
 )
-from pact_nemo.planning.generation import OUTSIDE_SHARE, ServerPlan, engines_on_every_node, sequences_together
+from pact_nemo.planning.generation import OUTSIDE_SHARE, ServerPlan, sequences_together
 from pact_nemo.planning.hardware import gpu, this_cpu
 from pact_nemo.planning.host import ASLEEP
 from pact_nemo.planning.memory import state_bytes
@@ -97,8 +97,7 @@ def test_windows_bound_what_a_sequence_keeps_in_the_cache() -> None:
 def test_engines_on_all_gpus_take_turns_with_the_trainer() -> None:
     found, work = recipe("llama3p1_70b_64xh100_bf16"), StepWork(Lengths(4200, 2875, 2875, longest=23000), 256, 8, 8)
     one = ServerPlan(1, 8, 64, 0.4, concurrency=64)
-    every = engines_on_every_node(LLAMA_70B, 64, 8, one)
-    assert (every.servers, every.gpus, every.concurrency, every.time_sharing) == (8, 8, None, True)
+    every = ServerPlan(8, 8, 64, time_sharing=True, whole=True)
     layout = Layout.of(found.policy, 64)
     plans = [
         make_plan(LLAMA_70B, layout, found.policy, H100, work, server, shares_gpus=True) for server in (one, every)
@@ -128,8 +127,6 @@ def test_engines_on_all_gpus_take_turns_with_the_trainer() -> None:
     # a share that was set is not replaced
     half = dataclasses.replace(every, share=0.5, whole=False)
     assert make_plan(LLAMA_70B, layout, found.policy, H100, work, half, shares_gpus=True).server.share == 0.5
-    with pytest.raises(ConfigError, match="don't divide the 8 GPUs of a node"):
-        engines_on_every_node(LLAMA_70B, 64, 8, dataclasses.replace(one, gpus=16))
     with pytest.raises(ConfigError, match="leave no cache"):
         make_plan(LLAMA_70B, layout, found.policy, H100, work, dataclasses.replace(one, gpus=1), shares_gpus=True)
 
@@ -244,20 +241,20 @@ def test_the_tool_prints_one_json_object_last_and_its_exit_code_is_the_verdict(
     assert plan["layout"]["tensor"] == 4 and sum(plan["memory_gib"].values()) + plan["server_gib"] == pytest.approx(
         plan["total_gib"]
     )
-    smaller = ("--recipe", "llama3p1_70b_64xh100_bf16", "--gpus", "32")
+    smaller = ("--recipe", "llama3p1_70b_64xh100_bf16", "--gpus", "32", "policy.micro_batch_tokens=30000")
     assert run(*smaller).returncode == 0
     beside = ("rollout.server.time_sharing=false", "rollout.server.gpu_memory_utilization=0.4")
     assert run(*smaller, *beside).returncode == 1  # both at once don't fit there
     wrong = run("--recipe", "llama3p1_70b_64xh100_bf16", "--gpus", "40")
     assert wrong.returncode == 2 and "40 ranks are not a multiple" in wrong.stderr
-    turns = run("--recipe", "llama3p1_70b_64xh100_bf16", "--engines", "all", "--json")
-    shared = json.loads(turns.stdout.splitlines()[-1])
     one = run("--recipe", "llama3p1_70b_64xh100_bf16", "--json", "rollout.server.engines=1")
     alone = json.loads(one.stdout.splitlines()[-1])
-    assert [found["engines"]["count"] for found in (alone, plan, shared)] == [1, 8, 8]
-    assert shared["step_seconds"] == plan["step_seconds"] < 0.6 * alone["step_seconds"]
+    assert [found["engines"]["count"] for found in (alone, plan)] == [1, 8]
+    assert plan["step_seconds"] < 0.6 * alone["step_seconds"]
     assert plan["step_seconds"] < 800
-    assert "engine asleep beside it" in turns.stdout
+    assert "engine asleep beside it" in one.stdout
+    wide = run("--recipe", "llama3p1_70b_64xh100_bf16", "rollout.server.tensor_parallel_size=16")
+    assert wide.returncode == 2 and "tensor_parallel_size=16 need 16 GPUs" in wide.stderr
     searched = run("--recipe", "qwen3_8b_8xh100_bf16", "--search", "--top", "3", "--json")
     layouts = json.loads(searched.stdout.splitlines()[-1])["layouts"]
     assert len(layouts) == 3 and layouts[0]["step_seconds"] <= layouts[1]["step_seconds"]

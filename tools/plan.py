@@ -40,7 +40,6 @@ from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.config.schema import Config, open_episodes
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.planning.from_config import (
-    ENGINES,
     describe,
     expected_lengths,
     hardware_of,
@@ -80,16 +79,12 @@ def parse() -> argparse.Namespace:
             help="mean length" if name != "longest" else "longest response of a step",
         )
     parser.add_argument(
-        "--servers", type=int, default=0, help="rollout servers on GPUs of their own; 0: one, on trainer GPUs"
+        "--servers",
+        type=int,
+        default=0,
+        help="rollout servers on GPUs of their own; 0: on trainer GPUs, as rollout.server.engines says",
     )
     parser.add_argument("--server-gpus", type=int, help="GPUs that a server is split over")
-    parser.add_argument(
-        "--engines",
-        choices=ENGINES,
-        default=ENGINES[0],
-        help="set: as rollout.server.engines says, beside the trainer; all: on all trainer GPUs, in turn with it;"
-        " default: %(default)s",
-    )
     parser.add_argument("--search", action="store_true", help="layouts that fit, the fastest step first")
     parser.add_argument("--top", type=int, default=10, help="how many of them")
     parser.add_argument("--json", action="store_true", help="one JSON object last")
@@ -179,7 +174,7 @@ def main() -> int:
                 ),
             )
         work = step_work(config, lengths_for(arguments, config))
-        server = server_plan(config, hardware, shape, engines=arguments.engines, world=world)
+        server = server_plan(config, hardware, shape, world=world)
         shares = not arguments.servers and config.rollout.server.url is None
         if arguments.servers:
             open_ = open_episodes(config, arguments.servers)

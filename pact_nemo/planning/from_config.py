@@ -12,9 +12,8 @@ from pact_nemo.config.lora import refit_kind
 from pact_nemo.config.recipes import recipe
 from pact_nemo.config.schema import Config, open_episodes, takes_turns
 from pact_nemo.environments.registry import environment_spec
-from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import make_method
-from pact_nemo.planning.generation import ServerPlan, engines_on_every_node
+from pact_nemo.planning.generation import ServerPlan
 from pact_nemo.planning.hardware import Hardware, gpu, this_cpu
 from pact_nemo.planning.memory import GIB
 from pact_nemo.planning.plan import Plan, make_plan
@@ -23,10 +22,8 @@ from pact_nemo.planning.workload import Lengths, StepWork
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import ADAPTER
 from pact_nemo.serving.config import ALL_ENGINES, share_beside
-from pact_nemo.serving.placement import engines_per_node
+from pact_nemo.serving.placement import engines_per_node, places_on_node
 
-#: as ``rollout.server`` says; or engines on all trainer GPUs, in turn with the trainer
-ENGINES = ("set", "all")
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -80,18 +77,15 @@ def step_work(config: Config, lengths: Lengths) -> StepWork:
     )
 
 
-def server_plan(
-    config: Config, hardware: Hardware, shape: ModelShape, *, engines: str = ENGINES[0], world: int | None = None
-) -> ServerPlan:
+def server_plan(config: Config, hardware: Hardware, shape: ModelShape, *, world: int | None = None) -> ServerPlan:
     """Of the rollout side: the engines that the job starts, the servers of ``rollout.server.url``, or engines that take
     turns with the trainer. On a CPU an engine takes its weights and the cache that it was given.
 
     Args:
-        engines: one of ``ENGINES``.
         world: trainer ranks; None: :func:`planned_world`.
 
     Raises:
-        ConfigError: the model or a node can't be divided into such engines.
+        ConfigError: a node can't hold such engines.
     """
     server = config.rollout.server
     world = world if world is not None else planned_world(config)
@@ -100,7 +94,7 @@ def server_plan(
         share = (width * shape.parameters + (server.cpu_kv_cache_gib or 0) * GIB) / hardware.memory
     sharing = takes_turns(config, cuda=hardware.cuda)
     kind = refit_kind(config, cuda=hardware.cuda)
-    plan = ServerPlan(
+    return ServerPlan(
         count,
         server.tensor_parallel_size,
         server.max_num_seqs,
@@ -111,23 +105,24 @@ def server_plan(
         whole=sharing and hardware.cuda and server.gpu_memory_utilization is None,
         adapters=adapter_parameters(shape, config.policy.lora) if kind == ADAPTER else 0,
     )
-    if engines != ENGINES[1]:
-        return plan
-    if server.url is not None or not hardware.cuda:
-        raise ConfigError("engines on all GPUs are started by the job itself, on GPUs; unset rollout.server.url")
-    return engines_on_every_node(shape, world, _gpus_per_node(config, hardware), plan)
 
 
 def engines_of(config: Config, hardware: Hardware, world: int) -> int:
-    """Rollout engines of the whole job."""
+    """Rollout engines of the whole job.
+
+    Raises:
+        ConfigError: a node of the job can't hold as many, or one that large.
+    """
     server = config.rollout.server
     if server.url is not None:
         return len(server.url.split(","))
-    if server.engines != ALL_ENGINES:
-        return int(server.engines)
     per_node = _gpus_per_node(config, hardware) if hardware.cuda else world
-    nodes = -(-world // per_node)
-    return nodes * engines_per_node(server, nodes, min(world, per_node) if hardware.cuda else None)
+    nodes, gpus = -(-world // per_node), min(world, per_node) if hardware.cuda else None
+    if server.engines == ALL_ENGINES and gpus is not None:
+        # the same refusal as at the start of a run
+        each = engines_per_node(server, nodes, gpus)
+        places_on_node(each, server.tensor_parallel_size, [str(gpu) for gpu in range(gpus)], address=None, api_key="")
+    return int(server.engines) if server.engines != ALL_ENGINES else nodes * engines_per_node(server, nodes, gpus)
 
 
 def _gpus_per_node(config: Config, hardware: Hardware) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning.hardware import Hardware
@@ -56,23 +56,6 @@ def server_problems(shape: ModelShape, ranks: int) -> list[str]:
     if shape.kv_heads % ranks and ranks % shape.kv_heads:
         found.append(f"{shape.kv_heads} key/value heads can't be split over {key} (one has to divide the other)")
     return found
-
-
-def engines_on_every_node(shape: ModelShape, world: int, gpus_per_node: int, server: ServerPlan) -> ServerPlan:
-    """As many engines of ``server``'s size as the job's nodes hold, in turn with the trainer.
-
-    Raises:
-        ConfigError: a node can't be divided into engines of this size.
-    """
-    node = min(world, gpus_per_node)
-    if world % node or node % server.gpus:
-        raise ConfigError(
-            f"engines of rollout.server.tensor_parallel_size={server.gpus} GPUs don't divide the {node} GPUs of a node;"
-            f" take a divisor of {node}"
-        )
-    if found := server_problems(shape, server.gpus):
-        raise ConfigError("; ".join(found))
-    return replace(server, servers=world // server.gpus, concurrency=None, time_sharing=True, whole=True)
 
 
 def working_bytes(shape: ModelShape, server: ServerPlan) -> float:
