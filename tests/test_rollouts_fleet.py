@@ -8,7 +8,8 @@ test_training_runs_served.py.)
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,20 @@ def test_fewer_episodes_are_let_in_once_the_limit_has_fallen() -> None:
 
     asyncio.run(batch())
     assert len(seen) == 20 and max(seen[:4]) == 4 and max(seen[4:]) <= 2 + 1  # those that were inside leave first
+
+
+def test_engines_that_fail_in_a_refit_come_back_side_by_side(make: Any) -> None:
+    failing = [{"at": 1, "do": "fail", "of": "load"}]
+    three = make(3, {0: failing, 2: failing})
+    together = threading.Barrier(2, timeout=20)
+    for number in (0, 2):
+        server = three.fleet.engines[number].server
+
+        def restart(again: Callable[[], None] = server.restart) -> None:
+            together.wait()  # breaks where one waits for the other's end
+            again()
+
+        server.restart = restart
+    assert three.refit(1) == 3 and three.fleet.share == 1.0
+    assert [engine.health.restarts for engine in three.fleet.engines] == [1, 0, 1]
+    assert {rollout.weight_version for rollout in play(three.fleet, 1, TASKS)} == {1}

@@ -13,12 +13,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from pact_nemo.errors import ServerError, ServerLost
 from pact_nemo.serving.client import Completion, GenerationRequest
 from pact_nemo.serving.health import State
 from pact_nemo.serving.refit import RefitReport, check_export, load
 from pact_nemo.serving.supervisor import SupervisedServer
+
+Result = TypeVar("Result")
 
 
 class Fleet:
@@ -154,12 +157,9 @@ class Fleet:
             ServerLost: too few engines are left.
         """
         self._each(lambda engine: engine.client.admin.wake(part))
-        for engine in self.living if part != "weights" else ():
-            if engine.health.state is State.DEAD:
-                try:
-                    engine.recover(engine.health.reason)
-                except ServerLost as error:
-                    self.give_up(engine, str(error))
+        if part != "weights":
+            dead = [engine for engine in self.living if engine.health.state is State.DEAD]
+            self._side_by_side(dead, lambda engine: engine.recover(engine.health.reason))
 
     def _each(self, tell: Callable[[SupervisedServer], None]) -> None:
         """Of all that live, at the same time; who refuses, is late or gone is ended."""
@@ -193,27 +193,31 @@ class Fleet:
             engine.refitting(folder, version)
         with ThreadPoolExecutor(len(living)) as threads:
             loads = [threads.submit(_load, engine, folder, version, verify_s) for engine in living]
-        reports: list[RefitReport] = []
-        for engine, one in zip(living, loads, strict=True):
+        for engine in living:
             engine.server.rotate_log()
+        loading = dict(zip(living, loads, strict=True))
+        return self._side_by_side(living, lambda engine: _settled(engine, loading[engine]))
+
+    def _side_by_side(
+        self, engines: Sequence[SupervisedServer], recover: Callable[[SupervisedServer], Result]
+    ) -> list[Result]:
+        """What ``recover`` gives for each engine that comes back, in their order; the others are given up. All at the
+        same time: a start takes minutes.
+
+        Raises:
+            ServerLost: too few engines are left.
+        """
+        if not engines:
+            return []
+        with ThreadPoolExecutor(len(engines)) as threads:
+            coming = [threads.submit(recover, engine) for engine in engines]
+        found: list[Result] = []
+        for engine, one in zip(engines, coming, strict=True):
             try:
-                reports += self._settled(engine, one)
+                found.append(one.result())
             except ServerLost as error:
                 self.give_up(engine, str(error))
-        return reports
-
-    def _settled(self, engine: SupervisedServer, loading: Future[RefitReport]) -> list[RefitReport]:
-        """What a load took; of a restarted engine where it failed, or where the engine had died before it."""
-        try:
-            report = loading.result()
-            engine.refitted()
-        except ServerError as error:
-            again = engine.recover(str(error))
-            assert again is not None
-            return [again]
-        if engine.health.state is State.DEAD:  # it was given up while the last batch ended
-            engine.recover(engine.health.reason)
-        return [report]
+        return found
 
     def counts(self) -> dict[str, float]:
         """``engines/share`` that is left, and since the last call: ``server/restarts`` and ``rollout/reissued``
@@ -238,6 +242,20 @@ class Fleet:
         if self.engines:
             with ThreadPoolExecutor(len(self.engines)) as threads:
                 list(threads.map(lambda engine: engine.server.close(), self.engines))
+
+
+def _settled(engine: SupervisedServer, loading: Future[RefitReport]) -> RefitReport:
+    """What a load took; of a restarted engine where it failed, or where the engine had died before it."""
+    try:
+        report = loading.result()
+        engine.refitted()
+    except ServerError as error:
+        again = engine.recover(str(error))
+        assert again is not None
+        return again
+    if engine.health.state is State.DEAD:  # it was given up while the last batch ended
+        engine.recover(engine.health.reason)
+    return report
 
 
 def _load(engine: SupervisedServer, folder: Path, version: int, verify_s: float) -> RefitReport:
