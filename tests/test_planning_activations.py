@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pact_nemo.planning.activations import Numbers, in_flight, training_peak
+from pact_nemo.planning.activations import Numbers, in_flight, stale_inputs, training_peak
 from pact_nemo.planning.memory import communication_bytes, state_bytes
 from pact_nemo.planning.shape import Layout, ModelShape, rank_parameters
 from pact_nemo.planning.workload import Lengths, tree
@@ -167,3 +167,12 @@ def test_pipeline_stages_hold_fewer_micro_batches_the_later_they_come() -> None:
     assert in_flight(Layout(4, pipeline=4), 0, 2) == 2
     # interleaved, two chunks a stage: 2 * 3 + 4 + 1 warm-up chunk passes on the first of four stages
     assert in_flight(Layout(4, pipeline=4, virtual=2), 0, 8) == 5.5
+
+
+def test_chunks_of_later_stages_still_hold_inputs_whose_rows_are_done() -> None:
+    """As rehearsals of 70B show, whose chunks keep their last input and its gradient."""
+    layout = Layout(64, tensor=4, pipeline=4, virtual=4)
+    assert [stale_inputs(layout, stage, 8) for stage in range(4)] == [1, 1, 2, 2]
+    assert stale_inputs(layout, 3, 64) == 2 and stale_inputs(layout, 3, 4) == 1
+    assert [stale_inputs(Layout(4, pipeline=4, virtual=2), stage, 8) for stage in range(4)] == [0, 0, 1, 1]
+    assert stale_inputs(Layout(4, pipeline=4), 0, 8) == 0

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pact_nemo.policy import microbatches
 from pact_nemo.policy.heads import vocab_parallel_logprobs, vocab_parallel_logprobs_and_entropies
 
 
@@ -190,3 +194,19 @@ def test_entropies_with_gradient_take_no_tensor_larger_than_a_chunk() -> None:
         assert entropy is not None
         (logprobs + entropy).sum().backward()
     assert largest.elements == chunk * vocab
+
+
+def test_a_row_that_is_done_keeps_nothing_of_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the last pipeline stage a row's input, as large as its hidden states, and the gradient of it."""
+    monkeypatch.setattr(microbatches.parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
+    h, w, target = inputs()
+    values, entropy = vocab_parallel_logprobs_and_entropies(h, w, target, vocab_size=17, chunk=4)
+    batch = SimpleNamespace(streams={}, flat_index=torch.arange(11), tree=SimpleNamespace(entropy=entropy))
+    collected = microbatches.Collected()
+    expected = entropy.detach().clone()
+    loss, *_ = microbatches._loss(collected, lambda logprobs, streams: (logprobs.sum(), {}), batch, values)  # type: ignore[arg-type]
+    loss.backward()
+    torch.testing.assert_close(collected.entropies[0][1], expected, rtol=0, atol=0)
+    row = weakref.ref(h)
+    del h, w, values, entropy, loss
+    assert row() is None

@@ -12,10 +12,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.errors import ConfigError
-from pact_nemo.rehearsal import engine_layers, engine_stand_in
+from pact_nemo.rehearsal import engine_layers, engine_stand_in, observed
 from pact_nemo.rehearsal.case import Case, Outcome, check
 from pact_nemo.rehearsal.run import rehearse
 from tests.test_rehearsal import FEW, check_outcome, few_layers
@@ -93,14 +94,51 @@ def test_every_stage_of_every_recipe_runs_on_transformer_engines_layers(name: st
     assert recipe(name).policy.pipeline_parallel == outcome.case.stage + 1
 
 
+def check_plan(outcome: Outcome) -> None:
+    """Too low a plan is an out-of-memory error on somebody's cluster."""
+    check_outcome(outcome)
+    phase = outcome.phase("update")
+    assert phase.planned is not None
+    error = phase.planned / phase.peak - 1
+    print(f"{outcome.case.recipe}, stage {outcome.case.stage}: planned {100 * error:+.1f} %")
+    assert -0.02 < error < 0.10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_ENGINE)
-def test_the_plan_is_within_five_percent_of_the_peak_at_full_depth(name: str) -> None:
+def test_the_plan_is_at_most_two_percent_below_the_peak_at_full_depth(name: str) -> None:
     """The first and the last pipeline stage, rows of the recipe's own length, Transformer Engine's layers."""
     stages = sorted({0, recipe(name).policy.pipeline_parallel - 1})
     for outcome in rehearse([Case(name, stage, transformer_engine=True) for stage in stages]):
-        check_outcome(outcome)
-        phase = outcome.phase("update")
-        assert phase.planned is not None
-        print(f"{name}, stage {outcome.case.stage}: planned {100 * (phase.planned / phase.peak - 1):+.1f} %")
-        assert abs(phase.planned / phase.peak - 1) < 0.05
+        check_plan(outcome)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("virtual", [2, 4])
+def test_the_plan_holds_on_every_stage_of_interleaved_ones(virtual: int) -> None:
+    """Chunks of a layer, which are mostly what passes between stages."""
+    words = (f"policy.virtual_pipeline={virtual}",)
+    cases = [
+        Case("llama3p1_70b_64xh100_bf16", stage, layers=4 * virtual, transformer_engine=True, words=words)
+        for stage in range(4)
+    ]
+    for outcome in rehearse(cases):
+        check_plan(outcome)
+
+
+def test_what_one_kernel_computes_takes_room_for_its_result_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions that torch.compile would fuse, and a product that adds to its float32 sum."""
+    monkeypatch.setattr(observed, "_on_gpu", lambda tensor: isinstance(tensor, observed.FakeTensor))
+    memory = observed.Memory()
+    with observed.Mode(), memory:
+        rows = torch.empty(1024, 1024, dtype=torch.bfloat16)
+        assert memory.peak == memory.now == rows.nbytes
+
+        @observed.compiled
+        def fused(x: torch.Tensor) -> torch.Tensor:
+            return (x.float() * 2.0).sin().to(x.dtype)
+
+        found = fused(rows)
+        assert memory.peak == memory.now == 2 * rows.nbytes
+        again = found.float()
+        assert memory.peak == 2 * rows.nbytes + again.nbytes

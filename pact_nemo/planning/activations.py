@@ -25,6 +25,9 @@ from pact_nemo.policy.config import PolicyConfig
 FP32 = 4
 INDEX = 8  # int64
 KERNELS = ("torch", "te")
+#: of the routed tokens, at once as experts' outputs are put back in order, beside those that are kept: outputs, and in
+#: their old order; where they travel also those that were sent and received, which megatron's dispatcher holds so long
+_ROUTED_COPIES, _TRAVELLING_COPIES = 2, 4
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,16 @@ def layer_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, re
     return kept + (core_attention_kept(shape, layout, numbers, row) if recompute == "none" else 0.0)
 
 
+def routers_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, recompute: str) -> float:
+    """Per layer, once on a rank: what a mixture's dispatcher holds of a layer that was differentiated, until the next
+    row comes. Its routing weights lead to the layer's input, with gradient, where the layer was recomputed.
+    """
+    if not shape.experts or recompute != "full":
+        return 0.0
+    each = shape.hidden * numbers.width + shape.experts * (1 + numbers.width) + INDEX * shape.experts_per_token
+    return row.tokens / layout.context / layout.hidden_split * each
+
+
 def row_kept(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row) -> float:
     """Once per row: token ids, positions, the rotation's cosines and sines, index and stream vectors of the scored
     tokens, masks on the CPU.
@@ -156,7 +169,8 @@ def feed_forward_working(shape: ModelShape, layout: Layout, numbers: Numbers, ro
         return tokens * numbers.width * (2 * own.feed_forward + own.hidden)
     copies = shape.experts_per_token / layout.hidden_split
     backward = 2 * shape.expert_intermediate * copies + shape.hidden * copies + own.hidden
-    return tokens * numbers.width * max(backward, 2 * shape.hidden * copies + 2 * own.hidden)
+    routed = _TRAVELLING_COPIES if layout.expert > 1 else _ROUTED_COPIES
+    return tokens * numbers.width * max(backward, routed * shape.hidden * copies + 2 * own.hidden)
 
 
 def head_forward(
@@ -201,6 +215,35 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
     return min(warm_up, micro_batches * layout.virtual) / layout.virtual
 
 
+def stale_inputs(layout: Layout, stage: int, micro_batches: int) -> int:
+    """Model chunks of a rank whose input is not in flight any more while the most are: the last row through the chunk
+    was differentiated, and no later one came. The chunk holds that input, and its gradient, until one comes.
+
+    Plays megatron's interleaved schedule: groups of as many micro-batches as stages go through chunk after chunk.
+    """
+    if layout.virtual == 1:
+        return 0
+    stages, chunks = layout.pipeline, layout.virtual
+    count = min(micro_batches, 4 * stages) // stages * stages  # it repeats
+    groups = [range(first, first + stages) for first in range(0, count, stages)]
+    forward = [(row, chunk) for group in groups for chunk in range(chunks) for row in group]
+    backward = [(row, chunk) for group in groups for chunk in reversed(range(chunks)) for row in group]
+    warm_up = min(2 * (stages - stage - 1) + (chunks - 1) * stages, len(forward))
+    last = {chunk: row for row, chunk in forward[:warm_up]}
+    done: dict[int, int] = {}
+    most, found = 0, 0
+    for index, (row, chunk) in enumerate(backward):
+        sent = min(warm_up + index + 1, len(forward))
+        if warm_up + index < len(forward):
+            newest, where = forward[warm_up + index]
+            last[where] = newest
+        stale = sum(done.get(each) == newest for each, newest in last.items())
+        if (flying := sent - index) + 2 * stale > most:
+            most, found = flying + 2 * stale, stale
+        done[chunk] = row
+    return found
+
+
 @dataclass(frozen=True)
 class ActivationPeak:
     """The peak of a forward and backward pass on a rank of one pipeline stage, in bytes.
@@ -230,7 +273,7 @@ def training_peak(
     stage: int,
     micro_batches: int,
 ) -> ActivationPeak:
-    """The larger of two moments: the last layer's backward pass, and (last stage) the head's.
+    """The larger of two moments: a layer's backward pass, and (last stage) the head's.
 
     Args:
         shape, layout: the model, and how it is cut.
@@ -248,13 +291,18 @@ def training_peak(
     kept = flying * (
         layers * layer_kept(shape, layout, numbers, row, recompute) + row_kept(shape, layout, numbers, row)
     )
+    boundary = tokens * own.hidden * numbers.width
+    kept += 2 * stale_inputs(layout, stage, micro_batches) * boundary
     in_layer = feed_forward_working(shape, layout, numbers, row)
     if recompute == "full":
         in_layer += layer_kept(
             shape, layout, numbers, row, "none"
         )  # the layer is there whole; its norm's input is the kept one
+    # at the first layer of a stage all others are differentiated, and the second one's gradient is the one that it is
+    # given; at the head none is
+    at_first = kept + max(layers - 2, 0) * routers_kept(shape, layout, numbers, row, recompute)
     if stage < layout.pipeline - 1:
-        return ActivationPeak(kept, in_layer, 0.0)
+        return ActivationPeak(at_first, in_layer, 0.0)
     final = tokens * norm_kept(numbers, own.hidden)
     scored = row.scored / layout.context * shape.hidden * numbers.width
     head = scored + max(
@@ -262,7 +310,9 @@ def training_peak(
         head_backward(shape, layout, numbers, row, chunk),
     )
     head = final + max(head, tokens * norm_working(numbers, own.hidden))
-    return ActivationPeak(kept, 0.0, head) if head > in_layer else ActivationPeak(kept, in_layer, 0.0)
+    if kept + head > at_first + in_layer:
+        return ActivationPeak(kept, 0.0, head)
+    return ActivationPeak(at_first, in_layer, 0.0)
 
 
 def scoring_peak(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, *, stage: int, chunk: int) -> float:

@@ -203,6 +203,7 @@ def _loss(
                     for name, value in metrics.items()
                 }
             )
+    batch.tree.entropy = None  # its graph would keep the stage's input until the last row is done, gradient and all
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), {}
 
 

@@ -15,6 +15,7 @@ import torch._subclasses.fake_tensor as fake_tensor
 import torch.nn.functional as F
 
 from pact_nemo.policy.without_cuda import NullStream
+from pact_nemo.rehearsal import observed
 
 #: of the GPU that is rehearsed on: an H100
 CAPABILITY, NAME, PROCESSORS, MEMORY = (9, 0), "NVIDIA H100 80GB HBM3", 132, 80 * 10**9
@@ -85,7 +86,9 @@ def pretend_cuda(local_rank: int) -> None:
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign,assignment]
     fake_tensor.init_gpu_context = lambda chosen: None  # type: ignore[assignment]
     # kernels would be compiled for a GPU; what they compute is run operation by operation instead
-    torch.compile = lambda model=None, *args, **kwargs: model if model is not None else (lambda function: function)  # type: ignore[assignment]
+    torch.compile = lambda model=None, *args, **kwargs: (
+        observed.compiled(model) if model is not None else observed.compiled
+    )  # type: ignore[assignment]  # noqa: E501
     _move_modules_in_place()
     _choose_flash_attention()
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from pact_nemo.policy.fused import rms_norm
+from pact_nemo.rehearsal.observed import compiled
 
 PRODUCTS: Counter[str] = Counter()  #: forward products of layers by format, ``fp8`` or ``bf16``
 FP8 = torch.float8_e4m3fn
@@ -70,6 +71,34 @@ class _Product(torch.autograd.Function):
         return back, own, rows.sum(0) if ctx.has_bias else None, None, None
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """A product of each expert with its rows; results lie in one tensor from the start."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inp: torch.Tensor, splits: list[int], layer: Any, fp8: bool, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.layer, ctx.splits, ctx.weights = layer, splits, weights
+        ctx.save_for_backward(inp.to(FP8) if fp8 and not layer.save_original_input else inp)
+        return _by_expert(inp, splits, [weight.t() for weight in weights])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        (inp,), grad, fuse = ctx.saved_tensors, grads[0], ctx.layer.fuse_wgrad
+        back = _by_expert(grad, ctx.splits, list(ctx.weights))
+        pairs = zip(torch.split(grad, ctx.splits), torch.split(inp.to(grad.dtype), ctx.splits), strict=True)
+        own = [_weight_gradient(weight, *pair, fuse) for weight, pair in zip(ctx.weights, pairs, strict=True)]
+        return back, None, None, None, *own
+
+
+@compiled
+def _by_expert(rows: torch.Tensor, splits: list[int], matrices: list[torch.Tensor]) -> torch.Tensor:
+    parts = torch.split(rows, splits)
+    return torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)])
+
+
+@compiled  # the product adds to float32 by itself
 def _weight_gradient(weight: torch.Tensor, grad: torch.Tensor, inputs: torch.Tensor, fuse: bool) -> torch.Tensor:
     """Added to megatron's buffer by the product itself, or returned."""
     if not fuse:
@@ -316,6 +345,5 @@ class GroupedLinear(_Base):
         fp8 = self.in_fp8(8, weights, is_first_microbatch)
         if fp8 and any(count % 16 for count in m_splits):
             raise ValueError(f"FP8 has no grouped product of {m_splits} rows")
-        parts = zip(torch.split(inp, m_splits), weights, strict=True)
-        out = torch.cat([_Product.apply(part, weight, None, self, fp8) for part, weight in parts])
+        out = _GroupedProduct.apply(inp, m_splits, self, fp8, *weights)
         return (out, [None] * self.num_gemms) if self.return_bias else out

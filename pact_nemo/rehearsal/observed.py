@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import weakref
@@ -105,6 +106,27 @@ def asking_line() -> str:
     return "?"
 
 
+_COMPILED: list[Any] = []  #: functions at work whose operations are one kernel
+
+
+def compiled(function: Any) -> Any:
+    """In place of ``torch.compile``: the function as it is, and of its tensors only the results are memory."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        _COMPILED.append(function)
+        try:
+            found = function(*args, **kwargs)
+        finally:
+            _COMPILED.pop()
+        for memory in Memory.watching:
+            for tensor in tree_leaves(found):
+                memory.add(tensor)
+        return found
+
+    return run
+
+
 class Memory(TorchDispatchMode):
     """Bytes of living storages on the GPU.
 
@@ -113,6 +135,8 @@ class Memory(TorchDispatchMode):
         peak: the largest sum since :meth:`forget_peak`.
         operations: how many were dispatched, by name.
     """
+
+    watching: list[Memory] = []  #: those that are entered
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,8 +148,17 @@ class Memory(TorchDispatchMode):
         self.peak = self.now
         self.operations.clear()
 
-    def _add(self, tensor: Any) -> None:
-        if not _on_gpu(tensor):
+    def __enter__(self) -> Any:
+        Memory.watching.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Memory.watching.remove(self)
+        super().__exit__(*error)
+
+    def add(self, tensor: Any) -> None:
+        """Count the storage of ``tensor``, where that is on the GPU and new, as long as it lives."""
+        if not _on_gpu(tensor) or _COMPILED:
             return
         storage = tensor.untyped_storage()
         if storage in self._known:
@@ -143,5 +176,5 @@ class Memory(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         self.operations[str(func)] += 1
         for tensor in tree_leaves(found):
-            self._add(tensor)
+            self.add(tensor)
         return found
