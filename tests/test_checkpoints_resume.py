@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pact_nemo.checkpoints import resume, resume_folders, resume_manifest
 from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.policy import offload
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.workers.policy_kit import launch, loss_fn, make_model, make_trees
@@ -266,6 +267,32 @@ def test_a_save_in_the_background_has_the_weights_of_its_step(
     assert all(torch.equal(loaded[name], then[name]) for name in then)
     assert not all(torch.equal(now[name], then[name]) for name in then)
     assert [again.update(TREES, loss_fn).loss for _ in range(2)] == losses, "moments and main weights, too"
+
+
+def test_a_save_in_the_background_outlives_the_trainers_turn(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer's memory is given back while it is being written; the loop's state is that of the end."""
+    monkeypatch.setattr(offload, "SMALLEST", 100)
+    policy = build(hf)
+    policy.update(TREES, loss_fn)
+    policy.export_hf(tmp_path / "then", dtype="float32")
+    slow_writer(monkeypatch)
+    saving = resume.BackgroundSave(policy, tmp_path / "checkpoints", {"seconds": 1.0})
+    memory = offload.trainer_memory(policy.wrapped, policy.optimizer, weights=True)
+    memory.release()
+    assert not saving.finished()
+    saving.renew({"seconds": 2.0})
+    assert resume_folders.latest(tmp_path / "checkpoints") is None, "nothing to be seen before it is recorded"
+    saving.finish()
+    memory.restore()
+    again = build(hf)
+    folder = resume_folders.latest(tmp_path / "checkpoints")
+    assert folder is not None and resume.load(again, folder) == {"seconds": 2.0}
+    again.export_hf(tmp_path / "loaded", dtype="float32")
+    then, loaded = (load_file(tmp_path / name / "model.safetensors") for name in ("then", "loaded"))
+    assert all(torch.equal(loaded[name], then[name]) for name in then)
+    assert again.update(TREES, loss_fn).loss == policy.update(TREES, loss_fn).loss
 
 
 def test_a_failed_save_in_the_background_is_told_and_leaves_nothing(

@@ -82,7 +82,7 @@ def _write(policy: Resumable, folder: Path, state: dict[str, Any]) -> Any:
     def prepare() -> None:
         (folder / "weights").mkdir()
         write_json_atomic(folder / RNG_NAME, states)
-        write_json_atomic(folder / "state.json", {"step": policy.step, "ranks": dist.get_world_size(), "caller": state})
+        _write_state(folder, policy.step, state)
 
     on_rank_zero(prepare)
     start_results_queue()
@@ -92,6 +92,10 @@ def _write(policy: Resumable, folder: Path, state: dict[str, Any]) -> Any:
         options["async_strategy"] = "mcore"
     request = dist_checkpointing.save(policy.state_dict(), str(folder / "weights"), **options)
     return request._replace(async_fn=partial(watched, request.async_fn)) if request.async_fn is not None else request
+
+
+def _write_state(folder: Path, step: int, state: dict[str, Any]) -> None:
+    write_json_atomic(folder / "state.json", {"step": step, "ranks": dist.get_world_size(), "caller": state})
 
 
 def _publish(folder: Path, final: Path, stack: ExitStack) -> None:
@@ -117,12 +121,21 @@ class BackgroundSave:
         """
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-        self.final = _free_path(policy, root)
+        self.final, self._step = _free_path(policy, root), policy.step
         self._stack = ExitStack()
         self._queue = AsyncCallsQueue()
         with self._closed_on_error():
             self._folder = Path(on_rank_zero(lambda: str(self._stack.enter_context(new_directory(self.final)))))
             self._queue.schedule_async_request(_write(policy, self._folder, state))
+
+    def renew(self, state: dict[str, Any]) -> None:
+        """Replace the training loop's state with a later one of the same step.
+
+        Raises:
+            CheckpointError: it can't be written; on all ranks, and nothing is left behind.
+        """
+        with self._closed_on_error():
+            on_rank_zero(lambda: _write_state(self._folder, self._step, state))
 
     def finished(self) -> bool:
         """Whether the writers of all ranks have ended, well or not: :meth:`finish` then takes no time."""

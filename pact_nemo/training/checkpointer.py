@@ -41,20 +41,45 @@ class Checkpointer:
     stop: StopRequest
     saving: resume.BackgroundSave | None = None
 
-    def after_step(self) -> None:
-        """Save where one is due: every ``trainer.checkpoint_every`` steps and after the last."""
+    def due(self) -> bool:
+        """Whether the step that was finished is one to save: every ``trainer.checkpoint_every`` steps and the last."""
         trainer, step = self.config.trainer, self.state.step
-        last = step == trainer.steps
-        self.finish_saving(wait=False)
-        if last or (trainer.checkpoint_every and step % trainer.checkpoint_every == 0):
+        return step == trainer.steps or bool(trainer.checkpoint_every and step % trainer.checkpoint_every == 0)
+
+    def in_trainers_turn(self) -> None:
+        """Begin to save a finished step, where one is due, while the trainer has the memory that it shares with the
+        engines: they need not sleep for it again. :meth:`after_step` makes the checkpoint visible, once the step is
+        recorded. Where nothing is shared nothing is done.
+        """
+        if not self.weights.sharing.on or not self.due() or on_rank_zero(self._path().exists):
+            return
+        start = time.perf_counter()
+        with self.progress.phase("checkpoint", brief=True):
+            self.finish_saving(wait=True)
+            self.saving = resume.BackgroundSave(self.policy, self.workspace.checkpoints, self.state.as_row())
+        self.state.spend("checkpoint", time.perf_counter() - start)
+
+    def after_step(self) -> None:
+        """Save where one is due, or finish what :meth:`in_trainers_turn` began."""
+        trainer, step = self.config.trainer, self.state.step
+        background = trainer.async_checkpoint and step != trainer.steps
+        begun = self.saving is not None and self.saving.final == self._path()
+        if begun:
+            assert self.saving is not None
+            self.saving.renew(self.state.as_row())
+        self.finish_saving(wait=begun and not background)
+        if self.due() and not begun:
             with self.progress.phase("checkpoint", brief=True):
-                self.save(background=trainer.async_checkpoint and not last)
+                self.save(background=background)
+
+    def _path(self) -> Path:
+        return resume_folders.checkpoint_path(self.workspace.checkpoints, self.policy.step)
 
     def save(self, *, background: bool = False) -> None:
         """Save now, or start to, then delete all but the newest ``trainer.keep_checkpoints``."""
         start = time.perf_counter()
         self.finish_saving(wait=True)
-        if on_rank_zero(resume_folders.checkpoint_path(self.workspace.checkpoints, self.policy.step).exists):
+        if on_rank_zero(self._path().exists):
             return  # nothing has been trained since; what stands under a checkpoint's name is whole
         self.weights.sharing.trainer()
         if background:

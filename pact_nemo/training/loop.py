@@ -69,10 +69,11 @@ def refit(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) -> ServerL
     try:
         with watch("rollout"):  # what is left of the next step's; servers change weights between batches, never within
             on_rank_zero(run.state.ahead.finish)
-        moving = run.sharing.seconds
+        elsewhere = run.sharing.seconds + run.state.seconds.get("checkpoint", 0.0)
         with watch("refit"):
-            record |= run.weights.refit()
-        watch.times["time/refit"] -= run.sharing.seconds - moving  # they have names of their own
+            record |= run.weights.refit(run.checkpoints.in_trainers_turn)
+        # moves and a checkpoint have names of their own
+        watch.times["time/refit"] -= run.sharing.seconds + run.state.seconds.get("checkpoint", 0.0) - elsewhere
         if (warning := alarms.engines_left(record)) is not None:
             run.progress.message(f"warning: step {run.state.step}: {warning}")
     except ServerLost as error:

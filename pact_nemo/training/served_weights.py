@@ -92,8 +92,11 @@ class ServedWeights:
             export_version(self.policy, self.workspace.exports, version, kind=kind, dtype=dtype)
         return folder
 
-    def refit(self) -> dict[str, float]:
+    def refit(self, exported: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Export, then make the servers load it. A replayed run only counts the version.
+
+        Args:
+            exported: called in between, while the trainer still has the memory that both share.
 
         Returns:
             seconds by part, of the slowest server: ``refit/export``, ``verify``, ``pause``, ``reload``, ``finish``;
@@ -106,6 +109,7 @@ class ServedWeights:
         version = self.state.version
         folder = self.export(version)
         export_s = time.perf_counter() - start
+        exported()
 
         def reload() -> dict[str, float]:
             reports = self.generator.refit(folder, version)

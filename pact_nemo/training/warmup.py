@@ -97,7 +97,7 @@ def warm_up(run: TrainingRun, evaluate: Callable[[TrainingRun, str], object]) ->
                 record |= held_out_traces.measure(run.policy, run.chat, run.dataset.held_out_traces)
             run.recorder.step("warmup", record | {"time/total": time.perf_counter() - start})
             phase.advance()
-    ends = {
+    ends: dict[str, Callable[[], object]] = {
         "refit": run.weights.refit,
         "KL reference": run.weights.freeze_reference,
         "checkpoint": run.checkpoints.save,
