@@ -48,7 +48,7 @@ from pact_nemo.planning.from_config import (
     server_plan,
     step_work,
 )
-from pact_nemo.planning.hardware import GPUS, gpu, this_cpu
+from pact_nemo.planning.hardware import GPUS, Hardware, gpu, this_cpu
 from pact_nemo.planning.memory import GIB
 from pact_nemo.planning.plan import Plan, make_plan, search
 from pact_nemo.planning.shape import Layout, ModelShape
@@ -155,6 +155,20 @@ def show_search(plans: list[Plan], top: int) -> None:
     Console(width=150).print(table)
 
 
+def check_engines(config: Config, hardware: Hardware) -> None:
+    """Refuse engines that are larger than a node, as the start of a run would.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    server = config.rollout.server
+    if hardware.cuda and server.url is None and server.tensor_parallel_size > hardware.gpus_per_node:
+        raise ConfigError(
+            f"rollout.server.tensor_parallel_size={server.tensor_parallel_size}: an engine lies on one node, and a node"
+            f" of {hardware.name} has {hardware.gpus_per_node} GPUs; take a smaller one"
+        )
+
+
 def main() -> int:
     arguments = parse()
     try:
@@ -173,6 +187,7 @@ def main() -> int:
                     config.rollout, server=dataclasses.replace(config.rollout.server, tensor_parallel_size=size)
                 ),
             )
+        check_engines(config, hardware)
         work = step_work(config, lengths_for(arguments, config))
         server = server_plan(config, hardware, shape, world=world)
         shares = not arguments.servers and config.rollout.server.url is None

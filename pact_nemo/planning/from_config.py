@@ -22,7 +22,7 @@ from pact_nemo.planning.workload import Lengths, StepWork
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import ADAPTER
 from pact_nemo.serving.config import ALL_ENGINES, share_beside
-from pact_nemo.serving.placement import engines_per_node, places_on_node
+from pact_nemo.serving.placement import engines_per_node
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
@@ -83,9 +83,6 @@ def server_plan(config: Config, hardware: Hardware, shape: ModelShape, *, world:
 
     Args:
         world: trainer ranks; None: :func:`planned_world`.
-
-    Raises:
-        ConfigError: a node can't hold such engines.
     """
     server = config.rollout.server
     world = world if world is not None else planned_world(config)
@@ -108,21 +105,15 @@ def server_plan(config: Config, hardware: Hardware, shape: ModelShape, *, world:
 
 
 def engines_of(config: Config, hardware: Hardware, world: int) -> int:
-    """Rollout engines of the whole job.
-
-    Raises:
-        ConfigError: a node of the job can't hold as many, or one that large.
-    """
+    """Rollout engines of the whole job."""
     server = config.rollout.server
     if server.url is not None:
         return len(server.url.split(","))
+    if server.engines != ALL_ENGINES:
+        return int(server.engines)
     per_node = _gpus_per_node(config, hardware) if hardware.cuda else world
-    nodes, gpus = -(-world // per_node), min(world, per_node) if hardware.cuda else None
-    if server.engines == ALL_ENGINES and gpus is not None:
-        # the same refusal as at the start of a run
-        each = engines_per_node(server, nodes, gpus)
-        places_on_node(each, server.tensor_parallel_size, [str(gpu) for gpu in range(gpus)], address=None, api_key="")
-    return int(server.engines) if server.engines != ALL_ENGINES else nodes * engines_per_node(server, nodes, gpus)
+    nodes = -(-world // per_node)
+    return nodes * engines_per_node(server, nodes, min(world, per_node) if hardware.cuda else None)
 
 
 def _gpus_per_node(config: Config, hardware: Hardware) -> int:

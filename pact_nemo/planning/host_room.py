@@ -27,17 +27,19 @@ def holds(plan: Plan) -> bool:
     return plan.host is None or memory is None or plan.host.needed <= memory.total
 
 
-def check_host_room(config: Config, *, world: int, ranks_here: int) -> None:
+def check_host_room(config: Config, *, world: int, ranks_here: int | None) -> None:
     """Refuse a run on GPUs whose node has too little memory.
 
     Args:
         world: trainer ranks of the job.
-        ranks_here: those of this node.
+        ranks_here: those of this node; None: one on each of its GPUs.
 
     Raises:
         ConfigError: names the largest parts, what is needed and there, and a setting for each part.
     """
-    hardware = dataclasses.replace(hardware_of(config), gpus_per_node=ranks_here)
+    hardware = hardware_of(config)
+    if ranks_here is not None:
+        hardware = dataclasses.replace(hardware, gpus_per_node=ranks_here)
     plan, memory = run_plan(config, world=world, hardware=hardware), host_memory()
     if plan.host is not None and memory is not None and not holds(plan):
         raise ConfigError(_refusal(plan.host, memory, sharded=config.policy.distributed_optimizer))

@@ -111,8 +111,8 @@ def _look_at_host(config: Config) -> None:
     failure = None
     if use_cuda() and os.environ.get("LOCAL_RANK", "0") == "0":
         try:
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            check_host_room(config, world=dist.get_world_size(), ranks_here=here)
+            here = os.environ.get("LOCAL_WORLD_SIZE")
+            check_host_room(config, world=dist.get_world_size(), ranks_here=int(here) if here else None)
         except PactError as error:
             failure = error
     raise_together(failure)
