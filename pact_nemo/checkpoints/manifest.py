@@ -86,8 +86,8 @@ def write_manifest(
     """
     base, known = Path(folder), known or {}
     names = _data_files(base)
-    if not any(name.endswith(".safetensors") for name in names):
-        raise CheckpointError(f"{base} holds no *.safetensors file; write the weights before the manifest")
+    if not any(name.endswith((".safetensors", ".distcp")) for name in names):
+        raise CheckpointError(f"{base} holds no *.safetensors or *.distcp file; write the weights before the manifest")
     for name, entry in known.items():
         if name not in names or (base / name).stat().st_size != entry.size:
             raise CheckpointError(

@@ -178,6 +178,37 @@ def check_archive(data: Any, what: str) -> None:
         check_pickle(part, _VALUE_NAMES, what)
 
 
+def read_index(folder: Path) -> Any:
+    """The index of a ``torch_dist`` folder (torch's ``Metadata``), read after the names in it were looked through.
+
+    Raises:
+        CheckpointError: it names something that no checkpoint needs, or a file outside the folder, or can't be read.
+    """
+    index = folder / METADATA
+    try:
+        pickled = index.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{index} can't be read ({error}); resume from another checkpoint") from error
+    check_pickle(pickled, _INDEX_NAMES, str(index))
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        metadata = FileSystemReader(folder).read_metadata()  # its names are known now
+        places = [(key.fqn, place.relative_path, place.offset + place.length) for key, place in _places(metadata)]
+    except Exception as error:  # known names, put together in a way that makes no sense
+        raise CheckpointError(f"{index} can't be read ({error!r}); resume from another checkpoint") from error
+    for _, file, _ in places:
+        if not isinstance(file, str) or not stays_inside(folder, file):
+            raise CheckpointError(
+                f"{index} names {file!r}, which is not in that folder; resume from another checkpoint"
+            )
+    return metadata
+
+
+def _places(metadata: Any) -> list[tuple[Any, Any]]:
+    return list(metadata.storage_data.items())
+
+
 def check_weights(folder: Path) -> None:
     """Look through every pickle of a ``torch_dist`` folder before megatron reads it.
 
@@ -185,29 +216,14 @@ def check_weights(folder: Path) -> None:
         CheckpointError: one names something that no checkpoint needs, or a file outside the folder; the message names
             the file.
     """
-    index = folder / METADATA
-    check_pickle(index.read_bytes(), _INDEX_NAMES, str(index))
-    from torch.distributed.checkpoint import FileSystemReader
+    metadata = read_index(folder)
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-    try:
-        metadata = FileSystemReader(folder).read_metadata()  # its names are known now
-        objects = {
-            name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)
-        }
-        places = [
-            (key.fqn, place.relative_path, place.offset, place.length) for key, place in metadata.storage_data.items()
-        ]
-    except Exception as error:  # known names, put together in a way that makes no sense
-        raise CheckpointError(f"{index} can't be read ({error!r}); resume from another checkpoint") from error
-    for name, file, offset, length in places:
-        if not isinstance(file, str) or not stays_inside(folder, file):
-            raise CheckpointError(
-                f"{index} names {file!r}, which is not in that folder; resume from another checkpoint"
-            )
-        if name in objects:
-            with open(folder / file, "rb") as handle:
-                handle.seek(offset)
-                check_archive(io.BytesIO(handle.read(length)), f"{name} in {folder / file}")
+    objects = {name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)}
+    for key, place in _places(metadata):
+        if key.fqn in objects:
+            with open(folder / place.relative_path, "rb") as handle:
+                handle.seek(place.offset)
+                check_archive(io.BytesIO(handle.read(place.length)), f"{key.fqn} in {folder / place.relative_path}")
     for path in sorted(folder.rglob("*.pt")):
         check_archive(path, str(path))

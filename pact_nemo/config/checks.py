@@ -9,7 +9,7 @@ from typing import Any
 
 from pact_nemo.chat.contexts import EARLIER_THOUGHTS
 from pact_nemo.config.lora import adapter_room
-from pact_nemo.config.schema import Config, to_dict
+from pact_nemo.config.schema import BRIDGE, EXPORT_FORMATS, Config, to_dict
 from pact_nemo.environments.registry import environment_spec
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import method_class
@@ -85,7 +85,7 @@ def _validate_environment(config: Config) -> None:
 
 def validate(config: Config) -> None:
     """Raises ConfigError at the first setting, or pair of settings, that can't be used."""
-    for check in (_run, _rollout, _tasks, _traces, _objective, _annealing, _trainer, _observation):
+    for check in (_run, _rollout, _tasks, _traces, _objective, _annealing, _trainer, _observation, _export):
         check(config)
 
 
@@ -332,4 +332,25 @@ def _observation(config: Config) -> None:
     _require(
         turns is None or turns >= 1,
         f"evaluation.max_turns_per_user_turn={turns}: must be >= 1, or null for the benchmark's own limit",
+    )
+
+
+def _export(config: Config) -> None:
+    """What is left at the end."""
+    formats = config.export.formats
+    for name in formats:
+        _one_of("export.formats", name, EXPORT_FORMATS)
+    _require(
+        "hf" in formats and len(set(formats)) == len(formats),
+        f"export.formats={formats}: must have hf, which evaluation and comparisons read, and each format once",
+    )
+    rank = config.policy.lora.rank
+    _require(
+        BRIDGE not in formats or not rank,
+        f"export.formats={formats} with policy.lora.rank={rank}: a Megatron-Bridge checkpoint holds all weights; leave"
+        f" {BRIDGE} out and let AutoBridge.import_ckpt make one of hf/, or set policy.lora.rank=0",
+    )
+    _require(
+        config.model.hf_config is None or config.model.path is not None,
+        f"model.hf_config={config.model.hf_config} describes a checkpoint in model.path, and there is none; set it",
     )

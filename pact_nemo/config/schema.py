@@ -16,6 +16,8 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.serving.config import RolloutServerConfig
 
+BRIDGE = "megatron_bridge"  #: in ``export.formats``
+EXPORT_FORMATS = ("hf", BRIDGE)
 EPISODES_A_SEQUENCE = 1.25  #: that are open, for each sequence that a server decodes
 
 
@@ -39,7 +41,10 @@ class RunConfig:
 class ModelConfig:
     """The policy to train."""
 
-    path: str | None = None  #: HF folder; None = the small instruct model that an installed package embeds
+    #: HF folder, or Megatron-Bridge checkpoint; None = the small instruct model that an installed package embeds
+    path: str | None = None
+    #: of a Megatron-Bridge checkpoint in ``path``: HF folder of the same model; its weights are not read
+    hf_config: str | None = None
     recipe: str | None = None  #: set by ``--recipe``: a name in ``pact_nemo.config.recipes.RECIPES``
     tool_format: str = "pythonic"  #: how calls are written: a name in ``pact_nemo.chat.tool_formats.TOOL_FORMATS``
     #: of earlier messages: "keep" them in the context, or as the chat "template" does; None = "template"
@@ -300,6 +305,14 @@ class AlarmsConfig:
 
 
 @dataclass
+class ExportConfig:
+    """What a finished run leaves beside its records."""
+
+    #: of the trained weights: "hf" (``hf/``, always), "megatron_bridge" (``megatron_bridge/``)
+    formats: list[str] = field(default_factory=lambda: ["hf"])
+
+
+@dataclass
 class TrackingConfig:
     """Where a run's numbers are shown. ``metrics.jsonl`` and the terminal line are always there (docs/tracking.md)."""
 
@@ -332,6 +345,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

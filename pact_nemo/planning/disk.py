@@ -22,6 +22,6 @@ def checkpoint_bytes(parameters: int, precision: str, keep: int) -> float:
     return (keep + 1) * parameters * (WIDTH["float32" if precision == "fp32" else "bfloat16"] + 3 * WIDTH["float32"])
 
 
-def final_bytes(parameters: int, precision: str, *, reference: bool) -> float:
-    """The trained policy as an HF folder and, where RL starts from a warm-up, the frozen reference."""
-    return (1 + reference) * parameters * WIDTH["float32" if precision == "fp32" else "bfloat16"]
+def final_bytes(parameters: int, precision: str, *, formats: int = 1, reference: bool) -> float:
+    """The trained policy in each of ``export.formats`` and, where RL starts from a warm-up, the frozen reference."""
+    return (formats + reference) * parameters * WIDTH["float32" if precision == "fp32" else "bfloat16"]

@@ -21,6 +21,7 @@ from pact_nemo.planning.shape import Layout, ModelShape, adapter_parameters
 from pact_nemo.planning.workload import Lengths, StepWork
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import ADAPTER
+from pact_nemo.policy.model_source import model_source
 from pact_nemo.serving.config import ALL_ENGINES, share_beside
 from pact_nemo.serving.placement import engines_per_node
 
@@ -36,7 +37,8 @@ def model_shape(config: Config) -> ModelShape:
         return ModelShape.from_hf(recipe(config.model.recipe).shape)
     if config.model.path is None:
         return ModelShape.from_hf(EMBEDDED_CONFIG)
-    return ModelShape.of(check_architecture(config.model.path, attention=config.policy.attention))
+    described = model_source(config.model.path, config.model.hf_config).described
+    return ModelShape.of(check_architecture(described, attention=config.policy.attention))
 
 
 def expected_lengths(config: Config) -> Lengths:

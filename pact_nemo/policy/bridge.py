@@ -15,14 +15,14 @@ import logging
 import re
 from collections.abc import Iterator, KeysView, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.policy.bridge_extensions import VOCAB_PARAMETERS, extend_bridge
 from pact_nemo.policy.megatron_import import prepare_megatron
-from pact_nemo.policy.model_folder import ModelFolder, WeightReader, check_model_folder
+from pact_nemo.policy.model_folder import ModelFolder, WeightReader, check_model_folder, described_folder
 from pact_nemo.runtime.collective import raise_together
 from pact_nemo.runtime.tensor_files import quick_digest
 
@@ -36,8 +36,19 @@ if TYPE_CHECKING:
 _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 
 
-def load_bridge(hf_path: str | Path) -> AutoBridge:
+class Weights(Protocol):
+    """Weights from elsewhere than a Hugging Face folder."""
+
+    def fill(self, chunks: list[Any]) -> None:
+        """Fill the parameters of a rank's chunks, in their dtype; collective."""
+
+
+def load_bridge(hf_path: str | Path, *, with_weights: bool = True) -> AutoBridge:
     """Megatron-Bridge for a local Hugging Face folder, with our additions to its name mappings.
+
+    Args:
+        hf_path: the folder.
+        with_weights: False: its weights are not looked at, for others take their place.
 
     Raises:
         ConfigError: the folder is absent or the policy does not compute its architecture or one of its settings; on all
@@ -46,7 +57,7 @@ def load_bridge(hf_path: str | Path) -> AutoBridge:
     """
     folder, problem = None, None
     try:
-        folder = check_model_folder(hf_path)
+        folder = check_model_folder(hf_path) if with_weights else described_folder(hf_path)
     except (ConfigError, CheckpointError) as error:
         problem = error
     raise_together(problem)

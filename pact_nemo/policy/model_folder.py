@@ -171,6 +171,19 @@ def check_model_folder(path: str | Path) -> ModelFolder:
     return folder
 
 
+def described_folder(path: str | Path) -> ModelFolder:
+    """A folder whose own weights, if it has any, are not looked at: the weights are elsewhere, in no file of it.
+
+    Raises:
+        ConfigError: the configuration can't be read, or names an architecture or a setting that is not supported.
+    """
+    base = Path(path)
+    architecture = check_architecture(base)
+    _check_transformers_reads(base)
+    entries = {name: TensorEntry("F32", shape, "", 0, 0) for name, shape in expected_weights(architecture).items()}
+    return ModelFolder(base, architecture, entries, {})
+
+
 def check_values(folder: ModelFolder) -> None:
     """Read every weight once. Raises CheckpointError for the first that is not finite."""
     with WeightReader(folder) as reader:

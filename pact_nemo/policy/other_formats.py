@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pact_nemo.policy.model_source import RUN_CONFIG
+
 _ITERATION = "iter_*"  #: folder of one save, in Megatron-Bridge's and Megatron-LM's checkpoints
 _BRIDGE = (
     'from megatron.bridge import AutoBridge; AutoBridge.from_hf_pretrained("{like}").export_ckpt("{found}", "{out}")'
@@ -29,8 +31,9 @@ def how_to_convert(path: Path) -> str | None:
     saves = [path] if path.match(_ITERATION) else sorted(path.glob(_ITERATION)) if path.is_dir() else []
     if saves:
         run = _BRIDGE.format(like=_LIKE, found=saves[-1], out=out)
-        kind = "Megatron-Bridge" if (saves[-1] / "run_config.yaml").is_file() else "Megatron-LM"
-        return f"it is a {kind} checkpoint. Python makes a folder of it: {run}"
+        if (saves[-1] / RUN_CONFIG).is_file():
+            return f"it is a Megatron-Bridge checkpoint, which model.path takes. Python makes a folder of it: {run}"
+        return f"it is a Megatron-LM checkpoint. Python makes a folder of it: {run}"
     if (path / "params.json").is_file() and any(path.glob("consolidated.*")):
         return (
             "these are weights as Meta or Mistral publish them. transformers' convert_llama_weights_to_hf.py makes a"

@@ -5,6 +5,7 @@ and export.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class MegatronPolicy:
         seed: int,
         total_steps: int,
         trainable: bool = True,
+        weights: bridge.Weights | None = None,
     ):
         """Build the model and load its weights.
 
@@ -56,6 +58,7 @@ class MegatronPolicy:
             seed: for megatron's generators (dropout is off, so results don't depend on it).
             total_steps: optimizer steps of the whole run, for the learning-rate schedule.
             trainable: False = no gradients and no optimizer.
+            weights: read in place of those of ``hf_path``, which needs none then, if the policy isn't trainable.
 
         Raises:
             ConfigError: contradictory settings, or a model that isn't computed or can't be laid out this way.
@@ -76,13 +79,14 @@ class MegatronPolicy:
         self.fp8 = fp8.recipe_here(config, bf16=self.bf16)
         self.alignment = ALIGNMENT[self.fp8] if self.fp8 is not None else 1
         initialize_model_parallel(config, seed=seed)
-        self.bridge = bridge.load_bridge(hf_path)
+        self.bridge = bridge.load_bridge(hf_path, with_weights=weights is None or trainable)
         self.architecture = check_architecture(hf_path, attention=config.attention)
         with bridge.quiet():
             self.provider = build_provider(self.architecture)
         configure_provider(self.provider, config, cuda=cuda, fp8=self.fp8)
         self.chunks = build_chunks(self.provider, self.architecture, config, cuda=cuda)
-        bridge.load_weights(self.bridge, self.chunks)
+        fill = partial(bridge.load_weights, self.bridge) if weights is None else weights.fill
+        fill(self.chunks)
         self.adapters = lora.attach(config.lora, self.architecture, self.bridge, self.chunks, seed=seed)
         self._reference: Reference | None = None
         self.wrapped: list[Any] = []

@@ -56,6 +56,29 @@ def load_sharded_state(
     optimizer.load_state_dict(state["optimizer"])
 
 
+def sharded_weights(chunks: list[Any], *, layer_by_layer: bool = False) -> dict[str, Any]:
+    """Weights alone of this rank's chunks, by the names that Megatron-LM, NeMo and Megatron-Bridge store them under;
+    collective.
+
+    Args:
+        chunks: this rank's model chunks.
+        layer_by_layer: a tensor for each layer, instead of one for a matrix of all layers.
+
+    Returns:
+        chunk -> its sharded state dict, where Transformer Engine's scales are objects beside the tensors.
+    """
+    metadata = {"singleton_local_shards": False, "non_homogeneous_layers": layer_by_layer}
+    return {
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(_names(chunks), chunks, strict=True)
+    }
+
+
+def load_sharded_weights(chunks: list[Any], state: dict[str, Any]) -> None:
+    """Take over a state of :func:`sharded_weights` whose tensors were loaded, whatever it lacks."""
+    for name, chunk in zip(_names(chunks), chunks, strict=True):
+        chunk.load_state_dict(state[name], strict=False)
+
+
 def _is_adapters(key: str) -> bool:
     return ".adapter." in key
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import FOLDER_NAME, convert_gguf, find_embedded_gguf
 from pact_nemo.config.schema import Config
+from pact_nemo.policy.model_source import model_source
 
 
 def chat_format(config: Config, source: Path) -> ChatFormat:
@@ -27,7 +28,7 @@ def chat_of(config: Config) -> ChatFormat | None:
         ConfigError: the folder has no usable template or tokenizer.
     """
     if config.model.path is not None:
-        return chat_format(config, Path(config.model.path))
+        return chat_format(config, model_source(config.model.path, config.model.hf_config).described)
     return None if config.model.recipe is not None else _embedded_chat_format(config)
 
 

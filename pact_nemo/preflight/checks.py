@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.checkpoints.megatron_bridge.index import check_checkpoint, identity
+from pact_nemo.checkpoints.megatron_bridge.settings import bridge_settings
 from pact_nemo.config.limits import training_limits
 from pact_nemo.config.lora import refit_kind
-from pact_nemo.config.schema import Config
+from pact_nemo.config.schema import BRIDGE, Config
 from pact_nemo.data.dataset import check_server_length
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning import disk
@@ -18,6 +20,7 @@ from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import ADAPTER
 from pact_nemo.policy.model_folder import check_model_folder, check_values
+from pact_nemo.policy.model_source import model_source
 from pact_nemo.preflight.chat import chat_format
 from pact_nemo.preflight.token_ids import check_token_ids
 from pact_nemo.runtime import machine
@@ -47,12 +50,17 @@ def preflight(config: Config, world: int | None = None) -> ChatFormat | None:
     check_server_length(config)
     if config.model.path is None:
         return None
-    path = Path(config.model.path)
+    source = model_source(config.model.path, config.model.hf_config)
+    path = source.described
     architecture = check_architecture(path, attention=config.policy.attention)
-    folder = check_model_folder(path)
+    if BRIDGE in config.export.formats:
+        bridge_settings(architecture)  # raises where Megatron-Bridge has no settings for it
+    folder = check_model_folder(path) if source.checkpoint is None else None
+    if folder is None:
+        check_checkpoint(source, architecture)
     chat = chat_format(config, path)
     check_token_ids(path, chat.tokenizer, architecture.vocab)
-    if folder.stored_bytes <= READ_BYTES:
+    if folder is not None and folder.stored_bytes <= READ_BYTES:
         check_values(folder)
     return chat
 
@@ -81,7 +89,9 @@ def check_layout(config: Config, world: int | None) -> None:
     found += _fp32_attention(config, shape, devices.gpu_memory())
     if found:
         model = "the embedded model" if config.model.recipe is None else f"the model of recipe {config.model.recipe}"
-        where = model if config.model.path is None else str(Path(config.model.path) / "config.json")
+        settings = config.model
+        described = settings.path and model_source(settings.path, settings.hf_config).described / "config.json"
+        where = str(described or model)
         raise ConfigError(f"{where}: {'; '.join(found)}; change these settings of the layout, or take another model")
     if world is not None:
         policy.validate(cuda=devices.use_cuda(), world_size=world)
@@ -120,7 +130,7 @@ def check_room(config: Config) -> None:
     lora = config.policy.lora
     trained = adapter_parameters(model_shape(config), lora) if lora.rank else parameters
     own = disk.checkpoint_bytes(trained, precision, config.trainer.keep_checkpoints)
-    own += disk.final_bytes(parameters, precision, reference=reference)
+    own += disk.final_bytes(parameters, precision, formats=len(config.export.formats), reference=reference)
     own_dtype = "float32" if precision == "fp32" else "bfloat16"  # of adapters, which are exported as they are
     kind = refit_kind(config, cuda=devices.use_cuda())
     what = (trained, own_dtype) if kind == ADAPTER else (parameters, rollout.export_dtype)
@@ -129,6 +139,8 @@ def check_room(config: Config) -> None:
         "run.root": (config.run.root, own),
         "rollout.exports_dir": (rollout.exports_dir or config.run.root, exports),
     }
+    if (cached := _copy_bytes(config, parameters, precision)) > 0:
+        needs["run.cache_dir"] = (config.run.cache_dir, cached)
     by_disk: dict[int, list[str]] = {}
     for key, (folder, _) in needs.items():
         by_disk.setdefault(machine.disk_of(folder), []).append(key)
@@ -141,3 +153,13 @@ def check_room(config: Config) -> None:
                 f" {free / gib:.1f} GiB are free; make room, lower trainer.keep_checkpoints or rollout.keep_exports, or"
                 " set run.root or rollout.exports_dir to another disk"
             )
+
+
+def _copy_bytes(config: Config, parameters: int, precision: str) -> float:
+    """Of the Hugging Face copy of a Megatron-Bridge checkpoint that has still to be made."""
+    if config.model.path is None:
+        return 0.0
+    source = model_source(config.model.path, config.model.hf_config)
+    if source.checkpoint is None or any(Path(config.run.cache_dir).glob(f"*-{identity(source)}")):
+        return 0.0
+    return disk.final_bytes(parameters, precision, reference=False)

@@ -38,6 +38,8 @@ class Workspace:
         self.exports = folder / "exports"
         self.hf = folder / "hf"
         self.adapter = folder / "adapter"
+        self.bridge = folder / "megatron_bridge"
+        self.results = (self.hf, self.adapter, self.bridge)  #: what a finished run may leave of its weights
         self.numerics = folder / "numerics"
         self.server_log = folder / "server.log"
         self.run_log = folder / "run.log"

@@ -15,6 +15,8 @@ from typing import Any
 from pact_nemo import __version__
 from pact_nemo.checkpoints.hf import export_adapter_to, export_to
 from pact_nemo.checkpoints.manifest import verify_manifest
+from pact_nemo.checkpoints.megatron_bridge.writing import export_bridge_to
+from pact_nemo.config.schema import BRIDGE
 from pact_nemo.errors import CheckpointError
 from pact_nemo.planning.from_config import compare_with
 from pact_nemo.report import write_report
@@ -79,6 +81,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "eval": run.state.scores,
         "hf_export": str(run.workspace.hf),
         "adapter_export": str(run.workspace.adapter) if config.policy.lora.rank else None,
+        "bridge_export": str(run.workspace.bridge) if BRIDGE in config.export.formats else None,
         "seconds": {name: round(value, 3) for name, value in run.state.seconds.items()},
         "peak_memory_bytes": {
             "trainer": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -121,17 +124,23 @@ def is_current(folder: Path, version: int) -> bool:
 
 
 def close_run(run: TrainingRun) -> None:
-    """Write the trained policy as an HF folder that transformers and vLLM load as it is, its adapters, if it has some,
-    in PEFT format, then the summary and the report.
+    """Write the trained policy as an HF folder that transformers and vLLM load as it is, in the other formats that are
+    asked for, and its adapters, if it has some, in PEFT format; then the summary and the report.
     """
     space = run.workspace
     with run.progress.phase("export"):
         start = time.perf_counter()
-        if not on_rank_zero(lambda: is_current(space.hf, run.state.version)):
+        version, formats = run.state.version, run.config.export.formats
+        hf = not on_rank_zero(lambda: is_current(space.hf, version))
+        bridge = BRIDGE in formats and not on_rank_zero(lambda: is_current(space.bridge, version))
+        if hf or bridge:
             run.sharing.trainer(end=True)
-            export_to(run.policy, space.hf, version=run.state.version, dtype=run.policy.weight_dtype)
-        if run.config.policy.lora.rank and not on_rank_zero(lambda: is_current(space.adapter, run.state.version)):
-            export_adapter_to(run.policy, space.adapter, version=run.state.version)
+        if hf:
+            export_to(run.policy, space.hf, version=version, dtype=run.policy.weight_dtype)
+        if bridge:
+            export_bridge_to(run.policy, space.bridge, version=version)
+        if run.config.policy.lora.rank and not on_rank_zero(lambda: is_current(space.adapter, version)):
+            export_adapter_to(run.policy, space.adapter, version=version)
         run.state.seconds["export"] = time.perf_counter() - start
     if rank() != 0:
         return
@@ -149,4 +158,6 @@ def close_run(run: TrainingRun) -> None:
     run.progress.message(f"trained checkpoint (HF format): {space.hf}")
     if run.config.policy.lora.rank:
         run.progress.message(f"its adapters alone (PEFT format): {space.adapter}")
+    if BRIDGE in run.config.export.formats:
+        run.progress.message(f"the same for Megatron-Bridge: {space.bridge}")
     run.progress.message(f"report: {page}")

@@ -39,7 +39,7 @@ from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.run import TrainingRun
-from pact_nemo.training.served_weights import model_path, served_path
+from pact_nemo.training.served_weights import model_path, served_path, weights_elsewhere
 from pact_nemo.training.time_sharing import TimeSharing
 
 
@@ -153,7 +153,12 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
         sharing.before_policy()
     updates = progress.total_steps * (config.trainer.batch_size // config.trainer.mini_batch_size)
     policy = MegatronPolicy(
-        config.policy, config.optimizer, source, seed=config.run.seed, total_steps=config.warmup.steps + updates
+        config.policy,
+        config.optimizer,
+        source,
+        seed=config.run.seed,
+        total_steps=config.warmup.steps + updates,
+        weights=weights_elsewhere(config),
     )
     sharing.built(policy)
     return TrainingRun(config, space, chat, environment, dataset, policy, generator, progress, source, stop, sharing)

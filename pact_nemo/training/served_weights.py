@@ -14,6 +14,7 @@ from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.failures import delete_folder
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, read_manifest, verify_manifest
+from pact_nemo.checkpoints.megatron_bridge.reading import CheckpointWeights
 from pact_nemo.checkpoints.quantised import materialise
 from pact_nemo.config.lora import refit_kind
 from pact_nemo.config.schema import Config
@@ -21,10 +22,12 @@ from pact_nemo.errors import CheckpointError
 from pact_nemo.policy.config import ADAPTER
 from pact_nemo.policy.export.fp8_block import FP8_BLOCK
 from pact_nemo.policy.model_folder import check_model_folder
+from pact_nemo.policy.model_source import model_source
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.serving.launch import on_cuda
 from pact_nemo.tracking.run_folder import Workspace
+from pact_nemo.training.checkpoint_copy import copy_as_hf
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.state import RunState
 from pact_nemo.training.time_sharing import TimeSharing
@@ -33,10 +36,21 @@ log = logging.getLogger(__name__)
 
 
 def model_path(config: Config) -> Path:
-    """The HF folder to start from: the user's, or the embedded model converted into the cache."""
+    """The HF folder to start from: the user's, or a copy in the cache of their Megatron-Bridge checkpoint or of the
+    embedded model. Collective.
+    """
     if config.model.path is not None:
-        return Path(config.model.path)
+        source = model_source(config.model.path, config.model.hf_config)
+        return source.described if source.checkpoint is None else copy_as_hf(config, source)
     return on_rank_zero(lambda: materialise_embedded_model(Path(config.run.cache_dir)))
+
+
+def weights_elsewhere(config: Config) -> CheckpointWeights | None:
+    """What the policy reads its weights from where that is no HF folder."""
+    if config.model.path is None:
+        return None
+    source = model_source(config.model.path, config.model.hf_config)
+    return CheckpointWeights(source) if source.checkpoint is not None else None
 
 
 def served_path(config: Config, source: Path) -> Path:
@@ -156,7 +170,7 @@ class ServedWeights:
         other weights.
         """
         reference = [self.reference_path] if version < 0 and self.config.warmup.steps > 0 else []
-        for folder in (*self.workspace.exports.glob("v*"), self.workspace.hf, self.workspace.adapter, *reference):
+        for folder in (*self.workspace.exports.glob("v*"), *self.workspace.results, *reference):
             if not folder.exists():
                 continue
             try:

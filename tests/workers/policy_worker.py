@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import sys
 from functools import partial
@@ -21,13 +22,16 @@ import torch.distributed as dist
 
 from pact_nemo.checkpoints import resume
 from pact_nemo.checkpoints.hf import export_version
+from pact_nemo.checkpoints.megatron_bridge.reading import CheckpointWeights
+from pact_nemo.checkpoints.megatron_bridge.writing import export_bridge_to
 from pact_nemo.errors import NumericsError, PactError
-from pact_nemo.policy import offload
+from pact_nemo.policy import bridge, offload
 from pact_nemo.policy import policy as policy_module
 from pact_nemo.policy.config import LoraConfig, OptimizerConfig, PolicyConfig
 from pact_nemo.policy.distributed import exit_rank
 from pact_nemo.policy.export import writer as export_writer
 from pact_nemo.policy.export.layout import LayoutSettings
+from pact_nemo.policy.model_source import ModelSource
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.workers.pact_kit import make_pact_trees, pact_terms
 from tests.workers.policy_kit import loss_fn, make_trees
@@ -78,6 +82,10 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
         return None
     if verb == "export":
         return sorted(policy.export_hf(Path(argument), dtype="float32"))
+    if verb == "export_bridge":
+        return export_bridge_to(policy, argument, version=1).name
+    if verb == "digest":  # of all weights in Hugging Face's names, whatever the layout
+        return weights_digest(policy)
     if verb == "adapter":
         Path(argument).mkdir(exist_ok=True)
         return policy.export_adapter(argument)
@@ -92,6 +100,15 @@ def perform(policy: MegatronPolicy, trees: list[Any], verb: str, argument: Any) 
     if verb == "load":
         return resume.load(policy, argument)
     raise ValueError(verb)
+
+
+def weights_digest(policy: MegatronPolicy) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(
+        (name, tensor.clone()) for name, tensor in bridge.export_weights(policy.bridge, policy.chunks)
+    ):
+        digest.update(name.encode() + tensor.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def away(policy: MegatronPolicy, *, weights: bool) -> Any:
@@ -161,6 +178,9 @@ def make_policy(job: dict[str, Any]) -> MegatronPolicy:
     config = dict(job.get("config", {}))
     if "lora" in config:
         config["lora"] = LoraConfig(**config["lora"])
+    further = dict(job.get("policy", {}))
+    if "checkpoint" in job:
+        further["weights"] = CheckpointWeights(ModelSource(Path(job["hf_path"]), Path(job["checkpoint"])))
     return MegatronPolicy(
         PolicyConfig(
             **{
@@ -175,7 +195,7 @@ def make_policy(job: dict[str, Any]) -> MegatronPolicy:
         job["hf_path"],
         seed=1,
         total_steps=4,
-        **job.get("policy", {}),
+        **further,
     )
 
 

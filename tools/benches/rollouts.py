@@ -30,7 +30,6 @@ from argparse import Namespace
 from pathlib import Path
 
 from pact_nemo.chat.template import ChatFormat
-from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.config.limits import training_limits
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config, open_episodes
@@ -42,6 +41,7 @@ from pact_nemo.rollouts.episode import EpisodeSetup, SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.serving.config import Sampling
 from pact_nemo.serving.server import RolloutServer
+from pact_nemo.training.served_weights import model_path
 from tools.benches.kit import report
 from tools.benches.rollouts_watch import Record, TimedChat, TimedClient, TimedEnvironment, analyse, sampling_server
 
@@ -67,11 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     words = [f"rollout.server.max_num_seqs={options.limit}", "rollout.server.log_stats=true", *options.set]
     config = load_config(options.config, words)
-    source = (
-        Path(config.model.path)
-        if config.model.path is not None
-        else materialise_embedded_model(Path(config.run.cache_dir))
-    )
+    source = model_path(config)
     settings = config.model
     chat = ChatFormat.from_pretrained(source, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
     environment = build_environment(config)

@@ -1,0 +1,1 @@
+"""Checkpoints as Megatron-Bridge writes and reads them, without its training package."""
