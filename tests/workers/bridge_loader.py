@@ -52,7 +52,7 @@ def without_transformer_engine(provider: Any) -> Any:
     from megatron.bridge.models.gpt_provider import local_layer_spec
 
     provider.transformer_layer_spec, provider.moe_grouped_gemm = local_layer_spec, False
-    provider.gradient_accumulation_fusion = provider.perform_initialization = False
+    provider.gradient_accumulation_fusion = provider.perform_initialization = provider.moe_permute_fusion = False
     return provider
 
 
