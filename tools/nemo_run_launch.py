@@ -9,6 +9,8 @@
     python tools/nemo_run_launch.py --config conf/pact_bfcl-smollm2_135m-cpu.yaml trainer.steps=2
     # NeMo-Run's own dry run: what it would do
     ... --print
+    # the recipe's own dry run, started by NeMo-Run
+    ... --dry-run
 
 NeMo-Run is optional: ``pip install -r requirements-nemo-run.txt``. The trainer's
 environment is ``--python``'s, which need not be this one.
@@ -17,7 +19,6 @@ environment is ``--python``'s, which need not be this one.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,26 +27,11 @@ from pact_nemo import checkout
 
 checkout.enter(__file__)
 
-from pact_nemo.errors import MissingDependency, PactError
+from pact_nemo.errors import PactError
+from pact_nemo.nemo_run_task import JOBS, PYTHON, RECIPE_SCRIPT, command_task, nemo_run, slurm_executor
 from pact_nemo.runtime.terminal import command
 
 REPOSITORY = checkout.ROOT
-
-
-def nemo_run() -> Any:
-    try:
-        import nemo_run as found
-    except ImportError as error:
-        remedy = "pip install -r requirements-nemo-run.txt, or use torchrun or sbatch"
-        raise MissingDependency(f"NeMo-Run can't be imported ({error}); {remedy}") from error
-    return found
-
-
-#: a Slurm task is a rank, as in slurm/job.sh
-SLURM_RANK = (
-    "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "
-    "MASTER_ADDR=$SLURM_LAUNCH_NODE_IPADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))"
-)
 
 
 def layout(options: argparse.Namespace) -> tuple[int, int]:
@@ -62,41 +48,31 @@ def task(options: argparse.Namespace) -> Any:
     """The recipe script with its words, as the command of one Slurm task, or of this machine."""
     source = ["--recipe", options.recipe] if options.recipe is not None else ["--config", options.config]
     _, ranks = layout(options)
+    slurm, dry = options.executor == "slurm", ["--dry-run"] if options.dry_run else []
     command = [options.python]
-    if options.executor == "local" and ranks > 1:
+    if not slurm and not dry and ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(REPOSITORY / options.script), *source, *options.words]
-    lines = [
-        f"cd {shlex.quote(str(REPOSITORY))}",
-        f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}",  # in a container nothing of the checkout is installed
-        *([SLURM_RANK] if options.executor == "slurm" else []),
-        f"exec {shlex.join(command)}",
-    ]
-    return nemo_run().Script(inline="\n".join(lines))
+    command += [str(REPOSITORY / options.script), *source, *dry, *options.words]
+    return command_task(command, slurm=slurm and not dry)
 
 
 def executor(options: argparse.Namespace) -> Any:
-    """Where it runs."""
-    run = nemo_run()
-    nodes, ranks = layout(options)
+    """Where it runs. A recipe's own dry run is one process."""
+    nodes, ranks = (1, 1) if options.dry_run else layout(options)
     if options.executor == "local":
         if nodes > 1:
             raise PactError(f"recipe {options.recipe} needs {nodes} nodes: --executor slurm")
-        return run.LocalExecutor()
-    return run.SlurmExecutor(
+        return nemo_run().LocalExecutor()
+    return slurm_executor(
+        nodes,
+        ranks,
+        gpus=options.recipe is not None and not options.dry_run,
+        job_dir=options.job_dir,
         account=options.account,
         partition=options.partition,
         time=options.time,
-        nodes=nodes,
-        ntasks_per_node=ranks,
-        gpus_per_node=ranks if options.recipe is not None else None,
-        exclusive=True,
-        mem="0",
-        signal="TERM@600",
         container_image=options.container,
-        container_mounts=[f"{REPOSITORY}:{REPOSITORY}", *options.mount],
-        tunnel=run.LocalTunnel(job_dir=str(options.job_dir)),
-        packager=run.Packager(),
+        container_mounts=options.mount,
     )
 
 
@@ -105,10 +81,10 @@ def main() -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--recipe", metavar="NAME", help="a name of pact_nemo/config/recipes.py")
     source.add_argument("--config", metavar="YAML", help="a settings file, run as one process")
-    parser.add_argument("--script", default="recipes/pact_bfcl.py", help="which benchmark")
+    parser.add_argument("--script", default=RECIPE_SCRIPT, help="which benchmark")
     parser.add_argument(
         "--python",
-        default=str(REPOSITORY / ".venv" / "bin" / "python"),
+        default=PYTHON,
         help="interpreter of the trainer's environment",
     )
     parser.add_argument("--executor", choices=["local", "slurm"], default="local")
@@ -117,8 +93,11 @@ def main() -> int:
     parser.add_argument("--time", default="24:00:00")
     parser.add_argument("--container", metavar="IMAGE")
     parser.add_argument("--mount", action="append", default=[], metavar="FROM:TO")
-    parser.add_argument("--job-dir", type=Path, default=REPOSITORY / "runs" / "nemo_run")
+    parser.add_argument("--job-dir", type=Path, default=JOBS)
     parser.add_argument("--print", action="store_true", help="NeMo-Run's dry run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="the recipe's own: it checks everything and trains nothing"
+    )
     parser.add_argument("words", nargs="*", metavar="key=value", help="any setting, as for the recipes")
     options = parser.parse_intermixed_args()
     try:
