@@ -22,6 +22,7 @@ from pact_nemo.checkpoints.megatron_bridge.index import check_checkpoint, stored
 from pact_nemo.checkpoints.megatron_bridge.reading import CheckpointWeights
 from pact_nemo.checkpoints.megatron_bridge.settings import bridge_settings
 from pact_nemo.checkpoints.megatron_bridge.writing import SAVE, export_bridge_to
+from pact_nemo.checkpoints.pickles import read_index
 from pact_nemo.errors import CheckpointError, ConfigError, PactError
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
@@ -86,6 +87,10 @@ def test_an_export_reads_back_bit_for_bit(family: str, exported: Any) -> None:
     assert verify_manifest(folder, expect_version=3).extra == {"format": "megatron_bridge", "dtype": "float32"}
     source = model_source(folder)
     assert source == ModelSource(folder / SAVE / "tokenizer", folder / SAVE)
+    names = set(read_index(folder / SAVE).state_dict_metadata)
+    # what Transformer Engine's modules ask for, and megatron's loader insists on
+    assert {f"decoder.layers.self_attention.core_attention._extra_state/shard_{n}_4" for n in range(4)} < names
+    assert "decoder.final_layernorm._extra_state/shard_0_1" in names
     assert same_weights(loaded(source), policy(hf, trainable=False))
     assert model_source(folder / SAVE, hf) == ModelSource(hf, folder / SAVE)
 
@@ -239,6 +244,9 @@ def test_another_format_is_named(broken: ModelSource) -> None:
     assert broken.checkpoint is not None
     (broken.checkpoint / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     with pytest.raises(CheckpointError, match="format 'zarr' is not read, torch_dist is"):
+        stored_weights(broken.checkpoint)
+    (broken.checkpoint / "metadata.json").unlink()
+    with pytest.raises(CheckpointError, match="its format is not torch_dist"):
         stored_weights(broken.checkpoint)
 
 

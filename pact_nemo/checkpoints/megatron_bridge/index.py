@@ -58,6 +58,11 @@ def stored_weights(save: Path) -> Stored:
         CheckpointError: it is in another format than ``torch_dist``, its index can't be read safely, or a file is
             missing or too short.
     """
+    if not (save / "metadata.json").is_file():  # of Megatron-Bridge's formats, fsdp_dtensor has none
+        raise CheckpointError(
+            f"{save} has no metadata.json, so its format is not {_FORMAT}; save it again with"
+            f" checkpoint.ckpt_format={_FORMAT}"
+        )
     try:
         kind = strict_json.loads((save / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
     except (OSError, ValueError, KeyError, TypeError) as error:

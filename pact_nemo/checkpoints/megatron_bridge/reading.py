@@ -25,11 +25,16 @@ from pact_nemo.runtime.collective import gather, raise_together
 
 prepare_megatron()
 
-from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import (  # noqa: E402
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factory_merges,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy  # noqa: E402
 
 
 class CheckpointWeights:
@@ -103,29 +108,12 @@ def _compare(stored: Stored, mine: dict[str, tuple[tuple[int, ...], bool]], voca
         raise CheckpointError(f"{problem}; give model.hf_config the folder of the checkpoint's own model")
 
 
-class _WithoutCommon(LoadCommonStrategy):  # type: ignore[misc]
-    """Instead of ``common.pt``, a pickle that nothing here needs."""
-
-    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
-        return {}
-
-    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> dict[str, Any]:
-        return {}
-
-    def check_backend_compatibility(self, loaded_backend: Any) -> None:
-        pass
-
-    def check_version_compatibility(self, loaded_version: Any) -> None:
-        pass
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-
 def _load(save: Path, state: dict[str, Any]) -> dict[str, Any]:
-    loaded: dict[str, Any] = dist_checkpointing.load(state, str(save), common_strategy=_WithoutCommon())
-    return loaded
+    """What ``dist_checkpointing.load`` does with tensors; that reads ``common.pt`` too, a pickle that isn't needed."""
+    asked, loaded, factories = load_preprocess(state)
+    merge(loaded, TorchDistLoadShardedStrategy().load(asked, save))
+    merged: dict[str, Any] = apply_factory_merges(loaded, factories)
+    return merged
 
 
 def _reason(error: BaseException) -> str:

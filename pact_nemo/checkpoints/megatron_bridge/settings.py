@@ -135,6 +135,39 @@ def bridge_settings(model: Architecture) -> dict[str, Any]:
     }
 
 
+def model_section(model: Architecture, dtype: str) -> dict[str, Any]:
+    """The ``model`` section that Megatron-Bridge builds an architecture from, for one rank and with its own layers.
+
+    What is not said is the default of its class, so that versions with other settings read it.
+
+    Args:
+        dtype: of the weights, ``float32`` or ``bfloat16``.
+
+    Raises:
+        ConfigError: see :func:`bridge_settings`.
+    """
+    kind = {"_target_": f"torch.{dtype}", "_call_": False}
+    settings = bridge_settings(model)
+    settings["activation_func"] = {"_target_": settings["activation_func"], "_call_": False}
+    if model.experts:
+        settings |= {"moe_grouped_gemm": True, "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.0}
+    return {
+        "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
+        **settings,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "position_embedding_type": "rope",
+        "seq_length": model.positions,
+        "should_pad_vocab": True,
+        "make_vocab_size_divisible_by": 1,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bf16": dtype == "bfloat16",
+        **dict.fromkeys(("params_dtype", "pipeline_dtype", "autocast_dtype"), kind),
+        **dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1),
+    }
+
+
 def _biases(model: Architecture) -> dict[str, bool]:
     """megatron has one flag for the biases of all matrices, and one for queries, keys and values alone."""
     if model.output_bias != model.mlp_bias:

@@ -7,7 +7,6 @@ The folder is what ``AutoBridge.import_ckpt`` writes: ``iter_0000000`` with mega
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,21 +18,19 @@ import yaml
 
 from pact_nemo.checkpoints.failures import naming_the_file
 from pact_nemo.checkpoints.manifest import write_manifest
-from pact_nemo.checkpoints.megatron_bridge.settings import bridge_settings
+from pact_nemo.checkpoints.megatron_bridge.settings import model_section
 from pact_nemo.checkpoints.writer_processes import start_results_queue
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy.architectures import Architecture
 from pact_nemo.policy.export.hf_folder import copy_artifacts
 from pact_nemo.policy.megatron_import import prepare_megatron
 from pact_nemo.policy.model_source import RUN_CONFIG, TOKENIZER, TRACKER
-from pact_nemo.policy.provider import build_provider
 from pact_nemo.policy.sharded_state import sharded_weights
 from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.runtime.files import new_directory, write_text_atomic
 
 prepare_megatron()
 
-from megatron.bridge.utils.yaml_utils import safe_yaml_representers  # noqa: E402
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
@@ -46,6 +43,7 @@ _TRAIN_STATE = "train_state.pt"
 #: as Megatron-Bridge says of its own saves; it asks for the tensors of a layer by it
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _COUNTERS = ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+_SETTINGS = "megatron.bridge.training"
 _EXTRA = "_extra_state"
 
 
@@ -68,7 +66,7 @@ def export_bridge_to(policy: MegatronPolicy, folder: str | Path, *, version: int
         _write_weights(policy, save)
 
         def publish() -> None:
-            _write_run_config(save, policy.architecture, getattr(torch, policy.weight_dtype))
+            _write_run_config(save / RUN_CONFIG, policy.architecture, policy.weight_dtype, target / SAVE / TOKENIZER)
             (save / TOKENIZER).mkdir()
             copy_artifacts(policy.hf_path, save / TOKENIZER, policy.weight_dtype, {})
             _write_counters(save / _TRAIN_STATE)
@@ -121,49 +119,16 @@ def _write_counters(path: Path) -> None:
     torch.save(state | {name: torch.tensor(False) for name in ("do_train", "do_valid", "do_test")}, path)
 
 
-def _write_run_config(save: Path, architecture: Architecture, dtype: torch.dtype) -> None:
-    """Write the file that Megatron-Bridge builds the model from: for one rank, with its own layers.
-
-    Args:
-        save: folder of the save.
-        dtype: of the weights.
-    """
-    provider = build_provider(architecture)
-    for key, value in bridge_settings(architecture).items():
-        if key not in ("activation_func", "window_size", "window_attn_skip_freq"):
-            setattr(provider, key, value)
-    precision = {
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "autocast_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-    }
-    for key, value in {**precision, "should_pad_vocab": True, "make_vocab_size_divisible_by": 1}.items():
-        setattr(provider, key, value)
-    kind = type(provider)
-    fields = [field.name for field in dataclasses.fields(provider) if not field.name.startswith("_") and field.init]
-    model = {"_target_": f"{kind.__module__}.{kind.__qualname__}"}
-    model |= {name: _plain(getattr(provider, name)) for name in fields}
-    checkpoint = {
-        "_target_": "megatron.bridge.training.config.CheckpointConfig",
-        "ckpt_format": "torch_dist",
-        "save_optim": False,
-        "save_rng": False,
-        "fully_parallel_save": True,
-    }
+def _write_run_config(path: Path, architecture: Architecture, dtype: str, tokenizer: Path) -> None:
+    checkpoint = {"ckpt_format": "torch_dist", "save_optim": False, "save_rng": False, "fully_parallel_save": True}
     content = {
-        "_target_": "megatron.bridge.training.config.ConfigContainer",
-        "model": model,
-        "checkpoint": checkpoint,
+        "_target_": f"{_SETTINGS}.config.ConfigContainer",
+        "model": model_section(architecture, dtype),
+        "checkpoint": {"_target_": f"{_SETTINGS}.config.CheckpointConfig", **checkpoint},
         "tokenizer": {
-            "_target_": "megatron.bridge.training.tokenizers.config.TokenizerConfig",
+            "_target_": f"{_SETTINGS}.tokenizers.config.TokenizerConfig",
             "tokenizer_type": "HuggingFaceTokenizer",
-            "tokenizer_model": {"_target_": "pathlib.Path", "_args_": []},  # the checkpoint's own folder of it
+            "tokenizer_model": str(tokenizer.resolve()),
         },
     }
-    with safe_yaml_representers():
-        write_text_atomic(save / RUN_CONFIG, yaml.safe_dump(content, default_flow_style=False))
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    write_text_atomic(path, yaml.safe_dump(content, default_flow_style=False))
