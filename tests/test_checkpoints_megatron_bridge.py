@@ -23,12 +23,12 @@ from pact_nemo.checkpoints.megatron_bridge.reading import CheckpointWeights
 from pact_nemo.checkpoints.megatron_bridge.settings import bridge_settings
 from pact_nemo.checkpoints.megatron_bridge.writing import SAVE, export_bridge_to
 from pact_nemo.checkpoints.pickles import read_index
-from pact_nemo.errors import CheckpointError, ConfigError, PactError
+from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
 from pact_nemo.policy.model_source import ModelSource, model_source
 from pact_nemo.policy.policy import MegatronPolicy
-from tests.workers.policy_kit import REPO, launch, make_model
+from tests.workers.policy_kit import REPO, launch
 from tests.workers.policy_worker import weights_digest
 
 SLOW = pytest.mark.slow
@@ -326,50 +326,3 @@ def test_which_folder_is_which(exported: Any, tmp_path: Path) -> None:
     (theirs / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="give the folder of one of them"):
         model_source(theirs, hf)
-
-
-@pytest.mark.parametrize("family", ["llama3", "qwen3_window"])
-def test_what_megatron_bridge_has_no_setting_for_is_named_before_a_run(family: str, models: Models) -> None:
-    with pytest.raises(ConfigError, match="has no Megatron-Bridge checkpoint"):
-        bridge_settings(check_architecture(models(family)))
-
-
-@SLOW
-def test_published_rope_of_llama_3_is_a_setting(tmp_path: Path) -> None:
-    hf = make_model(tmp_path / "hf", "llama3")
-    config = json.loads((hf / "config.json").read_text())
-    key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
-    config[key] |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    (hf / "config.json").write_text(json.dumps(config))
-    folder = export_bridge_to(policy(hf), tmp_path / "mb", version=0)
-    assert bridge_s_own("logits", folder / SAVE, hf)["difference"] < 2e-5
-
-
-@SLOW
-@pytest.mark.parametrize("words", [[], ["policy.pipeline_parallel=2"]])
-def test_a_run_from_a_checkpoint_is_the_run_from_its_hf_folder(words: list[str], stage: dict[str, Any]) -> None:
-    from tests.workers.recipe_runs import recipe, records, weights
-
-    ranks, cache = 1 + len(words), f"run.cache_dir={stage['folder'] / 'cache'}"
-    first = recipe(stage, f"wrote{ranks}", "export.formats=[hf,megatron_bridge]", "trainer.steps=1")
-    runs = [
-        recipe(stage, f"{name}{ranks}", f"model.path={first / name}", "trainer.steps=1", cache, *words, ranks=ranks)
-        for name in ("hf", "megatron_bridge")
-    ]
-    assert records(runs[0]) == records(runs[1])
-    saved, text = first / "megatron_bridge" / SAVE, "one more test"
-    from transformers import AutoTokenizer
-
-    expected = AutoTokenizer.from_pretrained(first / "hf")(text)["input_ids"]
-    assert bridge_s_own("tokenizer", saved, text)["tokens"] == expected
-    one, other = map(weights, runs)
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_a_checkpoint_of_adapters_is_not_written(models: Models, tmp_path: Path) -> None:
-    from pact_nemo.policy.config import LoraConfig
-
-    config = PolicyConfig(precision="fp32", lora=LoraConfig(rank=2))
-    adapted = MegatronPolicy(config, OptimizerConfig(), models("qwen3"), seed=1, total_steps=4)
-    with pytest.raises(PactError, match="policy.lora trains adapters"):
-        export_bridge_to(adapted, tmp_path / "mb", version=0)

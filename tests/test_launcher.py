@@ -345,7 +345,6 @@ def test_the_nodes_of_a_job_hold_the_layout_or_the_number_that_does_is_named() -
     ):
         with pytest.raises(ConfigError, match=remedy):
             launcher.check_nodes(config, nodes, servers, 8)
-    experts = of("qwen3_30b_a3b_16xh100_bf16")  # TP 4, PP 2, EP 8
-    assert launcher.check_nodes(experts, 2, 0, 8)
+    assert launcher.check_nodes(experts := of("qwen3_30b_a3b_16xh100_bf16"), 2, 0, 8)  # TP 4, PP 2, EP 8
     with pytest.raises(ConfigError, match="multiples of 16.*PP x EP = 16"):
         launcher.check_nodes(experts, 1, 0, 8)

@@ -11,7 +11,7 @@ import pytest
 
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config, open_episodes, settled, steps_of, to_yaml
-from pact_nemo.data.tasks import prompts_of_step
+from pact_nemo.data.tasks import check_batches, prompts_of_step
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import METHODS, method_class
 from pact_nemo.tracking import run_folder as workspace
@@ -250,3 +250,24 @@ def test_episodes_in_flight_follow_the_servers(words: list[str], episodes: int) 
 def test_no_episode_in_flight_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.sampling\.concurrency=0"):
         load_config(None, ["rollout.sampling.concurrency=0"])
+
+
+def test_batches_that_the_tasks_cannot_fill_are_refused_by_their_setting() -> None:
+    def config(*words: str) -> Config:
+        return load_config(
+            None, ["trainer.batch_size=4", "trainer.mini_batch_size=4", "warmup.steps=1", "warmup.batch_size=3", *words]
+        )
+
+    tasks: list[Any] = ["a", "b", "c", "d"]
+    check_batches(config(), tasks, tasks[1:])
+    check_batches(config("warmup.steps=0"), tasks, [])
+    check_batches(config(), tasks, None)
+    check_batches(config("method=sft", "trainer.steps=0"), tasks[1:], tasks[1:])
+    for given, warmup, said in (
+        (tasks[1:], tasks[1:], "there are 3: lower trainer.batch_size"),
+        (tasks, tasks[:2], "lower warmup.batch_size"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check_batches(config(), given, warmup)
+    with pytest.raises(ConfigError, match="warmup.steps > 0 needs training tasks with traces"):
+        check_batches(config(), tasks, [])

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from pact_nemo import cli
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
-from pact_nemo.data.tasks import check_batches
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.preflight.checks import check_room, preflight
 from pact_nemo.preflight.token_ids import check_served_folder, check_token_ids
@@ -280,27 +279,6 @@ def test_a_dry_run_reads_tasks_and_traces(dry: Dry, tmp_path: Path) -> None:
     ):
         code, out, err = dry(*words)
         assert code in (1, 2) and said in err and not out and len(err.splitlines()) == 1, (words, err)
-
-
-def test_batches_that_the_tasks_cannot_fill_are_refused_by_their_setting() -> None:
-    def config(*words: str) -> Config:
-        return load_config(
-            None, ["trainer.batch_size=4", "trainer.mini_batch_size=4", "warmup.steps=1", "warmup.batch_size=3", *words]
-        )
-
-    tasks: list[Any] = ["a", "b", "c", "d"]
-    check_batches(config(), tasks, tasks[1:])
-    check_batches(config("warmup.steps=0"), tasks, [])
-    check_batches(config(), tasks, None)
-    check_batches(config("method=sft", "trainer.steps=0"), tasks[1:], tasks[1:])
-    for given, warmup, said in (
-        (tasks[1:], tasks[1:], "there are 3: lower trainer.batch_size"),
-        (tasks, tasks[:2], "lower warmup.batch_size"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            check_batches(config(), given, warmup)
-    with pytest.raises(ConfigError, match="warmup.steps > 0 needs training tasks with traces"):
-        check_batches(config(), tasks, [])
 
 
 @pytest.mark.parametrize("key", ["run.root", "run.cache_dir", "rollout.exports_dir"])

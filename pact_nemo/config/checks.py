@@ -255,11 +255,7 @@ def _objective(config: Config) -> None:
 def _annealing(config: Config) -> None:
     """The schedule of annealing."""
     objective = config.objective
-    _one_of(
-        "objective.schedule.reasoning",
-        objective.schedule.reasoning,
-        REASONING_SCHEDULES,
-    )
+    _one_of("objective.schedule.reasoning", objective.schedule.reasoning, REASONING_SCHEDULES)
     _one_of("objective.schedule.kind", objective.schedule.kind, ("fixed", "adaptive"))
     _require(
         objective.schedule.anchor_end is None
@@ -312,21 +308,18 @@ def _trainer(config: Config) -> None:
 
 def _observation(config: Config) -> None:
     """Evaluation, diagnostics, alarms, trackers."""
-    _require(
-        0.0 <= config.alarms.failed_share <= 1.0, f"alarms.failed_share={config.alarms.failed_share}: a share in [0, 1]"
-    )
+    share, diagnostics = config.alarms.failed_share, config.diagnostics
+    _require(0.0 <= share <= 1.0, f"alarms.failed_share={share}: a share in [0, 1]")
     for key in ("gradient_every", "trace_every"):
-        every = getattr(config.diagnostics, key)
+        every = getattr(diagnostics, key)
         _require(every >= 0, f"diagnostics.{key}={every}: steps from one measurement to the next, or 0 for none")
     _require(
-        config.diagnostics.gradient_every == 0 or config.trainer.mini_batch_size >= 2,
-        f"diagnostics.gradient_every={config.diagnostics.gradient_every} compares two halves of a mini-batch, and"
+        diagnostics.gradient_every == 0 or config.trainer.mini_batch_size >= 2,
+        f"diagnostics.gradient_every={diagnostics.gradient_every} compares two halves of a mini-batch, and"
         f" trainer.mini_batch_size={config.trainer.mini_batch_size} has no halves: set it to at least 2, or"
         " gradient_every to 0",
     )
-    _require(
-        config.diagnostics.trace_tasks >= 1, f"diagnostics.trace_tasks={config.diagnostics.trace_tasks}: must be >= 1"
-    )
+    _require(diagnostics.trace_tasks >= 1, f"diagnostics.trace_tasks={diagnostics.trace_tasks}: must be >= 1")
     check_settings(config.tracking.trackers)
     turns = config.evaluation.max_turns_per_user_turn
     _require(

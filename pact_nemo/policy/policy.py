@@ -85,8 +85,7 @@ class MegatronPolicy:
             self.provider = build_provider(self.architecture)
         configure_provider(self.provider, config, cuda=cuda, fp8=self.fp8)
         self.chunks = build_chunks(self.provider, self.architecture, config, cuda=cuda)
-        fill = partial(bridge.load_weights, self.bridge) if weights is None else weights.fill
-        fill(self.chunks)
+        (partial(bridge.load_weights, self.bridge) if weights is None else weights.fill)(self.chunks)
         self.adapters = lora.attach(config.lora, self.architecture, self.bridge, self.chunks, seed=seed)
         self._reference: Reference | None = None
         self.wrapped: list[Any] = []

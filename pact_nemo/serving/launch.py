@@ -162,8 +162,12 @@ def engine_environment(
         if place.devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(place.devices)
         return environment
-    cores = place.cores(sorted(os.sched_getaffinity(0)))[: config.cpu_threads]
-    environment |= {
+    return environment | _on_cpu(config, place.cores(sorted(os.sched_getaffinity(0)))[: config.cpu_threads])
+
+
+def _on_cpu(config: RolloutServerConfig, cores: list[int]) -> dict[str, str]:
+    """What an engine's environment has on a CPU alone."""
+    environment = {
         "CUDA_VISIBLE_DEVICES": "",
         "VLLM_CPU_KVCACHE_SPACE": str(config.cpu_kv_cache_gib),
         # Threads sleep soon after a parallel region: the trainer needs the cores whenever no rollout runs.
@@ -184,7 +188,7 @@ def engine_environment(
         if (
             library := intel_openmp()
         ) is not None:  # it survives a fork and obeys KMP_BLOCKTIME; GNU's hangs in the forked engine
-            others = environment.get("LD_PRELOAD", "").split()
+            others = os.environ.get("LD_PRELOAD", "").split()
             environment["LD_PRELOAD"] = " ".join(
                 [str(library), *(other for other in others if Path(other).name != library.name)]
             )

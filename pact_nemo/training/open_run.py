@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,17 +15,14 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config, settled, steps_of, takes_turns, to_dict, to_yaml
 from pact_nemo.data.dataset import Dataset, build_dataset
 from pact_nemo.data.tasks import build_environment, check_batches
-from pact_nemo.errors import PactError
-from pact_nemo.planning.from_config import engine_share, hardware_of, plan_in_one_line, run_plan
-from pact_nemo.planning.host_room import check_host_room
-from pact_nemo.policy.device import use_cuda
+from pact_nemo.planning.from_config import engine_share, plan_in_one_line, run_plan
 from pact_nemo.policy.distributed import init_distributed
-from pact_nemo.policy.links import check_links, slow_links
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.preflight.chat import chat_format
 from pact_nemo.preflight.checks import check_room, preflight
 from pact_nemo.preflight.lengths import lengths_of
-from pact_nemo.runtime.collective import on_rank_zero, raise_together, rank
+from pact_nemo.preflight.nodes import look_at_host, look_at_links
+from pact_nemo.runtime.collective import on_rank_zero, rank
 from pact_nemo.runtime.files import write_json_atomic, write_text_atomic
 from pact_nemo.runtime.interrupt import StopRequest, stop_request
 from pact_nemo.runtime.quarantine import Quarantine
@@ -64,8 +60,8 @@ def open_run(config: Config, resume: str | None) -> Iterator[TrainingRun]:
         progress.message(f"run folder {space.folder}")
         with progress.phase("set-up"):
             if config.policy.check_links:
-                _look_at_links(config, progress)
-            _look_at_host(config)
+                look_at_links(config, progress.message)
+            look_at_host(config)
             on_rank_zero(space.check_exports)
             if resume is None:
                 on_rank_zero(lambda: check_room(config))
@@ -90,32 +86,6 @@ def _open_folder(stack: ExitStack, config: Config, resume: str | None) -> Worksp
     space = opened[0] if opened else Workspace(Path(folder))
     space.place_exports(config.rollout.exports_dir)
     return space
-
-
-def _look_at_links(config: Config, progress: RunProgress) -> None:
-    """How fast the ranks reach each other, and a warning that names hosts where that is slow."""
-    found = check_links()
-    if found is None:
-        return
-    expected = {}
-    if use_cuda():
-        hardware = hardware_of(config)
-        expected = {True: hardware.node_bandwidth, False: hardware.network_bandwidth}
-    progress.message(found.describe())
-    for text in slow_links(found.ring, expected):
-        progress.message(f"warning: {text}")
-
-
-def _look_at_host(config: Config) -> None:
-    """Refuse, on all ranks, where a node's memory can't hold what its ranks and engines keep there."""
-    failure = None
-    if use_cuda() and os.environ.get("LOCAL_RANK", "0") == "0":
-        try:
-            here = os.environ.get("LOCAL_WORLD_SIZE")
-            check_host_room(config, world=dist.get_world_size(), ranks_here=int(here) if here else None)
-        except PactError as error:
-            failure = error
-    raise_together(failure)
 
 
 def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProgress, stop: StopRequest) -> TrainingRun:

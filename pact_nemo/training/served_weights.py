@@ -14,6 +14,7 @@ from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.failures import delete_folder
 from pact_nemo.checkpoints.hf import export_version
 from pact_nemo.checkpoints.manifest import export_path, prune_exports, read_manifest, verify_manifest
+from pact_nemo.checkpoints.megatron_bridge.hf_copy import copy_as_hf
 from pact_nemo.checkpoints.megatron_bridge.reading import CheckpointWeights
 from pact_nemo.checkpoints.quantised import materialise
 from pact_nemo.config.lora import refit_kind
@@ -27,7 +28,6 @@ from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.serving.launch import on_cuda
 from pact_nemo.tracking.run_folder import Workspace
-from pact_nemo.training.checkpoint_copy import copy_as_hf
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.state import RunState
 from pact_nemo.training.time_sharing import TimeSharing
@@ -41,7 +41,9 @@ def model_path(config: Config) -> Path:
     """
     if config.model.path is not None:
         source = model_source(config.model.path, config.model.hf_config)
-        return source.described if source.checkpoint is None else copy_as_hf(config, source)
+        if source.checkpoint is None:
+            return source.described
+        return copy_as_hf(source, Path(config.run.cache_dir), config.policy, seed=config.run.seed)
     return on_rank_zero(lambda: materialise_embedded_model(Path(config.run.cache_dir)))
 
 

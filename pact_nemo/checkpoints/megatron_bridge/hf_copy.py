@@ -16,9 +16,8 @@ from pact_nemo.checkpoints.hf import export_to
 from pact_nemo.checkpoints.manifest import verify_manifest
 from pact_nemo.checkpoints.megatron_bridge.index import identity, stored_weights
 from pact_nemo.checkpoints.megatron_bridge.reading import CheckpointWeights
-from pact_nemo.config.schema import Config
 from pact_nemo.errors import CheckpointError
-from pact_nemo.policy.config import LoraConfig, OptimizerConfig
+from pact_nemo.policy.config import LoraConfig, OptimizerConfig, PolicyConfig
 from pact_nemo.policy.device import use_cuda
 from pact_nemo.policy.distributed import init_distributed
 from pact_nemo.policy.model_source import ModelSource
@@ -29,8 +28,8 @@ from pact_nemo.runtime.collective import on_rank_zero
 log = logging.getLogger(__name__)
 
 
-def copy_as_hf(config: Config, source: ModelSource) -> Path:
-    """The folder below ``run.cache_dir`` with a checkpoint's weights in Hugging Face's format. Collective.
+def copy_as_hf(source: ModelSource, cache: Path, policy_config: PolicyConfig, *, seed: int) -> Path:
+    """The folder below ``cache`` with a checkpoint's weights in Hugging Face's format. Collective.
 
     All ranks make it on the first call, under the run's own layout, and before a server has memory. Later calls verify
     it. A torn one is made again; a changed checkpoint gets a new one. The weights are the policy's: in bfloat16 where
@@ -38,9 +37,9 @@ def copy_as_hf(config: Config, source: ModelSource) -> Path:
 
     Raises:
         CheckpointError: on all ranks: the checkpoint is not of the model of ``source.described``, or not whole.
-        ConfigError: on all ranks: contradictory settings, or ``run.cache_dir`` can't be written.
+        ConfigError: on all ranks: contradictory settings, or ``run.cache_dir``, which ``cache`` is, can't be written.
     """
-    bf16 = config.policy.resolved_precision(cuda=use_cuda()) == "bf16"
+    bf16 = policy_config.resolved_precision(cuda=use_cuda()) == "bf16"
     assert source.checkpoint is not None
     save = source.checkpoint
 
@@ -49,16 +48,16 @@ def copy_as_hf(config: Config, source: ModelSource) -> Path:
 
     dtype = on_rank_zero(dtype_of)
     name = f"{save.parent.name}-{save.name}-{dtype}"
-    folder = Path(config.run.cache_dir) / on_rank_zero(lambda: f"{name}-{identity(source)}")
+    folder = cache / on_rank_zero(lambda: f"{name}-{identity(source)}")
     if on_rank_zero(lambda: _is_whole(folder)):
         return folder
-    on_rank_zero(lambda: machine.check_writable(config.run.cache_dir, "run.cache_dir"))
-    init_distributed(config.policy.init_timeout_s)
+    on_rank_zero(lambda: machine.check_writable(cache, "run.cache_dir"))
+    init_distributed(policy_config.init_timeout_s)
     policy = MegatronPolicy(
-        replace(config.policy, lora=LoraConfig()),
+        replace(policy_config, lora=LoraConfig()),
         OptimizerConfig(),
         source.described,
-        seed=config.run.seed,
+        seed=seed,
         total_steps=1,
         trainable=False,
         weights=CheckpointWeights(source),
