@@ -30,7 +30,7 @@ from tests.workers.policy_kit import make_chat_model
 PRESET = REPO / "conf" / "pact_bfcl-smollm2_135m-cpu.yaml"
 STEPS = 4
 CLOCK = ("time/", "refit/", "moved/", "rollout/tokens_per_second")
-FAULTS = ("server/restarts", "rollout/reissued")
+FAULTS = ("server/restarts", "rollout/reissued", "engines/share")
 
 
 class Runner:
