@@ -17,9 +17,9 @@ from pact_nemo.planning import host, host_room
 from pact_nemo.planning.from_config import describe_plan, model_shape, run_plan
 from pact_nemo.planning.memory import GIB, state_bytes
 from pact_nemo.planning.shape import Layout, rank_matrices, rank_parameters
+from pact_nemo.preflight import nodes
 from pact_nemo.runtime.gpus import Gpu
 from pact_nemo.runtime.machine import HostMemory, host_memory
-from pact_nemo.training import open_run
 
 FULL = Path(__file__).resolve().parents[1] / "conf" / "pact_bfcl.yaml"
 H100 = Gpu("NVIDIA H100 80GB HBM3", 85_000_000_000, 84_000_000_000)
@@ -82,15 +82,15 @@ def test_a_run_that_its_nodes_memory_can_not_hold_is_refused(monkeypatch: pytest
 
 def test_the_ranks_of_a_job_refuse_together_before_a_folder_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     raised: list[Exception | None] = []
-    monkeypatch.setattr(open_run, "use_cuda", lambda: True)
-    monkeypatch.setattr(open_run, "raise_together", raised.append)
-    monkeypatch.setattr(open_run.dist, "get_world_size", lambda: 64)
+    monkeypatch.setattr(nodes, "use_cuda", lambda: True)
+    monkeypatch.setattr(nodes, "raise_together", raised.append)
+    monkeypatch.setattr(nodes.dist, "get_world_size", lambda: 64)
     monkeypatch.setattr(host_room, "host_memory", lambda: HostMemory(500 << 30))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     config = of("llama3p1_70b_64xh100_bf16")
     for local in ("0", "1"):  # a node's first rank speaks for it
         monkeypatch.setenv("LOCAL_RANK", local)
-        open_run._look_at_host(config)
+        nodes.look_at_host(config)
     assert isinstance(raised[0], ConfigError) and raised[1] is None
     assert "8 rank(s) and 1 engine(s) of a node need" in str(raised[0]) and "this node has 500" in str(raised[0])
 

@@ -45,8 +45,8 @@ class Names(Mapping[str, torch.Tensor]):
         return "none: a rehearsal has no weights"
 
 
-def bridge_of_config(folder: str | Path) -> Any:
-    """In place of ``bridge.load_bridge``, which reads the headers of a folder's weights."""
+def bridge_of_config(folder: str | Path, *, with_weights: bool = True) -> Any:
+    """In place of ``bridge.load_bridge``, which reads the headers of a folder's weights; here it has none."""
     with quiet():
         found = AutoBridge.from_hf_pretrained(str(folder))
     found.hf_pretrained._state_dict_accessor = Names(expected_weights(check_architecture(folder)))
