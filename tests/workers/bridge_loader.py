@@ -4,8 +4,8 @@
     bridge_loader.py tokenizer CHECKPOINT T   the tokens of a text by the checkpoint's own tokenizer
     bridge_loader.py write HF CHECKPOINT      the HF folder as Megatron-Bridge's own checkpoint
 
-Its training package imports ``modelopt`` and ``six``. Where they are not installed, empty modules stand in: a model
-without quantisation has nothing for them to do.
+Its training package imports ``modelopt``, ``six`` and, from 0.6 on, ``megatron.energon``. Where they are not installed,
+empty modules stand in: a model without quantisation and without data has nothing for them to do.
 """
 
 from __future__ import annotations
@@ -40,11 +40,15 @@ def stand_in_where_absent() -> None:
         calls = ("restore_modelopt_state", "save_modelopt_state", "save_sharded_modelopt_state")
         nothing = dict.fromkeys((*calls, "restore_sharded_modelopt_state"), lambda *_, **__: None)
         stand_in("modelopt.torch.opt.plugins", **nothing)
+        extra = {"_load_extra_state_from_sharded_checkpoint": None}
+        stand_in("modelopt.torch.opt.plugins.mcore_dist_checkpointing", **extra)
         for name in ("modelopt.torch.distill", "modelopt.torch.distill.plugins"):
             stand_in(name)
-        stand_in("modelopt.torch.distill.plugins.megatron")
+        stand_in("modelopt.torch.distill.plugins.megatron", get_tensor_shapes_adjust_fn_for_distillation=None)
     if importlib.util.find_spec("six") is None:
         stand_in("six", text_type=str, binary_type=bytes, PY2=False, PY3=True)
+    if importlib.util.find_spec("megatron.energon") is None:
+        stand_in("megatron.bridge.data.energon.base_energon_datamodule", EnergonMultiModalDataModule=object)
 
 
 def without_transformer_engine(provider: Any) -> Any:
