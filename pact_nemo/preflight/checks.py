@@ -24,6 +24,7 @@ from pact_nemo.policy.model_source import model_source
 from pact_nemo.preflight.chat import chat_format
 from pact_nemo.preflight.token_ids import check_token_ids
 from pact_nemo.runtime import machine
+from pact_nemo.serving.launch import on_cuda
 
 READ_BYTES = (
     4 << 30
@@ -132,7 +133,7 @@ def check_room(config: Config) -> None:
     own = disk.checkpoint_bytes(trained, precision, config.trainer.keep_checkpoints)
     own += disk.final_bytes(parameters, precision, formats=len(config.export.formats), reference=reference)
     own_dtype = "float32" if precision == "fp32" else "bfloat16"  # of adapters, which are exported as they are
-    kind = refit_kind(config, cuda=devices.use_cuda())
+    kind = refit_kind(config, cuda=on_cuda(rollout.server))
     what = (trained, own_dtype) if kind == ADAPTER else (parameters, rollout.export_dtype)
     exports = disk.export_bytes(*what, rollout.keep_exports) if config.trainer.replay is None else 0.0
     needs = {

@@ -77,6 +77,10 @@ def free_bytes(folder: str | os.PathLike[str]) -> int:
     return shutil.disk_usage(_existing(folder)).free
 
 
+#: controllers of a line of /proc/self/cgroup, none in version 2 -> where its groups are, and the file of a limit
+_CGROUPS = {"": ("sys/fs/cgroup", "memory.max"), "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes")}
+
+
 @dataclass(frozen=True)
 class HostMemory:
     """Memory that this process may use.
@@ -105,16 +109,9 @@ def host_memory(root: Path = Path("/")) -> HostMemory | None:
         return None
     for line in groups:
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers not in _CGROUPS:
             continue
-        base, name = (
-            ("sys/fs/cgroup", "memory.max")
-            if not controllers
-            else (
-                "sys/fs/cgroup/memory",
-                "memory.limit_in_bytes",
-            )
-        )
+        base, name = _CGROUPS[controllers]
         place = root / base / path.lstrip("/")
         for folder in (place, *place.parents):
             if not folder.is_relative_to(root / base):
