@@ -81,6 +81,11 @@ def test_a_run_with_its_own_server(stage: dict[str, Any]) -> None:
                 assert segment.text.strip() not in flat
 
 
+def learnt(run: Path) -> list[dict[str, Any]]:
+    """A run's records without what its refits and moves of memory took."""
+    return [{k: v for k, v in row.items() if not k.startswith(("refit/", "moved/"))} for row in records(run)]
+
+
 @pytest.mark.slow
 def test_two_ranks_and_a_server_that_take_turns_change_no_bit(stage: dict[str, Any]) -> None:
     """vLLM beside two ranks whose storages are really given back. One request at a time: what is computed together
@@ -100,10 +105,7 @@ def test_two_ranks_and_a_server_that_take_turns_change_no_bit(stage: dict[str, A
     runs = [
         recipe(stage, f"turns-{on}", *words, f"rollout.server.time_sharing={on}", ranks=2) for on in ("false", "true")
     ]
-    rows = [
-        [{k: v for k, v in row.items() if not k.startswith(("refit/", "moved/"))} for row in records(run)]
-        for run in runs
-    ]
+    rows = [learnt(run) for run in runs]
     assert rows[0] == rows[1]
     one, other = (weights(run) for run in runs)
     assert all(torch.equal(other[name], value) for name, value in one.items())
@@ -135,10 +137,7 @@ def test_refits_of_adapters_through_sleep_and_resume_change_no_bit(stage: dict[s
     whole = recipe(stage, "adapters-awake", *words)
     first = recipe(stage, "adapters-cut", *words, "rollout.server.time_sharing=true", "trainer.steps=1")
     resumed = recipe(stage, "adapters-cut", "trainer.steps=2", resume=first)
-    rows = [
-        [{k: v for k, v in row.items() if not k.startswith(("refit/", "moved/"))} for row in records(run)]
-        for run in (whole, resumed)
-    ]
+    rows = [learnt(run) for run in (whole, resumed)]
     assert rows[0] == rows[1] and len(rows[0]) == 2
     assert all(row["mismatch/mean_abs"] < 2e-3 for row in rows[0])
     one, other = weights(whole), weights(resumed)
