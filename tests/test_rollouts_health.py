@@ -52,6 +52,18 @@ def test_restarts_are_bounded(event: Event) -> None:
     assert all(health.after(any_event, 2, LIMITS, version=1) == health for any_event in Event)
 
 
+def test_a_restart_that_was_abandoned_is_not_counted() -> None:
+    dead = run((Event.READY, 1, None), (Event.LOADED, 2, 0), (Event.EXITED, 3, None))
+    for step in ((), (Event.READY,)):
+        health = dead.after(Event.RESTART, 4, LIMITS)
+        for event in step:
+            health = health.after(event, 5, LIMITS)
+        health = health.after(Event.ABANDONED, 6, LIMITS, reason="it hung")
+        assert health.state is State.DEAD and health.restarts == 0 and health.reason == "it hung"
+    served = run((Event.READY, 1, None), (Event.LOADED, 2, 0))
+    assert served.after(Event.ABANDONED, 3, LIMITS) == served, "there was none"
+
+
 @settings(deadline=None)
 @given(STEPS)
 @example(
@@ -64,11 +76,12 @@ def test_whatever_happens(steps: list[tuple[Event, float, int]]) -> None:
         before, health = health, health.after(event, now, LIMITS, version=version)
         if event is Event.LOADED and before.state is State.LOADING:
             loaded = version
-        elif event in (Event.EXITED, Event.FAILED, Event.STALE, Event.REFIT):
+        elif event in (Event.EXITED, Event.FAILED, Event.STALE, Event.REFIT, Event.ABANDONED):
             loaded = None
         for asked in range(4):  # it serves what was loaded last, with nothing in between, or nothing
             assert not health.serves(asked) or asked == loaded
-        assert health.restarts <= LIMITS.max_restarts and before.restarts <= health.restarts <= before.restarts + 1
+        assert health.restarts <= LIMITS.max_restarts and abs(health.restarts - before.restarts) <= 1
+        assert health.restarts >= before.restarts or event is Event.ABANDONED
         assert health.heard <= now and health.since <= now
         if before.state is State.DEAD:
             assert health.state in (State.DEAD, State.LOST, State.STARTING) and (

@@ -3,6 +3,7 @@
 
     STARTING --ready--> LOADING --loaded(v)--> HEALTHY <--beat/miss--> SUSPECT --no beat for heartbeat_timeout_s--> DEAD
                            ^----- refit ---------'
+    STARTING, LOADING --abandoned--> DEAD, as before that restart
     any but LOST: exited, failed, stale --> DEAD --restart--> STARTING, or LOST once max_restarts are used up
 
 A server serves only after a load of the version that is asked for: one that was restarted has to be loaded first,
@@ -38,6 +39,7 @@ class Event(StrEnum):
     FAILED = "failed"  #: a start or a load did not succeed
     STALE = "stale"  #: it computes with other weights than it was given
     RESTART = "restart"  #: to be started anew
+    ABANDONED = "abandoned"  #: nobody waits for that restart any more: it is not at the server's charge
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Health:
             if self.restarts >= limits.max_restarts:
                 return self._to(State.LOST, now)
             return replace(self._to(State.STARTING, now), restarts=self.restarts + 1, heard=now, version=None)
+        if event is Event.ABANDONED and self.state in (State.STARTING, State.LOADING):
+            return replace(self._to(State.DEAD, now), version=None, reason=reason, restarts=max(0, self.restarts - 1))
         if event in (Event.EXITED, Event.FAILED, Event.STALE):
             return replace(self._to(State.DEAD, now), version=None, reason=reason or event.value)
         if event is Event.READY and self.state is State.STARTING:

@@ -165,7 +165,7 @@ class SupervisedServer:
                 )
             except ServerError as error:
                 if self._leaving:  # half started it answers nobody; dead, it is started anew when it is needed again
-                    self._happened(Event.FAILED, reason=reason)
+                    self._happened(Event.ABANDONED, reason=reason)
                     raise
                 reason = str(error)
                 self._happened(Event.FAILED, reason=reason)

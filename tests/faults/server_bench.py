@@ -28,9 +28,9 @@ from pact_nemo.serving.supervisor import SupervisedServer
 
 CONFIG: dict[str, Any] = dict(
     device="cpu",
-    request_timeout_s=0.6,
+    request_timeout_s=3.0,
     heartbeat_s=0.1,
-    heartbeat_timeout_s=0.5,
+    heartbeat_timeout_s=3.0,
     connect_retries=1,
     refit_timeout_s=2.0,
     max_restarts=3,

@@ -177,7 +177,7 @@ def test_a_server_that_died_between_two_batches(bench: Bench, undisturbed: dict[
 
 
 def test_a_batch_that_ends_during_a_restart_holds_up_no_later_one(bench: Bench) -> None:
-    """The restart is broken off with the batch. The server was left half started, and nobody started it again."""
+    """The restart is broken off with the batch: it was left half started, nobody started it again, or both counted."""
     served = bench.launch()
     expected = content(play(served))
     served._leaving = True
@@ -185,7 +185,7 @@ def test_a_batch_that_ends_during_a_restart_holds_up_no_later_one(bench: Bench) 
         served.recover("it died as the last episode ended")
     served._leaving = False
     assert served.health.state is State.DEAD
-    assert content(play(served)) == expected and served.health.restarts == 2
+    assert content(play(served)) == expected and served.health.restarts == 1
 
 
 def test_weights_swapped_behind_our_back_are_noticed_by_the_heartbeat(bench: Bench) -> None:
@@ -196,7 +196,7 @@ def test_weights_swapped_behind_our_back_are_noticed_by_the_heartbeat(bench: Ben
     bench.refit(1)
     play(served, 1)
     play(served, 1)
-    assert served.health.restarts == 1 and "holds weight version None, not 1" in bench.notes[0]
+    assert served.health.restarts == 1 and "holds weight version None, not 1" in bench.notes[0], bench.notes
 
 
 def test_older_and_damaged_exports_are_refused_and_the_server_goes_on(
