@@ -73,6 +73,16 @@ def test_a_batch_that_is_mostly_noise_is_told_with_the_prompts_that_it_would_nee
     )  # mean 0.15: 26 %
 
 
+def test_updates_below_the_resolution_of_bfloat16() -> None:
+    found = advice(
+        run_of({"policy/moved": 0.01, "policy/updates": 2}, warmup=[{"stage": "warmup", "policy/moved": 0.02}])
+    )
+    assert [a.key for a in found] == ["resolution"] and "All 9 steps together changed at most 18% of" in found[
+        0
+    ].finding
+    assert keys(run_of({"policy/moved": 0.04})) == [], "32 % of them"
+
+
 def test_imitation_that_is_saturated_or_forgotten() -> None:
     def with_traces(values: list[float]) -> Run:
         warmup = [

@@ -169,6 +169,9 @@ def loss_record(results: list[UpdateResult]) -> dict[str, Any]:
         if sums.get(bottom):
             record[name] = sums[top] / sums[bottom]
     record["policy/grad_norm"] = sum(r.grad_norm for r in results) / len(results)
+    moved = [r.moved for r in results if r.moved is not None]
+    if moved:
+        record["policy/moved"] = sum(moved) / len(moved)
     record["policy/lr"] = results[-1].lr
     record["policy/updates"] = len(results)
     record["tokens/trained"] = sum(r.tokens for r in results)

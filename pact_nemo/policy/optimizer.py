@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pact_nemo.policy import device as devices
 from pact_nemo.policy.config import OptimizerConfig
 from pact_nemo.policy.megatron_import import prepare_megatron
 
@@ -214,8 +215,53 @@ class KeptGradient:
         return total
 
 
-def apply_step(optimizer: Any, *, lr: float, weight_decay: float, clip_grad: float, grad_norm: float) -> None:
-    """Clip by the given global norm and update the weights. Call after :func:`gradient_norm`."""
+class MovedWeights:
+    """How many weights an optimizer step changes in bfloat16, by a sample of the float32 main weights.
+
+    A weight of 0.1 has a step of 5e-4 in bfloat16: what an update adds to its main weight shows in the model only once
+    it comes to half of that.
+
+    Args:
+        optimizer: before the step.
+    """
+
+    _PER_TENSOR = 4096
+
+    def __init__(self, optimizer: Any):
+        self._optimizer = optimizer
+        self._before = [
+            [self._sample(weights) for weights in part.get_parameters()] for part in optimizer.chained_optimizers
+        ]
+
+    def _sample(self, weights: torch.Tensor) -> torch.Tensor:
+        every = max(1, weights.numel() // self._PER_TENSOR)
+        return weights.detach().reshape(-1)[::every].bfloat16()  # a copy: they are float32
+
+    @torch.no_grad()
+    def share(self, device: torch.device) -> float:
+        """Share of the trained weights of all ranks that changed, a tensor's weight being its size. Collective."""
+        moved = 0.0
+        total = 0.0
+        for part, kept in zip(self._optimizer.chained_optimizers, self._before, strict=True):
+            local = torch.zeros(2, dtype=torch.float64, device=device)
+            for weights, before in zip(part.get_parameters(), kept, strict=True):
+                if before.numel():
+                    local[0] += weights.numel() * (self._sample(weights) != before).double().mean()
+                    local[1] += weights.numel()
+            torch.distributed.all_reduce(local, group=part.get_grad_stats_parallel_group())
+            moved, total = moved + float(local[0]), total + float(local[1])
+        return moved / total if total else 0.0
+
+
+def apply_step(
+    optimizer: Any, *, lr: float, weight_decay: float, clip_grad: float, grad_norm: float, bf16: bool
+) -> float | None:
+    """Clip by the given global norm and update the weights. Call after :func:`gradient_norm`. Collective if ``bf16``.
+
+    Returns:
+        share of the bfloat16 weights that changed (:class:`MovedWeights`); None without main weights.
+    """
+    moved = MovedWeights(optimizer) if bf16 else None
     for part in optimizer.chained_optimizers:
         if getattr(part, "is_stub_optimizer", False):
             continue
@@ -225,3 +271,4 @@ def apply_step(optimizer: Any, *, lr: float, weight_decay: float, clip_grad: flo
         if clip_grad > 0.0 and part.get_parameters():
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
+    return moved.share(devices.local_device()) if moved is not None else None

@@ -208,26 +208,25 @@ class MegatronPolicy:
         fp8.end_pass(self.chunks)
         loss, metrics = microbatches.gather_metrics(collected)
         grad_norm = optimizer.gradient_norm(self.optimizer)
-        broken = [
-            name
-            for name, value in {"loss": loss, "grad_norm": grad_norm, **metrics}.items()
-            if not math.isfinite(value)
-        ]
+        numbers = {"loss": loss, "grad_norm": grad_norm, **metrics}
+        broken = [name for name, value in numbers.items() if not math.isfinite(value)]
         if broken:
             message = f"update {self.step + 1}: not finite: {', '.join(broken)}; the weights were not changed"
             raise NumericsError(message, names=broken, logprobs=self._per_tree(trees, collected.logprobs))
         if lr is None:
             lr = optimizer.learning_rate(self.optimizer_config, self.step + 1, self.total_steps)
-        optimizer.apply_step(
+        moved = optimizer.apply_step(
             self.optimizer,
             lr=lr,
             weight_decay=self.optimizer_config.weight_decay,
             clip_grad=self.optimizer_config.clip_grad,
             grad_norm=grad_norm,
+            bf16=self.bf16,
         )
         self.step += 1
+        logprobs = self._per_tree(trees, collected.logprobs)
         entropies = self._per_tree(trees, collected.entropies) if entropy else []
-        return UpdateResult(loss, grad_norm, metrics, lr, tokens, self._per_tree(trees, collected.logprobs), entropies)
+        return UpdateResult(loss, grad_norm, metrics, lr, tokens, logprobs, moved, entropies)
 
     def gradient_cosine(
         self, first: list[TokenTree], second: list[TokenTree], loss_fn: microbatches.LossFn

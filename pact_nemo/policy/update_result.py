@@ -18,6 +18,7 @@ class UpdateResult:
         lr: learning rate of this step.
         tokens: tree tokens that went through the model.
         logprobs: per tree [S] float32 log-probs before the step, in nats, detached.
+        moved: share of the bfloat16 weights that the step changed; None where the policy computes in float32.
         entropies: per tree [S] float32 entropies of the distributions, likewise; empty unless they were asked for.
     """
 
@@ -27,4 +28,5 @@ class UpdateResult:
     lr: float
     tokens: int
     logprobs: list[torch.Tensor]
+    moved: float | None = None
     entropies: list[torch.Tensor] = field(default_factory=list)

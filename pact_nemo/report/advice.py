@@ -18,6 +18,7 @@ SAME_SCORES = 0.5  #: share of groups without an advantage above which most roll
 LITTLE_SIGNAL = 0.2  #: share of a gradient that is signal below which the batch is called too small
 CUT = 0.25  #: share of rollouts that a limit cut
 SATURATED = 0.01  #: nats a call token that held-out traces still gain over the second half of the measurements
+FEW_MOVED = 0.25  #: share of the bfloat16 weights that a whole run can have changed
 FEW_SUCCESSES, MANY_SUCCESSES = 0.05, 0.9
 
 Record = dict[str, Any]
@@ -52,6 +53,7 @@ def advice(run: Run) -> list[Advice]:
         cut_rollouts,
         rl_noise,
         sft_noise,
+        resolution,
         imitation,
         reliance,
     )
@@ -160,6 +162,23 @@ def _noise(run: Run, term: str, words: str, what: str) -> Advice | None:
         f" measurements); {prompts}."
     )
     return Advice(f"{term}_noise", finding, f"The update is mostly noise. It needs more {what}.")
+
+
+def resolution(run: Run, late: list[Record]) -> Advice | None:
+    """Updates too small for bfloat16: they gather in the main weights, and the policy hardly changes."""
+    moved = [
+        record["policy/moved"] * record.get("policy/updates", 1)
+        for record in [*run.warmup, *run.rl]
+        if record.get("policy/moved") is not None
+    ]
+    if not moved or sum(moved) >= FEW_MOVED:
+        return None
+    finding = f"All {len(moved)} steps together changed at most {sum(moved):.0%} of the weights in bfloat16."
+    return Advice(
+        "resolution",
+        finding,
+        "The updates are smaller than bfloat16 can show: more steps, a higher optimizer.lr, or policy.precision=fp32.",
+    )
 
 
 def imitation(run: Run, late: list[Record]) -> Advice | None:

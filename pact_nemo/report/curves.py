@@ -116,6 +116,13 @@ WARMUP = (
         (("policy/grad_norm", "norm"),),
         FROM_ZERO,
     ),
+    Curve(
+        "Weights moved",
+        "share of the bfloat16 weights that an update changes",
+        (("policy/moved", "share"),),
+        FROM_ZERO,
+        how="measured",
+    ),
 )
 
 #: Algorithm 1, step by step
@@ -234,6 +241,13 @@ RL = (
         "before clipping; mean over updates",
         (("policy/grad_norm", "norm"),),
         FROM_ZERO,
+    ),
+    Curve(
+        "Weights moved",
+        "share of the bfloat16 weights that an update changes; mean over updates",
+        (("policy/moved", "share"),),
+        FROM_ZERO,
+        how="measured",
     ),
     Curve(
         "Generation speed",

@@ -34,6 +34,7 @@ CURVES = (
     "policy/entropy",
     "policy/kl_ref",
     "policy/grad_norm",
+    "policy/moved",
     "signal/rl_cosine",
     "signal/rl_norm",
     "signal/sft_cosine",
