@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pact_nemo.batches.prompt_trees import PROMPT_ONLY, grow_tree
 from pact_nemo.config.load import load_config
@@ -16,7 +17,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.trees import Segment, TokenTree
-from tools.benches import kit, packing, trl_peer, trl_trainer
+from tools.benches import kit, packing, peak, trl_peer, trl_trainer
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -87,6 +88,14 @@ def test_without_trl_the_error_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pip install --no-deps --target .* trl==") as caught:
         trl_trainer.Trainer(tmp_path, tmp_path, Config(), tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_the_operations_of_a_linear_layer_and_the_head_are_counted() -> None:
+    left, right, own = torch.randn(4, 5), torch.randn(5, 6), torch.zeros(4, 6)
+    with peak.counter() as found:
+        torch.nn.functional.linear(left, right.t())
+        own.addmm_(left, right)
+    assert found.get_total_flops() == 2 * (2 * 4 * 5 * 6)
 
 
 @pytest.mark.slow

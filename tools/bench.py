@@ -9,6 +9,7 @@ with medians and a ratio.
     python tools/bench.py offload                            # a trainer's memory to the host and back
     python tools/bench.py rollouts                           # how busy the rollout server is
     python tools/bench.py phases --run runs/latest           # a step's wall time by phase
+    python tools/bench.py peak --run runs/latest             # share of the machine's matrix peak, in fp32 and bf16
     # time and memory against K, lengths, vocabulary, processes
     python tools/bench.py growth --out docs/growth.json --picture docs/growth.svg
     python tools/bench.py refit                              # embedded model, one process, real vLLM server
@@ -29,7 +30,7 @@ checkout.enter(__file__)
 
 from pact_nemo.errors import PactError
 from pact_nemo.runtime.terminal import command
-from tools.benches import growth, logprobs, offload, packing, phases, refit, rollouts, step, trl_peer
+from tools.benches import growth, logprobs, offload, packing, peak, phases, refit, rollouts, step, trl_peer
 
 BENCHES = {
     "step": step,
@@ -40,6 +41,7 @@ BENCHES = {
     "rollouts": rollouts,
     "refit": refit,
     "phases": phases,
+    "peak": peak,
     "growth": growth,
 }
 
