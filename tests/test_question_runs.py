@@ -94,7 +94,7 @@ def test_recorded_traces_bring_every_recorded_answer_in(benchmark: str) -> None:
 
 @needs_data
 @pytest.mark.slow
-@pytest.mark.parametrize(("benchmark", "count"), [("ftrl", 11), ("toolhop", 52)])
+@pytest.mark.parametrize(("benchmark", "count"), [("ftrl", 11), ("toolhop", 53)])
 def test_how_many_of_a_hundred_tasks_get_a_recorded_trace(benchmark: str, count: int) -> None:
     """The figures of docs/design/traces.md."""
     with Sandbox(2, Limits(seconds=3.0)) as sandbox, ThreadPoolExecutor(2) as threads:

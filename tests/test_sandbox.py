@@ -176,6 +176,16 @@ def test_calls_from_many_threads_share_the_workers() -> None:
         assert sorted(map(int, results)) == [i * i for i in range(40)]
 
 
+def test_a_set_has_the_same_order_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "7")  # not the trainer's
+    source = "def f(): return ' '.join({str(i) + 'word' for i in range(40)})"
+    texts = []
+    for _ in range(2):
+        with Sandbox(1) as box:
+            texts.append(box.call(source, "f", {}).text)
+    assert texts[0] == texts[1] and len(texts[0].split()) == 40
+
+
 def test_a_closed_sandbox_leaves_no_process_and_refuses_calls() -> None:
     box = Sandbox(2, FAST)
     assert not box._all, "nothing runs before it is needed"

@@ -29,6 +29,13 @@ log = logging.getLogger(__name__)
 GRACE_S = 5.0  #: what a worker may take beyond a call's own limit before it counts as lost
 START_S = 30.0
 FIRST_UID = 1_000_000_000  #: of tool processes where the trainer is root: far above any account
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "HOME": "/tmp",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONHASHSEED": "0",  # a set has the same order in every run
+}
 _WORKER = Path(__file__).with_name("worker.py")
 _numbers = iter(range(1 << 30))
 
@@ -39,11 +46,11 @@ class Worker:
     def __init__(self, unconfined: bool):
         self._uid = FIRST_UID + (os.getpid() % 100_000) * 10_000 + next(_numbers) % 10_000
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_WORKER)],
+            [sys.executable, "-s", "-P", str(_WORKER)],  # not -I: that would pass over the hash seed
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"},
+            env=_ENVIRONMENT,
             bufsize=0,
             start_new_session=True,
         )
