@@ -74,6 +74,11 @@ def test_remaining_time_is_the_mean_of_recent_steps_times_the_steps_left_plus_th
     for number, seconds in enumerate((1000, 20, 20, 20, 20, 45), start=1):
         progress.step_line(step(number, seconds))
     assert progress.remaining() == f"about {duration(25 * 4 + 40)} left in the run"
+    clock.seconds += 10
+    assert progress.remaining() == f"about {duration(25 * 4 + 40 - 10)} left in the run", "it runs down"
+    clock.seconds += 90
+    assert progress.remaining() == f"about {duration(25 * 3 + 40)} left in the run", "the later steps are left"
+    assert progress.remaining(300.0) == "about 5:00 left in the run", "the phase alone takes so long"
 
 
 def test_a_resumed_run_counts_the_steps_before_it() -> None:

@@ -61,6 +61,22 @@ def test_rollouts_that_were_cut(limit: str, says: str) -> None:
     assert keys(run_of({f"rollout/truncated_{limit}": 10})) == []
 
 
+def test_a_policy_that_unlearnt_how_to_end() -> None:
+    def cut(count: int) -> list[dict[str, Any]]:
+        return [{"limit": "turns" if index < count else None} for index in range(8)]
+
+    run = run_of()
+    run.episodes = {"before": cut(1), "after": cut(8)}
+    found = advice(run)
+    assert [a.key for a in found] == ["closing"] and "100% of the held-out episodes" in found[0].finding
+    assert "12% before" in found[0].finding
+    for before, after in ((1, 3), (8, 1), (8, 8)):
+        run.episodes = {"before": cut(before), "after": cut(after)}
+        assert keys(run) == []
+    run.episodes = {"after": cut(8)}
+    assert keys(run) == [], "nothing to compare with"
+
+
 def test_a_batch_that_is_mostly_noise_is_told_with_the_prompts_that_it_would_need() -> None:
     found = advice(run_of({"signal/rl_cosine": 0.05, "signal/sft_cosine": 0.6}))
     assert [a.key for a in found] == ["rl_noise"]

@@ -46,10 +46,15 @@ def test_the_words_of_a_simulated_user_are_shown() -> None:
 
 @pytest.mark.parametrize(
     ("status", "outcome", "verdict"),
-    [("failed", None, "failed to run"), ("truncated", False, "cut off"), ("ok", False, "not passed")],
+    [
+        ("failed", None, "failed to run"),
+        ("truncated", False, "cut off"),
+        ("truncated", True, "passed, cut off"),
+        ("ok", False, "not passed"),
+    ],
 )
 def test_verdicts_tell_whose_fault_it_was(status: str, outcome: bool | None, verdict: str) -> None:
-    row = episode(0, success=False) | {"status": status}
+    row = episode(0, success=bool(outcome)) | {"status": status}
     row["outcome"] = None if outcome is None else row["outcome"]
     assert view_episode(row, "after", "after", "pythonic").verdict == verdict
 

@@ -51,6 +51,7 @@ def advice(run: Run) -> list[Advice]:
     rules: tuple[Callable[[Run, list[Record]], Advice | None], ...] = (
         same_scores,
         cut_rollouts,
+        closing,
         rl_noise,
         sft_noise,
         resolution,
@@ -120,6 +121,23 @@ def cut_rollouts(run: Run, late: list[Record]) -> Advice | None:
     where, what = causes[worst]
     finding = f"{sum(counts.values()) / total:.0%} of the rollouts were cut in {last(len(late))}, most of them {where}."
     return Advice("cut_rollouts", finding, f"Raise {what}.")
+
+
+def closing(run: Run, late: list[Record]) -> Advice | None:
+    """Held-out episodes that no message closed: many more after the training than before it."""
+    before, after = (run.episodes.get(stage, []) for stage in ("before", "after"))
+    if not before or not after:
+        return None
+    first, now = (sum(bool(row.get("limit")) for row in rows) / len(rows) for rows in (before, after))
+    if now - first <= CUT:
+        return None
+    finding = f"{now:.0%} of the held-out episodes were cut off by a limit after the training, {first:.0%} before it."
+    return Advice(
+        "closing",
+        finding,
+        "The policy has unlearnt how to end: PACT teaches no final answer. Lower optimizer.lr or trainer.steps, raise"
+        " objective.kl_coef, or lengthen the warm-up (warmup.steps, warmup.closing).",
+    )
 
 
 def rl_noise(run: Run, late: list[Record]) -> Advice | None:

@@ -132,7 +132,7 @@ def view_episode(row: Row, stage: str, label: str, tool_format: str) -> EpisodeV
         success = passed(row)
         status = row["status"]
         verdict = (
-            "passed"
+            ("passed, cut off" if status == "truncated" else "passed")
             if success
             else "failed to run"
             if status == "failed"

@@ -63,10 +63,9 @@ class Phase:
         beat()
         self.done = done
         now = self._owner.now()
-        left = ""
-        if self.total and 0 < done < self.total:
-            left = f"about {duration((now - self._started) / done * (self.total - done))} left in this phase"
-        text = " · ".join(part for part in (note, left, self._owner.remaining()) if part)
+        seconds = (now - self._started) / done * (self.total - done) if self.total and 0 < done < self.total else 0.0
+        left = f"about {duration(seconds)} left in this phase" if seconds else ""
+        text = " · ".join(part for part in (note, left, self._owner.remaining(seconds)) if part)
         self._owner.show(self._task, done, self.total, text)
         if self._owner.plain and now - self._said >= PLAIN_INTERVAL_S:
             self._said = now
@@ -79,7 +78,8 @@ class RunProgress:
     """Terminal progress of one run: bars on a terminal, plain lines elsewhere.
 
     The remaining time of the run is learnt from finished steps: mean seconds of the last five, times the steps that are
-    left, plus the seconds that the latest evaluation took for the one after training.
+    left, plus the seconds that the latest evaluation took for the one after training. It runs down within a step, as
+    far as the step's mean.
 
     Args:
         total_steps: RL steps of the whole run, resumed ones included.
@@ -108,6 +108,7 @@ class RunProgress:
         self._bars: Progress | None = None
         self._step_seconds: list[float] = []
         self._steps_done = 0
+        self._step_ended = 0.0
         self._tail_seconds = 0.0
         self._started = self._spoke = now()
 
@@ -195,12 +196,16 @@ class RunProgress:
                 self.log.write(f"the terminal can't be written to ({error!r}); the run goes on without it")
             self._lost = True
 
-    def remaining(self) -> str:
-        """``about m:ss left in the run``, once a step has finished and while something is left."""
+    def remaining(self, in_phase: float = 0.0) -> str:
+        """``about m:ss left in the run``, once a step has finished and while something is left; never less than the
+        seconds that are left in the phase.
+        """
         if not self._step_seconds:
             return ""
         recent = self._step_seconds[-RECENT_STEPS:]
-        left = sum(recent) / len(recent) * max(self.total_steps - self._steps_done, 0) + self._tail_seconds
+        step, steps_left = sum(recent) / len(recent), max(self.total_steps - self._steps_done, 0)
+        passed = min(self.now() - self._step_ended, step if steps_left else self._tail_seconds)
+        left = max(step * steps_left + self._tail_seconds - passed, in_phase)
         return f"about {duration(left)} left in the run" if left >= 1 else ""
 
     def step_line(self, record: dict[str, Any]) -> None:
@@ -217,6 +222,6 @@ class RunProgress:
                 parts.append(f"{label} {record[key]:.0f}")
         if record["stage"] == "rl":
             self._step_seconds.append(float(record["time/total"]))
-            self._steps_done = int(record["step"])
+            self._steps_done, self._step_ended = int(record["step"]), self.now()
             parts.append(self.remaining())
         self.message("  ".join(part for part in parts if part))
