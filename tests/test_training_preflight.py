@@ -315,6 +315,12 @@ def test_a_disk_without_room_for_the_run_is_refused_with_what_it_takes(
     check_room(load_config(PRESET, adapters))
     with pytest.raises(ConfigError, match=r"rollout.exports_dir=/fast: .* 1.5 GiB there"):
         check_room(load_config(PRESET, [*adapters, "rollout.lora_refit=merged"]))
+    # by default as the server's device has it: beside a GPU trainer, one on the CPU is given the merged model
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    by_default = [*adapters[:3], "policy.precision=fp32"]
+    check_room(load_config(PRESET, [*by_default, "rollout.server.device=cuda"]))
+    with pytest.raises(ConfigError, match=r"rollout.exports_dir=/fast: .* 1.5 GiB there"):
+        check_room(load_config(PRESET, [*by_default, "rollout.server.device=cpu"]))
     with pytest.raises(ConfigError, match=r"run.root=runs"):
         monkeypatch.setattr(machine, "free_bytes", lambda folder: parameters)
         check_room(load_config(PRESET, ["rollout.exports_dir=/fast"]))
