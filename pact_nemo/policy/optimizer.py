@@ -240,17 +240,17 @@ class MovedWeights:
     @torch.no_grad()
     def share(self, device: torch.device) -> float:
         """Share of the trained weights of all ranks that changed, a tensor's weight being its size. Collective."""
-        moved = 0.0
-        total = 0.0
+        both = torch.zeros(2, dtype=torch.float64, device=device)  # moved, all
         for part, kept in zip(self._optimizer.chained_optimizers, self._before, strict=True):
-            local = torch.zeros(2, dtype=torch.float64, device=device)
+            local = torch.zeros_like(both)
             for weights, before in zip(part.get_parameters(), kept, strict=True):
                 if before.numel():
                     local[0] += weights.numel() * (self._sample(weights) != before).double().mean()
                     local[1] += weights.numel()
             torch.distributed.all_reduce(local, group=part.get_grad_stats_parallel_group())
-            moved, total = moved + float(local[0]), total + float(local[1])
-        return moved / total if total else 0.0
+            both += local
+        moved, total = both.tolist()
+        return float(moved / total) if total else 0.0
 
 
 def apply_step(
