@@ -16,16 +16,17 @@ from pact_nemo.checking.reward_checks import _holds
 from pact_nemo.checkout import ROOT
 from pact_nemo.environments.base import ToolCall
 from tests.fixtures.planted_faults import FAULTS
-from tests.fixtures.shop_rows import Data, instead, run
+from tests.fixtures.planted_row_faults import ROW_FAULTS
+from tests.fixtures.shop_rows import Data, instead, method, run, wrong_expected_call
 
 
 def test_there_are_enough_faults() -> None:
     assert len(FAULTS) >= 45
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [*FAULTS, *ROW_FAULTS])
 def test_a_planted_fault_is_found_by_name(name: str, tmp_path: Path, chat: ChatFormat) -> None:
-    change, level, kind, said = FAULTS[name]
+    change, level, kind, said = (FAULTS | ROW_FAULTS)[name]
     data = Data()
     change(data)
     found = run(data, tmp_path, chat)
@@ -33,6 +34,23 @@ def test_a_planted_fault_is_found_by_name(name: str, tmp_path: Path, chat: ChatF
     assert any(all(part in str(one) for part in said) for one in matching), "\n".join(listed(found.findings))
     if level != "note":
         assert any(one.remedy or ";" in one.text or ":" in one.text for one in matching)
+
+
+def test_a_refused_expected_call_is_told_once(tmp_path: Path, chat: ChatFormat) -> None:
+    data = Data()
+    ROW_FAULTS["an expected call with an argument of another type"][0](data)
+    found = run(data, tmp_path, chat)
+    assert found.count("error") == 1 and found.tasks == 3, "\n".join(listed(found.findings))
+
+
+def test_an_expected_call_that_fails_is_told_once_and_blames_no_score(tmp_path: Path, chat: ChatFormat) -> None:
+    """A state that can't be had fails every episode of a task, whatever the episode does."""
+    data = Data()
+    method("    def state(self):\n        return self.stock\n")(data)
+    wrong_expected_call(data)
+    found = run(data, tmp_path, chat)
+    errors = [str(one) for one in found.findings if one.level == "error"]
+    assert len(errors) == 1 and errors[0].count("t0") == 1 and "KeyError" in errors[0], errors
 
 
 def test_sound_data_raises_no_alarm(tmp_path: Path, chat: ChatFormat) -> None:

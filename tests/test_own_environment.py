@@ -12,8 +12,10 @@ from pact_nemo.config.load import load_config
 from pact_nemo.data.conversations import conversations_of, import_traces
 from pact_nemo.data.tasks import build_environment
 from pact_nemo.environments.base import ToolCall
+from pact_nemo.environments.own.expected_calls import ExpectedCalls
 from pact_nemo.environments.own.names import Aliases
 from pact_nemo.environments.own.scoring import answer_score
+from pact_nemo.environments.rows import Row
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.runtime.quarantine import Quarantine
 
@@ -255,3 +257,37 @@ def test_the_data_of_the_shop_is_what_its_script_writes(tmp_path, monkeypatch):
     script["main"]()
     for name in ("tasks.jsonl", "traces.jsonl"):
         assert (tmp_path / name).read_text() == (SHOP / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        ({"name": "order", "arguments": {"sku": "A1", "count": "two"}}, "arguments.count"),
+        ({"name": "order", "arguments": {"sku": "A1", "count": 1, "gift": True}}, "arguments.gift"),
+        ({"name": "order", "arguments": {"sku": "A1"}}, "arguments"),
+    ],
+)
+def test_an_expected_call_that_the_tool_refuses_is_a_bad_row(tmp_path, opened, call, field):
+    """Training reads rows as the check does; so the row is in quarantine, and the others stay."""
+    rows = [
+        {"id": f"t{index}", "question": f"A1, {index}.", "info": {"stock": STOCK}, "expected_calls": [one]}
+        for index, one in enumerate([order(1), call])
+    ]
+    path = written(tmp_path / "tasks.jsonl", rows)
+    _, environment = opened(f"tasks.path={path}", policy="quarantine")
+    assert [task.id for task in environment.tasks()] == ["t0"]
+    (bad,) = environment._setup.quarantine.rows
+    assert (bad.error.file, bad.error.line, bad.error.field) == (str(path), 2, f"expected_calls[0].{field}")
+    assert "'order'" in str(bad.error) and "repair the row" in str(bad.error)
+
+
+def test_null_for_an_argument_that_may_be_left_out_is_no_fault():
+    text = {"type": "string"}
+    properties = {"day": text, "to": {"type": "object", "properties": {"at": text}}}
+    parameters = {"type": "object", "properties": properties, "required": ["to"]}
+    aliases = Aliases([{"name": "f", "description": "", "parameters": parameters}], False)
+    reader = ExpectedCalls(aliases, closed=True, any_turn=False)
+    call = {"name": "f", "arguments": {"day": None, "to": {"at": None}}}
+    assert reader.read(Row({"expected_calls": [call]}, "x", 1), 1) == [[ToolCall("f", call["arguments"])]]
+    with pytest.raises(DataError, match=r"expected_calls\[0\].arguments.to"):
+        reader.read(Row({"expected_calls": [{"name": "f", "arguments": {"to": None}}]}, "x", 1), 1)

@@ -135,7 +135,7 @@ def _check(
     found.findings += findings
     shown = {task.id: used[task.id] for task in played if task.id in used}
     found.findings += drift_findings(shown, plays, config.tasks.max_observation_chars)
-    found.findings += nothing_findings(environment, played)
+    found.findings += nothing_findings(environment, played, plays)
     found.findings += other_findings(environment, played, scripts, plays)
     if getattr(config.environment_config, "workers", 2) > 1:  # two episodes at a time
         found.findings += session_findings(environment, played, scripts, plays)

@@ -51,7 +51,8 @@ def grouped(findings: Sequence[Finding]) -> list[Finding]:
     for finding, same in alike.items():
         more = f" and {len(same) - 4} more" if len(same) > 4 else ""
         places = ", ".join(one.where for one in same[:4] if one.where) + more
-        found.append(same[0] if len(same) == 1 else replace(finding, where=places))
+        alone = len(same) == 1 and not same[0].where  # then its text alone may name the task
+        found.append(same[0] if alone else replace(finding, where=places))
     return found
 
 

@@ -49,10 +49,19 @@ def expert_findings(
     return plays, found
 
 
-def nothing_findings(environment: Environment, tasks: Sequence[Task]) -> list[Finding]:
-    """Say a closing word and call nothing: that must not be a success."""
+def nothing_findings(environment: Environment, tasks: Sequence[Task], experts: Mapping[str, Play]) -> list[Finding]:
+    """Say a closing word and call nothing: that must not be a success.
+
+    Args:
+        experts: task id -> the expert's play; what fails that one, too, has been told.
+    """
     plays = [play(environment, task, NOTHING) for task in tasks]
-    failed = [one.failure for one in plays if one.failure is not None]
+    told = {task_id: one.failure for task_id, one in experts.items()}
+    failed = [
+        one.failure
+        for task, one in zip(tasks, plays, strict=True)
+        if one.failure is not None and one.failure != told.get(task.id)
+    ]
     found = []
     if failed:
         text = f"an episode without a call fails in {len(failed)} of {len(plays)} tasks: {failed[0]}"

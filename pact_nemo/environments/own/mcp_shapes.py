@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pact_nemo.environments.own.classes import MAX_CHARS
 from pact_nemo.environments.own.mcp_templates import Rollout, Template
+from pact_nemo.environments.own.schema_checks import argument_error, validator_of
 from pact_nemo.environments.own.settings import MCPConfig
 from pact_nemo.environments.python_tools import tool_schema
 from pact_nemo.errors import ConfigError, EnvironmentFailure
@@ -18,10 +18,6 @@ from pact_nemo.runtime import strict_json
 
 if TYPE_CHECKING:
     from mcp.types import CallToolResult, Tool
-
-log = logging.getLogger(__name__)
-
-_FAULT_CHARS = 500
 
 
 class Hidden:
@@ -79,23 +75,14 @@ class OfferedTool:
 
     def fault(self, arguments: Mapping[str, Any]) -> str | None:
         """What is wrong with the model's arguments; None where nothing is."""
-        from jsonschema.exceptions import best_match
-
         try:
             strict_json.check(dict(arguments))
         except ValueError as error:
             return str(error)
-        if self.validator is None:
-            return None
-        try:
-            worst = best_match(self.validator.iter_errors(dict(arguments)))
-        except Exception as odd:  # e.g. a reference that leads nowhere: the server has to judge then
-            log.debug("the schema of the tool %r can't be checked against: %r", self.own, odd)
-            return None
+        worst = argument_error(self.validator, arguments, f"the tool {self.own!r}")
         if worst is None:
             return None
-        where = worst.json_path.removeprefix("$").removeprefix(".")
-        return f"{where}: {worst.message}"[:_FAULT_CHARS] if where else str(worst.message)[:_FAULT_CHARS]
+        return f"{worst.place.removeprefix('.')}: {worst.text}" if worst.place else worst.text
 
     def complete(self, arguments: Mapping[str, Any], rollout: Rollout) -> dict[str, Any]:
         """The arguments with the hidden ones."""
@@ -166,21 +153,9 @@ def _offered(config: MCPConfig, schema: dict[str, Any], name: str) -> OfferedToo
         tool_schema(shown, names=False)
     except ValueError as error:
         raise ConfigError(f"agent.mcp.rename.{schema['name']}={name!r}: {error}") from error
-    return OfferedTool(schema["name"], shown, hidden, _validator(parameters, schema["name"]))
-
-
-def _validator(parameters: dict[str, Any], name: str) -> Any:
-    """A validator of arguments; None where the server's schema is none, so that the server itself has to judge."""
-    import jsonschema
-    from jsonschema_specifications import REGISTRY
-
-    kind = jsonschema.validators.validator_for(parameters, default=jsonschema.Draft202012Validator)
-    try:
-        kind.check_schema(parameters)
-    except jsonschema.SchemaError as error:
-        log.warning("the MCP server's tool %r: no valid JSON schema: %s", name, str(error.message)[:_FAULT_CHARS])
-        return None
-    return kind(parameters, registry=REGISTRY)  # given, so that nothing is ever fetched from the network
+    return OfferedTool(
+        schema["name"], shown, hidden, validator_of(parameters, f"the MCP server's tool {schema['name']!r}")
+    )
 
 
 def as_text(result: CallToolResult, tool: str) -> str:

@@ -64,6 +64,7 @@ class Aliases:
             )
             for tool in schemas
         }
+        self._parameters = {tool["name"]: dict(tool["parameters"]) for tool in schemas}
         self._own = {alias: own for own, alias in self._tools.items()}
         self.schemas = [self._schema(tool) for tool in schemas]
 
@@ -84,6 +85,10 @@ class Aliases:
         """The schema, as the model sees it, of a tool by its own name."""
         alias = self._tools[name]
         return next(schema for schema in self.schemas if schema["name"] == alias)
+
+    def own_parameters(self, name: str) -> dict[str, Any]:
+        """The parameters of a tool, by its own names."""
+        return self._parameters[name]
 
     def shown(self, call: ToolCall) -> ToolCall:
         """A call as the model would write it, whichever of the two names it has. Unknown names stay."""

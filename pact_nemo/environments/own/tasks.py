@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from pact_nemo.environments.base import Task, ToolCall
+from pact_nemo.environments.own.expected_calls import ExpectedCalls
 from pact_nemo.environments.own.names import Aliases
 from pact_nemo.environments.own.scoring import answer_fault
 from pact_nemo.environments.own.settings import OwnConfig
 from pact_nemo.environments.rows import Row, number_text
 from pact_nemo.errors import DataError
-from pact_nemo.runtime import strict_json
 
 _REQUESTS = ("messages", "prompt", "question")
 Message = dict[str, str]
@@ -67,6 +68,10 @@ class TaskReader:
     offers: frozenset[str]
     instructed: bool = False
 
+    @cached_property
+    def _expected(self) -> ExpectedCalls:
+        return ExpectedCalls(self.aliases, self.settings.tools is not None, self.settings.simulated)
+
     def of_row(self, row: Row, conversations: Conversations) -> Task:
         """A task of a row of ``tasks.path``. Without expected calls it gets those of its conversation.
 
@@ -79,7 +84,7 @@ class TaskReader:
         turns = [self._opening(row), *self._later(row)]
         answers = self._answers(row)
         tools = self._tools(row)
-        expected = self._expected(row, len(turns))
+        expected = self._expected.read(row, len(turns))
         hidden = {call.name for calls in expected for call in calls} - set(tools or self.aliases.own_names)
         if hidden:
             raise row.complain(
@@ -228,37 +233,6 @@ class TaskReader:
         if not names:
             raise row.complain("offers no tool; leave the key out to offer all", "tools")
         return names
-
-    def _expected(self, row: Row, turns: int) -> list[list[ToolCall]]:
-        if row.values.get("expected_calls") is None:
-            return []
-        given = row.json("expected_calls", list)
-        nested = bool(given) and all(isinstance(item, list) for item in given)
-        if nested and len(given) > turns and not self.settings.simulated:
-            raise row.complain(f"calls of {len(given)} user turns, and there are {turns}", "expected_calls")
-        calls = [
-            [self._call(row, item, f"expected_calls[{index}]") for item in (part if nested else [part])]
-            for index, part in enumerate(given)
-        ]
-        return calls if nested else [[call for part in calls for call in part]]
-
-    def _call(self, row: Row, item: Any, field: str) -> ToolCall:
-        inner = item.get("function", item) if isinstance(item, dict) else item
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise row.complain('expected a call such as {"name": "lookup", "arguments": {"sku": "A1"}}', field)
-        arguments = inner.get("arguments", inner.get("kwargs")) or {}
-        if isinstance(arguments, str):
-            try:
-                arguments = strict_json.loads(arguments, unique=True)
-            except ValueError as error:
-                raise row.complain(f"the arguments are no JSON: {error}", f"{field}.arguments") from error
-        if not isinstance(arguments, dict):
-            raise row.complain("the arguments have to be an object", f"{field}.arguments")
-        call = ToolCall(inner["name"], arguments)
-        if not self.aliases.knows(call.name):
-            known = ", ".join(sorted(self.aliases.own_names))
-            raise row.complain(f"the tool {call.name!r} does not exist; there are: {known}", field)
-        return self.aliases.own(call)
 
 
 def conversation_id(conversation: ConversationLike) -> str:
