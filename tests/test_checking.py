@@ -36,11 +36,19 @@ def test_a_planted_fault_is_found_by_name(name: str, tmp_path: Path, chat: ChatF
         assert any(one.remedy or ";" in one.text or ":" in one.text for one in matching)
 
 
-def test_a_refused_expected_call_is_told_once(tmp_path: Path, chat: ChatFormat) -> None:
+@pytest.mark.parametrize(
+    ("name", "warnings"),
+    [
+        ("an expected call with an argument of another type", 1),  # of its conversation
+        ("a conversation's call that its task needs for its state", 0),
+    ],
+)
+def test_a_refused_call_is_told_once(name: str, warnings: int, tmp_path: Path, chat: ChatFormat) -> None:
     data = Data()
-    ROW_FAULTS["an expected call with an argument of another type"][0](data)
+    ROW_FAULTS[name][0](data)
     found = run(data, tmp_path, chat)
-    assert found.count("error") == 1 and found.tasks == 3, "\n".join(listed(found.findings))
+    counts = found.count("error"), found.count("warning"), found.tasks
+    assert counts == (1, warnings, 3), "\n".join(listed(found.findings))
 
 
 def test_an_expected_call_that_fails_is_told_once_and_blames_no_score(tmp_path: Path, chat: ChatFormat) -> None:

@@ -244,7 +244,7 @@ def test_a_file_without_a_good_row_is_refused_whatever_becomes_of_bad_rows(tmp_p
     with pytest.raises(DataError, match=message):
         read_conversations(file, Quarantine("quarantine"))
     file.write_text("")
-    with pytest.raises(DataError, match="there is no row"):
+    with pytest.raises(DataError, match="the file is empty: it has no conversation"):
         read_conversations(file)
     with pytest.raises(DataError, match="no such file of conversations"):
         read_conversations(tmp_path / "absent.jsonl")

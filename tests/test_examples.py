@@ -59,7 +59,9 @@ def test_it_raises_no_alarm(name: str, chat: ChatFormat, monkeypatch: pytest.Mon
     monkeypatch.chdir(ROOT)
     files, words = EXAMPLES[name]
     found = check(load_config([ROOT / file for file in files], words), chat, limit=12)
-    assert (found.count("error"), found.count("warning")) == (0, 0), "\n".join(listed(found.findings))
+    # the preset teaches one closing message, and says so of tasks that want an answer
+    alarms = [one for one in found.findings if one.level != "note" and one.kind != "closing"]
+    assert not alarms, "\n".join(listed(found.findings))
     assert found.traces == found.tasks == 40
 
 

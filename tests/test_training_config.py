@@ -12,8 +12,9 @@ import pytest
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config, open_episodes, settled, steps_of, to_yaml
 from pact_nemo.data.tasks import check_batches, prompts_of_step
-from pact_nemo.errors import ConfigError
+from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.methods.registry import METHODS, method_class
+from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.tracking import run_folder as workspace
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -271,3 +272,13 @@ def test_batches_that_the_tasks_cannot_fill_are_refused_by_their_setting() -> No
             check_batches(config(), given, warmup)
     with pytest.raises(ConfigError, match="warmup.steps > 0 needs training tasks with traces"):
         check_batches(config(), tasks, [])
+
+
+def test_batches_that_lack_quarantined_rows_are_refused_by_those_rows() -> None:
+    quarantine, tasks = Quarantine("quarantine"), ["a", "b"]
+    quarantine.add(DataError("no user message", file="x/tasks.jsonl", line=3), {})
+    said = r"^1 rows are in quarantine \(1 of tasks.jsonl\); mend them, the first one: x/tasks.jsonl:3: no user message"
+    for words in (["warmup.steps=1", "warmup.batch_size=3"], ["trainer.batch_size=4", "trainer.mini_batch_size=4"]):
+        with pytest.raises(ConfigError, match=f"{said}.* there are 2: lower"):
+            config = load_config(None, ["trainer.batch_size=2", "trainer.mini_batch_size=2", *words])
+            check_batches(config, tasks, tasks, quarantine)  # type: ignore[arg-type]

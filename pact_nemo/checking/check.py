@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.checking.conversation_checks import conversation_findings, system_findings
 from pact_nemo.checking.data_checks import (
-    conversation_findings,
+    closing_findings,
     drift_findings,
     dropped_findings,
     length_findings,
@@ -20,7 +21,7 @@ from pact_nemo.checking.data_checks import (
     task_findings,
     tool_findings,
 )
-from pact_nemo.checking.file_checks import key_findings, stray_findings
+from pact_nemo.checking.file_checks import key_findings, stray_findings, task_rows
 from pact_nemo.checking.findings import Finding, grouped
 from pact_nemo.checking.plays import Expert, Script
 from pact_nemo.checking.reward_checks import expert_findings, nothing_findings, other_findings, session_findings
@@ -104,6 +105,7 @@ def _check(
         raise ConfigError("no task can be used; the rows above say why")
     found.tools = list({tool["name"]: tool for task in tasks for tool in task.tools}.values())
     found.findings += [*name_findings(environment), *task_findings(environment, tasks)]
+    found.findings += [*task_rows(config, quarantine).findings(), *closing_findings(config, tasks)]
     note("traces")
     used, findings = _traces(config, environment, tasks, quarantine)
     found.findings += findings
@@ -148,12 +150,14 @@ def _traces(
     told = conversations_of(config, quarantine)
     if told is not None:
         judged = list(judged_conversations(config, environment, told, tasks))
-        used, findings = conversation_findings(judged, tasks, environment)
-        return used, [*dropped_findings(config.traces.path, dropped_conversations(config, quarantine)), *findings]
+        rows = task_rows(config, quarantine)
+        used, findings = conversation_findings(judged, tasks, environment, rows)
+        dropped = dropped_findings(config.traces.path, dropped_conversations(config, quarantine))
+        return used, [*dropped, *findings, *system_findings(judged)]
     made = find_traces(config, environment, tasks, [], quarantine)
-    dropped = {reason: count for reason, count in made.dropped.items() if count and reason != "trace_missing"}
+    lost = {reason: count for reason, count in made.dropped.items() if count and reason != "trace_missing"}
     findings = [
-        Finding("warning", "trace", "", f"{count} traces are left out: {reason}") for reason, count in dropped.items()
+        Finding("warning", "trace", "", f"{count} traces are left out: {reason}") for reason, count in lost.items()
     ]
     by_id = {task.id: task for task in tasks}
     if config.traces.path is not None:

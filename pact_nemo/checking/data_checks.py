@@ -1,8 +1,7 @@
-"""Rows, tools, conversations and lengths: what can be told without an episode, and how the traces replay."""
+"""Rows, tools and lengths: what can be told without an episode."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import statistics
 from collections import Counter
@@ -11,9 +10,8 @@ from typing import Any
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checking.findings import Finding, Level
-from pact_nemo.checking.plays import Expert, Play, Script, play
+from pact_nemo.checking.plays import Expert, Play
 from pact_nemo.config.schema import Config
-from pact_nemo.data.conversations import Judged
 from pact_nemo.data.tasks import prompt_length
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.environments.sessions import CUT, shown_to_policy
@@ -22,31 +20,6 @@ from pact_nemo.objective.components import Component
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.schema import Trace
 from pact_nemo.traces.spans import TraceTokens, encode_trace
-from pact_nemo.traces.verification import new_error
-
-#: what a reason for leaving out a conversation means to its owner, and what to do
-REASONS = {
-    "of_no_task": ("belongs to no task", "its task_id and its user's words are no task's: mend the id"),
-    "unknown_tool": ("calls a tool that its task does not offer", "offer it, or take the conversation out"),
-    "malformed_turn": ("has a call without an observation", "export it whole, tool messages included"),
-    "role_text_in_observation": ("has a template's role marker in an observation", "take the marker out of the tool"),
-    "tool_call_tag_in_observation": ("has a tag of tool calls in an observation", "take the tag out of the tool"),
-    "control_text_in_turn": ("has a template's control text in a turn", "take it out"),
-    "answer_leaked": ("names the answer before a tool or the question has", "take it out: it teaches to guess"),
-    "no_reward": ("has no reward, and traces.verify=reward believes rewards", "set traces.verify=replay"),
-    "low_reward": ("has a reward below traces.min_score", "take it out, or lower traces.min_score"),
-    "replay_refused": ("can't be replayed", "mend what is named here"),
-    "replay_error": ("brings an error that it did not have", "mend the tool or the task's info"),
-    "no_call_in_first_turn": (
-        "calls nothing in its first user turn, and agent.user_turns=first takes that one only",
-        "set agent.user_turns=recorded, or take it out",
-    ),
-    "longer_than_task": (
-        "calls tools in a user turn that its task does not have",
-        "give the task's row those user_turns, or set agent.user_turns=first to use the first turn's part",
-    ),
-    "replay_low_score": ("does not solve its task", "mend its answer, the task's, or score()"),
-}
 
 
 def row_findings(quarantine: Quarantine) -> list[Finding]:
@@ -131,6 +104,21 @@ def task_findings(environment: Environment, tasks: Sequence[Task]) -> list[Findi
     return found
 
 
+def closing_findings(config: Config, tasks: Sequence[Task]) -> list[Finding]:
+    """Tasks that want words in the answer, where the warm-up teaches one closing message for all."""
+    closing = config.warmup.closing
+    if not config.warmup.steps or closing is None:
+        return []
+    wanting = [task for task in tasks if task.reference_answer is not None]
+    other = [task for task in wanting if str(task.reference_answer).casefold() not in closing.casefold()]
+    if not other:
+        return []
+    text = (
+        f"{len(other)} of {len(tasks)} tasks want words in the answer; warmup.closing={closing!r} teaches another one"
+    )
+    return [Finding("warning", "closing", "", text, "set warmup.closing=null, so that the model's own words stay")]
+
+
 def dropped_findings(path: str | None, dropped: Mapping[str, int]) -> list[Finding]:
     """Sound conversations that hold nothing to learn."""
     why = {
@@ -145,62 +133,6 @@ def dropped_findings(path: str | None, dropped: Mapping[str, int]) -> list[Findi
         Finding("warning", f"trace:{reason}", str(path), f"{count} conversations {why[reason][0]}", why[reason][1])
         for reason, count in dropped.items()
     ]
-
-
-def conversation_findings(
-    judged: Sequence[Judged], tasks: Sequence[Task], environment: Environment
-) -> tuple[dict[str, Expert], list[Finding]]:
-    """What speaks against each conversation.
-
-    Returns:
-        task id -> (main trace, its answers) of those that can be used, and findings.
-    """
-    used: dict[str, Expert] = {}
-    found: list[Finding] = []
-    names = [task.id for task in tasks]
-    for one in judged:
-        where = f"{one.conversation.file}:{one.conversation.line}"
-        if one.reason is None:
-            if one.task is not None and one.trace is not None:
-                used.setdefault(one.task.id, (one.trace, one.conversation.answers))
-            continue
-        text, remedy = REASONS.get(one.reason, (one.reason, ""))
-        if one.reason == "unknown_tool" and one.task is not None and one.trace is not None:
-            offered = [tool["name"] for tool in one.task.tools]
-            called = {call.name for turn in one.trace.turns for call in turn.calls} - set(offered)
-            near = {name: difflib.get_close_matches(name, offered, 1) for name in sorted(called)}
-            told = ", ".join(f"{name!r}{f' (near: {close[0]!r})' if close else ''}" for name, close in near.items())
-            text = f"{text}: {told}"
-        elif one.reason == "of_no_task":
-            closest = difflib.get_close_matches(one.conversation.task_id or "", names, 1)
-            told = f"task_id {one.conversation.task_id!r} " if one.conversation.task_id else ""
-            text = f"{told}{text}{f' (near: {closest[0]!r})' if closest else ''}"
-        elif one.task is not None and one.trace is not None and one.reason.startswith("replay"):
-            text = f"{text}: {_replayed(environment, one)}"
-        found.append(Finding("warning", f"trace:{one.reason}", where, text, remedy))
-    if judged and not used:
-        found.append(
-            Finding("error", "trace", "", f"none of {len(judged)} conversations can be used", "see the warnings")
-        )
-    return used, found
-
-
-def _replayed(environment: Environment, one: Judged) -> str:
-    """The first thing that goes wrong where a conversation is replayed."""
-    assert one.task is not None and one.trace is not None
-    result = play(environment, one.task, Script.of_trace(one.trace, one.conversation.answers, one.task))
-    if result.failure is not None:
-        return result.failure
-    told = [text for turn in one.trace.turns for text in turn.observations]
-    for call, now, then in zip(result.calls, result.observations, told, strict=False):
-        if new_error(then, now):
-            return f"{call.name}({_arguments(call.arguments)}) gives {now[:160]!r}"
-    assert result.outcome is not None
-    return f"score {result.outcome.score:g} ({result.outcome.reason})"
-
-
-def _arguments(arguments: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())[:80]
 
 
 def drift_findings(used: dict[str, Expert], plays: dict[str, Play], limit: int | None = None) -> list[Finding]:

@@ -138,24 +138,36 @@ def refuse_evaluation_only(config: Config, tasks: list[Task]) -> None:
         )
 
 
-def check_batches(config: Config, train: list[Task], warmup_tasks: list[Task] | None) -> None:
+def check_batches(
+    config: Config, train: list[Task], warmup_tasks: list[Task] | None, quarantine: Quarantine | None = None
+) -> None:
     """Refuse batches that the tasks can't fill, before anything is started.
 
     Args:
         warmup_tasks: None: not known yet.
+        quarantine: rows that were left out; where there are any, an error begins with them.
 
     Raises:
         ConfigError: names the batch size and the tasks that there are.
     """
-    if config.trainer.steps != 0:
-        prompts_of_step(train, 0, config.trainer.batch_size, config.run.seed, "trainer.batch_size")
-    if config.warmup.steps and warmup_tasks is not None:
-        if not warmup_tasks:
-            raise ConfigError(
-                "warmup.steps > 0 needs training tasks with traces, and there are none; set warmup.steps=0 or check"
-                " traces.path"
-            )
-        prompts_of_step(warmup_tasks, 0, config.warmup.batch_size, config.run.seed, "warmup.batch_size")
+    try:
+        if config.trainer.steps != 0:
+            prompts_of_step(train, 0, config.trainer.batch_size, config.run.seed, "trainer.batch_size")
+        if config.warmup.steps and warmup_tasks is not None:
+            if not warmup_tasks:
+                raise ConfigError(
+                    "warmup.steps > 0 needs training tasks with traces, and there are none; set warmup.steps=0 or check"
+                    " traces.path"
+                )
+            prompts_of_step(warmup_tasks, 0, config.warmup.batch_size, config.run.seed, "warmup.batch_size")
+    except ConfigError as error:
+        if quarantine is None or not quarantine.rows:
+            raise
+        files = ", ".join(f"{count} of {name}" for name, count in quarantine.by_file().items())
+        raise ConfigError(
+            f"{len(quarantine)} rows are in quarantine ({files}); mend them, the first one: {quarantine.rows[0].error}."
+            f" Without them, {error}"
+        ) from error
 
 
 def _quarantined(quarantine: Quarantine) -> str:

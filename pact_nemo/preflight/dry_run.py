@@ -62,7 +62,7 @@ def look_at_data(config: Config, chat: ChatFormat | None) -> DataSeen:
             )
     finally:
         environment.close()
-    check_batches(config, train, warmup_tasks)
+    check_batches(config, train, warmup_tasks, quarantine)
     if len(quarantine):
         notes.append(
             f"{len(quarantine)} bad rows would be left out ({quarantine.by_file()}), the first one:"

@@ -187,7 +187,11 @@ def read_conversations(
             report.dropped[made or _reason(quarantine.rows[-1].error)] += 1
     if not kept:
         first = f"; the first: {quarantine.rows[before].error}" if len(quarantine) > before else ""
-        reasons = f"no row can be imported ({report.reasons})" if report.dropped else "there is no row"
+        reasons = (
+            f"no row can be imported ({report.reasons})"
+            if report.dropped
+            else "the file is empty: it has no conversation"
+        )
         raise DataError(
             f"{reasons}; give a file of chats in OpenAI's format in which tools are called{first}", file=str(path)
         )

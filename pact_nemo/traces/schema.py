@@ -272,15 +272,17 @@ def read_traces(path: str | os.PathLike[str], quarantine: Quarantine | None = No
 
 def is_trace_file(path: str | os.PathLike[str]) -> bool:
     """Whether the first row of a file is a trace by its keys, or is nothing that is known: :func:`read_traces` is to
-    read it, or to say what is wrong. False: a file of chat messages, in JSON lines, a JSON list or parquet.
+    read it, or to say what is wrong. False: a file of chat messages, in JSON lines, a JSON list or parquet; or an
+    empty one, which the reader of conversations refuses.
     """
     if Path(path).suffix == ".parquet":
         return False
+    data = Path(path).read_bytes()
     try:
-        _refuse_other_format(Path(path).read_bytes().split(b"\n"), os.fspath(path))
+        _refuse_other_format(data.split(b"\n"), os.fspath(path))
     except DataError as error:
         return OPENAI not in str(error)
-    return True
+    return bool(data.strip())
 
 
 def _refuse_other_format(lines: Sequence[bytes], file: str) -> None:

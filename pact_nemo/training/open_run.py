@@ -104,7 +104,7 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
             count, files = len(quarantine), quarantine.by_file()
             progress.message(f"{count} bad rows were left out ({files}), kept with their errors in {bad}")
     config = _settle(config, space, dataset, progress)
-    check_batches(config, dataset.train, dataset.warmup_tasks(config.warmup.max_tasks))
+    check_batches(config, dataset.train, dataset.warmup_tasks(config.warmup.max_tasks), quarantine)
     if rank() == 0:
         write_traces(space.traces, list(dataset.traces.values()))
         names: Callable[[], dict[str, Any]] = getattr(environment, "shown_names", dict)

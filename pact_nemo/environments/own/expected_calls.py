@@ -66,11 +66,22 @@ class ExpectedCalls:
             known = ", ".join(sorted(self.aliases.own_names))
             raise row.complain(f"the tool {call.name!r} does not exist; there are: {known}", where)
         call = self.aliases.own(call)
+        self.check(row, call, f"{where}.arguments")
+        return call
+
+    def check(self, row: Row, call: ToolCall, where: str) -> None:
+        """Refuse a call, by the tool's own names, that its tool does not take.
+
+        Args:
+            where: the field of its arguments.
+
+        Raises:
+            DataError: names file, row, field and tool.
+        """
         fault = self._fault(call)
         if fault is not None:
             text = f"the tool {call.name!r} does not take this call: {fault.text}"
-            raise row.complain(text, f"{where}.arguments{fault.place}")
-        return call
+            raise row.complain(text, f"{where}{fault.place}")
 
     def _fault(self, call: ToolCall) -> ArgumentError | None:
         """Why a tool does not take a call's arguments, as far as its schema tells."""

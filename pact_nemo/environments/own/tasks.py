@@ -16,7 +16,7 @@ from pact_nemo.environments.own.settings import OwnConfig
 from pact_nemo.environments.rows import Row, number_text
 from pact_nemo.errors import DataError
 
-_REQUESTS = ("messages", "prompt", "question")
+REQUESTS = ("messages", "prompt", "question")  #: the keys of which one is the request
 Message = dict[str, str]
 
 
@@ -80,7 +80,7 @@ class TaskReader:
         """
         values = mapped(row.values, self.settings.fields)
         row = Row(values, row.file, row.number)
-        name = row.text("id", f"task_{row.number}")
+        name = row_id(row)
         turns = [self._opening(row), *self._later(row)]
         answers = self._answers(row)
         tools = self._tools(row)
@@ -99,10 +99,10 @@ class TaskReader:
 
     def _told(self, conversation: ConversationLike, *, needed: bool) -> list[list[ToolCall]]:
         """The calls of a task's conversation. Where another judge is there, one with a fault is no reason to lose the
-        task: it is left out as a trace, by name.
+        task: it is left out as a trace, by name. Where they are to make the state that judges, none may be refused.
         """
         try:
-            return self.calls_of(conversation)
+            return self.calls_of(conversation, taken=needed and "state" in self.offers)
         except DataError:
             if needed:
                 raise
@@ -122,11 +122,15 @@ class TaskReader:
             turns, expected = turns[:1], expected if self.settings.simulated else expected[:1]
         return self._task(row, conversation_id(conversation), turns, expected, {"answers": [], "tools": None})
 
-    def calls_of(self, conversation: ConversationLike) -> list[list[ToolCall]]:
+    def calls_of(self, conversation: ConversationLike, *, taken: bool = False) -> list[list[ToolCall]]:
         """Calls of each user turn, by the tools' own names.
 
+        Args:
+            taken: the tools have to take the arguments.
+
         Raises:
-            DataError: the conversation calls a tool that isn't there; names file, row, field and tool.
+            DataError: the conversation calls a tool that isn't there, or one that does not take the call; names file,
+                row, field and tool.
         """
         calls: list[list[ToolCall]] = [[] for _ in conversation.user_turns]
         for turn, places in zip(conversation.turns, conversation.places, strict=True):
@@ -136,7 +140,10 @@ class TaskReader:
                         f"the tool {call.name!r} is not offered; offered: {', '.join(sorted(self.aliases.own_names))}",
                         place,
                     )
-                calls[turn.user_turn].append(self.aliases.own(call))
+                own = self.aliases.own(call)
+                if taken:
+                    self._expected.check(Row({}, conversation.file, conversation.line), own, f"{place}.arguments")
+                calls[turn.user_turn].append(own)
         return calls
 
     def _task(
@@ -183,10 +190,10 @@ class TaskReader:
         )
 
     def _opening(self, row: Row) -> list[Message]:
-        given = [key for key in _REQUESTS if row.values.get(key) is not None]
+        given = [key for key in REQUESTS if row.values.get(key) is not None]
         if len(given) != 1:
             raise row.complain(
-                f"one of {', '.join(_REQUESTS)} is the request; found {', '.join(given) or 'none'}", "messages"
+                f"one of {', '.join(REQUESTS)} is the request; found {', '.join(given) or 'none'}", "messages"
             )
         if given[0] != "messages" and isinstance(row.values[given[0]], str):
             return [{"role": "user", "content": row.text(given[0])}]
@@ -233,6 +240,11 @@ class TaskReader:
         if not names:
             raise row.complain("offers no tool; leave the key out to offer all", "tools")
         return names
+
+
+def row_id(row: Row) -> str:
+    """The id of a row's task; of a row without one, made of its number."""
+    return row.text("id", f"task_{row.number}")
 
 
 def conversation_id(conversation: ConversationLike) -> str:
