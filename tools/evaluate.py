@@ -209,7 +209,13 @@ def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     _, call_rewards = episode_rewards(config, tasks, rollouts)
     score = summarise(tasks, rollouts, call_rewards, 0, time.monotonic() - started).to_dict()
     name = options.name if options.model.startswith("http") else Path(options.model).resolve().name
-    result = {"model": options.model, "name": name, "benchmark": config.environment, **score}
+    result = {
+        "model": options.model,
+        "name": name,
+        "benchmark": config.environment,
+        **score,
+        **counted(rollouts, tasks),
+    }
     if any(task.prepares for task in tasks):
         result["prerequisites"] = prerequisites(tasks, rollouts)
     write_scores = environment_spec(config.environment).write_scores
@@ -217,6 +223,30 @@ def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         write_scores(options.out, name, [task for task in tasks if not task.prepares], verdicts(rollouts))
     write_json_atomic(options.out / "result.json", result)
     return result
+
+
+def settings_of(options: argparse.Namespace) -> Config:
+    """The settings of ``--config``, in the environment that the options or else those files name."""
+    if options.config and options.environment is None:
+        return load_config(options.config, options.overrides)
+    name = options.environment or "bfcl"
+    full = REPOSITORY / "conf" / (f"pact_{name}.yaml" if name in ENVIRONMENTS else "pact.yaml")
+    return load_config(options.config or [full], [f"environment={name}", *options.overrides])
+
+
+def counted(rollouts: list[Rollout], tasks: list[Task]) -> dict[str, Any]:
+    """Episodes behind each further metric; how many failed through no fault of the policy, and why the first did. Those
+    count 0 in the score and are in no further metric.
+    """
+    own = {task.id for task in tasks if not task.prepares}
+    outcomes = [r.outcome.metrics for r in rollouts if r.outcome is not None and r.task_id in own]
+    lost = [r for r in rollouts if r.status == "failed" and r.task_id in own]
+    return {
+        "metric_counts": {
+            name: sum(name in each for each in outcomes) for name in {n for each in outcomes for n in each}
+        },
+        "first_failure": f"{lost[0].task_id}: {lost[0].error}" if lost else None,
+    }
 
 
 def main() -> int:
@@ -228,9 +258,9 @@ def main() -> int:
     parser.add_argument(
         "--environment",
         "--benchmark",
-        default="bfcl",
         metavar="NAME",
-        help="bfcl, ftrl, toolhop, or one of your own: module:factory, path/to/file.py:factory",
+        help="bfcl, ftrl, toolhop, own, or one of your own: module:factory, path/to/file.py:factory;"
+        " default: what --config says, else bfcl",
     )
     parser.add_argument(
         "--config",
@@ -248,10 +278,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
     try:
-        known = options.environment in ENVIRONMENTS
-        full = REPOSITORY / "conf" / (f"pact_{options.environment}.yaml" if known else "pact.yaml")
-        words = [f"environment={options.environment}", *options.overrides]
-        result = evaluate(load_config(options.config or [full], words), options)
+        result = evaluate(settings_of(options), options)
     except PactError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -264,8 +291,13 @@ def main() -> int:
     for category, row in result["categories"].items():
         table.add_row(category, str(row["n"]), f"{row['score']:.4f}")
     for metric, value in result["metrics"].items():
-        table.add_row(metric, str(result["n"]), f"{value:.4f}")
+        table.add_row(f"mean {metric}", str(result["metric_counts"][metric]), f"{value:.4f}")
     Console().print(table)
+    if result["failed"]:
+        print(
+            f"{result['failed']} of {result['n']} episodes failed through no fault of the policy and count 0, the"
+            f" first: {result['first_failure']}\nthe same command plays them again"
+        )
     before = result.get("prerequisites", {"failed": []})
     if before["failed"]:
         print(

@@ -28,6 +28,9 @@ def split(tasks: Sequence[Task], held_out: float | int, seed: int) -> tuple[list
     groups = sorted({task.group for task in tasks}, key=lambda group: _rank(group, seed))
     count = held_out if isinstance(held_out, int) else round(held_out * len(groups))
     if not 0 < count < len(groups):
-        raise ConfigError(f"held_out={held_out!r} of {len(groups)} groups leaves one side empty")
+        raise ConfigError(
+            f"tasks.held_out={held_out!r} of {len(groups)} groups leaves one side empty; set it to a number between, or"
+            " to a share such as 0.2"
+        )
     chosen = set(groups[:count])
     return [task for task in tasks if task.group not in chosen], [task for task in tasks if task.group in chosen]
