@@ -94,7 +94,9 @@ def test_questions_with_the_same_answer_are_no_other_tasks(tmp_path: Path, chat:
 def test_many_of_a_kind_are_counted() -> None:
     found = [Finding("error", "row", f"f:{n}", "bad") for n in range(9)] + [Finding("note", "length", "", "long")]
     lines = listed(found)
-    assert len(lines) == 7 and lines[5] == "error [row] … and 4 more" and lines[6] == "note [length] long"
+    assert (
+        len(lines) == 7 and lines[5] == "error [row] … and 4 more (--json has all)" and lines[6] == "note [length] long"
+    )
 
 
 @pytest.mark.parametrize(("fault", "code"), [(None, 0), ("score() is always one", 1)])

@@ -65,5 +65,5 @@ def listed(findings: Sequence[Finding]) -> list[str]:
             found = [finding for finding in findings if (finding.level, finding.kind) == (level, kind)]
             lines += [f"{level} [{kind}] {finding}" for finding in found[:SAID]]
             if len(found) > SAID:
-                lines.append(f"{level} [{kind}] … and {len(found) - SAID} more")
+                lines.append(f"{level} [{kind}] … and {len(found) - SAID} more (--json has all)")
     return lines

@@ -36,9 +36,8 @@ class MCPConfig:
     rename: dict[str, str] = field(default_factory=dict)  #: the server's name of a tool -> the name that the model sees
     #: arguments that the model never sees -> their value; of every tool that has one of that name
     hidden: dict[str, str] = field(default_factory=dict)
-    shared: bool = (
-        False  #: one server for all rollouts, for tools without state; False: one a rollout, from a warm pool
-    )
+    #: one server for all rollouts, for tools without state; False: one a rollout, from a warm pool
+    shared: bool = False
 
 
 @dataclass
@@ -51,9 +50,8 @@ class JudgeConfig:
     votes: int = 1  #: answers for each episode; their median counts
     key_env: str = "PACT_JUDGE_API_KEY"  #: environment variable that holds the endpoint's key
     timeout: float = 120.0  #: seconds for an answer
-    cache: str | None = (
-        None  #: a JSONL file of scores, so that no episode is asked about twice; None: this process only
-    )
+    #: a JSONL file of scores, so that no episode is asked about twice; None: this process only
+    cache: str | None = None
 
     def validate(self) -> None:
         """Raises ConfigError for a value out of range, or a part that is missing."""
@@ -83,9 +81,8 @@ class UserConfig:
     temperature: float = 0.0  #: above 0, each rollout's user has a seed of its own
     key_env: str = "PACT_USER_API_KEY"  #: environment variable that holds the endpoint's key
     timeout: float = 120.0  #: seconds for an answer
-    cache: str | None = (
-        None  #: a JSONL file of replies, so that nothing is asked twice; None: this process only. Temperature 0 only
-    )
+    #: a JSONL file of replies, so that nothing is asked twice; None: this process only. Temperature 0 only
+    cache: str | None = None
 
     def validate(self, used: bool) -> None:
         """Raises ConfigError for a value out of range, or a part that is missing; ``used``: by ``agent.user_turns``."""
