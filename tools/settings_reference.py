@@ -248,6 +248,7 @@ def page() -> str:
         "",
         "Every setting is given as `key=value` on the command line, or in a YAML file. `null` is no value.",
         "A name that does not exist is refused, with the names that do.",
+        "With `environment=own` the section `environment_config` may be written `agent`.",
         "",
         "Later sources win:",
         "",
