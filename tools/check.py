@@ -34,6 +34,7 @@ from pact_nemo.errors import ConfigError, PactError
 from pact_nemo.preflight.chat import chat_of
 from pact_nemo.runtime import machine
 from pact_nemo.runtime.terminal import command
+from pact_nemo.runtime.words import count_of
 from recipes.pact_own import FULL, PRESET
 
 
@@ -76,7 +77,7 @@ def _text(found: Checked) -> list[str]:
         lines.append(f"  {tool['name']}({', '.join(words)})  {(tool.get('description') or '')[:90]}")
     lines.append(f"{found.tasks} tasks, {found.traces} with a trace; episodes of {found.played} tasks were played")
     lines += listed(found.findings)
-    counts = ", ".join(f"{found.count(level)} {level}s" for level in ("error", "warning", "note"))
+    counts = ", ".join(count_of(found.count(level), level) for level in ("error", "warning", "note"))
     return [*lines, counts]
 
 

@@ -7,7 +7,7 @@ class Shop:
         self.orders = []
 
     def lookup(self, sku: str) -> dict:
-        """Price and number in stock of an article.
+        """Look up price and number in stock of an article.
 
         Args:
             sku: the article's code.

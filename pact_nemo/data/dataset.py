@@ -17,6 +17,7 @@ from pact_nemo.objective.components import CALL, OTHER
 from pact_nemo.objective.gate import uniform
 from pact_nemo.planning.from_config import model_shape
 from pact_nemo.runtime.quarantine import Quarantine
+from pact_nemo.runtime.words import count_of
 from pact_nemo.traces.controls import other_trace
 from pact_nemo.traces.schema import Trace
 from pact_nemo.traces.spans import TraceTokens, fit_trace
@@ -128,8 +129,8 @@ def build_dataset(
     extra = sum(map(len, dataset.alternatives.values()))
     more = f" and {extra} alternatives" if extra else ""
     note(
-        f"{len(train)} training tasks, {len(dataset.trace_tokens)} with a verified trace{more}, {len(held_out)}"
-        f" held-out tasks; left out: {dropped}"
+        f"{count_of(len(train), 'training task')}, {len(dataset.trace_tokens)} with a verified trace{more},"
+        f" {count_of(len(held_out), 'held-out task')}; left out: {dropped}"
     )
     if measured:
         encoded = [

@@ -11,6 +11,7 @@ from pact_nemo.data.tasks import build_environment, check_batches, load_tasks
 from pact_nemo.environments.registry import environment_spec
 from pact_nemo.preflight.chat import chat_of
 from pact_nemo.runtime.quarantine import Quarantine
+from pact_nemo.runtime.words import count_of
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def look_at_data(config: Config, chat: ChatFormat | None) -> DataSeen:
             warmup_tasks = None
             train, held_out, dropped = load_tasks(config, environment, chat, quarantine)
             notes.append(
-                f"{len(train)} training tasks, {len(held_out)} held-out tasks; left out: {dropped}; a run makes their"
-                " traces at its start"
+                f"{count_of(len(train), 'training task')}, {count_of(len(held_out), 'held-out task')}; left out:"
+                f" {dropped}; a run makes their traces at its start"
             )
     finally:
         environment.close()

@@ -12,6 +12,7 @@ from pact_nemo.errors import Interrupted
 from pact_nemo.methods.rewards import matching_rewards
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.runtime.collective import on_rank_zero
+from pact_nemo.runtime.words import count_of
 from pact_nemo.tracking.episodes import dump_evaluation
 
 if TYPE_CHECKING:
@@ -109,4 +110,6 @@ def evaluate(run: TrainingRun, name: str) -> None:
     except Interrupted:
         run.checkpoints.leave()
     run.recorder.evaluation(name, score.to_dict(), score.seconds)
-    run.progress.message(f"held-out score {name}: {score.score:.3f} over {score.n} episodes ({score.seconds:.0f} s)")
+    run.progress.message(
+        f"held-out score {name}: {score.score:.3f} over {count_of(score.n, 'episode')} ({score.seconds:.0f} s)"
+    )
