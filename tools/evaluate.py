@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -239,12 +240,12 @@ def counted(rollouts: list[Rollout], tasks: list[Task]) -> dict[str, Any]:
     count 0 in the score and are in no further metric.
     """
     own = {task.id for task in tasks if not task.prepares}
-    outcomes = [r.outcome.metrics for r in rollouts if r.outcome is not None and r.task_id in own]
+    metrics = Counter(
+        name for r in rollouts if r.outcome is not None and r.task_id in own for name in r.outcome.metrics
+    )
     lost = [r for r in rollouts if r.status == "failed" and r.task_id in own]
     return {
-        "metric_counts": {
-            name: sum(name in each for each in outcomes) for name in {n for each in outcomes for n in each}
-        },
+        "metric_counts": dict(sorted(metrics.items())),
         "first_failure": f"{lost[0].task_id}: {lost[0].error}" if lost else None,
     }
 
