@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from fixtures.endpoint import Endpoint
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")))
 )
+
+# The same cases in every run: `pytest --hypothesis-profile=search` looks for others.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("search", max_examples=5_000, deadline=None)
+settings.load_profile("fixed")
 
 #: files of more than half a minute on two cores, the longest first; a file that is not named here only comes later
 LONG = (

@@ -8,7 +8,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pact_nemo.chat.tool_formats import TOOL_FORMATS, first_sentence, signature_line, tool_format
@@ -65,7 +65,6 @@ def _same(left: object, right: object) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
 @given(
     turn=st.lists(calls, min_size=1, max_size=3), reasoning=st.sampled_from(["", "Use it.", "Two lines\nhere: a=1."])
 )
@@ -79,7 +78,6 @@ def test_calls_read_back_as_written(name: str, turn: list[ToolCall], reasoning: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=150, deadline=None)
 @given(
     text=st.text(max_size=60)
     | st.lists(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pact_nemo.objective.loss import STREAMS, batch_loss
@@ -76,7 +76,6 @@ def test_first_on_policy_step_has_ratio_one_and_the_policy_gradient() -> None:
     assert torch.equal(again, gradient)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.lists(st.integers(0, 5), min_size=64, max_size=64), st.booleans())
 def test_any_split_of_the_tokens_adds_up(seed: int, part_of: list[int], old: bool) -> None:
     logprobs, streams = random_case(64, seed, old)

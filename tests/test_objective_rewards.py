@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pact_nemo.objective.advantages import Normalisation, group_advantages, returns_to_go
@@ -48,7 +48,6 @@ def test_values_are_compared_as_json_means_them() -> None:
     assert not values_equal([1, 2], [2, 1]) and not values_equal({"a": 1}, {"a": 1, "b": 2})
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5), st.randoms(use_true_random=False))
 def test_hungarian_equals_brute_force(rows: int, columns: int, random: Any) -> None:
     weights = np.array([[random.choice([0.0, random.random()]) for _ in range(columns)] for _ in range(rows)])
@@ -83,7 +82,6 @@ CALLS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(CALLS, CALLS, st.data())
 def test_matched_calls_equal_brute_force_over_all_assignments(
     predicted: list[Call], reference: list[Call], data: st.DataObject
@@ -212,7 +210,6 @@ def test_groups_without_two_living_rollouts_have_no_advantage() -> None:
         group_advantages(rewards, combine="product")
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.floats(-2, 2), min_size=1, max_size=5), min_size=2, max_size=6), st.floats(0, 1))
 def test_advantages_equal_a_naive_double_loop(rows: list[list[float]], gamma: float) -> None:
     rewards = [np.array(r) for r in rows]

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pact_nemo.objective.components import CALL, OBSERVATION, OTHER, REASONING
@@ -84,14 +84,12 @@ def test_levels_change_exactly_at_fifths_of_any_horizon(horizon: int) -> None:
         assert schedule.level(step) == 4 - boundaries_passed, step
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.integers(1, 5000), st.integers(0, 6000), st.integers(0, 20_000))
 def test_kept_tokens_equal_exact_arithmetic(horizon: int, step: int, count: int) -> None:
     exact = math.ceil((1 - Fraction(min(step, horizon), horizon)) * count)
     assert TraceSchedule(clock=StepClock(horizon)).state(step).kept(count) == exact
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(REASONING_SCHEDULES),
     st.sampled_from(CALL_SCHEDULES),

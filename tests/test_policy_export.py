@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -44,7 +44,6 @@ def shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 # layout
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(1, 300), min_size=1, max_size=60),
     st.integers(1, 9),

@@ -6,7 +6,7 @@ import re
 import statistics
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
@@ -48,7 +48,6 @@ def test_readings(value: float | None, text: str) -> None:
     assert reading(value) == text
 
 
-@settings(deadline=None)
 @given(low=st.floats(-1e3, 1e3), span=st.floats(1e-4, 1e6))
 def test_ticks_are_round_evenly_spaced_and_enclose_the_values(low: float, span: float) -> None:
     marks = ticks_between(low, low + span)
@@ -58,7 +57,6 @@ def test_ticks_are_round_evenly_spaced_and_enclose_the_values(low: float, span: 
     assert re.fullmatch(r"[125]\.000e[-+]\d+", f"{step:.3e}")
 
 
-@settings(deadline=None)
 @given(low=st.integers(0, 5000), span=st.integers(0, 5000))
 def test_step_ticks_are_few_and_within(low: int, span: int) -> None:
     marks = whole_ticks(low, low + span)
@@ -130,7 +128,6 @@ def test_levels_and_percentages_are_named_so() -> None:
     assert "first 12.5 %, last 30 %" in chart.summary
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 400), data=st.data())
 def test_wilson_interval_is_scipys(n: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(0, n))
@@ -138,7 +135,6 @@ def test_wilson_interval_is_scipys(n: int, data: st.DataObject) -> None:
     assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
 
 
-@settings(deadline=None)
 @given(gained=st.integers(0, 60), lost=st.integers(0, 60))
 def test_sign_test_is_scipys(gained: int, lost: int) -> None:
     expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
