@@ -277,7 +277,7 @@ def test_batches_that_the_tasks_cannot_fill_are_refused_by_their_setting() -> No
 def test_batches_that_lack_quarantined_rows_are_refused_by_those_rows() -> None:
     quarantine, tasks = Quarantine("quarantine"), ["a", "b"]
     quarantine.add(DataError("no user message", file="x/tasks.jsonl", line=3), {})
-    said = r"^1 rows are in quarantine \(1 of tasks.jsonl\); mend them, the first one: x/tasks.jsonl:3: no user message"
+    said = r"^in quarantine: 1 row \(1 of tasks.jsonl\); mend them, the first one: x/tasks.jsonl:3: no user message"
     for words in (["warmup.steps=1", "warmup.batch_size=3"], ["trainer.batch_size=4", "trainer.mini_batch_size=4"]):
         with pytest.raises(ConfigError, match=f"{said}.* there are 2: lower"):
             config = load_config(None, ["trainer.batch_size=2", "trainer.mini_batch_size=2", *words])

@@ -17,6 +17,7 @@ from pact_nemo.environments.spec import Setup
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError, DataError, ToolCallError
 from pact_nemo.runtime.quarantine import Quarantine
+from pact_nemo.runtime.words import count_of
 from pact_nemo.sandbox import Limits, Sandbox
 
 
@@ -165,15 +166,15 @@ def check_batches(
             raise
         files = ", ".join(f"{count} of {name}" for name, count in quarantine.by_file().items())
         raise ConfigError(
-            f"{len(quarantine)} rows are in quarantine ({files}); mend them, the first one: {quarantine.rows[0].error}."
-            f" Without them, {error}"
+            f"in quarantine: {count_of(len(quarantine), 'row')} ({files}); mend them, the first one:"
+            f" {quarantine.rows[0].error}. Without them, {error}"
         ) from error
 
 
 def _quarantined(quarantine: Quarantine) -> str:
     """What an error for want of tasks says of the rows that were left out."""
     return (
-        f"; {len(quarantine)} rows are in quarantine, the first one: {quarantine.rows[0].error}"
+        f"; in quarantine: {count_of(len(quarantine), 'row')}, the first one: {quarantine.rows[0].error}"
         if quarantine.rows
         else ""
     )

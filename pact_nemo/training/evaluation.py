@@ -110,6 +110,7 @@ def evaluate(run: TrainingRun, name: str) -> None:
     except Interrupted:
         run.checkpoints.leave()
     run.recorder.evaluation(name, score.to_dict(), score.seconds)
+    failed = f", {score.failed} of them failed and count 0" if score.failed else ""
     run.progress.message(
-        f"held-out score {name}: {score.score:.3f} over {count_of(score.n, 'episode')} ({score.seconds:.0f} s)"
+        f"held-out score {name}: {score.score:.3f} over {count_of(score.n, 'episode')}{failed} ({score.seconds:.0f} s)"
     )
