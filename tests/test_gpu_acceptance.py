@@ -33,6 +33,11 @@ with open(lines, "a") as handle:
 """
 
 
+def running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().split()[2] != "Z"
+
+
 def run(names: list[str], folder: Path, limit_s: float = 60.0) -> tuple[int, dict[str, Any]]:
     groups = [Group(name, 3.0, ()) for name in names]
     code = run_step("trial", groups, [sys.executable, "-c", PROGRAM], folder / "out.json", limit_s=limit_s)
@@ -53,9 +58,10 @@ def test_a_crash_and_a_hang_cost_their_own_group_alone(tmp_path: Path) -> None:
         ("good", "second"): {"figure": 2},
     }
     child = int((tmp_path / "out.lines.child").read_text())
-    time.sleep(0.2)
-    status = Path(f"/proc/{child}/stat")
-    assert not status.exists() or status.read_text().split()[2] == "Z", "what it started is gone as well"
+    until = time.monotonic() + 30
+    while running(child) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not running(child), "what it started is gone as well"
 
 
 def test_a_step_without_time_starts_nothing_more(tmp_path: Path) -> None:

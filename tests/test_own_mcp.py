@@ -30,7 +30,7 @@ def config(*arguments: str, **settings: Any) -> MCPConfig:
     return MCPConfig(**{"command": ["python", BENCH, *arguments], "timeout": 60.0, **settings})
 
 
-def eventually(true: Callable[[], bool], seconds: float = 15.0) -> bool:
+def eventually(true: Callable[[], bool], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while not (done := true()) and time.monotonic() < deadline:
         time.sleep(0.05)

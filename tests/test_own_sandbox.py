@@ -276,7 +276,7 @@ tools = [host.open({{"id": "t"}}) for _ in range(4)]
 tools[0].call("stay", {{}})
 for ended in tools[2:]:
     ended.close()
-until = time.monotonic() + 20
+until = time.monotonic() + 60
 while len(psutil.Process(os.getpid()).children(recursive=True)) < 10 and time.monotonic() < until:
     time.sleep(0.05)
 print("ready", flush=True)

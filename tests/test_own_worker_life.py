@@ -18,7 +18,7 @@ from pact_nemo.errors import EnvironmentFailure
 from tests.test_own_workers import FILE, TASK, host
 
 
-def gone(pids: list[int], seconds: float = 10.0) -> bool:
+def gone(pids: list[int], seconds: float = 60.0) -> bool:
     """Whether the processes end; a zombie is no process any more."""
     until = time.monotonic() + seconds
 
@@ -128,7 +128,7 @@ def test_processes_for_the_next_rollouts_are_started_ahead_and_know_nothing_of_t
     for tools in first:
         tools.call("take", {"sku": "cup"})
         tools.close()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while len(set(below(zygote)) - taken) < 4 and time.monotonic() < until:
         time.sleep(0.05)
     spares = set(below(zygote)) - taken

@@ -174,7 +174,7 @@ def test_what_is_no_tool_fails_the_rollout(tmp_path: Path, method: str, value: s
         with pytest.raises(EnvironmentFailure, match=f"^task 't1': .*{words}"):
             tools = found.open(TASK)
             tools.score(EPISODE) if method == "score" else tools.state()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     zygote = psutil.Process(found._importer._process.pid)  # type: ignore[union-attr]
     statuses: list[str] = ["unknown"] * 2
     while len(statuses) != 1 and time.monotonic() < until:  # one waits for the next rollout

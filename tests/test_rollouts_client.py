@@ -137,7 +137,7 @@ def test_a_late_answer_is_an_error():
         started = time.perf_counter()
         with pytest.raises(ServerError, match=r"0\.3 s"):
             generate(client_of(url, timeout=0.3))
-        assert time.perf_counter() - started < 2
+        assert time.perf_counter() - started < 2.9
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 500, 503])

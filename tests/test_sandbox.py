@@ -122,7 +122,7 @@ def test_a_hostile_tool_harms_its_own_call_only(sandbox: Sandbox, name: str) -> 
     source = "def f():\n " + HOSTILE[name] + "\n"
     started = time.monotonic()
     result = sandbox.call(source, "f", {})
-    assert time.monotonic() - started < FAST.seconds + 2
+    assert time.monotonic() - started < FAST.seconds + 10
     if result.ok:
         assert name == "daemon that stays", result
     after = sandbox.call(
@@ -208,7 +208,7 @@ def test_workers_end_with_a_trainer_that_is_killed() -> None:
     worker = int(trainer.stdout.readline())
     trainer.kill()
     trainer.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while os.path.exists(f"/proc/{worker}/exe") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not os.path.exists(f"/proc/{worker}/exe")

@@ -116,7 +116,7 @@ def test_restarts_are_bounded_and_then_the_run_ends(bench: Bench) -> None:
     started = time.monotonic()
     with pytest.raises(ServerLost, match="(?s)given up after 1 restarts.*max_restarts"):
         play(served)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40
     with pytest.raises(ServerLost):
         play(served)
 
@@ -243,5 +243,5 @@ def test_a_stop_does_not_wait_for_a_restart(bench: Bench) -> None:
                 check=check,
             )  # type: ignore[arg-type]
         )
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40
     served.server.program = program
