@@ -7,11 +7,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG
+from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.errors import ConfigError
 from pact_nemo.planning.compute import (
@@ -22,7 +24,8 @@ from pact_nemo.planning.compute import (
     model_operations,
     pass_seconds,
 )
-from pact_nemo.planning.generation import OUTSIDE_SHARE, ServerPlan, sequences_together
+from pact_nemo.planning.from_config import describe, run_plan
+from pact_nemo.planning.generation import OUTSIDE_SHARE, ServerPlan, rollout_seconds, sequences_together
 from pact_nemo.planning.hardware import gpu, this_cpu
 from pact_nemo.planning.host import ASLEEP
 from pact_nemo.planning.memory import state_bytes
@@ -36,6 +39,7 @@ from pact_nemo.policy.provider import build_provider, configure_provider
 from tests.workers.figures_kit import LLAMA_8B, LLAMA_70B, QWEN_1P7B, figures
 from tools import plan as plan_tool
 
+FULL = Path(__file__).resolve().parents[1] / "conf" / "pact_bfcl.yaml"
 H100 = gpu("H100")
 FIGURES = {figure.name: figure for figure in figures()}
 CONSTANTS = sorted({constant for figure in FIGURES.values() for constant in figure.constants})
@@ -163,6 +167,26 @@ def test_servers_share_the_open_episodes() -> None:
     four = ServerPlan(4, 8, 64, 0.9, concurrency=64)
     assert sequences_together(LLAMA_70B, H100, four, work) == 16
     assert sequences_together(LLAMA_70B, H100, dataclasses.replace(four, concurrency=320), work) == 64
+
+
+def test_a_step_waits_for_the_engine_with_most_prompts() -> None:
+    """All rollouts of a prompt go to one engine: a ninth prompt doubles what one of eight has to do."""
+
+    def seconds(prompts: int, engines: int) -> float:
+        work = StepWork(Lengths(4200, 2875, 2875, longest=23000), prompts=prompts, group=64)
+        return rollout_seconds(LLAMA_70B, H100, ServerPlan(engines, 8, 64, 0.9), work)
+
+    assert seconds(9, 8) == seconds(16, 8) > 1.15 * seconds(8, 8)
+    assert seconds(8, 16) == seconds(8, 8)
+
+
+def test_engines_that_no_prompt_reaches_are_told() -> None:
+    config = load_config(
+        [FULL, recipe("qwen3_1p7b_4xh100_bf16")], ["trainer.batch_size=2", "trainer.mini_batch_size=2"]
+    )
+    assert "2 prompts a step reach 2 of 4 engines" in "\n".join(describe(run_plan(config)))
+    whole = load_config([FULL, recipe("qwen3_1p7b_4xh100_bf16")])
+    assert "prompts a step reach" not in "\n".join(describe(run_plan(whole)))
 
 
 def test_operations_are_six_a_weight_and_token() -> None:

@@ -210,6 +210,12 @@ def describe(plan: Plan) -> list[str]:
         for name, value in plan.phases.items()
     ]
     lines.append(f"  {'step':<32}{plan.step:8.1f} s; a checkpoint takes {plan.checkpoint:.1f} s more")
+    prompts, engines = plan.work.prompts, plan.server.servers
+    if engines > prompts:
+        lines.append(
+            f"  note: {prompts} prompts a step reach {prompts} of {engines} engines, for all rollouts of a prompt go to"
+            " one; take a larger trainer.batch_size, or fewer rollout.server.engines"
+        )
     return lines
 
 

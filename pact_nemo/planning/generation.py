@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pact_nemo.errors import ConfigError
@@ -84,9 +85,14 @@ def cache_room(shape: ModelShape, hardware: Hardware, server: ServerPlan) -> flo
     return max(room, 0.05 * hardware.memory)
 
 
+def prompts_of_one(server: ServerPlan, work: StepWork) -> int:
+    """Prompts of the engine that has most: all rollouts of a prompt go to one, and the step waits for the last."""
+    return math.ceil(work.prompts / server.servers)
+
+
 def sequences_together(shape: ModelShape, hardware: Hardware, server: ServerPlan, work: StepWork) -> float:
-    """Mean number of episodes that an engine decodes at once, while there are enough of them."""
-    episodes = work.episodes / server.servers
+    """Mean number of episodes that the busiest engine decodes at once, while there are enough of them."""
+    episodes = float(prompts_of_one(server, work) * work.group)
     cache = shape.cached_bytes(work.lengths.prompt + work.lengths.response, server.width) / server.gpus
     open_ = episodes if server.concurrency is None else min(episodes, server.concurrency / server.servers)
     return max(1.0, min(float(server.sequences), open_, cache_room(shape, hardware, server) / cache))
@@ -102,8 +108,8 @@ def rollout_seconds(shape: ModelShape, hardware: Hardware, server: ServerPlan, w
     Raises:
         ConfigError: the server's share of a GPU holds no cache.
     """
-    lengths = work.lengths
-    episodes = work.episodes / server.servers
+    lengths, prompts = work.lengths, prompts_of_one(server, work)
+    episodes = float(prompts * work.group)
     cache = shape.cached_bytes(lengths.prompt + lengths.response / 2, server.width) / server.gpus
     weights = server.width * (shape.active_layer_parameters + shape.vocab * shape.hidden) / server.gpus
     if shape.experts:  # many sequences wake nearly all experts
@@ -123,6 +129,5 @@ def rollout_seconds(shape: ModelShape, hardware: Hardware, server: ServerPlan, w
     full_steps = max(episodes / together, 1.0) * written
     tail = max(longest - written, 0.0)
     decode = full_steps * step(together) + tail * step(max(together * written / (2.0 * longest), 1.0))
-    prompts = work.prompts / server.servers * lengths.prompt  # K rollouts share their prompt's cache
-    observed = episodes * (lengths.response - written)
-    return decode + token_operations * (prompts + observed) / rate
+    observed = episodes * (lengths.response - written)  # K rollouts share their prompt's cache
+    return decode + token_operations * (prompts * lengths.prompt + observed) / rate
