@@ -16,6 +16,7 @@ from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG
 from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.errors import ConfigError
+from pact_nemo.planning import plan as plan_module
 from pact_nemo.planning.compute import (
     PACK_SECONDS_PER_TOKEN,
     Pass,
@@ -227,6 +228,22 @@ def test_a_search_gives_layouts_that_fit_fastest_first_and_knows_the_recipes_own
         search(LLAMA_70B, 64, found.policy, H100, work, dataclasses.replace(server, gpus=3), shares_gpus=True)
     with pytest.raises(ConfigError, match="80 layers can't be cut"):
         make_plan(LLAMA_70B, Layout(48, pipeline=3), found.policy, H100, work, server, shares_gpus=True)
+
+
+def test_a_layout_that_leaves_an_engine_no_room_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP8 copies of 70B's weights over two GPUs fill them; over 16 they do not."""
+    found = recipe("llama3p1_70b_64xh100_fp8")
+    wide = dataclasses.replace(found.policy, tensor_parallel=2, pipeline_parallel=1, virtual_pipeline=None)
+    work = StepWork(Lengths(4200, 2875, 2875), prompts=256, group=8, updates=8, score_old=True)
+    server = ServerPlan(8, 8, 64, time_sharing=True, whole=True)
+
+    def layouts(*policies: PolicyConfig) -> list[Layout]:
+        monkeypatch.setattr(plan_module, "_policies", lambda *_: iter(policies))
+        return [plan.layout for plan in search(LLAMA_70B, 64, found.policy, H100, work, server, shares_gpus=True)]
+
+    assert layouts(wide, found.policy) == [Layout.of(found.policy, 64)]
+    with pytest.raises(ConfigError, match=r"what the trainer leaves .*FP8.* is 1\.6 GiB; .* leave no cache"):
+        layouts(wide)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -77,10 +77,12 @@ def cache_room(shape: ModelShape, hardware: Hardware, server: ServerPlan) -> flo
         taken += working_bytes(shape, server)
     room = hardware.memory * server.share - taken
     if hardware.cuda and room <= 0:
+        given = f"rollout.server.gpu_memory_utilization={server.share:.2f} of a {hardware.name}"
+        if server.whole:
+            given = f"what the trainer leaves an engine of a {hardware.name} (it keeps CUDA's, NCCL's and FP8's memory)"
         raise ConfigError(
-            f"rollout.server.gpu_memory_utilization={server.share:.2f} of a {hardware.name} is"
-            f" {hardware.memory * server.share / GIB:.1f} GiB; weights and one engine step over {server.gpus} GPU(s)"
-            f" take {taken / GIB:.1f} GiB and leave no cache"
+            f"{given} is {max(hardware.memory * server.share, 0.0) / GIB:.1f} GiB; weights and one engine step over"
+            f" {server.gpus} GPU(s) take {taken / GIB:.1f} GiB and leave no cache"
         )
     return max(room, 0.05 * hardware.memory)
 

@@ -198,19 +198,26 @@ def search(
         raise ConfigError("; ".join(refused))
     found: list[Plan] = []
     closest: Plan | None = None
+    no_cache: ConfigError | None = None
     for settings in _policies(shape, world, policy, hardware):
         layout = Layout.of(settings, world)
         if work.prompts / work.updates < layout.data:
             continue
         for recompute in ("none", "selective", "full"):
             chosen = dataclasses.replace(settings, recompute=recompute)
-            plan = make_plan(shape, layout, chosen, hardware, work, server, shares_gpus=shares_gpus)
+            try:
+                plan = make_plan(shape, layout, chosen, hardware, work, server, shares_gpus=shares_gpus)
+            except ConfigError as error:  # the trainer keeps so much of a GPU that an engine has no room in its turn
+                no_cache = error
+                break
             if closest is None or plan.memory.total < closest.memory.total:
                 closest = plan
             if plan.fits:
                 found.append(plan)
                 break
     if not found:
+        if closest is None and no_cache is not None:
+            raise no_cache
         if closest is None:
             raise ConfigError(
                 f"no layout divides this model over {world} ranks with {work.prompts // work.updates} prompts an update"
