@@ -84,7 +84,9 @@ def test_memory_of_every_recipe(name: str) -> None:
 
 def test_what_engines_on_all_gpus_bring() -> None:
     updates = {"qwen3_32b_16xh100_bf16", "qwen3_32b_8xh100_lora", "llama3p1_70b_8xh100_lora_bf16"}
-    for name in RECIPES:  # as the page says
+    for name in RECIPES:  # as the pages say
+        assert 1.3 < plan(name).phases["taking turns"] < 2.5
+        assert 0.78 < plan(name).server.share < 0.915
         assert plan(name, "rollout.server.engines=1").bottleneck == ("update" if name in updates else "rollout")
     assert plan("llama3p1_70b_64xh100_bf16").step < 800
     small = "qwen3_4b_4xh100_bf16"
