@@ -28,7 +28,8 @@ ATTENTION_BACKWARD = 2.5  # of its forward operations
 LAYER_KERNELS = 40.0  # launched for a layer's forward pass, its attention calls left out
 CALL_KERNELS = 8.0  # for one attention call: joining keys, values and outputs, mask, kernel
 BACKWARD_KERNELS = 2.0  # times as many as forward
-#: one core's time to pack a token for a pass, and every rank looks at all of them (``tools/bench.py packing``)
+#: one core's time to grow and pack a token for a pass, and every rank looks at all of them (``tools/bench.py packing``
+#: measures the packing; trees are grown once a step, or twice with a reference, and so are on the safe side here)
 PACK_SECONDS_PER_TOKEN = 0.25e-6
 
 
