@@ -32,8 +32,9 @@ from pact_nemo.serving.placement import engines_per_node
 
 def _plan(config: Config, world: int, gpus: list[Gpu]) -> Plan:
     """Of the first ``world`` GPUs, by the memory of the smallest; their speed is not asked for."""
-    memory = float(min(found.memory for found in gpus[:world]))
-    return run_plan(config, world=world, hardware=dataclasses.replace(planned_gpu("H100"), memory=memory))
+    least = min(gpus[:world], key=lambda found: found.memory)
+    hardware = dataclasses.replace(planned_gpu("H100"), name=least.name, memory=float(least.memory))
+    return run_plan(config, world=world, hardware=hardware)
 
 
 def fitting(gpus: list[Gpu]) -> list[str]:
@@ -45,7 +46,10 @@ def fitting(gpus: list[Gpu]) -> list[str]:
         chosen = recipe(name)
         if chosen.nodes == 1 and chosen.world_size <= len(gpus):
             config = load_config([ROOT / "conf" / "pact_bfcl.yaml", chosen])
-            plan = _plan(config, chosen.world_size, gpus)
+            try:
+                plan = _plan(config, chosen.world_size, gpus)
+            except ConfigError:  # an engine has no room there
+                continue
             if plan.fits and holds(plan):
                 found.append(name)
     return found
@@ -92,7 +96,10 @@ def ranks_here(config: Config, gpus: list[Gpu], words: list[str]) -> int:
 
 
 def _check_memory(config: Config, who: str, gpus: list[Gpu], world: int) -> None:
-    plan = _plan(config, world, gpus)
+    try:
+        plan = _plan(config, world, gpus)
+    except ConfigError as error:
+        raise ConfigError(f"{who}: {error}; {_others(gpus)}") from error
     need, used = plan.memory.total, gpus[:world]
     if not plan.fits:
         raise ConfigError(
