@@ -304,6 +304,9 @@ def test_the_tool_prints_one_json_object_last_and_its_exit_code_is_the_verdict(
     assert "engine asleep beside it" in one.stdout
     wide = run("--recipe", "llama3p1_70b_64xh100_bf16", "rollout.server.tensor_parallel_size=16")
     assert wide.returncode == 2 and "tensor_parallel_size=16: an engine lies on one node" in wide.stderr
+    for engines, why in ((12, "can't be shared evenly by 8 nodes"), (16, "is 2 on each node, which need 16 GPUs")):
+        many = run("--recipe", "llama3p1_70b_64xh100_bf16", f"rollout.server.engines={engines}")
+        assert many.returncode == 2 and f"rollout.server.engines={engines} {why}" in many.stderr
     searched = run("--recipe", "qwen3_8b_8xh100_bf16", "--search", "--top", "3", "--json")
     layouts = json.loads(searched.stdout.splitlines()[-1])["layouts"]
     assert len(layouts) == 3 and layouts[0]["step_seconds"] <= layouts[1]["step_seconds"]

@@ -55,6 +55,8 @@ from pact_nemo.planning.shape import Layout, ModelShape
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.preflight.lengths import read_lengths
 from pact_nemo.runtime.terminal import command
+from pact_nemo.serving.config import ALL_ENGINES
+from pact_nemo.serving.placement import engines_per_node
 from recipes import pact_bfcl, pact_own
 
 REPOSITORY = checkout.ROOT
@@ -155,17 +157,32 @@ def show_search(plans: list[Plan], top: int) -> None:
     Console(width=150).print(table)
 
 
-def check_engines(config: Config, hardware: Hardware) -> None:
-    """Refuse engines that are larger than a node, as the start of a run would.
+def check_engines(config: Config, hardware: Hardware, world: int | None) -> None:
+    """Refuse engines that the nodes don't hold, as the start of a run would.
+
+    Args:
+        world: trainer GPUs, which carry the engines; None: these are on GPUs of their own.
 
     Raises:
         ConfigError: names the setting.
     """
     server = config.rollout.server
-    if hardware.cuda and server.url is None and server.tensor_parallel_size > hardware.gpus_per_node:
+    if not hardware.cuda or server.url is not None:
+        return
+    if server.tensor_parallel_size > hardware.gpus_per_node:
         raise ConfigError(
             f"rollout.server.tensor_parallel_size={server.tensor_parallel_size}: an engine lies on one node, and a node"
             f" of {hardware.name} has {hardware.gpus_per_node} GPUs; take a smaller one"
+        )
+    if world is None or server.engines in ("1", ALL_ENGINES):
+        return
+    gpus = min(world, hardware.gpus_per_node)
+    each = engines_per_node(server, -(-world // hardware.gpus_per_node), gpus)
+    if each * server.tensor_parallel_size > gpus:
+        raise ConfigError(
+            f"rollout.server.engines={server.engines} is {each} on each node, which need"
+            f" {each * server.tensor_parallel_size} GPUs by rollout.server.tensor_parallel_size="
+            f"{server.tensor_parallel_size}, and the trainer has {gpus} there; lower one of them"
         )
 
 
@@ -187,7 +204,7 @@ def main() -> int:
                     config.rollout, server=dataclasses.replace(config.rollout.server, tensor_parallel_size=size)
                 ),
             )
-        check_engines(config, hardware)
+        check_engines(config, hardware, None if arguments.servers else world)
         work = step_work(config, lengths_for(arguments, config))
         server = server_plan(config, hardware, shape, world=world)
         shares = not arguments.servers and config.rollout.server.url is None
