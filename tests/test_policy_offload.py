@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pact_nemo.policy import offload
+from pact_nemo.policy import offload, reference
 from pact_nemo.policy.device import keep_freed_memory
 from pact_nemo.policy.offload import HostMemory, Offload, trainer_memory
 from pact_nemo.policy.policy import MegatronPolicy
@@ -178,3 +178,29 @@ def test_two_ranks_that_shared_their_optimizer_go_on_bit_for_bit(models: Models,
         first, went, *after = found[name]
         assert went == [True, True, True]
         assert [first, *after] == found["plain"]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says to be on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_reference_weights_come_back_from_page_locked_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From pageable memory it takes several times as long. Where the system allows none, that is said."""
+    weights, asked, made = torch.arange(3.0).as_subclass(OnGpu), [], torch.empty(3)
+
+    def locked(like: torch.Tensor, **settings: Any) -> torch.Tensor:
+        asked.append(settings)
+        return made
+
+    def refused(like: torch.Tensor, **settings: Any) -> torch.Tensor:
+        raise RuntimeError("no more locked memory")
+
+    monkeypatch.setattr(reference.torch, "empty_like", locked)
+    assert reference._on_host(weights).tolist() == made.tolist() == [0.0, 1.0, 2.0]
+    assert asked == [{"device": "cpu", "pin_memory": True}]
+    monkeypatch.setattr(reference.torch, "empty_like", refused)
+    assert reference._on_host(weights).tolist() == [0.0, 1.0, 2.0] and "no more locked memory" in caplog.text
