@@ -167,6 +167,7 @@ def _kernel_settings(config: PolicyConfig, *, cuda: bool) -> dict[str, Any]:
     return dict(
         attention_softmax_in_fp32=True,
         cross_entropy_loss_fusion=False,
+        # needs apex's kernel, or Transformer Engine's in every layer; what it would save: docs/cluster/performance.md
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=cuda,
         batch_p2p_comm=config.virtual_pipeline is None,
