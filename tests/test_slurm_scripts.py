@@ -9,18 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from pact_nemo.config.recipes import RECIPES, recipe
+
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.name for path in (REPO / "slurm").glob("pact_*.sh"))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_dry_run_prints_the_resources_and_the_command_and_starts_nothing(name: str, tmp_path: Path) -> None:
+def dry_run(name: str, folder: Path, **said: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | {
-        "RUN_ROOT": str(tmp_path / "runs"),
+        "RUN_ROOT": str(folder / "runs"),
         "PYTHON": sys.executable,  # not make's, which made this environment
+        **said,
     }
     command = ["bash", str(REPO / "slurm" / name), "--dry-run", "trainer.steps=5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=folder)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_dry_run_prints_the_resources_and_the_command_and_starts_nothing(name: str, tmp_path: Path) -> None:
+    done = dry_run(name, tmp_path)
     assert done.returncode == 0, done.stderr
     assert (
         "#SBATCH --nodes=" in done.stdout
@@ -30,6 +37,19 @@ def test_a_dry_run_prints_the_resources_and_the_command_and_starts_nothing(name:
     (launch,) = [line for line in done.stdout.splitlines() if line.startswith("srun ")]
     assert "trainer.steps=5" in launch and f"run.root={tmp_path}" in launch and "--recipe" in launch
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if recipe(name).policy.lora.rank])
+def test_every_recipe_of_adapters_has_a_job_of_one_node_with_all_of_its_gpus(name: str, tmp_path: Path) -> None:
+    ranks = str(recipe(name).gpus_per_node)
+    script = "pact_lora.sh" if ranks == "8" else "pact_bfcl.sh"
+    header = (REPO / "slurm" / script).read_text()
+    assert "#SBATCH --nodes=1\n" in header and (ranks == "1" or f"#SBATCH --gpus-per-node={ranks}\n" in header)
+    assert name in (REPO / "slurm" / "pact_lora.sh").read_text()
+    done = dry_run(script, tmp_path, SETTINGS=f"--recipe {name}", RANKS_PER_NODE=ranks)
+    assert done.returncode == 0, done.stderr
+    assert f"--nodes=1 --ntasks={ranks} " in done.stdout and f"--recipe {name} " in done.stdout
+    assert f"{ranks} ranks on 1 node(s)" in done.stdout and f"a rollout engine over {ranks} GPU(s)" in done.stdout
 
 
 @pytest.mark.parametrize(("code", "requeues"), [(75, 5), (76, 2), (137, 2), (1, 0), (2, 0), (0, 0)])
