@@ -13,7 +13,7 @@ import torch
 
 from pact_nemo.monitoring.gradient_signal import halves, measure, term_of, terms_of
 from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
-from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.config import LoraConfig, OptimizerConfig, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.workers.pact_kit import PACT, make_pact_prompts, pact_terms
 from tests.workers.policy_kit import make_model
@@ -40,10 +40,11 @@ def test_halves_have_every_prompt_once_and_as_many_anchored_ones() -> None:
     assert halves(prompts, seed=1, step=3)[0] != first
 
 
-def test_a_term_is_measured_as_if_it_were_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_term_is_measured_as_if_it_were_alone(rank: int, tmp_path: Path) -> None:
     prompts = make_pact_prompts(8)
     policy = MegatronPolicy(
-        PolicyConfig(precision="fp32"),
+        PolicyConfig(precision="fp32", lora=LoraConfig(rank=rank)),
         OptimizerConfig(lr=1e-3),
         make_model(tmp_path / "m", "llama"),
         seed=1,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pact_nemo.policy.config import LoraConfig
 from tests.workers.policy_kit import launch, loss_fn, make_trees
 from tests.workers.policy_worker import run_jobs
 from tests.workers.small_policy import build
@@ -15,14 +16,21 @@ from tests.workers.small_policy import build
 
 @pytest.mark.parametrize("lr", [1e-3, 1e-5])
 @pytest.mark.parametrize("distributed", [True, False])
-def test_it_is_that_of_all_weights(lr: float, distributed: bool, models: Callable[[str], Path]) -> None:
-    policy = build(models("qwen3"), precision="bf16", distributed_optimizer=distributed, optimizer={"lr": lr})
+@pytest.mark.parametrize("rank", [0, 8])
+def test_it_is_that_of_all_that_is_trained(
+    lr: float, distributed: bool, rank: int, models: Callable[[str], Path]
+) -> None:
+    config = {"precision": "bf16", "distributed_optimizer": distributed, "lora": LoraConfig(rank=rank)}
+    policy, trees = build(models("qwen3"), optimizer={"lr": lr}, **config), make_trees(5, seed=3)
 
     def weights() -> torch.Tensor:
-        return torch.cat([p.detach().clone().flatten() for chunk in policy.chunks for p in chunk.parameters()])
+        trained = (p for chunk in policy.chunks for p in chunk.parameters() if p.requires_grad)
+        return torch.cat([p.detach().clone().flatten() for p in trained])
 
+    if rank:  # B is 0 at first, and any step moves all of it
+        policy.update(trees, loss_fn, lr=1e-2)
     before = weights()
-    moved = policy.update(make_trees(5, seed=3), loss_fn).moved
+    moved = policy.update(trees, loss_fn).moved
     exact = float((weights() != before).double().mean())
     assert moved == pytest.approx(exact, abs=0.01) and (0.5 < exact < 1.0 if lr == 1e-3 else 0.0 < exact < 0.1)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pact_nemo.policy import offload, reference
+from pact_nemo.policy.config import LoraConfig
 from pact_nemo.policy.device import keep_freed_memory
 from pact_nemo.policy.offload import HostMemory, Offload, trainer_memory
 from pact_nemo.policy.policy import MegatronPolicy
@@ -45,10 +46,12 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rank", [0, 8])
 def test_all_bits_come_back_and_the_update_after_is_the_one_without(
-    models: Models, precision: str, distributed: bool, weights: bool
+    models: Models, rank: int, precision: str, distributed: bool, weights: bool
 ) -> None:
-    settings = {"precision": precision, "distributed_optimizer": distributed}
+    """With adapters the base is in no buffer of megatron's, and has to move all the same."""
+    settings = {"precision": precision, "distributed_optimizer": distributed, "lora": LoraConfig(rank=rank)}
     trees = make_trees(5)
     plain, moved = (build(models("llama"), **settings) for _ in range(2))
     for policy in (plain, moved):

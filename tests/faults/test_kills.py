@@ -36,9 +36,17 @@ PHASES = (
 )
 
 
+#: refits bring adapters of rank 8. Their reference is the base, which a warm-up leaves
+ADAPTERS = ["policy.lora.rank=8", "rollout.lora_refit=adapter", "objective.kl_coef=0"]
+every_kind = pytest.mark.parametrize(
+    "stage", [pytest.param([], id="all weights"), pytest.param(ADAPTERS, id="adapters")], indirect=True
+)
+
+
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    with open_stage(tmp_path_factory.mktemp("kills")) as opened:
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Its parameter, if there is one: words of the configuration."""
+    with open_stage(tmp_path_factory.mktemp("kills"), *getattr(request, "param", [])) as opened:
         yield opened
 
 
@@ -113,6 +121,7 @@ def disturbed_runs(
 
 @pytest.mark.slow
 @pytest.mark.faults
+@every_kind
 def test_a_run_killed_twice_ends_as_if_it_never_was(stage: dict[str, Any], undisturbed: dict[str, Any]) -> None:
     assert disturbed_runs(stage, undisturbed, signal.SIGKILL, 2, seed=1)[0]
 

@@ -35,8 +35,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("numerics"), "llama")
 
 
-def attempt(model: Path, folder: Path, break_it: Any) -> tuple[MegatronPolicy, NumericsError, list[Path]]:
+every_kind = pytest.mark.parametrize("rank", [0, 8])  # all weights, or adapters of that rank
+
+
+def attempt(model: Path, folder: Path, break_it: Any, *, rank: int) -> tuple[MegatronPolicy, NumericsError, list[Path]]:
     config = settings(4)
+    config.policy.lora.rank = rank
     policy = MegatronPolicy(config.policy, OptimizerConfig(lr=1e-3), model, seed=1, total_steps=4)
     policy.load_reference(model)
     run = stand_in(config, policy)
@@ -53,11 +57,12 @@ def attempt(model: Path, folder: Path, break_it: Any) -> tuple[MegatronPolicy, N
     return policy, caught.value, sorted((folder / "numerics").glob("*"))
 
 
-def test_an_advantage_that_is_no_number_is_named_with_its_sample(model: Path, tmp_path: Path) -> None:
+@every_kind
+def test_an_advantage_that_is_no_number_is_named_with_its_sample(model: Path, tmp_path: Path, rank: int) -> None:
     def nan(groups: Any, policy: Any) -> None:
         groups[0].advantages[1][:] = np.nan
 
-    _, error, files = attempt(model, tmp_path, nan)
+    _, error, files = attempt(model, tmp_path, nan, rank=rank)
     assert (
         "bench_0, rollout 1" in str(error)
         and "advantages" in str(error)
@@ -75,12 +80,13 @@ def test_an_advantage_that_is_no_number_is_named_with_its_sample(model: Path, tm
     )
 
 
-def test_weights_that_are_broken_show_in_every_log_prob(model: Path, tmp_path: Path) -> None:
+@every_kind
+def test_weights_that_are_broken_show_in_every_log_prob(model: Path, tmp_path: Path, rank: int) -> None:
     def nan(groups: Any, policy: Any) -> None:
         with torch.no_grad():
             next(policy.chunks[0].parameters())[:] = float("inf")
 
-    _, error, files = attempt(model, tmp_path, nan)
+    _, error, files = attempt(model, tmp_path, nan, rank=rank)
     assert "logprobs of bench_0, rollout 0" in str(error) and "more" in str(error)
     dumped = json.loads(files[0].read_text())
     assert {row["task"] for row in dumped["suspects"]} >= {"bench_0", "bench_3"} and {
@@ -88,11 +94,14 @@ def test_weights_that_are_broken_show_in_every_log_prob(model: Path, tmp_path: P
     } == {"x"}
 
 
-def test_a_gradient_that_overflows_alone_is_called_that(model: Path, tmp_path: Path) -> None:
+@every_kind
+def test_a_gradient_that_overflows_alone_is_called_that(model: Path, tmp_path: Path, rank: int) -> None:
     def huge(groups: Any, policy: Any) -> None:
-        policy.chunks[0].decoder.layers[0].mlp.linear_fc1.weight.register_hook(lambda gradient: gradient * float("inf"))
+        layer = policy.chunks[0].decoder.layers[0].mlp.linear_fc1
+        weight = layer.adapter.linear_out.weight if rank else layer.weight
+        weight.register_hook(lambda gradient: gradient * float("inf"))
 
-    _, error, _ = attempt(model, tmp_path, huge)
+    _, error, _ = attempt(model, tmp_path, huge, rank=rank)
     assert error.names == ["grad_norm"] and "overflowed on its way back" in str(error)
 
 
