@@ -11,6 +11,7 @@ import pytest
 from pact_nemo.config.recipes import qwen3_4b_4xh100_bf16
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy.hf_config import read_config
+from pact_nemo.policy.model_source import model_source
 
 
 def made(root: Path, files: list[str]) -> None:
@@ -23,7 +24,13 @@ def made(root: Path, files: list[str]) -> None:
 @pytest.mark.parametrize(
     ("model", "files", "said"),
     [
-        ("nemo2", ["context/io.json", "weights/common.pt"], "NeMo 2 checkpoint.*llm.export_ckpt"),
+        ("nemo2", ["context/io.json", "weights/common.pt"], r"NeMo 2 checkpoint\. .*llm.export_ckpt\(path=Path\("),
+        ("nemo2/weights", ["common.pt", "../context/io.json"], r'NeMo 2 .*output_path=Path\("nemo2-hf"\)'),
+        (
+            "nemo2",
+            ["context/io.json", "weights/adapter_metadata.json"],
+            r'NeMo 2 .* of adapters alone\. .*merge_lora\(".*nemo2", "nemo2-merged"\); .*Path\("nemo2-merged"\)',
+        ),
         ("old.nemo", [""], "NeMo 1 archive"),
         ("run", ["iter_0000002/run_config.yaml", "iter_0000010/run_config.yaml"], "Megatron-Bridge.*iter_0000010"),
         ("run/iter_0000002", ["run_config.yaml"], "Megatron-Bridge checkpoint.*export_ckpt"),
@@ -41,6 +48,12 @@ def test_another_checkpoint_is_named_with_its_converter(
     made(tmp_path / model, files)
     with pytest.raises(ConfigError, match=f"(?s){said}"):
         read_config(tmp_path / model)
+
+
+def test_a_description_beside_such_a_checkpoint_hides_no_converter(tmp_path: Path) -> None:
+    made(tmp_path / "nemo2", ["context/io.json", "weights/common.pt"])
+    with pytest.raises(ConfigError, match=r"leave it out: it is a NeMo 2 checkpoint.*llm.export_ckpt"):
+        model_source(tmp_path / "nemo2", tmp_path / "hf")
 
 
 def test_the_bridge_has_the_call_that_is_named() -> None:

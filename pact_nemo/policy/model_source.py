@@ -45,9 +45,12 @@ def model_source(path: str | Path, hf_config: str | Path | None = None) -> Model
     save = newest_save(base)
     if save is None:
         if hf_config is not None:
+            from pact_nemo.policy.other_formats import how_to_convert
+
+            what = how_to_convert(base)
             raise ConfigError(
                 f"model.hf_config={hf_config} describes a Megatron-Bridge checkpoint, and model.path={path} is none"
-                f" (iter_*/{RUN_CONFIG}); leave it out"
+                f" (iter_*/{RUN_CONFIG}); leave it out{f': {what}' if what else ''}"
             )
         return ModelSource(base)
     strange = next((place / "config.json" for place in (base, save) if (place / "config.json").is_file()), None)

@@ -20,9 +20,9 @@ def how_to_convert(path: Path) -> str | None:
         path: of a folder or file, which may not exist.
     """
     out = f"{path.name}-hf"
-    if (path / "context").is_dir() and (path / "weights").is_dir():
-        run = f'from nemo.collections import llm; llm.export_ckpt(path="{path}", target="hf", output_path="{out}")'
-        return f"it is a NeMo 2 checkpoint. In an environment with nemo_toolkit 2.x, Python makes a folder of it: {run}"
+    for root in (path, path.parent) if path.name in ("context", "weights") else (path,):
+        if (root / "context").is_dir() and (root / "weights").is_dir():
+            return _of_nemo_2(root)
     if path.suffix == ".nemo" and path.is_file():
         return (
             "it is a NeMo 1 archive. The scripts/checkpoint_converters of NeMo's releases before 2.0 make a Hugging"
@@ -42,3 +42,14 @@ def how_to_convert(path: Path) -> str | None:
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         return "GGUF holds rounded weights for inference; take the folder that it was made of"
     return None
+
+
+def _of_nemo_2(root: Path) -> str:
+    """NeMo's connectors take no strings for paths. Of adapters alone they would export a base that was never loaded."""
+    lead, merged = "In an environment with nemo_toolkit 2.x, Python makes a folder of it", root
+    run = "from pathlib import Path; from nemo.collections import llm; "
+    if adapters := (root / "weights" / "adapter_metadata.json").is_file():
+        merged = Path(f"{root.name}-merged")
+        run += f'llm.peft.merge_lora("{root}", "{merged}"); '
+    run += f'llm.export_ckpt(path=Path("{merged}"), target="hf", output_path=Path("{root.name}-hf"))'
+    return f"it is a NeMo 2 checkpoint{' of adapters alone' if adapters else ''}. {lead}: {run}"
