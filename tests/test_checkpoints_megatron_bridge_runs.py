@@ -9,14 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from pact_nemo.checkpoints.adapter_exports import check_fits
+from pact_nemo.checkpoints.hf import export_version
+from pact_nemo.checkpoints.megatron_bridge.hf_copy import copy_as_hf
+from pact_nemo.checkpoints.megatron_bridge.reading import CheckpointWeights
 from pact_nemo.checkpoints.megatron_bridge.settings import bridge_settings
 from pact_nemo.checkpoints.megatron_bridge.writing import SAVE, export_bridge_to
-from pact_nemo.errors import ConfigError, PactError
+from pact_nemo.errors import CheckpointError, ConfigError, PactError
 from pact_nemo.policy.architectures import check_architecture
-from pact_nemo.policy.config import OptimizerConfig, PolicyConfig
+from pact_nemo.policy.config import ADAPTER, LoraConfig, OptimizerConfig, PolicyConfig
+from pact_nemo.policy.model_source import model_source
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.test_checkpoints_megatron_bridge import SLOW, Models, bridge_s_own, policy
-from tests.workers.policy_kit import make_model
+from tests.workers.policy_kit import loss_fn, make_model, make_trees
+from tests.workers.small_policy import build
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3_window"])
@@ -58,9 +64,25 @@ def test_a_run_from_a_checkpoint_is_the_run_from_its_hf_folder(words: list[str],
 
 
 def test_a_checkpoint_of_adapters_is_not_written(models: Models, tmp_path: Path) -> None:
-    from pact_nemo.policy.config import LoraConfig
-
     config = PolicyConfig(precision="fp32", lora=LoraConfig(rank=2))
     adapted = MegatronPolicy(config, OptimizerConfig(), models("qwen3"), seed=1, total_steps=4)
     with pytest.raises(PactError, match="policy.lora trains adapters"):
         export_bridge_to(adapted, tmp_path / "mb", version=0)
+
+
+def test_adapters_on_a_checkpoint_are_those_of_its_copy(models: Models, tmp_path: Path) -> None:
+    """The trainer reads the checkpoint, rollout servers its copy in the cache: an adapter belongs to both."""
+    source = model_source(export_bridge_to(policy(models("qwen3")), tmp_path / "mb", version=0))
+    copy = copy_as_hf(source, tmp_path / "cache", PolicyConfig(precision="fp32", lora=LoraConfig(rank=4)), seed=1)
+    trees, found = make_trees(3, seed=5), []
+    for weights in (CheckpointWeights(source), None):
+        adapted = build(copy, lora=LoraConfig(rank=4), policy={"weights": weights})
+        adapted.load_reference(copy)
+        for _ in range(2):
+            adapted.update(trees, loss_fn)
+        found.append([*adapted.logprobs(trees), *adapted.reference_logprobs(trees)])
+        folder = export_version(adapted, tmp_path / "exports", len(found), kind=ADAPTER)
+        check_fits(folder, copy)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    with pytest.raises(CheckpointError, match="was trained on another base"):
+        check_fits(folder, models("llama"))
