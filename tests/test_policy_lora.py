@@ -19,7 +19,7 @@ from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.planning.memory import state_bytes
 from pact_nemo.planning.shape import Layout, ModelShape, rank_parameters
 from pact_nemo.planning.shape import adapter_parameters as adapter_parameters_of
-from pact_nemo.policy.config import LoraConfig
+from pact_nemo.policy.config import LORA_TARGETS, LoraConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from tests.test_policy_model import hf_logprobs, load_hf
 from tests.workers.policy_kit import loss_fn, make_trees
@@ -85,7 +85,7 @@ def test_logprobs_are_those_of_the_base_then_of_base_and_adapter(
     assert torch.equal(torch.cat(policy.logprobs(TREES)), trained), "an export changes nothing"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_peft_loads_the_adapter_as_it_is(family: str, models: Callable[[str], Path], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     policy = build(models(family), lora=lora(family))
@@ -268,8 +268,13 @@ def test_an_update_too_small_for_the_bases_dtype_is_in_the_merged_export(
     assert changed > 0
 
 
-def test_recomputing_layers_changes_no_gradient(models: Callable[[str], Path]) -> None:
-    plain, again = build(models("llama"), lora=lora()), build(models("llama"), lora=lora(), recompute="full")
+@pytest.mark.parametrize("targets", [list(LORA_TARGETS), ["linear_fc2"]])
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputing_layers_changes_no_gradient(
+    recompute: str, targets: list[str], models: Callable[[str], Path]
+) -> None:
+    config = lora(targets=targets)
+    plain, again = build(models("llama"), lora=config), build(models("llama"), lora=config, recompute=recompute)
     for _ in range(2):
         ours, theirs = again.update(TREES, loss_fn), plain.update(TREES, loss_fn)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-6) and ours.grad_norm > 0.01

@@ -32,6 +32,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "dp2_overlap": (2, {"overlap_grad_reduce": True}, ["llama"]),
     "dp2_plain_optimizer": (2, {"distributed_optimizer": False}, ["llama"]),
     "ep2": (2, {"expert_parallel": 2}, ["qwen3_moe"]),
+    "tp2_sp_ep2": (2, {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2}, ["qwen3_moe"]),
     "tp2_sp_pp2_cp2": (
         8,
         {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "context_parallel": 2},
