@@ -65,21 +65,32 @@ def test_it_raises_no_alarm(name: str, chat: ChatFormat, monkeypatch: pytest.Mon
     assert found.traces == found.tasks == 40
 
 
+#: refits bring adapters. Their reference is the base, which a warm-up leaves
+ADAPTERS = ["policy.lora.rank=8", "rollout.lora_refit=adapter", "objective.kl_coef=0"]
+
+
 @pytest.mark.parametrize(
-    "name", ["shop", pytest.param("clock", marks=pytest.mark.slow), pytest.param("units", marks=pytest.mark.slow)]
+    ("name", "further"),
+    [
+        ("shop", []),
+        pytest.param("clock", [], marks=pytest.mark.slow),
+        pytest.param("units", [], marks=pytest.mark.slow),
+        pytest.param("shop", ADAPTERS, marks=pytest.mark.slow),
+    ],
 )
-def test_it_trains(name: str, tmp_path: Path) -> None:
+def test_it_trains(name: str, further: list[str], tmp_path: Path) -> None:
     needs(name)
     pytest.importorskip("vllm")
     files, words = EXAMPLES[name]
     command = [sys.executable, "recipes/pact_own.py", *(word for file in files for word in ("--config", file)), *words]
     model = make_chat_model(tmp_path / "model")
-    command += [*BRIEF, f"model.path={model}", f"run.root={tmp_path / 'runs'}"]
+    command += [*BRIEF, f"model.path={model}", f"run.root={tmp_path / 'runs'}", *further]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=540, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     (run,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir() and not path.is_symlink())
     assert (run / "hf" / "model.safetensors").is_file() and (run / "report.html").is_file()
+    assert (run / "adapter" / "adapter_model.safetensors").is_file() == bool(further)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if row["stage"] == "rl"]
     assert len(trained) == 1 and trained[0]["rollout/failed"] == 0 and trained[0]["rollout/count"] == 4

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,14 @@ from pact_nemo.methods.registry import METHODS, make_method, method_class
 from pact_nemo.objective.components import CALL, REASONING
 from pact_nemo.objective.loss import STREAMS
 from pact_nemo.planning.from_config import describe_plan
-from tests.workers.policy_kit import make_chat_model
+from pact_nemo.planning.workload import Lengths
+from pact_nemo.policy.config import OptimizerConfig
+from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.training.stopwatch import Stopwatch
+from pact_nemo.training.update import update
+from tests.workers.policy_kit import VOCAB, make_chat_model
 from tests.workers.scripted import write_replay
+from tools.benches.kit import stand_in, synthetic_groups
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -50,7 +57,10 @@ def test_the_pages_example_is_short() -> None:
     assert len(EXAMPLE.splitlines()) <= 60
 
 
-def test_method_environment_and_logger_of_the_pages_share_a_replayed_run(cispo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, pytest.param(8, marks=pytest.mark.slow)])
+def test_method_environment_and_logger_of_the_pages_share_a_replayed_run(
+    cispo: Path, tmp_path: Path, rank: int
+) -> None:
     """Nothing of the three is in the repository: each is a file beside the command."""
     (cispo.parent / "shop.py").write_text(programs("environment.md")[0], encoding="utf-8")
     (cispo.parent / "my_tracker.py").write_text(programs("logger.md")[0], encoding="utf-8")
@@ -58,6 +68,7 @@ def test_method_environment_and_logger_of_the_pages_share_a_replayed_run(cispo: 
     words = [
         f"model.path={model}",
         "warmup.steps=0",
+        f"policy.lora.rank={rank}",
         "trainer.steps=2",
         "trainer.batch_size=2",
         "trainer.mini_batch_size=1",
@@ -230,3 +241,27 @@ def test_a_method_keeps_the_contract_of_its_pieces(name: str) -> None:
     for key, values in own.items():
         if key.startswith("w_sft"):
             assert np.all(np.asarray(values) <= weights)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "sft"])
+def test_the_first_step_of_adapters_is_a_methods_step_of_all_weights(name: str, models: Callable[[str], Path]) -> None:
+    """B is 0, so every term has the base's value. The update moves each B and nothing of the base."""
+    terms: list[dict[str, float]] = []
+    for rank in (0, 8):
+        words = [f"method={name}", f"policy.lora.rank={rank}", "policy.precision=fp32", "objective.group_size=3"]
+        config = load_config(None, [*words, "trainer.batch_size=4", "trainer.mini_batch_size=4"])
+        policy = MegatronPolicy(config.policy, OptimizerConfig(lr=1e-3), models("llama"), seed=1, total_steps=4)
+        if config.objective.kl_coef:
+            policy.load_reference(models("llama"))
+        run = stand_in(config, policy)
+        before = {key: value.detach().clone() for key, value in policy.chunks[0].named_parameters()}
+        groups = synthetic_groups(config, Lengths(12, 18, 9), 4, vocabulary=VOCAB, seed=3, spread=0.8)
+        for group in groups:  # the tokens are random, and some methods' rewards of them all alike
+            for advantages, value in zip(group.advantages, (-1.0, 0.25, 0.75), strict=True):
+                advantages[:] = value
+        record = update(run, groups, Stopwatch(run.progress))
+        assert record["policy/grad_norm"] > 0
+        terms.append({key: value for key, value in record.items() if key.startswith(("loss/", "latent/"))})
+        moved = {key for key, value in policy.chunks[0].named_parameters() if not torch.equal(value, before[key])}
+        assert moved == {key for key in before if not rank or ".adapter.linear_out." in key}
+    assert terms[0] == terms[1] and any(terms[0].values())

@@ -34,16 +34,16 @@ def build_cutter(folder: Path) -> Path:
 
 
 class Saver:
-    """A running saver.py; a context manager."""
+    """A running saver.py; a context manager. With a rank it saves adapters."""
 
-    def __init__(self, model: Path, cutter: Path | None, log: Path):
+    def __init__(self, model: Path, cutter: Path | None, log: Path, rank: int = 0):
         environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if cutter is not None:
             preload = " ".join(word for word in (str(cutter), environment.get("LD_PRELOAD", "")) if word)
             environment |= {"PACT_CUTTER": str(cutter), "LD_PRELOAD": preload}
         self._log = open(log, "wb")  # noqa: SIM115 - closed by __exit__
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.saver", str(model)],
+            [sys.executable, "-m", "tests.faults.saver", str(model), str(rank)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

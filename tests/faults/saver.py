@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from pact_nemo.checkpoints import hf, manifest, resume, resume_folders  # noqa: E402
 from pact_nemo.errors import PactError  # noqa: E402
-from pact_nemo.policy.config import OptimizerConfig, PolicyConfig  # noqa: E402
+from pact_nemo.policy.config import ADAPTER, MERGED, LoraConfig, OptimizerConfig, PolicyConfig  # noqa: E402
 from pact_nemo.policy.policy import MegatronPolicy  # noqa: E402
 from tests.workers.policy_kit import loss_fn, make_trees  # noqa: E402
 
@@ -34,9 +34,9 @@ TREES = make_trees(2, seed=21)
 KEEP = 1
 
 
-def build(source: Path) -> MegatronPolicy:
-    """The policy that savers and checkers have."""
-    settings = PolicyConfig(precision="fp32", micro_batch_tokens=96, logprob_chunk=16)
+def build(source: Path, rank: int = 0) -> MegatronPolicy:
+    """The policy that savers and checkers have; with a rank, of adapters."""
+    settings = PolicyConfig(precision="fp32", micro_batch_tokens=96, logprob_chunk=16, lora=LoraConfig(rank=rank))
     return MegatronPolicy(settings, OptimizerConfig(lr=1e-3, eps=1e-5), source, seed=1, total_steps=8)
 
 
@@ -54,7 +54,8 @@ def background(policy: MegatronPolicy, root: Path) -> None:
 
 
 def export(policy: MegatronPolicy, root: Path) -> None:
-    hf.export_version(policy, root, policy.step, dtype="float32")
+    kind = MERGED if policy.adapters is None else ADAPTER
+    hf.export_version(policy, root, policy.step, kind=kind, dtype="float32")
     manifest.prune_exports(root, KEEP)
 
 
@@ -93,7 +94,7 @@ def main() -> None:
     dist.new_group = lambda *args, **kwargs: new_group(
         *args, **{**kwargs, "backend": "fake"}
     )  # megatron asks for gloo groups by name
-    policy = build(source)
+    policy = build(source, int(sys.argv[2]))
     policy.update(TREES, loss_fn)
     at = 1
     with (
