@@ -9,6 +9,7 @@ import signal
 import time
 import typing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ import pytest
 import torch
 
 from pact_nemo.chat.template import ChatFormat
-from pact_nemo.checkpoints.hf import export_version
+from pact_nemo.checkpoints.hf import export_adapter_to, export_version
 from pact_nemo.errors import ConfigError, ServerError
 from pact_nemo.policy.config import ADAPTER, LORA_MATRICES, LoraConfig
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import TokenTree, TreeBuilder
+from pact_nemo.serving import launch
 from pact_nemo.serving.adapters import RANKS, AdapterRoom
 from pact_nemo.serving.client import Completion, GenerationRequest, RolloutClient, StaleWeights
 from pact_nemo.serving.config import RolloutServerConfig
 from pact_nemo.serving.fleet import Fleet
 from pact_nemo.serving.server import RolloutServer
 from pact_nemo.serving.supervisor import SupervisedServer
+from tests.workers.policy_kit import make_chat_model
 from tests.workers.server_kit import request, sample
 from tests.workers.small_policy import build
 
@@ -152,6 +155,51 @@ def test_what_vllm_passes_over_is_refused(
             RolloutServer(**attached, adapters=ROOM).__enter__()
         with RolloutServer(**attached) as whole:
             assert whole.admin().adapters() == [] and whole.admin().loaded_version() is None
+
+
+def test_a_server_that_is_split_over_ranks_computes_with_whole_adapters(
+    chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the recipes of eight GPUs serve: each rank has a part of A or B of each matrix."""
+    unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # two ranks on any number of cores
+    on_cpu = launch._on_cpu
+    monkeypatch.setattr(launch, "_on_cpu", lambda config, cores: on_cpu(config, cores) | unbound)
+    model = make_chat_model(tmp_path / "model")
+    policy = build(model, lora=LoraConfig(rank=6, alpha=12.0), micro_batch_tokens=2048)
+    asked = [request(chat, seed=1), request(chat, "Tell me about rivers. " * 40, seed=2)]
+    split = replace(CONFIG, tensor_parallel_size=2)
+    with RolloutServer(split, model, log_file=tmp_path / "server.log", adapters=ROOM) as server:
+        engine = SupervisedServer(server, like=model)
+        fleet = Fleet([engine], min_share=1.0, note=print)
+        fleet.wait_ready()
+        before = sample(engine.client, *asked)
+        for version, change in ((1, {"seed": 5}), (2, {"by": -1.0})):
+            move(policy, **change)
+            fleet.refit(export_version(policy, tmp_path / "exports", version, kind=ADAPTER), version, like=model)
+            answers = sample(engine.client, *asked)
+            assert off(policy, asked, answers) < 1e-4 and off(policy, asked, before) > 0.05
+            before = answers
+        assert engine.health.restarts == 0
+
+
+def test_vllm_serves_a_runs_last_adapter_as_it_is(
+    policy: MegatronPolicy, chat: ChatFormat, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``vllm serve MODEL --enable-lora --lora-modules trained=runs/NAME/adapter``."""
+    move(policy, seed=8)
+    folder = export_adapter_to(policy, tmp_path / "adapter", version=5)
+    words = ["--enable-lora", "--max-lora-rank=8", "--lora-modules", f"trained={folder}"]
+    monkeypatch.setattr(AdapterRoom, "arguments", lambda _: words)
+    with RolloutServer(CONFIG, model_dir, log_file=tmp_path / "server.log", adapters=ROOM) as server:
+        client = RolloutClient(
+            server.endpoint, weight_version=0, request_timeout_s=60, connect_retries=0, admin_timeout_s=60
+        )
+        asked = [request(chat, seed=seed) for seed in (1, 2)]
+        base = sample(client, *asked)
+        client.model = "trained"
+        difference = off(policy, asked, sample(client, *asked))
+        print(f"{difference:.2g} nats from the trainer's")
+        assert difference < 2e-3 and off(policy, asked, base) > 0.05
 
 
 def test_ranks_are_vllms() -> None:

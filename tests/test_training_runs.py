@@ -27,11 +27,17 @@ from tests.workers.recipe_runs import REPO, STEPS, recipe, records, weights
 from tests.workers.scripted import write_replay
 
 SLOW = pytest.mark.slow
+ADAPTERS = ["policy.lora.rank=8", "policy.lora.alpha=16", "warmup.steps=0"]
 
 
 @pytest.fixture(scope="module")
 def plain(stage: dict[str, Any]) -> Path:
     return recipe(stage, "plain")
+
+
+@pytest.fixture(scope="module")
+def adapters(stage: dict[str, Any]) -> Path:
+    return recipe(stage, "adapters", *ADAPTERS)
 
 
 def test_a_replayed_run_trains_and_leaves_what_it_promises(plain: Path) -> None:
@@ -190,9 +196,14 @@ def test_replay_of_another_runs_rollouts_is_refused(stage: dict[str, Any]) -> No
     "layout",
     ["pipeline_parallel", *(pytest.param(f"{kind}_parallel", marks=SLOW) for kind in ("tensor", "context", "data"))],
 )
-def test_two_processes_give_the_numbers_of_one(stage: dict[str, Any], plain: Path, layout: str) -> None:
-    words = () if layout == "data_parallel" else (f"policy.{layout}=2",)
-    for row, expected in zip(records(recipe(stage, layout, *words, ranks=2)), records(plain), strict=True):
+@pytest.mark.parametrize("trained", ["plain", pytest.param("adapters", marks=SLOW)])
+def test_two_processes_give_the_numbers_of_one(
+    stage: dict[str, Any], trained: str, layout: str, request: pytest.FixtureRequest
+) -> None:
+    words = [] if layout == "data_parallel" else [f"policy.{layout}=2"]
+    words += ADAPTERS if trained == "adapters" else []
+    one = records(request.getfixturevalue(trained))
+    for row, expected in zip(records(recipe(stage, f"{layout}-{trained}", *words, ranks=2)), one, strict=True):
         for key in (
             "loss/total",
             "policy/grad_norm",
@@ -230,13 +241,10 @@ def test_a_wrong_setting_and_a_dry_run_start_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-ADAPTERS = ["policy.lora.rank=4", "policy.lora.alpha=8", "warmup.steps=0"]
-
-
 def test_a_run_of_adapters_resumes_bit_for_bit_and_leaves_them_in_peft_format(
-    stage: dict[str, Any], plain: Path
+    stage: dict[str, Any], plain: Path, adapters: Path
 ) -> None:
-    whole = recipe(stage, "adapters", *ADAPTERS)
+    whole = adapters
     first = recipe(stage, "adapters-halves", *ADAPTERS, "trainer.steps=1")
     resumed = recipe(stage, "adapters-halves", f"trainer.steps={STEPS}", resume=first)
     assert records(resumed) == records(whole)
