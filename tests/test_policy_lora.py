@@ -238,24 +238,25 @@ def test_the_digest_of_a_base_is_of_its_weights(models: Callable[[str], Path], t
     assert digests[0] == digests[1] != digests[2]
 
 
+@pytest.mark.parametrize(("size", "low", "high"), [(1e-5, 0.0, 0.05), (1e-4, 0.05, 0.5), (3e-3, 0.95, 1.05)])
 def test_an_update_too_small_for_the_bases_dtype_is_in_the_merged_export(
-    models: Callable[[str], Path], tmp_path: Path
+    size: float, low: float, high: float, models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Merging rounds once, to the export's dtype: the float32 export of a bf16 policy has the product to the last
-    digit.
+    digit. How much of it the bfloat16 export has is said.
     """
     policy = build(models("llama"), precision="bf16", lora=lora())
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, param in adapter_parameters(policy).items():
             if "linear_out" in name:
-                param.copy_(torch.randn(param.shape, generator=generator) * 1e-4)
+                param.copy_(torch.randn(param.shape, generator=generator) * size)
     for dtype in ("float32", "bfloat16"):
         policy.export_hf(tmp_path / dtype, dtype=dtype)
     policy.export_adapter(tmp_path)
     tensors, base = load_file(tmp_path / "adapter_model.safetensors"), load_file(models("llama") / "model.safetensors")
     exact, rounded = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16"))
-    changed = 0
+    changed, stored, whole = 0, 0.0, 0.0
     for name, value in base.items():
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         want = value.bfloat16().double()
@@ -263,9 +264,14 @@ def test_an_update_too_small_for_the_bases_dtype_is_in_the_merged_export(
             inner, outer = (tensors[f"{stem}.lora_{part}.weight"].double() for part in "AB")
             want = want + 1.5 * outer @ inner
             changed += int((rounded[name] != value.bfloat16()).sum())
+            change = exact[name].double() - value.bfloat16().double()
+            stored += float(((rounded[name].double() - value.bfloat16().double()) * change).sum())
+            whole += float(change.square().sum())
         torch.testing.assert_close(exact[name].double(), want, rtol=1e-6, atol=1e-9)
         assert torch.equal(rounded[name], exact[name].bfloat16())
     assert changed > 0
+    assert policy.adapters is not None and policy.adapters.kept == pytest.approx(stored / whole, rel=1e-4)
+    assert low < policy.adapters.kept < high
 
 
 @pytest.mark.parametrize("targets", [list(LORA_TARGETS), ["linear_fc2"]])

@@ -89,6 +89,7 @@ class Adapters:
             chunk.base_is_frozen = True
             _wrap(chunk, config)
             mark_tensor_parallel(chunk)
+        self._kept: torch.Tensor | None = None
         self.layers = dict(_adapted(chunks))
         for name, layer in self.layers.items():
             _initialise(layer, f"{seed}:{name}")
@@ -142,6 +143,7 @@ class Adapters:
         Nothing is rounded here: what an export rounds, it rounds once. The base is read only.
         """
         factors = {key: _whole_factors(layer) for key, layer in self._by_weight.items()}
+        self._kept = None
         for task in tasks:
             layer = self._by_weight.get(id(task.param_weight)) if task is not None else None
             if layer is None:
@@ -150,9 +152,27 @@ class Adapters:
             inner, outer = factors[id(task.param_weight)]
             scale = self.config.alpha / self.config.rank
             merged = torch.add(task.param_weight.float(), outer.float() @ inner.float(), alpha=scale)
+            self._count_kept(task.param_weight, merged)
             changed = copy.copy(task)  # frozen, in the bridge
             object.__setattr__(changed, "param_weight", merged)
             yield changed
+
+    def _count_kept(self, base: torch.Tensor, merged: torch.Tensor) -> None:
+        change = merged - base.float()
+        stored = merged.to(base.dtype).float() - base.float()
+        part = torch.stack([(stored * change).sum(dtype=torch.float64), change.square().sum(dtype=torch.float64)])
+        self._kept = part if self._kept is None else self._kept + part
+
+    @property
+    def kept(self) -> float:
+        """Share of the adapters' change that the weights merged last still have once they are rounded to the policy's
+        own precision: the rounded change, projected on the exact one. Of this rank's layers; 1 where nothing changes.
+
+        A base in bfloat16 is on its grid: what is smaller than half a step of it is rounded away, always.
+        """
+        if self._kept is None or not self._kept[1] > 0:
+            return 1.0
+        return float(self._kept[0] / self._kept[1])
 
     @torch.no_grad()
     def peft_tensors(self) -> dict[str, torch.Tensor]:

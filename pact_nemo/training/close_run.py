@@ -156,8 +156,9 @@ def close_run(run: TrainingRun) -> None:
     with run.progress.phase("report"):
         page = write_report(space.folder)
     run.progress.message(f"trained checkpoint (HF format): {space.hf}")
-    if run.config.policy.lora.rank:
-        run.progress.message(f"its adapters alone (PEFT format): {space.adapter}")
+    if run.policy.adapters is not None:
+        kept = f"; of their change, the HF weights have {run.policy.adapters.kept:.1%}"
+        run.progress.message(f"its adapters alone (PEFT format): {space.adapter}{kept if hf else ''}")
     if BRIDGE in run.config.export.formats:
         run.progress.message(f"the same for Megatron-Bridge: {space.bridge}")
     run.progress.message(f"report: {page}")
