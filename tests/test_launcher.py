@@ -336,9 +336,8 @@ def test_the_nodes_of_a_job_hold_the_layout_or_the_number_that_does_is_named() -
     assert launcher.check_nodes(config, 8, 0, 8).endswith("; a rollout engine over 8 GPU(s) on every node")
     apart = launcher.check_nodes(config, 10, 2, 8)
     assert "SERVER_NODES=2" in apart and "engine" not in apart
-    for engines, why in ((12, "can't be shared evenly by 8 nodes"), (16, "is 2 on each node, which need 16 GPUs")):
-        with pytest.raises(ConfigError, match=f"engines={engines} {why}"):
-            launcher.check_nodes(of("llama3p1_70b_64xh100_bf16", f"rollout.server.engines={engines}"), 8, 0, 8)
+    with pytest.raises(ConfigError, match="engines=12 can't be shared evenly by 8 nodes"):
+        launcher.check_nodes(of("llama3p1_70b_64xh100_bf16", "rollout.server.engines=12"), 8, 0, 8)
     for nodes, servers, remedy in (
         (8, 2, "leaves 48 trainer ranks.*--nodes=10 or --nodes=6,"),
         (2, 2, "leaves 0 trainer ranks.*--nodes=6,"),

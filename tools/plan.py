@@ -176,7 +176,14 @@ def check_engines(config: Config, hardware: Hardware, world: int | None) -> None
         )
     if world is None or server.engines in ("1", ALL_ENGINES):
         return
-    engines_per_node(server, -(-world // hardware.gpus_per_node), min(world, hardware.gpus_per_node))
+    has = hardware.gpus_per_node
+    each = engines_per_node(server, -(-world // has), min(world, has))
+    if each * server.tensor_parallel_size > has:
+        raise ConfigError(
+            f"rollout.server.engines={server.engines} is {each} on each node, which need"
+            f" {each * server.tensor_parallel_size} GPUs by rollout.server.tensor_parallel_size="
+            f"{server.tensor_parallel_size}, and a node of {hardware.name} has {has}; lower one of them"
+        )
 
 
 def main() -> int:

@@ -40,7 +40,7 @@ def engines_per_node(config: RolloutServerConfig, nodes: int, gpus: int | None) 
         gpus: that the trainer has on each; None: the engines run on the CPU.
 
     Raises:
-        ConfigError: the number is no multiple of the nodes, or more than a node's GPUs carry.
+        ConfigError: the number is no multiple of the nodes.
     """
     if config.engines == ALL_ENGINES:
         return 1 if gpus is None else max(1, gpus // config.tensor_parallel_size)
@@ -49,13 +49,7 @@ def engines_per_node(config: RolloutServerConfig, nodes: int, gpus: int | None) 
             f"rollout.server.engines={config.engines} can't be shared evenly by {nodes} nodes; take 1 (on the first"
             f" node), a multiple of {nodes}, or {ALL_ENGINES}"
         )
-    each, width = int(config.engines) // nodes, config.tensor_parallel_size
-    if gpus is not None and each * width > gpus:
-        raise ConfigError(
-            f"rollout.server.engines={config.engines} is {each} on each node, which need {each * width} GPUs by"
-            f" rollout.server.tensor_parallel_size={width}, and the trainer has {gpus} there; lower one of them"
-        )
-    return each
+    return int(config.engines) // nodes
 
 
 def places_on_node(
