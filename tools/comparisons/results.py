@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Result:
         limits: stage -> limit that cut an episode -> episodes.
         curves: key of ``metrics.jsonl`` -> value of each RL step; None where a step has none.
         seconds: of the whole run.
+        peak_memory_bytes: of trainer and server; files from before it was kept have none.
     """
 
     plan: str
@@ -69,6 +70,7 @@ class Result:
     seconds: float
     tokens: dict[str, int]
     versions: dict[str, str] = field(default_factory=dict)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
 
     def score(self, stage: str = SCORE) -> float | None:
         """Mean over tasks; None where the stage was not played."""
@@ -110,6 +112,7 @@ def result_of(run: Run, facts: dict[str, Any]) -> Result:
             for name in ("machine", "python", "torch", "megatron-core")
             if name in run.summary["versions"]
         },
+        peak_memory_bytes=run.summary["peak_memory_bytes"],
     )
 
 
@@ -125,13 +128,14 @@ def read_results(folder: Path) -> list[Result]:
         DataError: a file is not one; names it.
     """
     names = {item.name for item in fields(Result)}
+    needed = {item.name for item in fields(Result) if item.default_factory is MISSING}
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
             value = strict_json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"no result: {error}; delete it, and it is made again", file=str(path)) from error
-        if not isinstance(value, dict) or value.keys() != names:
+        if not isinstance(value, dict) or not needed <= value.keys() <= names:
             raise DataError("no result of this version; delete it, and it is made again", file=str(path))
         found.append(Result(**value))
     return found
