@@ -27,7 +27,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-policy: install
-	$(PYTEST) -m "not slow" tests/test_policy_*.py tests/test_checkpoints_*.py tests/test_training_runs*.py $(ARGS)
+	$(PYTEST) -m "not slow" tests/test_policy_*.py tests/test_checkpoints_*.py tests/test_training_runs*.py tests/test_rehearsal*.py $(ARGS)
 
 FAULTS := $(CURDIR)/.cache/faults.jsonl
 

@@ -79,7 +79,6 @@ FAST = {
     ("llama", "dp2"),
     ("llama", "dp2_plain_optimizer"),
     ("llama", "dp2_overlap"),
-    ("llama", "tp2_pp2"),
     ("qwen3", "tp2_sp_cp2"),
 }
 CASES = [

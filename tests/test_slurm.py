@@ -146,10 +146,27 @@ exec REAL "${options[@]}" "$@"
 """
 
 
+def contain(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch, container: str) -> None:
+    """Submit jobs with ``CONTAINER=container``; "" is none."""
+    hidden = folder / "hidden"
+    hidden.mkdir()
+    for place, name, text in ((hidden, "scontrol", "exit 127"), (folder, "srun", PYXIS)):
+        real = shutil.which("srun", path=cluster.env["PATH"]) or ""
+        (place / name).write_text(text.replace("HIDDEN", str(hidden)).replace("REAL", real))
+        (place / name).chmod(0o755)
+    monkeypatch.setitem(cluster.env, "PATH", f"{folder}:{cluster.env['PATH']}")
+    monkeypatch.setitem(cluster.env, "CONTAINER", container)
+
+
+with_and_without_a_container = pytest.mark.parametrize("container", ["", "image"])
+
+
 @pytest.mark.slow
+@with_and_without_a_container
 def test_a_layout_that_the_nodes_do_not_hold_ends_the_job_before_its_ranks(
-    cluster: Cluster, stage: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, stage: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str
 ) -> None:
+    contain(cluster, tmp_path, monkeypatch, container)
     monkeypatch.setitem(cluster.env, "SERVER_NODES", "1")
     monkeypatch.setitem(cluster.env, "SBATCH_PARTITION", "main")
     root = tmp_path / "refused"
@@ -164,7 +181,7 @@ def test_a_layout_that_the_nodes_do_not_hold_ends_the_job_before_its_ranks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("container", ["", "image"])
+@with_and_without_a_container
 def test_a_rollout_server_on_a_node_of_its_own(
     cluster: Cluster,
     stage: dict[str, Any],
@@ -173,14 +190,7 @@ def test_a_rollout_server_on_a_node_of_its_own(
     container: str,
 ) -> None:
     root = tmp_path / "apart"
-    hidden = tmp_path / "hidden"
-    hidden.mkdir()
-    for place, name, text in ((hidden, "scontrol", "exit 127"), (tmp_path, "srun", PYXIS)):
-        real = shutil.which("srun", path=cluster.env["PATH"]) or ""
-        (place / name).write_text(text.replace("HIDDEN", str(hidden)).replace("REAL", real))
-        (place / name).chmod(0o755)
-    monkeypatch.setitem(cluster.env, "PATH", f"{tmp_path}:{cluster.env['PATH']}")
-    monkeypatch.setitem(cluster.env, "CONTAINER", container)
+    contain(cluster, tmp_path, monkeypatch, container)
     monkeypatch.setitem(cluster.env, "SERVER_NODES", "1")
     words = [
         "trainer.replay=null",
@@ -202,8 +212,12 @@ def test_a_rollout_server_on_a_node_of_its_own(
 
 
 @pytest.mark.slow
-def test_a_rollout_engine_on_every_node(cluster: Cluster, stage: dict[str, Any], tmp_path: Path) -> None:
+@with_and_without_a_container
+def test_a_rollout_engine_on_every_node(
+    cluster: Cluster, stage: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str
+) -> None:
     root = tmp_path / "everywhere"
+    contain(cluster, tmp_path, monkeypatch, container)
     words = ["trainer.replay=null", "trainer.steps=1", "trainer.batch_size=2", "trainer.mini_batch_size=2"]
     words += ["rollout.sampling.max_turn_tokens=24", "rollout.server.engines=all"]
     job = submit(cluster, stage, root, *words)

@@ -99,33 +99,44 @@ def learnt(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(("refit/", "moved/"))} for row in records(run)]
 
 
+TWO_STEPS = [
+    "trainer.replay=null",
+    "trainer.steps=2",
+    "evaluation.before=false",
+    "rollout.sampling.concurrency=1",
+    "rollout.sampling.max_turn_tokens=16",
+    "rollout.sampling.max_turns=2",
+    "rollout.server.max_model_len=512",
+    "trainer.batch_size=2",
+    "objective.group_size=2",
+]
+
+
+@pytest.fixture(scope="module")
+def without_turns(stage: dict[str, Any]) -> Path:
+    """Two ranks beside one engine, and nothing is moved."""
+    return recipe(stage, "turns-none", *TWO_STEPS, "rollout.server.time_sharing=false", ranks=2)
+
+
 @pytest.mark.slow
-def test_two_ranks_and_a_server_that_take_turns_change_no_bit(stage: dict[str, Any]) -> None:
+@pytest.mark.parametrize("engines", [1, 2, 4])
+def test_two_ranks_and_engines_that_take_turns_change_no_bit(
+    stage: dict[str, Any], without_turns: Path, engines: int
+) -> None:
     """vLLM beside two ranks whose storages are really given back. One request at a time: what is computed together
     changes last bits.
     """
-    words = [
-        "trainer.replay=null",
-        "trainer.steps=2",
-        "evaluation.before=false",
-        "rollout.sampling.concurrency=1",
-        "rollout.sampling.max_turn_tokens=16",
-        "rollout.sampling.max_turns=2",
-        "rollout.server.max_model_len=512",
-        "trainer.batch_size=2",
-        "objective.group_size=2",
-    ]
-    runs = [
-        recipe(stage, f"turns-{on}", *words, f"rollout.server.time_sharing={on}", ranks=2) for on in ("false", "true")
-    ]
-    rows = [learnt(run) for run in runs]
-    assert rows[0] == rows[1]
-    one, other = (weights(run) for run in runs)
-    assert all(torch.equal(other[name], value) for name, value in one.items())
-    moved = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    words = [*TWO_STEPS, "rollout.server.time_sharing=true", f"rollout.server.engines={engines}"]
+    run = recipe(stage, f"turns-{engines}", *words, ranks=2)
+    assert learnt(run) == learnt(without_turns)
+    one, other = weights(without_turns), weights(run)
+    assert one.keys() == other.keys() and all(torch.equal(other[name], value) for name, value in one.items())
+    moved = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(row["moved/copied"] > 0 for row in moved if row["stage"] == "rl")
-    said = (runs[1] / "server.log").read_text()
-    assert said.count("to fall asleep") >= 4 and said.count("to wake up tags") >= 6
+    logs = sorted(run.glob("server*.log"))
+    assert len(logs) == engines
+    for said in (log.read_text() for log in logs):
+        assert said.count("to fall asleep") >= 4 and said.count("to wake up tags") >= 6
 
 
 @pytest.mark.slow
