@@ -107,6 +107,7 @@ TWO_STEPS = [
     "rollout.sampling.max_turn_tokens=16",
     "rollout.sampling.max_turns=2",
     "rollout.server.max_model_len=512",
+    "rollout.server.cpu_threads=1",  # engines share the cores: another number of threads changes last bits
     "trainer.batch_size=2",
     "objective.group_size=2",
 ]
