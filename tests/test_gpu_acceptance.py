@@ -6,12 +6,12 @@ import json
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.test_own_worker_life import gone
 from tools.acceptance.kit import Group, Settings, collected, run_group, run_step
 from tools.acceptance.one_architecture import keep_one_architecture
 
@@ -33,11 +33,6 @@ with open(lines, "a") as handle:
 """
 
 
-def running(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().split()[2] != "Z"
-
-
 def run(names: list[str], folder: Path, limit_s: float = 60.0) -> tuple[int, dict[str, Any]]:
     groups = [Group(name, 3.0, ()) for name in names]
     code = run_step("trial", groups, [sys.executable, "-c", PROGRAM], folder / "out.json", limit_s=limit_s)
@@ -57,11 +52,7 @@ def test_a_crash_and_a_hang_cost_their_own_group_alone(tmp_path: Path) -> None:
         ("good", "first"): {"figure": 1},
         ("good", "second"): {"figure": 2},
     }
-    child = int((tmp_path / "out.lines.child").read_text())
-    until = time.monotonic() + 30
-    while running(child) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not running(child), "what it started is gone as well"
+    assert gone([int((tmp_path / "out.lines.child").read_text())]), "what it started is gone as well"
 
 
 def test_a_step_without_time_starts_nothing_more(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def check_engines(config: Config, hardware: Hardware, world: int | None) -> None
     if world is None or server.engines in ("1", ALL_ENGINES):
         return
     has = hardware.gpus_per_node
-    each = engines_per_node(server, -(-world // has), min(world, has))
+    each = engines_per_node(server, -(-world // has), has)
     if each * server.tensor_parallel_size > has:
         raise ConfigError(
             f"rollout.server.engines={server.engines} is {each} on each node, which need"

@@ -158,6 +158,8 @@ class Adapters:
             yield changed
 
     def _count_kept(self, base: torch.Tensor, merged: torch.Tensor) -> None:
+        if base.dtype == merged.dtype:  # nothing is rounded, and a refit may merge at every step
+            return
         change = merged - base.float()
         stored = merged.to(base.dtype).float() - base.float()
         part = torch.stack([(stored * change).sum(dtype=torch.float64), change.square().sum(dtype=torch.float64)])

@@ -2,7 +2,7 @@
 where one of the four is killed in the middle of a batch for good, and the run goes on with three.
 
 The ranks and their storages are real; engines are processes that forget their weights as vLLM does on a GPU
-(fake_server.py). vLLM's own engines: test_serving_nodes.py.
+(fake_server.py). vLLM's own engines: test_training_runs_served.py, test_serving_nodes.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 
 
 def run(stage: dict[str, Any], name: str, *words: str, fault: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A run of two ranks: what it leaves, its RL steps' metrics, its summary, and the requests that engines saw."""
+    """A run of two ranks: what it leaves, its RL steps' metrics, its servers' logs, the requests they saw, and what it
+    said.
+    """
     root, server = stage["folder"] / name, stage["folder"] / "server"
     for count in server.glob("*.count"):
         count.unlink()
