@@ -270,8 +270,8 @@ def test_an_update_too_small_for_the_bases_dtype_is_in_the_merged_export(
         torch.testing.assert_close(exact[name].double(), want, rtol=1e-6, atol=1e-9)
         assert torch.equal(rounded[name], exact[name].bfloat16())
     assert changed > 0
-    assert policy.adapters is not None and policy.adapters.kept == pytest.approx(stored / whole, rel=1e-4)
-    assert low < policy.adapters.kept < high
+    assert policy.adapters is not None and policy.adapters.kept() == pytest.approx(stored / whole, rel=1e-4)
+    assert low < policy.adapters.kept() < high
 
 
 @pytest.mark.parametrize("targets", [list(LORA_TARGETS), ["linear_fc2"]])

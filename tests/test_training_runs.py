@@ -262,7 +262,8 @@ def test_a_run_of_adapters_resumes_bit_for_bit_and_leaves_them_in_peft_format(
             want = want + settings["lora_alpha"] / settings["r"] * product
             assert product.abs().max() > 0
         torch.testing.assert_close(value, want, rtol=0, atol=1e-6, msg=name)
-    assert json.loads((whole / "summary.json").read_text())["adapter_export"] == str(whole / "adapter")
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["adapter_export"] == str(whole / "adapter") and summary["adapter_change_in_hf"] == 1.0
     assert "of their change, the HF weights have 100.0%" in (whole / "run.log").read_text()  # float32
     (before,) = first.glob("adapter-v*")  # the shorter run's, under its version
     large = [sum(file.stat().st_size for file in run.glob("checkpoints/*/weights/*")) for run in (whole, plain)]

@@ -19,6 +19,9 @@ from pact_nemo.runtime.files import new_directory
 
 logger = logging.getLogger(__name__)
 
+#: a merged export's manifest: share of the adapters' change that its weights have
+CHANGE_KEPT = "adapter_change_kept"
+
 #: facts for the manifest, and digests of the files that the writers know from memory
 Written = tuple[dict[str, Any], dict[str, FileEntry]]
 
@@ -55,14 +58,24 @@ def export_to(
 
     def write(temporary: Path) -> Written:
         known = policy.export_hf(temporary, dtype=dtype, previous=_entries(previous))
-        return {"dtype": dtype, **(extra or {})}, known
+        return {"dtype": dtype, **_change_kept(policy, dtype), **(extra or {})}, known
 
     return _publish(Path(folder), version, write)
 
 
 @runtime_checkable
 class HasAdapters(Protocol):
-    """A policy that can write its adapters alone; collective. It returns what they have to be loaded onto."""
+    """A policy that can write its adapters alone; collective. It returns what they have to be loaded onto.
+
+    Attributes:
+        adapters: None where all weights are trained.
+        weight_dtype: of the frozen weights.
+    """
+
+    adapters: Any
+
+    @property
+    def weight_dtype(self) -> str: ...
 
     def export_adapter(self, folder: str | Path) -> dict[str, Any]: ...
 
@@ -130,6 +143,13 @@ def export_version(
         assert isinstance(policy, HasAdapters)
         return export_adapter_to(policy, folder, version=version)
     return export_to(policy, folder, version=version, dtype=dtype, extra=extra, previous=previous)
+
+
+def _change_kept(policy: Exportable, dtype: str) -> dict[str, float]:
+    """What is known of an export in the policy's own dtype; of another it isn't counted. Collective."""
+    if not isinstance(policy, HasAdapters) or policy.adapters is None or policy.weight_dtype != dtype:
+        return {}
+    return {CHANGE_KEPT: policy.adapters.kept()}
 
 
 def _entries(folder: str | Path | None) -> tuple[Path, dict[str, FileEntry]] | None:

@@ -26,7 +26,7 @@ from pact_nemo.policy.config import LORA_MATRICES, LoraConfig
 from pact_nemo.policy.device import has_transformer_engine, local_device
 from pact_nemo.policy.megatron_import import prepare_megatron
 from pact_nemo.policy.model import mark_tensor_parallel
-from pact_nemo.runtime.collective import on_rank_zero
+from pact_nemo.runtime.collective import gather, on_rank_zero
 
 prepare_megatron()
 
@@ -165,16 +165,16 @@ class Adapters:
         part = torch.stack([(stored * change).sum(dtype=torch.float64), change.square().sum(dtype=torch.float64)])
         self._kept = part if self._kept is None else self._kept + part
 
-    @property
     def kept(self) -> float:
         """Share of the adapters' change that the weights merged last still have once they are rounded to the policy's
-        own precision: the rounded change, projected on the exact one. Of this rank's layers; 1 where nothing changes.
+        own precision: the rounded change, projected on the exact one. Of all layers; 1 where nothing changes.
+        Collective.
 
         A base in bfloat16 is on its grid: what is smaller than half a step of it is rounded away, always.
         """
-        if self._kept is None or not self._kept[1] > 0:
-            return 1.0
-        return float(self._kept[0] / self._kept[1])
+        parts = gather([0.0, 0.0] if self._kept is None else self._kept.tolist())  # every layer on as many ranks
+        left, whole = (sum(column) for column in zip(*parts, strict=True))
+        return left / whole if whole > 0 else 1.0
 
     @torch.no_grad()
     def peft_tensors(self) -> dict[str, torch.Tensor]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo import __version__
-from pact_nemo.checkpoints.hf import export_adapter_to, export_to
-from pact_nemo.checkpoints.manifest import verify_manifest
+from pact_nemo.checkpoints.hf import CHANGE_KEPT, export_adapter_to, export_to
+from pact_nemo.checkpoints.manifest import read_manifest, verify_manifest
 from pact_nemo.checkpoints.megatron_bridge.writing import export_bridge_to
 from pact_nemo.config.schema import BRIDGE
 from pact_nemo.errors import CheckpointError
@@ -81,6 +81,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "eval": run.state.scores,
         "hf_export": str(run.workspace.hf),
         "adapter_export": str(run.workspace.adapter) if config.policy.lora.rank else None,
+        "adapter_change_in_hf": read_manifest(run.workspace.hf).extra.get(CHANGE_KEPT),
         "bridge_export": str(run.workspace.bridge) if BRIDGE in config.export.formats else None,
         "seconds": {name: round(value, 3) for name, value in run.state.seconds.items()},
         "peak_memory_bytes": {
@@ -157,8 +158,9 @@ def close_run(run: TrainingRun) -> None:
         page = write_report(space.folder)
     run.progress.message(f"trained checkpoint (HF format): {space.hf}")
     if run.policy.adapters is not None:
-        kept = f"; of their change, the HF weights have {run.policy.adapters.kept:.1%}"
-        run.progress.message(f"its adapters alone (PEFT format): {space.adapter}{kept if hf else ''}")
+        kept = summary["adapter_change_in_hf"]
+        share = f"; of their change, the HF weights have {kept:.1%}" if kept is not None else ""
+        run.progress.message(f"its adapters alone (PEFT format): {space.adapter}{share}")
     if BRIDGE in run.config.export.formats:
         run.progress.message(f"the same for Megatron-Bridge: {space.bridge}")
     run.progress.message(f"report: {page}")
