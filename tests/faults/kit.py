@@ -15,7 +15,14 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 HANGS_S = 30
+#: refits bring adapters of rank 8. Their reference is the base, which a warm-up leaves
+ADAPTERS = ["policy.lora.rank=8", "rollout.lora_refit=adapter", "objective.kl_coef=0"]
 COUNT, KILL, TORN, FAIL_FROM, FAIL_ONCE, KILL_SELF = range(6)  # cutter.c's modes
+
+
+def every_kind_of_weights() -> list[Any]:
+    """Words of the configuration, as parameters: all weights are trained, or adapters alone."""
+    return [pytest.param([], id="all weights"), pytest.param(ADAPTERS, id="adapters")]
 
 
 def build_cutter(folder: Path) -> Path:

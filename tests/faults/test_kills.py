@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.faults import tally
+from tests.faults.kit import every_kind_of_weights
 from tests.faults.runner import durations, finished, nobody_left, open_stage, server_of
 
 PHASES = (
@@ -36,11 +37,7 @@ PHASES = (
 )
 
 
-#: refits bring adapters of rank 8. Their reference is the base, which a warm-up leaves
-ADAPTERS = ["policy.lora.rank=8", "rollout.lora_refit=adapter", "objective.kl_coef=0"]
-every_kind = pytest.mark.parametrize(
-    "stage", [pytest.param([], id="all weights"), pytest.param(ADAPTERS, id="adapters")], indirect=True
-)
+every_kind = pytest.mark.parametrize("stage", every_kind_of_weights(), indirect=True)
 
 
 @pytest.fixture(scope="module")

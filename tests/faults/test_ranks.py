@@ -19,17 +19,18 @@ from typing import Any
 import pytest
 
 from tests.faults import tally
-from tests.faults.kit import REPO
+from tests.faults.kit import REPO, every_kind_of_weights
 from tests.faults.runner import finished, nobody_left, open_stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(3600)]
 LIMIT_S = 30
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+@pytest.fixture(scope="module", params=every_kind_of_weights())
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     with open_stage(
         tmp_path_factory.mktemp("ranks"),
+        *request.param,
         "trainer.steps=3",
         "trainer.mini_batch_size=2",
         f"policy.init_timeout_s={LIMIT_S}",

@@ -19,7 +19,7 @@ import pytest
 from scipy.stats import theilslopes
 
 from tests.faults import tally
-from tests.faults.kit import REPO
+from tests.faults.kit import REPO, every_kind_of_weights
 from tests.workers.policy_kit import make_chat_model
 
 KEEP = 5  #: steps whose rollouts stay on disk
@@ -175,9 +175,10 @@ def longest_zombie(samples: list[Sample]) -> int:
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.timeout(7200)
-def test_a_long_run_stays_as_large_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", every_kind_of_weights())
+def test_a_long_run_stays_as_large_as_it_is(words: list[str], tmp_path: Path) -> None:
     steps = int(os.environ.get("PACT_SOAK_STEPS", "500"))
-    samples = watched(settings(make_chat_model(tmp_path / "model"), tmp_path / "runs", steps), tmp_path)
+    samples = watched([*settings(make_chat_model(tmp_path / "model"), tmp_path / "runs", steps), *words], tmp_path)
     folder = (tmp_path / "runs" / "latest").resolve()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == steps
     assert len(list((folder / "rollouts").iterdir())) == min(KEEP, steps)
