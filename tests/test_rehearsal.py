@@ -63,13 +63,6 @@ def test_every_stage_of_every_recipe_scores_and_updates(name: str) -> None:
         check_outcome(outcome)
 
 
-def test_adapters_are_rehearsed_without_transformer_engines_layers_only() -> None:
-    (case,) = few_layers("qwen3_32b_8xh100_lora")
-    check_outcome(next(iter(rehearse([case]))))
-    with pytest.raises(ConfigError, match="leave --transformer-engine out"):
-        dataclasses.replace(case, transformer_engine=True).config()
-
-
 def test_faults_of_the_cuda_branch_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor left on the host, a weight of another width, a number read back in every layer."""
     monkeypatch.setattr(rehearsal, "MODULE", "tests.workers.rehearsal_breaks")

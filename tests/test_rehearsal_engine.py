@@ -22,7 +22,6 @@ from pact_nemo.rehearsal.run import rehearse
 from tests.test_rehearsal import FEW, check_outcome, few_layers
 from tests.workers.engine_signatures import signature
 
-ON_ENGINE = [name for name in RECIPES if not recipe(name).policy.lora.rank]  # the stand-in has no place for adapters
 SIGNATURES = json.loads((Path(__file__).parent / "fixtures" / "transformer_engine_signatures.json").read_text())
 OWN = {
     **{name: getattr(engine_layers, name) for name in ("Linear", "LayerNormLinear", "GroupedLinear")},
@@ -63,6 +62,7 @@ SAMPLE = [
         layers=4,
         words=(*FEW, "policy.fp8=tensorwise"),
     ),
+    few_layers("qwen3_32b_8xh100_lora", transformer_engine=True)[0],  # adapters read the gathered output of a norm
 ]
 
 
@@ -72,12 +72,12 @@ def sample() -> list[Outcome]:
 
 
 def test_layers_are_transformer_engines_and_fp8_is_where_it_belongs(sample: list[Outcome]) -> None:
-    for outcome, share in zip(sample, (1.0, 0.75, 0.5), strict=True):
+    for outcome, share in zip(sample, (1.0, 0.75, 0.5, 0.0), strict=True):
         check_outcome(outcome)
         assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TreeCoreAttention"} <= set(outcome.modules)
         assert outcome.phase("scoring").in_fp8 == outcome.phase("update").in_fp8 == share
         assert outcome.phase("reference scoring").in_fp8 == 0.0
-    assert "TEGroupedMLP" in sample[2].modules
+    assert "TEGroupedMLP" in sample[2].modules and "LoRALinear" in sample[3].modules
 
 
 def test_attention_of_transformer_engine_is_refused() -> None:
@@ -86,7 +86,7 @@ def test_attention_of_transformer_engine_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_ENGINE)
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_stage_of_every_recipe_runs_on_transformer_engines_layers(name: str) -> None:
     for outcome in rehearse(few_layers(name, transformer_engine=True)):
         check_outcome(outcome)
@@ -105,7 +105,7 @@ def check_plan(outcome: Outcome) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_ENGINE)
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_plan_is_at_most_two_percent_below_the_peak_at_full_depth(name: str) -> None:
     """The first and the last pipeline stage, rows of the recipe's own length, Transformer Engine's layers."""
     stages = sorted({0, recipe(name).policy.pipeline_parallel - 1})

@@ -187,19 +187,22 @@ def head_forward(
     )
 
 
-def head_backward(shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int) -> float:
+def head_backward(
+    shape: ModelShape, layout: Layout, numbers: Numbers, row: Row, chunk: int, *, frozen: bool = False
+) -> float:
     """Extra of the vocabulary head going backward: a chunk of logits again. The gradient of its input takes the input's
     place, that of its weight is added to megatron's buffer; only a tied head on a later stage keeps one of its own
-    (``policy/model.py``).
+    (``policy/model.py``). A ``frozen`` head has none.
     """
+    logits = head_forward(shape, layout, numbers, row, chunk, entropies=True)  # they may be trained on
+    if frozen:
+        return logits
     weight = padded_vocab(shape, layout) // layout.tensor * shape.hidden
     own = FP32 * weight if shape.tied and layout.pipeline > 1 else 0.0
     product = (
         0 if numbers.width == FP32 else numbers.width + (0 if numbers.fused else FP32)
     )  # a chunk's; the CPU casts it before it is added
-    adding = (
-        own + product * weight + head_forward(shape, layout, numbers, row, chunk, entropies=True)
-    )  # they may be trained on
+    adding = own + product * weight + logits
     return max(adding, 0.0 if shape.tied else float(numbers.width * weight))  # untied: what megatron's hook waits for
 
 
@@ -277,7 +280,7 @@ def training_peak(
 
     Args:
         shape, layout: the model, and how it is cut.
-        policy: its ``recompute`` and ``logprob_chunk``.
+        policy: its ``recompute``, ``logprob_chunk`` and whether it trains adapters.
         numbers: how numbers are kept.
         row: one micro-batch.
         stage: pipeline stage of the rank.
@@ -307,7 +310,7 @@ def training_peak(
     scored = row.scored / layout.context * shape.hidden * numbers.width
     head = scored + max(
         head_forward(shape, layout, numbers, row, chunk, entropies=True),
-        head_backward(shape, layout, numbers, row, chunk),
+        head_backward(shape, layout, numbers, row, chunk, frozen=policy.lora.rank > 0),
     )
     head = final + max(head, tokens * norm_working(numbers, own.hidden))
     if kept + head > at_first + in_layer:

@@ -141,7 +141,8 @@ def stage_memory(
     rows = work.micro_batches(policy.micro_batch_tokens, layout.data)
     between = communication_bytes(shape, layout, numbers, row, cuda=cuda, flying=in_flight(layout, stage, rows))
     peak: ActivationPeak = training_peak(shape, layout, policy, numbers, row, stage=stage, micro_batches=rows)
-    adapting = 0.0 if parameters.adapters is None else adapter_working(shape, layout, numbers, row)
+    in_layer = parameters.adapters is not None and peak.working
+    adapting = adapter_working(shape, layout, numbers, row) if in_layer else 0.0
     # the reference pass puts the reference weights beside the current ones, without gradients
     reference = (state.weights if copied and cuda else 0) + scoring_peak(
         shape, layout, numbers, row, stage=stage, chunk=policy.logprob_chunk

@@ -43,17 +43,23 @@ def _scattered(tensor: torch.Tensor, group: Any, size: int) -> torch.Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """A parallel linear layer: gather, product, scatter; saves its part of the input, in FP8 where it computes so."""
+    """A parallel linear layer: gather, product, scatter. Saves its part of the input, in FP8 where it computes so and
+    not at all beside a frozen weight. Returns the product and, where the layer hands it out, its whole input.
+    """
 
     @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, weight: torch.Tensor, bias: Any, layer: Any, fp8: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, part: torch.Tensor, weight: torch.Tensor, bias: Any, layer: Any, fp8: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.layer, ctx.fp8, ctx.has_bias, ctx.weight, ctx.dtype = layer, fp8, bias is not None, weight, part.dtype
-        ctx.save_for_backward(part.to(FP8) if fp8 and not layer.save_original_input else part, weight)
+        kept = part.to(FP8) if fp8 and not layer.save_original_input else part
+        ctx.save_for_backward(kept if weight.requires_grad else None, weight)
         whole = layer.gathered(part) if layer.parallel_mode == "column" else part
         out = whole @ weight.t()
         if bias is not None:
             out += bias
-        return layer.reduced(out) if layer.parallel_mode == "row" else out
+        out = layer.reduced(out) if layer.parallel_mode == "row" else out
+        return out, whole if layer.hands_out_gathered else None
 
     @staticmethod
     @once_differentiable
@@ -62,11 +68,15 @@ class _Product(torch.autograd.Function):
         layer, grad = ctx.layer, grads[0]
         if layer.parallel_mode == "row":
             grad = layer.gathered(grad)
-        whole = layer.gathered(part) if layer.parallel_mode == "column" else part
         back = grad @ weight
+        if layer.hands_out_gathered:
+            back += grads[1]
         if layer.parallel_mode == "column":
             back = layer.reduced(back)
         rows = grad.reshape(-1, grad.shape[-1])
+        if part is None:
+            return back, None, rows.sum(0) if ctx.has_bias else None, None, None
+        whole = layer.gathered(part) if layer.parallel_mode == "column" else part
         own = _weight_gradient(ctx.weight, rows, whole.reshape(-1, whole.shape[-1]).to(grad.dtype), layer.fuse_wgrad)
         return back, own, rows.sum(0) if ctx.has_bias else None, None, None
 
@@ -116,6 +126,7 @@ class _Base(torch.nn.Module):
     sequence_parallel: bool
     tp_size: int
     fuse_wgrad: bool
+    hands_out_gathered = False  #: its input, of all ranks of the sequence
     save_original_input: bool  #: not in FP8: megatron asks for that where another layer keeps the same tensor
 
     def set_up(
@@ -222,13 +233,8 @@ class Linear(_Base):
         self.weight = self.new_weight(rows, columns, dtype, device, init_method)
         self.bias = self.new_bias(rows, dtype, device) if bias else torch.empty(0, dtype=dtype, device=_device(device))
 
-    def forward(
-        self,
-        inp: torch.Tensor,
-        is_first_microbatch: bool | None = None,
-        fp8_output: bool | None = False,
-        fp8_grad: bool | None = False,
-    ) -> Any:
+    def product(self, inp: torch.Tensor, is_first_microbatch: bool | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The result, and the whole input where the layer hands it out."""
         rows = (
             inp.numel()
             // inp.shape[-1]
@@ -236,7 +242,17 @@ class Linear(_Base):
         )
         fp8 = self.in_fp8(rows, [self.weight], is_first_microbatch)
         added = self.bias if self.use_bias and not self.return_bias else None
-        out = _Product.apply(inp, self.weight, added, self, fp8)
+        out, whole = _Product.apply(inp, self.weight, added, self, fp8)
+        return out, whole
+
+    def forward(
+        self,
+        inp: torch.Tensor,
+        is_first_microbatch: bool | None = None,
+        fp8_output: bool | None = False,
+        fp8_grad: bool | None = False,
+    ) -> Any:
+        out, _ = self.product(inp, is_first_microbatch)
         return (out, self.bias) if self.return_bias else out
 
 
@@ -272,7 +288,7 @@ class LayerNormLinear(Linear):
         symmetric_ar_type: str | None = None,
         name: str | None = None,
     ):
-        assert normalization == "RMSNorm" and not return_layernorm_output, "no model of this project has another"
+        assert normalization == "RMSNorm", "no model of this project has another"
         super().__init__(
             in_features,
             out_features,
@@ -288,8 +304,15 @@ class LayerNormLinear(Linear):
             device=device,
         )
         self.eps = eps
+        # Megatron-Bridge sets both later, for an adapter to read what the product reads
+        self.return_layernorm_output = return_layernorm_output
+        self.return_layernorm_output_gathered = return_layernorm_output_gathered
         self.layer_norm_weight = torch.nn.Parameter(torch.ones_like(self.weight[0]))
         self.layer_norm_weight.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    @property
+    def hands_out_gathered(self) -> bool:  # type: ignore[override]
+        return self.return_layernorm_output and self.return_layernorm_output_gathered
 
     def forward(
         self,
@@ -298,9 +321,11 @@ class LayerNormLinear(Linear):
         fp8_output: bool | None = False,
         fp8_grad: bool | None = False,
     ) -> Any:
-        return super().forward(
-            rms_norm(inp, self.layer_norm_weight, self.eps), is_first_microbatch, fp8_output, fp8_grad
-        )
+        normed = rms_norm(inp, self.layer_norm_weight, self.eps)
+        out, whole = self.product(normed, is_first_microbatch)
+        handed = (whole if self.hands_out_gathered else normed,) if self.return_layernorm_output else ()
+        parts = (out, self.bias, *handed) if self.return_bias else (out, *handed)
+        return parts if len(parts) > 1 else out
 
 
 class GroupedLinear(_Base):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.machinery
+import importlib.metadata
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from pact_nemo.policy.fused import rms_norm
 from pact_nemo.rehearsal.engine_layers import GroupedLinear, LayerNormLinear, Linear, State
 
 VERSION = "2.12.0"
+_NAME = "transformer-engine"
 
 
 class Norm(torch.nn.Module):
@@ -260,8 +262,29 @@ def contents() -> dict[str, dict[str, Any]]:
     }
 
 
+class _Distribution(importlib.metadata.Distribution):
+    """What Megatron-Bridge asks for the version."""
+
+    def read_text(self, filename: str) -> str | None:
+        return f"Metadata-Version: 2.1\nName: {_NAME}\nVersion: {VERSION}\n" if filename == "METADATA" else None
+
+    def locate_file(self, path: Any) -> Any:
+        raise FileNotFoundError(f"{path}: the stand-in has no files")
+
+
+class _Finder(importlib.metadata.DistributionFinder):
+    """Finds that distribution, and no module."""
+
+    def find_spec(self, *_: Any) -> None:
+        return None
+
+    def find_distributions(self, context: Any = None) -> Iterable[importlib.metadata.Distribution]:
+        return [_Distribution()] if context is not None and context.name == _NAME else []
+
+
 def install() -> None:
     """Before megatron is imported."""
+    sys.meta_path.append(_Finder())
     for name, public in contents().items():
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
