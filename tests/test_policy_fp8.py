@@ -4,17 +4,20 @@ CPU.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import method_named
-from pact_nemo.policy.config import FP8_RECIPES, OptimizerConfig, PolicyConfig
+from pact_nemo.policy.config import FP8_RECIPES, LoraConfig, OptimizerConfig, PolicyConfig
 from pact_nemo.policy.fp8 import ALIGNMENT, E4M3, E5M2, Caster, round_in_blocks, round_to_fp8, scale_for
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.policy.trees import Segment, TokenTree
@@ -36,6 +39,9 @@ def build(path: Path, **config: Any) -> MegatronPolicy:
     policy.load_reference(path)
     return policy
 
+
+#: all weights, or adapters on a base whose products are in FP8; theirs are not
+ranks = pytest.mark.parametrize("rank", [0, 4])
 
 #: the paper's terms at temperature 1: what the bounds below were measured on
 PAPERS = replace(OBJECTIVE, entropy_coef=0.0, dual_clip=None)
@@ -111,8 +117,13 @@ def test_delayed_scales_come_from_earlier_training_passes() -> None:
 # ------------------------------------------------------------------ the policy
 
 
-def test_it_is_what_rounding_the_linear_layers_of_a_transformers_model_gives(hf: Path) -> None:
-    """MX blocks lie within a row, so it doesn't matter that megatron joins q, k, v and gate, up into one matrix."""
+@ranks
+def test_it_is_what_rounding_the_linear_layers_of_a_transformers_model_gives(
+    rank: int, hf: Path, tmp_path: Path
+) -> None:
+    """MX blocks lie within a row, so it doesn't matter that megatron joins q, k, v and gate, up into one matrix.
+    Adapters read what isn't rounded.
+    """
     from transformers import AutoModelForCausalLM
 
     def mx(values: torch.Tensor) -> torch.Tensor:  # written again, block by block, with Python's numbers
@@ -124,26 +135,42 @@ def test_it_is_what_rounding_the_linear_layers_of_a_transformers_model_gives(hf:
                 block.copy_((block * scale).to(torch.float8_e4m3fn).float() / scale)
         return out.reshape(values.shape)
 
+    policy, adapters = build(hf, fp8="mxfp8", lora=LoraConfig(rank=rank)), {}
+    if rank:
+        for _ in range(2):
+            policy.update(plain_trees(), pact_terms)
+        policy.export_adapter(tmp_path)
+        adapters = load_file(tmp_path / "adapter_model.safetensors")
+    scale = policy.config.lora.alpha / max(rank, 1)
+
+    def forward(name: str, linear: torch.nn.Linear, rounds: bool, values: torch.Tensor) -> torch.Tensor:
+        part = torch.nn.functional.linear(mx(values), mx(linear.weight)) if rounds else linear(values)
+        part = part if linear.bias is None or not rounds else part + linear.bias
+        first, second = (adapters.get(f"base_model.model.{name}.lora_{factor}.weight") for factor in "AB")
+        return part if first is None else part + scale * values @ first.T @ second.T
+
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
-    for index, layer in enumerate(model.model.layers):
-        if index in (0, len(model.model.layers) - 1):
-            continue
-        for module in layer.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.data = mx(module.weight.data)
-                module.register_forward_pre_hook(lambda module, inputs: (mx(inputs[0]),))
+    last = len(model.model.layers) - 1
+    for name, module in list(model.model.layers.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            rounds = int(name.split(".")[0]) not in (0, last)
+            plain = copy.copy(module)
+            module.forward = partial(forward, f"model.layers.{name}", plain, rounds)
     tokens = [3, 17, 100, 5, 64, 9, 120, 44, 2, 81]
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
     expected = logits[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     tree = TokenTree([Segment(tokens, -1, [False] + [True] * 9)])
-    torch.testing.assert_close(build(hf, fp8="mxfp8").logprobs([tree])[0], expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(policy.logprobs([tree])[0], expected, rtol=0, atol=2e-5)
 
 
+@ranks
 @pytest.mark.parametrize("recipe", FP8_RECIPES)
-def test_ratios_of_an_on_policy_step_are_exactly_1(recipe: str, hf: Path) -> None:
+def test_ratios_of_an_on_policy_step_are_exactly_1(recipe: str, rank: int, hf: Path) -> None:
     """The old policy is scored in the update's precision; under the delayed recipe, too, until the next pass."""
-    policy, trees = build(hf, fp8=recipe), plain_trees()
+    policy, trees = build(hf, fp8=recipe, lora=LoraConfig(rank=rank)), plain_trees()
+    if rank and recipe != "delayed":  # B is 0 before
+        policy.update(plain_trees(), pact_terms)
     for tree, now in zip(trees, policy.logprobs(trees), strict=True):
         tree.streams["old_logprobs"] = now
     metrics = policy.update(trees, pact_terms).metrics
@@ -164,10 +191,12 @@ def test_old_policy_in_another_precision_would_bend_the_ratios(hf: Path) -> None
     assert metrics["max/ratio_h"] > 1.01 and metrics["approx_kl/h"] > 0
 
 
+@ranks
 @pytest.mark.parametrize("recipe", FP8_RECIPES)
-def test_what_fp8_does_to_a_pact_batch(recipe: str, hf: Path) -> None:
+def test_what_fp8_does_to_a_pact_batch(recipe: str, rank: int, hf: Path) -> None:
     """Log-probs move, but by little; the gradient keeps its direction; the reference is not touched."""
-    policy, exact = build(hf, fp8=recipe), build(hf)
+    lora = LoraConfig(rank=rank)
+    policy, exact = build(hf, fp8=recipe, lora=lora), build(hf, lora=lora)
     for either in (
         policy,
         exact,
@@ -185,13 +214,15 @@ def test_what_fp8_does_to_a_pact_batch(recipe: str, hf: Path) -> None:
 
 def gradient(policy: MegatronPolicy, trees: list[TokenTree]) -> torch.Tensor:
     policy.update(trees, pact_terms, lr=0.0)
-    return torch.cat([param.main_grad.flatten() for param in policy.chunks[0].parameters()])
+    return torch.cat([param.main_grad.flatten() for param in policy.chunks[0].parameters() if param.requires_grad])
 
 
-def test_the_gradient_keeps_its_direction(hf: Path) -> None:
-    exact = gradient(build(hf), plain_trees())
+@ranks
+def test_the_gradient_keeps_its_direction(rank: int, hf: Path) -> None:
+    lora = LoraConfig(rank=rank)
+    exact = gradient(build(hf, lora=lora), plain_trees())
     for recipe in ("tensorwise", "blockwise", "mxfp8"):
-        rounded = gradient(build(hf, fp8=recipe), plain_trees())
+        rounded = gradient(build(hf, fp8=recipe, lora=lora), plain_trees())
         assert torch.nn.functional.cosine_similarity(rounded, exact, dim=0) > 0.97, recipe
 
 

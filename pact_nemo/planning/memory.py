@@ -51,19 +51,27 @@ def state_bytes(parameters: RankParameters, layout: Layout, policy: PolicyConfig
     sharded = policy.distributed_optimizer
     dense = share(parameters.dense, layout.data * layout.context if sharded else 1)
     expert = share(parameters.expert, layout.expert_data if sharded else 1)
+    fp8_copies = 2 * parameters.total if policy.fp8 else 0
     if parameters.adapters is not None:
         return StateBytes(
             weights=(4 if fp32 else 2) * (parameters.total + parameters.adapters),
-            fp8_copies=0,
+            fp8_copies=fp8_copies,
             gradients=FP32 * parameters.adapters,
             optimizer=each * share(parameters.adapters, layout.data * layout.context if sharded else 1),
         )
     return StateBytes(
         weights=(4 if fp32 else 2) * parameters.total,
-        fp8_copies=2 * parameters.total if policy.fp8 else 0,
+        fp8_copies=fp8_copies,
         gradients=FP32 * parameters.total,
         optimizer=each * (dense + expert),
     )
+
+
+def numbers_of(policy: PolicyConfig, *, kernels: str) -> Numbers:
+    """How a policy's numbers are kept; ``policy.precision`` is fp32 or bf16. Adapters keep what they read themselves,
+    which is not in FP8.
+    """
+    return Numbers.of(policy.precision, fp8=policy.fp8 is not None and not policy.lora.rank, kernels=kernels)
 
 
 def communicators(layout: Layout) -> int:
@@ -132,7 +140,7 @@ def stage_memory(
     row: Row | None = None,
 ) -> MemoryPlan:
     """Of a rank of one pipeline stage; ``policy.precision`` is fp32 or bf16, not auto."""
-    numbers = Numbers.of(policy.precision, fp8=policy.fp8 is not None, kernels="te" if cuda else "torch")
+    numbers = numbers_of(policy, kernels="te" if cuda else "torch")
     parameters = rank_parameters(shape, layout, stage, policy.lora)
     copied = work.reference and parameters.adapters is None  # adapters are switched off for it instead
     saved = parameters.total if parameters.adapters is None else parameters.adapters

@@ -194,8 +194,6 @@ class PolicyConfig:
             )
         self._validate_fp8_values()
         self.lora.validate()
-        if self.lora.rank and self.fp8 is not None:
-            raise ConfigError("policy.lora.rank is not computed together with policy.fp8; set policy.fp8=null")
         if self.lora.rank % self.tensor_parallel:
             raise ConfigError(
                 f"policy.lora.rank={self.lora.rank} can't be split over tensor_parallel = {self.tensor_parallel}; take"

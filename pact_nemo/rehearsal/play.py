@@ -16,12 +16,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from pact_nemo.config.schema import Config
 from pact_nemo.methods.registry import make_method
 from pact_nemo.objective.loss import STREAMS
-from pact_nemo.planning.activations import Numbers, scoring_peak
+from pact_nemo.planning.activations import scoring_peak
 from pact_nemo.planning.memory import (
     CUDA_CONTEXT,
     NCCL_COMMUNICATOR,
     adapter_working,
     communicators,
+    numbers_of,
     stage_memory,
     state_bytes,
 )
@@ -131,7 +132,7 @@ class _Stage:
         outside = CUDA_CONTEXT + NCCL_COMMUNICATOR * communicators(self.layout)
         parameters = rank_parameters(self.shape, self.layout, self.case.stage, settings.lora)
         state = state_bytes(parameters, self.layout, settings)
-        numbers = Numbers.of("bf16", fp8=settings.fp8 is not None, kernels="te")
+        numbers = numbers_of(settings, kernels="te")
         forward = scoring_peak(
             self.shape, self.layout, numbers, row, stage=self.case.stage, chunk=settings.logprob_chunk
         )
