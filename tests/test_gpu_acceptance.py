@@ -89,8 +89,8 @@ def test_a_check_that_raises_is_a_finding(tmp_path: Path) -> None:
         ),
         pytest.param(
             "fp8",
-            ["layers", "bf16", "blockwise", "tensorwise"],
-            ["machine", "layers", "bf16", "blockwise", "tensorwise"],
+            ["layers", "bf16", "blockwise", "tensorwise", "adapters"],
+            ["machine", "layers", "bf16", "blockwise", "tensorwise", "adapters"],
             marks=pytest.mark.slow,
         ),
     ],

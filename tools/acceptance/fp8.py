@@ -179,6 +179,33 @@ def experts(settings: Settings) -> dict[str, Any]:
     return found
 
 
+def adapters(settings: Settings) -> dict[str, Any]:
+    """Adapters on a base in FP8: how far from bf16, the first ratios, and the gradient that reaches the adapters."""
+    from pact_nemo.policy.config import LoraConfig
+    from tools.benches.packing import trees_of
+
+    found: dict[str, Any] = {}
+    expected: torch.Tensor | None = None
+    for recipe in (None, *RECIPES):
+        policy, config = _policy(settings, fp8=recipe, lora=LoraConfig(rank=32))
+        trees = trees_of(step_groups(config, settings, prompts=1), config)[:1]
+        for tree in trees:
+            tree.streams = {"weight": torch.full((tree.num_scored,), 1.0 / tree.num_scored)}
+        logprobs = rows(policy.logprobs(trees))
+        expected = logprobs if expected is None else expected
+        result = policy.update(trees, _loss)
+        found[str(recipe)] = {
+            **difference(logprobs, expected),
+            "first_ratio": difference(rows(result.logprobs), logprobs),
+            "grad_norm": result.grad_norm,
+            "memory_gib": memory_gib(),
+        }
+        del policy
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return found
+
+
 GROUPS = (
     checks_of("layers", 60, machine, layers),
     checks_of("attention", 130, attention),
@@ -187,5 +214,6 @@ GROUPS = (
     checks_of("tensorwise", 110, tensorwise),
     checks_of("kernels", 60, kernels),
     checks_of("experts", 60, experts),
+    checks_of("adapters", 60, adapters),
     checks_of("families", 100, families),
 )
