@@ -212,20 +212,39 @@ def test_two_steps_are_one_step_and_one_resumed(
     assert same(list(resumed.chunks[0].parameters()), list(straight.chunks[0].parameters()))
 
 
-def test_a_checkpoint_that_means_something_else_here_is_refused(models: Callable[[str], Path], tmp_path: Path) -> None:
-    trained = resume.save(build(models("llama"), lora=lora()), tmp_path / "lora", {})
-    with pytest.raises(CheckpointError, match=r"policy\.lora\.alpha=6\.0, this run 7\.0"):
-        resume.load(build(models("llama"), lora=lora(alpha=7.0)), trained)
+@pytest.mark.parametrize(
+    ("saved", "here", "message"),
+    [
+        ({}, {"alpha": 7.0}, r"step_000000 has policy\.lora\.alpha=6\.0, this run 7\.0"),
+        ({}, {"rank": 8}, r"step_000000 has policy\.lora\.rank=4, this run 8"),
+        ({}, {"targets": ["linear_qkv"]}, r"has policy\.lora\.targets=\['linear_fc1', .*this run \['linear_qkv'\]"),
+        ({"targets": ["linear_qkv"]}, {}, r"has policy\.lora\.targets=\['linear_qkv'\], this run \['linear_fc1', "),
+        ({}, None, r"step_000000 holds adapters; resume with policy\.lora\.rank=4"),
+        (None, {}, r"step_000000 holds all weights; resume with policy\.lora\.rank=0"),
+    ],
+)
+def test_a_checkpoint_that_means_something_else_here_is_refused(
+    saved: dict[str, Any] | None,
+    here: dict[str, Any] | None,
+    message: str,
+    models: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    def policy(words: dict[str, Any] | None) -> MegatronPolicy:
+        return build(models("llama"), **({} if words is None else {"lora": lora(**words)}))
+
+    folder = resume.save(policy(saved), tmp_path, {})
+    with pytest.raises(CheckpointError, match=message):
+        resume.load(policy(here), folder)
+
+
+def test_adapters_of_another_base_are_refused(models: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = resume.save(build(models("llama"), lora=lora()), tmp_path, {})
     other = build(models("llama"), lora=lora())
     assert other.adapters is not None
     other.adapters.base = "another"
-    with pytest.raises(CheckpointError, match="other base weights"):
-        resume.load(other, trained)
-    with pytest.raises(CheckpointError, match="doesn't fit"):
-        resume.load(build(models("llama")), trained)
-    full = resume.save(build(models("llama")), tmp_path / "full", {})
-    with pytest.raises(CheckpointError, match="doesn't fit"):
-        resume.load(build(models("llama"), lora=lora()), full)
+    with pytest.raises(CheckpointError, match=r"step_000000: .*other base weights than those of model\.path"):
+        resume.load(other, folder)
 
 
 def test_the_digest_of_a_base_is_of_its_weights(models: Callable[[str], Path], tmp_path: Path) -> None:

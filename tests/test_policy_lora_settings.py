@@ -14,9 +14,13 @@ from pact_nemo.checkpoints.manifest import prune_exports, read_manifest, verify_
 from pact_nemo.checkpoints.quantised import materialise
 from pact_nemo.config.load import load_config
 from pact_nemo.config.lora import adapter_room, refit_kind
+from pact_nemo.config.recipes import recipe
 from pact_nemo.errors import CheckpointError, ConfigError
 from pact_nemo.objective.schedules import StepClock
+from pact_nemo.planning.from_config import run_plan
 from pact_nemo.policy.config import ADAPTER, MERGED, LoraConfig, PolicyConfig
+from pact_nemo.preflight.checks import check_layout
+from pact_nemo.rehearsal.case import SETTINGS
 from pact_nemo.runtime.tensor_files import read_tensors
 from pact_nemo.tracking.run_folder import Workspace
 from pact_nemo.training.served_weights import ServedWeights
@@ -42,6 +46,32 @@ from tests.workers.small_policy import build
 def test_settings_that_are_not_computed_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PolicyConfig(lora=LoraConfig(**{"rank": 4, **fields})).validate_values()
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        (
+            "qwen3_30b_a3b_16xh100_bf16",
+            ["policy.lora.rank=8"],
+            r"are experts in this model .*\[linear_qkv,linear_proj\]",
+        ),
+        (
+            "qwen3_4b_1xh100_lora",
+            ["policy.lora.rank=4096", "rollout.lora_refit=merged"],
+            r"policy\.lora\.rank=4096 is above the rank that linear_qkv itself can have, 2560; lower it",
+        ),
+    ],
+)
+def test_what_a_model_has_no_place_for_is_refused_before_its_weights_are_read(
+    name: str, words: list[str], message: str
+) -> None:
+    """By a dry run's check of the layout, and by the planner."""
+    config = load_config([SETTINGS, recipe(name)], words)
+    with pytest.raises(ConfigError, match=message):
+        check_layout(config, None)
+    with pytest.raises(ConfigError, match=message):
+        run_plan(config, world=recipe(name).world_size)
 
 
 def test_pairs_of_settings_that_are_not_computed_are_refused_by_name() -> None:

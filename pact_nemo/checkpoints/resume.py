@@ -26,6 +26,7 @@ from pact_nemo.checkpoints.resume_folders import checkpoint_path, point_to
 from pact_nemo.checkpoints.resume_manifest import verify, write_manifest
 from pact_nemo.checkpoints.writer_processes import start_results_queue, watched
 from pact_nemo.errors import CheckpointError
+from pact_nemo.policy.sharded_state import check_facts
 from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.runtime.files import new_directory, write_json_atomic
 
@@ -38,6 +39,7 @@ class Resumable(Protocol):
     """What a policy must offer; all collective."""
 
     step: int
+    adapters: Any  #: None where all weights are trained
 
     def state_dict(self, *, is_loading: bool = False) -> dict[str, Any]: ...
 
@@ -178,7 +180,7 @@ def load(policy: Resumable, folder: str | Path) -> dict[str, Any]:
         the ``state`` given to :func:`save`.
 
     Raises:
-        CheckpointError: the checkpoint is torn or incomplete, or belongs to another model.
+        CheckpointError: the checkpoint is torn or incomplete, or belongs to another model or other adapters.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -196,6 +198,7 @@ def load(policy: Resumable, folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(problem)
     facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
     try:
+        check_facts(dist_checkpointing.load_common_state_dict(str(path / "weights")), policy.adapters, path)
         loaded = dist_checkpointing.load(policy.state_dict(is_loading=True), str(path / "weights"))
         policy.load_state_dict(loaded, step=int(facts["step"]))
     except (CheckpointException, CheckpointingException, KeyError, RuntimeError) as error:

@@ -237,9 +237,9 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int, lora: LoraCon
     cut over TP, those of all stages are alike.
 
     Raises:
-        ConfigError: the model can't be cut this way.
+        ConfigError: the model can't be cut this way, or has no place for the adapters.
     """
-    if found := layout.problems(shape):
+    if found := layout.problems(shape) + (lora.problems(shape) if lora is not None else []):
         raise ConfigError("; ".join(found))
     tensor, hidden = layout.tensor, shape.hidden
     queries, groups = shape.heads * shape.head_dim // tensor, shape.kv_heads * shape.head_dim // tensor

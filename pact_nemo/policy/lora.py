@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pact_nemo.errors import CheckpointError, ConfigError
+from pact_nemo.errors import ConfigError
 from pact_nemo.policy.architectures import Architecture
 from pact_nemo.policy.bridge import conversion_tasks
 from pact_nemo.policy.config import LORA_MATRICES, LoraConfig
@@ -41,33 +41,8 @@ if not has_transformer_engine():
     peft_utils.HAVE_TE = False  # it takes the stand-ins of megatron_import for classes
 
 #: where a target stands in a layer
-PLACES = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
+_PLACES = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
 _SPLIT_BY_COLUMNS = ("linear_proj", "linear_fc2")  # over tensor-parallel ranks; the others by rows
-
-
-def check_lora(config: LoraConfig, model: Architecture) -> None:
-    """Refuse adapters that a model has no place for.
-
-    Raises:
-        ConfigError: the rank is above a matrix's, or a target is inside the experts.
-    """
-    if model.experts and (inside := [name for name in config.targets if PLACES[name] == "mlp"]):
-        raise ConfigError(
-            f"policy.lora.targets holds {', '.join(inside)}, which are experts in this model and get no adapter; set"
-            " policy.lora.targets=[linear_qkv,linear_proj]"
-        )
-    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    sizes = {
-        "linear_qkv": min(queries + 2 * keys, model.hidden),
-        "linear_proj": min(queries, model.hidden),
-        "linear_fc1": min(2 * model.intermediate, model.hidden),
-        "linear_fc2": min(model.intermediate, model.hidden),
-    }
-    for name in config.targets:
-        if config.rank > sizes[name]:
-            raise ConfigError(
-                f"policy.lora.rank={config.rank} is above the rank that {name} itself can have, {sizes[name]}; lower it"
-            )
 
 
 class Adapters:
@@ -77,7 +52,7 @@ class Adapters:
         """Freeze the chunks and put adapters on their targets. Collective over tensor-parallel ranks.
 
         Args:
-            config: checked by :func:`check_lora`.
+            config: with places in the model.
             chunks: this rank's model chunks with the base's weights, before anything wraps them.
             tasks: conversion tasks of the bare chunks that nothing else uses; they remember shapes.
             seed: of the run.
@@ -106,24 +81,6 @@ class Adapters:
             "targets": sorted(self.config.targets),
             "base": self.base,
         }
-
-    def check_facts(self, found: dict[str, Any]) -> None:
-        """Refuse the state of adapters that would mean something else here.
-
-        Raises:
-            CheckpointError: they are scaled differently, or belong to another base.
-        """
-        for key, ours in self.facts.items():
-            if found.get(key) == ours:
-                continue
-            if key == "base":
-                raise CheckpointError(
-                    "the checkpoint's adapters were trained on other base weights than those of model.path; resume with"
-                    " the model that the run began with"
-                )
-            raise CheckpointError(
-                f"the checkpoint has policy.lora.{key}={found.get(key)}, this run {ours}; resume with the checkpoint's"
-            )
 
     @contextlib.contextmanager
     def switched_off(self) -> Iterator[None]:
@@ -229,11 +186,12 @@ def attach(
     """The adapters that the settings ask for, put on chunks that have the base's weights; None = none. Collective.
 
     Raises:
-        ConfigError: see :func:`check_lora`.
+        ConfigError: the model has no place for them.
     """
     if not config.rank:
         return None
-    check_lora(config, model)
+    if found := config.problems(model):
+        raise ConfigError("; ".join(found))
     conversion_tasks(bridge, chunks)  # exports go by the names that the base has without adapters
     base = on_rank_zero(bridge.hf_pretrained.state.digest)
     return Adapters(config, chunks, bridge.get_conversion_tasks(chunks), seed=seed, base=base)
@@ -242,7 +200,7 @@ def attach(
 def _wrap(chunk: Any, config: LoraConfig) -> None:
     """Put the bridge's adapter layers around the targets, on the chunk's device."""
     recipe = LoRA(
-        target_modules=[f"*.{PLACES[name]}.{name}" for name in config.targets],
+        target_modules=[f"*.{_PLACES[name]}.{name}" for name in config.targets],
         dim=config.rank,
         alpha=config.alpha,
         dropout=0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pact_nemo.errors import CheckpointError
@@ -34,20 +35,44 @@ def sharded_state(
     return state
 
 
+def check_facts(common: dict[str, Any], adapters: Adapters | None, where: str | Path) -> None:
+    """Refuse a state that would mean something else here, before its tensors are loaded.
+
+    Args:
+        common: what of it isn't a tensor.
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: it is of adapters, and these are none, scaled differently or of another base; or the other way
+            round. Names the setting.
+    """
+    found, ours = common.get(_FACTS), adapters.facts if adapters is not None else None
+    if found is None or ours is None:
+        if found is not None or ours is not None:
+            kind, remedy = ("all weights", "0") if found is None else ("adapters", str(found["rank"]))
+            raise CheckpointError(f"{where} holds {kind}; resume with policy.lora.rank={remedy}")
+        return
+    for key, value in ours.items():
+        if found.get(key) == value:
+            continue
+        if key == "base":
+            raise CheckpointError(
+                f"{where}: its adapters were trained on other base weights than those of model.path; resume with the"
+                " model that the run began with"
+            )
+        raise CheckpointError(
+            f"{where} has policy.lora.{key}={found.get(key)}, this run {value}; resume with the checkpoint's"
+        )
+
+
 def load_sharded_state(
     chunks: list[Any], optimizer: Any, state: dict[str, Any], *, adapters: Adapters | None = None
 ) -> None:
-    """Take over a state of :func:`sharded_state` whose tensors were loaded.
+    """Take over a state of :func:`sharded_state` that :func:`check_facts` has passed and whose tensors were loaded.
 
     Raises:
-        CheckpointError: it is of adapters, and these are none or other ones; or the other way round.
+        CheckpointError: an adapter lacks its state.
     """
-    facts = state.get(_FACTS)
-    if (facts is None) != (adapters is None):
-        kind, remedy = ("all weights", "0") if facts is None else ("adapters", str(facts["rank"]))
-        raise CheckpointError(f"the checkpoint holds {kind}; resume with policy.lora.rank={remedy}")
-    if adapters is not None and facts is not None:
-        adapters.check_facts(facts)
     for name, chunk in zip(_names(chunks), chunks, strict=True):
         left = chunk.load_state_dict(state[name], strict=adapters is None)
         lost = [key for key in left.missing_keys if _is_adapters(key)] + list(left.unexpected_keys)

@@ -79,7 +79,7 @@ def check_layout(config: Config, world: int | None) -> None:
     policy, server = config.policy, config.rollout.server
     shape = model_shape(config)
     enough = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel * policy.expert_parallel
-    found = Layout.of(policy, enough).problems(shape)
+    found = Layout.of(policy, enough).problems(shape) + policy.lora.problems(shape)
     if server.url is None:
         found += server_problems(shape, server.tensor_parallel_size)
     fp8 = policy.resolved_fp8(capability=devices.compute_capability(), has_te=devices.has_transformer_engine())
