@@ -96,7 +96,8 @@ def test_the_name_says_model_gpus_hardware_and_precision(name: str) -> None:
 
 def test_adapters_learn_faster_than_all_weights_and_a_word_still_wins() -> None:
     name = "qwen3_32b_8xh100_lora"
-    assert load_config([FULL, recipe(name)]).optimizer.lr == 1e-5
+    resolved = load_config([FULL, recipe(name)])
+    assert (resolved.optimizer.lr, resolved.warmup.lr) == (1e-5, 2e-4)
     config = load_config([FULL, recipe(name)], ["optimizer.lr=3e-5", "policy.lora.rank=16"])
     assert (config.optimizer.lr, config.policy.lora.rank, config.policy.lora.alpha) == (3e-5, 16, 64.0)
 

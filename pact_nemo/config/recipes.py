@@ -21,7 +21,8 @@ QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings":
 QWEN2P5_72B = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 32768}
 LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
 PAPER_LENGTH = 30000  # prompt 7,000 + response 23,000 tokens
-ADAPTER_LR = 1e-5  # ten times that of all weights: a rule of thumb, not the paper's
+# ten times those of all weights: a rule of thumb, not the paper's
+ADAPTER_LR, ADAPTER_WARMUP_LR = 1e-5, 2e-4
 LONGEST_REQUEST_S = 3600.0  # one turn may think for all of the response: 23,000 tokens, seven a second at the least
 
 
@@ -69,8 +70,8 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """As a settings file would say it."""
-        adapters = {"optimizer": {"lr": ADAPTER_LR}} if self.policy.lora.rank else {}
-        return adapters | {
+        rates = {"optimizer": {"lr": ADAPTER_LR}, "warmup": {"lr": ADAPTER_WARMUP_LR}}
+        return (rates if self.policy.lora.rank else {}) | {
             "model": {"tool_format": self.tool_format},
             "rollout": {
                 "server": {
