@@ -20,7 +20,7 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 130, 14, 40
 
 def starts_svg(results: Sequence[Result]) -> str:
     """The picture as text. Starts whose own score is not among the results, the published model among them, are left
-    out.
+    out, and arms that were not run from all of the other arms' starts: trials of a setting.
     """
     found = groups(results)
     begins = {arm: runs[0].score() for (start, arm), runs in found.items() if start == "published"}
@@ -29,14 +29,21 @@ def starts_svg(results: Sequence[Result]) -> str:
         begin, ends = begins.get(start), [score for run in runs if (score := run.score()) is not None]
         if begin is not None and ends:
             lines[arm].append((begin, ends))
+    most = max(map(len, lines.values()), default=0)
+    lines = {arm: points for arm, points in lines.items() if len(points) == most}
     values = [value for points in lines.values() for begin, ends in points for value in (begin, *ends)]
-    marks = ticks_between(0.0, max([*values, 0.1]))
+    low = min(values, default=0.0)
+    marks = ticks_between(low, max([*values, low + 0.1]))
+    places = 1 if marks[1] - marks[0] > 0.099 else 2
+
+    def share(value: float) -> float:
+        return (value - marks[0]) / (marks[-1] - marks[0])
 
     def x(value: float) -> float:
-        return LEFT + value / marks[-1] * (WIDTH - LEFT - RIGHT)
+        return LEFT + share(value) * (WIDTH - LEFT - RIGHT)
 
     def y(value: float) -> float:
-        return HEIGHT - BOTTOM - value / marks[-1] * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - share(value) * (HEIGHT - TOP - BOTTOM)
 
     arms = []
     for index, (arm, points) in enumerate(
@@ -62,7 +69,7 @@ def starts_svg(results: Sequence[Result]) -> str:
     environment = templates(Path(__file__).parent)
     return environment.get_template("starts.svg").render(
         arms=arms,
-        ticks=[(mark, f"{mark:.1f}" if marks[1] >= 0.1 else f"{mark:.2f}", x(mark), y(mark)) for mark in marks],
+        ticks=[(mark, f"{mark:.{places}f}", x(mark), y(mark)) for mark in marks],
         width=WIDTH,
         height=HEIGHT,
         left=LEFT,
