@@ -10,6 +10,7 @@ from typing import Any
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy.architectures import Architecture, resolve_sizes
 from pact_nemo.policy.config import LoraConfig, PolicyConfig
+from pact_nemo.policy.lora_sizes import lora_problems
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int, lora: LoraCon
     Raises:
         ConfigError: the model can't be cut this way, or has no place for the adapters.
     """
-    if found := layout.problems(shape) + (lora.problems(shape) if lora is not None else []):
+    if found := layout.problems(shape) + (lora_problems(lora, shape) if lora is not None else []):
         raise ConfigError("; ".join(found))
     tensor, hidden = layout.tensor, shape.hidden
     queries, groups = shape.heads * shape.head_dim // tensor, shape.kv_heads * shape.head_dim // tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from pact_nemo.errors import ConfigError
 
@@ -32,23 +31,6 @@ FIRST_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 def transformer_engine_installed() -> bool:
     """Whether the package is there. (``megatron_import`` refuses one that can't be imported.)"""
     return importlib.util.find_spec("transformer_engine") is not None
-
-
-class Sizes(Protocol):
-    """Of a model, as Hugging Face names them; ``experts`` is 0 where it has none."""
-
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def intermediate(self) -> int: ...
-    @property
-    def experts(self) -> int: ...
 
 
 @dataclass
@@ -96,29 +78,6 @@ class LoraConfig:
                 )
             if name not in LORA_TARGETS:
                 raise ConfigError(f"policy.lora.targets holds {name!r}; choose among {', '.join(LORA_TARGETS)}")
-
-    def problems(self, model: Sizes) -> list[str]:
-        """Why a model has no place for these adapters; empty if it has, or there are none."""
-        if not self.rank:
-            return []
-        feed_forward = [name for name in self.targets if name in ("linear_fc1", "linear_fc2")]
-        if model.experts and feed_forward:
-            return [
-                f"policy.lora.targets holds {', '.join(feed_forward)}, which are experts in this model and get no"
-                " adapter; set policy.lora.targets=[linear_qkv,linear_proj]"
-            ]
-        queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
-        sizes = {
-            "linear_qkv": min(queries + 2 * keys, model.hidden),
-            "linear_proj": min(queries, model.hidden),
-            "linear_fc1": min(2 * model.intermediate, model.hidden),
-            "linear_fc2": min(model.intermediate, model.hidden),
-        }
-        return [
-            f"policy.lora.rank={self.rank} is above the rank that {name} itself can have, {sizes[name]}; lower it"
-            for name in self.targets
-            if self.rank > sizes[name]
-        ]
 
 
 @dataclass

@@ -24,6 +24,7 @@ from pact_nemo.policy.architectures import Architecture
 from pact_nemo.policy.bridge import conversion_tasks
 from pact_nemo.policy.config import LORA_MATRICES, LoraConfig
 from pact_nemo.policy.device import has_transformer_engine, local_device
+from pact_nemo.policy.lora_sizes import lora_problems
 from pact_nemo.policy.megatron_import import prepare_megatron
 from pact_nemo.policy.model import mark_tensor_parallel
 from pact_nemo.runtime.collective import gather, on_rank_zero
@@ -190,7 +191,7 @@ def attach(
     """
     if not config.rank:
         return None
-    if found := config.problems(model):
+    if found := lora_problems(config, model):
         raise ConfigError("; ".join(found))
     conversion_tasks(bridge, chunks)  # exports go by the names that the base has without adapters
     base = on_rank_zero(bridge.hf_pretrained.state.digest)

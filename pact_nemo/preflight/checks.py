@@ -19,6 +19,7 @@ from pact_nemo.planning.shape import Layout, ModelShape, adapter_parameters
 from pact_nemo.policy import device as devices
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import ADAPTER
+from pact_nemo.policy.lora_sizes import lora_problems
 from pact_nemo.policy.model_folder import check_model_folder, check_values
 from pact_nemo.policy.model_source import model_source
 from pact_nemo.preflight.chat import chat_format
@@ -79,7 +80,7 @@ def check_layout(config: Config, world: int | None) -> None:
     policy, server = config.policy, config.rollout.server
     shape = model_shape(config)
     enough = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel * policy.expert_parallel
-    found = Layout.of(policy, enough).problems(shape) + policy.lora.problems(shape)
+    found = Layout.of(policy, enough).problems(shape) + lora_problems(policy.lora, shape)
     if server.url is None:
         found += server_problems(shape, server.tensor_parallel_size)
     fp8 = policy.resolved_fp8(capability=devices.compute_capability(), has_te=devices.has_transformer_engine())

@@ -17,7 +17,8 @@ import torch
 
 from pact_nemo.errors import ConfigError
 from pact_nemo.policy.fused import rms_norm
-from pact_nemo.rehearsal.engine_layers import GroupedLinear, LayerNormLinear, Linear, State
+from pact_nemo.rehearsal.engine_layers import GroupedLinear, LayerNormLinear, Linear
+from pact_nemo.rehearsal.engine_products import State
 
 VERSION = "2.12.0"
 _NAME = "transformer-engine"

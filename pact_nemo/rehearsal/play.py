@@ -36,7 +36,7 @@ from pact_nemo.policy.trees import Segment, TokenTree
 from pact_nemo.policy.without_cuda import redirect_rng_state
 from pact_nemo.rehearsal import cuda, experts, ranks, weights
 from pact_nemo.rehearsal.case import Case, Outcome, Phase, layout_of, rank_of, rehearsed_work
-from pact_nemo.rehearsal.engine_layers import PRODUCTS
+from pact_nemo.rehearsal.engine_products import PRODUCTS
 from pact_nemo.rehearsal.observed import READS, Memory, Mode
 
 prepare_megatron()
