@@ -4,7 +4,6 @@ gone.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import threading
 from dataclasses import replace
@@ -134,7 +133,7 @@ def test_results_stay_when_the_weights_are_gone(tmp_path: Path, monkeypatch: pyt
     assert text.index("| sft4 | 0.167 | pact") < text.index("| sft12 | 0.375 | pact")
     picture = ElementTree.fromstring(starts_svg(results))
     assert len(list(picture.iter("{http://www.w3.org/2000/svg}polyline"))) == 2
-    trial = dataclasses.replace(found["sft12", "pact", 2], arm="pact_1e4")  # from one start only
+    trial = replace(found["sft12", "pact", 2], arm="pact_1e4")  # from one start only
     assert starts_svg([*results, trial]) == starts_svg(results)
     same = [result for result in results if result.score() == results[0].score()]
     assert "</svg>" in starts_svg(same) and "</svg>" in starts_svg([])

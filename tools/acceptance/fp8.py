@@ -68,8 +68,7 @@ def _recipe(settings: Settings, name: str | None) -> dict[str, Any]:
     groups = step_groups(config, settings)
     trees = trees_of(groups, config)[:2]
     logprobs, again = (rows(policy.logprobs(trees)) for _ in range(2))
-    for tree in trees:
-        tree.streams = {"weight": torch.full((tree.num_scored,), 1.0 / tree.num_scored)}
+    _weigh_evenly(trees)
     result = policy.update(trees, _loss)
     reference = settings.folder / "bf16_logprobs.safetensors"
     if name is None:
@@ -106,6 +105,27 @@ def blockwise(settings: Settings) -> dict[str, Any]:
 
 def _loss(logprob: torch.Tensor, streams: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return -(logprob * streams["weight"]).sum(), {}
+
+
+def _weigh_evenly(trees: list[Any]) -> None:
+    """Give each tree the stream that :func:`_loss` reads."""
+    for tree in trees:
+        tree.streams = {"weight": torch.full((tree.num_scored,), 1.0 / tree.num_scored)}
+
+
+def _first_step(
+    policy: Any, trees: list[Any], loss: Any, expected: torch.Tensor | None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Log-probs before an update, and how far they are from ``expected`` (None: from themselves) and from the update's
+    own, whose first ratios they give.
+    """
+    logprobs = rows(policy.logprobs(trees))
+    result = policy.update(trees, loss)
+    return logprobs, {
+        **difference(logprobs, logprobs if expected is None else expected),
+        "first_ratio": difference(rows(result.logprobs), logprobs),
+        "grad_norm": result.grad_norm,
+    }
 
 
 def attention(settings: Settings) -> dict[str, Any]:
@@ -163,13 +183,10 @@ def experts(settings: Settings) -> dict[str, Any]:
         try:
             precision = "bf16" if torch.cuda.is_available() else "fp32"
             policy = build(folder, precision=precision, micro_batch_tokens=512, fp8=recipe, **words)
-            logprobs = rows(policy.logprobs(trees))
+            logprobs, figures = _first_step(policy, trees, loss_fn, expected)
             expected = logprobs if expected is None else expected
-            result = policy.update(trees, loss_fn)
             found[str(recipe)] = {
-                **difference(logprobs, expected),
-                "first_ratio": difference(rows(result.logprobs), logprobs),
-                "grad_norm": result.grad_norm,
+                **figures,
                 "experts": sorted(
                     {type(module).__name__ for module in policy.chunks[0].decoder.layers[0].mlp.modules()}
                 ),
@@ -189,17 +206,10 @@ def adapters(settings: Settings) -> dict[str, Any]:
     for recipe in (None, *RECIPES):
         policy, config = _policy(settings, fp8=recipe, lora=LoraConfig(rank=32))
         trees = trees_of(step_groups(config, settings, prompts=1), config)[:1]
-        for tree in trees:
-            tree.streams = {"weight": torch.full((tree.num_scored,), 1.0 / tree.num_scored)}
-        logprobs = rows(policy.logprobs(trees))
+        _weigh_evenly(trees)
+        logprobs, figures = _first_step(policy, trees, _loss, expected)
         expected = logprobs if expected is None else expected
-        result = policy.update(trees, _loss)
-        found[str(recipe)] = {
-            **difference(logprobs, expected),
-            "first_ratio": difference(rows(result.logprobs), logprobs),
-            "grad_norm": result.grad_norm,
-            "memory_gib": memory_gib(),
-        }
+        found[str(recipe)] = {**figures, "memory_gib": memory_gib()}
         del policy
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
