@@ -43,6 +43,7 @@ from pact_nemo.environments.order import play_in_order, refuse_samples, standing
 from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError, PactError, ServerError
+from pact_nemo.monitoring.held_out_scores import episode_rewards, summarise
 from pact_nemo.preflight.token_ids import check_served_folder
 from pact_nemo.rollouts.chat_episode import play_by_chat
 from pact_nemo.rollouts.store import read_rollouts
@@ -52,7 +53,6 @@ from pact_nemo.runtime.terminal import command
 from pact_nemo.serving.chat_endpoint import chat_endpoint
 from pact_nemo.tracking.episodes import dump_evaluation
 from pact_nemo.tracking.terminal import RunProgress
-from pact_nemo.training.evaluation import episode_rewards, summarise
 from pact_nemo.training.generation import Generator
 
 REPOSITORY = checkout.ROOT

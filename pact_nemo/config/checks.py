@@ -310,9 +310,9 @@ def _observation(config: Config) -> None:
     """Evaluation, diagnostics, alarms, trackers."""
     share, diagnostics = config.alarms.failed_share, config.diagnostics
     _require(0.0 <= share <= 1.0, f"alarms.failed_share={share}: a share in [0, 1]")
-    for key in ("gradient_every", "trace_every"):
-        every = getattr(diagnostics, key)
-        _require(every >= 0, f"diagnostics.{key}={every}: steps from one measurement to the next, or 0 for none")
+    for section, key in (("diagnostics", "gradient_every"), ("diagnostics", "trace_every"), ("evaluation", "every")):
+        every = getattr(getattr(config, section), key)
+        _require(every >= 0, f"{section}.{key}={every}: steps from one measurement to the next, or 0 for none")
     _require(
         diagnostics.gradient_every == 0 or config.trainer.mini_batch_size >= 2,
         f"diagnostics.gradient_every={diagnostics.gradient_every} compares two halves of a mini-batch, and"

@@ -270,6 +270,9 @@ class EvaluationConfig:
 
     before: bool = True  #: evaluate the model as published, and after the warm-up
     after: bool = True  #: evaluate the trained policy
+    #: steps, of warm-up and of RL, from one evaluation between steps to the next; 0 = none. Each plays all held-out
+    #: tasks; in the warm-up it refits the server for it
+    every: int = 0
     #: assistant turns that may follow one user turn; None = as in the benchmark's own evaluation, or in training where
     #: it has none
     max_turns_per_user_turn: int | None = None

@@ -313,6 +313,7 @@ def describe_plan(config: Config, lengths: Lengths | None = None) -> str:
         + ", ".join(
             name for name, on in (("before", config.evaluation.before), ("after", config.evaluation.after)) if on
         )
+        + (f", every {config.evaluation.every} steps" if config.evaluation.every else "")
         + f"; at most {evaluation_limits(config).max_turns_per_user_turn} assistant turns after a user turn"
         + (f" ({_turns_from(config)})" if config.evaluation.max_turns_per_user_turn is None else ""),
     ]

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
-from pact_nemo.report.curves import column
+from pact_nemo.report.curves import column, held_out_scores
 from pact_nemo.report.data import Run
 from pact_nemo.report.stats import mean
 
@@ -45,13 +46,14 @@ def known(records: list[Record], key: str) -> list[float]:
 
 
 def advice(run: Run) -> list[Advice]:
-    """The findings of a run with at least one RL step, the weightiest first; nothing where there is nothing to say."""
-    if not run.rl:
-        return []
+    """The findings, the weightiest first; nothing where there is nothing to say. Of a run of SFT alone, those that need
+    no rollouts.
+    """
     rules: tuple[Callable[[Run, list[Record]], Advice | None], ...] = (
         same_scores,
         cut_rollouts,
         closing,
+        past_best,
         rl_noise,
         sft_noise,
         resolution,
@@ -140,6 +142,22 @@ def closing(run: Run, late: list[Record]) -> Advice | None:
     )
 
 
+def past_best(run: Run, late: list[Record]) -> Advice | None:
+    """A held-out score that was better in the middle of the stage, by two standard errors of the difference."""
+    stage: Literal["rl", "warmup"] = "rl" if run.rl else "warmup"
+    scores = held_out_scores(run, stage)
+    if not scores or not (last_of := run.scores.get("after")):
+        return None
+    best, end = max(scores, key=lambda row: row["held_out/score"]), scores[-1]["held_out/score"]
+    top = best["held_out/score"]
+    error = math.sqrt((top * (1 - top) + end * (1 - end)) / last_of["n"])
+    if top - end <= 2 * error or not best["step"]:
+        return None
+    finding = f"The held-out score was {top:.3f} after step {best['step']} and is {end:.3f} at the end."
+    steps, rate = ("trainer.steps", "optimizer.lr") if run.rl else ("warmup.steps", "warmup.lr")
+    return Advice("past_best", finding, f"The training has gone too far: fewer {steps}, or a lower {rate}.")
+
+
 def rl_noise(run: Run, late: list[Record]) -> Advice | None:
     """Halves of the batch that disagree about the surrogate's gradient."""
     return _noise(
@@ -210,14 +228,21 @@ def imitation(run: Run, late: list[Record]) -> Advice | None:
         return Advice(
             "imitation",
             finding,
-            "The policy forgets or overfits the traces: lower objective.sft_coef or optimizer.lr, or add traces.",
+            "The policy forgets or overfits the traces: lower "
+            + ("objective.sft_coef or optimizer.lr" if run.rl else "warmup.lr or warmup.steps")
+            + ", or add traces.",
         )
     if gain < SATURATED:
         finding = f"Calls of held-out traces gained {gain:+.3f} nats a token over the second half of the measurements."
         return Advice(
             "imitation",
             finding,
-            "Imitation is saturated: more SFT won't help. Let RL go on with objective.sft_coef lowered.",
+            "Imitation is saturated: more SFT won't help. "
+            + (
+                "Let RL go on with objective.sft_coef lowered."
+                if run.rl
+                else "Go on by RL from its export (model.path, warmup.steps=0)."
+            ),
         )
     return None
 

@@ -96,6 +96,14 @@ class Curve:
 FROM_ZERO = Axis(bounds=(0.0, None))
 SHARE_FROM_ZERO = Axis(bounds=(0.0, None), percent=True)
 
+HELD_OUT = Curve(
+    "Held-out score",
+    "of evaluations between steps and at both ends of the stage (evaluation.every)",
+    (("held_out/score", "score"),),
+    SHARE_FROM_ZERO,
+    how="measured",
+)
+
 #: the stage before RL
 WARMUP = (
     Curve(
@@ -297,15 +305,30 @@ RL = (
 
 def warmup_curves(run: Run) -> list[Chart]:
     """The stage before RL."""
-    return _drawn(WARMUP, run.warmup)
+    return _drawn(WARMUP, run.warmup, held_out_scores(run, "warmup"))
 
 
 def rl_curves(run: Run) -> list[Chart]:
     """Algorithm 1, step by step."""
-    return _drawn(RL, run.rl)
+    return _drawn(RL, run.rl, held_out_scores(run, "rl"))
 
 
-def _drawn(curves: tuple[Curve, ...], records: Records) -> list[Chart]:
+def held_out_scores(run: Run, stage: Literal["warmup", "rl"]) -> Records:
+    """``step`` and ``held_out/score`` of a stage that was evaluated between its steps, with the evaluations at both its
+    ends where the run has them; nothing where there was none between.
+    """
+    records = run.warmup if stage == "warmup" else run.rl
+    between = [record for record in records if record.get("held_out/score") is not None]
+    if not between:
+        return []
+    first = "base" if stage == "warmup" else "before"
+    last = "before" if stage == "warmup" and (run.rl or "before" in run.scores) else "after"
+    ends = {0: run.scores.get(first), records[-1]["step"]: run.scores.get(last)}
+    rows = [{"step": step, "held_out/score": score["score"]} for step, score in ends.items() if score is not None]
+    return sorted([*between, *rows], key=lambda record: record["step"])
+
+
+def _drawn(curves: tuple[Curve, ...], records: Records, scores: Records) -> list[Chart]:
     """Those that the run has values for."""
-    charts = [curve.drawn(records) for curve in curves] if records else []
+    charts = [HELD_OUT.drawn(scores), *(curve.drawn(records) for curve in curves)] if records else []
     return [chart for chart in charts if chart is not None]

@@ -111,7 +111,7 @@ class Tracker:
 
     def evaluation(self, name: str, scores: dict[str, float]) -> None:
         """One held-out evaluation: ``name`` is "base", "before" or "after"; keys are ``eval/<name>/score`` and so on.
-        Denominators are those of :class:`pact_nemo.training.evaluation.Score`.
+        Denominators are those of :class:`pact_nemo.monitoring.held_out_scores.Score`.
         """
 
     def close(self, outcome: Outcome) -> None:

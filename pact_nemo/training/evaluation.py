@@ -1,89 +1,18 @@
-"""Held-out score by the benchmark's own checker."""
+"""Held-out score by the benchmark's own checker: at the ends of the run's stages, and between its steps."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pact_nemo.config.schema import Config
-from pact_nemo.environments.base import Task
 from pact_nemo.errors import Interrupted
-from pact_nemo.methods.rewards import matching_rewards
-from pact_nemo.rollouts.types import Rollout
+from pact_nemo.monitoring.held_out_scores import Score, episode_rewards, summarise
 from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.runtime.words import count_of
 from pact_nemo.tracking.episodes import dump_evaluation
+from pact_nemo.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from pact_nemo.training.run import TrainingRun
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean of the benchmark's own score over episodes, 0-1 (BFCL: pass or fail; FTRL: Solve-F1; ToolHop: answer
-    correctness). An episode that failed through no fault of the policy counts 0, and is counted in ``failed`` so that
-    nobody mistakes it for the model's doing. ``metrics``: means of the benchmark's further numbers over the episodes
-    that have a verdict.
-    """
-
-    score: float
-    n: int
-    call_reward: float | None
-    failed: int
-    categories: dict[str, dict[str, float]]
-    weight_version: int
-    seconds: float
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def summarise(
-    tasks: list[Task], rollouts: list[Rollout], call_rewards: list[float], version: int, seconds: float
-) -> Score:
-    """Denominators: ``score`` over all episodes but those that only prepare for others, ``call_reward`` over those with
-    reference calls (None: none has), ``categories`` over the episodes of each category or tag."""
-    by_task = {task.id: task for task in tasks}
-    flat: list[float] = []
-    passed: dict[str, list[float]] = defaultdict(list)
-    further: dict[str, list[float]] = defaultdict(list)
-    for rollout in rollouts:
-        task, value = by_task[rollout.task_id], rollout.outcome.score if rollout.outcome is not None else 0.0
-        if task.prepares:
-            continue
-        flat.append(value)
-        for name in (task.category, *task.tags):
-            passed[name].append(value)
-        for metric, number in (rollout.outcome.metrics if rollout.outcome is not None else {}).items():
-            further[metric].append(number)
-    return Score(
-        score=sum(flat) / len(flat),
-        n=len(flat),
-        call_reward=sum(call_rewards) / len(call_rewards) if call_rewards else None,
-        failed=sum(r.status == "failed" and not by_task[r.task_id].prepares for r in rollouts),
-        categories={name: {"score": sum(v) / len(v), "n": len(v)} for name, v in sorted(passed.items())},
-        weight_version=version,
-        seconds=seconds,
-        metrics={metric: sum(values) / len(values) for metric, values in sorted(further.items())},
-    )
-
-
-def episode_rewards(
-    config: Config, tasks: list[Task], rollouts: list[Rollout]
-) -> tuple[list[list[float]], list[float]]:
-    """Per episode: the reward of each turn; and, of the episodes whose task has reference calls, the mean matching
-    reward of their tool turns (whatever the method trains on)."""
-    by_task = {task.id: task for task in tasks}
-    rewards, call_rewards = [], []
-    for rollout in rollouts:
-        task = by_task[rollout.task_id]
-        rewards.append(matching_rewards(task, rollout, config.objective).tolist())
-        if any(task.reference_calls):
-            reward = float(matching_rewards(task, rollout, config.objective, outcome_weight=0.0).sum())
-            call_rewards.append(reward / max(sum(turn.is_tool_turn for turn in rollout.turns), 1))
-    return rewards, call_rewards
 
 
 def evaluate(run: TrainingRun, name: str) -> None:
@@ -93,24 +22,64 @@ def evaluate(run: TrainingRun, name: str) -> None:
     ``name`` is ``base`` (before the warm-up), ``before`` or ``after``; one that a resumed run has already is not played
     again. Replayed runs have no server and skip it.
     """
-    config, state, tasks = run.config, run.state, run.dataset.held_out
+    config, state = run.config, run.state
     wanted = config.evaluation.after if name == "after" else config.evaluation.before
     if not wanted or name in state.scores or config.trainer.replay is not None:
         return
-
-    def play() -> Score:
-        rollouts, seconds = run.generator.evaluation(tasks, name=name, version=state.version)
-        rewards, call_rewards = episode_rewards(config, tasks, rollouts)
-        dump_evaluation(run.workspace.evaluation(name), tasks, rollouts, rewards)
-        return summarise(tasks, rollouts, call_rewards, state.version, seconds)
-
-    run.sharing.engines()
     try:
-        score = on_rank_zero(play)
+        score = played(run, name)
     except Interrupted:
         run.checkpoints.leave()
     run.recorder.evaluation(name, score.to_dict(), score.seconds)
+
+
+def due_between(run: TrainingRun, step: int, last: int) -> bool:
+    """Whether ``evaluation.every`` asks for a score after ``step`` finished steps of a stage of ``last``: never after
+    its last, which ``before`` or ``after`` has.
+    """
+    every = run.config.evaluation.every
+    return every > 0 and step % every == 0 and step < last and run.config.trainer.replay is None
+
+
+def score_between(run: TrainingRun, stage: str, step: int, watch: Stopwatch) -> dict[str, float | None]:
+    """Play the held-out tasks after a step, with the weights being served; the episodes are
+    ``eval/<stage>/step_<step>.jsonl``.
+
+    Returns:
+        ``held_out/score``, ``call_reward`` and ``failed`` for the step's record. Nothing where a signal cut the
+        evaluation off: it is only a measurement, the step is finished, and the run leaves behind it.
+    """
+    try:
+        with watch("evaluation"):
+            score = played(run, f"{stage}/step_{step:06d}")
+    except Interrupted:
+        run.progress.message(f"the evaluation after {stage} step {step} was cut off; it has no score")
+        return {}
+    return {
+        "held_out/score": score.score,
+        "held_out/call_reward": score.call_reward,
+        "held_out/failed": score.failed,
+    }
+
+
+def played(run: TrainingRun, name: str) -> Score:
+    """Every held-out task, played and dumped. Collective.
+
+    Raises:
+        Interrupted: a signal came; nothing was dumped.
+    """
+    config, tasks, version = run.config, run.dataset.held_out, run.state.version
+
+    def play() -> Score:
+        rollouts, seconds = run.generator.evaluation(tasks, name=name, version=version)
+        rewards, call_rewards = episode_rewards(config, tasks, rollouts)
+        dump_evaluation(run.workspace.evaluation(name), tasks, rollouts, rewards)
+        return summarise(tasks, rollouts, call_rewards, version, seconds)
+
+    run.sharing.engines()
+    score = on_rank_zero(play)
     failed = f", {score.failed} of them failed and count 0" if score.failed else ""
     run.progress.message(
         f"held-out score {name}: {score.score:.3f} over {count_of(score.n, 'episode')}{failed} ({score.seconds:.0f} s)"
     )
+    return score

@@ -10,6 +10,7 @@ from pact_nemo.monitoring import alarms, diagnostics, held_out_traces
 from pact_nemo.objective.trace_quality import TraceQuality, beats
 from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.training.collect import collect, start_ahead
+from pact_nemo.training.evaluation import due_between, score_between
 from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.stopwatch import Stopwatch
 from pact_nemo.training.update import update
@@ -30,6 +31,8 @@ def train(run: TrainingRun) -> None:
         run.state.step += 1
         record |= observe(run, groups, record, watch)
         lost = refit(run, record, watch)
+        if lost is None and due_between(run, run.state.step, run.total_steps):
+            record |= score_between(run, "rl", run.state.step, watch)
         record |= {f"failed/{kind}": count for kind, count in alarms.failures(rollouts_of(groups)).items()}
         record |= {**watch.times, **run.sharing.taken(), "time/total": watch.total()}
         if seconds:

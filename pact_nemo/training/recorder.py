@@ -37,11 +37,11 @@ class Recorder:
             row = {"step": finished, "stage": stage, **record}
             self.trackers.append(row)
             self.progress.step_line(row)
-        for key, value in record.items():
-            if key.startswith("time/") and key != "time/total":
-                state.spend(key.removeprefix("time/"), value)
-        if stage == "warmup":
-            state.spend("warmup", record["time/total"])
+        phases = {key: value for key, value in record.items() if key.startswith("time/") and key != "time/total"}
+        for key, value in phases.items():
+            state.spend(key.removeprefix("time/"), value)
+        if stage == "warmup":  # what of it has no name of its own
+            state.spend("warmup", record["time/total"] - sum(phases.values()))
 
     def evaluation(self, name: str, score: dict[str, Any], seconds: float) -> None:
         """Keep a held-out evaluation's score."""

@@ -6,7 +6,6 @@ It is the same for every method that is compared, reported apart (``stage: warmu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,6 +27,8 @@ from pact_nemo.objective.surrogate import Clip
 from pact_nemo.objective.weights import sft_weights
 from pact_nemo.policy.trees import TokenTree, TreeBuilder
 from pact_nemo.traces.spans import TraceTokens
+from pact_nemo.training.evaluation import due_between, score_between
+from pact_nemo.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from pact_nemo.training.run import TrainingRun
@@ -90,13 +91,18 @@ def warm_up(run: TrainingRun, evaluate: Callable[[TrainingRun, str], object]) ->
     with run.progress.phase("warm-up", total=stage.steps - state.warmup_step) as phase:
         while state.warmup_step < stage.steps:
             run.checkpoints.leave_if_asked()
-            start = time.perf_counter()
+            watch = Stopwatch(run.progress)
             record = sft_step(run, prompts_of_step(tasks, state.warmup_step, stage.batch_size, seed))
             state.warmup_step += 1
             if held_out_traces.due(run.config.diagnostics.trace_every, state.warmup_step, stage.steps):
                 record |= held_out_traces.measure(run.policy, run.chat, run.dataset.held_out_traces)
-            run.recorder.step("warmup", record | {"time/total": time.perf_counter() - start})
+            lost = None
+            if due_between(run, state.warmup_step, stage.steps):
+                lost = score_meanwhile(run, record, watch)
+            run.recorder.step("warmup", record | watch.times | {"time/total": watch.total()})
             phase.advance()
+            if lost is not None:
+                run.checkpoints.give_up(lost)
     ends: dict[str, Callable[[], object]] = {
         "refit": run.weights.refit,
         "KL reference": run.weights.freeze_reference,
@@ -108,6 +114,20 @@ def warm_up(run: TrainingRun, evaluate: Callable[[TrainingRun, str], object]) ->
                 action()
             except ServerLost as error:
                 run.checkpoints.give_up(error)
+
+
+def score_meanwhile(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) -> ServerLost | None:
+    """Refit the servers in the middle of the stage and add the held-out score to the record; a server that is given up
+    is returned, and the step is recorded first.
+    """
+    try:
+        with watch("refit"):
+            run.weights.refit()
+    except ServerLost as error:
+        return error
+    record |= score_between(run, "warmup", run.state.warmup_step, watch)
+    run.sharing.trainer(drop=True)
+    return None
 
 
 def sft_step(run: TrainingRun, batch: list[Task]) -> dict[str, Any]:

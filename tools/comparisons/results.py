@@ -41,6 +41,7 @@ CURVES = (
     "signal/sft_norm",
     "held_out/trace_reasoning",
     "held_out/trace_call",
+    "held_out/score",
 )
 
 
@@ -56,6 +57,7 @@ class Result:
         curves: key of ``metrics.jsonl`` -> value of each RL step; None where a step has none.
         seconds: of the whole run.
         peak_memory_bytes: of trainer and server; files from before it was kept have none.
+        warmup: the same curves of each step of the warm-up, which is all of SFT; none in older files.
     """
 
     plan: str
@@ -71,6 +73,7 @@ class Result:
     tokens: dict[str, int]
     versions: dict[str, str] = field(default_factory=dict)
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    warmup: dict[str, list[float | None]] = field(default_factory=dict)
 
     def score(self, stage: str = SCORE) -> float | None:
         """Mean over tasks; None where the stage was not played."""
@@ -100,11 +103,8 @@ def result_of(run: Run, facts: dict[str, Any]) -> Result:
         seed=int(run.seed),
         scores={stage: by_task(rows) for stage, rows in run.episodes.items()},
         limits=limits,
-        curves={
-            key: [record.get(key) for record in run.rl]
-            for key in CURVES
-            if any(record.get(key) is not None for record in run.rl)
-        },
+        curves=curves_of(run.rl),
+        warmup=curves_of(run.warmup),
         seconds=round(total_seconds(run.summary["seconds"]), 1),
         tokens={name: int(count) for name, count in run.summary["tokens"].items()},
         versions={
@@ -114,6 +114,15 @@ def result_of(run: Run, facts: dict[str, Any]) -> Result:
         },
         peak_memory_bytes=run.summary["peak_memory_bytes"],
     )
+
+
+def curves_of(records: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """The kept curves of a stage's records."""
+    return {
+        key: [record.get(key) for record in records]
+        for key in CURVES
+        if any(record.get(key) is not None for record in records)
+    }
 
 
 def write_result(path: Path, result: Result) -> None:

@@ -1,0 +1,133 @@
+"""Held-out scores between steps (``evaluation.every``)."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pact_nemo.config.load import load_config
+from pact_nemo.errors import ConfigError, Interrupted
+from pact_nemo.report.advice import advice
+from pact_nemo.report.curves import held_out_scores, rl_curves, warmup_curves
+from pact_nemo.report.data import Run
+from pact_nemo.training import evaluation
+from pact_nemo.training.recorder import Recorder
+from pact_nemo.training.state import new_state
+from pact_nemo.training.stopwatch import Stopwatch
+from tests.workers.recipe_runs import recipe, records, weights
+
+SMALL = [
+    "trainer.replay=null",
+    "trainer.steps=2",
+    "warmup.steps=2",
+    "rollout.sampling.concurrency=1",
+    "rollout.sampling.max_turn_tokens=16",
+    "rollout.sampling.max_turns=2",
+    "rollout.server.max_model_len=512",
+    "rollout.server.cpu_threads=1",
+    "trainer.batch_size=2",
+    "objective.group_size=2",
+]
+
+
+def learnt(run: Path) -> list[dict[str, Any]]:
+    """A run's records without what was measured and what refits took."""
+    return [{k: v for k, v in row.items() if not k.startswith(("refit/", "held_out/"))} for row in records(run)]
+
+
+def test_a_run_that_is_scored_between_its_steps_learns_the_same(stage: dict[str, Any]) -> None:
+    """A real server, with and without: not a bit of what is trained differs, and every step between has a score."""
+    plain = recipe(stage, "scored-ends", *SMALL, "evaluation.before=false")
+    scored = recipe(stage, "scored-between", *SMALL, "evaluation.every=1")
+    assert learnt(scored) == learnt(plain)
+    one, other = weights(plain), weights(scored)
+    assert one.keys() == other.keys() and all(torch.equal(other[name], value) for name, value in one.items())
+    rows = {(row["stage"], row["step"]): row.get("held_out/score") for row in records(scored)}
+    assert {place for place, score in rows.items() if score is not None} == {("warmup", 1), ("rl", 1)}
+    # the last step of a stage is what `before` and `after` play
+    assert not any("held_out/score" in row for row in records(plain))
+    played = {str(path.relative_to(scored / "eval")) for path in (scored / "eval").rglob("*.jsonl")}
+    between = {"warmup/step_000001.jsonl", "rl/step_000001.jsonl"}
+    assert played == {"base.jsonl", "before.jsonl", "after.jsonl"} | between
+    report = (scored / "report.html").read_text()
+    assert report.count("Held-out score</") >= 2
+
+
+def stand_in(played: Any, *words: str) -> Any:
+    """What the measurement touches of a run."""
+    said: list[str] = []
+    progress = SimpleNamespace(message=said.append, phase=lambda *_, **__: nullcontext())
+    config = load_config(None, ["trainer.steps=10", *words])
+    return SimpleNamespace(config=config, progress=progress, said=said, played=played)
+
+
+def test_when_a_score_is_due() -> None:
+    run = stand_in(None, "evaluation.every=3")
+    assert [step for step in range(1, 10) if evaluation.due_between(run, step, 9)] == [3, 6]
+    never = stand_in(None)
+    assert not any(evaluation.due_between(never, step, 9) for step in range(1, 10))
+    with pytest.raises(ConfigError, match=r"evaluation\.every=-1"):
+        load_config(None, ["evaluation.every=-1", "trainer.steps=10"])
+
+
+def test_one_that_a_signal_cuts_off_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stand_in(None)
+
+    def cut(*_: Any) -> None:
+        raise Interrupted("SIGTERM")
+
+    monkeypatch.setattr(evaluation, "played", cut)
+    watch = Stopwatch(run.progress)
+    assert evaluation.score_between(run, "rl", 4, watch) == {}
+    assert "time/evaluation" in watch.times
+    assert run.said == ["the evaluation after rl step 4 was cut off; it has no score"]
+
+
+def test_seconds_of_a_scored_warm_up_step_are_counted_once() -> None:
+    config = load_config(None, ["trainer.steps=10"])
+    recorder = Recorder(new_state(config), SimpleNamespace(step_line=lambda row: None))  # type: ignore[arg-type]
+    recorder.trackers = SimpleNamespace(append=lambda row: None)  # type: ignore[assignment]
+    recorder.step("warmup", {"time/refit": 2.0, "time/evaluation": 30.0, "time/total": 40.0})
+    assert recorder.state.seconds == {"refit": 2.0, "evaluation": 30.0, "warmup": 8.0}
+
+
+def scored_run(*scores: float | None, ends: dict[str, float], warmup: tuple[float | None, ...] = ()) -> Run:
+    def rows(stage: str, values: tuple[float | None, ...]) -> list[dict[str, Any]]:
+        return [{"step": i, "stage": stage, "held_out/score": value} for i, value in enumerate(values, 1)]
+
+    summary = {"eval": {name: {"score": score, "n": 100} for name, score in ends.items()}}
+    return Run(Path("runs/r"), summary, {}, "", rows("warmup", warmup), rows("rl", scores))
+
+
+def test_a_curve_begins_and_ends_with_the_stage() -> None:
+    run = scored_run(None, 0.4, None, ends={"base": 0.0, "before": 0.3, "after": 0.5}, warmup=(None, 0.1, None, None))
+    points = {
+        stage: [(row["step"], row["held_out/score"]) for row in held_out_scores(run, stage)]
+        for stage in ("warmup", "rl")
+    }
+    assert points == {"warmup": [(0, 0.0), (2, 0.1), (4, 0.3)], "rl": [(0, 0.3), (2, 0.4), (3, 0.5)]}
+    for charts in (warmup_curves(run), rl_curves(run)):
+        assert charts[0].title == "Held-out score"
+    plain = scored_run(None, None, ends={"before": 0.3, "after": 0.5})
+    assert held_out_scores(plain, "rl") == []
+
+
+def test_the_curve_of_sft_ends_with_the_run() -> None:
+    run = scored_run(ends={"base": 0.0, "after": 0.5}, warmup=(0.2, None))
+    assert [row["held_out/score"] for row in held_out_scores(run, "warmup")] == [0.0, 0.2, 0.5]
+
+
+@pytest.mark.parametrize(("end", "told"), [(0.3, True), (0.42, False), (0.6, False)])
+def test_a_run_that_was_better_before_its_end_is_told(end: float, told: bool) -> None:
+    """0.5 and 0.42 of 100 episodes are within two standard errors of their difference, 0.14."""
+    rl = advice(scored_run(0.5, None, ends={"before": 0.2, "after": end}))
+    sft = advice(scored_run(ends={"after": end}, warmup=(0.5, None)))
+    assert [found.key for found in rl] == [found.key for found in sft] == (["past_best"] if told else [])
+    if told:
+        assert "0.500 after step 1 and is 0.300" in rl[0].finding
+        assert "trainer.steps" in rl[0].change and "warmup.steps" in sft[0].change
