@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from pact_nemo.config.load import load_config
-from pact_nemo.errors import ConfigError, Interrupted
+from pact_nemo.errors import ConfigError, Interrupted, ServerError, ServerLost
 from pact_nemo.report.advice import advice
 from pact_nemo.report.curves import held_out_scores, rl_curves, warmup_curves
 from pact_nemo.report.data import Run
-from pact_nemo.training import evaluation
+from pact_nemo.training import evaluation, loop, warmup
 from pact_nemo.training.recorder import Recorder
 from pact_nemo.training.state import new_state
 from pact_nemo.training.stopwatch import Stopwatch
@@ -63,7 +63,8 @@ def stand_in(played: Any, *words: str) -> Any:
     said: list[str] = []
     progress = SimpleNamespace(message=said.append, phase=lambda *_, **__: nullcontext())
     config = load_config(None, ["trainer.steps=10", *words])
-    return SimpleNamespace(config=config, progress=progress, said=said, played=played)
+    sharing = SimpleNamespace(seconds=0.0)
+    return SimpleNamespace(config=config, progress=progress, said=said, played=played, sharing=sharing)
 
 
 def test_when_a_score_is_due() -> None:
@@ -83,9 +84,59 @@ def test_one_that_a_signal_cuts_off_is_left_out_and_said(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(evaluation, "played", cut)
     watch = Stopwatch(run.progress)
-    assert evaluation.score_between(run, "rl", 4, watch) == {}
-    assert "time/evaluation" in watch.times
+    record: dict[str, Any] = {}
+    assert evaluation.score_between(run, "rl", 4, record, watch) is None
+    assert record == {} and "time/evaluation" in watch.times
     assert run.said == ["the evaluation after rl step 4 was cut off; it has no score"]
+
+
+class GaveUp(Exception):
+    pass
+
+
+def lost_run(*words: str) -> Any:
+    """Enough of a run for its loops; what it does of recording and checkpointing is in ``did``."""
+    did: list[str] = []
+
+    def give_up(problem: Exception) -> None:
+        did.append("checkpointed")
+        raise GaveUp from problem
+
+    def phase(*_: Any, **__: Any) -> Any:
+        return nullcontext(SimpleNamespace(advance=lambda: None))
+
+    return SimpleNamespace(
+        config=load_config(None, ["trainer.steps=10", "evaluation.every=1", *words]),
+        total_steps=10,
+        progress=SimpleNamespace(message=lambda text: None, phase=phase),
+        state=SimpleNamespace(step=3, warmup_step=0, spend=lambda *_: None, seconds={}),
+        sharing=SimpleNamespace(taken=dict, trainer=lambda **_: None, engines=lambda: None, seconds=0.0),
+        checkpoints=SimpleNamespace(leave_if_asked=lambda: None, give_up=give_up),
+        recorder=SimpleNamespace(step=lambda stage, record: did.append("recorded")),
+        weights=SimpleNamespace(refit=lambda: None),
+        dataset=SimpleNamespace(held_out_traces=[], warmup_tasks=lambda count: []),
+        did=did,
+    )
+
+
+@pytest.mark.parametrize("problem", [ServerLost("given up after 3 restarts"), ServerError("all episodes failed")])
+@pytest.mark.parametrize("stage_of_run", ["rl", "warmup"])
+def test_a_server_that_is_lost_meanwhile_loses_no_step(
+    monkeypatch: pytest.MonkeyPatch, problem: Exception, stage_of_run: str
+) -> None:
+    def lost(*_: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(evaluation, "played", lost)
+    run = lost_run("warmup.steps=5")
+    monkeypatch.setattr(warmup, "prompts_of_step", lambda *_: [])
+    monkeypatch.setattr(warmup, "sft_step", lambda *_: {})
+    for name, value in (("collect", ([], None)), ("start_ahead", None), ("observe", {}), ("refit", None)):
+        monkeypatch.setattr(loop, name, lambda *_, value=value: value)
+    monkeypatch.setattr(loop, "update", lambda *_: {"tokens/policy": 0})
+    with pytest.raises(GaveUp):
+        loop.train(run) if stage_of_run == "rl" else warmup.warm_up(run, lambda *_: None)
+    assert run.did == ["recorded", "checkpointed"]
 
 
 def test_seconds_of_a_scored_warm_up_step_are_counted_once() -> None:
@@ -120,6 +171,12 @@ def test_a_curve_begins_and_ends_with_the_stage() -> None:
 def test_the_curve_of_sft_ends_with_the_run() -> None:
     run = scored_run(ends={"base": 0.0, "after": 0.5}, warmup=(0.2, None))
     assert [row["held_out/score"] for row in held_out_scores(run, "warmup")] == [0.0, 0.2, 0.5]
+
+
+def test_a_run_that_only_harmed_is_told() -> None:
+    found = advice(scored_run(0.48, None, ends={"before": 0.5, "after": 0.01}))
+    assert [one.key for one in found] == ["past_best"]
+    assert "0.500 before the first step and is 0.010" in found[0].finding and "optimizer.lr" in found[0].change
 
 
 @pytest.mark.parametrize(("end", "told"), [(0.3, True), (0.42, False), (0.6, False)])

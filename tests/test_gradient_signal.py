@@ -5,12 +5,14 @@ terms' own gradients.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from pact_nemo.batches.prompt_trees import PromptTree
 from pact_nemo.monitoring.gradient_signal import halves, measure, term_of, terms_of
 from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
 from pact_nemo.policy.config import LoraConfig, OptimizerConfig, PolicyConfig
@@ -24,11 +26,34 @@ def test_the_share_and_the_prompts_are_those_that_the_gradients_were_drawn_with(
     prompts, dimension, noise = 16, 200_000, 3.0
     truth = draw.normal(size=dimension) / math.sqrt(dimension)  # |g|^2 = 1
     each = truth + noise / math.sqrt(dimension) * draw.normal(size=(prompts, dimension))  # s^2 = 9
-    one, other = each[::2].mean(0), each[1::2].mean(0)
-    cosine = float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
-    assert signal_share(cosine) == pytest.approx(1 / (1 + noise**2 / prompts), rel=0.02)
-    assert prompts_for_half(cosine, prompts) == pytest.approx(noise**2, rel=0.02)
-    assert (signal_share(-0.1), prompts_for_half(-0.1, 16)) == (0.0, math.inf)
+    one, other = each[::2].sum(0) / prompts, each[1::2].sum(0) / prompts
+    share = signal_share([float(one @ other)], [float(np.linalg.norm(one + other))])
+    assert share == pytest.approx(1 / (1 + noise**2 / prompts), rel=0.02)
+    assert prompts_for_half(share, prompts) == pytest.approx(noise**2, rel=0.02)
+    assert signal_share([-0.1], [1.0]) == 0.0 and prompts_for_half(0.0, 16) == math.inf
+    assert signal_share([0.0], [0.0]) is None
+
+
+def test_prompts_without_an_advantage_do_not_raise_the_share() -> None:
+    """At six prompts of which a fifth has an advantage, half of the measurements have a half without a gradient: what
+    is left out with them is noise.
+    """
+    draw = np.random.default_rng(0)
+    count, dimension, live, noise = 6, 2000, 0.2, 5.0
+    truth = draw.normal(size=dimension) / math.sqrt(dimension)
+
+    def mini_batch() -> np.ndarray:
+        each = truth / live + noise / math.sqrt(dimension) * draw.normal(size=(count, dimension))
+        return each * (draw.random(count) < live)[:, None] / count  # type: ignore[no-any-return]
+
+    whole = [float(np.sum(mini_batch().sum(0) ** 2)) for _ in range(1500)]
+    products, norms = [], []
+    for _ in range(1500):
+        parts = mini_batch()
+        one, other = parts[::2].sum(0), parts[1::2].sum(0)
+        products.append(float(one @ other))
+        norms.append(float(np.linalg.norm(one + other)))
+    assert signal_share(products, norms) == pytest.approx(1 / np.mean(whole), rel=0.12)  # |g|^2 = 1
 
 
 def test_halves_have_every_prompt_once_and_as_many_anchored_ones() -> None:
@@ -66,9 +91,21 @@ def test_a_term_is_measured_as_if_it_were_alone(rank: int, tmp_path: Path) -> No
 
         cosine, norm, other = policy.gradient_cosine([p.tree for p in first], [p.tree for p in second], alone)
         assert record[f"signal/{term}_cosine"] == pytest.approx(cosine, abs=1e-5)
+        assert record[f"signal/{term}_product"] == pytest.approx(cosine * norm * other, rel=1e-3, abs=1e-9)
         assert record[f"signal/{term}_norm"] == pytest.approx(
             math.sqrt(norm**2 + other**2 + 2 * cosine * norm * other), rel=1e-4
         )
     assert term_of([p for p in prompts if p.group.anchored], terms_of(PACT)["sft"]) == []
     anchored = [p for p in prompts if p.group.anchored]
     assert not any(key.startswith("signal/sft") for key in measure(policy, anchored, PACT, seed=1, step=2))
+    # one half alone has the SFT term: nothing agrees with it
+    first, second = halves(prompts, seed=1, step=2)
+    names = terms_of(PACT)["sft"]
+    zeroed = [replace(p, tree=replace(p.tree, streams={**p.tree.streams, **silent(p, names)})) for p in second]
+    alone_in_first = measure(policy, [*first, *zeroed], PACT, seed=1, step=2)
+    assert alone_in_first["signal/sft_product"] == 0.0 == alone_in_first["signal/sft_share"]
+    assert alone_in_first["signal/sft_norm"] > 0 and "signal/sft_cosine" not in alone_in_first
+
+
+def silent(prompt: PromptTree, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(prompt.tree.streams[name]) for name in names if name in prompt.tree.streams}

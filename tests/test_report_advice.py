@@ -57,7 +57,12 @@ def test_groups_without_an_advantage(success: float, says: str) -> None:
 )
 def test_rollouts_that_were_cut(limit: str, says: str) -> None:
     found = advice(run_of({f"rollout/truncated_{limit}": 11}))
-    assert [a.key for a in found] == ["cut_rollouts"] and says in found[0].change and "28%" in found[0].finding
+    assert (
+        [a.key for a in found] == ["cut_rollouts"]
+        and says in found[0].change
+        and "28%" in found[0].finding
+        and ", 28% " in found[0].finding
+    )
     assert keys(run_of({f"rollout/truncated_{limit}": 10})) == []
 
 
@@ -78,15 +83,17 @@ def test_a_policy_that_unlearnt_how_to_end() -> None:
 
 
 def test_a_batch_that_is_mostly_noise_is_told_with_the_prompts_that_it_would_need() -> None:
-    found = advice(run_of({"signal/rl_cosine": 0.05, "signal/sft_cosine": 0.6}))
+    def signal(term: str, product: float, norm: float = 2.0) -> dict[str, float]:
+        return {f"signal/{term}_product": product, f"signal/{term}_norm": norm}
+
+    found = advice(run_of(signal("rl", 0.1) | signal("sft", 0.6)))
     assert [a.key for a in found] == ["rl_noise"]
     assert (
-        "10% of the RL gradient is signal at 10 prompts" in found[0].finding and "about 95 prompts" in found[0].finding
-    )  # 5 * 0.95 / 0.05
-    assert "no number of prompts" in advice(run_of({"signal/sft_cosine": -0.1}))[0].finding
-    assert (
-        keys(run_of({"signal/rl_cosine": 0.2}, {"signal/rl_cosine": 0.1}, {"signal/rl_cosine": None})) == []
-    )  # mean 0.15: 26 %
+        "10% of the RL gradient is signal at 10 prompts" in found[0].finding and "about 90 prompts" in found[0].finding
+    )  # 10 * 0.9 / 0.1
+    assert "no number of prompts" in advice(run_of(signal("sft", -0.1)))[0].finding
+    assert keys(run_of(signal("rl", 0.3), signal("rl", 0.1), {})) == []  # 4 * 0.4 / 8: 20 %
+    assert keys(run_of(signal("rl", 0.5), signal("rl", 0.0, norm=6.0), {})) == ["rl_noise"], "by the sums: 5 %"
 
 
 def test_updates_below_the_resolution_of_bfloat16() -> None:

@@ -9,48 +9,35 @@ from typing import Any
 
 from pact_nemo.chat.contexts import EARLIER_THOUGHTS
 from pact_nemo.config.lora import adapter_room
+from pact_nemo.config.refusals import one_of, require
 from pact_nemo.config.schema import BRIDGE, EXPORT_FORMATS, Config, to_dict
+from pact_nemo.config.trace_checks import check_traces
 from pact_nemo.environments.registry import environment_spec
-from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import method_class
 from pact_nemo.objective.schedules import CALL_SCHEDULES, REASONING_SCHEDULES
 from pact_nemo.objective.weights import AGGREGATIONS, SFT_AGGREGATIONS
 from pact_nemo.policy.config import ADAPTER, MERGED
 from pact_nemo.runtime.quarantine import POLICIES
-from pact_nemo.traces.augment import KINDS
-from pact_nemo.traces.controls import CONTROLS
-from pact_nemo.traces.conversations import FIELDS
-from pact_nemo.traces.spans import COMPONENTS, OVERLONG
-from pact_nemo.traces.verification import VERIFY
 from pact_nemo.tracking.registry import check_settings
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{key}={value!r}: must be one of {', '.join(allowed)}")
-
-
-def _require_writable(value: Any, key: str = "") -> None:
+def require_writable(value: Any, key: str = "") -> None:
     """Numbers are finite and texts can be written: into config.yaml, a folder's name or a command line."""
     if isinstance(value, dict):
         for name, item in value.items():
-            _require_writable(item, f"{key}.{name}".lstrip("."))
+            require_writable(item, f"{key}.{name}".lstrip("."))
     elif isinstance(value, list):
         for item in value:
-            _require(
+            require(
                 isinstance(item, str | int | float), f"{key}: {item!r:.40} in a list of plain values; take it out"
             )  # OmegaConf lets it pass
-            _require_writable(item, key)
+            require_writable(item, key)
     elif isinstance(value, float):
-        _require(math.isfinite(value), f"{key}={value}: must be a finite number")
+        require(math.isfinite(value), f"{key}={value}: must be a finite number")
     elif isinstance(value, int):
-        _require(abs(value) < 2**63, f"{key}: must fit into 64 bits")
+        require(abs(value) < 2**63, f"{key}: must fit into 64 bits")
     elif isinstance(value, str):
-        _require(
+        require(
             not re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", value),
             f"{key}={value!r}: must be a text without control characters",
         )
@@ -60,23 +47,23 @@ def _validate_environment(config: Config) -> None:
     """What the environment needs and refuses of the settings."""
     name, tasks = config.environment, config.tasks
     spec = environment_spec(name)
-    _require(
+    require(
         isinstance(config.environment_config, spec.config),
         f"environment_config={config.environment_config!r:.80}: must be the settings of environment={name}",
     )
     config.environment_config.validate()
-    _require(
+    require(
         spec.tasks_file != "required" or tasks.path is not None,
         f"environment={name} needs tasks.path=FILE, the benchmark's published rows",
     )
     for key in ("path", "eval_path"):
-        _require(
+        require(
             spec.tasks_file != "none" or getattr(tasks, key) is None,
             f"tasks.{key}={getattr(tasks, key)}: environment={name} reads no file of tasks; leave it out",
         )
     most = tasks.max_observation_chars
-    _require(most is None or most >= 1, f"tasks.max_observation_chars={most}: must be >= 1, or null for no limit")
-    _require(
+    require(most is None or most >= 1, f"tasks.max_observation_chars={most}: must be >= 1, or null for no limit")
+    require(
         config.objective.outcome == "checker" or spec.reference_answers,
         f"objective.outcome={config.objective.outcome}: environment={name} has no reference answers to compare with;"
         " set objective.outcome=checker",
@@ -85,15 +72,15 @@ def _validate_environment(config: Config) -> None:
 
 def validate(config: Config) -> None:
     """Raises ConfigError at the first setting, or pair of settings, that can't be used."""
-    for check in (_run, _rollout, _tasks, _traces, _objective, _annealing, _trainer, _observation, _export):
+    for check in (_run, _rollout, _tasks, check_traces, _objective, _annealing, _trainer, _observation, _export):
         check(config)
 
 
 def _run(config: Config) -> None:
     """Run, model, and the sections that check themselves."""
-    _require_writable(to_dict(config))
+    require_writable(to_dict(config))
     for key, name in (("run.name", config.run.name), ("run.label", config.run.label)):
-        _require(
+        require(
             name is None or (name.strip() == name != "" and "/" not in name and name not in (".", "..")),
             f"{key}={name!r}: must be a name that a folder can have, without a slash or spaces around it",
         )
@@ -101,59 +88,59 @@ def _run(config: Config) -> None:
     config.policy.validate_values()
     config.optimizer.validate()
     if config.model.earlier_thoughts is not None:
-        _one_of("model.earlier_thoughts", config.model.earlier_thoughts, EARLIER_THOUGHTS)
-    _one_of("run.bad_rows", config.run.bad_rows, POLICIES)
+        one_of("model.earlier_thoughts", config.model.earlier_thoughts, EARLIER_THOUGHTS)
+    one_of("run.bad_rows", config.run.bad_rows, POLICIES)
     ranks = config.run.ranks
-    _require(ranks is None or ranks >= 1, f"run.ranks={ranks}: must be >= 1, or null for what the layout needs")
+    require(ranks is None or ranks >= 1, f"run.ranks={ranks}: must be >= 1, or null for what the layout needs")
 
 
 def _rollout(config: Config) -> None:
     """Rollouts and their export."""
     sampling, server = config.rollout.sampling, config.rollout.server
-    _one_of("rollout.importance", config.rollout.importance, ("tis", "off"))
-    _one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32", "fp8_block"))
+    one_of("rollout.importance", config.rollout.importance, ("tis", "off"))
+    one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32", "fp8_block"))
     if config.rollout.lora_refit is not None:
-        _one_of("rollout.lora_refit", config.rollout.lora_refit, (ADAPTER, MERGED))
-    _require(
+        one_of("rollout.lora_refit", config.rollout.lora_refit, (ADAPTER, MERGED))
+    require(
         adapter_room(config, cuda=True) is None or config.rollout.export_dtype != "fp8_block",
         f"rollout.export_dtype=fp8_block with rollout.lora_refit={config.rollout.lora_refit}: adapters are trained"
         " beside the base in the policy's own precision, and a base in FP8 is another one; set"
         " rollout.lora_refit=merged, or rollout.export_dtype=bfloat16",
     )
-    _require(
+    require(
         config.rollout.exports_dir is None or Path(config.rollout.exports_dir).is_absolute(),
         f"rollout.exports_dir={config.rollout.exports_dir}: must be an absolute path, the same for every rank and"
         " server",
     )
-    _require(config.rollout.keep_exports >= 1, f"rollout.keep_exports={config.rollout.keep_exports}: must be >= 1")
-    _require(
+    require(config.rollout.keep_exports >= 1, f"rollout.keep_exports={config.rollout.keep_exports}: must be >= 1")
+    require(
         sampling.temperature > 0.0,
         f"rollout.sampling.temperature={sampling.temperature}: must be > 0: K greedy rollouts of a prompt are all"
         " alike, and greedy choice is no distribution whose log-probs could be trained; evaluation.temperature may"
         " be 0",
     )
-    _require(
+    require(
         sampling.top_p == 1.0,
         f"rollout.sampling.top_p={sampling.top_p}: must be 1.0: the trainer's log-probs are those of the whole softmax,"
         " not of a truncated one, and the update would be off by what was cut; lower rollout.sampling.temperature"
         " instead",
     )
-    _require(
+    require(
         sampling.concurrency is None or sampling.concurrency >= 1,
         f"rollout.sampling.concurrency={sampling.concurrency}: must be >= 1, or left out",
     )
-    _require(
+    require(
         not server.time_sharing or server.url is None,
         f"rollout.server.time_sharing=true: the servers of rollout.server.url={server.url} don't sleep for this"
         " trainer; leave time_sharing out, or start the server with the run and leave url out",
     )
-    _require(
+    require(
         not (server.time_sharing and config.trainer.overlap),
         "rollout.server.time_sharing=true with trainer.overlap=true: a server that sleeps during the update can't"
         " sample meanwhile; leave one of them out",
     )
     if config.rollout.importance == "tis":
-        _require(
+        require(
             config.rollout.importance_cap >= 1.0,
             f"rollout.importance_cap={config.rollout.importance_cap}: must be >= 1",
         )
@@ -163,116 +150,78 @@ def _tasks(config: Config) -> None:
     """Tasks and their environment."""
     tasks = config.tasks
     _validate_environment(config)
-    _one_of("tasks.overlong", tasks.overlong, ("drop", "stop"))
-    _require(tasks.held_out >= 1, f"tasks.held_out={tasks.held_out}: at least one scenario group must be held out")
-
-
-def _traces(config: Config) -> None:
-    """Traces, and what stands in their place."""
-    objective = config.objective
-    method = method_class(config.method)
-    _one_of("traces.verify", config.traces.verify, VERIFY)
-    odd = sorted(set(config.traces.fields) - set(FIELDS))
-    _require(not odd, f"traces.fields={config.traces.fields}: our fields are {', '.join(FIELDS)}")
-    _one_of("traces.overlong", config.traces.overlong, OVERLONG)
-    _one_of("traces.style", config.traces.style, ("full", "compact"))
-    _one_of("traces.calls_per_turn", config.traces.calls_per_turn, ("one", "all"))
-    _require(
-        set(config.traces.components) <= COMPONENTS,
-        f"traces.components={config.traces.components}: only reasoning, calls and observations exist",
-    )
-    _require(
-        set(config.traces.augment) <= set(KINDS),
-        f"traces.augment={config.traces.augment}: only {', '.join(KINDS)} exist",
-    )
-    if config.traces.control is not None:
-        _one_of("traces.control", config.traces.control, CONTROLS)
-        _require(
-            objective.trace_rl and method.conditions_on_trace,
-            f"traces.control={config.traces.control} replaces what RL is conditioned on, and"
-            f" method={config.method} with objective.trace_rl={objective.trace_rl} conditions on nothing;"
-            " leave it out",
-        )
-    for key in ("max_missing", "max_unreferenced"):
-        share = getattr(config.traces, key)
-        _require(share is None or 0.0 <= share <= 1.0, f"traces.{key}={share}: a share in [0, 1], or null for no limit")
-    most = config.traces.max_tasks
-    _require(most is None or most >= 1, f"traces.max_tasks={most}: must be >= 1, or null for all")
-    _require(config.traces.variants >= 1, f"traces.variants={config.traces.variants}: must be >= 1")
-    _require(
-        0.0 <= config.traces.quality_smoothing < 1.0,
-        f"traces.quality_smoothing={config.traces.quality_smoothing}: must be in [0, 1)",
-    )
+    one_of("tasks.overlong", tasks.overlong, ("drop", "stop"))
+    require(tasks.held_out >= 1, f"tasks.held_out={tasks.held_out}: at least one scenario group must be held out")
 
 
 def _objective(config: Config) -> None:
     """The objective."""
     objective = config.objective
-    _one_of("objective.outcome", objective.outcome, ("checker", "answer_f1"))
-    _one_of("objective.combine", objective.combine, ("sum", "mean"))
-    _one_of("objective.matching", objective.matching, ("hungarian", "greedy"))
-    _one_of("objective.aggregation", objective.aggregation, AGGREGATIONS)
-    _one_of("objective.sft_aggregation", objective.sft_aggregation, SFT_AGGREGATIONS)
-    _require(
+    one_of("objective.outcome", objective.outcome, ("checker", "answer_f1"))
+    one_of("objective.combine", objective.combine, ("sum", "mean"))
+    one_of("objective.matching", objective.matching, ("hungarian", "greedy"))
+    one_of("objective.aggregation", objective.aggregation, AGGREGATIONS)
+    one_of("objective.sft_aggregation", objective.sft_aggregation, SFT_AGGREGATIONS)
+    require(
         0.0 <= objective.anchor_prob <= 1.0, f"objective.anchor_prob={objective.anchor_prob}: a probability in [0, 1]"
     )
-    _require(
+    require(
         objective.group_size >= 2,
         f"objective.group_size={objective.group_size}: group-normalised advantages need K >= 2",
     )
-    _require(0.0 < objective.clip_low < 1.0, f"objective.clip_low={objective.clip_low}: must be in (0, 1)")
-    _require(objective.clip_high > 0.0, f"objective.clip_high={objective.clip_high}: must be > 0")
+    require(0.0 < objective.clip_low < 1.0, f"objective.clip_low={objective.clip_low}: must be in (0, 1)")
+    require(objective.clip_high > 0.0, f"objective.clip_high={objective.clip_high}: must be > 0")
     top = objective.clip_high if objective.clip else 0.0
-    _require(
+    require(
         objective.dual_clip is None or objective.dual_clip > 1.0 + top,
         f"objective.dual_clip={objective.dual_clip}: must be above {1.0 + top:g}, where the clip range ends, or null",
     )
-    _require(
+    require(
         objective.advantage_std_floor >= 0.0,
         f"objective.advantage_std_floor={objective.advantage_std_floor}: must be >= 0",
     )
-    _require(objective.advantage_eps >= 0.0, f"objective.advantage_eps={objective.advantage_eps}: must be >= 0")
-    _require(
+    require(objective.advantage_eps >= 0.0, f"objective.advantage_eps={objective.advantage_eps}: must be >= 0")
+    require(
         objective.advantage_std or objective.advantage_std_floor == 0.0,
         f"objective.advantage_std_floor={objective.advantage_std_floor} needs objective.advantage_std=true: nothing is"
         " divided otherwise",
     )
-    _require(objective.entropy_coef >= 0.0, f"objective.entropy_coef={objective.entropy_coef}: must be >= 0")
-    _require(
+    require(objective.entropy_coef >= 0.0, f"objective.entropy_coef={objective.entropy_coef}: must be >= 0")
+    require(
         objective.constant_length is None or objective.constant_length >= 1,
         f"objective.constant_length={objective.constant_length}: must be >= 1, or null for"
         " rollout.sampling.max_response_tokens",
     )
-    _require(objective.kl_coef >= 0.0, f"objective.kl_coef={objective.kl_coef}: must be >= 0")
-    _require(
+    require(objective.kl_coef >= 0.0, f"objective.kl_coef={objective.kl_coef}: must be >= 0")
+    require(
         not (config.policy.lora.rank and config.warmup.steps and objective.kl_coef),
         f"policy.lora.rank={config.policy.lora.rank} has the base for its KL reference, and warmup.steps="
         f"{config.warmup.steps} makes another policy of it before RL begins; set objective.kl_coef=0 or warmup.steps=0",
     )
-    _require(objective.sft_coef >= 0.0, f"objective.sft_coef={objective.sft_coef}: must be >= 0")
+    require(objective.sft_coef >= 0.0, f"objective.sft_coef={objective.sft_coef}: must be >= 0")
 
 
 def _annealing(config: Config) -> None:
     """The schedule of annealing."""
     objective = config.objective
-    _one_of("objective.schedule.reasoning", objective.schedule.reasoning, REASONING_SCHEDULES)
-    _one_of("objective.schedule.kind", objective.schedule.kind, ("fixed", "adaptive"))
-    _require(
+    one_of("objective.schedule.reasoning", objective.schedule.reasoning, REASONING_SCHEDULES)
+    one_of("objective.schedule.kind", objective.schedule.kind, ("fixed", "adaptive"))
+    require(
         objective.schedule.anchor_end is None
         or (objective.schedule.kind == "adaptive" and 0.0 <= objective.schedule.anchor_end <= 1.0),
         f"objective.schedule.anchor_end={objective.schedule.anchor_end}: a probability, and for"
         " objective.schedule.kind=adaptive only",
     )
-    _require(0.0 < objective.schedule.success_target <= 1.0, "objective.schedule.success_target must be in (0, 1]")
-    _require(0.0 <= objective.schedule.smoothing < 1.0, "objective.schedule.smoothing must be in [0, 1)")
-    _one_of("objective.schedule.call", objective.schedule.call, CALL_SCHEDULES)
+    require(0.0 < objective.schedule.success_target <= 1.0, "objective.schedule.success_target must be in (0, 1]")
+    require(0.0 <= objective.schedule.smoothing < 1.0, "objective.schedule.smoothing must be in [0, 1)")
+    one_of("objective.schedule.call", objective.schedule.call, CALL_SCHEDULES)
 
 
 def _trainer(config: Config) -> None:
     """The length of the run and its batches."""
     trainer = config.trainer
     method = method_class(config.method)
-    _require(
+    require(
         (trainer.steps is None) != (trainer.epochs is None),
         (
             f"trainer.steps={trainer.steps} and trainer.epochs={trainer.epochs}: one of them says how long the run is;"
@@ -284,8 +233,8 @@ def _trainer(config: Config) -> None:
             )
         ),
     )
-    _require(trainer.epochs is None or trainer.epochs >= 1, f"trainer.epochs={trainer.epochs}: must be >= 1")
-    _require(
+    require(trainer.epochs is None or trainer.epochs >= 1, f"trainer.epochs={trainer.epochs}: must be >= 1")
+    require(
         (
             (trainer.steps == 0 and config.warmup.steps > 0)
             if not method.trains_by_rl
@@ -293,13 +242,13 @@ def _trainer(config: Config) -> None:
         ),
         f"trainer.steps={trainer.steps}: must be >= 1, and 0 for method=sft, which has warmup.steps > 0 only",
     )
-    _require(
+    require(
         1 <= trainer.mini_batch_size <= trainer.batch_size and trainer.batch_size % trainer.mini_batch_size == 0,
         f"trainer.mini_batch_size={trainer.mini_batch_size} must divide trainer.batch_size={trainer.batch_size}",
     )
-    _require(trainer.keep_checkpoints >= 1, f"trainer.keep_checkpoints={trainer.keep_checkpoints}: must be >= 1")
-    _require(trainer.keep_rollouts >= 0, f"trainer.keep_rollouts={trainer.keep_rollouts}: steps to keep, or 0 for all")
-    _require(
+    require(trainer.keep_checkpoints >= 1, f"trainer.keep_checkpoints={trainer.keep_checkpoints}: must be >= 1")
+    require(trainer.keep_rollouts >= 0, f"trainer.keep_rollouts={trainer.keep_rollouts}: steps to keep, or 0 for all")
+    require(
         not trainer.overlap or config.rollout.importance == "tis",
         "trainer.overlap=true trains on rollouts of older weights: it needs rollout.importance=tis, which corrects for"
         " that",
@@ -309,20 +258,20 @@ def _trainer(config: Config) -> None:
 def _observation(config: Config) -> None:
     """Evaluation, diagnostics, alarms, trackers."""
     share, diagnostics = config.alarms.failed_share, config.diagnostics
-    _require(0.0 <= share <= 1.0, f"alarms.failed_share={share}: a share in [0, 1]")
+    require(0.0 <= share <= 1.0, f"alarms.failed_share={share}: a share in [0, 1]")
     for section, key in (("diagnostics", "gradient_every"), ("diagnostics", "trace_every"), ("evaluation", "every")):
         every = getattr(getattr(config, section), key)
-        _require(every >= 0, f"{section}.{key}={every}: steps from one measurement to the next, or 0 for none")
-    _require(
+        require(every >= 0, f"{section}.{key}={every}: steps from one measurement to the next, or 0 for none")
+    require(
         diagnostics.gradient_every == 0 or config.trainer.mini_batch_size >= 2,
         f"diagnostics.gradient_every={diagnostics.gradient_every} compares two halves of a mini-batch, and"
         f" trainer.mini_batch_size={config.trainer.mini_batch_size} has no halves: set it to at least 2, or"
         " gradient_every to 0",
     )
-    _require(diagnostics.trace_tasks >= 1, f"diagnostics.trace_tasks={diagnostics.trace_tasks}: must be >= 1")
+    require(diagnostics.trace_tasks >= 1, f"diagnostics.trace_tasks={diagnostics.trace_tasks}: must be >= 1")
     check_settings(config.tracking.trackers)
     turns = config.evaluation.max_turns_per_user_turn
-    _require(
+    require(
         turns is None or turns >= 1,
         f"evaluation.max_turns_per_user_turn={turns}: must be >= 1, or null for the benchmark's own limit",
     )
@@ -332,18 +281,18 @@ def _export(config: Config) -> None:
     """What is left at the end."""
     formats = config.export.formats
     for name in formats:
-        _one_of("export.formats", name, EXPORT_FORMATS)
-    _require(
+        one_of("export.formats", name, EXPORT_FORMATS)
+    require(
         "hf" in formats and len(set(formats)) == len(formats),
         f"export.formats={formats}: must have hf, which evaluation and comparisons read, and each format once",
     )
     rank = config.policy.lora.rank
-    _require(
+    require(
         BRIDGE not in formats or not rank,
         f"export.formats={formats} with policy.lora.rank={rank}: a Megatron-Bridge checkpoint holds all weights; leave"
         f" {BRIDGE} out and let AutoBridge.import_ckpt make one of hf/, or set policy.lora.rank=0",
     )
-    _require(
+    require(
         config.model.hf_config is None or config.model.path is not None,
         f"model.hf_config={config.model.hf_config} describes a checkpoint in model.path, and there is none; set it",
     )

@@ -111,6 +111,8 @@ class TracesConfig:
     max_unreferenced: float | None = None
     #: use the traces of at most so many training tasks; the others are trained on by RL alone
     max_tasks: int | None = None
+    #: share of a step's prompts that are of tasks with a trace, where not all have one; null = as the tasks come
+    share: float | None = None
     components: list[str] = field(
         default_factory=lambda: ["reasoning", "calls", "observations"]
     )  #: what of a trace is used (paper, table 3)
@@ -290,7 +292,7 @@ class DiagnosticsConfig:
     gradient_every: int = 0
     #: steps, of warm-up and of RL, from one measurement of held-out traces' likelihood to the next; 0 = none
     trace_every: int = 0
-    trace_tasks: int = 24  #: the first so many held-out tasks that have a trace
+    trace_tasks: int = 24  #: of the first so many held-out tasks those that have a trace
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,9 +11,10 @@ from functools import cached_property
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config
 from pact_nemo.data.task_traces import TaskTraces, find_traces, with_reference_calls
-from pact_nemo.data.tasks import load_tasks, prompt_length
+from pact_nemo.data.tasks import load_tasks, prompt_length, prompts_of_step
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ConfigError, DataError, ToolCallError
+from pact_nemo.methods.registry import method_class
 from pact_nemo.objective.components import CALL, OTHER
 from pact_nemo.objective.gate import uniform
 from pact_nemo.planning.from_config import model_shape
@@ -23,6 +25,7 @@ from pact_nemo.traces.schema import Trace
 from pact_nemo.traces.spans import TraceTokens, fit_trace
 
 log = logging.getLogger(__name__)
+LITTLE_USE = 0.2  #: share of RL's prompts that use a trace below which the run says so
 
 
 @dataclass
@@ -69,6 +72,30 @@ class Dataset:
     def warmup_tasks(self, limit: int | None) -> list[Task]:
         """The training tasks that a warm-up learns from: those with a trace, the first ``limit`` of them."""
         return [task for task in self.train if task.id in self.trace_tokens][:limit]
+
+    def prompts_of_step(self, config: Config, step: int) -> list[Task]:
+        """The prompts of a 0-based step of RL: :func:`prompts_of_step` of all training tasks; or with
+        ``traces.share``, of those with a trace and of the others, each in an order of its own, and mixed.
+
+        Raises:
+            ConfigError: there are fewer tasks than the batch needs.
+        """
+        size, seed, share = config.trainer.batch_size, config.run.seed, config.traces.share
+        if share is None:
+            return prompts_of_step(self.train, step, size, seed)
+        count, chosen = round(share * size), []
+        for part, needed, has_trace in (("traced", count, True), ("bare", size - count, False)):
+            tasks = [task for task in self.train if (task.id in self.trace_tokens) == has_trace]
+            if needed > len(tasks):
+                what = "with" if has_trace else "without"
+                raise ConfigError(
+                    f"traces.share={share} needs {needed} training tasks {what} a trace in a batch of {size}; there are"
+                    f" {len(tasks)}: change it or trainer.batch_size"
+                )
+            if needed:
+                chosen += prompts_of_step(tasks, step, needed, f"{seed}:{part}")
+        random.Random(f"{seed}:{step}:mixed").shuffle(chosen)  # mini-batches are alike
+        return chosen
 
     def trace_for(self, task_id: str, seed: int | str, step: int) -> TraceTokens | None:
         """The trace that a task uses in a step: one of its traces, drawn by its arguments alone; None where there is
@@ -142,6 +169,8 @@ def build_dataset(
         note(
             f"{len(dataset.held_out_traces)} of {len(measured)} held-out tasks have a trace; its likelihood is measured"
         )
+    if config.traces.share is not None and config.trainer.steps:
+        dataset.prompts_of_step(config, 0)
     for task_id in dataset.trace_tokens:  # each of them has one, whatever the step
         dataset.control_for(task_id, config.run.seed, 0)
     _check_shares(config, dataset, note)
@@ -204,6 +233,28 @@ def _check_shares(config: Config, dataset: Dataset, note: Callable[[str], None])
             )
         if count:
             note(f"{count} of {total} training tasks ({share:.0%}) have no {what}")
+    if (
+        dataset.trace_tokens
+        and dataset.without_trace
+        and config.trainer.steps
+        and method_class(config.method).uses_traces
+    ):
+        note(_uses_of_traces(config, dataset))
+
+
+def _uses_of_traces(config: Config, dataset: Dataset) -> str:
+    """For how many of RL's prompts the traces are used, where not every task has one."""
+    share = config.traces.share
+    used = (share if share is not None else len(dataset.trace_tokens) / len(dataset.train)) * (
+        1 - config.objective.anchor_prob
+    )
+    count = (config.trainer.steps or 0) * config.trainer.batch_size
+    text = (
+        f"about {used * count:,.0f} of RL's {count:,} prompts use a trace, by the tasks that have one and"
+        f" objective.anchor_prob={config.objective.anchor_prob}"
+    )
+    few = used < LITTLE_USE and share is None
+    return f"warning: {text}; traces.share=0.5 takes such tasks oftener" if few else text
 
 
 def _room(config: Config, positions: int, chat: ChatFormat, task: Task) -> int:

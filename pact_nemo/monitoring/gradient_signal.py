@@ -55,22 +55,32 @@ def measure(
     """Of a mini-batch whose streams are filled. Collective.
 
     Returns:
-        per term ``signal/<term>_cosine`` between the halves' gradients, ``_share`` (:func:`signal_share`), ``_prompts``
-        (:func:`prompts_for_half`; None: infinite) and ``_norm``, the L2 norm of the term's gradient over the
-        mini-batch. A term is left out where a half has no weight or no gradient in it.
+        per term ``signal/<term>_product`` <g1, g2> of the halves' gradients, 0 where a half has none; ``_norm``
+        |g1 + g2|, the L2 norm of the term's gradient over the mini-batch; ``_share`` (:func:`signal_share`) and
+        ``_prompts`` (:func:`prompts_for_half`; None: infinite) by this measurement alone; and ``_cosine``, which is
+        left out where a half has no gradient. A term is left out where neither half has any.
     """
     record: dict[str, float | None] = {}
     first, second = halves(prompts, seed=seed, step=step)
     for term, names in terms_of(method).items():
         one, other = term_of(first, names), term_of(second, names)
-        if not one or not other:
+        if one and other:
+            cosine, norm, other_norm = policy.gradient_cosine(one, other, method.loss)
+        elif one or other:
+            cosine, other_norm = math.nan, 0.0
+            _, norm, _ = policy.gradient_cosine(one or other, one or other, method.loss)
+        else:
             continue
-        cosine, norm, other_norm = policy.gradient_cosine(one, other, method.loss)
-        if not math.isfinite(cosine):
+        product = cosine * norm * other_norm if math.isfinite(cosine) else 0.0
+        whole = math.sqrt(max(norm**2 + other_norm**2 + 2 * product, 0.0))
+        share = signal_share([product], [whole])
+        if share is None:
             continue
-        needed = prompts_for_half(cosine, len(prompts))
-        record[f"signal/{term}_cosine"] = cosine
-        record[f"signal/{term}_share"] = signal_share(cosine)
+        needed = prompts_for_half(share, len(prompts))
+        if math.isfinite(cosine):
+            record[f"signal/{term}_cosine"] = cosine
+        record[f"signal/{term}_product"] = product
+        record[f"signal/{term}_norm"] = whole
+        record[f"signal/{term}_share"] = share
         record[f"signal/{term}_prompts"] = needed if math.isfinite(needed) else None
-        record[f"signal/{term}_norm"] = math.sqrt(max(norm**2 + other_norm**2 + 2 * cosine * norm * other_norm, 0.0))
     return record

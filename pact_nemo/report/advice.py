@@ -121,7 +121,8 @@ def cut_rollouts(run: Run, late: list[Record]) -> Advice | None:
         return None
     worst = max(counts, key=lambda name: counts[name])
     where, what = causes[worst]
-    finding = f"{sum(counts.values()) / total:.0%} of the rollouts were cut in {last(len(late))}, most of them {where}."
+    share, own = sum(counts.values()) / total, counts[worst] / total
+    finding = f"{share:.0%} of the rollouts were cut in {last(len(late))}, {own:.0%} {where}."
     return Advice("cut_rollouts", finding, f"Raise {what}.")
 
 
@@ -142,6 +143,10 @@ def closing(run: Run, late: list[Record]) -> Advice | None:
     )
 
 
+#: by whether RL was the last stage
+_LOWER_RATE = {True: "a lower optimizer.lr, or more rollouts an update", False: "a lower warmup.lr"}
+
+
 def past_best(run: Run, late: list[Record]) -> Advice | None:
     """A held-out score that was better in the middle of the stage, by two standard errors of the difference."""
     stage: Literal["rl", "warmup"] = "rl" if run.rl else "warmup"
@@ -151,11 +156,16 @@ def past_best(run: Run, late: list[Record]) -> Advice | None:
     best, end = max(scores, key=lambda row: row["held_out/score"]), scores[-1]["held_out/score"]
     top = best["held_out/score"]
     error = math.sqrt((top * (1 - top) + end * (1 - end)) / last_of["n"])
-    if top - end <= 2 * error or not best["step"]:
+    if top - end <= 2 * error:
         return None
+    if not best["step"]:
+        finding = f"The held-out score was {top:.3f} before the first step and is {end:.3f} at the end."
+        return Advice("past_best", finding, "The training has harmed: " + _LOWER_RATE[bool(run.rl)] + ".")
     finding = f"The held-out score was {top:.3f} after step {best['step']} and is {end:.3f} at the end."
-    steps, rate = ("trainer.steps", "optimizer.lr") if run.rl else ("warmup.steps", "warmup.lr")
-    return Advice("past_best", finding, f"The training has gone too far: fewer {steps}, or a lower {rate}.")
+    steps = "trainer.steps" if run.rl else "warmup.steps"
+    return Advice(
+        "past_best", finding, f"The training has gone too far: fewer {steps}, or {_LOWER_RATE[bool(run.rl)]}."
+    )
 
 
 def rl_noise(run: Run, late: list[Record]) -> Advice | None:
@@ -180,21 +190,18 @@ def sft_noise(run: Run, late: list[Record]) -> Advice | None:
 
 
 def _noise(run: Run, term: str, words: str, what: str) -> Advice | None:
-    cosines, size = known(run.rl, f"signal/{term}_cosine"), run.setting("trainer.mini_batch_size")
-    if not cosines or not size:
+    products, norms = known(run.rl, f"signal/{term}_product"), known(run.rl, f"signal/{term}_norm")
+    size, share = run.setting("trainer.mini_batch_size"), signal_share(products, norms)
+    if not size or share is None or share >= LITTLE_SIGNAL:
         return None
-    cosine = mean(cosines)
-    share = signal_share(cosine)
-    if share >= LITTLE_SIGNAL:
-        return None
-    needed = prompts_for_half(cosine, int(size))
+    needed = prompts_for_half(share, int(size))
     prompts = (
         f"about {needed:,.0f} prompts would make it half"
         if needed < 1e6
         else "no number of prompts that could be told would make it half"
     )
     finding = (
-        f"{share:.0%} of the {words} gradient is signal at {size} prompts an update (mean of {len(cosines)}"
+        f"{share:.0%} of the {words} gradient is signal at {size} prompts an update (over {len(products)}"
         f" measurements); {prompts}."
     )
     return Advice(f"{term}_noise", finding, f"The update is mostly noise. It needs more {what}.")

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 from pact_nemo.batches.prompt_groups import Gate, PromptGroup, TraceUse, form_group, rollouts_of
-from pact_nemo.data.tasks import prompts_of_step
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import ConfigError, Interrupted, ServerLost, TooManyFailures
 from pact_nemo.monitoring import alarms
@@ -45,7 +44,7 @@ def collect(run: TrainingRun, watch: Stopwatch) -> tuple[list[PromptGroup], floa
 
 def tasks_of(run: TrainingRun, step: int) -> list[Task]:
     """The prompts of a step: a function of step and seed."""
-    return prompts_of_step(run.dataset.train, step, run.config.trainer.batch_size, run.config.run.seed)
+    return run.dataset.prompts_of_step(run.config, step)
 
 
 def start_ahead(run: TrainingRun) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pact_nemo.errors import Interrupted
+from pact_nemo.errors import Interrupted, ServerError, ServerLost
 from pact_nemo.monitoring.held_out_scores import Score, episode_rewards, summarise
 from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.runtime.words import count_of
@@ -41,25 +41,33 @@ def due_between(run: TrainingRun, step: int, last: int) -> bool:
     return every > 0 and step % every == 0 and step < last and run.config.trainer.replay is None
 
 
-def score_between(run: TrainingRun, stage: str, step: int, watch: Stopwatch) -> dict[str, float | None]:
+def score_between(
+    run: TrainingRun, stage: str, step: int, record: dict[str, Any], watch: Stopwatch
+) -> ServerError | ServerLost | None:
     """Play the held-out tasks after a step, with the weights being served; the episodes are
-    ``eval/<stage>/step_<step>.jsonl``.
+    ``eval/<stage>/step_<step>.jsonl``, and the step's record gets ``held_out/score``, ``call_reward`` and ``failed``.
+
+    The step is finished, so nothing here may lose it. Where a signal cuts the evaluation off it has no score, and the
+    run leaves behind the step.
 
     Returns:
-        ``held_out/score``, ``call_reward`` and ``failed`` for the step's record. Nothing where a signal cut the
-        evaluation off: it is only a measurement, the step is finished, and the run leaves behind it.
+        why the run can't go on, to be raised once the step is recorded and checkpointed.
     """
+    moved = run.sharing.seconds
     try:
         with watch("evaluation"):
             score = played(run, f"{stage}/step_{step:06d}")
     except Interrupted:
         run.progress.message(f"the evaluation after {stage} step {step} was cut off; it has no score")
-        return {}
-    return {
-        "held_out/score": score.score,
-        "held_out/call_reward": score.call_reward,
-        "held_out/failed": score.failed,
-    }
+        return None
+    except (ServerError, ServerLost) as error:
+        return error
+    finally:
+        watch.times["time/evaluation"] -= run.sharing.seconds - moved  # moves have names of their own
+    record["held_out/score"] = score.score
+    record["held_out/call_reward"] = score.call_reward
+    record["held_out/failed"] = score.failed
+    return None
 
 
 def played(run: TrainingRun, name: str) -> Score:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pact_nemo.batches.prompt_groups import PromptGroup, rollouts_of
-from pact_nemo.errors import ServerLost
+from pact_nemo.errors import PactError, ServerLost
 from pact_nemo.monitoring import alarms, diagnostics, held_out_traces
 from pact_nemo.objective.trace_quality import TraceQuality, beats
 from pact_nemo.runtime.collective import on_rank_zero
@@ -30,9 +30,9 @@ def train(run: TrainingRun) -> None:
         record = update(run, groups, watch)  # under x and [x; h*]
         run.state.step += 1
         record |= observe(run, groups, record, watch)
-        lost = refit(run, record, watch)
+        lost: PactError | None = refit(run, record, watch)
         if lost is None and due_between(run, run.state.step, run.total_steps):
-            record |= score_between(run, "rl", run.state.step, watch)
+            lost = score_between(run, "rl", run.state.step, record, watch)
         record |= {f"failed/{kind}": count for kind, count in alarms.failures(rollouts_of(groups)).items()}
         record |= {**watch.times, **run.sharing.taken(), "time/total": watch.total()}
         if seconds:

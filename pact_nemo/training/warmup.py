@@ -18,7 +18,7 @@ from pact_nemo.batches.prompt_trees import add_trace, supervised
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.data.tasks import prompts_of_step
 from pact_nemo.environments.base import Task
-from pact_nemo.errors import ServerLost
+from pact_nemo.errors import PactError, ServerLost
 from pact_nemo.monitoring import held_out_traces
 from pact_nemo.monitoring.diagnostics import loss_record
 from pact_nemo.objective.components import CALL, REASONING
@@ -99,7 +99,8 @@ def warm_up(run: TrainingRun, evaluate: Callable[[TrainingRun, str], object]) ->
             lost = None
             if due_between(run, state.warmup_step, stage.steps):
                 lost = score_meanwhile(run, record, watch)
-            run.recorder.step("warmup", record | watch.times | {"time/total": watch.total()})
+            times = {**watch.times, **run.sharing.taken(), "time/total": watch.total()}
+            run.recorder.step("warmup", record | times)
             phase.advance()
             if lost is not None:
                 run.checkpoints.give_up(lost)
@@ -116,18 +117,21 @@ def warm_up(run: TrainingRun, evaluate: Callable[[TrainingRun, str], object]) ->
                 run.checkpoints.give_up(error)
 
 
-def score_meanwhile(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) -> ServerLost | None:
-    """Refit the servers in the middle of the stage and add the held-out score to the record; a server that is given up
-    is returned, and the step is recorded first.
+def score_meanwhile(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) -> PactError | None:
+    """Refit the servers in the middle of the stage and add the held-out score to the record; see
+    :func:`score_between`.
     """
+    moved = run.sharing.seconds
     try:
         with watch("refit"):
             run.weights.refit()
     except ServerLost as error:
         return error
-    record |= score_between(run, "warmup", run.state.warmup_step, watch)
+    finally:
+        watch.times["time/refit"] -= run.sharing.seconds - moved
+    lost = score_between(run, "warmup", run.state.warmup_step, record, watch)
     run.sharing.trainer(drop=True)
-    return None
+    return lost
 
 
 def sft_step(run: TrainingRun, batch: list[Task]) -> dict[str, Any]:

@@ -1,0 +1,55 @@
+"""Checks of ``traces``: what they are used for, and what stands in their place."""
+
+from __future__ import annotations
+
+from pact_nemo.config.refusals import one_of, require
+from pact_nemo.config.schema import Config
+from pact_nemo.methods.registry import method_class
+from pact_nemo.traces.augment import KINDS
+from pact_nemo.traces.controls import CONTROLS
+from pact_nemo.traces.conversations import FIELDS
+from pact_nemo.traces.spans import COMPONENTS, OVERLONG
+from pact_nemo.traces.verification import VERIFY
+
+
+def check_traces(config: Config) -> None:
+    """Traces, and what stands in their place."""
+    objective = config.objective
+    method = method_class(config.method)
+    one_of("traces.verify", config.traces.verify, VERIFY)
+    odd = sorted(set(config.traces.fields) - set(FIELDS))
+    require(not odd, f"traces.fields={config.traces.fields}: our fields are {', '.join(FIELDS)}")
+    one_of("traces.overlong", config.traces.overlong, OVERLONG)
+    one_of("traces.style", config.traces.style, ("full", "compact"))
+    one_of("traces.calls_per_turn", config.traces.calls_per_turn, ("one", "all"))
+    require(
+        set(config.traces.components) <= COMPONENTS,
+        f"traces.components={config.traces.components}: only reasoning, calls and observations exist",
+    )
+    require(
+        set(config.traces.augment) <= set(KINDS),
+        f"traces.augment={config.traces.augment}: only {', '.join(KINDS)} exist",
+    )
+    if config.traces.control is not None:
+        one_of("traces.control", config.traces.control, CONTROLS)
+        require(
+            objective.trace_rl and method.conditions_on_trace,
+            f"traces.control={config.traces.control} replaces what RL is conditioned on, and"
+            f" method={config.method} with objective.trace_rl={objective.trace_rl} conditions on nothing;"
+            " leave it out",
+        )
+    for key in ("max_missing", "max_unreferenced", "share"):
+        share = getattr(config.traces, key)
+        require(share is None or 0.0 <= share <= 1.0, f"traces.{key}={share}: a share in [0, 1], or null for none")
+    require(
+        config.traces.share is None or config.trainer.epochs is None,
+        f"traces.share={config.traces.share} visits some tasks oftener than others, so that trainer.epochs="
+        f"{config.trainer.epochs} has no meaning: set trainer.steps",
+    )
+    most = config.traces.max_tasks
+    require(most is None or most >= 1, f"traces.max_tasks={most}: must be >= 1, or null for all")
+    require(config.traces.variants >= 1, f"traces.variants={config.traces.variants}: must be >= 1")
+    require(
+        0.0 <= config.traces.quality_smoothing < 1.0,
+        f"traces.quality_smoothing={config.traces.quality_smoothing}: must be in [0, 1)",
+    )
