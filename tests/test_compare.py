@@ -12,8 +12,10 @@ import pytest
 
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import to_yaml
+from pact_nemo.errors import PactError
 from pact_nemo.report.stats import paired_bootstrap
 from tests.fixtures.run_folders import make_run
+from tools.compare import collect, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,6 +67,42 @@ def test_collecting_makes_a_table_and_replaces_it_in_place(tmp_path: Path) -> No
     out.write_text("no marks")
     refused = run("--collect", str(tmp_path / "runs"), "--out", str(out))
     assert refused.returncode == 1 and "add the two comments" in refused.stderr and out.read_text() == "no marks"
+
+
+def difference_in(text: str, method: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(f"| {method} |")).split(" | ")[7]
+
+
+def test_seeds_are_paired_by_seed_and_one_alone_has_no_interval(tmp_path: Path) -> None:
+    """What a seed does to both methods alike is no difference: seeds 1 to 3 against 2 to 4."""
+    for seed in (1, 2, 3):
+        make_run(tmp_path / "a", seed=seed, passed=(0, 3, 5 * seed + 1))
+    for seed in (2, 3, 4):
+        make_run(tmp_path / "a", method="grpo", seed=seed, passed=(0, 3, 5 * seed))
+    text = table(collect(tmp_path / "a"), "grpo", "x")
+    assert difference_in(text, "pact").startswith("+0.042 [")  # one of 24 tasks, at seeds 2 and 3
+    assert difference_in(table({"pact": collect(tmp_path / "a")["pact"]}, "grpo", "x"), "pact") == "–"
+    make_run(tmp_path / "b", seed=1, passed=(0, 3, 6))
+    make_run(tmp_path / "b", method="grpo", seed=1, passed=(0, 3, 5))
+    assert difference_in(table(collect(tmp_path / "b"), "grpo", "x"), "pact") == "+0.042"
+
+
+def test_other_held_out_tasks_are_said_and_only_the_common_ones_compared(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_run(tmp_path, seed=seed, passed=(0, 3, 9), tasks=24)
+        run = make_run(tmp_path, method="grpo", seed=seed, passed=(0, 3, 9), tasks=12)
+        config = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(config.replace("max_eval: null", "max_eval: 12"))
+    text = table(collect(tmp_path), "grpo", "x")
+    assert difference_in(text, "pact") == "+0.000 [+0.000, +0.000]"  # the same nine of the same twelve pass
+    assert "**The methods were evaluated differently**: tasks.max_eval." in text and "12 to 24 held-out tasks" in text
+
+
+def test_a_run_made_twice_is_not_two_seeds(tmp_path: Path) -> None:
+    for number in ("1", "2"):
+        make_run(tmp_path / number, seed=1)
+    with pytest.raises(PactError, match="are both pact with seed 1"):
+        collect(tmp_path)
 
 
 def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:

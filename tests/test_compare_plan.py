@@ -8,11 +8,13 @@ import json
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from pact_nemo.checkpoints.manifest import write_manifest
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import to_yaml
 from pact_nemo.errors import ConfigError, DataError, PactError
@@ -23,7 +25,7 @@ from tools.comparisons import runner
 from tools.comparisons.picture import starts_svg
 from tools.comparisons.plan import Arm, Block, Cell, Plan, cells, load_plan, run_plan, start_words
 from tools.comparisons.results import read_results, table
-from tools.comparisons.runner import config_of
+from tools.comparisons.runner import config_of, weights_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = Plan(
@@ -99,6 +101,8 @@ def place(root: Path, cell: Cell, passed: int, plan: Plan = PLAN) -> None:
         hf = next((root / "starts" / cell.start).glob("*/hf"))
         arm, folder, words = plan.arms[cell.arm], root / cell.id, start_words(cell.start, hf.resolve())
     run = make_run(folder, seed=cell.seed, passed=(0, 3, passed))
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"method": arm.method}))
     config = load_config(
         [config_of(arm.method, plan.benchmark, plan.preset)], [f"run.seed={cell.seed}", *words, *arm.set]
     )
@@ -111,7 +115,7 @@ def test_results_stay_when_the_weights_are_gone(tmp_path: Path, monkeypatch: pyt
     root, kept = tmp_path / "runs", tmp_path / "evidence"
     passes = {"sft4": 4, "sft12": 9}
     for name, count in passes.items():
-        place(root, Cell("published", name, 1), count)
+        place(root, Cell("published", name, 0), count)
     for cell in cells(PLAN):
         place(root, cell, passes[cell.start] + {"sft": 3, "pact": 5}[cell.arm] + cell.seed)
     said: list[str] = []
@@ -121,7 +125,7 @@ def test_results_stay_when_the_weights_are_gone(tmp_path: Path, monkeypatch: pyt
     assert not list(root.glob("**/checkpoints")) and not list(root.glob("**/exports"))
     found = {(r.start, r.arm, r.seed): r for r in read_results(kept)}
     assert found["sft12", "pact", 2].score() == pytest.approx(16 / 24) and found[
-        "published", "sft4", 1
+        "published", "sft4", 0
     ].score() == pytest.approx(4 / 24)
     assert (
         len(found["sft4", "pact", 1].curves["reward/success"])
@@ -145,9 +149,93 @@ def test_results_stay_when_the_weights_are_gone(tmp_path: Path, monkeypatch: pyt
         read_results(kept)
 
 
+def small(root: Path, kept: Path, plan: Plan, passed: int = 5) -> None:
+    for name in plan.starts:
+        place(root, Cell("published", name, plan.start_seed), passed, plan)
+    for cell in cells(plan):
+        place(root, cell, passed + 2, plan)
+    run_plan(plan, root, kept, note=lambda _: None)
+
+
+ONE = replace(PLAN, seeds=[1], starts={"sft4": PLAN.starts["sft4"]}, grid=[Block(["sft4"], ["pact"])])
+
+
+@pytest.mark.parametrize(
+    ("change", "file"),
+    [
+        ({"arms": {**ONE.arms, "pact": Arm("pact", ["optimizer.lr=9e-4"])}}, "sft4-pact-seed1.json was"),
+        ({"arms": {**ONE.arms, "pact": Arm("matchtir")}}, "sft4-pact-seed1.json was"),
+        ({"set": ["trainer.batch_size=4", "trainer.mini_batch_size=4"]}, "published-sft4-seed0.json was"),
+        ({"starts": {"sft4": Arm("sft", ["warmup.steps=48"])}}, "published-sft4-seed0.json was .* of its arms"),
+    ],
+)
+def test_results_of_other_settings_are_not_taken_for_the_plans(
+    change: dict[str, Any], file: str, tmp_path: Path
+) -> None:
+    small(tmp_path / "runs", tmp_path / "kept", ONE)
+    for older in (False, True):  # of before digests were kept: by the words
+        for path in (tmp_path / "kept").glob("*.json"):
+            row = json.loads(path.read_text())
+            path.write_text(json.dumps({**row, "settings": ""} if older else row))
+        run_plan(ONE, tmp_path / "none", tmp_path / "kept", note=lambda _: None)  # as they are: nothing to run
+        with pytest.raises(ConfigError, match=file):
+            run_plan(replace(ONE, **change), tmp_path / "runs", tmp_path / "kept", note=lambda _: None)
+
+
+def test_a_settings_file_that_changed_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words are the same; what a method's file says isn't."""
+    small(tmp_path / "runs", tmp_path / "kept", ONE)
+    monkeypatch.setattr(plans, "config_of", lambda *_: config_of("matchtir", "bfcl", "smollm2_135m-cpu"))
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        run_plan(ONE, tmp_path / "none", tmp_path / "kept", note=lambda _: None)
+
+
+def test_arms_begin_from_the_weights_that_the_kept_results_began_from(tmp_path: Path) -> None:
+    """The run folders are gone, as in a fresh clone, and the start is trained again: on another machine, say."""
+    kept, plan = tmp_path / "kept", replace(ONE, grid=[Block(["sft4"], ["sft"])])
+    small(tmp_path / "first", kept, plan)
+    again = tmp_path / "again"
+    place(again, Cell("published", "sft4", 0), 9, ONE)
+    place(again, next(cells(ONE)), 9, ONE)
+    with pytest.raises(ConfigError, match=r"another starting policy than the one of .*published-sft4-seed0\.json"):
+        run_plan(ONE, again, kept, note=lambda _: None)
+    same = tmp_path / "same"
+    place(same, Cell("published", "sft4", 0), 5, ONE)
+    place(same, next(cells(ONE)), 9, ONE)
+    assert len(run_plan(ONE, same, kept, note=lambda _: None)) == 3
+    hf = next((same / "starts" / "sft4").glob("*/hf"))
+    row = json.loads((kept / "published-sft4-seed0.json").read_text())
+    (hf / "model.safetensors").write_bytes(b"weights")
+    write_manifest(hf, 0)
+    assert weights_of(hf) != row["weights"] == ""
+
+
+def test_a_cut_run_of_other_settings_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("pact", "bfcl", "smollm2_135m-cpu")
+    run = make_run(tmp_path / "cell", seed=1)
+    text = to_yaml(load_config([config], ["run.seed=1", "optimizer.lr=1e-4"]))
+    lines = [line for line in text.split("\n") if not line.strip().startswith("dual_clip")]  # older than the setting
+    (run / "config.yaml").write_text("\n".join(lines))
+    (run / "summary.json").rename(run / "summary.kept")
+    (run / "checkpoints" / "latest").mkdir(parents=True)
+    told: list[list[str]] = []
+
+    def call(words: list[str], **_: Any) -> int:
+        told.append(words)
+        (run / "summary.kept").rename(run / "summary.json")
+        return 0
+
+    monkeypatch.setattr(runner.subprocess, "call", call)
+    for words, key in ((["optimizer.lr=3e-5"], "optimizer.lr"), (["objective.dual_clip=3"], "objective.dual_clip")):
+        with pytest.raises(ConfigError, match=f"with other settings \\({key}\\)"):
+            runner.run_one(config, 1, tmp_path / "cell", words)
+    assert runner.run_one(config, 1, tmp_path / "cell", ["optimizer.lr=1e-4"]) == run
+    assert told[0][-2:] == ["--resume", str(run)]
+
+
 def test_several_runs_go_on_at_once_and_a_start_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, kept, together = tmp_path / "runs", tmp_path / "evidence", threading.Barrier(3)
-    for cell in [*(Cell("published", name, 1) for name in PLAN.starts), *cells(PLAN)]:
+    for cell in [*(Cell("published", name, 0) for name in PLAN.starts), *cells(PLAN)]:
         place(root, cell, 5)
     original, started = plans.run_one, []
 
@@ -167,7 +255,7 @@ def test_no_run_starts_when_the_budget_is_spent_and_a_failure_loses_nothing(
 ) -> None:
     root, kept = tmp_path / "runs", tmp_path / "evidence"
     for name in PLAN.starts:
-        place(root, Cell("published", name, 1), 5)
+        place(root, Cell("published", name, 0), 5)
     first = next(cells(PLAN))
     place(root, first, 7)
     original = plans.run_one

@@ -36,7 +36,7 @@ from pact_nemo.errors import ConfigError, PactError
 from pact_nemo.report.comparison import differences, total_seconds
 from pact_nemo.report.data import Run, load_run
 from pact_nemo.report.picture import comparison_svg
-from pact_nemo.report.stats import deviation, mean, paired_bootstrap
+from pact_nemo.report.stats import deviation, difference, mean
 from pact_nemo.runtime.files import write_text_atomic
 from pact_nemo.runtime.terminal import command
 from tools.comparisons import plan as plans
@@ -47,15 +47,12 @@ from tools.comparisons.results import by_task as task_scores
 from tools.comparisons.runner import config_of, run_one
 
 REPOSITORY = checkout.ROOT
+ALIKE = ("tasks.", "environment", "evaluation.")  #: settings that say what a score is of
 
 
-def by_task(runs: list[Run]) -> dict[str, list[float]]:
-    """Score of every held-out task, a value per run."""
-    scores: dict[str, list[float]] = defaultdict(list)
-    for run in runs:
-        for task, value in task_scores(run.episodes.get(SCORE, [])).items():
-            scores[task].append(value)
-    return scores
+def by_seed(runs: list[Run]) -> dict[int, dict[str, float]]:
+    """Score after training by seed and held-out task."""
+    return {int(run.seed): task_scores(run.episodes.get(SCORE, [])) for run in runs}
 
 
 def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
@@ -67,7 +64,7 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
         ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    reference = by_task(methods[baseline]) if baseline in methods else {}
+    reference = by_seed(methods.get(baseline, []))
     for method, runs in methods.items():
         ends = [run.scores[SCORE]["score"] for run in runs]
         spread = deviation(ends)
@@ -78,12 +75,7 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
         starts = [run.scores["before"]["score"] for run in runs if "before" in run.scores]
         change = f"{mean(ends) - mean(starts):+.3f}" if len(starts) == len(ends) else "–"
         cells += [f"**{mean(ends):.3f}**", change, f"{spread:.3f}" if spread is not None else "–"]
-        if method == baseline or not reference:
-            cells.append("–")
-        else:
-            low, high = paired_bootstrap(by_task(runs), reference)
-            difference = mean(ends) - mean([run.scores[SCORE]["score"] for run in methods[baseline]])
-            cells.append(f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]")
+        cells.append(str((difference(by_seed(runs), reference) if method != baseline else None) or "–"))
         cells.append(f"{mean([total_seconds(run.summary['seconds']) for run in runs]):,.0f}")
         cells.append(f"{mean([run.summary['tokens']['trained'] for run in runs]):,.0f}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -99,8 +91,12 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
     for method, runs in methods.items():
         if unlike := differences(runs):
             lines += ["", f"**The runs of {method} differ in their settings**: {', '.join(key for key, _ in unlike)}."]
-    first = next(iter(methods.values()))[0]
-    count = first.scores[SCORE]["n"]
+    every = [run for runs in methods.values() for run in runs]
+    apart = [key for key, _ in differences(every) if key.startswith(ALIKE)]
+    if apart:
+        lines += ["", f"**The methods were evaluated differently**: {', '.join(apart)}."]
+    first, counts = every[0], sorted({run.scores[SCORE]["n"] for run in every})
+    count = " to ".join(str(n) for n in (counts[0], *counts[-1:]) if n) if len(counts) > 1 else str(counts[0])
     versions = first.summary["versions"]
     lines += [
         "",
@@ -108,7 +104,8 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
             f"{count} held-out tasks a run, greedy decoding, the environment's own verdict. In brackets: 95 % interval"
             " of the difference over"
         ),
-        "tasks and seeds (paired bootstrap, 10,000 draws). Seconds and tokens are means over the runs.",
+        "the tasks and seeds that both have (paired bootstrap, 10,000 draws); one seed has none. Seconds and tokens are"
+        " means over the runs.",
         ", ".join(
             f"{name} {versions[name]}" for name in ("machine", "python", "torch", "megatron-core") if name in versions
         )
@@ -126,6 +123,12 @@ def collect(folder: Path) -> dict[str, list[Run]]:
         if not any(parent.is_symlink() for parent in (path.parent, *path.parent.parents)):
             run = load_run(path.parent)
             if SCORE in run.scores:
+                for other in methods[run.method]:
+                    if other.seed == run.seed:
+                        raise PactError(
+                            f"{other.folder} and {run.folder} are both {run.method} with seed {run.seed}: they are no"
+                            " two seeds; take one of them away"
+                        )
                 methods[run.method].append(run)
     if not methods:
         raise PactError(f"{folder}: no finished run with a score after training")

@@ -117,3 +117,36 @@ def paired_bootstrap(
     theirs = np.einsum("dt,ts,ds->d", of_tasks, np.array([baseline[task] for task in tasks]), of_others, optimize=True)
     low, high = np.percentile(ours - theirs, [2.5, 97.5])
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two methods on the tasks and seeds that both have.
+
+    Attributes:
+        mean: of the score, over those tasks and seeds.
+        interval: see :func:`paired_bootstrap`; None with one seed, whose own chance it can't have.
+        tasks: that all of the runs have.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    tasks: int
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.mean:+.3f}"
+        return f"{self.mean:+.3f} [{self.interval[0]:+.3f}, {self.interval[1]:+.3f}]"
+
+
+def difference(ours: dict[int, dict[str, float]], theirs: dict[int, dict[str, float]]) -> Difference | None:
+    """Of two methods' scores by seed and task, paired by both; None where they share no seed or no task."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    tasks = set.intersection(*(set(side[seed]) for side in (ours, theirs) for seed in seeds))
+    if not tasks:
+        return None
+    first, second = ({task: [side[seed][task] for seed in seeds] for task in sorted(tasks)} for side in (ours, theirs))
+    change = mean([mean(first[task]) - mean(second[task]) for task in first])
+    return Difference(change, paired_bootstrap(first, second) if len(seeds) > 1 else None, len(tasks))

@@ -6,7 +6,7 @@
     seeds: [1, 2, 3]
     hours: 6                       # no run is started after that many hours of runs
     set: [tasks.max_eval=96]       # settings of every run
-    starts:                        # made once, with the first seed, and used by model.path
+    starts:                        # made once, with start_seed, and used by model.path
       sft12: {method: sft, set: [warmup.steps=12]}
     arms:
       pact: {method: pact}
@@ -38,8 +38,8 @@ from pact_nemo.config.schema import Config
 from pact_nemo.errors import ConfigError
 from pact_nemo.report.comparison import total_seconds
 from pact_nemo.report.data import load_run
-from tools.comparisons.results import Result, read_results, result_of, write_result
-from tools.comparisons.runner import config_of, finished, run_one
+from tools.comparisons.results import SCORE, Result, by_task, read_result, read_results, result_of, write_result
+from tools.comparisons.runner import config_of, digest, finished, run_one, settings_of, weights_of
 
 PUBLISHED = "published"
 #: of a finished run folder, what only another run would need
@@ -77,6 +77,7 @@ class Plan:
     hours: float | None = None
     set: list[str] = field(default_factory=list)
     starts: dict[str, Arm] = field(default_factory=dict)
+    start_seed: int = 0  #: of the starts: none of the arms', so that no arm meets a start's batches again
     arms: dict[str, Arm] = field(default_factory=dict)
     grid: list[Block] = field(default_factory=list)
 
@@ -194,6 +195,8 @@ def run_plan(
         ConfigError: a run was made with other settings.
         PactError: a run failed; no further run is started, and those that are finished have their results.
     """
+    if results.is_dir():
+        _check_kept(plan, results)
     todo = [cell for cell in cells(plan) if not (results / f"{cell.id}.json").is_file()]
     work = _Work(plan, root, results, keep_weights, note, len(todo))
     with ThreadPoolExecutor(jobs) as pool:
@@ -201,6 +204,41 @@ def run_plan(
     for run in runs:
         run.result()
     return read_results(results)
+
+
+def _arm_of(plan: Plan, cell: Cell) -> Arm:
+    return plan.starts[cell.arm] if cell.start == PUBLISHED and cell.arm in plan.starts else plan.arms[cell.arm]
+
+
+def _words(plan: Plan, cell: Cell, folder: Path | None = None) -> list[str]:
+    """What a cell's run is told besides its method's settings file; ``folder``: the weights of its start."""
+    return [*plan.set, *start_words(cell.start, folder), *_arm_of(plan, cell).set]
+
+
+def _settings(plan: Plan, cell: Cell) -> str:
+    config = config_of(_arm_of(plan, cell).method, plan.benchmark, plan.preset)
+    return digest(settings_of(config, cell.seed, _told(_words(plan, cell))))
+
+
+def _told(words: list[str]) -> list[str]:
+    return [word for word in words if not word.startswith("model.path=")]
+
+
+def _check_kept(plan: Plan, results: Path) -> None:
+    """Raises ConfigError where a result was made with other settings than the plan has now."""
+    starts = [Cell(PUBLISHED, name, plan.start_seed) for name in plan.starts]
+    for cell in [*starts, *cells(plan)]:
+        file = results / f"{cell.id}.json"
+        if not file.is_file():
+            continue
+        kept = read_result(file)
+        same = kept.settings == _settings(plan, cell) if kept.settings else kept.words == _told(_words(plan, cell))
+        if not same or kept.method != _arm_of(plan, cell).method:
+            arms = " and those of its arms" if cell in starts else ""
+            raise ConfigError(
+                f"{file} was made with other settings ({' '.join(kept.words)}); delete it{arms}, or name another"
+                " folder with --results"
+            )
 
 
 class _Work:
@@ -240,10 +278,10 @@ class _Work:
                 self._starts[cell.start], seconds = _start(plan, cell.start, self._root, self._results, self._note)
                 self._spent += seconds
         self._note(f"[{time.monotonic() - self._began:6.0f} s] run {number}/{self._count}: {cell.id}")
-        arm = plan.arms[cell.arm]
-        words = [*plan.set, *start_words(cell.start, self._starts.get(cell.start)), *arm.set]
-        run = run_one(config_of(arm.method, plan.benchmark, plan.preset), cell.seed, self._root / cell.id, words)
-        spent = _keep(plan, cell, run, words, self._results)
+        words, folder = _words(plan, cell, self._starts.get(cell.start)), self._starts.get(cell.start)
+        config = config_of(_arm_of(plan, cell).method, plan.benchmark, plan.preset)
+        run = run_one(config, cell.seed, self._root / cell.id, words)
+        spent = _keep(plan, cell, run, self._results, weights_of(folder) if folder is not None else "")
         with self._lock:
             self._spent += spent
         if not self._keep_weights:
@@ -252,26 +290,39 @@ class _Work:
 
 
 def _start(plan: Plan, name: str, root: Path, results: Path, note: Callable[[str], None]) -> tuple[Path, float]:
-    """The HF folder of a starting policy, made if it isn't there, and the seconds that this took now."""
-    arm, seed, place = plan.starts[name], plan.seeds[0], root / "starts" / name
+    """The HF folder of a starting policy, made if it isn't there, and the seconds that this took now.
+
+    Raises:
+        ConfigError: it is not the policy that the results were made from.
+    """
+    place, cell = root / "starts" / name, Cell(PUBLISHED, name, plan.start_seed)
     new = finished(place) is None
     if new:
         note(f"starting policy {name}")
-    words = [*plan.set, *arm.set]
-    run = run_one(config_of(arm.method, plan.benchmark, plan.preset), seed, place, words)
-    seconds = _keep(plan, Cell(PUBLISHED, name, seed), run, words, results)
+    config = config_of(_arm_of(plan, cell).method, plan.benchmark, plan.preset)
+    run = run_one(config, cell.seed, place, _words(plan, cell))
+    if (file := results / f"{cell.id}.json").is_file():
+        kept, weights, scores = read_result(file), weights_of(run / "hf"), by_task(load_run(run).episodes[SCORE])
+        if (kept.weights and kept.weights != weights) or kept.scores.get(SCORE) != scores:
+            raise ConfigError(
+                f"{run} is another starting policy than the one of {file}: its arms' results can't be compared. Delete"
+                " that file and those of its arms, or name another folder with --results"
+            )
+    seconds = _keep(plan, cell, run, results, weights_of(run / "hf"))
     for part in ("checkpoints", "exports", "reference"):
         shutil.rmtree(run / part, ignore_errors=True)
     return (run / "hf").resolve(), seconds if new else 0.0
 
 
-def _keep(plan: Plan, cell: Cell, run: Path, words: list[str], results: Path) -> float:
+def _keep(plan: Plan, cell: Cell, run: Path, results: Path, weights: str) -> float:
     found = load_run(run)
     facts: dict[str, Any] = {
         "plan": plan.name,
         "start": cell.start,
         "arm": cell.arm,
-        "words": [w for w in words if not w.startswith("model.path=")],
+        "words": _told(_words(plan, cell)),
+        "settings": _settings(plan, cell),
+        "weights": weights,
     }
     write_result(results / f"{cell.id}.json", result_of(found, facts))
     return total_seconds(found.summary["seconds"])

@@ -13,7 +13,7 @@ from typing import Any
 from pact_nemo.errors import DataError
 from pact_nemo.report.comparison import total_seconds
 from pact_nemo.report.data import Run
-from pact_nemo.report.stats import deviation, mean, paired_bootstrap, passed
+from pact_nemo.report.stats import deviation, difference, mean, passed
 from pact_nemo.runtime import strict_json
 from pact_nemo.runtime.files import write_json_atomic
 
@@ -57,6 +57,8 @@ class Result:
         curves: key of ``metrics.jsonl`` -> value of each RL step; None where a step has none.
         seconds: of the whole run.
         peak_memory_bytes: of trainer and server; files from before it was kept have none.
+        settings, weights: digests of what the run resolved and of the weights that it began from; of a start, of those
+            that it left. Older files have none.
         warmup: the same curves of each step of the warm-up, which is all of SFT; none in older files.
     """
 
@@ -74,6 +76,8 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
     warmup: dict[str, list[float | None]] = field(default_factory=dict)
+    settings: str = ""
+    weights: str = ""
 
     def score(self, stage: str = SCORE) -> float | None:
         """Mean over tasks; None where the stage was not played."""
@@ -136,18 +140,20 @@ def read_results(folder: Path) -> list[Result]:
     Raises:
         DataError: a file is not one; names it.
     """
+    return [read_result(path) for path in sorted(folder.glob("*.json"))]
+
+
+def read_result(path: Path) -> Result:
+    """One result. Raises DataError where the file is none."""
     names = {item.name for item in fields(Result)}
-    needed = {item.name for item in fields(Result) if item.default_factory is MISSING}
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            value = strict_json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"no result: {error}; delete it, and it is made again", file=str(path)) from error
-        if not isinstance(value, dict) or not needed <= value.keys() <= names:
-            raise DataError("no result of this version; delete it, and it is made again", file=str(path))
-        found.append(Result(**value))
-    return found
+    needed = {item.name for item in fields(Result) if item.default_factory is MISSING and item.default is MISSING}
+    try:
+        value = strict_json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"no result: {error}; delete it, and it is made again", file=str(path)) from error
+    if not isinstance(value, dict) or not needed <= value.keys() <= names:
+        raise DataError("no result of this version; delete it, and it is made again", file=str(path))
+    return Result(**value)
 
 
 def groups(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
@@ -158,13 +164,9 @@ def groups(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
     return dict(found)
 
 
-def scores_by_task(results: Sequence[Result]) -> dict[str, list[float]]:
-    """Score after training of every held-out task, a value per run, in the order of the runs."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for result in results:
-        for task, value in result.scores.get(SCORE, {}).items():
-            found[task].append(value)
-    return dict(found)
+def scores_by_seed(results: Sequence[Result]) -> dict[int, dict[str, float]]:
+    """Score after training by seed and held-out task."""
+    return {result.seed: result.scores[SCORE] for result in results if result.scores.get(SCORE)}
 
 
 def table(results: Sequence[Result], baseline: str) -> str:
@@ -187,20 +189,13 @@ def table(results: Sequence[Result], baseline: str) -> str:
         ends = [run.score() or 0.0 for run in runs]
         spread = deviation(ends)
         reference = found.get((start, baseline), [])
-        difference = "–"
-        if reference and arm != baseline:
-            pairs = [(run, other) for run in runs for other in reference if run.seed == other.seed]
-            if pairs:
-                ours, theirs = zip(*pairs, strict=True)
-                low, high = paired_bootstrap(scores_by_task(ours), scores_by_task(theirs))
-                change = mean([(a.score() or 0.0) - (b.score() or 0.0) for a, b in pairs])
-                difference = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
+        found_difference = difference(scores_by_seed(runs), scores_by_seed(reference)) if arm != baseline else None
         cut = [sum(run.limits.get(SCORE, {}).get(limit, 0) for run in runs) for limit in ("turn_tokens", "turns")]
         begin = begins.get(start)
         cells = [start, f"{begin:.3f}" if begin is not None else "–", arm, str(len(runs)), f"**{mean(ends):.3f}**"]
         cells += [
             f"{spread:.3f}" if spread is not None else "–",
-            difference,
+            str(found_difference or "–"),
             str(cut[0]),
             str(cut[1]),
             f"{mean([run.seconds for run in runs]):,.0f}",
