@@ -105,6 +105,9 @@ class TracesConfig:
     teach_end_of_turn: bool = False  #: supervise the end-of-turn token after a call as part of the call span
     #: supervise what stands between reasoning and call, as part of the call span; False: the paper's literal rule
     teach_switch: bool = True
+    #: supervise the message that closes a user turn, as part of the call span: the trace's own, and this text where it
+    #: tells none; null: none of them, as in the paper
+    closing: str | None = None
     #: largest share of training tasks that may have no trace; null = any share but all of ``path``'s
     max_missing: float | None = None
     #: largest share of training tasks that may have no reference calls; null = any share

@@ -27,6 +27,10 @@ def check_traces(config: Config) -> None:
         f"traces.components={config.traces.components}: only reasoning, calls and observations exist",
     )
     require(
+        config.traces.closing is None or bool(config.traces.closing.strip()),
+        "traces.closing is empty: give the message that closes a turn, or null to teach none",
+    )
+    require(
         set(config.traces.augment) <= set(KINDS),
         f"traces.augment={config.traces.augment}: only {', '.join(KINDS)} exist",
     )

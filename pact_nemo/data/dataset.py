@@ -20,6 +20,7 @@ from pact_nemo.objective.gate import uniform
 from pact_nemo.planning.from_config import model_shape
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.runtime.words import count_of
+from pact_nemo.traces.closings import with_closings
 from pact_nemo.traces.controls import other_trace
 from pact_nemo.traces.schema import Trace
 from pact_nemo.traces.spans import TraceTokens, fit_trace
@@ -182,6 +183,8 @@ def _tokens_of(config: Config, chat: ChatFormat, dataset: Dataset, trace: Trace)
     label = CALL if config.traces.teach_end_of_turn else OTHER
     switch = CALL if config.traces.teach_switch else OTHER
     components = frozenset(config.traces.components)
+    if config.traces.closing is not None:
+        trace = with_closings(trace, config.traces.closing)
     try:
         return fit_trace(trace, chat, dataset.rooms[trace.task_id], config.traces.overlong, components, label, switch)
     except (DataError, ToolCallError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import FOLDER_NAME, convert_gguf, find_embedded_gguf
 from pact_nemo.config.schema import Config
+from pact_nemo.errors import ConfigError
 from pact_nemo.policy.model_source import model_source
 
 
@@ -17,6 +18,11 @@ def chat_format(config: Config, source: Path) -> ChatFormat:
     chat = ChatFormat.from_pretrained(source, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
     if config.traces.control == "none":
         chat.boundary_after_nothing_ids()  # raises where the template can't have it
+    if config.traces.closing is not None and chat.thought is not None:
+        raise ConfigError(
+            f"traces.closing={config.traces.closing!r}: {source} thinks before each message, and no trace tells what it"
+            " thinks before this one; leave traces.closing out"
+        )
     return chat
 
 

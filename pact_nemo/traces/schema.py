@@ -46,6 +46,7 @@ class TraceTurn:
         closing: the assistant message that closes the user turn before ``user_messages_after``, as one does at
             inference. It is context, never taught. Empty where no user turn follows. In a turn without calls it is the
             message (:attr:`said`), unless the turn has reasoning, which is the message then and is taught.
+        taught: whether :attr:`said` is supervised (:func:`pact_nemo.traces.closings.with_closings`); in no file.
     """
 
     segments: tuple[ReasoningSegment, ...]
@@ -55,6 +56,7 @@ class TraceTurn:
     user_messages_after: tuple[dict[str, str], ...] = ()
     new_tools_after: tuple[dict[str, Any], ...] = ()
     closing: str = ""
+    taught: bool = False
 
     @property
     def reasoning(self) -> str:
@@ -69,7 +71,7 @@ class TraceTurn:
 
     @property
     def said(self) -> str:
-        """The message of a turn that has neither calls nor reasoning: context, never taught."""
+        """The message of a turn that has neither calls nor reasoning: context, unless it is ``taught``."""
         return "" if self.calls or self.segments else self.closing
 
     @property

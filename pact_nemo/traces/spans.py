@@ -14,7 +14,7 @@ Rules:
 - A token that covers characters of two parts belongs to the later one. A token that covers reasoning and call
   characters is an error.
 - Between two user turns stands the message that closes the first one. It is context: OTHER. So is the whole message of
-  a turn that has neither calls nor reasoning.
+  a turn that has neither calls nor reasoning. A closing message that is taught is a turn of its own: CALL.
 - End-of-turn tokens, delimiters, role markers and user messages are OTHER.
 - h* itself keeps every thought: it is what the privileged context shows. Where the policy won't see thoughts of earlier
   messages, ``cuts`` say in which contexts its messages are taught.
@@ -71,6 +71,7 @@ class TraceTokens:
             is.
         turns_dropped: how many turns :func:`truncate_at_turn` has cut off.
         cut: whether anything was cut off its end.
+        closed: whether its last turn is the taught message that closes it (``traces.closing``).
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -81,6 +82,7 @@ class TraceTokens:
     cuts: list[TraceCut | None] = field(default_factory=list)
     turns_dropped: int = 0
     cut: bool = False
+    closed: bool = False
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -143,6 +145,7 @@ def encode_trace(
         _append_assistant(result, turn, index, chat, kept, switch, trace.task_id)
         said = result.turn_ends[-1] + len(opening) if index else 0
         label = end_of_turn if turn.calls and "calls" in kept else Component.OTHER
+        label = Component.CALL if turn.taught else label
         result._append(chat.end_of_turn_id, index, label)
         contexts.said(result.token_ids[said:])
         said = len(result)
@@ -153,6 +156,7 @@ def encode_trace(
         before = contexts.length
         keep, context = contexts.follow([*result.token_ids[said:], *opening], user=bool(turn.user_messages_after))
         result.cuts.append(TraceCut(len(result) + len(opening), keep, tuple(context)) if keep < before else None)
+    result.closed = trace.turns[-1].taught
     return result
 
 
@@ -182,7 +186,8 @@ def _append_assistant(
         levels = levels[len(reasoning) - len(reasoning.lstrip()) :]
         reasoning = reasoning.strip()
     parts = chat.assistant_parts(reasoning, calls or turn.said)
-    marker, written = (switch, Component.CALL) if calls else (Component.OTHER, Component.OTHER)
+    marker = switch if calls else Component.OTHER
+    written = Component.CALL if calls or turn.taught else Component.OTHER
     thought = len(parts.opening)
     reasoned = thought + len(parts.reasoning)
     switched = reasoned + len(parts.switch)
@@ -230,12 +235,16 @@ def truncate_at_turn(tokens: TraceTokens, max_tokens: int) -> TraceTokens:
     per_token = {
         item.name: getattr(tokens, item.name)[:length]
         for item in fields(tokens)
-        if item.name not in ("turn_ends", "cuts", "turns_dropped", "cut")
+        if item.name not in ("turn_ends", "cuts", "turns_dropped", "cut", "closed")
     }
     dropped = tokens.turns_dropped + len(tokens.turn_ends) - keep
-    return replace(
-        tokens, **per_token, turn_ends=tokens.turn_ends[:keep], cuts=tokens.cuts[:keep], turns_dropped=dropped, cut=True
-    )
+    ends, cuts = tokens.turn_ends[:keep], tokens.cuts[:keep]
+    return replace(tokens, **per_token, turn_ends=ends, cuts=cuts, turns_dropped=dropped, cut=True, closed=False)
+
+
+def without_closing(tokens: TraceTokens) -> TraceTokens:
+    """A trace without the taught message that closes it; the trace itself where it has none."""
+    return truncate_at_turn(tokens, tokens.turn_ends[-2]) if tokens.closed else tokens
 
 
 def fit_trace(

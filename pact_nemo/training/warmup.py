@@ -26,7 +26,7 @@ from pact_nemo.objective.loss import batch_loss
 from pact_nemo.objective.surrogate import Clip
 from pact_nemo.objective.weights import sft_weights
 from pact_nemo.policy.trees import TokenTree, TreeBuilder
-from pact_nemo.traces.spans import TraceTokens
+from pact_nemo.traces.spans import TraceTokens, without_closing
 from pact_nemo.training.evaluation import due_between, score_between
 from pact_nemo.training.stopwatch import Stopwatch
 
@@ -142,6 +142,8 @@ def sft_step(run: TrainingRun, batch: list[Task]) -> dict[str, Any]:
     stage = config.warmup
     chosen = [run.dataset.trace_for(task.id, f"warmup:{config.run.seed}", run.state.warmup_step) for task in batch]
     traces = [trace for trace in chosen if trace is not None]  # the stage's tasks all have one
+    if stage.closing is not None:  # the stage's own message closes them
+        traces = [without_closing(trace) for trace in traces]
     masks = []
     for trace in traces:
         component = np.asarray(trace.component)

@@ -1,0 +1,29 @@
+"""The messages that close a trace's user turns, as turns of their own that are taught (``traces.closing``).
+
+The paper teaches none, so that no answer leaks into h*. A fixed text leaks nothing. A policy that is taught calls at
+every step, and never an end, unlearns how to end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pact_nemo.traces.schema import Trace, TraceTurn
+
+
+def with_closings(trace: Trace, text: str) -> Trace:
+    """``trace`` with a taught turn behind the last calls of each user turn.
+
+    Args:
+        text: what is said where the trace tells no closing message, and always at its end: h* has no final answer.
+    """
+    turns: list[TraceTurn] = []
+    for index, turn in enumerate(trace.turns):
+        last = index == len(trace.turns) - 1
+        if not turn.calls or not (turn.user_messages_after or last):
+            turns.append(turn)
+            continue
+        turns.append(replace(turn, user_messages_after=(), new_tools_after=(), closing=""))
+        said = (turn.closing or text) if not last else text
+        turns.append(replace(turn, segments=(), calls=(), observations=(), closing=said, taught=True))
+    return replace(trace, turns=tuple(turns))
