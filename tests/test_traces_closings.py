@@ -93,3 +93,8 @@ def test_a_policy_that_thinks_and_an_empty_message_are_refused(monkeypatch: pyte
     with pytest.raises(ConfigError, match=r"traces\.closing='Done\.': m thinks before each message"):
         preflight.chat_format(config, Path("m"))
     assert preflight.chat_format(replace(config, traces=replace(config.traces, closing=None)), Path("m")) is thinking
+
+
+def test_a_trace_on_file_knows_nothing_of_it() -> None:
+    _, trace = traced("full")[0]
+    assert "taught" not in trace.to_dict()["turns"][0] and Trace.from_dict(trace.to_dict()) == trace

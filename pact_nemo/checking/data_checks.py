@@ -105,18 +105,21 @@ def task_findings(environment: Environment, tasks: Sequence[Task]) -> list[Findi
 
 
 def closing_findings(config: Config, tasks: Sequence[Task]) -> list[Finding]:
-    """Tasks that want words in the answer, where the warm-up teaches one closing message for all."""
-    closing = config.warmup.closing
-    if not config.warmup.steps or closing is None:
-        return []
+    """Tasks that want words in the answer, where one closing message is taught for all."""
     wanting = [task for task in tasks if task.reference_answer is not None]
-    other = [task for task in wanting if str(task.reference_answer).casefold() not in closing.casefold()]
-    if not other:
-        return []
-    text = (
-        f"{len(other)} of {len(tasks)} tasks want words in the answer; warmup.closing={closing!r} teaches another one"
-    )
-    return [Finding("warning", "closing", "", text, "set warmup.closing=null, so that the model's own words stay")]
+    taught = {
+        "warmup.closing": config.warmup.closing if config.warmup.steps else None,
+        "traces.closing": config.traces.closing,
+    }
+    found = []
+    for key, closing in taught.items():
+        other = [
+            task for task in wanting if closing and str(task.reference_answer).casefold() not in closing.casefold()
+        ]
+        if other:
+            text = f"{len(other)} of {len(tasks)} tasks want words in the answer; {key}={closing!r} teaches another one"
+            found.append(Finding("warning", "closing", "", text, f"set {key}=null, so that the model's own words stay"))
+    return found
 
 
 def dropped_findings(path: str | None, dropped: Mapping[str, int]) -> list[Finding]:

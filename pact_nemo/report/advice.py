@@ -111,7 +111,7 @@ def cut_rollouts(run: Run, late: list[Record]) -> Advice | None:
         ),
         "truncated_turns": (
             "because no message closed the turn",
-            "rollout.sampling.max_turns_per_user_turn, or teach how a turn is closed (warmup.closing)",
+            "rollout.sampling.max_turns_per_user_turn, or teach how a turn is closed (traces.closing, warmup.closing)",
         ),
         "truncated_response_tokens": ("because no room was left", "rollout.sampling.max_response_tokens"),
     }
@@ -138,8 +138,8 @@ def closing(run: Run, late: list[Record]) -> Advice | None:
     return Advice(
         "closing",
         finding,
-        "The policy has unlearnt how to end: PACT teaches no final answer. Lower optimizer.lr or trainer.steps, raise"
-        " objective.kl_coef, or lengthen the warm-up (warmup.steps, warmup.closing).",
+        "The policy has unlearnt how to end: PACT teaches calls and no final answer. Teach a closing message"
+        " (traces.closing), lower optimizer.lr or trainer.steps, or raise objective.kl_coef.",
     )
 
 

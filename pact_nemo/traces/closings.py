@@ -6,9 +6,17 @@ every step, and never an end, unlearns how to end.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from pact_nemo.traces.schema import Trace, TraceTurn
+
+
+@dataclass(frozen=True)
+class ClosingTurn(TraceTurn):
+    """The assistant message that closes a user turn, taught as a call is."""
+
+    taught: ClassVar[bool] = True
 
 
 def with_closings(trace: Trace, text: str) -> Trace:
@@ -25,5 +33,7 @@ def with_closings(trace: Trace, text: str) -> Trace:
             continue
         turns.append(replace(turn, user_messages_after=(), new_tools_after=(), closing=""))
         said = (turn.closing or text) if not last else text
-        turns.append(replace(turn, segments=(), calls=(), observations=(), closing=said, taught=True))
+        turns.append(
+            ClosingTurn((), (), (), turn.user_turn, turn.user_messages_after, turn.new_tools_after, closing=said)
+        )
     return replace(trace, turns=tuple(turns))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pact_nemo.environments.base import ToolCall, check_schema
 from pact_nemo.errors import DataError
@@ -46,7 +46,6 @@ class TraceTurn:
         closing: the assistant message that closes the user turn before ``user_messages_after``, as one does at
             inference. It is context, never taught. Empty where no user turn follows. In a turn without calls it is the
             message (:attr:`said`), unless the turn has reasoning, which is the message then and is taught.
-        taught: whether :attr:`said` is supervised (:func:`pact_nemo.traces.closings.with_closings`); in no file.
     """
 
     segments: tuple[ReasoningSegment, ...]
@@ -56,7 +55,8 @@ class TraceTurn:
     user_messages_after: tuple[dict[str, str], ...] = ()
     new_tools_after: tuple[dict[str, Any], ...] = ()
     closing: str = ""
-    taught: bool = False
+    #: whether :attr:`said` is supervised: no field, and in no file (pact_nemo/traces/closings.py)
+    taught: ClassVar[bool] = False
 
     @property
     def reasoning(self) -> str:

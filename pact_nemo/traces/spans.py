@@ -156,7 +156,7 @@ def encode_trace(
         before = contexts.length
         keep, context = contexts.follow([*result.token_ids[said:], *opening], user=bool(turn.user_messages_after))
         result.cuts.append(TraceCut(len(result) + len(opening), keep, tuple(context)) if keep < before else None)
-    result.closed = trace.turns[-1].taught
+    result.closed = bool(trace.turns) and trace.turns[-1].taught
     return result
 
 
