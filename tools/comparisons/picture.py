@@ -20,7 +20,7 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 130, 14, 40
 
 def starts_svg(results: Sequence[Result]) -> str:
     """The picture as text. Starts whose own score is not among the results, the published model among them, are left
-    out, and arms that were not run from all of the other arms' starts: trials of a setting.
+    out, and arms from one start where others have several: trials of a setting.
     """
     found = groups(results)
     begins = {arm: runs[0].score() for (start, arm), runs in found.items() if start == "published"}
@@ -30,7 +30,7 @@ def starts_svg(results: Sequence[Result]) -> str:
         if begin is not None and ends:
             lines[arm].append((begin, ends))
     most = max(map(len, lines.values()), default=0)
-    lines = {arm: points for arm, points in lines.items() if len(points) == most}
+    lines = {arm: points for arm, points in lines.items() if len(points) > 1 or most == 1}
     values = [value for points in lines.values() for begin, ends in points for value in (begin, *ends)]
     low = min(values, default=0.0)
     marks = ticks_between(low, max([*values, low + 0.1]))
