@@ -80,6 +80,10 @@ def test_a_policy_that_unlearnt_how_to_end() -> None:
         assert keys(run) == []
     run.episodes = {"after": cut(8)}
     assert keys(run) == [], "nothing to compare with"
+    stuck = [{**row, "turns": [{"text": "[a()]"}] * 2} for row in cut(5)[:5]] + cut(8)[5:]
+    run.episodes = {"before": cut(1), "after": stuck}
+    (found,) = advice(run)
+    assert "5 of them repeat their last message" in found.finding and "warmup.steps" in found.change
 
 
 def test_a_batch_that_is_mostly_noise_is_told_with_the_prompts_that_it_would_need() -> None:

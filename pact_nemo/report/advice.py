@@ -135,12 +135,27 @@ def closing(run: Run, late: list[Record]) -> Advice | None:
     if now - first <= CUT:
         return None
     finding = f"{now:.0%} of the held-out episodes were cut off by a limit after the training, {first:.0%} before it."
+    cut = [row for row in after if row.get("limit")]
+    again = sum(repeats(row) for row in cut)
+    if again > len(cut) / 2:
+        return Advice(
+            "closing",
+            f"{finding} {again} of them repeat their last message word for word.",
+            "The policy repeats what brought it nowhere: read such episodes below. Lower optimizer.lr or trainer.steps,"
+            " or begin from a better policy (warmup.steps).",
+        )
     return Advice(
         "closing",
         finding,
         "The policy has unlearnt how to end: PACT teaches calls and no final answer. Teach a closing message"
         " (traces.closing), lower optimizer.lr or trainer.steps, or raise objective.kl_coef.",
     )
+
+
+def repeats(row: Record) -> bool:
+    """Whether the last two messages of an episode are the same."""
+    texts = [turn["text"] for turn in row.get("turns", [])[-2:]]
+    return len(texts) == 2 and texts[0] == texts[1]
 
 
 #: by whether RL was the last stage
