@@ -233,6 +233,48 @@ def test_a_cut_run_of_other_settings_is_not_resumed(tmp_path: Path, monkeypatch:
     assert told[0][-2:] == ["--resume", str(run)]
 
 
+def test_a_run_of_another_model_or_of_more_epochs_is_told_apart(tmp_path: Path) -> None:
+    config = config_of("pact", "bfcl", "smollm2_135m-cpu")
+    run = make_run(tmp_path / "cell", seed=1)
+    told = ["run.seed=1", "trainer.epochs=2", "trainer.steps=null", "model.path=/models/a"]
+    settled = to_yaml(load_config([config], told)).replace(
+        "  steps: null\n  epochs: 2\n", "  steps: 40\n  epochs: null\n"
+    )
+    assert "steps: 40" in settled
+    (run / "config.yaml").write_text(settled)
+    words = ["trainer.epochs=2", "trainer.steps=null"]
+    assert runner.run_one(config, 1, tmp_path / "cell", [*words, "model.path=/models/a"]) == run
+    for other, key in (
+        (["model.path=/models/b"], "model.path"),
+        (["model.path=/models/a", "model.template_kwargs.enable_thinking=false"], "model.template_kwargs"),
+    ):
+        with pytest.raises(ConfigError, match=f"other settings .*{key}"):
+            runner.run_one(config, 1, tmp_path / "cell", [*words, *other])
+    with pytest.raises(ConfigError, match="other settings .*run.seed"):
+        runner.run_one(config, 2, tmp_path / "cell", [*words, "model.path=/models/a"])
+
+
+def test_arms_of_two_makings_of_a_start_are_not_mixed(tmp_path: Path) -> None:
+    """The start's own result was deleted, and it is made again: its arms' results still know the first one."""
+    kept, plan = tmp_path / "kept", replace(ONE, grid=[Block(["sft4"], ["sft"])])
+
+    def weigh(root: Path, content: bytes) -> None:
+        place(root, Cell("published", "sft4", 0), 5, ONE)
+        hf = next((root / "starts" / "sft4").glob("*/hf"))
+        (hf / "model.safetensors").write_bytes(content)
+        write_manifest(hf, 0)
+
+    weigh(tmp_path / "first", b"one")
+    for cell in cells(ONE):
+        place(tmp_path / "first", replace(cell, arm="sft"), 7, ONE)
+    run_plan(plan, tmp_path / "first", kept, note=lambda _: None)
+    (kept / "published-sft4-seed0.json").unlink()
+    weigh(tmp_path / "second", b"other")
+    place(tmp_path / "second", next(cells(ONE)), 7, ONE)
+    with pytest.raises(ConfigError, match=r"sft4-sft-seed1\.json began from another starting policy"):
+        run_plan(ONE, tmp_path / "second", kept, note=lambda _: None)
+
+
 def test_several_runs_go_on_at_once_and_a_start_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, kept, together = tmp_path / "runs", tmp_path / "evidence", threading.Barrier(3)
     for cell in [*(Cell("published", name, 0) for name in PLAN.starts), *cells(PLAN)]:

@@ -26,8 +26,10 @@ WITHOUT_THOUGHTS = [kind for kind in KINDS if chat_format(kind).thought is None]
 
 
 def traced(window: str) -> list[tuple[Task, Trace]]:
-    environment = bfcl_environment(("multi_turn_base",), window=window, max_tools=5 if window == "turn" else None)  # type: ignore[arg-type]
-    tasks = environment.tasks()[:12]
+    environment = bfcl_environment(
+        ("multi_turn_base", "multi_turn_miss_param"), window=window, max_tools=5 if window == "turn" else None
+    )  # type: ignore[arg-type]
+    tasks = environment.tasks()[::25]
     traces, rejected = make_traces(environment, tasks, style="compact")
     assert not rejected
     return list(zip(tasks, traces, strict=True))
@@ -35,7 +37,7 @@ def traced(window: str) -> list[tuple[Task, Trace]]:
 
 def closings_of(trace: Trace) -> list[str]:
     """What stands at the end of each user turn, in words, from the trace as it is on file."""
-    said = [turn.closing or TEXT for turn in trace.turns[:-1] if turn.calls and turn.user_messages_after]
+    said = [turn.closing or TEXT for turn in trace.turns[:-1] if turn.said or (turn.calls and turn.user_messages_after)]
     return [*said, TEXT] if trace.turns[-1].calls else said
 
 

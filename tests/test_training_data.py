@@ -253,6 +253,8 @@ def test_a_share_of_the_prompts_is_of_tasks_with_a_trace(data: tuple[Config, Dat
     assert few.prompts_of_step(of(1.0), 0) != few.prompts_of_step(of(0.0), 0)
     plain = [task.id for task in few.prompts_of_step(of(None), 2)]
     assert plain == [task.id for task in prompts_of_step(own.train, 2, 4, config.run.seed)]
+    with pytest.raises(ConfigError, match=r"traces\.share=0\.1 of a batch of 4 is no prompt"):
+        few.prompts_of_step(of(0.1), 0)
     with pytest.raises(ConfigError, match=r"traces\.share=1\.0 needs 5 training tasks with a trace .* there are 4"):
         few.prompts_of_step(of(1.0, size=5), 0)
 
@@ -267,7 +269,7 @@ def test_a_run_that_hardly_uses_its_traces_says_so(data: tuple[Config, Dataset, 
     said.clear()
     enough = replace(few, traces=replace(few.traces, share=0.34))
     build_dataset(enough, build_environment(enough), chat, note=said.append)
-    assert any(line.startswith("about 12 of RL's 60 prompts use a trace") for line in said)  # 0.34 * 0.6 * 60
+    assert any(line.startswith("about 12 of RL's 60 prompts use a trace") for line in said)  # 2 of 6, gate 0.4
 
 
 def test_held_out_traces_are_measured_and_never_among_those_that_are_trained_on(

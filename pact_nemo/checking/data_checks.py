@@ -18,6 +18,7 @@ from pact_nemo.environments.sessions import CUT, shown_to_policy
 from pact_nemo.errors import DataError
 from pact_nemo.objective.components import Component
 from pact_nemo.runtime.quarantine import Quarantine
+from pact_nemo.traces.closings import with_closings
 from pact_nemo.traces.schema import Trace
 from pact_nemo.traces.spans import TraceTokens, encode_trace
 
@@ -173,7 +174,9 @@ def length_findings(config: Config, chat: ChatFormat, tasks: Sequence[Task], use
             prompts.append(prompt_length(chat, task))
         except DataError as error:
             found.append(Finding("error", "prompt", "", str(error)))
-    encoded = [encode_trace(trace, chat) for trace, _ in used.values()]
+    closing = config.traces.closing
+    shown = [with_closings(trace, closing) if closing is not None else trace for trace, _ in used.values()]
+    encoded = [encode_trace(trace, chat) for trace in shown]
     traces = [len(tokens.token_ids) for tokens in encoded]
     turns = [_most_turns(trace) for trace, _ in used.values()]
     observed = [

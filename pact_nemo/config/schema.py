@@ -114,7 +114,8 @@ class TracesConfig:
     max_unreferenced: float | None = None
     #: use the traces of at most so many training tasks; the others are trained on by RL alone
     max_tasks: int | None = None
-    #: share of a step's prompts that are of tasks with a trace, where not all have one; null = as the tasks come
+    #: share of a step's prompts that are of tasks with a trace, where not all have one, whether the method reads it or
+    #: not; null = as the tasks come
     share: float | None = None
     components: list[str] = field(
         default_factory=lambda: ["reasoning", "calls", "observations"]

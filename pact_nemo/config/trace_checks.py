@@ -30,6 +30,12 @@ def check_traces(config: Config) -> None:
         config.traces.closing is None or bool(config.traces.closing.strip()),
         "traces.closing is empty: give the message that closes a turn, or null to teach none",
     )
+    taught = config.warmup.steps > 0 or (method.uses_traces and objective.sft_coef > 0)
+    require(
+        config.traces.closing is None or taught,
+        f"traces.closing={config.traces.closing!r}: nothing teaches a trace with method={config.method},"
+        f" objective.sft_coef={objective.sft_coef} and warmup.steps=0; leave it out",
+    )
     require(
         set(config.traces.augment) <= set(KINDS),
         f"traces.augment={config.traces.augment}: only {', '.join(KINDS)} exist",

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import mean
 
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config
@@ -85,6 +86,8 @@ class Dataset:
         if share is None:
             return prompts_of_step(self.train, step, size, seed)
         count, chosen = round(share * size), []
+        if share > 0 and not count:
+            raise ConfigError(f"traces.share={share} of a batch of {size} is no prompt: raise one of them")
         for part, needed, has_trace in (("traced", count, True), ("bare", size - count, False)):
             tasks = [task for task in self.train if (task.id in self.trace_tokens) == has_trace]
             if needed > len(tasks):
@@ -247,16 +250,15 @@ def _check_shares(config: Config, dataset: Dataset, note: Callable[[str], None])
 
 def _uses_of_traces(config: Config, dataset: Dataset) -> str:
     """For how many of RL's prompts the traces are used, where not every task has one."""
-    share = config.traces.share
-    used = (share if share is not None else len(dataset.trace_tokens) / len(dataset.train)) * (
-        1 - config.objective.anchor_prob
-    )
-    count = (config.trainer.steps or 0) * config.trainer.batch_size
-    text = (
-        f"about {used * count:,.0f} of RL's {count:,} prompts use a trace, by the tasks that have one and"
-        f" objective.anchor_prob={config.objective.anchor_prob}"
-    )
-    few = used < LITTLE_USE and share is None
+    share, size, objective = config.traces.share, config.trainer.batch_size, config.objective
+    traced = round(share * size) / size if share is not None else len(dataset.trace_tokens) / len(dataset.train)
+    gated = method_class(config.method).conditions_on_trace
+    last = objective.schedule.anchor_end
+    anchored = 0.0 if not gated else mean([objective.anchor_prob, objective.anchor_prob if last is None else last])
+    count = (config.trainer.steps or 0) * size
+    by = "the tasks that have one" + (f" and an anchored share of {anchored:g}" if gated else "")
+    text = f"about {traced * (1 - anchored) * count:,.0f} of RL's {count:,} prompts use a trace, by {by}"
+    few = traced * (1 - anchored) < LITTLE_USE and share is None and anchored < 1
     return f"warning: {text}; traces.share=0.5 takes such tasks oftener" if few else text
 
 

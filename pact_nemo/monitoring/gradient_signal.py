@@ -55,12 +55,15 @@ def measure(
     """Of a mini-batch whose streams are filled. Collective.
 
     Returns:
-        per term ``signal/<term>_product`` <g1, g2> of the halves' gradients, 0 where a half has none; ``_norm``
+        per term ``signal/<term>_product`` <g1, g2> of the halves' gradients, as if both had as many prompts, 0 where a
+        half has none; ``_norm``
         |g1 + g2|, the L2 norm of the term's gradient over the mini-batch; ``_share`` (:func:`signal_share`) and
         ``_prompts`` (:func:`prompts_for_half`; None: infinite) by this measurement alone; and ``_cosine``, which is
         left out where a half has no gradient. A term is left out where neither half has any.
     """
     record: dict[str, float | None] = {}
+    if len(prompts) < 2:
+        return record
     first, second = halves(prompts, seed=seed, step=step)
     for term, names in terms_of(method).items():
         one, other = term_of(first, names), term_of(second, names)
@@ -71,8 +74,9 @@ def measure(
             _, norm, _ = policy.gradient_cosine(one or other, one or other, method.loss)
         else:
             continue
-        product = cosine * norm * other_norm if math.isfinite(cosine) else 0.0
-        whole = math.sqrt(max(norm**2 + other_norm**2 + 2 * product, 0.0))
+        inner = cosine * norm * other_norm if math.isfinite(cosine) else 0.0
+        whole = math.sqrt(max(norm**2 + other_norm**2 + 2 * inner, 0.0))
+        product = inner * len(prompts) ** 2 / (4 * len(first) * len(second))  # as of halves of one size
         share = signal_share([product], [whole])
         if share is None:
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.checkpoints.embedded import FOLDER_NAME, convert_gguf, find_embedded_gguf
 from pact_nemo.config.schema import Config
-from pact_nemo.errors import ConfigError
+from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.policy.model_source import model_source
 
 
@@ -18,11 +18,16 @@ def chat_format(config: Config, source: Path) -> ChatFormat:
     chat = ChatFormat.from_pretrained(source, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
     if config.traces.control == "none":
         chat.boundary_after_nothing_ids()  # raises where the template can't have it
-    if config.traces.closing is not None and chat.thought is not None:
-        raise ConfigError(
-            f"traces.closing={config.traces.closing!r}: {source} thinks before each message, and no trace tells what it"
-            " thinks before this one; leave traces.closing out"
-        )
+    if (closing := config.traces.closing) is not None:
+        if chat.thought is not None:
+            raise ConfigError(
+                f"traces.closing={closing!r}: {source} thinks before each message, and no trace tells what it thinks"
+                " before this one; leave traces.closing out"
+            )
+        try:
+            chat.check_assistant(chat.encode_assistant(closing)[0])
+        except DataError as error:
+            raise ConfigError(f"traces.closing={closing!r}: {error}; give plain words") from error
     return chat
 
 

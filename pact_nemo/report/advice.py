@@ -144,11 +144,12 @@ def closing(run: Run, late: list[Record]) -> Advice | None:
             "The policy repeats what brought it nowhere: read such episodes below. Lower optimizer.lr or trainer.steps,"
             " or begin from a better policy (warmup.steps).",
         )
+    teach = "Teach a closing message (traces.closing), l" if not run.setting("traces.closing") else "L"
     return Advice(
         "closing",
         finding,
-        "The policy has unlearnt how to end: PACT teaches calls and no final answer. Teach a closing message"
-        " (traces.closing), lower optimizer.lr or trainer.steps, or raise objective.kl_coef.",
+        f"The policy has unlearnt how to end: nothing teaches a final answer. {teach}ower optimizer.lr or"
+        " trainer.steps, or raise objective.kl_coef.",
     )
 
 

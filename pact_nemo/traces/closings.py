@@ -20,7 +20,8 @@ class ClosingTurn(TraceTurn):
 
 
 def with_closings(trace: Trace, text: str) -> Trace:
-    """``trace`` with a taught turn behind the last calls of each user turn.
+    """``trace`` with a taught turn behind the last calls of each user turn. A turn that only says something is such a
+    turn already, and is taught as one; one that reasons in place of calling stays as it is.
 
     Args:
         text: what is said where the trace tells no closing message, and always at its end: h* has no final answer.
@@ -28,12 +29,13 @@ def with_closings(trace: Trace, text: str) -> Trace:
     turns: list[TraceTurn] = []
     for index, turn in enumerate(trace.turns):
         last = index == len(trace.turns) - 1
-        if not turn.calls or not (turn.user_messages_after or last):
-            turns.append(turn)
-            continue
-        turns.append(replace(turn, user_messages_after=(), new_tools_after=(), closing=""))
-        said = (turn.closing or text) if not last else text
-        turns.append(
-            ClosingTurn((), (), (), turn.user_turn, turn.user_messages_after, turn.new_tools_after, closing=said)
-        )
+        said, behind = turn.said, turn
+        if turn.calls and (turn.user_messages_after or last):
+            said = text if last else turn.closing or text
+            turns.append(replace(turn, user_messages_after=(), new_tools_after=(), closing=""))
+        if said:  # white space around it is none of the template's
+            behind = ClosingTurn(
+                (), (), (), turn.user_turn, turn.user_messages_after, turn.new_tools_after, closing=said.strip()
+            )
+        turns.append(behind)
     return replace(trace, turns=tuple(turns))

@@ -39,7 +39,7 @@ from pact_nemo.errors import ConfigError
 from pact_nemo.report.comparison import total_seconds
 from pact_nemo.report.data import load_run
 from tools.comparisons.results import SCORE, Result, by_task, read_result, read_results, result_of, write_result
-from tools.comparisons.runner import config_of, digest, finished, run_one, settings_of, weights_of
+from tools.comparisons.runner import Settings, config_of, finished, run_one, weights_of
 
 PUBLISHED = "published"
 #: of a finished run folder, what only another run would need
@@ -116,6 +116,8 @@ def load_plan(path: str | Path) -> Plan:
                 )
     if PUBLISHED in plan.starts:
         raise ConfigError(f"{path}: starts.{PUBLISHED} is the model as it came; give that start another name")
+    if both := sorted(plan.starts.keys() & plan.arms.keys()):
+        raise ConfigError(f"{path}: {', '.join(both)}: a start and an arm have this name; give one of them another")
     if not plan.grid or not plan.seeds:
         raise ConfigError(f"{path}: grid and seeds must say at least one run")
     for index, block in enumerate(plan.grid):
@@ -168,8 +170,9 @@ def _extra(plan: Plan) -> list[int]:
 
 
 def start_words(start: str, folder: Path | None) -> list[str]:
-    """What a run is told to begin from a start; the warm-up was the start's."""
-    return [] if start == PUBLISHED else [f"model.path={folder}", "warmup.steps=0", "evaluation.before=false"]
+    """What a run is told to begin from a start, whose warm-up it had; ``folder`` None: the rest without its place."""
+    place = [f"model.path={folder}"] if folder is not None else []
+    return [] if start == PUBLISHED else [*place, "warmup.steps=0", "evaluation.before=false"]
 
 
 def run_plan(
@@ -217,11 +220,7 @@ def _words(plan: Plan, cell: Cell, folder: Path | None = None) -> list[str]:
 
 def _settings(plan: Plan, cell: Cell) -> str:
     config = config_of(_arm_of(plan, cell).method, plan.benchmark, plan.preset)
-    return digest(settings_of(config, cell.seed, _told(_words(plan, cell))))
-
-
-def _told(words: list[str]) -> list[str]:
-    return [word for word in words if not word.startswith("model.path=")]
+    return Settings.of(config, cell.seed, _words(plan, cell)).digest
 
 
 def _check_kept(plan: Plan, results: Path) -> None:
@@ -232,7 +231,7 @@ def _check_kept(plan: Plan, results: Path) -> None:
         if not file.is_file():
             continue
         kept = read_result(file)
-        same = kept.settings == _settings(plan, cell) if kept.settings else kept.words == _told(_words(plan, cell))
+        same = kept.settings == _settings(plan, cell) if kept.settings else kept.words == _words(plan, cell)
         if not same or kept.method != _arm_of(plan, cell).method:
             arms = " and those of its arms" if cell in starts else ""
             raise ConfigError(
@@ -301,14 +300,21 @@ def _start(plan: Plan, name: str, root: Path, results: Path, note: Callable[[str
         note(f"starting policy {name}")
     config = config_of(_arm_of(plan, cell).method, plan.benchmark, plan.preset)
     run = run_one(config, cell.seed, place, _words(plan, cell))
+    weights = weights_of(run / "hf")
+    for other in read_results(results) if results.is_dir() else ():
+        if other.start == name and (other.weights or weights) != weights:
+            raise ConfigError(
+                f"{results}/{name}-{other.arm}-seed{other.seed}.json began from another starting policy than {run};"
+                " delete it, or name another folder with --results"
+            )
     if (file := results / f"{cell.id}.json").is_file():
-        kept, weights, scores = read_result(file), weights_of(run / "hf"), by_task(load_run(run).episodes[SCORE])
-        if (kept.weights and kept.weights != weights) or kept.scores.get(SCORE) != scores:
+        kept, scores = read_result(file), by_task(load_run(run).episodes.get(SCORE, []))
+        if (kept.weights or weights) != weights or kept.scores.get(SCORE, {}) != scores:
             raise ConfigError(
                 f"{run} is another starting policy than the one of {file}: its arms' results can't be compared. Delete"
                 " that file and those of its arms, or name another folder with --results"
             )
-    seconds = _keep(plan, cell, run, results, weights_of(run / "hf"))
+    seconds = _keep(plan, cell, run, results, weights)
     for part in ("checkpoints", "exports", "reference"):
         shutil.rmtree(run / part, ignore_errors=True)
     return (run / "hf").resolve(), seconds if new else 0.0
@@ -320,7 +326,7 @@ def _keep(plan: Plan, cell: Cell, run: Path, results: Path, weights: str) -> flo
         "plan": plan.name,
         "start": cell.start,
         "arm": cell.arm,
-        "words": _told(_words(plan, cell)),
+        "words": _words(plan, cell),
         "settings": _settings(plan, cell),
         "weights": weights,
     }

@@ -7,8 +7,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pact_nemo.checkpoints.manifest import read_manifest
 from pact_nemo.config.load import load_config
@@ -18,6 +19,7 @@ from pact_nemo.report.comparison import flat
 from pact_nemo.report.data import load_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+FREE = "model.template_kwargs."  #: the user's own keys, which have no default
 
 
 def config_of(method: str, benchmark: str, preset: str) -> Path:
@@ -38,27 +40,49 @@ def finished(root: Path) -> Path | None:
     return next((path.parent for path in sorted(root.glob("*/summary.json")) if not path.parent.is_symlink()), None)
 
 
-def settings_of(config: Path, seed: int, overrides: Sequence[str]) -> dict[str, str]:
-    """What a run has resolved, by dotted key, as text; without ``run`` and the place of its weights, which differ by
-    machine.
+@dataclass(frozen=True)
+class Settings:
+    """What a run has resolved, by dotted key, as text; of ``run`` the seed alone, for the rest differs by machine.
+
+    Attributes:
+        values: of every setting.
+        defaults: of the code, those of this method and environment included: a run of before a setting existed had what
+            is now its default.
     """
-    found = flat(to_dict(load_config([config], [f"run.seed={seed}", *overrides])))
-    return {key: value for key, value in found.items() if not key.startswith("run.") and key != "model.path"}
+
+    values: dict[str, str]
+    defaults: dict[str, str]
+
+    @classmethod
+    def of(cls, config: Path, seed: int, overrides: Sequence[str]) -> Settings:
+        """Of a run with this settings file, seed and words."""
+        found = load_config([config], [f"run.seed={seed}", *overrides])
+        defaults = asdict(Config()) | {
+            key: asdict(type(getattr(found, key))()) for key in ("method_config", "environment_config")
+        }
+        return cls(_kept(flat(to_dict(found))), flat(defaults))
+
+    def unlike(self, config: dict[str, Any]) -> list[str]:
+        """Keys that a run with this ``config.yaml`` has otherwise."""
+        had = _kept(flat(config))
+        free = [key for key in had if key.startswith(FREE) and key not in self.values]
+        # steps of a run that was told epochs are written down once its tasks are counted
+        counted = ("trainer.steps", "trainer.epochs") if self.values.get("trainer.epochs", "None") != "None" else ()
+        return free + [
+            key
+            for key, value in self.values.items()
+            if key not in counted and had.get(key, self.defaults.get(key, "None")) != value
+        ]
+
+    @property
+    def digest(self) -> str:
+        """Of the settings that are not the defaults: a setting that is added later changes no digest."""
+        own = sorted(f"{key}={value}" for key, value in self.values.items() if self.defaults.get(key) != value)
+        return hashlib.blake2b("\n".join(own).encode(), digest_size=16).hexdigest()
 
 
-def unlike(had: dict[str, str], wanted: dict[str, str]) -> list[str]:
-    """Keys of the settings that a run doesn't have as they are wanted. One of before a setting existed had what is now
-    its default.
-    """
-    defaults = flat(asdict(Config()))
-    return [key for key, value in wanted.items() if had.get(key, defaults.get(key, value)) != value]
-
-
-def digest(settings: dict[str, str]) -> str:
-    """Of the settings that are not the defaults: a setting that is added later changes no digest."""
-    defaults = flat(asdict(Config()))
-    own = sorted(f"{key}={value}" for key, value in settings.items() if defaults.get(key) != value)
-    return hashlib.blake2b("\n".join(own).encode(), digest_size=16).hexdigest()
+def _kept(settings: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in settings.items() if key == "run.seed" or not key.startswith("run.")}
 
 
 def weights_of(hf: Path) -> str:
@@ -84,10 +108,9 @@ def run_one(config: Path, seed: int, root: Path, overrides: Sequence[str]) -> Pa
     done = finished(root)
     cut = [path.parent.parent for path in sorted(root.glob("*/checkpoints/latest"))]
     cut = [folder for folder in cut if not folder.is_symlink()]
-    wanted = settings_of(config, seed, overrides)
+    wanted = Settings.of(config, seed, overrides)
     for folder in [done] if done is not None else cut[-1:]:
-        had = flat(load_run(folder, episodes=False).config)
-        if different := unlike(had, wanted):
+        if different := wanted.unlike(load_run(folder, episodes=False).config):
             raise ConfigError(
                 f"{folder} was run with other settings ({', '.join(different)}); give --root another folder, or delete"
                 " it"
