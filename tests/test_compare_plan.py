@@ -21,7 +21,6 @@ from pact_nemo.errors import ConfigError, DataError, PactError
 from pact_nemo.report.stats import mean, paired_bootstrap
 from tests.fixtures.run_folders import make_run
 from tools.comparisons import plan as plans
-from tools.comparisons import runner
 from tools.comparisons.picture import starts_svg
 from tools.comparisons.plan import Arm, Block, Cell, Plan, cells, load_plan, run_plan, start_words
 from tools.comparisons.results import read_results, table
@@ -210,50 +209,6 @@ def test_arms_begin_from_the_weights_that_the_kept_results_began_from(tmp_path: 
     assert weights_of(hf) != row["weights"] == ""
 
 
-def test_a_cut_run_of_other_settings_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of("pact", "bfcl", "smollm2_135m-cpu")
-    run = make_run(tmp_path / "cell", seed=1)
-    text = to_yaml(load_config([config], ["run.seed=1", "optimizer.lr=1e-4"]))
-    lines = [line for line in text.split("\n") if not line.strip().startswith("dual_clip")]  # older than the setting
-    (run / "config.yaml").write_text("\n".join(lines))
-    (run / "summary.json").rename(run / "summary.kept")
-    (run / "checkpoints" / "latest").mkdir(parents=True)
-    told: list[list[str]] = []
-
-    def call(words: list[str], **_: Any) -> int:
-        told.append(words)
-        (run / "summary.kept").rename(run / "summary.json")
-        return 0
-
-    monkeypatch.setattr(runner.subprocess, "call", call)
-    for words, key in ((["optimizer.lr=3e-5"], "optimizer.lr"), (["objective.dual_clip=3"], "objective.dual_clip")):
-        with pytest.raises(ConfigError, match=f"with other settings \\({key}\\)"):
-            runner.run_one(config, 1, tmp_path / "cell", words)
-    assert runner.run_one(config, 1, tmp_path / "cell", ["optimizer.lr=1e-4"]) == run
-    assert told[0][-2:] == ["--resume", str(run)]
-
-
-def test_a_run_of_another_model_or_of_more_epochs_is_told_apart(tmp_path: Path) -> None:
-    config = config_of("pact", "bfcl", "smollm2_135m-cpu")
-    run = make_run(tmp_path / "cell", seed=1)
-    told = ["run.seed=1", "trainer.epochs=2", "trainer.steps=null", "model.path=/models/a"]
-    settled = to_yaml(load_config([config], told)).replace(
-        "  steps: null\n  epochs: 2\n", "  steps: 40\n  epochs: null\n"
-    )
-    assert "steps: 40" in settled
-    (run / "config.yaml").write_text(settled)
-    words = ["trainer.epochs=2", "trainer.steps=null"]
-    assert runner.run_one(config, 1, tmp_path / "cell", [*words, "model.path=/models/a"]) == run
-    for other, key in (
-        (["model.path=/models/b"], "model.path"),
-        (["model.path=/models/a", "model.template_kwargs.enable_thinking=false"], "model.template_kwargs"),
-    ):
-        with pytest.raises(ConfigError, match=f"other settings .*{key}"):
-            runner.run_one(config, 1, tmp_path / "cell", [*words, *other])
-    with pytest.raises(ConfigError, match="other settings .*run.seed"):
-        runner.run_one(config, 2, tmp_path / "cell", [*words, "model.path=/models/a"])
-
-
 def test_arms_of_two_makings_of_a_start_are_not_mixed(tmp_path: Path) -> None:
     """The start's own result was deleted, and it is made again: its arms' results still know the first one."""
     kept, plan = tmp_path / "kept", replace(ONE, grid=[Block(["sft4"], ["sft"])])
@@ -330,18 +285,6 @@ def test_the_interval_is_over_tasks_and_seeds() -> None:
     common = {task: [value + float(shift[s]) for s, value in enumerate(values)] for task, values in theirs.items()}
     paired = paired_bootstrap({task: [value + 0.1 for value in values] for task, values in common.items()}, common)
     assert paired == pytest.approx((0.1, 0.1))  # the same seeds on both sides: what a seed does to both is no chance
-
-
-def test_a_run_of_a_comparison_reads_paths_as_the_comparison_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The words of an own agent are paths, and the comparison may be started anywhere."""
-    seen: list[str | None] = []
-    monkeypatch.setattr(runner.subprocess, "call", lambda *_, cwd=None, **__: seen.append(cwd) or 1)
-    words = ["agent.tools=shop.py:Shop", "tasks.path=tasks.jsonl"]
-    with pytest.raises(PactError, match="exit code 1"):
-        runner.run_one(config_of("sft", "own", "smollm2_135m-cpu"), 1, tmp_path / "run", words)
-    assert seen == [None]
 
 
 @pytest.mark.parametrize("method", ["pact", "sft", "grpo", "matchtir", "luffy", "chord", "toolrl"])

@@ -44,7 +44,7 @@ from tools.comparisons import results as kept
 from tools.comparisons.picture import starts_svg
 from tools.comparisons.results import SCORE
 from tools.comparisons.results import by_task as task_scores
-from tools.comparisons.runner import config_of, run_one
+from tools.comparisons.runner import config_of, passing_signals_on, run_one
 
 REPOSITORY = checkout.ROOT
 ALIKE = ("tasks.", "environment", "evaluation.")  #: settings that say what a score is of
@@ -251,5 +251,10 @@ def replaced(path: Path, text: str) -> str:
     return whole[: whole.index(begin)] + f"{begin}\n{text}{end}" + whole[whole.index(end) + len(end) :]
 
 
+def run_until_told() -> int:
+    with passing_signals_on():
+        return main()
+
+
 if __name__ == "__main__":
-    command(main)
+    command(run_until_told)

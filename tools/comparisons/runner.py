@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pact_nemo.checkpoints.manifest import read_manifest
 from pact_nemo.config.load import load_config
@@ -19,6 +21,7 @@ from pact_nemo.report.comparison import flat
 from pact_nemo.report.data import load_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+_LIVE: set[subprocess.Popen[bytes]] = set()  # runs that are going on
 FREE = "model.template_kwargs."  #: the user's own keys, which have no default
 
 
@@ -94,6 +97,35 @@ def weights_of(hf: Path) -> str:
     return hashlib.blake2b(json.dumps(own, sort_keys=True, default=vars).encode(), digest_size=16).hexdigest()
 
 
+def call(words: Sequence[str], out: IO[str]) -> int:
+    """Run a command to its end; a signal that ends this process is passed on to it (:func:`passing_signals_on`)."""
+    process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT)
+    _LIVE.add(process)
+    try:
+        return process.wait()
+    finally:
+        _LIVE.discard(process)
+
+
+@contextmanager
+def passing_signals_on() -> Iterator[None]:
+    """SIGTERM goes to the runs that are going on: each checkpoints its finished steps and ends, and with it the
+    comparison. Runs left alone would go on beside the next ones.
+    """
+
+    def pass_on(number: int, frame: Any) -> None:
+        for process in tuple(_LIVE):
+            process.send_signal(number)
+        if not _LIVE:
+            raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_one(config: Path, seed: int, root: Path, overrides: Sequence[str]) -> Path:
     """Run to the end, or go on where it was cut.
 
@@ -127,7 +159,7 @@ def run_one(config: Path, seed: int, root: Path, overrides: Sequence[str]) -> Pa
     log = root / "log.txt"
     with open(log, "a", encoding="utf-8") as out:
         # in this folder: a path in the words means what it means here
-        code = subprocess.call([sys.executable, recipe, *words], stdout=out, stderr=subprocess.STDOUT)
+        code = call([sys.executable, recipe, *words], out)
     done = finished(root)
     if code != 0 or done is None:
         end = "\n".join(log.read_text(encoding="utf-8").split("\n")[-8:])
