@@ -18,9 +18,7 @@ from pact_nemo.training.update import update
 
 def train(run: TrainingRun) -> None:
     """Run every step from where the run stands to its last."""
-    for key, value in run.sharing.taken().items():  # before the first step
-        if key.startswith("time/"):
-            run.state.spend(key.removeprefix("time/"), value)
+    run.recorder.moves(run.sharing.taken())  # before the first step
     while run.state.step < run.total_steps:
         run.checkpoints.leave_if_asked()
         watch = Stopwatch(run.progress)

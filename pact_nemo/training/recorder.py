@@ -43,6 +43,12 @@ class Recorder:
         if stage == "warmup":  # what of it has no name of its own
             state.spend("warmup", record["time/total"] - sum(phases.values()))
 
+    def moves(self, taken: dict[str, float]) -> None:
+        """Count the seconds of moves between trainer and engines that belong to no step."""
+        for key, value in taken.items():
+            if key.startswith("time/"):
+                self.state.spend(key.removeprefix("time/"), value)
+
     def evaluation(self, name: str, score: dict[str, Any], seconds: float) -> None:
         """Keep a held-out evaluation's score."""
         self.state.scores[name] = score

@@ -87,6 +87,7 @@ def warm_up(run: TrainingRun, evaluate: Callable[[TrainingRun, str], object]) ->
         return
     evaluate(run, "base")
     run.sharing.trainer(drop=True)
+    run.recorder.moves(run.sharing.taken())
     tasks, seed = run.dataset.warmup_tasks(stage.max_tasks), f"warmup:{run.config.run.seed}"
     with run.progress.phase("warm-up", total=stage.steps - state.warmup_step) as phase:
         while state.warmup_step < stage.steps:
