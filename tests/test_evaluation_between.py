@@ -112,7 +112,7 @@ def lost_run(*words: str) -> Any:
         state=SimpleNamespace(step=3, warmup_step=0, spend=lambda *_: None, seconds={}),
         sharing=SimpleNamespace(taken=dict, trainer=lambda **_: None, engines=lambda: None, seconds=0.0),
         checkpoints=SimpleNamespace(leave_if_asked=lambda: None, give_up=give_up),
-        recorder=SimpleNamespace(step=lambda stage, record: did.append("recorded"), moves=lambda taken: None),
+        recorder=SimpleNamespace(step=lambda stage, record: did.append("recorded"), spend=lambda record: 0.0),
         weights=SimpleNamespace(refit=lambda: None),
         dataset=SimpleNamespace(held_out_traces=[], warmup_tasks=lambda count: []),
         did=did,

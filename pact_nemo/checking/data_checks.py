@@ -174,9 +174,7 @@ def length_findings(config: Config, chat: ChatFormat, tasks: Sequence[Task], use
             prompts.append(prompt_length(chat, task))
         except DataError as error:
             found.append(Finding("error", "prompt", "", str(error)))
-    closing = config.traces.closing
-    shown = [with_closings(trace, closing) if closing is not None else trace for trace, _ in used.values()]
-    encoded = [encode_trace(trace, chat) for trace in shown]
+    encoded = [encode_trace(with_closings(trace, config.traces.closing), chat) for trace, _ in used.values()]
     traces = [len(tokens.token_ids) for tokens in encoded]
     turns = [_most_turns(trace) for trace, _ in used.values()]
     observed = [

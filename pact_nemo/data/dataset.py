@@ -186,8 +186,7 @@ def _tokens_of(config: Config, chat: ChatFormat, dataset: Dataset, trace: Trace)
     label = CALL if config.traces.teach_end_of_turn else OTHER
     switch = CALL if config.traces.teach_switch else OTHER
     components = frozenset(config.traces.components)
-    if config.traces.closing is not None:
-        trace = with_closings(trace, config.traces.closing)
+    trace = with_closings(trace, config.traces.closing)
     try:
         return fit_trace(trace, chat, dataset.rooms[trace.task_id], config.traces.overlong, components, label, switch)
     except (DataError, ToolCallError) as error:

@@ -159,10 +159,6 @@ def repeats(row: Record) -> bool:
     return len(texts) == 2 and texts[0] == texts[1]
 
 
-#: by whether RL was the last stage
-_LOWER_RATE = {True: "a lower optimizer.lr, or more rollouts an update", False: "a lower warmup.lr"}
-
-
 def past_best(run: Run, late: list[Record]) -> Advice | None:
     """A held-out score that was better in the middle of the stage, by two standard errors of the difference."""
     stage: Literal["rl", "warmup"] = "rl" if run.rl else "warmup"
@@ -174,14 +170,16 @@ def past_best(run: Run, late: list[Record]) -> Advice | None:
     error = math.sqrt((top * (1 - top) + end * (1 - end)) / last_of["n"])
     if top - end <= 2 * error:
         return None
-    if not best["step"]:
-        finding = f"The held-out score was {top:.3f} before the first step and is {end:.3f} at the end."
-        return Advice("past_best", finding, "The training has harmed: " + _LOWER_RATE[bool(run.rl)] + ".")
-    finding = f"The held-out score was {top:.3f} after step {best['step']} and is {end:.3f} at the end."
-    steps = "trainer.steps" if run.rl else "warmup.steps"
-    return Advice(
-        "past_best", finding, f"The training has gone too far: fewer {steps}, or {_LOWER_RATE[bool(run.rl)]}."
+    steps, remedy = (
+        ("trainer.steps", "a lower optimizer.lr, or more rollouts an update")
+        if run.rl
+        else ("warmup.steps", "a lower warmup.lr")
     )
+    if best["step"]:
+        when, change = f"after step {best['step']}", f"The training has gone too far: fewer {steps}, or {remedy}."
+    else:
+        when, change = "before the first step", f"The training has harmed: {remedy}."
+    return Advice("past_best", f"The held-out score was {top:.3f} {when} and is {end:.3f} at the end.", change)
 
 
 def rl_noise(run: Run, late: list[Record]) -> Advice | None:

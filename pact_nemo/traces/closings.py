@@ -19,13 +19,16 @@ class ClosingTurn(TraceTurn):
     taught: ClassVar[bool] = True
 
 
-def with_closings(trace: Trace, text: str) -> Trace:
+def with_closings(trace: Trace, text: str | None) -> Trace:
     """``trace`` with a taught turn behind the last calls of each user turn. A turn that only says something is such a
     turn already, and is taught as one; one that reasons in place of calling stays as it is.
 
     Args:
         text: what is said where the trace tells no closing message, and always at its end: h* has no final answer.
+            None: nothing is taught, and the trace stays as it is.
     """
+    if text is None:
+        return trace
     turns: list[TraceTurn] = []
     for index, turn in enumerate(trace.turns):
         last = index == len(trace.turns) - 1

@@ -53,17 +53,14 @@ def score_between(
     Returns:
         why the run can't go on, to be raised once the step is recorded and checkpointed.
     """
-    moved = run.sharing.seconds
     try:
-        with watch("evaluation"):
+        with watch("evaluation", lambda: run.sharing.seconds):
             score = played(run, f"{stage}/step_{step:06d}")
     except Interrupted:
         run.progress.message(f"the evaluation after {stage} step {step} was cut off; it has no score")
         return None
     except (ServerError, ServerLost) as error:
         return error
-    finally:
-        watch.times["time/evaluation"] -= run.sharing.seconds - moved  # moves have names of their own
     record["held_out/score"] = score.score
     record["held_out/call_reward"] = score.call_reward
     record["held_out/failed"] = score.failed

@@ -18,7 +18,7 @@ from pact_nemo.training.update import update
 
 def train(run: TrainingRun) -> None:
     """Run every step from where the run stands to its last."""
-    run.recorder.moves(run.sharing.taken())  # before the first step
+    run.recorder.spend(run.sharing.taken())  # before the first step
     while run.state.step < run.total_steps:
         run.checkpoints.leave_if_asked()
         watch = Stopwatch(run.progress)
@@ -70,11 +70,8 @@ def refit(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) -> ServerL
     try:
         with watch("rollout"):  # what is left of the next step's; servers change weights between batches, never within
             on_rank_zero(run.state.ahead.finish)
-        elsewhere = run.sharing.seconds + run.state.seconds.get("checkpoint", 0.0)
-        with watch("refit"):
+        with watch("refit", lambda: run.sharing.seconds + run.state.seconds.get("checkpoint", 0.0)):
             record |= run.weights.refit(run.checkpoints.in_trainers_turn)
-        # moves and a checkpoint have names of their own
-        watch.times["time/refit"] -= run.sharing.seconds + run.state.seconds.get("checkpoint", 0.0) - elsewhere
         if (warning := alarms.engines_left(record)) is not None:
             run.progress.message(f"warning: step {run.state.step}: {warning}")
     except ServerLost as error:

@@ -37,17 +37,18 @@ class Recorder:
             row = {"step": finished, "stage": stage, **record}
             self.trackers.append(row)
             self.progress.step_line(row)
+        named = self.spend(record)
+        if stage == "warmup":  # what of it has no name of its own
+            state.spend("warmup", record["time/total"] - named)
+
+    def spend(self, record: dict[str, Any]) -> float:
+        """Count the seconds by phase, of a step or of moves between trainer and engines that belong to none. Returns
+        their sum.
+        """
         phases = {key: value for key, value in record.items() if key.startswith("time/") and key != "time/total"}
         for key, value in phases.items():
-            state.spend(key.removeprefix("time/"), value)
-        if stage == "warmup":  # what of it has no name of its own
-            state.spend("warmup", record["time/total"] - sum(phases.values()))
-
-    def moves(self, taken: dict[str, float]) -> None:
-        """Count the seconds of moves between trainer and engines that belong to no step."""
-        for key, value in taken.items():
-            if key.startswith("time/"):
-                self.state.spend(key.removeprefix("time/"), value)
+            self.state.spend(key.removeprefix("time/"), value)
+        return sum(phases.values())
 
     def evaluation(self, name: str, score: dict[str, Any], seconds: float) -> None:
         """Keep a held-out evaluation's score."""

@@ -87,7 +87,7 @@ def warm_up(run: TrainingRun, evaluate: Callable[[TrainingRun, str], object]) ->
         return
     evaluate(run, "base")
     run.sharing.trainer(drop=True)
-    run.recorder.moves(run.sharing.taken())
+    run.recorder.spend(run.sharing.taken())
     tasks, seed = run.dataset.warmup_tasks(stage.max_tasks), f"warmup:{run.config.run.seed}"
     with run.progress.phase("warm-up", total=stage.steps - state.warmup_step) as phase:
         while state.warmup_step < stage.steps:
@@ -122,14 +122,11 @@ def score_meanwhile(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) 
     """Refit the servers in the middle of the stage and add the held-out score to the record; see
     :func:`score_between`.
     """
-    moved = run.sharing.seconds
     try:
-        with watch("refit"):
+        with watch("refit", lambda: run.sharing.seconds):
             run.weights.refit()
     except ServerLost as error:
         return error
-    finally:
-        watch.times["time/refit"] -= run.sharing.seconds - moved
     lost = score_between(run, "warmup", run.state.warmup_step, record, watch)
     run.sharing.trainer(drop=True)
     return lost

@@ -213,14 +213,17 @@ def _arm_of(plan: Plan, cell: Cell) -> Arm:
     return plan.starts[cell.arm] if cell.start == PUBLISHED and cell.arm in plan.starts else plan.arms[cell.arm]
 
 
+def _config(plan: Plan, cell: Cell) -> Path:
+    return config_of(_arm_of(plan, cell).method, plan.benchmark, plan.preset)
+
+
 def _words(plan: Plan, cell: Cell, folder: Path | None = None) -> list[str]:
     """What a cell's run is told besides its method's settings file; ``folder``: the weights of its start."""
     return [*plan.set, *start_words(cell.start, folder), *_arm_of(plan, cell).set]
 
 
 def _settings(plan: Plan, cell: Cell) -> str:
-    config = config_of(_arm_of(plan, cell).method, plan.benchmark, plan.preset)
-    return Settings.of(config, cell.seed, _words(plan, cell)).digest
+    return Settings.of(_config(plan, cell), cell.seed, _words(plan, cell)).digest
 
 
 def _check_kept(plan: Plan, results: Path) -> None:
@@ -277,9 +280,8 @@ class _Work:
                 self._starts[cell.start], seconds = _start(plan, cell.start, self._root, self._results, self._note)
                 self._spent += seconds
         self._note(f"[{time.monotonic() - self._began:6.0f} s] run {number}/{self._count}: {cell.id}")
-        words, folder = _words(plan, cell, self._starts.get(cell.start)), self._starts.get(cell.start)
-        config = config_of(_arm_of(plan, cell).method, plan.benchmark, plan.preset)
-        run = run_one(config, cell.seed, self._root / cell.id, words)
+        folder = self._starts.get(cell.start)
+        run = run_one(_config(plan, cell), cell.seed, self._root / cell.id, _words(plan, cell, folder))
         spent = _keep(plan, cell, run, self._results, weights_of(folder) if folder is not None else "")
         with self._lock:
             self._spent += spent
@@ -298,8 +300,7 @@ def _start(plan: Plan, name: str, root: Path, results: Path, note: Callable[[str
     new = finished(place) is None
     if new:
         note(f"starting policy {name}")
-    config = config_of(_arm_of(plan, cell).method, plan.benchmark, plan.preset)
-    run = run_one(config, cell.seed, place, _words(plan, cell))
+    run = run_one(_config(plan, cell), cell.seed, place, _words(plan, cell))
     weights = weights_of(run / "hf")
     for other in read_results(results) if results.is_dir() else ():
         if other.start == name and (other.weights or weights) != weights:
