@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pact_nemo.environments.base import Task
-from pact_nemo.errors import NumericsError
+from pact_nemo.errors import DataError, NumericsError
 from pact_nemo.methods.base import Method
 from pact_nemo.objective.gate import anchored
 from pact_nemo.rollouts.types import Rollout
@@ -69,6 +69,11 @@ class PromptGroup:
     trace_weight: float = 1.0
     control: TraceTokens | None = None
 
+    @property
+    def prompt_ids(self) -> list[int]:
+        """x, [P]: what every usable rollout was sampled under; without one, what the first would have been."""
+        return next(filter(usable, self.rollouts), self.rollouts[0]).prompt_ids
+
 
 def rollouts_of(groups: list[PromptGroup]) -> list[Rollout]:
     """The rollouts of all groups, prompt by prompt."""
@@ -94,8 +99,17 @@ def form_group(task: Task, rollouts: list[Rollout], trace: TraceUse, method: Met
     """Rewards (eq. 24-28), advantages (eq. 29-32) and the gate (eq. 13) of one prompt.
 
     Raises:
+        DataError: two usable rollouts were sampled under different prompts; names task and rollouts.
         NumericsError: a reward is not finite; names task and rollout.
     """
+    first, *others = [rollout for rollout in rollouts if usable(rollout)] or rollouts
+    other = next((rollout for rollout in others if usable(rollout) and rollout.prompt_ids != first.prompt_ids), None)
+    if other is not None:
+        raise DataError(
+            f"rollouts {first.sample} and {other.sample} of task {task.id!r} were sampled under different prompts, so"
+            " they are no group: opening() of a session has to give Task.user_turns[0] in every episode"
+            " (docs/extend/environment.md)"
+        )
     rewards = [method.turn_rewards(task, rollout) for rollout in rollouts]
     for rollout, reward in zip(rollouts, rewards, strict=True):
         if not np.all(np.isfinite(reward)):

@@ -45,7 +45,7 @@ def grow_tree(
     the rollouts under c_h.
 
     ``skip_zero_advantage``: under c_h, where nothing but the surrogate reads them, only rollouts with an advantage."""
-    builder = TreeBuilder(group.rollouts[0].prompt_ids)
+    builder = TreeBuilder(group.prompt_ids)
     spans: dict[tuple[str, int], tuple[int, int]] = {}
     sft_index = np.zeros(0, dtype=np.int64)
 

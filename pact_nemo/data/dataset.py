@@ -140,7 +140,7 @@ def build_dataset(
             tool format can't render. None: a new one.
 
     Raises:
-        ConfigError: no task is left on one side of the split.
+        ConfigError: no task is left on one side of the split, or a session opens with another prompt than its task's.
         DataError: a task or trace file row is malformed (file, line and field named) and ``run.bad_rows`` is strict, or
             a prompt is too long and ``tasks.overlong`` is stop.
     """
@@ -148,6 +148,8 @@ def build_dataset(
     train, held_out, dropped = load_tasks(config, environment, chat, quarantine)
     dropped |= {"trace_missing": 0, "trace_cut": 0, "trace_too_long": 0, "trace_rejected": 0, "trace_unreadable": 0}
     measured = held_out[: config.diagnostics.trace_tasks] if config.diagnostics.trace_every else []
+    # without it, what environments of this package open with is their tasks' own
+    getattr(environment, "check_openings", lambda tasks: None)([*train, *measured])
     found = find_traces(config, environment, train, measured, quarantine)
     dropped |= found.dropped
     traces = {task_id: several[0] for task_id, several in found.sources.items()}

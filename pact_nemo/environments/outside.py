@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from pact_nemo.environments.base import Goal, Outcome, Task, ToolCall, check_schema
 from pact_nemo.environments.order import order_fault
-from pact_nemo.environments.sessions import opening_messages, shown_to_policy
+from pact_nemo.environments.sessions import opening_fault, opening_messages, shown_to_policy
 from pact_nemo.environments.spec import EnvironmentSpec
 from pact_nemo.errors import ConfigError, EnvironmentFailure, PactError
 
@@ -82,6 +82,7 @@ class OutsideEnvironment:
         self._name, self._inner, self._limit = name, inner, max_observation_chars
         self._lock: AbstractContextManager[Any] = nullcontext() if spec.thread_safe else threading.RLock()
         self._tasks: list[Task] | None = None
+        self._opens_itself = False
         needed = ("tasks", "start", "goals") if spec.expert_traces == "recorded" else ("tasks", "start")
         missing = _lacking(inner, needed)
         if missing:
@@ -125,6 +126,7 @@ class OutsideEnvironment:
             self._asked("close() of a session", getattr(session, "close", lambda: None))
             if missing:
                 raise self._refused(f"its session, a {type(session).__name__}, has no {', '.join(missing)}")
+            self._opens_itself = callable(getattr(session, "opening", None))
             self._tasks = list(found)
         return list(self._tasks)
 
@@ -135,6 +137,26 @@ class OutsideEnvironment:
             EnvironmentFailure: it could not be started.
         """
         return OutsideSession(self._inner, task, self._lock, self._limit)
+
+    def check_openings(self, tasks: Sequence[Task]) -> None:
+        """Where the first task's session has ``opening()``: ask sessions of all these tasks, each under two seeds. A
+        session that can't be started says nothing here; its episodes will fail.
+
+        Raises:
+            ConfigError: one opens with other messages than ``Task.user_turns[0]``, so it can't be trained on.
+        """
+        for task, seed in ((task, seed) for task in tasks if self._opens_itself for seed in (0, 1)):
+            try:
+                session = self.start(task)
+                try:
+                    session.seeded(seed)
+                    fault = opening_fault(task, session.opening())
+                finally:
+                    session.close()
+            except EnvironmentFailure:
+                continue
+            if fault is not None:
+                raise self._refused(fault)
 
     def goals(self, task: Task) -> list[Goal]:
         """What the environment says; only asked where its ``expert_traces`` are ``recorded``."""

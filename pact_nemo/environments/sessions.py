@@ -28,6 +28,20 @@ def opening_messages(session: Any, task: Task) -> list[dict[str, str]]:
     return [dict(message) for message in (own() if callable(own) else task.user_turns[0])]
 
 
+def opening_fault(task: Task, opening: Sequence[Mapping[str, str]]) -> str | None:
+    """Why a task whose session opens with these messages can't be trained on; None where it can.
+
+    The prompt x of a task is ``user_turns[0]``: warm-up, traces and every rollout of a group go by the same one.
+    """
+    if [dict(message) for message in opening] == [dict(message) for message in task.user_turns[0]]:
+        return None
+    return (
+        f"opening() of a session of task {task.id!r} gave {list(opening)!r:.120}, which isn't Task.user_turns[0]:"
+        " training needs the same prompt in every episode. Put the messages into Task.user_turns[0], whatever"
+        " seeded() is given, or only evaluate such tasks (tools/evaluate.py)"
+    )
+
+
 def after_the_end(task: Task) -> EnvironmentFailure:
     """The error for a call when the episode is over."""
     return EnvironmentFailure(f"{task.id}: a call after the episode's end")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from pact_nemo.environments.base import Task
 from pact_nemo.environments.order import refuse_samples
-from pact_nemo.errors import Interrupted, ServerLost
+from pact_nemo.errors import ConfigError, Interrupted, ServerLost
 from pact_nemo.rollouts.episode import EpisodeSetup, Generates, run_episode
 from pact_nemo.rollouts.types import Rollout
 
@@ -77,7 +77,7 @@ async def _side_by_side(
                 if running:
                     await asyncio.wait(running)
                 watching.cancel()
-    except* (Interrupted, ServerLost) as raised:
+    except* (ConfigError, Interrupted, ServerLost) as raised:
         ended = raised.exceptions[0]
     if ended is not None:  # raised out here: Python 3.11.2 wraps what an except* clause raises into a group again
         raise ended from None
@@ -109,6 +109,9 @@ async def run_batch(
     queue meanwhile.
 
     ``check`` is called a few times a second; what it raises ends the batch and is passed on.
+
+    Raises:
+        ConfigError: see :func:`~pact_nemo.rollouts.episode.run_episode`.
     """
     refuse_samples(tasks, samples)
     limit = concurrency if callable(concurrency) else lambda: concurrency

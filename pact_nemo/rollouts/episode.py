@@ -19,8 +19,8 @@ from typing import Any, Protocol, TypeVar
 from pact_nemo.chat.contexts import Contexts
 from pact_nemo.chat.thoughts import visible_text
 from pact_nemo.environments.base import Environment, Outcome, Session, Task, ToolCall
-from pact_nemo.environments.sessions import opening_messages, seed_session
-from pact_nemo.errors import DataError, EnvironmentFailure, PactError, ServerError, ToolCallError
+from pact_nemo.environments.sessions import opening_fault, opening_messages, seed_session
+from pact_nemo.errors import ConfigError, DataError, EnvironmentFailure, PactError, ServerError, ToolCallError
 from pact_nemo.rollouts.types import Limit, Rollout, Turn
 from pact_nemo.serving.client import Completion, GenerationRequest
 from pact_nemo.serving.config import EpisodeLimits, Sampling
@@ -94,6 +94,7 @@ class EpisodeSetup:
         limits: that end an episode.
         sampling: temperature and top-p.
         seeds: where the batch stands in the run.
+        one_prompt: the rollouts are trained on, so a session may only open with ``task.user_turns[0]``.
     """
 
     environment: Environment
@@ -101,6 +102,7 @@ class EpisodeSetup:
     limits: EpisodeLimits
     sampling: Sampling
     seeds: SeedPath
+    one_prompt: bool = False
 
 
 class _Truncated(Exception):
@@ -117,6 +119,9 @@ async def run_episode(task: Task, sample: int, setup: EpisodeSetup, client: Gene
 
     Malformed calls are answered by error observations that the model sees. A message without calls ends the user turn;
     the environment gets what it says outside of its thought. The checker's verdict is taken of truncated episodes too.
+
+    Raises:
+        ConfigError: the session opens with another prompt, and ``setup.one_prompt`` allows none.
     """
     started = time.perf_counter()
     prompt = setup.chat.prompt_ids(list(task.user_turns[0]), list(task.tools))
@@ -126,7 +131,9 @@ async def run_episode(task: Task, sample: int, setup: EpisodeSetup, client: Gene
         session = await _in_thread(task, setup.environment.start, task)
         seed_session(session, setup.seeds.seed(task.id, sample, "user"))
         opening = await _in_thread(task, opening_messages, session, task)
-        if opening != [dict(message) for message in task.user_turns[0]]:
+        if (fault := opening_fault(task, opening)) is not None:
+            if setup.one_prompt:
+                raise ConfigError(fault)
             rollout.prompt_ids = setup.chat.prompt_ids(opening, list(task.tools))
         episode = _Episode(task, rollout, session, setup, client)
         try:

@@ -159,8 +159,9 @@ class Checkpointer:
     def give_up(self, problem: PactError) -> NoReturn:
         """Checkpoint what is finished and raise the problem, of the same type, with how to go on."""
         self.weights.sharing.trainer(end=True)
+        remedy = ""
         if self.policy.step > 0:
             self.save()
+            remedy = f"\nWhat was finished before is checkpointed: go on with --resume {self.workspace.folder}"
         self.finish_saving(wait=True)
-        remedy = f"What was finished before is checkpointed: go on with --resume {self.workspace.folder}"
-        raise type(problem)(f"step {self.state.step + 1}: {problem}\n{remedy}") from problem
+        raise type(problem)(f"step {self.state.step + 1}: {problem}{remedy}") from problem

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pact_nemo.batches.prompt_groups import Gate, PromptGroup, TraceUse, form_group, rollouts_of
 from pact_nemo.environments.base import Task
-from pact_nemo.errors import ConfigError, Interrupted, ServerLost, TooManyFailures
+from pact_nemo.errors import ConfigError, DataError, Interrupted, ServerLost, TooManyFailures
 from pact_nemo.monitoring import alarms
 from pact_nemo.rollouts.overlap import Batch
 from pact_nemo.rollouts.store import read_rollouts
@@ -27,6 +27,7 @@ def collect(run: TrainingRun, watch: Stopwatch) -> tuple[list[PromptGroup], floa
         a group per prompt; the seconds that generating its rollouts took, None where they were not generated now.
 
     Raises:
+        ConfigError, DataError: the rollouts are of other prompts, or another run's.
         Interrupted, ServerLost, TooManyFailures: what was finished before is checkpointed.
     """
     try:
@@ -35,7 +36,7 @@ def collect(run: TrainingRun, watch: Stopwatch) -> tuple[list[PromptGroup], floa
             groups, seconds = groups_of_step(run)
     except Interrupted:  # nothing of this step has touched the weights: what is finished is the step before
         run.checkpoints.leave()
-    except ServerLost as error:
+    except (ConfigError, DataError, ServerLost) as error:
         run.checkpoints.give_up(error)
     if (problem := alarms.too_many(rollouts_of(groups), run.config.alarms)) is not None:
         run.checkpoints.give_up(TooManyFailures(problem))

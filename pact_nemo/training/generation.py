@@ -132,7 +132,9 @@ class Generator:
                 phase.update(done, f"{tokens / max(time.perf_counter() - started, 1e-9):.0f} tokens/s")
 
             seeds = SeedPath(self._config.run.seed, step)
-            setup = EpisodeSetup(self._environment, self._chat, limits, sampling, seeds)
+            setup = EpisodeSetup(
+                self._environment, self._chat, limits, sampling, seeds, one_prompt=isinstance(step, int)
+            )
             rollouts = asyncio.run(
                 run_batch(
                     tasks,

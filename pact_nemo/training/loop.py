@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pact_nemo.batches.prompt_groups import PromptGroup, rollouts_of
-from pact_nemo.errors import PactError, ServerLost
+from pact_nemo.errors import ConfigError, PactError, ServerLost
 from pact_nemo.monitoring import alarms, diagnostics, held_out_traces
 from pact_nemo.objective.trace_quality import TraceQuality, beats
 from pact_nemo.runtime.collective import on_rank_zero
@@ -63,9 +63,9 @@ def observe(run: TrainingRun, groups: list[PromptGroup], record: dict[str, Any],
     return found
 
 
-def refit(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) -> ServerLost | None:
-    """Give the servers the new weights; adds its numbers to the record. A server that is given up is returned: the
-    step's update is done, so it is logged and checkpointed first.
+def refit(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) -> PactError | None:
+    """Give the servers the new weights; adds its numbers to the record. A server that is given up, or an environment
+    that the next step's rollouts refuse, is returned: this step's update is done, so it is logged and checkpointed.
     """
     try:
         with watch("rollout"):  # what is left of the next step's; servers change weights between batches, never within
@@ -74,7 +74,7 @@ def refit(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) -> ServerL
             record |= run.weights.refit(run.checkpoints.in_trainers_turn)
         if (warning := alarms.engines_left(record)) is not None:
             run.progress.message(f"warning: step {run.state.step}: {warning}")
-    except ServerLost as error:
+    except (ConfigError, ServerLost) as error:
         return error
     return None
 
