@@ -9,13 +9,9 @@ from typing import Any
 
 import pytest
 
-from pact_nemo.checkpoints import resume
 from pact_nemo.config.load import load_config
-from pact_nemo.errors import CheckpointError
 from pact_nemo.training import open_run
-from pact_nemo.training.checkpointer import Checkpointer
 from pact_nemo.training.generation import Generator
-from pact_nemo.training.state import new_state
 
 
 @pytest.mark.parametrize(
@@ -56,14 +52,3 @@ def test_engines_that_measure_a_gpu_are_up_before_the_policy_is_built(
     with ExitStack() as stack:
         open_run._build(stack, config, space, progress, SimpleNamespace(raise_if_set=None))  # type: ignore[arg-type]
     assert done == order
-
-
-def test_a_run_of_a_longer_warm_up_is_not_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its KL reference is what the warm-up left, or is refused with it; a shorter one would have the run's source."""
-    config = load_config(None, ["warmup.steps=1", "trainer.steps=3"])
-    state = new_state(config)
-    keeper = Checkpointer(config, Any, Any, Any, state, Any, Any)  # type: ignore[arg-type]
-    monkeypatch.setattr(Checkpointer, "_newest", lambda self: tmp_path / "step_000003")
-    monkeypatch.setattr(resume, "load", lambda policy, folder: {**state.as_row(), "warmup_step": 2})
-    with pytest.raises(CheckpointError, match=r"step_000003 has 2 warm-up steps; resume with warmup\.steps=2 or more"):
-        keeper.restore()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from pact_nemo.checkpoints import resume, resume_folders
+from pact_nemo.checkpoints import kl_reference, resume, resume_folders
 from pact_nemo.config.schema import Config
-from pact_nemo.errors import CheckpointError, Interrupted, PactError
+from pact_nemo.errors import Interrupted, PactError
 from pact_nemo.policy.policy import MegatronPolicy
 from pact_nemo.runtime.collective import on_rank_zero
 from pact_nemo.runtime.files import remove_unfinished
@@ -107,15 +107,15 @@ class Checkpointer:
 
         Raises:
             CheckpointError: the checkpoint belongs to another seed or model, was annealed by another kind of clock, or
-                is of a longer warm-up: the KL reference would be another one.
+                has another warm-up than RL is to start after: the KL reference would be another one.
         """
         folder = on_rank_zero(self._newest)
         if folder is None:
             on_rank_zero(lambda: self.weights.forget_exports_after(-1))
             return False
         self.state.load(resume.load(self.policy, folder), str(folder))
-        if (done := self.state.warmup_step) > self.config.warmup.steps:
-            raise CheckpointError(f"{folder} has {done} warm-up steps; resume with warmup.steps={done} or more")
+        wanted, done = self.config.warmup.steps, self.state.warmup_step
+        kl_reference.check_warmup(folder, wanted=wanted, done=done, rl_steps=self.state.step)
         on_rank_zero(lambda: self.weights.forget_exports_after(self.state.version))
         return True
 

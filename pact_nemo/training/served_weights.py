@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pact_nemo.checkpoints import kl_reference
 from pact_nemo.checkpoints.adapter_exports import is_adapter
 from pact_nemo.checkpoints.embedded import materialise_embedded_model
 from pact_nemo.checkpoints.failures import delete_folder
@@ -159,20 +160,26 @@ class ServedWeights:
     def freeze_reference(self) -> None:
         """Keep the policy that RL starts from for the KL term; written once, so that a resumed run reads the same
         one.
+
+        Raises:
+            CheckpointError: RL has begun, and the reference is missing or of another warm-up.
         """
         if self.config.objective.kl_coef == 0:
             return
         self.sharing.trainer()
-        if not on_rank_zero(self.reference_path.exists):
-            export_version(self.policy, self.reference_path.parent, 0, dtype=self.policy.weight_dtype)
-        self.policy.load_reference(self.reference_path)
+        path, steps, rl_steps = self.reference_path, self.config.warmup.steps, self.state.step
+        if steps and not on_rank_zero(lambda: kl_reference.stands(path, warmup_steps=steps, rl_steps=rl_steps)):
+            facts = {kl_reference.WARMUP_STEPS: steps}
+            export_version(self.policy, path.parent, 0, dtype=self.policy.weight_dtype, extra=facts)
+        self.policy.load_reference(path)
 
     def forget_exports_after(self, version: int) -> None:
         """Remove what an attempt wrote after the checkpoint that the run goes on from: the same version numbers will be
-        other weights.
+        other weights. Likewise the KL reference, where the warm-up has still to end.
         """
-        reference = [self.reference_path] if version < 0 and self.config.warmup.steps > 0 else []
-        for folder in (*self.workspace.exports.glob("v*"), *self.workspace.results, *reference):
+        if self.state.warmup_step < self.config.warmup.steps and self.reference_path.exists():
+            delete_folder(self.reference_path, "the KL reference is made again")
+        for folder in (*self.workspace.exports.glob("v*"), *self.workspace.results):
             if not folder.exists():
                 continue
             try:

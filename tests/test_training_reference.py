@@ -1,0 +1,123 @@
+"""The KL reference is the policy after the warm-up that RL began with, however often the run was resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pact_nemo.checkpoints import resume
+from pact_nemo.checkpoints.manifest import new_export
+from pact_nemo.config.load import load_config
+from pact_nemo.errors import CheckpointError
+from pact_nemo.training import served_weights
+from pact_nemo.training.checkpointer import Checkpointer
+from pact_nemo.training.served_weights import ServedWeights
+from pact_nemo.training.state import new_state
+
+
+class Attempt:
+    """One attempt of a run in ``folder``, restored from a checkpoint of so many steps; -1 warm-up steps: from none.
+    The policy's weights are a text that says which steps it has.
+    """
+
+    def __init__(self, folder: Path, words: str, warmup_step: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.config = load_config(None, ["trainer.steps=20", "objective.kl_coef=0.001", *words.split()])
+        self.reference: str | None = None
+        policy: Any = SimpleNamespace(
+            weight_dtype="float32", load_reference=self._load, name=f"{max(warmup_step, 0)}+{step}"
+        )
+        self.policy, self.state = policy, new_state(self.config)
+        space: Any = SimpleNamespace(folder=folder, exports=folder / "exports", results=(), checkpoints=folder)
+        sharing: Any = SimpleNamespace(trainer=lambda **_: None)
+        parts: Any = (None, folder / "source", self.state, print, sharing)
+        self.weights = ServedWeights(self.config, space, policy, *parts)
+        nothing: Any = None
+        self.keeper = Checkpointer(self.config, space, policy, self.weights, self.state, nothing, nothing)
+        row = {**self.state.as_row(), "warmup_step": warmup_step, "step": step, "version": 1}
+        found = folder / f"step_{warmup_step + step:06d}" if warmup_step >= 0 else None
+        monkeypatch.setattr(Checkpointer, "_newest", lambda self: found)
+        monkeypatch.setattr(resume, "load", lambda policy, folder: row)
+        monkeypatch.setattr(served_weights, "export_version", self._export)
+        self.keeper.restore()
+        if self.state.warmup_step >= self.config.warmup.steps:
+            self.weights.freeze_reference()
+
+    def _load(self, path: Path) -> None:
+        weights = path / "model.safetensors"
+        self.reference = weights.read_text() if weights.exists() else str(path.name)
+
+    def _export(self, policy: Any, root: Path, version: int, *, dtype: str, extra: dict[str, Any]) -> None:
+        with new_export(root, version, extra) as folder:
+            (folder / "model.safetensors").write_text(policy.name)
+
+    def finish_warmup(self) -> None:
+        self.state.warmup_step = self.config.warmup.steps
+        self.policy.name = f"{self.state.warmup_step}+0"
+        self.weights.freeze_reference()
+
+
+@pytest.fixture
+def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def of(words: str, warmup_step: int, step: int = 0) -> Attempt:
+        return Attempt(tmp_path, words, warmup_step, step, monkeypatch)
+
+    return of
+
+
+def test_a_warm_up_that_goes_on_makes_the_reference_again(attempt: Any) -> None:
+    first = attempt("warmup.steps=4", -1)
+    first.finish_warmup()
+    assert first.reference == "4+0"
+    more = attempt("warmup.steps=8", 4)
+    assert more.reference is None
+    more.finish_warmup()
+    assert more.reference == "8+0"
+    assert attempt("warmup.steps=8", 8, 10).reference == "8+0"
+
+
+def test_a_reference_that_a_cut_attempt_left_is_made_again(attempt: Any) -> None:
+    """The attempt ended between the reference and its checkpoint: the steps are done again, on a GPU not to the bit."""
+    attempt("warmup.steps=4", 2).finish_warmup()
+    again = attempt("warmup.steps=4", 2)
+    again.policy.name = "other"
+    assert again.reference is None
+    again.finish_warmup()
+    assert again.reference == "4+0" and attempt("warmup.steps=4", 4).reference == "4+0"
+
+
+def test_after_rl_began_the_reference_is_the_one_on_disk_or_the_run_is_refused(attempt: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"reference/v000000 is missing.*after warmup\.steps=4.*10 RL steps past"):
+        attempt("warmup.steps=4", 4, 10)  # objective.kl_coef was 0 so far
+    assert attempt("warmup.steps=4 objective.kl_coef=0", 4, 10).reference is None
+    attempt("warmup.steps=2", -1).finish_warmup()
+    with pytest.raises(CheckpointError, match=r"after 2 warm-up steps, RL began after warmup\.steps=4"):
+        attempt("warmup.steps=4", 4, 10)
+    assert not list(tmp_path.glob("reference/.*")), "nothing was deleted"
+
+
+def test_without_a_warm_up_the_reference_is_the_source(attempt: Any, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    assert attempt("warmup.steps=0", 0, 10).reference == attempt("warmup.steps=0", -1).reference == "source"
+
+
+def test_a_reference_of_an_older_version_is_taken_after_rl_began_and_made_again_before(
+    attempt: Any, tmp_path: Path
+) -> None:
+    with new_export(tmp_path / "reference", 0) as folder:
+        (folder / "model.safetensors").write_text("older")
+    assert attempt("warmup.steps=4", 4, 10).reference == "older"
+    assert attempt("warmup.steps=4", 4).reference == "4+0"
+
+
+def test_a_run_is_resumed_with_the_warm_up_that_its_rl_began_after(attempt: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"step_000002 has 2 warm-up steps; resume with warmup\.steps=2 or more"):
+        attempt("warmup.steps=1", 2)
+    with pytest.raises(CheckpointError, match=r"step_000003 has 2 warm-up steps; resume with warmup\.steps=2$"):
+        attempt("warmup.steps=1", 2, 1)
+    more = r"warmup\.steps=8: .*step_000014 has 10 RL steps after 4 warm-up steps.*resume with warmup\.steps=4, or"
+    for kl in ("objective.kl_coef=0.001", "objective.kl_coef=0"):
+        with pytest.raises(CheckpointError, match=more):
+            attempt(f"warmup.steps=8 {kl}", 4, 10)
