@@ -90,6 +90,30 @@ def test_one_that_a_signal_cuts_off_is_left_out_and_said(monkeypatch: pytest.Mon
     assert run.said == ["the evaluation after rl step 4 was cut off; it has no score"]
 
 
+@pytest.mark.parametrize(
+    ("name", "warmup_step", "step", "said"),
+    [
+        ("base", 0, 0, None),
+        ("before", 4, 0, None),
+        ("after", 4, 10, None),
+        ("base", 2, 0, "no held-out score base: the warm-up is past 2 steps, its weights are gone"),
+        ("before", 4, 1, "no held-out score before: RL is past 1 step, its weights are gone"),
+    ],
+)
+def test_a_score_whose_weights_are_gone_is_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, name: str, warmup_step: int, step: int, said: str | None
+) -> None:
+    """``evaluation.before`` may be switched on as a run is resumed."""
+    score = SimpleNamespace(to_dict=lambda: {"score": 0.5}, seconds=1.0)
+    monkeypatch.setattr(evaluation, "played", lambda *_: score)
+    run = stand_in(None, "warmup.steps=4")
+    run.state = new_state(run.config)
+    run.state.warmup_step, run.state.step = warmup_step, step
+    run.recorder = Recorder(run.state, run.progress)
+    evaluation.evaluate(run, name)
+    assert (run.said, list(run.state.scores)) == (([], [name]) if said is None else ([said], []))
+
+
 class GaveUp(Exception):
     pass
 

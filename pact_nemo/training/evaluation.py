@@ -20,11 +20,17 @@ def evaluate(run: TrainingRun, name: str) -> None:
     score.
 
     ``name`` is ``base`` (before the warm-up), ``before`` or ``after``; one that a resumed run has already is not played
-    again. Replayed runs have no server and skip it.
+    again, and one whose weights are gone is left out. Replayed runs have no server and skip it.
     """
     config, state = run.config, run.state
     wanted = config.evaluation.after if name == "after" else config.evaluation.before
     if not wanted or name in state.scores or config.trainer.replay is not None:
+        return
+    past, stage = {"base": (state.warmup_step, "the warm-up"), "before": (state.step, "RL")}.get(name, (0, ""))
+    if past:  # evaluation.before was switched on as the run was resumed
+        run.progress.message(
+            f"no held-out score {name}: {stage} is past {count_of(past, 'step')}, its weights are gone"
+        )
         return
     try:
         score = played(run, name)
