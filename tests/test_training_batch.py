@@ -253,10 +253,10 @@ def test_a_prompt_whose_rollouts_all_failed_still_teaches_its_trace_and_counts()
     prompts = built(groups, objective, schedule, 1)
     tree = next(p for p in prompts if p.group is lost).tree
     assert tree.streams["w_sft_call"].any() and not tree.streams["w_rl_h"].any() and not tree.streams["w_rl_x"].any()
-    # |B| is what the caller says where prompts with nothing to compute were left out
+    # groups with nothing to compute count in |B|
     before = tree.streams["w_sft_call"].clone()
     method = method_named("pact", objective)
-    halved = with_streams(prompts, method, schedule, 1, Scores(), num_prompts=2 * len(groups))
+    halved = with_streams(prompts, method, schedule, 1, Scores(), others=groups)
     tree = next(p for p in halved if p.group is lost).tree
     assert torch.allclose(tree.streams["w_sft_call"].double(), before / 2)
 

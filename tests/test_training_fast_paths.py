@@ -130,7 +130,11 @@ def test_only_rollouts_with_an_advantage_are_computed_under_the_trace(models: di
     )  # SFT and KL go on
     assert found[1].tree.num_tokens < grow_tree(groups[1], [5, 5], method, contexts=("x", "h")).tree.num_tokens
     record = one_step(models["llama"], config)["record"]
-    assert record["rollout/not_conditioned"] == 12 - sum(len(c) for c in conditioned)
+    skipped = 12 - sum(len(c) for c in conditioned)
+    assert record["rollout/not_conditioned"] == skipped
+    config.objective.kl_coef, config.objective.entropy_coef, config.rollout.importance = 0.0, 0.0, "off"
+    alone = one_step(models["llama"], config, both_contexts=False)["record"]  # no rollout has a prompt-only pass
+    assert alone["rollout/not_conditioned"] == skipped
     assert record["groups/zero_advantage"] == 1
 
 

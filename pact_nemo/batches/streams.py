@@ -5,13 +5,14 @@ All denominators are counted here, over the whole mini-batch, before any forward
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 
-from pact_nemo.batches.prompt_groups import usable
+from pact_nemo.batches.prompt_groups import PromptGroup, usable
 from pact_nemo.batches.prompt_trees import PROMPT_ONLY, TRACE, PromptTree
 from pact_nemo.methods.base import Coefficients, Method
 from pact_nemo.objective.loss import STREAMS
@@ -64,16 +65,15 @@ def with_streams(
     step: int,
     scores: Scores,
     *,
-    num_prompts: int | None = None,
+    others: Sequence[PromptGroup] = (),
 ) -> list[PromptTree]:
     """The prompts of one mini-batch, each with its streams.
 
     Args:
-        prompts: the mini-batch.
-        num_prompts: |B|, where the mini-batch has prompts with nothing to compute, which are not among ``prompts``;
-            None = len(prompts).
+        prompts: those of the mini-batch with a token to score.
+        others: the mini-batch's other groups. Every denominator counts them.
     """
-    weights = _weights(prompts, method, schedule, step, num_prompts if num_prompts is not None else len(prompts))
+    weights = _weights(prompts, others, method, schedule, step)
     found = []
     for index, prompt in enumerate(prompts):
         streams = _streams(index, prompt, method, weights, scores)
@@ -85,11 +85,14 @@ def with_streams(
 
 
 def _weights(
-    prompts: list[PromptTree], method: Method, schedule: TraceSchedule, step: int, num_prompts: int
+    prompts: list[PromptTree], others: Sequence[PromptGroup], method: Method, schedule: TraceSchedule, step: int
 ) -> _Weights:
+    """Of ``prompts`` and, behind them, of ``others``."""
     objective = method.objective
-    lengths = [[sum(r.loss_mask) for r in p.group.rollouts] for p in prompts]
-    counts = [[usable(r) for r in p.group.rollouts] for p in prompts]
+    groups = [*(p.group for p in prompts), *others]
+    num_prompts = len(groups)
+    lengths = [[sum(r.loss_mask) for r in group.rollouts] for group in groups]
+    counts = [[usable(r) for r in group.rollouts] for group in groups]
     weigh = partial(
         rl_weights,
         num_prompts=num_prompts,
@@ -101,17 +104,17 @@ def _weights(
         if (TRACE, 0) in p.spans and p.group.trace is not None
         else np.zeros(0)
         for p in prompts
-    ]
+    ] + [np.zeros(0)] * len(others)  # no token of theirs is taught
     rl = surrogate = weigh(lengths, counts)
     if method.trace_is_sample:  # the trace is one of K + 1 samples of its group, for surrogate and denominators
         surrogate = weigh(
             [[*row, int(mask.sum())] for row, mask in zip(lengths, masks, strict=True)],
-            [[*row, not p.group.anchored] for row, p in zip(counts, prompts, strict=True)],
+            [[*row, not group.anchored] for row, group in zip(counts, groups, strict=True)],
         )
     coefficients = method.coefficients(step)
     sft = sft_weights(
         masks,
-        [p.group.anchored for p in prompts],
+        [group.anchored for group in groups],
         num_prompts=num_prompts,
         beta=coefficients.sft,
         aggregation=objective.sft_aggregation,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pact_nemo.batches.prompt_groups import PromptGroup, has_policy_tokens, rollouts_of
+from pact_nemo.batches.prompt_groups import PromptGroup, has_policy_tokens, rollouts_of, usable
 from pact_nemo.batches.prompt_trees import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptTree
 from pact_nemo.batches.streams import sampler_logprobs
 from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
@@ -119,27 +119,29 @@ def data_record(dropped: dict[str, int], groups: list[PromptGroup]) -> dict[str,
     }
 
 
-def update_record(
-    prompts: list[PromptTree], old: list[torch.Tensor], results: list[UpdateResult], *, trace_rl: bool
-) -> dict[str, Any]:
+def update_record(prompts: list[PromptTree], old: list[torch.Tensor], results: list[UpdateResult]) -> dict[str, Any]:
     """What a step's updates say.
 
     Args:
         prompts: of all updates, in order.
         old: [S] log-probs of each under pi_old.
-        trace_rl: whether un-anchored prompts' ratios are evaluated under the trace.
     """
     record: dict[str, Any] = latent(prompts, [values for result in results for values in result.logprobs])
     record.update(mismatch(prompts, old))
     record["policy/entropy"] = mean_entropy(prompts, [values for result in results for values in result.entropies])
     record.update(loss_record(results))
-    under_trace = [p for p in prompts if (TRACE, 0) in p.spans and trace_rl]
-    record["rollout/not_conditioned"] = sum(
-        (PROMPT_ONLY, k) in p.spans and (TRACE_CONDITIONED, k) not in p.spans
-        for p in under_trace
-        for k in range(len(p.group.rollouts))
-    )
     return record
+
+
+def not_conditioned(groups: list[PromptGroup], prompts: list[PromptTree]) -> int:
+    """Usable rollouts of un-anchored prompts that were not computed under the trace.
+
+    Args:
+        groups: of the step.
+        prompts: of all its updates; a group with nothing to compute has none.
+    """
+    able = sum(usable(rollout) for group in groups if not group.anchored for rollout in group.rollouts)
+    return able - sum(context == TRACE_CONDITIONED for prompt in prompts for context, _ in prompt.spans)
 
 
 def loss_record(results: list[UpdateResult]) -> dict[str, Any]:

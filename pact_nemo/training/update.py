@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from pact_nemo.batches.mini_batches import MiniBatch, mini_batches
 from pact_nemo.batches.prompt_groups import PromptGroup, has_policy_tokens, rollouts_of
-from pact_nemo.batches.prompt_trees import (
-    PROMPT_ONLY,
-    PromptTree,
-    carried_over,
-    contexts_needed,
-    grow_tree,
-    tempered,
-)
+from pact_nemo.batches.prompt_trees import PROMPT_ONLY, PromptTree, carried_over, grow_tree, tempered
 from pact_nemo.batches.streams import Scores, with_streams
 from pact_nemo.errors import NumericsError
 from pact_nemo.monitoring import diagnostics, gradient_signal, numerics
@@ -27,21 +20,6 @@ from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.stopwatch import Stopwatch
 
 Score = Callable[[list[TokenTree]], list[torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class MiniBatch:
-    """The prompts of one optimizer update.
-
-    Attributes:
-        number: of the update within the step, from 0.
-        members: the prompts with a token to score.
-        num_prompts: |B|, those without one included: a prompt whose rollouts all failed counts.
-    """
-
-    number: int
-    members: list[PromptTree]
-    num_prompts: int
 
 
 def update(run: TrainingRun, groups: list[PromptGroup], watch: Stopwatch) -> dict[str, Any]:
@@ -56,7 +34,7 @@ def update(run: TrainingRun, groups: list[PromptGroup], watch: Stopwatch) -> dic
     Raises:
         NumericsError: a number is not finite; the weights are those of before. Names the samples behind it.
     """
-    parts = mini_batches(run, groups)
+    parts = cut(run, groups)
     with watch("score"):
         scores = scored(run, parts)
     signal: dict[str, float | None] = {}
@@ -84,33 +62,26 @@ def update(run: TrainingRun, groups: list[PromptGroup], watch: Stopwatch) -> dic
     if run.config.trainer.replay is None:
         versions = [rollout.weight_version for rollout in rollouts_of(groups)]
         record["rollout/lag"] = run.state.version - min(versions)
-    record |= diagnostics.update_record(prompts, old, results, trace_rl=run.method.trace_rl)
+    record |= diagnostics.update_record(prompts, old, results)
+    record["rollout/not_conditioned"] = diagnostics.not_conditioned(groups, prompts) if run.method.trace_rl else 0
     record["anneal/call_weight"] = run.schedule.call_weight(step)
     record["anneal/prefix_level"] = run.schedule.level(step)
     return record | signal
 
 
-def mini_batches(run: TrainingRun, groups: list[PromptGroup]) -> list[MiniBatch]:
-    """The step's prompts as trees, cut into updates. An update that scores no token at all is left out."""
-    config, method = run.config, run.method
+def cut(run: TrainingRun, groups: list[PromptGroup]) -> list[MiniBatch]:
+    """The step's updates, as the settings say what of them is computed."""
+    config = run.config
     adaptive = run.state.clock.adapts  # goes by every prompt's privilege gap
-    both = config.trainer.both_contexts or config.rollout.importance == "tis" or adaptive
-    skip = config.trainer.skip_zero_advantage and not adaptive
-    grown = [
-        grow_tree(
-            group,
-            run.boundary_ids,
-            method,
-            contexts=contexts_needed(group, method, diagnostics=both),
-            skip_zero_advantage=skip,
-        )
-        for group in groups
-    ]
-    grown = tempered(grown, method, config.rollout.sampling.temperature)
-    size = config.trainer.mini_batch_size
-    parts = [grown[start : start + size] for start in range(0, len(grown), size)]
-    used = [([p for p in part if p.tree.num_scored], len(part)) for part in parts]
-    return [MiniBatch(number, *part) for number, part in enumerate(part for part in used if part[0])]
+    return mini_batches(
+        groups,
+        run.boundary_ids,
+        run.method,
+        size=config.trainer.mini_batch_size,
+        diagnostics=config.trainer.both_contexts or config.rollout.importance == "tis" or adaptive,
+        skip_zero_advantage=config.trainer.skip_zero_advantage and not adaptive,
+        temperature=config.rollout.sampling.temperature,
+    )
 
 
 def scored(run: TrainingRun, parts: list[MiniBatch]) -> list[Scores]:
@@ -151,9 +122,7 @@ def under_prompt(run: TrainingRun, prompts: list[PromptTree], score: Score) -> l
 def filled(run: TrainingRun, part: MiniBatch, scores: Scores) -> list[PromptTree]:
     """The prompts of an update with their streams."""
     try:
-        return with_streams(
-            part.members, run.method, run.schedule, run.state.step, scores, num_prompts=part.num_prompts
-        )
+        return with_streams(part.members, run.method, run.schedule, run.state.step, scores, others=part.others)
     except FloatingPointError as error:  # the same on every rank: what was scored is
         broken = NumericsError(str(error), names=["importance"], logprobs=scores.old)
         raise refused_update(run, broken, part.members, part.number) from error
