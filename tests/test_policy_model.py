@@ -105,6 +105,14 @@ def test_an_update_equals_autograd_and_adamw_on_separate_sequences(
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5, msg=name)
 
 
+def test_updates_with_a_rate_of_their_own_take_nothing_of_the_schedule(models: Callable[[str], Path]) -> None:
+    trees = make_trees(2, seed=12)
+    policy = build(models("llama"), optimizer={"lr_schedule": "linear", "warmup_steps": 2})
+    rates = [policy.update(trees, loss_fn, lr=lr).lr for lr in (3e-4, 2e-4, None, None, 3e-4, None, None)]
+    # two of four steps up to 1e-3, then two down to 0
+    assert rates == pytest.approx([3e-4, 2e-4, 5e-4, 1e-3, 3e-4, 5e-4, 0.0]) and policy.step == 7
+
+
 @pytest.mark.parametrize("distributed", [True, False])
 def test_the_cosine_of_two_gradients_equals_autograd_and_changes_no_update(
     distributed: bool, models: Callable[[str], Path]

@@ -112,6 +112,13 @@ def test_a_reference_of_an_older_version_is_taken_after_rl_began_and_made_again_
     assert attempt("warmup.steps=4", 4).reference == "4+0"
 
 
+@pytest.mark.parametrize(("warmup_step", "step"), [(2, 0), (4, 0), (4, 10)])
+def test_a_resumed_run_is_as_far_in_rls_schedule_as_it_was(attempt: Any, warmup_step: int, step: int) -> None:
+    """Of the policy's updates those of the warm-up had warmup.lr, also in checkpoints of an older version."""
+    found = attempt("warmup.steps=4 objective.kl_coef=0", warmup_step, step)
+    assert found.policy.unscheduled == warmup_step
+
+
 def test_a_run_is_resumed_with_the_warm_up_that_its_rl_began_after(attempt: Any) -> None:
     with pytest.raises(CheckpointError, match=r"step_000002 has 2 warm-up steps; resume with warmup\.steps=2 or more"):
         attempt("warmup.steps=1", 2)

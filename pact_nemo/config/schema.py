@@ -233,7 +233,7 @@ class WarmupConfig:
 
     steps: int = 0  #: optimizer steps; 0 = none
     batch_size: int = 8  #: traces per optimizer step
-    lr: float = 2e-5  #: learning rate
+    lr: float = 2e-5  #: learning rate; the schedule of ``optimizer`` begins after the stage
     max_tasks: int | None = None  #: training tasks whose traces the stage sees; None = all
     reasoning_weight: float = 1.0  #: weight of a reasoning token
     call_weight: float = 1.0  #: weight of a call token

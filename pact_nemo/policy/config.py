@@ -293,7 +293,7 @@ class PolicyConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule; steps are optimizer steps.
+    """AdamW and its learning-rate schedule; steps are optimizer steps of RL. The SFT warm-up has ``warmup.lr``.
 
     Attributes:
         lr: peak learning rate.

@@ -56,7 +56,7 @@ class MegatronPolicy:
             optimizer_config: AdamW and its schedule.
             hf_path: local Hugging Face folder with the initial weights, tokenizer and configuration.
             seed: for megatron's generators (dropout is off, so results don't depend on it).
-            total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+            total_steps: optimizer steps of the learning-rate schedule; those with a rate of their own don't count.
             trainable: False = no gradients and no optimizer.
             weights: read in place of those of ``hf_path``, which needs none then, if the policy isn't trainable.
 
@@ -73,7 +73,8 @@ class MegatronPolicy:
         config.validate(cuda=cuda, world_size=dist.get_world_size())
         optimizer_config.validate()
         self.config, self.optimizer_config = config, optimizer_config
-        self.hf_path, self.total_steps, self.step = Path(hf_path), total_steps, 0
+        self.hf_path, self.total_steps = Path(hf_path), total_steps
+        self.step = self.unscheduled = 0  # updates so far; those of them with a rate of their own
         self.device = devices.local_device()
         self.bf16 = config.resolved_precision(cuda=cuda) == "bf16"
         self.fp8 = fp8.recipe_here(config, bf16=self.bf16)
@@ -213,20 +214,20 @@ class MegatronPolicy:
         if broken:
             message = f"update {self.step + 1}: not finite: {', '.join(broken)}; the weights were not changed"
             raise NumericsError(message, names=broken, logprobs=self._per_tree(trees, collected.logprobs))
-        if lr is None:
-            lr = optimizer.learning_rate(self.optimizer_config, self.step + 1, self.total_steps)
+        scheduled = self.step - self.unscheduled + 1
+        rate = optimizer.learning_rate(self.optimizer_config, scheduled, self.total_steps) if lr is None else lr
         moved = optimizer.apply_step(
             self.optimizer,
-            lr=lr,
+            lr=rate,
             weight_decay=self.optimizer_config.weight_decay,
             clip_grad=self.optimizer_config.clip_grad,
             grad_norm=grad_norm,
             bf16=self.bf16,
         )
-        self.step += 1
+        self.step, self.unscheduled = self.step + 1, self.unscheduled + (lr is not None)
         logprobs = self._per_tree(trees, collected.logprobs)
         entropies = self._per_tree(trees, collected.entropies) if entropy else []
-        return UpdateResult(loss, grad_norm, metrics, lr, tokens, logprobs, moved, entropies)
+        return UpdateResult(loss, grad_norm, metrics, rate, tokens, logprobs, moved, entropies)
 
     def gradient_cosine(
         self, first: list[TokenTree], second: list[TokenTree], loss_fn: microbatches.LossFn

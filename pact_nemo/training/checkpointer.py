@@ -115,6 +115,7 @@ class Checkpointer:
             return False
         self.state.load(resume.load(self.policy, folder), str(folder))
         wanted, done = self.config.warmup.steps, self.state.warmup_step
+        self.policy.unscheduled = done  # a warm-up step is one update, and has warmup.lr
         kl_reference.check_warmup(folder, wanted=wanted, done=done, rl_steps=self.state.step)
         on_rank_zero(lambda: self.weights.forget_exports_after(self.state.version))
         return True

@@ -127,7 +127,7 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
         config.optimizer,
         source,
         seed=config.run.seed,
-        total_steps=config.warmup.steps + updates,
+        total_steps=updates,
         weights=weights_elsewhere(config),
     )
     sharing.built(policy)
