@@ -32,7 +32,7 @@ from pact_nemo.planning.host import ASLEEP
 from pact_nemo.planning.memory import state_bytes
 from pact_nemo.planning.plan import make_plan, search
 from pact_nemo.planning.shape import Layout, ModelShape, adapter_parameters, rank_parameters
-from pact_nemo.planning.sharing import moved_bytes, trainer_asleep, turn_seconds
+from pact_nemo.planning.sharing import kept_asleep, moved_bytes, trainer_asleep, turn_seconds
 from pact_nemo.planning.workload import Lengths, Row, StepWork, causal_pairs
 from pact_nemo.policy.architectures import resolve_sizes
 from pact_nemo.policy.config import PolicyConfig
@@ -179,6 +179,20 @@ def test_a_step_waits_for_the_engine_with_most_prompts() -> None:
 
     assert seconds(9, 8) == seconds(16, 8) > 1.15 * seconds(8, 8)
     assert seconds(8, 16) == seconds(8, 8)
+
+
+@pytest.mark.parametrize("gpus", [4, 8, 16])
+@pytest.mark.parametrize("name", ["llama3p1_70b_64xh100_bf16", "qwen3_30b_a3b_16xh100_bf16"])
+def test_an_engine_of_more_gpus_than_key_heads_has_heads_several_times(name: str, gpus: int) -> None:
+    """vLLM gives each GPU a whole head: what it holds is a model with a head for each GPU, which is cut evenly."""
+    model = ModelShape.from_hf(recipe(name).shape)
+    as_held = dataclasses.replace(model, kv_heads=max(model.kv_heads, gpus))
+    server = ServerPlan(1, gpus, 1024, 0.9, adapters=1)
+    work = StepWork(Lengths(4000, 8000, 2000, longest=23000), prompts=256, group=8)
+    together = sequences_together(model, H100, server, work)
+    assert together == pytest.approx(sequences_together(as_held, H100, server, work)) and 1 < together < 1024
+    assert rollout_seconds(model, H100, server, work) == pytest.approx(rollout_seconds(as_held, H100, server, work))
+    assert kept_asleep(model, server) == pytest.approx(2 * as_held.parameters / gpus)
 
 
 def test_engines_that_no_prompt_reaches_are_told() -> None:

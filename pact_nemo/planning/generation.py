@@ -59,6 +59,21 @@ def server_problems(shape: ModelShape, ranks: int) -> list[str]:
     return found
 
 
+def kv_split(shape: ModelShape, server: ServerPlan) -> int:
+    """Parts that an engine cuts keys and values into, in cache and weights: vLLM gives each GPU a whole head, and where
+    there are fewer heads than GPUs several have the same one.
+    """
+    return min(server.gpus, shape.kv_heads)
+
+
+def weights_of_one(shape: ModelShape, server: ServerPlan, parameters: float) -> float:
+    """Bytes on one of an engine's GPUs of so many ``parameters`` of the model, its key and value projections among
+    them.
+    """
+    repeated = shape.layers * shape.layer_kv_parameters * (1.0 / kv_split(shape, server) - 1.0 / server.gpus)
+    return server.width * (parameters / server.gpus + repeated)
+
+
 def working_bytes(shape: ModelShape, server: ServerPlan) -> float:
     """Of one of an engine's GPUs beside weights and cache: the largest engine step and the sampler's float32 logits."""
     width = max(shape.intermediate, shape.experts_per_token * shape.expert_intermediate) / server.gpus
@@ -72,7 +87,7 @@ def cache_room(shape: ModelShape, hardware: Hardware, server: ServerPlan) -> flo
     Raises:
         ConfigError: the weights alone leave none.
     """
-    taken = server.width * (shape.parameters + server.adapters) / server.gpus
+    taken = weights_of_one(shape, server, shape.parameters + server.adapters)
     if hardware.cuda:
         taken += working_bytes(shape, server)
     room = hardware.memory * server.share - taken
@@ -95,7 +110,8 @@ def prompts_of_one(server: ServerPlan, work: StepWork) -> int:
 def sequences_together(shape: ModelShape, hardware: Hardware, server: ServerPlan, work: StepWork) -> float:
     """Mean number of episodes that the busiest engine decodes at once, while there are enough of them."""
     episodes = float(prompts_of_one(server, work) * work.group)
-    cache = shape.cached_bytes(work.lengths.prompt + work.lengths.response, server.width) / server.gpus
+    held = shape.cached_bytes(work.lengths.prompt + work.lengths.response, server.width)
+    cache = held / kv_split(shape, server)
     open_ = episodes if server.concurrency is None else min(episodes, server.concurrency / server.servers)
     return max(1.0, min(float(server.sequences), open_, cache_room(shape, hardware, server) / cache))
 
@@ -112,14 +128,14 @@ def rollout_seconds(shape: ModelShape, hardware: Hardware, server: ServerPlan, w
     """
     lengths, prompts = work.lengths, prompts_of_one(server, work)
     episodes = float(prompts * work.group)
-    cache = shape.cached_bytes(lengths.prompt + lengths.response / 2, server.width) / server.gpus
-    weights = server.width * (shape.active_layer_parameters + shape.vocab * shape.hidden) / server.gpus
-    if shape.experts:  # many sequences wake nearly all experts
-        weights = server.width * shape.parameters / server.gpus
+    cache = shape.cached_bytes(lengths.prompt + lengths.response / 2, server.width) / kv_split(shape, server)
+    active = weights_of_one(shape, server, shape.active_layer_parameters + shape.vocab * shape.hidden)
+    # many sequences wake nearly all experts
+    weights = weights_of_one(shape, server, shape.parameters) if shape.experts else active
     together = sequences_together(shape, hardware, server, work)
     bandwidth = hardware.memory_bandwidth * hardware.memory_reached
     rate = hardware.bf16 * hardware.reached_serving
-    token_operations = 2.0 * (shape.active_layer_parameters + shape.vocab * shape.hidden) / server.gpus
+    token_operations = 2.0 * active / server.width
 
     def step(sequences: float) -> float:
         reading, computing = (weights + cache * sequences) / bandwidth, token_operations * sequences / rate

@@ -74,10 +74,15 @@ class ModelShape:
         return self.layers * self.experts * 3 * self.hidden * self.expert_intermediate
 
     @property
+    def layer_kv_parameters(self) -> int:
+        """Of one layer's projections to keys and values."""
+        return 2 * self.kv_heads * self.head_dim * (self.hidden + self.qkv_bias)
+
+    @property
     def layer_parameters(self) -> int:
         """Of one layer without its experts."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        attention += self.head_dim * (self.heads + 2 * self.kv_heads) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        queries_and_output = self.heads * self.head_dim * (2 * self.hidden + self.qkv_bias)
+        attention = queries_and_output + self.layer_kv_parameters + 2 * self.head_dim * self.qk_norm
         feed_forward = self.hidden * self.experts if self.experts else 3 * self.hidden * self.intermediate
         biases = self.hidden * self.output_bias + (2 * self.intermediate + self.hidden) * self.mlp_bias
         return attention + feed_forward + biases + 2 * self.hidden

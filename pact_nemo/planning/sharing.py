@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pact_nemo.planning.generation import OUTSIDE_SHARE, ServerPlan
+from pact_nemo.planning.generation import OUTSIDE_SHARE, ServerPlan, weights_of_one
 from pact_nemo.planning.hardware import Hardware
 from pact_nemo.planning.memory import (
     CUDA_CONTEXT,
@@ -47,7 +47,7 @@ def moved_bytes(state: StateBytes) -> float:
 def kept_asleep(shape: ModelShape, server: ServerPlan) -> float:
     """Bytes of one of an engine's GPUs that wait on the host while it sleeps: nothing where a refit brings the whole
     model, and the base where it brings adapters."""
-    return server.width * shape.parameters / server.gpus if server.adapters else 0.0
+    return weights_of_one(shape, server, shape.parameters) if server.adapters else 0.0
 
 
 def turn_seconds(state: StateBytes, hardware: Hardware, server: ServerPlan, kept: float = 0.0) -> dict[str, float]:
