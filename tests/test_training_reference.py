@@ -34,8 +34,9 @@ class Attempt:
         sharing: Any = SimpleNamespace(trainer=lambda **_: None)
         parts: Any = (None, folder / "source", self.state, print, sharing)
         self.weights = ServedWeights(self.config, space, policy, *parts)
-        nothing: Any = None
-        self.keeper = Checkpointer(self.config, space, policy, self.weights, self.state, nothing, nothing)
+        self.said: list[str] = []
+        progress, nothing = SimpleNamespace(message=self.said.append), None
+        self.keeper = Checkpointer(self.config, space, policy, self.weights, self.state, progress, nothing)  # type: ignore[arg-type]
         row = {**self.state.as_row(), "warmup_step": warmup_step, "step": step, "version": 1}
         found = folder / f"step_{warmup_step + step:06d}" if warmup_step >= 0 else None
         monkeypatch.setattr(Checkpointer, "_newest", lambda self: found)
@@ -117,6 +118,13 @@ def test_a_resumed_run_is_as_far_in_rls_schedule_as_it_was(attempt: Any, warmup_
     """Of the policy's updates those of the warm-up had warmup.lr, also in checkpoints of an older version."""
     found = attempt("warmup.steps=4 objective.kl_coef=0", warmup_step, step)
     assert found.policy.unscheduled == warmup_step
+
+
+def test_scales_that_no_checkpoint_holds_are_told(attempt: Any) -> None:
+    words = "warmup.steps=4 objective.kl_coef=0"
+    assert attempt(words, 4, 10).said == []
+    found = attempt(f"{words} policy.fp8=delayed policy.fp8_bf16_layers=0 policy.fp8_emulate=true", 4, 10)
+    assert [text.split(":")[0] for text in found.said] == ["policy.fp8=delayed"]
 
 
 def test_a_run_is_resumed_with_the_warm_up_that_its_rl_began_after(attempt: Any) -> None:

@@ -117,6 +117,11 @@ class Checkpointer:
         wanted, done = self.config.warmup.steps, self.state.warmup_step
         self.policy.unscheduled = done  # a warm-up step is one update, and has warmup.lr
         kl_reference.check_warmup(folder, wanted=wanted, done=done, rl_steps=self.state.step)
+        if self.config.policy.fp8 == "delayed":
+            self.progress.message(
+                "policy.fp8=delayed: what its scales look back on is in no checkpoint, so they begin anew and the"
+                " resumed run is not the uncut one to the bit"
+            )
         on_rank_zero(lambda: self.weights.forget_exports_after(self.state.version))
         return True
 
