@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import to_yaml
@@ -67,6 +69,25 @@ def test_collecting_makes_a_table_and_replaces_it_in_place(tmp_path: Path) -> No
     out.write_text("no marks")
     refused = run("--collect", str(tmp_path / "runs"), "--out", str(out))
     assert refused.returncode == 1 and "add the two comments" in refused.stderr and out.read_text() == "no marks"
+
+
+def test_failed_episodes_other_tasks_and_sampled_decoding_are_told(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "runs", seed=seed, tasks=6, passed=(0, 1, 2)) for seed in (1, 2)]
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    summary["eval"]["after"]["failed"] = 2
+    (runs[0] / "summary.json").write_text(json.dumps(summary))
+    text = table(collect(tmp_path / "runs"), "pact", "x")
+    assert "**2 of 6 episodes of pact, seed 1, failed**" in text and "different tasks" not in text
+    assert "6 held-out tasks a run, greedy decoding," in text
+    file = runs[1] / "eval" / "after.jsonl"
+    file.write_text(file.read_text().replace("multi_turn_base_0#1", "multi_turn_base_77#1"))
+    config = runs[1] / "config.yaml"
+    settings = OmegaConf.load(config)
+    OmegaConf.update(settings, "evaluation", {"temperature": 1.0, "samples": 2})
+    config.write_text(OmegaConf.to_yaml(settings))
+    text = table(collect(tmp_path / "runs"), "pact", "x")
+    assert "**The runs were scored on different tasks**; 5 are common to all." in text
+    assert "6 held-out tasks a run, 1 or 2 episodes each, greedy decoding or temperature 1, the" in text
 
 
 def difference_in(text: str, method: str) -> str:

@@ -1,15 +1,31 @@
-"""``tools/evaluate.py``: where its settings come from, and what it says of episodes that failed."""
+"""``tools/evaluate.py``: its settings, its tasks, the earlier episodes that it takes, what it says of failed ones."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from pact_nemo.checkout import ROOT
+from pact_nemo.config.load import load_config
+from pact_nemo.config.schema import Config
+from pact_nemo.data.tasks import build_environment, limited, load_tasks
 from pact_nemo.environments.base import Outcome, Task
+from pact_nemo.errors import ConfigError
+from pact_nemo.preflight.chat import chat_of
+from pact_nemo.rollouts.episode import SeedPath
 from pact_nemo.rollouts.types import Rollout
-from tools.evaluate import counted, settings_of
+from pact_nemo.runtime.quarantine import Quarantine
+from pact_nemo.tracking.episodes import dump_evaluation
+from tools.evaluate import counted, drawing, settings_of
+from tools.evaluations.chosen import chosen_tasks
+from tools.evaluations.kept import identity, kept_rollouts, open_folder
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = ROOT / "conf"
 
 
 def options(environment: str | None = None, config: str | None = None, *words: str) -> argparse.Namespace:
@@ -40,3 +56,116 @@ def test_each_metric_has_its_own_count_and_the_first_failure_is_named() -> None:
     found = counted(played, tasks)
     assert found == {"metric_counts": {"calls": 2, "errors": 1}, "first_failure": "b: SandboxFailure: lost"}
     assert counted(played[:1], tasks)["first_failure"] is None
+
+
+def shop(folder: Path, *words: str) -> Config:
+    """The example shop; its tasks copied to ``folder``, a quarter of them into a file of their own, one prompt long."""
+    rows = [json.loads(line) for line in (ROOT / "examples/shop/tasks.jsonl").read_text().splitlines()]
+    rows[3]["question"] += " please" * 400
+    for name, kept in (("train.jsonl", rows[10:]), ("test.jsonl", rows[:10]), ("all.jsonl", rows)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
+    copied = shutil.copy(ROOT / "examples/shop/shop.py", folder / "shop.py")
+    return load_config(CONF / "pact_own-smollm2_135m-cpu.yaml", [f"agent.tools={copied}:Shop", *words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tasks.path=train.jsonl", "tasks.eval_path=test.jsonl", "tasks.max_eval=null"],
+        ["tasks.path=all.jsonl", "tasks.held_out=16", "tasks.max_eval=8"],
+    ],
+)
+def test_held_out_is_what_the_run_holds_out(tmp_path: Path, words: list[str]) -> None:
+    config = shop(tmp_path, *(word.replace("path=", f"path={tmp_path}/") for word in words))
+    environment = build_environment(config)
+    try:
+        train, wanted, dropped = load_tasks(config, environment, chat_of(config), Quarantine("strict"))
+        every, chosen = chosen_tasks(config, environment, None, held_out=True, limit=None)
+    finally:
+        environment.close()
+    assert dropped["prompt_too_long"] == 1 and len(wanted) in (8, 9)
+    assert [task.id for task in chosen] == [task.id for task in wanted]
+    names = {task.id for task in chosen}
+    assert not names & {task.id for task in train} and names <= {task.id for task in every}
+
+
+def test_training_tasks_that_are_left_out_change_no_held_out_task(tmp_path: Path) -> None:
+    config = shop(tmp_path, "tasks.max_eval=8")
+    tasks = [Task(f"t{i}", f"t{i}", "c", (), (), ()) for i in range(40)]
+    train, held_out = tasks[:24], tasks[24:]
+    chosen = [task.id for task in limited(config, train, held_out)[1]]
+    assert len(chosen) == 8
+    assert [task.id for task in limited(config, train[3:], held_out)[1]] == chosen
+    gone = next(task for task in held_out if task.id not in chosen)
+    assert [task.id for task in limited(config, train, [t for t in held_out if t is not gone])[1]] == chosen
+
+
+def episode(task: str, sample: int, status: str = "ok") -> Rollout:
+    outcome = None if status == "failed" else Outcome(True, 1.0)
+    return Rollout(task, sample, [1], [2], [1], [0.0], [], outcome, 0, status=status)
+
+
+def test_a_task_of_which_a_sample_failed_is_played_again_whole(tmp_path: Path) -> None:
+    tasks = [Task(name, name, "c", (), (), ()) for name in "ab"]
+    played = [episode("a", 0), episode("a", 1, "failed"), episode("b", 0), episode("b", 1)]
+    file = tmp_path / "episodes.jsonl"
+    dump_evaluation(file, tasks, played, [[1.0]] * 4)
+    assert [(r.task_id, r.sample) for r in kept_rollouts(file, tasks, 2)] == [("b", 0), ("b", 1)]
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("model.template_kwargs={enable_thinking: false}", "model_settings"),
+        ("model.earlier_thoughts=keep", "model_settings"),
+        ("rollout.server.dtype=bfloat16", "server"),
+        ("run.seed=2", "seed"),
+        ("evaluation.max_turns_per_user_turn=2", "evaluation, limits"),
+    ],
+)
+def test_episodes_of_other_settings_are_not_taken_over(tmp_path: Path, word: str, named: str) -> None:
+    warm = "evaluation.temperature=1.0"
+
+    def opened(*words: str) -> Path:
+        config = shop(tmp_path, f"tasks.path={tmp_path}/all.jsonl", warm, *words)
+        return open_folder(tmp_path / "out", identity(config, str(tmp_path), "x", []))
+
+    opened().write_text("")
+    opened("trainer.steps=3")
+    with pytest.raises(ConfigError, match=rf"holds episodes with another {named}; name another folder"):
+        opened(word)
+
+
+def test_episodes_of_changed_tasks_and_tools_are_not_taken_over(tmp_path: Path) -> None:
+    config = shop(tmp_path, f"tasks.path={tmp_path}/all.jsonl")
+    first, other = (Task("a", "a", "c", ((), ()), (), (), data={"price": price}) for price in (1, 2))
+    new = Task("b", "b", "c", (), (), ())
+
+    def opened(tasks: list[Task]) -> Path:
+        return open_folder(tmp_path / "out", identity(config, str(tmp_path), "x", tasks))
+
+    opened([first]).write_text("")
+    opened([first, new])
+    opened([new])  # as with --held-out
+    with pytest.raises(ConfigError, match="another content of task a; name"):
+        opened([other, new])
+    with (tmp_path / "shop.py").open("a") as tools:
+        tools.write("\n# another price\n")
+    with pytest.raises(ConfigError, match="another code; name"):
+        opened([first])
+
+
+def test_requests_of_a_sample_have_seeds_of_their_own() -> None:
+    seen: list[int | None] = []
+
+    def complete(messages: Any, tools: Any, seed: int | None = None) -> dict[str, Any]:
+        seen.append(seed)
+        return {}
+
+    task = Task("a", "a", "c", (), (), ())
+    for sample in (0, 1):
+        ask = drawing(complete, SeedPath(1, "evaluate"), task, sample)
+        ask([], []), ask([], [])
+    assert len(set(seen)) == 4 and None not in seen
+    drawing(complete, None, task, 0)([], [])
+    assert seen[4] is None

@@ -12,7 +12,7 @@ import torch
 
 from pact_nemo.config.load import load_config
 from pact_nemo.errors import ConfigError, Interrupted, ServerError, ServerLost
-from pact_nemo.report.advice import advice
+from pact_nemo.report.advice import advice, unmeasured
 from pact_nemo.report.curves import held_out_scores, rl_curves, warmup_curves
 from pact_nemo.report.data import Run
 from pact_nemo.training import evaluation, loop, warmup
@@ -189,7 +189,8 @@ def test_a_curve_begins_and_ends_with_the_stage() -> None:
     for charts in (warmup_curves(run), rl_curves(run)):
         assert charts[0].title == "Held-out score"
     plain = scored_run(None, None, ends={"before": 0.3, "after": 0.5})
-    assert held_out_scores(plain, "rl") == []
+    assert len(held_out_scores(plain, "rl")) == 2
+    assert all(chart.title != "Held-out score" for chart in rl_curves(plain)), "two ends are no curve"
 
 
 def test_the_curve_of_sft_ends_with_the_run() -> None:
@@ -201,6 +202,9 @@ def test_a_run_that_only_harmed_is_told() -> None:
     found = advice(scored_run(0.48, None, ends={"before": 0.5, "after": 0.01}))
     assert [one.key for one in found] == ["past_best"]
     assert "0.500 before the first step and is 0.010" in found[0].finding and "optimizer.lr" in found[0].change
+    unseen = scored_run(None, None, ends={"before": 0.5, "after": 0.01})  # as by default: nothing between the ends
+    assert [one.finding for one in advice(unseen)] == [one.finding for one in found]
+    assert ("the held-out score between the steps", "evaluation.every") in unmeasured(unseen)
 
 
 @pytest.mark.parametrize(("end", "told"), [(0.3, True), (0.42, False), (0.6, False)])

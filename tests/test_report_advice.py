@@ -68,7 +68,8 @@ def test_rollouts_that_were_cut(limit: str, says: str) -> None:
 
 def test_a_policy_that_unlearnt_how_to_end() -> None:
     def cut(count: int) -> list[dict[str, Any]]:
-        return [{"limit": "turns" if index < count else None} for index in range(8)]
+        row = {"status": "ok", "outcome": None, "task": {"category": "c"}}
+        return [row | {"limit": "turns" if index < count else None} for index in range(8)]
 
     run = run_of()
     run.episodes = {"before": cut(1), "after": cut(8)}
@@ -131,5 +132,7 @@ def test_a_privilege_gap_that_grows() -> None:
 def test_the_page_shows_it() -> None:
     page = render(run_of({"groups/zero_advantage": 6}))
     assert "What the numbers say" in page and "60% of the groups had no advantage" in page
-    assert "What the numbers say" not in render(run_of())
+    healthy = render(run_of())
+    assert "No rule found anything to change." in healthy
+    assert "Not measured, so no rule looked at it" in healthy and "<code>diagnostics.gradient_every</code>" in healthy
     assert "in the last step, at" in advice(run_of({"groups/zero_advantage": 6}, steps=1))[0].finding

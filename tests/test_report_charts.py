@@ -141,7 +141,7 @@ def test_sign_test_is_scipys(gained: int, lost: int) -> None:
     assert Paired(gained, lost, 3, 4).p_value == pytest.approx(expected)
 
 
-def test_pairs_are_by_task_and_sample_and_a_failed_episode_did_not_pass() -> None:
+def test_pairs_are_by_task_and_sample_and_leave_failed_episodes_out() -> None:
     def row(task: str, success: bool | None, sample: int = 0) -> dict:
         return {"task_id": task, "sample": sample, "outcome": None if success is None else {"success": success}}
 
@@ -155,7 +155,7 @@ def test_pairs_are_by_task_and_sample_and_a_failed_episode_did_not_pass() -> Non
         row("a", True, 1),
         row("f", True),
     ]
-    assert pair(before, after) == Paired(gained=2, lost=2, kept=1, failed=1)
+    assert pair(before, after) == Paired(gained=1, lost=1, kept=1, neither=1, no_verdict=2)
 
 
 def test_spread_is_the_sample_deviation() -> None:

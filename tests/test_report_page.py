@@ -221,6 +221,29 @@ def test_a_run_that_has_not_finished_or_hardly_begun_still_has_a_report(tmp_path
     assert "No step has finished yet" in text and "No episode was kept" in text and "There is no held-out score" in text
 
 
+def test_an_unfinished_run_has_scores_where_no_episode_passes(tmp_path: Path) -> None:
+    """FTRL's score is a share: nothing passed, and the score is 0.5."""
+    folder = make_run(tmp_path, warmup=0, tasks=4, passed=(0, 0, 4), finished=False)
+    file = folder / "eval" / "before.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        row["outcome"]["score"] = 0.5
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_run(folder).scores["before"]["score"] == 0.5
+
+
+def test_episodes_that_failed_are_told_and_left_out_of_the_sign_test(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, warmup=0, tasks=6, passed=(0, 4, 4), finished=False)
+    file = folder / "eval" / "after.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[:3]:
+        row |= {"status": "failed", "outcome": None, "error": "ServerError: lost"}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = " ".join(Page(write_report(folder).read_text(encoding="utf-8")).text.split())
+    assert "3 of 6 episodes after failed through no fault of the policy, and count 0." in text
+    assert "0 lost" in text and "3 without a verdict in one of both" in text
+
+
 def test_evaluations_of_one_side_only(tmp_path: Path) -> None:
     folder = make_run(tmp_path, warmup=0, tasks=4, passed=(0, 1, 2))
     summary = json.loads((folder / "summary.json").read_text())

@@ -95,15 +95,11 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
     apart = [key for key, _ in differences(every) if key.startswith(ALIKE)]
     if apart:
         lines += ["", f"**The methods were evaluated differently**: {', '.join(apart)}."]
-    first, counts = every[0], sorted({run.scores[SCORE]["n"] for run in every})
-    count = " to ".join(str(n) for n in (counts[0], *counts[-1:]) if n) if len(counts) > 1 else str(counts[0])
-    versions = first.summary["versions"]
+    lines += ["", *remarks(every)] if remarks(every) else []
+    versions = every[0].summary["versions"]
     lines += [
         "",
-        (
-            f"{count} held-out tasks a run, greedy decoding, the environment's own verdict. In brackets: 95 % interval"
-            " of the difference over"
-        ),
+        f"{what_was_played(every)} In brackets: 95 % interval of the difference over",
         "the tasks and seeds that both have (paired bootstrap, 10,000 draws); one seed has none. Seconds and tokens are"
         " means over the runs.",
         ", ".join(
@@ -114,6 +110,37 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def what_was_played(runs: list[Run]) -> str:
+    """Episodes, tasks and decoding of the scores, in words."""
+
+    def several(values: set[str]) -> str:
+        return " or ".join(sorted(values))
+
+    tasks = sorted({len(scores) for run in runs for scores in by_seed([run]).values()})
+    counts = " to ".join(map(str, tasks if len(tasks) < 2 else (tasks[0], tasks[-1])))
+    heat = {float(run.setting("evaluation.temperature") or 0) for run in runs}
+    samples = {str(run.setting("evaluation.samples") or 1) for run in runs}
+    decoding = several({"greedy decoding" if value == 0 else f"temperature {value:g}" for value in heat})
+    each = "" if samples == {"1"} else f" {several(samples)} episodes each,"
+    return f"{counts} held-out tasks a run,{each} {decoding}, the environment's own verdict."
+
+
+def remarks(runs: list[Run]) -> list[str]:
+    """What a reader has to know of the scores: episodes that failed, and runs that were scored on other tasks."""
+    found = []
+    for run in runs:
+        if failed := run.scores[SCORE].get("failed"):
+            found.append(
+                f"**{failed} of {run.scores[SCORE]['n']} episodes of {run.method}, seed {run.seed}, failed** through no"
+                " fault of the policy and count 0."
+            )
+    played = [set(scores) for run in runs for scores in by_seed([run]).values()]
+    if any(tasks != played[0] for tasks in played):
+        common = len(set.intersection(*played))
+        found.append(f"**The runs were scored on different tasks**; {common} are common to all.")
+    return found
 
 
 def collect(folder: Path) -> dict[str, list[Run]]:

@@ -15,6 +15,7 @@ with a leaderboard has its score files written in that layout.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -22,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +36,25 @@ from rich.table import Table
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.limits import evaluation_limits
 from pact_nemo.config.load import load_config
-from pact_nemo.config.schema import Config, open_episodes, to_dict
-from pact_nemo.data.tasks import build_environment, limited
+from pact_nemo.config.schema import Config, open_episodes
+from pact_nemo.data.tasks import build_environment
 from pact_nemo.environments.base import Environment, Task
-from pact_nemo.environments.order import play_in_order, refuse_samples, standing, with_prerequisites
+from pact_nemo.environments.order import play_in_order
 from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec
-from pact_nemo.environments.splits import split
-from pact_nemo.errors import ConfigError, PactError, ServerError
+from pact_nemo.errors import PactError, ServerError
 from pact_nemo.monitoring.held_out_scores import episode_rewards, summarise
 from pact_nemo.preflight.token_ids import check_served_folder
 from pact_nemo.rollouts.chat_episode import play_by_chat
-from pact_nemo.rollouts.store import read_rollouts
+from pact_nemo.rollouts.episode import SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.runtime.files import write_json_atomic
 from pact_nemo.runtime.terminal import command
-from pact_nemo.serving.chat_endpoint import chat_endpoint
+from pact_nemo.serving.chat_endpoint import Complete, Seeded, chat_endpoint
 from pact_nemo.tracking.episodes import dump_evaluation
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.generation import Generator
+from tools.evaluations.chosen import chosen_tasks
+from tools.evaluations.kept import identity, kept_rollouts, open_folder
 
 REPOSITORY = checkout.ROOT
 
@@ -70,10 +71,16 @@ def player(
         )
         limits = evaluation_limits(config)
 
+        seeds = SeedPath(config.run.seed, "evaluate") if config.evaluation.temperature > 0 else None
+
+        def samples(task: Task) -> list[Rollout]:
+            return [
+                play_by_chat(environment, task, sample, drawing(complete, seeds, task, sample), limits)
+                for sample in range(config.evaluation.samples)
+            ]
+
         def by_chat(tasks: list[Task]) -> list[Rollout]:
-            made = play_in_order(
-                tasks, lambda task: play_by_chat(environment, task, 0, complete, limits), open_episodes(config)
-            )
+            made = sum(play_in_order(tasks, samples, open_episodes(config)), [])
             if all(rollout.status == "failed" for rollout in made):
                 raise ServerError(f"all {len(made)} episodes failed; the first: {made[0].error}")
             return made
@@ -94,6 +101,14 @@ def player(
         generator.close()
 
 
+def drawing(complete: Seeded, seeds: SeedPath | None, task: Task, sample: int) -> Complete:
+    """``complete`` for one episode: each of its requests has a seed of its own; None: none is sent."""
+    if seeds is None:
+        return complete
+    turns = itertools.count()
+    return lambda messages, tools: complete(messages, tools, seeds.seed(task.id, sample, next(turns)))
+
+
 def verdicts(rollouts: list[Rollout]) -> dict[str, tuple[bool, str | None]]:
     """Task id -> (passed, the checker's reason or why there is no verdict)."""
     return {
@@ -102,69 +117,6 @@ def verdicts(rollouts: list[Rollout]) -> dict[str, tuple[bool, str | None]]:
         else (rollout.outcome.success, rollout.outcome.reason)
         for rollout in rollouts
     }
-
-
-def identity(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """What episodes depend on: the model and the settings that evaluation reads."""
-    settings = to_dict(config)
-    model = options.model if options.model.startswith("http") else str(Path(options.model).resolve())
-    weights = [] if options.model.startswith("http") else sorted(Path(options.model).glob("*.safetensors"))
-    return {
-        "model": model,
-        "name": options.name if options.model.startswith("http") else None,
-        "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
-        "environment": config.environment,
-        "environment_config": settings["environment_config"],
-        "tool_format": settings["model"]["tool_format"],
-        "tasks": {key: value for key, value in settings["tasks"].items() if key not in ("max_train", "max_eval")},
-        "sampling": settings["rollout"]["sampling"],
-        "evaluation": settings["evaluation"],
-        "limits": asdict(evaluation_limits(config)),
-    }
-
-
-def open_folder(config: Config, options: argparse.Namespace) -> Path:
-    """The episodes file of ``--out``; episodes of another model or other settings are never taken for this one's.
-
-    Raises:
-        ConfigError: names what differs.
-    """
-    options.out.mkdir(parents=True, exist_ok=True)
-    episodes, note = options.out / "episodes.jsonl", options.out / "identity.json"
-    mine = json.loads(json.dumps(identity(config, options)))
-    if episodes.is_file():
-        found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        different = [key for key in mine if found.get(key) != mine[key]]
-        if different:
-            raise ConfigError(
-                f"{episodes} holds episodes with another {', '.join(different)}; name another folder with --out, or"
-                " delete this one"
-            )
-    write_json_atomic(note, mine)
-    return episodes
-
-
-def chosen_tasks(config: Config, options: argparse.Namespace, environment: Environment) -> list[Task]:
-    """The tasks that count, by ``--held-out`` and ``--limit``, behind those that they build on."""
-    tasks = environment.tasks()
-    chosen = [task for task in tasks if not task.prepares]
-    if options.held_out:
-        chosen = limited(config, *split(chosen, held_out=config.tasks.held_out, seed=config.tasks.split_seed))[1]
-    chosen = with_prerequisites(chosen[: options.limit], tasks)
-    if not options.model.startswith("http"):
-        refuse_samples(chosen, config.evaluation.samples)
-    return chosen
-
-
-def kept_rollouts(episodes: Path, tasks: list[Task]) -> list[Rollout]:
-    """What was played before and stands: not what failed, nor what builds on an episode that is played again.
-
-    Args:
-        tasks: all that there are.
-    """
-    rollouts = [r for r in read_rollouts(episodes) if r.status != "failed"] if episodes.is_file() else []
-    stands = standing({rollout.task_id for rollout in rollouts}, tasks)
-    return [rollout for rollout in rollouts if rollout.task_id in stands]
 
 
 def prerequisites(tasks: list[Task], rollouts: list[Rollout]) -> dict[str, Any]:
@@ -182,11 +134,12 @@ def prerequisites(tasks: list[Task], rollouts: list[Rollout]) -> dict[str, Any]:
 
 def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     environment = build_environment(config, folder=options.out)
-    episodes = open_folder(config, options)
     started = time.monotonic()
     try:
-        every, tasks = environment.tasks(), chosen_tasks(config, options, environment)
-        rollouts = kept_rollouts(episodes, every)
+        folder = None if options.model.startswith("http") else Path(options.model)
+        every, tasks = chosen_tasks(config, environment, folder, held_out=options.held_out, limit=options.limit)
+        episodes = open_folder(options.out, identity(config, options.model, options.name, every))
+        rollouts = kept_rollouts(episodes, every, config.evaluation.samples)
         done = {rollout.task_id for rollout in rollouts}
         left = [task for task in tasks if task.id not in done]
         with RunProgress(total_steps=0, enabled=not options.json) as progress:

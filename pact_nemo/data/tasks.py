@@ -14,7 +14,7 @@ from pact_nemo.environments import registry
 from pact_nemo.environments.answers import answer_words
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.environments.spec import Setup
-from pact_nemo.environments.splits import split
+from pact_nemo.environments.splits import rank, split
 from pact_nemo.errors import ConfigError, DataError, ToolCallError
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.runtime.words import count_of
@@ -181,11 +181,15 @@ def _quarantined(quarantine: Quarantine) -> str:
 
 
 def limited(config: Config, train: list[Task], held_out: list[Task]) -> tuple[list[Task], list[Task]]:
-    """Both sides in the order of ``tasks.split_seed``, the first ``tasks.max_train`` and ``tasks.max_eval`` of them."""
-    shuffler = random.Random(config.tasks.split_seed)
-    train, held_out = sorted(train, key=lambda t: t.id), sorted(held_out, key=lambda t: t.id)
-    shuffler.shuffle(train)
-    shuffler.shuffle(held_out)
+    """Both sides in the order of ``tasks.split_seed``, the first ``tasks.max_train`` and ``tasks.max_eval`` of them.
+
+    A held-out task's place depends on the seed and its id alone. So runs that leave out different training tasks, or a
+    few held-out ones, are still evaluated on the same.
+    """
+    seed = config.tasks.split_seed
+    train = sorted(train, key=lambda task: task.id)
+    random.Random(seed).shuffle(train)
+    held_out = sorted(held_out, key=lambda task: rank(task.id, seed))
     return train[: config.tasks.max_train], held_out[: config.tasks.max_eval]
 
 

@@ -9,8 +9,9 @@ from pact_nemo.environments.base import Task
 from pact_nemo.errors import ConfigError
 
 
-def _rank(group: str, seed: int) -> str:
-    return hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()
+def rank(name: str, seed: int) -> str:
+    """A place in an order that depends on (seed, name) alone."""
+    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
 def split(tasks: Sequence[Task], held_out: float | int, seed: int) -> tuple[list[Task], list[Task]]:
@@ -25,7 +26,7 @@ def split(tasks: Sequence[Task], held_out: float | int, seed: int) -> tuple[list
     Raises:
         ConfigError: ``held_out`` leaves one side empty.
     """
-    groups = sorted({task.group for task in tasks}, key=lambda group: _rank(group, seed))
+    groups = sorted({task.group for task in tasks}, key=lambda group: rank(group, seed))
     count = held_out if isinstance(held_out, int) else round(held_out * len(groups))
     if not 0 < count < len(groups):
         raise ConfigError(

@@ -40,6 +40,19 @@ class Advice:
     change: str
 
 
+#: what a rule needs and is not measured by default -> column, setting that measures it
+_MEASURED = {
+    "the held-out score between the steps": ("held_out/score", "evaluation.every"),
+    "whether held-out traces get likelier": ("held_out/trace_call", "diagnostics.trace_every"),
+    "how much of a gradient is signal": ("signal/rl_norm", "diagnostics.gradient_every"),
+}
+
+
+def unmeasured(run: Run) -> list[tuple[str, str]]:
+    """(what, setting that measures it) of what the rules have not seen of a run with RL steps."""
+    return [(what, key) for what, (column_, key) in _MEASURED.items() if run.rl and not known(run.rl, column_)]
+
+
 def known(records: list[Record], key: str) -> list[float]:
     """Values of the steps that have one."""
     return [value for value in column(records, key) if value is not None]
@@ -160,7 +173,7 @@ def repeats(row: Record) -> bool:
 
 
 def past_best(run: Run, late: list[Record]) -> Advice | None:
-    """A held-out score that was better in the middle of the stage, by two standard errors of the difference."""
+    """A held-out score that was better before the end of the stage, by two standard errors of the difference."""
     stage: Literal["rl", "warmup"] = "rl" if run.rl else "warmup"
     scores = held_out_scores(run, stage)
     if not scores or not (last_of := run.scores.get("after")):

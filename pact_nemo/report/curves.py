@@ -314,13 +314,13 @@ def rl_curves(run: Run) -> list[Chart]:
 
 
 def held_out_scores(run: Run, stage: Literal["warmup", "rl"]) -> Records:
-    """``step`` and ``held_out/score`` of a stage that was evaluated between its steps, with the evaluations at both its
-    ends where the run has them; nothing where there was none between.
+    """``step`` and ``held_out/score`` of a stage, in order: between its steps, and at both its ends where the run has
+    them.
     """
     records = run.warmup if stage == "warmup" else run.rl
-    between = [record for record in records if record.get("held_out/score") is not None]
-    if not between:
+    if not records:
         return []
+    between = [record for record in records if record.get("held_out/score") is not None]
     first = "base" if stage == "warmup" else "before"
     last = "before" if stage == "warmup" and (run.rl or "before" in run.scores) else "after"
     ends = {0: run.scores.get(first), records[-1]["step"]: run.scores.get(last)}
@@ -330,5 +330,7 @@ def held_out_scores(run: Run, stage: Literal["warmup", "rl"]) -> Records:
 
 def _drawn(curves: tuple[Curve, ...], records: Records, scores: Records) -> list[Chart]:
     """Those that the run has values for."""
-    charts = [HELD_OUT.drawn(scores), *(curve.drawn(records) for curve in curves)] if records else []
+    charts = [curve.drawn(records) for curve in curves]
+    if any(record.get("held_out/score") is not None for record in records):  # its two ends alone are no curve
+        charts = [HELD_OUT.drawn(scores), *charts]
     return [chart for chart in charts if chart is not None]

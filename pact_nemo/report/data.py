@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from pact_nemo.errors import DataError
 from pact_nemo.report import shapes
-from pact_nemo.report.stats import mean, passed
+from pact_nemo.report.stats import episode_score, mean
 from pact_nemo.runtime import strict_json
 from pact_nemo.traces.schema import Trace, read_traces
 from pact_nemo.tracking.jsonl import read_metrics
@@ -104,13 +104,14 @@ class Run:
 
 
 def count_scores(rows: list[Row]) -> Row:
-    """Share of passed episodes, over all of them and per category."""
+    """Mean score of episodes, over all of them and per category, as a summary has it; one that failed counts 0."""
     by_category: dict[str, list[float]] = {}
     for row in rows:
         for name in (row["task"]["category"], *row["task"].get("tags", ())):
-            by_category.setdefault(name, []).append(float(passed(row)))
+            by_category.setdefault(name, []).append(episode_score(row))
     categories = {name: {"score": mean(values), "n": len(values)} for name, values in sorted(by_category.items())}
-    return {"score": mean([float(passed(row)) for row in rows]), "n": len(rows), "categories": categories}
+    score, failed = mean([episode_score(row) for row in rows]), sum(row["status"] == "failed" for row in rows)
+    return {"score": score, "n": len(rows), "failed": failed, "categories": categories}
 
 
 def read_rows(path: Path) -> list[Row]:

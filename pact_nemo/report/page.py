@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pact_nemo.report.advice import advice
+from pact_nemo.report.advice import advice, unmeasured
 from pact_nemo.report.charts import HEIGHT, LEFT, RIGHT, TOP, WIDTH, reading
 from pact_nemo.report.comparison import compare, total_seconds
 from pact_nemo.report.curves import rl_curves, warmup_curves
@@ -194,6 +194,7 @@ def render(run: Run, others: Sequence[Run] = ()) -> str:
         changed=changed,
         facts=facts(run),
         advice=advice(run),
+        unmeasured=unmeasured(run),
         time_shares=time_shares(run),
         warmup=warmup_curves(run),
         curves=rl_curves(run),

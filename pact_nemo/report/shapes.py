@@ -41,7 +41,7 @@ EPISODE = {
     "sample": int,
     "turns": [_TURN],
     "status": str,
-    "outcome": Optional({"success": bool, "reason": str}),
+    "outcome": Optional({"success": bool, "reason": str, "score": Optional(Number)}),
     "error": Optional(str),
     "seconds": Optional(Number),
     "rewards": Optional([Optional(Number)]),
@@ -51,6 +51,7 @@ EPISODE = {
 }
 _PART = {"score": Number, "n": int}
 _SCORE = _PART | {
+    "failed": Optional(int),
     "categories": Optional(Values(_PART)),
     "metrics": Optional(Values(Optional(Number))),
     "call_reward": Optional(Number),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +51,18 @@ def running_mean(values: Sequence[float | None], window: int) -> list[float | No
 class Paired:
     """How the same held-out tasks fared in two evaluations. An episode pairs with the one of the same task and
     sample.
+
+    Attributes:
+        gained, lost, kept: passed the second time alone, the first time alone, both times.
+        neither: passed neither time.
+        no_verdict: failed in one of both through no fault of the policy; these are in none of the others.
     """
 
     gained: int
     lost: int
     kept: int
-    failed: int
+    neither: int
+    no_verdict: int = 0
 
     @property
     def p_value(self) -> float:
@@ -75,15 +81,20 @@ def passed(row: dict[str, Any]) -> bool:
     return bool(row.get("outcome") and row["outcome"]["success"])
 
 
+def episode_score(row: dict[str, Any]) -> float:
+    """The environment's own score of an episode in [0, 1]; pass or fail where a dump has none, 0 without a verdict."""
+    return float((row.get("outcome") or {}).get("score", passed(row)))
+
+
 def pair(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Paired:
     """Compare two evaluations episode by episode; episodes of only one of them are left out."""
-    first = {(row["task_id"], row["sample"]): passed(row) for row in before}
-    counts: dict[tuple[bool, bool], int] = defaultdict(int)
-    for row in after:
-        key = (row["task_id"], row["sample"])
-        if key in first:
-            counts[first[key], passed(row)] += 1
-    return Paired(counts[False, True], counts[True, False], counts[True, True], counts[False, False])
+    first = {(row["task_id"], row["sample"]): row for row in before}
+    both = [(first[key], row) for row in after if (key := (row["task_id"], row["sample"])) in first]
+    judged = [(old, new) for old, new in both if old.get("outcome") and new.get("outcome")]
+    counts = Counter((passed(old), passed(new)) for old, new in judged)
+    return Paired(
+        counts[False, True], counts[True, False], counts[True, True], counts[False, False], len(both) - len(judged)
+    )
 
 
 def paired_bootstrap(

@@ -125,7 +125,10 @@ def play_by_chat(
         messages += opening_messages(session, task)
         while True:
             if here >= limits.max_turns_per_user_turn or len(rollout.turns) >= limits.max_turns:
-                rollout.status, rollout.error = "truncated", f"more than {here} assistant turns in one user turn"
+                where = " in one user turn" if here >= limits.max_turns_per_user_turn else ""
+                count = here if where else len(rollout.turns)
+                rollout.error = f"more than {count} assistant turns{where}"
+                rollout.status, rollout.limit = "truncated", "turns"
                 break
             answer = complete(messages, tools)
             here += 1

@@ -13,7 +13,7 @@ from typing import Any
 from pact_nemo.errors import DataError
 from pact_nemo.report.comparison import total_seconds
 from pact_nemo.report.data import Run
-from pact_nemo.report.stats import deviation, difference, mean, passed
+from pact_nemo.report.stats import deviation, difference, episode_score, mean
 from pact_nemo.runtime import strict_json
 from pact_nemo.runtime.files import write_json_atomic
 
@@ -59,6 +59,7 @@ class Result:
         peak_memory_bytes: of trainer and server; files from before it was kept have none.
         settings, weights: digests of what the run resolved and of the weights that it began from; of a start, of those
             that it left. Older files have none.
+        failed: stage -> episodes that failed through no fault of the policy; older files don't say.
         warmup: the same curves of each step of the warm-up, which is all of SFT; none in older files.
     """
 
@@ -78,6 +79,7 @@ class Result:
     warmup: dict[str, list[float | None]] = field(default_factory=dict)
     settings: str = ""
     weights: str = ""
+    failed: dict[str, int] = field(default_factory=dict)
 
     def score(self, stage: str = SCORE) -> float | None:
         """Mean over tasks; None where the stage was not played."""
@@ -88,7 +90,7 @@ def by_task(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Score of every task of an evaluation, the mean of its episodes."""
     found: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        found[row["task_id"]].append(float((row.get("outcome") or {}).get("score", passed(row))))
+        found[row["task_id"]].append(episode_score(row))
     return {task: mean(values) for task, values in sorted(found.items())}
 
 
@@ -117,6 +119,7 @@ def result_of(run: Run, facts: dict[str, Any]) -> Result:
             if name in run.summary["versions"]
         },
         peak_memory_bytes=run.summary["peak_memory_bytes"],
+        failed={stage: sum(row["status"] == "failed" for row in rows) for stage, rows in run.episodes.items()},
     )
 
 
@@ -209,4 +212,11 @@ def table(results: Sequence[Result], baseline: str) -> str:
             lines.append(
                 f"| {start} | {arm} | {run.seed} | {f'{score:.3f}' if score is not None else '–'} | `{words}` |"
             )
-    return "\n".join(lines) + "\n"
+    lost = [
+        f"**{count} episodes of {run.start}, {run.arm}, seed {run.seed}, failed** through no fault of the policy and"
+        " count 0."
+        for key in order
+        for run in found[key]
+        if (count := run.failed.get(SCORE, 0))
+    ]
+    return "\n".join([*lines, *([""] if lost else []), *lost]) + "\n"

@@ -1,0 +1,1 @@
+"""Parts of ``tools/evaluate.py``: which tasks it plays, and which earlier episodes it takes for its own."""
