@@ -68,4 +68,5 @@ def test_bfcls_twenty_steps_and_a_closing_message_pass_and_one_step_more_is_forc
     rollout = play_by_chat(environment, task, 0, complete, limits)
     assert rollout.outcome is not None and rollout.outcome.success is passes
     assert (rollout.status, rollout.outcome.reason) == (("ok", "ok") if passes else ("truncated", FORCE_TERMINATED))
+    assert rollout.limit == (None if passes else "turns")
     assert sum(turn.is_tool_turn for turn in rollout.turns if turn.user_turn == len(task.reference_calls) - 1) == steps

@@ -125,10 +125,7 @@ def play_by_chat(
         messages += opening_messages(session, task)
         while True:
             if here >= limits.max_turns_per_user_turn or len(rollout.turns) >= limits.max_turns:
-                where = " in one user turn" if here >= limits.max_turns_per_user_turn else ""
-                count = here if where else len(rollout.turns)
-                rollout.error = f"more than {count} assistant turns{where}"
-                rollout.status, rollout.limit = "truncated", "turns"
+                rollout.status, rollout.limit, rollout.error = "truncated", "turns", f"no end after {here} turns"
                 break
             answer = complete(messages, tools)
             here += 1
