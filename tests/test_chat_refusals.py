@@ -125,6 +125,11 @@ def test_the_word_tools_in_a_comment_is_no_support_for_tools() -> None:
         "{%- for t in tools or [] %}{{ t.function.name }}{%- endfor %}"
         + CHATML,  # names only: the project's text says it all
         tools.replace(whole, "(tools[0] | tojson)"),
+        tools.replace(whole, "(tools[:5] | tojson)"),
+        tools.replace(whole, "(tools | tojson | replace('\"default\"', '') | replace('MARK-DEFAULT', ''))"),
+        tools.replace(whole, '(tools | tojson | replace(\'"required": ["mark_argument"]\', \'"required": []\'))'),
+        tools.replace(whole, "(tools | tojson | replace('MARK-EITHER', ''))"),
+        tools.replace(whole, "(tools | tojson | replace('mark_item', ''))"),
         tools.replace(whole, "(tools | tojson)[:3000]"),
         tools.replace("if tools", "if tools and messages[0].role != 'system'"),
     ):
@@ -145,6 +150,26 @@ def test_results_of_one_turn_keep_their_order() -> None:
     )
     with pytest.raises(ConfigError, match="writes the results of tools .*before what came earlier"):
         chat_of(template)
+
+
+@pytest.mark.parametrize(
+    ("condition", "what"),
+    [
+        ("m.role != 'tool' or m.content | trim != ''", "an empty result"),
+        ("loop.first or m != messages[loop.index0 - 1]", "a result that is like the one before it"),
+    ],
+)
+def test_results_that_are_empty_or_alike_are_results(condition: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=f"drops {what} of several calls"):
+        chat_of(only(condition), "llama3_json")
+
+
+def test_a_message_whose_words_stand_in_another_one_is_missed_all_the_same() -> None:
+    chat = chat_of(only("m.role != 'system' or loop.first"))
+    system = {"role": "system", "content": "Be brief."}
+    for messages in ([system, system, USER], [{"role": "user", "content": "please Be brief."}, system]):
+        with pytest.raises(DataError, match="leaves out or alters a message of role 'system': 'Be brief"):
+            chat.prompt_ids(messages, TOOLS)
 
 
 def test_a_message_that_only_some_conversations_lose_is_refused_with_its_prompt() -> None:
@@ -262,12 +287,12 @@ def sentencepiece(kind: str, special_end: bool = True) -> Any:
     return made
 
 
-@pytest.mark.parametrize("change", ["Lowercase", "StripAccents", "Replace"])
+@pytest.mark.parametrize("change", ["Lowercase", "StripAccents", "NFKC", "Replace"])
 def test_a_tokenizer_that_changes_what_is_written_is_refused(change: str) -> None:
     from tokenizers import normalizers
 
     made = sentencepiece("prepend")
-    lossy = normalizers.Replace('"', "'") if change == "Replace" else getattr(normalizers, change)()
+    lossy = normalizers.Replace("\u201c", '"') if change == "Replace" else getattr(normalizers, change)()
     made._tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), lossy, made._tokenizer.normalizer])
     with pytest.raises(ConfigError, match="the tokenizer changes what is written"):
         ChatFormat(made, TOOL_FORMATS["pythonic"])

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pact_nemo.chat.conversation_text import ASSISTANT
 from pact_nemo.chat.conversation_tokens import ConversationTokens
 from pact_nemo.chat.probing import HARD, TOOL, Message, check_marks, first_difference, observation_forms
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.errors import ConfigError, DataError
 
 _APPENDS = "take a template that only appends"
+#: what normalisation folds, and what a vocabulary without bytes lacks
+_UNUSUAL = "\u2460\ufb01\uff21 \u6f22\u5b57 \U0001f600\t\u201cx\u201d \u2013 \u00e4"
 _LONG, _MANY = 100_000, 40  #: characters of a long message; turns of a long conversation
 
 
@@ -47,8 +50,10 @@ def check_conversation(chat: ConversationTokens) -> None:
             _check_prefix(chat, start, turns[:count])
         chat.boundary_ids()
         chat.check_fields(start)
+        _check_results(chat, start)
         _check_long(chat, start)
-        _check_tokens(chat, _written(chat, turns[0]))
+        for written in (_written(chat, turns[0]), _UNUSUAL):
+            _check_tokens(chat, written)
     except DataError as error:
         raise ConfigError(f"the model's chat template can't be used: {error}") from error
 
@@ -134,6 +139,24 @@ def _check_long(chat: ConversationTokens, start: list[dict[str, str]]) -> None:
         ]
         marks += [("what the assistant writes (text and calls)", f"MARK-LATE-{index}.", [text]), *map(_mark, after)]
     check_marks(f"{chat.source}, in a long conversation,", chat.render(messages, [TOOL]), marks)
+
+
+def _check_results(chat: ConversationTokens, start: list[dict[str, str]]) -> None:
+    """An empty result, and one that says what another one said, are results as well: the model has to see how many
+    there were.
+    """
+
+    def rendered(results: list[str]) -> str:
+        return chat.render([*start, ASSISTANT, *chat.tool_format.render_observation(results)], [TOOL])
+
+    for what, more, fewer in (
+        ("an empty result", ["MARK-A", ""], ["MARK-A"]),
+        ("an empty result", ["", "MARK-A"], ["MARK-A"]),
+        ("a result that is like the one before it", ["MARK-A", "MARK-A"], ["MARK-A"]),
+        ("a result that is like the one before it", ["MARK-A", "MARK-B", "MARK-B"], ["MARK-A", "MARK-B"]),
+    ):
+        if rendered(more) == rendered(fewer):
+            raise ConfigError(f"{chat.source} drops {what} of several calls; take a template that writes every result")
 
 
 def _check_tokens(chat: ConversationTokens, written: str) -> None:

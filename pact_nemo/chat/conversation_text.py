@@ -114,21 +114,23 @@ class ConversationText:
             )
 
     def check_shown(self, messages: Sequence[Message], text: str) -> None:
-        """Raises DataError unless every message is in the rendering: a template may pass over a second system message,
-        say.
+        """Raises DataError unless every message is in the rendering, each behind the one before it: a template may pass
+        over a second system message, say, also where its words occur in another one.
         """
+        position = 0
         for message in messages:
             content = self._control.neutral(message)["content"].strip()
             # a thought may be dropped: earlier_thoughts goes by that
             if self.thought is not None and message["role"] == "assistant":
                 content = split_thought(content, self.opens_thought)[1]
-            if content not in text and not any(
-                form.strip() in text for form in observation_forms(content) if message["role"] == "tool"
-            ):
+            forms = observation_forms(content) if message["role"] == "tool" else [content]
+            ends = [at + len(form) for form in map(str.strip, forms) if (at := text.find(form, position)) >= 0]
+            if not ends:
                 raise DataError(
                     f"{self.source} leaves out or alters a message of role {message['role']!r}: {content[:60]!r};"
                     " change the messages"
                 )
+            position = min(ends)
 
     def laid_out(self, message: dict[str, Any]) -> dict[str, Any]:
         """An assistant message's thought where the template looks for it."""

@@ -36,7 +36,8 @@ TOOL: dict[str, Any] = {
         "required": ["mark_argument"],
     },
 }
-#: a second one, with what templates like to leave out: the end of a long text, choices, arguments within arguments
+#: a second one, with what templates like to leave out: the end of a long text, choices, defaults, alternatives,
+#: arguments within arguments and within lists
 _FURTHER_TOOL: dict[str, Any] = {
     "name": "mark_further_tool",
     "description": f"MARK-FURTHER {'and so on, ' * 500}MARK-FURTHER-END",
@@ -48,9 +49,22 @@ _FURTHER_TOOL: dict[str, Any] = {
                 "type": "object",
                 "properties": {"mark_inner": {"type": "integer", "description": "MARK-INNER"}},
             },
+            "mark_list": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {"mark_item": {"type": "string", "description": "MARK-ITEM"}},
+                },
+            },
+            "mark_either": {
+                "anyOf": [{"type": "string", "description": "MARK-EITHER"}, {"type": "integer"}],
+            },
+            "mark_preset": {"type": "string", "default": "MARK-DEFAULT"},
         },
     },
 }
+#: some templates show only the first few
+_MANY_TOOLS = [{**TOOL, "name": f"mark_tool_of_many_{index}"} for index in range(20)]
 _TOOL_PARTS = (
     "mark_tool",
     "MARK-DESCRIPTION of the tool.",
@@ -64,6 +78,11 @@ _TOOL_PARTS = (
     "mark_outer",
     "mark_inner",
     "MARK-INNER",
+    "mark_item",
+    "MARK-ITEM",
+    "MARK-EITHER",
+    "MARK-DEFAULT",
+    *(str(tool["name"]) for tool in _MANY_TOOLS),
 )
 _SYSTEM = {"role": "system", "content": "MARK-SYSTEM"}
 
@@ -77,13 +96,14 @@ def shows_tools(
     render: Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None, bool], str],
     write_calls: Callable[[list[ToolCall]], str],
 ) -> bool:
-    """Whether the template itself shows tools that are passed to it (all of them, with every argument; with a system
-    message and without one), and calls are written as it writes them.
+    """Whether the template itself shows tools that are passed to it (all of them, with all that their schemas say of
+    each argument; with a system message and without one), and calls are written as it writes them.
 
     A template that teaches another way to call would contradict the tool format: the project's own text shows the tools
     then.
     """
-    tools = [openai_tool(TOOL), openai_tool(_FURTHER_TOOL)]
+    tools = [openai_tool(tool) for tool in (TOOL, _FURTHER_TOOL, *_MANY_TOOLS)]
+    optional = [openai_tool({**TOOL, "parameters": {**TOOL["parameters"], "required": []}}), *tools[1:]]
     for conversation in ([USER], [_SYSTEM, USER]):
         try:
             text = render(conversation, tools, True)
@@ -91,8 +111,8 @@ def shows_tools(
             if conversation[0] is USER:
                 return False
             continue  # it takes no system message: none is passed with tools
-        if not all(part in text for part in _TOOL_PARTS):
-            return False
+        if not all(part in text for part in _TOOL_PARTS) or text == render(conversation, optional, True):
+            return False  # the last: it doesn't say which arguments are required
     call = ToolCall(TOOL["name"], {"mark_argument": "MARK-CALL"})
     function = {"name": call.name, "arguments": call.arguments}
     try:
