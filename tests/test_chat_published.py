@@ -181,7 +181,7 @@ def test_a_template_that_teaches_another_way_to_call_leaves_the_tools_to_the_too
 
 @pytest.mark.parametrize(("name", "constants"), [("gemma4_v5", {}), ("gptoss", {"strftime_now": "2026-01-31"})])
 def test_thoughts_between_other_markers_are_refused(name: str, constants: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="writes thoughts between"):
+    with pytest.raises(ConfigError, match="has thoughts between"):
         published(name, **constants)
 
 

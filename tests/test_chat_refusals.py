@@ -239,6 +239,13 @@ def test_a_generation_prompt_that_opens_a_thought_is_closed_before_the_call() ->
     )  # the opening marker belongs to the prompt
 
 
+@pytest.mark.parametrize("closing", ["</thinking>", "[/THINK]", "</reasoning>"])
+def test_a_template_that_cuts_thoughts_between_unknown_markers_is_refused(closing: str) -> None:
+    cut = f"(m['content'] if m is sameas messages[-1] else m['content'].split('{closing}')[-1])"
+    with pytest.raises(ConfigError, match="has thoughts between .* only <think> and </think> are known"):
+        chat_of(CHATML.replace("m['content']", cut))
+
+
 def test_a_word_about_thoughts_makes_no_thinking_model() -> None:
     assert chat_of("{#- <think> and </think> are for others #}" + CHATML).thought is None
 

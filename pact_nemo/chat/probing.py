@@ -21,6 +21,13 @@ Earlier = Literal["kept", "until_user", "dropped"]
 
 #: keys under which chat templates take a thought apart from the content
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
+#: of thoughts that templates look for in the content, and that the project does not read
+_OTHER_MARKERS = (
+    *((f"<{word}>", f"</{word}>") for word in ("thinking", "thought", "reasoning", "reason", "thoughts")),
+    ("[THINK]", "[/THINK]"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
 #: text that templates like to escape, trim or fold
 HARD = 'say "so" <b>&amp; é\n\n  twice\\'
 USER = {"role": "user", "content": f"MARK-USER {HARD}"}
@@ -158,12 +165,12 @@ def find_thoughts(render: Render, source: str, generation: str) -> tuple[Thought
         if found is not None:
             opening, closing = found
             if OPENING not in opening or CLOSING not in closing:
-                raise ConfigError(
-                    f"{source} writes thoughts between {opening!r} and {closing!r}; only {OPENING} and {CLOSING} are"
-                    " known, so calls inside a thought could not be told from calls; use a model that marks its"
-                    " thoughts so"
-                )
+                raise ConfigError(_unknown_markers(source, opening, closing))
             return ThoughtStyle(opening, closing, bool(tail), field), tail
+    plain = not _parses(render, "<mark>", "</mark>")  # what alters any text is refused for that
+    for opening, closing in _OTHER_MARKERS:
+        if plain and _parses(render, opening, closing):
+            raise ConfigError(_unknown_markers(source, opening, closing))
     if tail:
         return ThoughtStyle(tail, f"\n{CLOSING}\n\n", True, None), tail
     if _parses(render):
@@ -171,6 +178,13 @@ def find_thoughts(render: Render, source: str, generation: str) -> tuple[Thought
         opening, closing = found or (f"{OPENING}\n", f"\n{CLOSING}\n\n")
         return ThoughtStyle(opening, closing, False, None), tail
     return None, tail
+
+
+def _unknown_markers(source: str, opening: str, closing: str) -> str:
+    return (
+        f"{source} has thoughts between {opening!r} and {closing!r}; only {OPENING} and {CLOSING} are known, so calls"
+        " inside a thought could not be told from calls; use a model that marks its thoughts so"
+    )
 
 
 def _layout(render: Render, source: str, generation: str, tail: str, message: Message) -> tuple[str, str] | None:
@@ -191,9 +205,11 @@ def _layout(render: Render, source: str, generation: str, tail: str, message: Me
     return text[len(bare) : start], text[start + len(THOUGHT) : visible]
 
 
-def _parses(render: Render) -> bool:
-    """Whether the template takes a thought out of an earlier message's content, or lays it out anew."""
-    content = f"{OPENING}{THOUGHT}{CLOSING}{VISIBLE}"
+def _parses(render: Render, opening: str = OPENING, closing: str = CLOSING) -> bool:
+    """Whether the template takes a thought between these markers out of an earlier message's content, or lays it out
+    anew.
+    """
+    content = f"{opening}{THOUGHT}{closing}{VISIBLE}"
     try:
         texts = [
             render([USER, {"role": "assistant", "content": content}], False),
