@@ -65,7 +65,8 @@ def message_parts(message: Mapping[str, Any]) -> tuple[str, str]:
     """(thought, visible text) of an assistant message, both without outer white space.
 
     A server with a reasoning parser puts the thought beside the content; one without leaves it in the content, between
-    its markers. The opening marker is missing there where the generation prompt holds it.
+    its markers. The opening marker is missing there where the generation prompt holds it. A content that begins with a
+    thought of its own has both.
     """
     text = content_text(message)
     beside = next(
@@ -77,7 +78,7 @@ def message_parts(message: Mapping[str, Any]) -> tuple[str, str]:
     ):  # what the parser left is all visible, a closing marker in it a word
         return beside, text.strip()
     inside, visible = thoughts_and_visible(text)
-    return beside or inside, visible
+    return "\n\n".join(dict.fromkeys(piece for piece in (beside, inside) if piece)), visible
 
 
 def _answers(session: Any, named: list[tuple[str, ToolCall | str]], turn: Turn) -> list[dict[str, Any]]:

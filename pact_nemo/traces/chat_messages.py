@@ -5,7 +5,7 @@ Nothing that was written is dropped without a word: what can't be read is refuse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,15 @@ from pact_nemo.environments.base import ToolCall
 from pact_nemo.errors import DataError, ToolCallError
 from pact_nemo.rollouts.chat_episode import message_parts
 from pact_nemo.runtime import strict_json
+from pact_nemo.traces.chat_keys import (
+    CALL_IDS,
+    RESULT_IDS,
+    RESULT_TOOLS,
+    THOUGHT_LISTS,
+    THOUGHTS,
+    is_empty,
+    unread_key,
+)
 
 _REMEDY = "repair the conversation or take the line out"
 _ROLES = {
@@ -24,10 +33,14 @@ _ROLES = {
     "tool": "tool",
     "function": "tool",
 }
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_TEXTS = ("text", "input_text", "output_text", "refusal")
+_TEXTS = ("text", "input_text", "output_text", "refusal", "summary_text", "reasoning_text")
+_THOUGHT_TYPES = ("reasoning.text", "reasoning.summary", *THOUGHTS)
+_THOUGHT_TEXTS = (*THOUGHTS, "text", "summary", "content")  # where a part that is a thought holds its words
+_SEALED = ("reasoning.encrypted", "redacted_thinking")  # thoughts that nobody can read
+_BESIDE_THOUGHT = ("type", "id", "index", "format", "status", "signature", "encrypted_content", "data")
 _BLOCKS = ("tool_use", "tool_result")
 _BESIDE = ("parsed_arguments", "strict")  #: what client libraries write beside the arguments
+_BESIDE_CALL = ("extra_content", "provider_specific_fields", "thought_signature")  # and beside a call
 _ENCODINGS = 3  # of arguments, one within the other, that are undone
 
 
@@ -78,6 +91,7 @@ class ChatMessage:
         thought: an assistant's reasoning that isn't said aloud.
         calls: an assistant's calls.
         answers: id of the call that a tool's result answers.
+        own_id: a result's own id, which may be the one of its call.
         tool: name of the tool that a result says it is from.
     """
 
@@ -87,6 +101,7 @@ class ChatMessage:
     thought: str = ""
     calls: tuple[Called, ...] = ()
     answers: str | None = None
+    own_id: str | None = None
     tool: str | None = None
 
 
@@ -99,7 +114,7 @@ def read_message(value: Any, place: Place, tools: Tools | None) -> ChatMessage:
         tools: schemas that the conversation offers; None where it tells none.
 
     Raises:
-        ConversationError: it is none, holds more than text, or a call of it can't be read.
+        ConversationError: it is none, holds more than text or a key that isn't read, or a call of it can't be read.
     """
     if not isinstance(value, Mapping):
         raise ConversationError("bad_message", f"a message is an object, not {_kind(value)}", place)
@@ -108,24 +123,51 @@ def read_message(value: Any, place: Place, tools: Tools | None) -> ChatMessage:
         raise ConversationError(
             "bad_role", f"the role {value.get('role')!r} is none of {', '.join(_ROLES)}", place.under("role")
         )
+    unread = unread_key(value, role)
+    if unread is not None:
+        raise ConversationError("unread_key", unread[1], place.under(unread[0]))
     if role == "assistant":
         return _assistant(value, place, tools)
-    text, _ = _content(value.get("content"), place.under("content"))
+    if value.get("content") is None and not (role == "tool" and "content" in value):
+        raise ConversationError("no_content", f"a message of role {role!r} needs a content", place.under("content"))
+    text, _ = _content(value["content"], place.under("content"))
     if role != "tool":
         return ChatMessage(role, text, place)
-    name = value.get("name")
     return ChatMessage(
-        role, text, place, answers=_id(value.get("tool_call_id")), tool=name if isinstance(name, str) else None
+        role,
+        text,
+        place,
+        answers=_one_of(value, RESULT_IDS, place),
+        own_id=_id(value.get("id")),
+        tool=_one_of(value, RESULT_TOOLS, place),
     )
 
 
 def _assistant(value: Mapping[str, Any], place: Place, tools: Tools | None) -> ChatMessage:
+    weight = value.get("weight")
+    if weight is not None and weight != 1:
+        message = f"a weight of {weight!r} can't be kept: calls are taught alike; take 'weight' out to teach it"
+        raise ConversationError("bad_weight", message, place.under("weight"))
     text, inside = _content(value.get("content"), place.under("content"))
     refusal, _ = _content(value.get("refusal"), place.under("refusal"))
-    thoughts = [_thought(value.get(key), place.under(key)) for key in _THOUGHTS]
-    distinct = dict.fromkeys(thought for thought in (*thoughts, inside) if thought)
-    thought, said = message_parts({"content": text or refusal, "reasoning_content": "\n\n".join(distinct)})
+    if text.strip() and refusal.strip():
+        message = "a message has a content or a refusal, not both"
+        raise ConversationError("bad_refusal", message, place.under("refusal"))
+    thoughts = [_thought(value.get(key), place.under(key)) for key in THOUGHTS]
+    thoughts += [_thought_parts(value.get(key), place.under(key)) for key in THOUGHT_LISTS]
+    thought, said = message_parts(
+        {"content": text or refusal, "reasoning_content": "\n\n".join(_distinct([*thoughts, inside]))}
+    )
     return ChatMessage("assistant", said, place, thought, tuple(_calls(value, place, tools)))
+
+
+def _distinct(thoughts: Iterable[str]) -> list[str]:
+    """Thoughts without empty ones and those that differ from an earlier one in white space only."""
+    found: dict[str, str] = {}
+    for thought in thoughts:
+        found.setdefault("".join(thought.split()), thought)
+    found.pop("", None)
+    return list(found.values())
 
 
 def _kind(value: Any) -> str:
@@ -135,6 +177,14 @@ def _kind(value: Any) -> str:
 
 def _id(value: Any) -> str | None:
     return None if value is None or value == "" else str(value)
+
+
+def _one_of(value: Mapping[str, Any], keys: Sequence[str], place: Place) -> str | None:
+    """What the first of ``keys`` says that says something; the others must say the same."""
+    said = {key: found for key in keys if (found := _id(value.get(key))) is not None}
+    if len(set(said.values())) > 1:
+        raise ConversationError("orphan_result", f"{' and '.join(said)} differ", place.under(next(iter(said))))
+    return next(iter(said.values()), None)
 
 
 def _thought(value: Any, place: Place) -> str:
@@ -148,22 +198,57 @@ def _content(value: Any, place: Place) -> tuple[str, str]:
         return value or "", ""
     if not isinstance(value, list):
         raise ConversationError("not_text", f"expected null, a text or a list of texts, found {_kind(value)}", place)
-    texts, thoughts = [], []
+    found = [_part(part, place.under(f"[{index}]")) for index, part in enumerate(value)]
+    return "".join(text for text, _ in found), "\n\n".join(thought for _, thought in found if thought)
+
+
+def _part(part: Any, place: Place) -> tuple[str, str]:
+    """(text, thought) of a part of a content."""
+    if isinstance(part, str):
+        return part, ""
+    kind = part.get("type", "text") if isinstance(part, Mapping) else _kind(part)
+    if kind in (*_THOUGHT_TYPES, *_SEALED):
+        return "", _thought_part(part, place)
+    key = "refusal" if kind == "refusal" else "text"
+    if kind in _TEXTS and isinstance(part.get(key), str):
+        return part[key], ""
+    if kind in _BLOCKS:
+        raise ConversationError("other_format", f"{kind!r} is a block of Anthropic's format, not OpenAI's", place)
+    raise ConversationError("not_text", f"a part of type {kind!r} is no text, and only text is read", place)
+
+
+def _thought_parts(value: Any, place: Place) -> str:
+    """The thought that a list of parts is; those of one index are pieces of one text, as they were streamed."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list):
+        raise ConversationError("not_text", f"expected a list of thoughts, found {_kind(value)}", place)
+    pieces: dict[Any, str] = {}
     for index, part in enumerate(value):
         here = place.under(f"[{index}]")
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        kind = part.get("type", "text") if isinstance(part, Mapping) else _kind(part)
-        if kind in _THOUGHTS:
-            thoughts.append(_thought(next((part[key] for key in (kind, "text") if key in part), None), here))
-        elif kind in _TEXTS and isinstance(part.get("refusal" if kind == "refusal" else "text"), str):
-            texts.append(part["refusal" if kind == "refusal" else "text"])
-        elif kind in _BLOCKS:
-            raise ConversationError("other_format", f"{kind!r} is a block of Anthropic's format, not OpenAI's", here)
-        else:
-            raise ConversationError("not_text", f"a part of type {kind!r} is no text, and only text is read", here)
-    return "".join(texts), "\n\n".join(thought for thought in thoughts if thought)
+        if not isinstance(part, Mapping) or part.get("type") not in (*_THOUGHT_TYPES, *_SEALED):
+            raise ConversationError("not_text", "this is no thought of a type that is known", here)
+        key = ("part", index) if part.get("index") is None else ("index", str(part["index"]))
+        pieces[key] = pieces.get(key, "") + _thought_part(part, here)
+    return "\n\n".join(piece.strip() for piece in pieces.values() if piece.strip())
+
+
+def _thought_part(part: Mapping[str, Any], place: Place) -> str:
+    """The words of a part that is a thought; none of one that is sealed."""
+    for key, value in part.items():
+        if key not in (*_THOUGHT_TEXTS, *_BESIDE_THOUGHT) and not is_empty(value):
+            raise ConversationError("not_text", f"the key {key!r} isn't read of a thought", place.under(key))
+    if part["type"] not in _SEALED and not any(key in part for key in _THOUGHT_TEXTS):
+        raise ConversationError("not_text", "a thought without a text", place)
+    return "\n\n".join(_distinct(_words(part.get(key), place.under(key)) for key in _THOUGHT_TEXTS))
+
+
+def _words(value: Any, place: Place) -> str:
+    """A text as it is, or the texts of a list of parts, each a paragraph."""
+    if not isinstance(value, list):
+        return _content(value, place)[0]
+    found = [_part(part, place.under(f"[{index}]")) for index, part in enumerate(value)]
+    return "\n\n".join(piece for pair in found for piece in pair if piece)
 
 
 def _calls(value: Mapping[str, Any], place: Place, tools: Tools | None) -> list[Called]:
@@ -184,7 +269,8 @@ def _calls(value: Mapping[str, Any], place: Place, tools: Tools | None) -> list[
 def _called(item: Any, place: Place, tools: Tools | None) -> Called:
     if not isinstance(item, Mapping):
         raise ConversationError("bad_call", f"a call is an object, not {_kind(item)}", place)
-    inner, within = (item["function"], "function.") if isinstance(item.get("function"), Mapping) else (item, "")
+    wrapped = isinstance(item.get("function"), Mapping)
+    inner, within = (item["function"], "function.") if wrapped else (item, "")
     parts = {key: part for key, part in inner.items() if part is not None and key not in _BESIDE}
     if "arguments" in parts:
         parts["arguments"] = _arguments(parts["arguments"], place.under(f"{within}arguments"))
@@ -194,8 +280,12 @@ def _called(item: Any, place: Place, tools: Tools | None) -> Called:
         raise ConversationError("not_offered", f'tool "{name}" is not offered; offered: {", ".join(schemas)}', place)
     if isinstance(name, str) and name in schemas and "arguments" in parts:
         parts["arguments"] = _without_nulls(parts["arguments"], schemas[name])
+    beside = {key: part for key, part in item.items() if key != "function" and not is_empty(part)}
+    written = {**beside, "function": parts} if wrapped else parts
+    written = {key: part for key, part in written.items() if key not in _BESIDE_CALL}
+    identifier = next((found for key in CALL_IDS if (found := _id(item.get(key))) is not None), None)
     try:
-        return Called(call_from(parts, tools or ()), _id(item.get("id")), place)
+        return Called(call_from(written, tools or ()), identifier, place)
     except ToolCallError as error:
         raise ConversationError("bad_call", str(error), place) from error
 

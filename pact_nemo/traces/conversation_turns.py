@@ -110,8 +110,8 @@ def _telling(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 def _paired(calls: Sequence[Called], results: Sequence[ChatMessage], answered: set[str]) -> tuple[str, ...]:
     """The results of an assistant message's calls, in the order of the calls.
 
-    A result with an id goes to the call of that id; others go to the calls that are left, in order. Where no call has
-    an id, all go by order.
+    A result with an id goes to the call of that id; others go to the calls that are left, in order, those that name a
+    tool to its calls. Where no call has an id, all go so.
 
     Args:
         calls: at least one.
@@ -119,7 +119,8 @@ def _paired(calls: Sequence[Called], results: Sequence[ChatMessage], answered: s
         answered: ids of all earlier calls.
 
     Raises:
-        ConversationError: a call without a result, with two, or a result without a call.
+        ConversationError: a call without a result, with two, a result without a call, or of which the call isn't
+            known.
     """
     ids = [called.id for called in calls]
     for index, called in enumerate(calls):
@@ -127,25 +128,41 @@ def _paired(calls: Sequence[Called], results: Sequence[ChatMessage], answered: s
             raise ConversationError("bad_call", f"two calls of one message have the id {called.id!r}", called.place)
     by_id = any(ids)
     found: dict[int, ChatMessage] = {}
-    for result in (item for item in results if by_id and item.answers is not None):
-        here = result.place.under("tool_call_id")
-        if result.answers not in ids:
-            known = "has its result already" if result.answers in answered else "is not of the message before"
-            reason = "double_result" if result.answers in answered else "orphan_result"
-            raise ConversationError(reason, f"the call {result.answers!r} {known}", here)
-        index = ids.index(result.answers)
+    rest: list[ChatMessage] = []
+    for result in results:
+        answers = result.answers if result.answers is not None or result.own_id not in ids else result.own_id
+        if not by_id or answers is None:
+            rest.append(result)
+            continue
+        here = result.place.under("tool_call_id" if answers == result.answers else "id")
+        if answers not in ids:
+            known = "has its result already" if answers in answered else "is not of the message before"
+            reason = "double_result" if answers in answered else "orphan_result"
+            raise ConversationError(reason, f"the call {answers!r} {known}", here)
+        index = ids.index(answers)
         if index in found:
-            raise ConversationError("double_result", f"the call {result.answers!r} has two results", here)
+            raise ConversationError("double_result", f"the call {answers!r} has two results", here)
         found[index] = result
-    for result in (item for item in results if not by_id or item.answers is None):
-        left = next((index for index in range(len(calls)) if index not in found), None)
-        if left is None:
-            message = f"one result more than the {len(calls)} calls before it"
-            raise ConversationError("double_result", message, result.place)
-        found[left] = result
+    _by_order(calls, rest, found)
     for index, called in enumerate(calls):
         _check_result(called, found.get(index))
     return tuple(found[index].text for index in range(len(calls)))
+
+
+def _by_order(calls: Sequence[Called], results: Sequence[ChatMessage], found: dict[int, ChatMessage]) -> None:
+    """Give results that name no call to the calls that have none in ``found``."""
+    waiting = [called.call.name for index, called in enumerate(calls) if index not in found]
+    for result in results:
+        named = result.answers or result.own_id
+        twice = next((name for name in waiting if waiting.count(name) > 1 and result.tool in (None, name)), None)
+        if named is not None and twice is not None:
+            message = f"no call has the id {named!r}, and {twice!r} is called twice: give the calls their ids"
+            raise ConversationError("orphan_result", message, result.place)
+        left = [index for index in range(len(calls)) if index not in found]
+        if not left:
+            message = f"one result more than the {len(calls)} calls before it"
+            raise ConversationError("double_result", message, result.place)
+        found[next((index for index in left if calls[index].call.name == result.tool), left[0])] = result
 
 
 def _check_result(called: Called, result: ChatMessage | None) -> None:

@@ -28,6 +28,7 @@ from pact_nemo.environments.rows import Row, read_rows
 from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.annotate import Context, Style, annotate_turn
+from pact_nemo.traces.chat_keys import system_beside
 from pact_nemo.traces.chat_messages import ConversationError, Place, read_message
 from pact_nemo.traces.conversation_turns import Assembly, Words
 from pact_nemo.traces.other_formats import other_format
@@ -213,6 +214,10 @@ def _conversation(row: Row, names: Mapping[str, str]) -> Conversation | str:
         read_message(value, place.under(f"[{index}]"), tools)
         for index, value in enumerate(_messages(row, names["messages"], place))
     ]
+    beside = system_beside(row.values, [message.text for message in messages if message.role == "system"])
+    if beside is not None:
+        message = f"{beside!r} stands beside the messages, which don't say it; make it the first, of role 'system'"
+        raise ConversationError("system_beside", message, Place(row.file, row.number, beside))
     assembly = Assembly([tool["name"] for tool in tools or ()])
     assembly.take(messages)
     trace = assembly.builder.build("", SOURCE, True)
