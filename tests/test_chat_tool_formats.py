@@ -143,6 +143,11 @@ def test_positional_arguments_get_the_schema_names() -> None:
         ("[ls(a=" + "[" * 300 + "]" * 300 + ")]", ""),
         ("[touch(file_name='" + "x" * 30_000 + "')]", "limit"),
         ("[touch(size=" + "9" * 6000 + ")]", ""),
+        ("[touch(file_name='''a\r\nb''')]", "carriage return"),
+        ('[touch(file_name="""a\rb""")]', "carriage return"),
+        ("[touch(ｓize=1)]", "the name 'size' is written in other letters"),  # noqa: RUF001 - as a policy may
+        ("[ls(),\n touch(file_name='é', ﬁle_name='b')]", "the name 'file_name' is written in other letters"),
+        ("[ls(), ｌs()]", "the name 'ls' is written in other letters"),  # noqa: RUF001 - as above
     ],
 )
 def test_pythonic_refuses_all_but_literal_calls_and_says_why(text: str, part: str) -> None:
@@ -150,6 +155,11 @@ def test_pythonic_refuses_all_but_literal_calls_and_says_why(text: str, part: st
     assert parsed.calls == []
     assert len(parsed.errors) == 1 and part in parsed.errors[0]
     assert parsed.reasoning == "Thinking."
+
+
+def test_pythonic_reads_what_is_written_between_lines_and_letters_of_its_own() -> None:
+    text = "[touch(file_name='é ａ',\r\n size=1)]"  # noqa: RUF001 - an argument's text is its own
+    assert PYTHONIC.parse(text, TOOLS).calls == [ToolCall("touch", {"file_name": "é ａ", "size": 1})]  # noqa: RUF001
 
 
 def test_a_message_without_call_syntax_is_an_answer() -> None:

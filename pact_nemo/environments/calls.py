@@ -11,6 +11,7 @@ import ast
 import json
 import keyword
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -179,10 +180,26 @@ def call_from_node(node: ast.expr, parameters: Mapping[str, Sequence[str]]) -> T
 def _parse_expression(text: str) -> ast.expr:
     if len(text) > _MAX_CALL_CHARS:
         raise ToolCallError(f"the call text is {len(text)} characters long; the limit is {_MAX_CALL_CHARS}")
+    text = text.strip()
+    if "\r" in text and ("'''" in text or '"""' in text):
+        raise ToolCallError("a carriage return in a text of three quotes would be lost: write it as \\r")
     try:
-        return ast.parse(text.strip(), mode="eval").body
+        node = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ToolCallError(f"not valid call syntax: {getattr(error, 'msg', None) or error}") from None
+    if not text.isascii():
+        _check_letters(node, text)
+    return node
+
+
+def _check_letters(node: ast.expr, text: str) -> None:
+    """Refuse names that Python reads as others than were written: it takes ``ａ`` for ``a``."""
+    lines = [line.encode() for line in re.split(r"\r\n?|\n", text)]
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name | ast.keyword):
+            name = part.id if isinstance(part, ast.Name) else part.arg
+            if name is not None and not lines[part.lineno - 1].startswith(name.encode(), part.col_offset):
+                raise ToolCallError(f"the name {name[:60]!r} is written in other letters: use plain ones")
 
 
 def parse_call(text: str, parameters: Mapping[str, Sequence[str]]) -> ToolCall:
