@@ -229,7 +229,7 @@ def test_names_that_a_format_cannot_carry_get_aliases_both_ways():
         (["agent.tools=null", "agent.mcp.command=[x]", "agent.isolation=sandbox"], "isn't confined"),
         (["traces.verify=maybe"], "traces.verify"),
         (["agent.fields={tool: x}"], "agent.fields: no field 'tool' of ours"),
-        (["agent.workers=0"], "agent.workers=0: must be above 0"),
+        (["agent.workers=0"], "agent.workers=0: must be >= 1"),
     ],
 )
 def test_settings_are_refused_by_name(words, message):

@@ -44,7 +44,7 @@ def test_every_field_is_documented() -> None:
         ({"attention": "te", "share_prefix": False}, "transformer-engine"),
         ({"fp8": "delayed"}, "fp8_bf16_layers=0"),
         ({"fp8": "tensorwise", "fp8_emulate": True, "recompute": "full"}, "recompute=none"),
-        ({"fp8_bf16_layers": -1}, "negative"),
+        ({"fp8_bf16_layers": -1}, "policy.fp8_bf16_layers=-1: must be >= 0"),
         ({"fp8": "nonsense"}, "mxfp8"),
     ],
 )

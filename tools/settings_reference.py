@@ -28,6 +28,7 @@ from pact_nemo import checkout
 
 checkout.enter(__file__)
 
+from pact_nemo.config.ranges import RANGES, Ranges, range_of
 from pact_nemo.config.schema import Config
 from pact_nemo.environments.registry import ENVIRONMENTS, environment_spec
 from pact_nemo.methods.registry import METHODS, method_class
@@ -56,6 +57,7 @@ class Setting:
     default: str
     meaning: str
     readers: tuple[str, ...]  #: modules that read it
+    range: str  #: what a number may be
 
     @property
     def unit(self) -> str:
@@ -113,17 +115,24 @@ def _attributes(doc: str) -> dict[str, str]:
     return found
 
 
-def settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:
-    """Every setting below a configuration class, nested classes walked through."""
+def settings(cls: type = Config, prefix: str = "", ranges: Ranges = RANGES, below: str = "") -> Iterator[Setting]:
+    """Every setting below a configuration class, nested classes walked through.
+
+    Args:
+        prefix: of its keys on the command line.
+        ranges: of its numbers, by keys that begin with ``below``.
+    """
     hints, said = typing.get_type_hints(cls), meanings(cls)
     section = prefix.rstrip(".").rpartition(".")[2]
     nested = [field for field in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[field.name])]
     for field in dataclasses.fields(cls):
         if field not in nested:
             key, kind = f"{prefix}{field.name}", _type(hints[field.name])
-            yield Setting(key, kind, _default(field), said.get(field.name, ""), readers(section, cls, field.name))
+            read_by, allowed = readers(section, cls, field.name), range_of(f"{below}{field.name}", ranges)
+            yield Setting(key, kind, _default(field), said.get(field.name, ""), read_by, allowed or "")
     for field in nested:
-        yield from settings(typing.cast(type, hints[field.name]), f"{prefix}{field.name}.")
+        inner = typing.cast(type, hints[field.name])
+        yield from settings(inner, f"{prefix}{field.name}.", ranges, f"{below}{field.name}.")
 
 
 def own() -> Iterator[tuple[str, str, type]]:
@@ -246,6 +255,7 @@ def page() -> str:
         "",
         "    python tools/settings_reference.py",
         "",
+        "Numbers outside the range are refused. `any` says that every number is right.",
         "Every setting is given as `key=value` on the command line, or in a YAML file. `null` is no value.",
         "A name that does not exist is refused, with the names that do.",
         "With `environment=own` the section `environment_config` may be written `agent`.",
@@ -265,17 +275,18 @@ def page() -> str:
         name = row.key.rpartition(".")[0]
         sections.setdefault(name or "The top level", (section_class(name), []))[1].append(row)
     for title, prefix, cls in own():
-        if rows := list(settings(cls, f"{prefix}.")):
+        if rows := list(settings(cls, f"{prefix}.", getattr(cls, "ranges", {}))):
             sections[title] = (cls, rows)
     for title, (cls, rows) in sections.items():
         out += [f"## {title}", ""]
         if doc := " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split()).replace("``", "`"):
             out += [*textwrap.wrap(doc, 100), ""]
-        out += ["| setting | type | default | unit | meaning | read by |", "|---|---|---|---|---|---|"]
+        out += ["| setting | type | default | range | unit | meaning | read by |", "|---|---|---|---|---|---|---|"]
         for row in rows:
             modules = ", ".join(f"`{path}`" for path in row.readers) or "–"
             default = f"`{row.default}`".replace("|", "\\|") if row.default else "(empty)"
-            out.append(f"| `{row.key}` | {cell(row.type)} | {default} | {row.unit} | {cell(row.meaning)} | {modules} |")
+            words = [f"`{row.key}`", cell(row.type), default, row.range, row.unit, cell(row.meaning), modules]
+            out.append(f"| {' | '.join(words)} |")
         out.append("")
     return wrapped("\n".join(out).rstrip() + "\n")
 

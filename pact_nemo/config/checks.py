@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from pact_nemo.chat.contexts import EARLIER_THOUGHTS
 from pact_nemo.config.lora import adapter_room
+from pact_nemo.config.ranges import check_ranges
 from pact_nemo.config.refusals import one_of, require
 from pact_nemo.config.schema import BRIDGE, EXPORT_FORMATS, Config, to_dict
 from pact_nemo.config.trace_checks import check_traces
@@ -51,7 +53,9 @@ def _validate_environment(config: Config) -> None:
         isinstance(config.environment_config, spec.config),
         f"environment_config={config.environment_config!r:.80}: must be the settings of environment={name}",
     )
-    config.environment_config.validate()
+    own = config.environment_config
+    check_ranges(dataclasses.asdict(own), spec.section, own.ranges)
+    own.validate()
     require(
         spec.tasks_file != "required" or tasks.path is not None,
         f"environment={name} needs tasks.path=FILE, the benchmark's published rows",
@@ -61,8 +65,6 @@ def _validate_environment(config: Config) -> None:
             spec.tasks_file != "none" or getattr(tasks, key) is None,
             f"tasks.{key}={getattr(tasks, key)}: environment={name} reads no file of tasks; leave it out",
         )
-    most = tasks.max_observation_chars
-    require(most is None or most >= 1, f"tasks.max_observation_chars={most}: must be >= 1, or null for no limit")
     require(
         config.objective.outcome == "checker" or spec.reference_answers,
         f"objective.outcome={config.objective.outcome}: environment={name} has no reference answers to compare with;"
@@ -78,7 +80,9 @@ def validate(config: Config) -> None:
 
 def _run(config: Config) -> None:
     """Run, model, and the sections that check themselves."""
-    require_writable(to_dict(config))
+    values = to_dict(config)
+    require_writable(values)
+    check_ranges({key: value for key, value in values.items() if key not in ("environment_config", "method_config")})
     for key, name in (("run.name", config.run.name), ("run.label", config.run.label)):
         require(
             name is None or (name.strip() == name != "" and "/" not in name and name not in (".", "..")),
@@ -90,13 +94,11 @@ def _run(config: Config) -> None:
     if config.model.earlier_thoughts is not None:
         one_of("model.earlier_thoughts", config.model.earlier_thoughts, EARLIER_THOUGHTS)
     one_of("run.bad_rows", config.run.bad_rows, POLICIES)
-    ranks = config.run.ranks
-    require(ranks is None or ranks >= 1, f"run.ranks={ranks}: must be >= 1, or null for what the layout needs")
 
 
 def _rollout(config: Config) -> None:
     """Rollouts and their export."""
-    sampling, server = config.rollout.sampling, config.rollout.server
+    server = config.rollout.server
     one_of("rollout.importance", config.rollout.importance, ("tis", "off"))
     one_of("rollout.export_dtype", config.rollout.export_dtype, ("bfloat16", "float16", "float32", "fp8_block"))
     if config.rollout.lora_refit is not None:
@@ -112,23 +114,6 @@ def _rollout(config: Config) -> None:
         f"rollout.exports_dir={config.rollout.exports_dir}: must be an absolute path, the same for every rank and"
         " server",
     )
-    require(config.rollout.keep_exports >= 1, f"rollout.keep_exports={config.rollout.keep_exports}: must be >= 1")
-    require(
-        sampling.temperature > 0.0,
-        f"rollout.sampling.temperature={sampling.temperature}: must be > 0: K greedy rollouts of a prompt are all"
-        " alike, and greedy choice is no distribution whose log-probs could be trained; evaluation.temperature may"
-        " be 0",
-    )
-    require(
-        sampling.top_p == 1.0,
-        f"rollout.sampling.top_p={sampling.top_p}: must be 1.0: the trainer's log-probs are those of the whole softmax,"
-        " not of a truncated one, and the update would be off by what was cut; lower rollout.sampling.temperature"
-        " instead",
-    )
-    require(
-        sampling.concurrency is None or sampling.concurrency >= 1,
-        f"rollout.sampling.concurrency={sampling.concurrency}: must be >= 1, or left out",
-    )
     require(
         not server.time_sharing or server.url is None,
         f"rollout.server.time_sharing=true: the servers of rollout.server.url={server.url} don't sleep for this"
@@ -139,11 +124,6 @@ def _rollout(config: Config) -> None:
         "rollout.server.time_sharing=true with trainer.overlap=true: a server that sleeps during the update can't"
         " sample meanwhile; leave one of them out",
     )
-    if config.rollout.importance == "tis":
-        require(
-            config.rollout.importance_cap >= 1.0,
-            f"rollout.importance_cap={config.rollout.importance_cap}: must be >= 1",
-        )
 
 
 def _tasks(config: Config) -> None:
@@ -151,7 +131,6 @@ def _tasks(config: Config) -> None:
     tasks = config.tasks
     _validate_environment(config)
     one_of("tasks.overlong", tasks.overlong, ("drop", "stop"))
-    require(tasks.held_out >= 1, f"tasks.held_out={tasks.held_out}: at least one scenario group must be held out")
 
 
 def _objective(config: Config) -> None:
@@ -162,43 +141,21 @@ def _objective(config: Config) -> None:
     one_of("objective.matching", objective.matching, ("hungarian", "greedy"))
     one_of("objective.aggregation", objective.aggregation, AGGREGATIONS)
     one_of("objective.sft_aggregation", objective.sft_aggregation, SFT_AGGREGATIONS)
-    require(
-        0.0 <= objective.anchor_prob <= 1.0, f"objective.anchor_prob={objective.anchor_prob}: a probability in [0, 1]"
-    )
-    require(
-        objective.group_size >= 2,
-        f"objective.group_size={objective.group_size}: group-normalised advantages need K >= 2",
-    )
-    require(0.0 < objective.clip_low < 1.0, f"objective.clip_low={objective.clip_low}: must be in (0, 1)")
-    require(objective.clip_high > 0.0, f"objective.clip_high={objective.clip_high}: must be > 0")
     top = objective.clip_high if objective.clip else 0.0
     require(
         objective.dual_clip is None or objective.dual_clip > 1.0 + top,
         f"objective.dual_clip={objective.dual_clip}: must be above {1.0 + top:g}, where the clip range ends, or null",
     )
     require(
-        objective.advantage_std_floor >= 0.0,
-        f"objective.advantage_std_floor={objective.advantage_std_floor}: must be >= 0",
-    )
-    require(objective.advantage_eps >= 0.0, f"objective.advantage_eps={objective.advantage_eps}: must be >= 0")
-    require(
         objective.advantage_std or objective.advantage_std_floor == 0.0,
         f"objective.advantage_std_floor={objective.advantage_std_floor} needs objective.advantage_std=true: nothing is"
         " divided otherwise",
     )
-    require(objective.entropy_coef >= 0.0, f"objective.entropy_coef={objective.entropy_coef}: must be >= 0")
-    require(
-        objective.constant_length is None or objective.constant_length >= 1,
-        f"objective.constant_length={objective.constant_length}: must be >= 1, or null for"
-        " rollout.sampling.max_response_tokens",
-    )
-    require(objective.kl_coef >= 0.0, f"objective.kl_coef={objective.kl_coef}: must be >= 0")
     require(
         not (config.policy.lora.rank and config.warmup.steps and objective.kl_coef),
         f"policy.lora.rank={config.policy.lora.rank} has the base for its KL reference, and warmup.steps="
         f"{config.warmup.steps} makes another policy of it before RL begins; set objective.kl_coef=0 or warmup.steps=0",
     )
-    require(objective.sft_coef >= 0.0, f"objective.sft_coef={objective.sft_coef}: must be >= 0")
 
 
 def _annealing(config: Config) -> None:
@@ -207,13 +164,9 @@ def _annealing(config: Config) -> None:
     one_of("objective.schedule.reasoning", objective.schedule.reasoning, REASONING_SCHEDULES)
     one_of("objective.schedule.kind", objective.schedule.kind, ("fixed", "adaptive"))
     require(
-        objective.schedule.anchor_end is None
-        or (objective.schedule.kind == "adaptive" and 0.0 <= objective.schedule.anchor_end <= 1.0),
-        f"objective.schedule.anchor_end={objective.schedule.anchor_end}: a probability, and for"
-        " objective.schedule.kind=adaptive only",
+        objective.schedule.anchor_end is None or objective.schedule.kind == "adaptive",
+        f"objective.schedule.anchor_end={objective.schedule.anchor_end}: for objective.schedule.kind=adaptive only",
     )
-    require(0.0 < objective.schedule.success_target <= 1.0, "objective.schedule.success_target must be in (0, 1]")
-    require(0.0 <= objective.schedule.smoothing < 1.0, "objective.schedule.smoothing must be in [0, 1)")
     one_of("objective.schedule.call", objective.schedule.call, CALL_SCHEDULES)
 
 
@@ -233,7 +186,6 @@ def _trainer(config: Config) -> None:
             )
         ),
     )
-    require(trainer.epochs is None or trainer.epochs >= 1, f"trainer.epochs={trainer.epochs}: must be >= 1")
     require(
         (
             (trainer.steps == 0 and config.warmup.steps > 0)
@@ -243,11 +195,9 @@ def _trainer(config: Config) -> None:
         f"trainer.steps={trainer.steps}: must be >= 1, and 0 for method=sft, which has warmup.steps > 0 only",
     )
     require(
-        1 <= trainer.mini_batch_size <= trainer.batch_size and trainer.batch_size % trainer.mini_batch_size == 0,
+        trainer.batch_size % trainer.mini_batch_size == 0,
         f"trainer.mini_batch_size={trainer.mini_batch_size} must divide trainer.batch_size={trainer.batch_size}",
     )
-    require(trainer.keep_checkpoints >= 1, f"trainer.keep_checkpoints={trainer.keep_checkpoints}: must be >= 1")
-    require(trainer.keep_rollouts >= 0, f"trainer.keep_rollouts={trainer.keep_rollouts}: steps to keep, or 0 for all")
     require(
         not trainer.overlap or config.rollout.importance == "tis",
         "trainer.overlap=true trains on rollouts of older weights: it needs rollout.importance=tis, which corrects for"
@@ -257,24 +207,14 @@ def _trainer(config: Config) -> None:
 
 def _observation(config: Config) -> None:
     """Evaluation, diagnostics, alarms, trackers."""
-    share, diagnostics = config.alarms.failed_share, config.diagnostics
-    require(0.0 <= share <= 1.0, f"alarms.failed_share={share}: a share in [0, 1]")
-    for section, key in (("diagnostics", "gradient_every"), ("diagnostics", "trace_every"), ("evaluation", "every")):
-        every = getattr(getattr(config, section), key)
-        require(every >= 0, f"{section}.{key}={every}: steps from one measurement to the next, or 0 for none")
+    diagnostics = config.diagnostics
     require(
         diagnostics.gradient_every == 0 or config.trainer.mini_batch_size >= 2,
         f"diagnostics.gradient_every={diagnostics.gradient_every} compares two halves of a mini-batch, and"
         f" trainer.mini_batch_size={config.trainer.mini_batch_size} has no halves: set it to at least 2, or"
         " gradient_every to 0",
     )
-    require(diagnostics.trace_tasks >= 1, f"diagnostics.trace_tasks={diagnostics.trace_tasks}: must be >= 1")
     check_settings(config.tracking.trackers)
-    turns = config.evaluation.max_turns_per_user_turn
-    require(
-        turns is None or turns >= 1,
-        f"evaluation.max_turns_per_user_turn={turns}: must be >= 1, or null for the benchmark's own limit",
-    )
 
 
 def _export(config: Config) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pact_nemo.config.ranges import check_ranges
 from pact_nemo.errors import ConfigError
 
 #: settings that have moved: old key -> new key
@@ -63,9 +64,12 @@ def own_config(section: str, given: Any, schema: type, owner: str) -> Any:
     """:func:`merge_own` as an instance of ``schema``.
 
     Raises:
-        ConfigError: see :func:`merge_own`; also what the class itself refuses.
+        ConfigError: see :func:`merge_own`; also what its ``ranges`` or the class itself refuse.
     """
     merged = merge_own(section, given, schema, owner)
+    values = OmegaConf.to_container(merged)
+    assert isinstance(values, dict)  # merge_own gives a mapping
+    check_ranges({str(key): value for key, value in values.items()}, section, getattr(schema, "ranges", {}))
     try:
         return OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError, TypeError) as error:

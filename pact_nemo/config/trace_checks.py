@@ -48,18 +48,13 @@ def check_traces(config: Config) -> None:
             f" method={config.method} with objective.trace_rl={objective.trace_rl} conditions on nothing;"
             " leave it out",
         )
-    for key in ("max_missing", "max_unreferenced", "share"):
-        share = getattr(config.traces, key)
-        require(share is None or 0.0 <= share <= 1.0, f"traces.{key}={share}: a share in [0, 1], or null for none")
+    lowest = config.traces.min_score
+    require(
+        config.traces.verify != "replay" or 0.0 <= lowest <= 1.0,
+        f"traces.min_score={lowest}: must be in [0, 1] with traces.verify=replay, as scores of episodes are",
+    )
     require(
         config.traces.share is None or config.trainer.epochs is None,
         f"traces.share={config.traces.share} visits some tasks oftener than others, so that trainer.epochs="
         f"{config.trainer.epochs} has no meaning: set trainer.steps",
-    )
-    most = config.traces.max_tasks
-    require(most is None or most >= 1, f"traces.max_tasks={most}: must be >= 1, or null for all")
-    require(config.traces.variants >= 1, f"traces.variants={config.traces.variants}: must be >= 1")
-    require(
-        0.0 <= config.traces.quality_smoothing < 1.0,
-        f"traces.quality_smoothing={config.traces.quality_smoothing}: must be in [0, 1)",
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from pact_nemo.config.ranges import Ranges
 from pact_nemo.environments.base import Task
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.sandbox import Sandbox
@@ -25,8 +26,11 @@ TasksFile = Literal["none", "optional", "required"]
 class EnvironmentConfig:
     """Base of an environment's own settings, the section ``environment_config``. As it is, it has no key.
 
-    A subclass is a dataclass whose fields have types that OmegaConf knows, and defaults.
+    A subclass is a dataclass whose fields have types that OmegaConf knows, and defaults. Its ``ranges`` say what its
+    numbers may be, by dotted key, as in :mod:`pact_nemo.config.ranges`.
     """
+
+    ranges: ClassVar[Ranges] = {}
 
     def validate(self) -> None:
         """Checks that types can't express.

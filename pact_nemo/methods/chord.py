@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from torch import Tensor
 
+from pact_nemo.config.ranges import Ranges
 from pact_nemo.methods.base import Coefficients, Method
 from pact_nemo.objective.loss import Term
 
@@ -59,6 +60,12 @@ class ChordConfig:
     mu_end: float = 0.05  #: after ``mu_decay_steps``
     mu_decay_steps: int = 12  #: steps from the first weight to the last
     mu_schedule: str = "cosine"  #: how mu goes down: "cosine" or "linear"
+
+    ranges: ClassVar[Ranges] = {
+        "mu_start": "in [0, 1]",
+        "mu_end": "in [0, 1]",
+        "mu_decay_steps": ">= 1",
+    }
 
     def __post_init__(self) -> None:
         chord_mu(0, self.mu_start, self.mu_end, self.mu_decay_steps, self.mu_schedule)

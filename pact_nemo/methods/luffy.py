@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from torch import Tensor
 
+from pact_nemo.config.ranges import Ranges
 from pact_nemo.methods.base import Method
 from pact_nemo.objective.loss import Term
 
@@ -37,9 +38,7 @@ class LuffyConfig:
 
     shaping: float = 0.1  #: gamma of f(p) = p / (p + gamma), > 0
 
-    def __post_init__(self) -> None:
-        if not self.shaping > 0.0:
-            raise ValueError(f"shaping={self.shaping}: must be > 0")
+    ranges: ClassVar[Ranges] = {"shaping": "> 0"}
 
 
 class Luffy(Method):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from dataclasses import dataclass, field
 
+from pact_nemo.config.ranges import check_ranges
 from pact_nemo.errors import ConfigError
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -56,17 +58,9 @@ class LoraConfig:
 
     def validate(self) -> None:
         """Raises ConfigError on a value that is out of range or not computed."""
-        if self.rank < 0:
-            raise ConfigError(f"policy.lora.rank is {self.rank}; it must be at least 1, or 0 to train every weight")
+        check_ranges(dataclasses.asdict(self), "policy.lora")
         if not self.rank:
             return
-        if not self.alpha > 0.0:
-            raise ConfigError(f"policy.lora.alpha is {self.alpha}; it must be above 0")
-        if self.dropout != 0.0:
-            raise ConfigError(
-                f"policy.lora.dropout is {self.dropout}; only 0 is computed, for the update has to see the log-probs"
-                " that its ratios are taken against"
-            )
         if self.experts:
             raise ConfigError("policy.lora.experts=true is not computed; set it to false and adapt attention alone")
         if not self.targets or len(set(self.targets)) != len(self.targets):
@@ -159,20 +153,7 @@ class PolicyConfig:
         Raises:
             ConfigError: a value is out of range or contradicts another one; the message says what to set.
         """
-        for name in (
-            "tensor_parallel",
-            "pipeline_parallel",
-            "context_parallel",
-            "expert_parallel",
-            "micro_batch_tokens",
-            "logprob_chunk",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"policy.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.export_writers is not None and self.export_writers < 1:
-            raise ConfigError(
-                f"policy.export_writers is {self.export_writers}; it must be at least 1, or null for all ranks"
-            )
+        check_ranges(dataclasses.asdict(self), "policy")
         for name, known in (("precision", PRECISIONS), ("recompute", RECOMPUTE), ("attention", ATTENTION)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"policy.{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
@@ -180,11 +161,8 @@ class PolicyConfig:
             raise ConfigError(
                 "policy.sequence_parallel needs policy.tensor_parallel > 1; unset it or raise tensor_parallel"
             )
-        if self.virtual_pipeline is not None and (self.virtual_pipeline < 2 or self.pipeline_parallel < 2):
-            raise ConfigError(
-                "policy.virtual_pipeline must be at least 2 and needs policy.pipeline_parallel > 1; set it to null"
-                " otherwise"
-            )
+        if self.virtual_pipeline is not None and self.pipeline_parallel < 2:
+            raise ConfigError("policy.virtual_pipeline needs policy.pipeline_parallel > 1; set it to null otherwise")
         if self.attention == "te" and self.share_prefix:
             raise ConfigError("policy.attention=te has no tree mask; set policy.share_prefix=false with it")
         if self.attention == "te" and self.context_parallel > 1:
@@ -236,8 +214,6 @@ class PolicyConfig:
             raise ConfigError("policy.fp8 needs policy.precision=bf16 (or auto on CUDA)")
 
     def _validate_fp8_values(self) -> None:
-        if self.fp8_bf16_layers < 0:
-            raise ConfigError(f"policy.fp8_bf16_layers is {self.fp8_bf16_layers}; it must not be negative")
         if self.fp8 is None:
             return
         if self.fp8 not in ("auto", *FP8_RECIPES):
@@ -317,12 +293,10 @@ class OptimizerConfig:
 
     def validate(self) -> None:
         """Raises ConfigError on a value out of range."""
+        check_ranges(dataclasses.asdict(self), "optimizer")
         if self.lr_schedule not in LR_SCHEDULES:
             raise ConfigError(f"optimizer.lr_schedule is {self.lr_schedule!r}; choose one of {', '.join(LR_SCHEDULES)}")
-        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+        if len(self.betas) != 2:
             raise ConfigError(f"optimizer.betas is {list(self.betas)}; two numbers in [0, 1) are needed")
-        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "eps", "clip_grad"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
         if self.min_lr > self.lr:
             raise ConfigError(f"optimizer.min_lr {self.min_lr} is above optimizer.lr {self.lr}")

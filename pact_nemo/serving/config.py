@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
+from pact_nemo.config.ranges import check_ranges
 from pact_nemo.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -89,46 +91,17 @@ class RolloutServerConfig:
 
     def validate(self) -> None:
         """Raises ConfigError for a setting that can't be meant."""
+        check_ranges(dataclasses.asdict(self), "rollout.server")
         if self.device not in DEVICES:
             raise ConfigError(f"rollout.server.device is {self.device!r}; one of {', '.join(DEVICES)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"rollout.server.dtype is {self.dtype!r}; one of {', '.join(DTYPES)}")
-        for name in ("connect_retries", "max_restarts", "reissue_limit"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"rollout.server.{name} is {getattr(self, name)}; 0 or more")
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "tensor_parallel_size",
-            "cpu_kv_cache_gib",
-            "cpu_threads",
-            "log_mb",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"rollout.server.{name} must be at least 1, not {getattr(self, name)}")
-        if self.cpu_block_size < 32 or self.cpu_block_size % 32:
+        if self.cpu_block_size % 32:
             raise ConfigError(f"rollout.server.cpu_block_size is {self.cpu_block_size}; a multiple of 32 is needed")
-        if not 0 < share_beside(self) <= 1:
-            raise ConfigError(
-                f"rollout.server.gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share in (0, 1]"
-            )
         if self.engines != ALL_ENGINES and not (self.engines.isdecimal() and int(self.engines) >= 1):
             raise ConfigError(f"rollout.server.engines is {self.engines!r}; a number of 1 or more, or {ALL_ENGINES}")
-        if not 0 <= self.min_engines_share <= 1:
-            raise ConfigError(f"rollout.server.min_engines_share is {self.min_engines_share}; it is a share in [0, 1]")
         self.refuse_secrets()
         self.refuse_other_sampling()
-        for name in (
-            "start_timeout_s",
-            "stop_timeout_s",
-            "request_timeout_s",
-            "refit_timeout_s",
-            "heartbeat_s",
-            "heartbeat_timeout_s",
-        ):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"rollout.server.{name} must be positive")
         if self.heartbeat_timeout_s < self.heartbeat_s:
             raise ConfigError("rollout.server.heartbeat_timeout_s is shorter than heartbeat_s")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from urllib.parse import urlparse
 
+from pact_nemo.config.ranges import Ranges
 from pact_nemo.errors import ConfigError
 from pact_nemo.runtime.files import write_json_atomic
 from pact_nemo.tracking.base import Outcome, Record, RunFacts, Tracker, scalars
@@ -32,6 +33,8 @@ class MlflowSettings:
     experiment: str = "pact_nemo"
     timeout_s: int = 10  #: seconds that a request may take
     retries: int = 2  #: times that a failed request is sent again
+
+    ranges: ClassVar[Ranges] = {"timeout_s": ">= 1", "retries": ">= 0"}
 
 
 def _uri(settings: MlflowSettings) -> str | None:

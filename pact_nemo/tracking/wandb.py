@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 from urllib.parse import urlparse
 
+from pact_nemo.config.ranges import Ranges
 from pact_nemo.errors import ConfigError
 from pact_nemo.runtime.files import write_json_atomic
 from pact_nemo.tracking.base import Outcome, Record, RunFacts, Tracker, scalars
@@ -34,6 +35,8 @@ class WandbSettings:
     mode: str | None = None  #: "online" or "offline" (files only, for ``wandb sync``); None = WANDB_MODE, else online
     init_timeout_s: float = 60.0  #: seconds that the start may take
     finish_timeout_s: float = 60.0  #: seconds that the upload may take at the end; the rest stays on disk
+
+    ranges: ClassVar[Ranges] = {"init_timeout_s": "> 0", "finish_timeout_s": "> 0"}
 
 
 def _mode(settings: WandbSettings) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from pact_nemo.config.ranges import Ranges
 from pact_nemo.environments.bfcl.agentic_data import AGENTIC_CATEGORIES, MEMORY_CATEGORIES, WEB_CATEGORIES
 from pact_nemo.environments.bfcl.data import CATEGORIES
 from pact_nemo.environments.spec import EnvironmentConfig
@@ -17,6 +19,12 @@ LIVE = "live"
 @dataclass
 class BFCLConfig(EnvironmentConfig):
     """Which BFCL tasks, and how they are reduced for small machines. The full BFCL: as it comes."""
+
+    ranges: ClassVar[Ranges] = {
+        "max_calls": ">= 1",
+        "max_user_chars": ">= 1",
+        "max_tools": ">= 1",
+    }
 
     #: multi_turn_base, multi_turn_miss_func, multi_turn_miss_param, multi_turn_long_context; memory_kv, memory_rec_sum,
     #: memory_vector; web_search_base, web_search_no_snippet
@@ -65,10 +73,6 @@ class BFCLConfig(EnvironmentConfig):
                 raise ConfigError(f"{key}categories: unknown BFCL category {category!r}; known: {', '.join(known)}")
         if self.window not in WINDOWS:
             raise ConfigError(f"{key}window={self.window!r}: must be one of {', '.join(WINDOWS)}")
-        for name in ("max_tools", "max_calls", "max_user_chars"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{key}{name}={value}: must be at least 1, or null for no limit")
         reducing = [name for name in ("max_calls", "max_user_chars") if getattr(self, name) is not None]
         reducing += ["grounded_only"] if self.grounded_only else []
         if self.window == "full" and reducing:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from pact_nemo.config.ranges import Ranges
 from pact_nemo.environments.spec import EnvironmentConfig
 from pact_nemo.errors import ConfigError
 
@@ -58,8 +60,6 @@ class JudgeConfig:
         if self.url is None:
             return
         _check_endpoint(self, "judge", ("model", "rubric"))
-        if self.votes < 1 or self.timeout <= 0:
-            raise ConfigError(f"agent.judge.votes={self.votes}, agent.judge.timeout={self.timeout}: must be above 0")
 
 
 @dataclass
@@ -93,11 +93,6 @@ class UserConfig:
         if self.url is None:
             raise ConfigError("agent.user_turns=endpoint: agent.user.url is not set; give the endpoint's base URL")
         _check_endpoint(self, "user", ("model",))
-        if self.max_turns < 1 or self.timeout <= 0 or self.temperature < 0:
-            raise ConfigError(
-                f"agent.user.max_turns={self.max_turns}, agent.user.timeout={self.timeout},"
-                f" agent.user.temperature={self.temperature}: must be at least 1, above 0, and at least 0"
-            )
         if not self.stop or not all(word.strip() for word in self.stop):
             raise ConfigError(f"agent.user.stop={self.stop}: give a word that ends a conversation, e.g. ['###STOP###']")
         if not self.greeting.strip():
@@ -121,6 +116,19 @@ def _check_endpoint(section: JudgeConfig | UserConfig, name: str, needed: tuple[
 @dataclass
 class OwnConfig(EnvironmentConfig):
     """The user's own agent."""
+
+    ranges: ClassVar[Ranges] = {
+        "timeout": "> 0",
+        "workers": ">= 1",
+        "memory_mb": ">= 1",
+        "success_score": "in (0, 1]",
+        "mcp.timeout": "> 0",
+        "user.max_turns": ">= 1",
+        "user.temperature": ">= 0",
+        "user.timeout": "> 0",
+        "judge.votes": ">= 1",
+        "judge.timeout": "> 0",
+    }
 
     #: ``path/to/file.py:Class``, ``module:Class``, or a module of functions (``path/to/file.py``, ``module``)
     tools: str | None = None
@@ -163,15 +171,8 @@ class OwnConfig(EnvironmentConfig):
                 "agent.isolation=sandbox: an MCP server is a program of its own and isn't confined; leave"
                 " agent.isolation out, and confine agent.mcp.command yourself, e.g. with bwrap"
             )
-        limits = {"timeout": self.timeout, "workers": self.workers, "mcp.timeout": self.mcp.timeout}
-        limits |= {"memory_mb": self.memory_mb} if self.memory_mb is not None else {}
-        for key, number in limits.items():
-            if number <= 0:
-                raise ConfigError(f"agent.{key}={number}: must be above 0")
         odd = sorted(set(self.fields) - set(FIELDS))
         if odd:
             raise ConfigError(f"agent.fields: no field {odd[0]!r} of ours; ours are {', '.join(FIELDS)}")
         self.judge.validate()
         self.user.validate(self.simulated)
-        if not 0 < self.success_score <= 1:
-            raise ConfigError(f"agent.success_score={self.success_score}: must be in (0, 1]")
