@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 RECIPE_SCRIPT = "recipes/pact_bfcl.py"
 PYTHON = str(ROOT / ".venv" / "bin" / "python")  #: of the trainer's environment
 JOBS = ROOT / "runs" / "nemo_run"
+NOTICE_S = 4500  #: before a Slurm job's time is up: the rest of a step and a checkpoint, of any recipe
 #: a Slurm task is a rank, as in slurm/job.sh
 _SLURM_RANK = (
     "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "
@@ -80,13 +81,16 @@ def command_task(command: Sequence[str], *, slurm: bool) -> Any:
     return nemo_run().Script(inline="\n".join(lines))
 
 
-def slurm_executor(nodes: int, ranks: int, *, gpus: bool = True, job_dir: Path = JOBS, **settings: Any) -> Any:
-    """Whole nodes with a task for each rank, told ten minutes before their time is up.
+def slurm_executor(
+    nodes: int, ranks: int, *, gpus: bool = True, notice_s: int = NOTICE_S, job_dir: Path = JOBS, **settings: Any
+) -> Any:
+    """Whole nodes with a task for each rank, told some time before theirs is up.
 
     Args:
         nodes: how many.
         ranks: of each node.
         gpus: each rank has one.
+        notice_s: of the signal before their time is up, seconds.
         job_dir: where NeMo-Run keeps scripts and logs.
         settings: of ``nemo_run.SlurmExecutor``: account, partition, time, container_image, …; mounts come on top of the
             checkout's.
@@ -102,7 +106,7 @@ def slurm_executor(nodes: int, ranks: int, *, gpus: bool = True, job_dir: Path =
         gpus_per_node=ranks if gpus else None,
         exclusive=True,
         mem="0",
-        signal="TERM@600",
+        signal=f"TERM@{notice_s}",
         container_mounts=mounts,
         tunnel=run.LocalTunnel(job_dir=str(job_dir)),
         packager=run.Packager(),

@@ -6,6 +6,9 @@
 #   SERVER_NODES=2 SERVER_SETTINGS="rollout.server.gpu_memory_utilization=0.9" sbatch --nodes=10 slurm/pact_70b.sh ...   # 8 train, 2 serve
 #   SBATCH_ACCOUNT=A SBATCH_PARTITION=P sbatch slurm/pact_70b.sh ...                          # where the cluster wants them
 #   bash slurm/pact_70b.sh --dry-run model.path=...                                         # what would be submitted; starts nothing
+# The notice has to be longer than what still runs after it: the rest of a step's scoring and update, refit and a checkpoint. By the plan
+# that is 504 s, and 1,033 s for qwen3_32b_16xh100_bf16, the longest of the recipes of several nodes,
+# and a plan may be 26 % off. A job whose --time is not longer than the notice by several steps is told at its start: give it a --signal of its own.
 #SBATCH --job-name=pact-70b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -14,7 +17,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@600
+#SBATCH --signal=TERM@1500
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log

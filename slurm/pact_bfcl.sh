@@ -2,13 +2,16 @@
 # PACT on full BFCL multi-turn, Qwen3-4B on one node with 4 GPUs: the paper's run.
 #   sbatch slurm/pact_bfcl.sh model.path=/models/Qwen3-4B
 #   SETTINGS="--config conf/pact_bfcl-smollm2_135m-cpu.yaml" RANKS_PER_NODE=1 sbatch --gpus-per-node=0 --cpus-per-task=2 slurm/pact_bfcl.sh     # two CPU cores
+# The notice has to be longer than what still runs after it: the rest of a step's scoring and update, refit and a checkpoint. By the plan
+# that is 574 s,
+# and a plan may be 26 % off. A job whose --time is not longer than the notice by several steps is told at its start: give it a --signal of its own.
 #SBATCH --job-name=pact-bfcl
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
 #SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-node=4
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@300
+#SBATCH --signal=TERM@900
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log

@@ -43,7 +43,7 @@ def test_slurm_and_local_launch_the_recipe(tmp_path: Path) -> None:
         "--account=a",
         "--exclusive",
         "--mem=0",
-        "--signal=TERM@600",
+        "--signal=TERM@4500",
     ):
         assert f"#SBATCH {line}" in given, line
     assert re.search(r" srun --output .* --kill-on-bad-exit=1 bash .*pact\.sh", " ".join(slurm.stdout.split()))

@@ -108,7 +108,7 @@ def test_the_schedulers_notice_is_a_checkpoint_and_the_job_requeues_itself(
     root = tmp_path / "noticed"
     job = submit(cluster, stage, root, "trainer.checkpoint_every=0")
     wait_for(lambda: len(metrics(root)) >= 1, 240, Path(f"{root}.log"))
-    cluster.ask("scancel", "--signal=TERM", job)  # what --signal=TERM@300 sends
+    cluster.ask("scancel", "--signal=TERM", job)  # what --signal=TERM@900 sends
     cluster.wait_state(job, ("COMPLETED", "FAILED", "CANCELLED"), 400)
     said = Path(f"{root}.log").read_text()
     assert cluster.state(job) == "COMPLETED", said[-3000:]

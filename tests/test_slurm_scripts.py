@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
+from pact_nemo.nemo_run_task import NOTICE_S
+from pact_nemo.planning.from_config import run_plan
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.name for path in (REPO / "slurm").glob("pact_*.sh"))
@@ -37,6 +42,38 @@ def test_a_dry_run_prints_the_resources_and_the_command_and_starts_nothing(name:
     (launch,) = [line for line in done.stdout.splitlines() if line.startswith("srun ")]
     assert "trainer.steps=5" in launch and f"run.root={tmp_path}" in launch and "--recipe" in launch
     assert not list(tmp_path.iterdir())
+
+
+@functools.cache
+def seconds_after_a_notice(name: str) -> float:
+    """At most, by the plan: scoring, update and refit of a step, and a checkpoint."""
+    plan = run_plan(load_config([REPO / "conf" / "pact_bfcl.yaml", recipe(name)], []))
+    after = [seconds for phase, seconds in plan.phases.items() if phase.endswith(("scoring", "update", "refit"))]
+    assert len(after) == 4
+    return sum(after) + plan.checkpoint
+
+
+def found(pattern: str, text: str) -> str:
+    (only,) = re.findall(pattern, text, re.MULTILINE)
+    return str(only)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_notice_is_longer_than_what_the_plan_says_still_runs(name: str) -> None:
+    script, page = (REPO / "slurm" / name).read_text(), (REPO / "docs" / "cluster" / "slurm.md").read_text()
+    notice = int(found(r"^#SBATCH --signal=TERM@(\d+)$", script))
+    default = found(r"^SETTINGS=.*--recipe (\w+)", script)
+    recipes = [default, *(each for each in RECIPES if name == "pact_70b.sh" and recipe(each).nodes > 1)]
+    for each in recipes:  # a plan's seconds are within 26 %
+        assert 1.26 * seconds_after_a_notice(each) <= notice <= NOTICE_S, each
+    needs = f"{seconds_after_a_notice(default):,.0f} s"
+    assert needs in script and f"| {needs} | {notice:,} s |" in found(rf"^\| `slurm/{name}` .*$", page)
+
+
+def test_every_recipe_has_a_notice_that_is_long_enough() -> None:
+    assert all(1.26 * seconds_after_a_notice(name) <= NOTICE_S for name in RECIPES)
+    alone = found(r"(--recipe qwen3_4b_1xh100_lora.*)$", (REPO / "slurm" / "pact_lora.sh").read_text())
+    assert 1.26 * seconds_after_a_notice("qwen3_4b_1xh100_lora") <= int(found(r"--signal=TERM@(\d+)", alone))
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if recipe(name).policy.lora.rank])
