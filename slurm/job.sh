@@ -5,7 +5,8 @@
 #   RECIPE, SETTINGS   the recipe script, and its --recipe NAME or --config FILE
 #   RANKS_PER_NODE     trainer processes a node, one per GPU
 #   RUN_ROOT           where the run's folder is made; on a file system that all nodes see. Default runs/slurm-<job id>: a requeued job has the
-#                      same id and so goes on from its own newest checkpoint
+#                      same id and so goes on from its own newest checkpoint. Another job's is refused
+#   RESUME             folder of a run that this job goes on with, with that run's model, recipe and settings; words change single ones
 #   PYTHON             interpreter of the environment (default .venv/bin/python)
 #   CONTAINER          image for srun --container-image (enroot/pyxis), CONTAINER_MOUNTS its mounts; empty = the environment itself
 #   SERVER_NODES       nodes, the last ones, that carry a rollout server each and no trainer (default 0: the ranks start the engines of
@@ -26,7 +27,7 @@ JOB="${SLURM_JOB_ID:-JOBID}"
 ATTEMPT="${SLURM_RESTART_COUNT:-0}"
 RUN_ROOT="${RUN_ROOT:-runs/slurm-$JOB}"
 PYTHON="${PYTHON:-.venv/bin/python}"
-LOGS="$RUN_ROOT/logs"
+LOGS="$RUN_ROOT/logs/job-$JOB" # another job in the same RUN_ROOT has its own logs, server addresses and count of attempts
 
 # srun doesn't take --cpus-per-task over from sbatch
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
@@ -48,8 +49,19 @@ if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     MASTER_ADDR="$(address "${hosts[0]}")"
     export MASTER_ADDR MASTER_PORT="$((20000 + JOB % 20000))"
 fi
-if [ -e "$RUN_ROOT/latest/config.yaml" ]; then
-    words=(--resume "$RUN_ROOT/latest")
+RUN="$RUN_ROOT/latest" served=($SETTINGS "$@")
+if [ -n "${RESUME:-}" ]; then
+    RUN="$RESUME"
+    [ -e "$RUN/config.yaml" ] || { echo "RESUME=$RESUME: no config.yaml there; give a run folder such as runs/slurm-7/latest" >&2; exit 2; }
+    words=(--resume "$RUN" "$@") served=(--config "$RUN/config.yaml" rollout.server.url=null "$@")
+elif [ -e "$RUN/config.yaml" ]; then
+    owner="$(cat "$RUN_ROOT/job-id" 2>/dev/null || true)"
+    if [ "$owner" != "$JOB" ]; then
+        echo "RUN_ROOT=$RUN_ROOT has the run of ${owner:+job }${owner:-something else}, and this is job $JOB: its own model, recipe and settings" \
+            "would be dropped for that run's. For a new run give another RUN_ROOT; to go on with that one, RESUME=$RUN" >&2
+        exit 2
+    fi
+    words=(--resume "$RUN")
 else
     words=($SETTINGS "run.root=$RUN_ROOT" "$@")
 fi
@@ -75,9 +87,8 @@ serve_on() {
     serve=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$2" "${bind[@]}" --output="$name.log")
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || serve+=(--cpus-per-task="$((SLURM_CPUS_PER_TASK * RANKS_PER_NODE))") # the node is the server's alone
     serve+=("${container[@]}" "$PYTHON" tools/serve.py --host 0.0.0.0 --address "$3" --ready "$name.url" --log "$name.vllm"
-        $SETTINGS "${overrides[@]}" ${SERVER_SETTINGS:-})
+        "${served[@]}" ${SERVER_SETTINGS:-})
 }
-overrides=("$@")
 launch=(srun --nodes="$TRAINER_NODES" --ntasks="$((TRAINER_NODES * RANKS_PER_NODE))" --ntasks-per-node="$RANKS_PER_NODE" "${placed[@]}" "${bind[@]}"
     --wait=60 --output="$LOGS/attempt-$ATTEMPT-rank-%t.log" "${container[@]}" bash -c
     'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE='"$RANKS_PER_NODE"'; exec "$@"'
@@ -107,10 +118,12 @@ fi
 
 if [ "${#hosts[@]}" != "$NODES" ]; then echo "scontrol names ${#hosts[@]} of the job's $NODES nodes ($SLURM_JOB_NODELIST)" >&2; exit 1; fi
 mkdir -p "$LOGS"
+echo "$JOB" > "$RUN_ROOT/job-id"
 echo "$(date -Is) job $JOB attempt $ATTEMPT on $SLURM_JOB_NODELIST: ${words[*]}"
 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="${hosts[0]}" "${bind[@]}" "${container[@]}" "${check[@]}"
 if [ "$SERVER_NODES" -gt 0 ]; then
     servers=()
+    rm -f "$LOGS/attempt-$ATTEMPT-server-"*.url # an address is a sign that the server answers: none may be of before
     trap 'kill "${servers[@]}" 2>/dev/null || true' EXIT
     for ((index = 0; index < SERVER_NODES; index++)); do
         host="${hosts[TRAINER_NODES + index]}"
@@ -127,7 +140,7 @@ if [ "$SERVER_NODES" -gt 0 ]; then
     done
     launch+=("rollout.server.url=$(cat "$LOGS/attempt-$ATTEMPT-server-"*.url | paste -sd,)")
 fi
-newest() { ls "$RUN_ROOT/latest/checkpoints" 2>/dev/null | grep '^step_' | sort | tail -n 1; }
+newest() { ls "$RUN/checkpoints" 2>/dev/null | grep '^step_' | sort | tail -n 1; }
 before="$(newest || true)"
 code=0
 "${launch[@]}" || code=$?

@@ -90,9 +90,9 @@ def test_a_job_over_two_nodes_is_requeued_in_mid_step_and_ends_as_if_it_never_wa
     assert cluster.state(job) == "COMPLETED", said[-3000:]
     assert f"job {job} attempt 0 on n[1-2]" in said and f"job {job} attempt 1 on n[1-2]" in said and "--resume" in said
     assert (
-        len(list((root / "logs").glob("attempt-0-rank-*.log")))
+        len(list((root / "logs" / f"job-{job}").glob("attempt-0-rank-*.log")))
         == 2
-        == len(list((root / "logs").glob("attempt-1-rank-*.log")))
+        == len(list((root / "logs" / f"job-{job}").glob("attempt-1-rank-*.log")))
     )
     assert records((root / "latest").resolve()) == records(uncut)
     one, other = load_file(root / "latest" / "hf" / "model.safetensors"), load_file(uncut / "hf" / "model.safetensors")
@@ -174,7 +174,7 @@ def test_a_layout_that_the_nodes_do_not_hold_ends_the_job_before_its_ranks(
     cluster.wait_state(job, ("COMPLETED", "FAILED", "CANCELLED"), 200)
     said = Path(f"{root}.log").read_text()
     assert cluster.state(job) == "FAILED" and "leaves 1 trainer ranks" in said and "--nodes=3" in said, said
-    assert not list((root / "logs").iterdir())
+    assert not list((root / "logs" / f"job-{job}").iterdir())
     monkeypatch.setitem(cluster.env, "SBATCH_PARTITION", "another")
     with pytest.raises(AssertionError, match="invalid partition"):
         submit(cluster, stage, root)
@@ -203,9 +203,9 @@ def test_a_rollout_server_on_a_node_of_its_own(
     cluster.wait_state(job, ("COMPLETED", "FAILED", "CANCELLED"), 500)
     said = Path(f"{root}.log").read_text()
     assert cluster.state(job) == "COMPLETED", said[-3000:] + "".join(
-        path.read_text()[-1500:] for path in (root / "logs").glob("*")
+        path.read_text()[-1500:] for path in (root / "logs" / f"job-{job}").glob("*")
     )
-    assert (root / "logs" / "attempt-0-server-0.url").read_text().startswith("http://127.0.0.1:")
+    assert (root / "logs" / f"job-{job}" / "attempt-0-server-0.url").read_text().startswith("http://127.0.0.1:")
     summary = json.loads((root / "latest" / "summary.json").read_text())
     assert [summary["eval"][name]["weight_version"] for name in ("base", "before", "after")] == [0, 1, 2]
     assert summary["peak_memory_bytes"]["server"] == 0  # the trainer started none
@@ -223,7 +223,7 @@ def test_a_rollout_engine_on_every_node(
     job = submit(cluster, stage, root, *words)
     cluster.wait_state(job, ("COMPLETED", "FAILED", "CANCELLED"), 500)
     said = Path(f"{root}.log").read_text()
-    logs = "".join(path.read_text() for path in (root / "logs").glob("*"))
+    logs = "".join(path.read_text() for path in (root / "logs" / f"job-{job}").glob("*"))
     assert cluster.state(job) == "COMPLETED", said[-3000:] + logs
     assert "2 rollout servers ready" in logs
     run = (root / "latest").resolve()

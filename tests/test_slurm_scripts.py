@@ -124,6 +124,70 @@ def test_what_a_job_makes_of_the_ranks_exit_code(code: int, requeues: int, tmp_p
         assert done.returncode == (0 if attempt < requeues else code)
 
 
+def job_of_one_node(folder: Path, job: int, *words: str, **said: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Run a job script as the batch step of a job; its ``srun`` makes the run's folder and ends well.
+
+    Returns:
+        what came of it, and the words of the trainer; "" where none was started.
+    """
+    asked = folder / f"asked-{job}"
+    run = folder / "runs" / "latest"
+    started = f'echo "$*" > {asked}; mkdir -p {run}/checkpoints; touch {run}/config.yaml'
+    scontrol = 'case "$*" in *hostnames*) echo node0;; *) echo NodeAddr=127.0.0.1;; esac'
+    for name, body in {
+        "srun": f'[[ " $* " == *" --check-nodes "* ]] || {{ {started}; }}',
+        "scontrol": scontrol,
+    }.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_JOB_NODELIST": "node0",
+        "SLURM_JOB_NUM_NODES": "1",
+        "RUN_ROOT": str(folder / "runs"),
+        "PACT_REPOSITORY": str(REPO),
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        **said,
+    }
+    command = ["bash", str(REPO / "slurm" / "pact_bfcl.sh"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    return done, asked.read_text() if asked.exists() else ""
+
+
+def test_a_job_goes_on_with_its_own_run_and_never_silently_with_another_jobs(tmp_path: Path) -> None:
+    root, run = tmp_path / "runs", tmp_path / "runs" / "latest"
+    done, asked = job_of_one_node(tmp_path, 7, "model.path=/m")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert asked.endswith(f"--recipe qwen3_4b_4xh100_bf16 run.root={root} model.path=/m\n")
+    done, asked = job_of_one_node(tmp_path, 7, "model.path=/m", SLURM_RESTART_COUNT="1")
+    assert done.returncode == 0 and asked.endswith(f" --resume {run}\n"), done.stdout + done.stderr
+
+    for dry in ([], ["--dry-run"]):
+        done, asked = job_of_one_node(tmp_path, 8, *dry, "model.path=/other")
+        assert done.returncode == 2 and not asked, done.stdout + done.stderr
+        assert "has the run of job 7" in done.stderr and "another RUN_ROOT" in done.stderr, done.stderr
+        assert f"RESUME={run}" in done.stderr
+    done, asked = job_of_one_node(tmp_path, 8, "trainer.steps=9", RESUME=str(run), RUN_ROOT=str(tmp_path / "new"))
+    assert done.returncode == 0 and asked.endswith(f" --resume {run} trainer.steps=9\n"), done.stdout + done.stderr
+    done, asked = job_of_one_node(tmp_path, 9, RESUME=str(tmp_path))
+    assert done.returncode == 2 and not asked and "no config.yaml there" in done.stderr
+
+    (root / "job-id").unlink()
+    done, asked = job_of_one_node(tmp_path, 10)
+    assert done.returncode == 2 and not asked and "has the run of something else" in done.stderr
+
+
+def test_attempts_without_progress_are_the_jobs_own(tmp_path: Path) -> None:
+    failing = tmp_path / "failing"
+    failing.mkdir()
+    (failing / "srun").write_text('#!/bin/bash\n[[ " $* " == *" --check-nodes "* ]] || exit 137\n')
+    (failing / "srun").chmod(0o755)
+    path = f"{failing}:{tmp_path}:{os.environ['PATH']}"
+    for job, attempt, lost in ((7, 0, 1), (7, 1, 2), (8, 0, 1)):
+        done, _ = job_of_one_node(tmp_path, job, PATH=path, SLURM_RESTART_COUNT=str(attempt))
+        assert f"{lost} attempts without a new checkpoint so far" in done.stdout, done.stdout + done.stderr
+
+
 #: ``srun`` that runs a command once, as its first task; in a "container" no Slurm program is found
 SRUN = """#!/bin/bash
 echo "cpus=$SRUN_CPUS_PER_TASK omp=$OMP_NUM_THREADS files=$(ulimit -n) $*" >> "$STAND_IN/srun"
@@ -182,6 +246,11 @@ def job_of_four_nodes(folder: Path, script: str, *words: str, **said: str) -> su
 def test_servers_in_containers_are_reached_by_addresses_that_slurm_says_outside(tmp_path: Path) -> None:
     """Four nodes, two of them for servers; a container has no ``scontrol``."""
     said = {"SERVER_NODES": "2", "CONTAINER": "image", "SETTINGS": "--recipe qwen3_14b_8xh100_bf16"}
+    logs = tmp_path / "runs" / "logs" / "job-7"  # addresses of servers that are long gone, of this job and another
+    for folder in (logs.parent, logs, logs.with_name("job-6")):
+        folder.mkdir(parents=True)
+        (folder / "attempt-0-server-0.url").write_text("http://10.0.0.9:1\n")
+        (folder / "attempt-0-server-7.url").write_text("http://10.0.0.9:2\n")
     done = job_of_four_nodes(tmp_path, "pact_70b.sh", "model.path=/m", **said)
     assert done.returncode == 0, done.stdout + done.stderr
     check, *servers, trainers = (tmp_path / "srun.d" / "srun").read_text().splitlines()
