@@ -86,7 +86,7 @@ serve_on() {
     local name="$LOGS/attempt-$ATTEMPT-server-$1"
     serve=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$2" "${bind[@]}" --output="$name.log")
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || serve+=(--cpus-per-task="$((SLURM_CPUS_PER_TASK * RANKS_PER_NODE))") # the node is the server's alone
-    serve+=("${container[@]}" "$PYTHON" tools/serve.py --host 0.0.0.0 --address "$3" --ready "$name.url" --log "$name.vllm"
+    serve+=("${container[@]}" "$PYTHON" tools/serve.py --script "$RECIPE" --host 0.0.0.0 --address "$3" --ready "$name.url" --log "$name.vllm"
         "${served[@]}" ${SERVER_SETTINGS:-})
 }
 launch=(srun --nodes="$TRAINER_NODES" --ntasks="$((TRAINER_NODES * RANKS_PER_NODE))" --ntasks-per-node="$RANKS_PER_NODE" "${placed[@]}" "${bind[@]}"

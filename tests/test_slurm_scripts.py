@@ -7,14 +7,18 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
+from pact_nemo.config.schema import Config
+from pact_nemo.errors import ConfigError
 from pact_nemo.nemo_run_task import NOTICE_S
 from pact_nemo.planning.from_config import run_plan
+from tools.serve import settings_of
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.name for path in (REPO / "slurm").glob("pact_*.sh"))
@@ -257,12 +261,30 @@ def test_servers_in_containers_are_reached_by_addresses_that_slurm_says_outside(
     assert " --check-nodes 4 2 8 " in check and "--container-image=image" in check
     for line, node in zip(sorted(servers), ("node3", "node4"), strict=True):
         assert f"--nodelist={node} " in line and "--cpus-per-task=96" in line and "--container-image=image" in line
+        assert "tools/serve.py --script recipes/pact_70b.py " in line
     assert "--nodelist=node1,node2" in trainers and "--ntasks=16" in trainers and "--cpu-bind=none" in trainers
     hard = subprocess.run(["bash", "-c", "ulimit -Hn"], capture_output=True, text=True, check=True).stdout.strip()
     assert trainers.startswith(f"cpus=12 omp=12 files={hard} ")
     rank = (tmp_path / "srun.d" / "python").read_text().splitlines()[-1]
     assert rank.startswith("0/1/8 10.0.0.1 recipes/pact_70b.py --recipe qwen3_14b_8xh100_bf16")
     assert rank.endswith("rollout.server.url=http://10.0.0.3:8000,http://10.0.0.4:8000")
+
+
+def test_a_server_takes_the_settings_of_the_trainers_recipe_script() -> None:
+    def of(script: str, recipe: str | None, *words: str) -> Config:
+        return settings_of(Namespace(script=Path(script), recipe=recipe, config=None, overrides=list(words)))
+
+    own = ("agent.tools=shop.py:Shop", "traces.path=t.jsonl", "model.path=/m")
+    assert of("recipes/pact_own.py", "qwen3_4b_4xh100_bf16", *own).environment == "own"
+    with pytest.raises(ConfigError, match="are settings of environment=own"):
+        of("recipes/pact_bfcl.py", "qwen3_4b_4xh100_bf16", *own)
+    assert of("recipes/pact_bfcl.py", None).environment == "bfcl"
+    with pytest.raises(ConfigError, match="no small preset"):
+        of("recipes/pact_70b.py", None)
+    with pytest.raises(ConfigError, match="no such file"):
+        of("recipes/nothing.py", None)
+    with pytest.raises(ConfigError, match="names no settings file"):
+        of("tools/doctor.py", None)
 
 
 def test_nodes_that_do_not_hold_the_layout_are_refused_before_anything_starts(tmp_path: Path) -> None:
