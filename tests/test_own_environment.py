@@ -127,6 +127,13 @@ def test_answers(rule, message, answer, score):
         ({"tools": ["sell"]}, "tools[0]", "the tool 'sell' does not exist; there are: lookup, order"),
         ({"expected_calls": [{"name": "sell"}]}, "expected_calls[0]", "the tool 'sell' does not exist"),
         ({"expected_calls": [{"tool": "order"}]}, "expected_calls[0]", "expected a call such as"),
+        ({"expected_calls": [{"name": "order", "sku": "A1"}]}, "expected_calls[0]", "the key 'sku' is none of these"),
+        ({"expected_calls": [{"name": "order", "arguments": []}]}, "expected_calls[0]", "object"),
+        (
+            {"expected_calls": [{"name": "order", "arguments": {}, "kwargs": {"sku": "A1"}}]},
+            "expected_calls[0]",
+            "arguments and kwargs differ",
+        ),
         ({"expected_calls": [[order(1)], [order(1)]]}, "expected_calls", "calls of 2 user turns, and there are 1"),
         ({"question": None, "messages": [{"role": "assistant", "content": "x"}]}, "messages[0]", "traces.path"),
         ({"user_turns": [3]}, "user_turns[0]", "expected a text or a list of messages"),
@@ -291,3 +298,61 @@ def test_null_for_an_argument_that_may_be_left_out_is_no_fault():
     assert reader.read(Row({"expected_calls": [call]}, "x", 1), 1) == [[ToolCall("f", call["arguments"])]]
     with pytest.raises(DataError, match=r"expected_calls\[0\].arguments.to"):
         reader.read(Row({"expected_calls": [{"name": "f", "arguments": {"to": None}}]}, "x", 1), 1)
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "args", "kwargs", "input"])
+def test_arguments_of_an_expected_call_are_read_under_every_key_that_calls_have(tmp_path, opened, key):
+    row = {
+        "question": "A1.",
+        "info": {"stock": STOCK},
+        "expected_calls": [{"name": "order", key: order(2)["arguments"]}],
+    }
+    _, environment = opened(f"tasks.path={written(tmp_path / 't.jsonl', [row])}")
+    assert environment.tasks()[0].reference_calls == ((ToolCall("order", {"sku": "A1", "count": 2}),),)
+
+
+def test_a_field_under_two_names_is_refused_and_one_may_serve_two(tmp_path, opened):
+    row = {"id": "a", "gold": "4", "question": "q", "answer": "5", "info": {"stock": STOCK}}
+    _, environment = opened(f"tasks.path={written(tmp_path / 't.jsonl', [row])}", "agent.fields={answer: gold}")
+    with pytest.raises(DataError, match="takes 'answer' from 'gold', and the row has both"):
+        environment.tasks()
+    row = {"id": "a", "grp": "g", "question": "q", "answer": "5", "info": {"stock": STOCK}}
+    path = written(tmp_path / "u.jsonl", [row])
+    _, environment = opened(f"tasks.path={path}", "agent.fields={group: grp, category: grp}")
+    assert (environment.tasks()[0].group, environment.tasks()[0].category) == ("g", "g")
+    _, environment = opened(f"tasks.path={path}", "agent.fields={group: scenaro}")
+    with pytest.raises(ConfigError, match="takes 'group' from 'scenaro', which no row has; they have answer, grp"):
+        environment.tasks()
+
+
+def talk(words: str, **more: object) -> dict:
+    call = {"id": "c", "type": "function", "function": {"name": "order", "arguments": '{"sku": "A1", "count": 1}'}}
+    messages = [
+        {"role": "user", "content": words},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "ok"},
+        {"role": "assistant", "content": "Done."},
+    ]
+    return {"messages": messages, **more}
+
+
+def test_two_requests_of_one_task_id_are_refused(tmp_path, opened):
+    rows = [talk("One.", task_id="t"), talk("One.", task_id="t"), talk("Two.", task_id="t")]
+    _, environment = opened(f"traces.path={written(tmp_path / 'c.jsonl', rows)}")
+    with pytest.raises(DataError, match="line 1 has the task_id 't' too, and begins with other words") as refusal:
+        environment.tasks()
+    assert refusal.value.line == 3
+
+
+def test_a_conversation_that_fits_two_tasks_is_refused(tmp_path, opened):
+    rows = [{"id": name, "question": "What?", "info": {"stock": STOCK, "k": name}} for name in "ab"]
+    tasks, talks = written(tmp_path / "t.jsonl", rows), written(tmp_path / "c.jsonl", [talk("What?")])
+    _, environment = opened(f"tasks.path={tasks}", f"traces.path={talks}")
+    with pytest.raises(DataError, match="'a' and 'b' begin with the same words"):
+        environment.tasks()
+
+
+def test_a_field_of_conversations_that_no_row_has_is_refused(tmp_path, opened):
+    path = written(tmp_path / "c.jsonl", [talk("What?")])
+    with pytest.raises(ConfigError, match="traces.fields takes 'task_id' from 'nope', which no row of"):
+        opened(f"traces.path={path}", "traces.fields={task_id: nope}")[1].tasks()

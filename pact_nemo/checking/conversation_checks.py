@@ -11,7 +11,7 @@ from pact_nemo.checking.findings import Finding
 from pact_nemo.checking.plays import Expert, Script, play
 from pact_nemo.data.conversations import Judged
 from pact_nemo.environments.base import Environment, Task
-from pact_nemo.environments.own.tasks import user_words
+from pact_nemo.environments.own.conversations import user_words
 from pact_nemo.traces.conversations import Conversation
 from pact_nemo.traces.verification import new_error
 

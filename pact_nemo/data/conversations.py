@@ -12,7 +12,7 @@ from typing import cast
 
 from pact_nemo.config.schema import Config
 from pact_nemo.environments.base import Environment, Task, ToolCall
-from pact_nemo.environments.own.tasks import conversation_id, user_words
+from pact_nemo.environments.own.conversations import conversation_id, user_words
 from pact_nemo.runtime.quarantine import BadRow, Quarantine
 from pact_nemo.traces.annotate import Style
 from pact_nemo.traces.conversations import NOTHING_TO_LEARN, Conversation, ImportReport, as_trace, read_conversations

@@ -178,6 +178,9 @@ def read_conversations(
     rows = read_rows(path, quarantine)
     if len(quarantine) > before:
         report.dropped["unreadable_row"] += len(quarantine) - before
+    for our, their in (fields or {}).items():
+        if our != FIELDS[0] and rows and all(their not in row.values for row in rows):  # each row tells of its messages
+            raise ConfigError(f"traces.fields takes {our!r} from {their!r}, which no row of {path} has")
     kept = []
     for row in rows:
         made = quarantine.parse(lambda: _conversation(row, names), row.values)  # noqa: B023 - called at once

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.environments.base import Task, ToolCall
+from pact_nemo.environments.own.conversations import (
+    ConversationLike,
+    Conversations,
+    conversation_id,
+    refuse_two_requests,
+)
 from pact_nemo.environments.own.hosts import ToolHost
 from pact_nemo.environments.own.judge import EndpointJudge
 from pact_nemo.environments.own.mcp_tools import MCPHost
 from pact_nemo.environments.own.names import Aliases
 from pact_nemo.environments.own.session import ExpectedState, Judge, OwnSession, Simulated, state_after
 from pact_nemo.environments.own.settings import FIELDS, ONE_OF_THEM, OwnConfig
-from pact_nemo.environments.own.tasks import (
-    ConversationLike,
-    Conversations,
-    TaskReader,
-    conversation_id,
-    mapped,
-)
+from pact_nemo.environments.own.tasks import TaskReader, check_mapped, mapped
 from pact_nemo.environments.own.user import EndpointUser
 from pact_nemo.environments.own.workers import ClassHost
 from pact_nemo.environments.rows import Row, read_rows
@@ -127,6 +127,8 @@ class OwnEnvironment:
 
         if self._setup.path is None:  # a second conversation of a task is another trace of it, not another task
             first = {conversation_id(each): each for each in reversed(told)}
+            if not self.settings.simulated:
+                refuse_two_requests(told)
             made = [
                 quarantine.parse(lambda: reader.of_conversation(each), list(each.opening))  # noqa: B023 - called at once
                 for each in told
@@ -134,10 +136,9 @@ class OwnEnvironment:
             ]
         else:
             found = Conversations(told)
-            made = [
-                quarantine.parse(lambda: once(reader.of_row(row, found), row), row.values)  # noqa: B023
-                for row in read_rows(self._setup.path, quarantine)
-            ]
+            rows = read_rows(self._setup.path, quarantine)
+            check_mapped(rows, self.settings.fields)
+            made = [quarantine.parse(lambda: once(reader.of_row(row, found), row), row.values) for row in rows]  # noqa: B023
         opened = [
             quarantine.parse(lambda: self._opened(task), task.data["row"])  # noqa: B023 - called at once
             for task in made

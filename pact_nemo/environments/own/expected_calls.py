@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pact_nemo.chat.json_calls import call_from
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.own.names import Aliases
 from pact_nemo.environments.own.schema_checks import ArgumentError, argument_error, validator_of
 from pact_nemo.environments.rows import Row
-from pact_nemo.runtime import strict_json
+from pact_nemo.errors import ToolCallError
 
 _KEY = "expected_calls"
+_EXPECTED = 'expected a call such as {"name": "lookup", "arguments": {"sku": "A1"}}'
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,11 @@ class ExpectedCalls:
     def _call(self, row: Row, item: Any, where: str) -> ToolCall:
         inner = item.get("function", item) if isinstance(item, dict) else item
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise row.complain('expected a call such as {"name": "lookup", "arguments": {"sku": "A1"}}', where)
-        arguments = inner.get("arguments", inner.get("kwargs")) or {}
-        if isinstance(arguments, str):
-            try:
-                arguments = strict_json.loads(arguments, unique=True)
-            except ValueError as error:
-                raise row.complain(f"the arguments are no JSON: {error}", f"{where}.arguments") from error
-        if not isinstance(arguments, dict):
-            raise row.complain("the arguments have to be an object", f"{where}.arguments")
-        call = ToolCall(inner["name"], arguments)
+            raise row.complain(_EXPECTED, where)
+        try:
+            call = call_from(item)
+        except ToolCallError as error:
+            raise row.complain(f"{error}; {_EXPECTED}", where) from error
         if not self.aliases.knows(call.name):
             known = ", ".join(sorted(self.aliases.own_names))
             raise row.complain(f"the tool {call.name!r} does not exist; there are: {known}", where)

@@ -6,48 +6,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from pact_nemo.environments.base import Task, ToolCall
+from pact_nemo.environments.own.conversations import ConversationLike, Conversations, Message, conversation_id
 from pact_nemo.environments.own.expected_calls import ExpectedCalls
 from pact_nemo.environments.own.names import Aliases
 from pact_nemo.environments.own.scoring import answer_fault
 from pact_nemo.environments.own.settings import OwnConfig
 from pact_nemo.environments.rows import Row, number_text
-from pact_nemo.errors import DataError
+from pact_nemo.errors import ConfigError, DataError
 
 REQUESTS = ("messages", "prompt", "question")  #: the keys of which one is the request
-Message = dict[str, str]
-
-
-class TurnLike(Protocol):
-    """A turn of a conversation."""
-
-    @property
-    def calls(self) -> Sequence[ToolCall]: ...
-    @property
-    def user_turn(self) -> int: ...
-
-
-class ConversationLike(Protocol):
-    """What is read of an imported conversation, :class:`pact_nemo.traces.conversations.Conversation`."""
-
-    @property
-    def file(self) -> str: ...
-    @property
-    def line(self) -> int: ...
-    @property
-    def opening(self) -> Sequence[Message]: ...
-    @property
-    def user_turns(self) -> Sequence[Sequence[Message]]: ...
-    @property
-    def turns(self) -> Sequence[TurnLike]: ...
-    @property
-    def task_id(self) -> str | None: ...
-    @property
-    def info(self) -> Mapping[str, Any]: ...
-    @property
-    def places(self) -> Sequence[Sequence[str]]: ...
 
 
 @dataclass(frozen=True)
@@ -78,8 +48,8 @@ class TaskReader:
         Raises:
             DataError: names file, row, field and remedy.
         """
-        values = mapped(row.values, self.settings.fields)
-        row = Row(values, row.file, row.number)
+        _one_of_both(row, self.settings.fields)
+        row = Row(mapped(row.values, self.settings.fields), row.file, row.number)
         name = row_id(row)
         turns = [self._opening(row), *self._later(row)]
         answers = self._answers(row)
@@ -247,37 +217,25 @@ def row_id(row: Row) -> str:
     return row.text("id", f"task_{row.number}")
 
 
-def conversation_id(conversation: ConversationLike) -> str:
-    """The id of a conversation's own task."""
-    return conversation.task_id if conversation.task_id is not None else f"conversation_{conversation.line}"
-
-
-class Conversations:
-    """Which conversation belongs to a task: the one that names it, else the one that begins with its user's words."""
-
-    def __init__(self, conversations: Sequence[ConversationLike]):
-        self._by_id: dict[str, ConversationLike] = {}
-        self._by_words: dict[str, ConversationLike] = {}
-        for conversation in conversations:
-            if conversation.task_id is not None:
-                self._by_id.setdefault(conversation.task_id, conversation)
-            else:
-                self._by_words.setdefault(user_words(conversation.opening), conversation)
-
-    def of(self, task_id: str, opening: Sequence[Message]) -> ConversationLike | None:
-        """The conversation of a task; None where there is none."""
-        return self._by_id.get(task_id) or self._by_words.get(user_words(opening))
-
-
-def user_words(messages: Sequence[Message]) -> str:
-    """What the user says in some messages, as a key: the system message may differ."""
-    return "\n".join(message["content"].strip() for message in messages if message["role"] == "user")
-
-
 def mapped(values: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     """A row with our names of its fields (``fields``: ours -> theirs); the others stay."""
-    theirs = {their: our for our, their in fields.items()}
-    return {theirs.get(key, key): value for key, value in values.items()}
+    others = {key: value for key, value in values.items() if key not in fields.values()}
+    return others | {our: values[their] for our, their in fields.items() if their in values}
+
+
+def check_mapped(rows: Sequence[Row], fields: Mapping[str, str]) -> None:
+    """Raises ConfigError for a field that is taken from a name which no row has: a misspelt one would be ignored."""
+    for our, their in fields.items():
+        if rows and all(their not in row.values for row in rows):
+            names = ", ".join(sorted({key for row in rows[:20] for key in row.values}))
+            raise ConfigError(f"agent.fields takes {our!r} from {their!r}, which no row has; they have {names}")
+
+
+def _one_of_both(row: Row, fields: Mapping[str, str]) -> None:
+    """Raises DataError for a row that has a field under our name and under the name that it is taken from."""
+    for our, their in fields.items():
+        if our not in fields.values() and {our, their} <= row.values.keys():
+            raise row.complain(f"agent.fields takes {our!r} from {their!r}, and the row has both; take one out", our)
 
 
 def _messages(row: Row, given: Sequence[Any], field: str) -> list[Message]:

@@ -1,0 +1,102 @@
+"""Which conversation belongs to which task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from pact_nemo.environments.base import ToolCall
+from pact_nemo.errors import DataError
+
+Message = dict[str, str]
+
+
+class TurnLike(Protocol):
+    """A turn of a conversation."""
+
+    @property
+    def calls(self) -> Sequence[ToolCall]: ...
+    @property
+    def user_turn(self) -> int: ...
+
+
+class ConversationLike(Protocol):
+    """What is read of an imported conversation, :class:`pact_nemo.traces.conversations.Conversation`."""
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def line(self) -> int: ...
+    @property
+    def opening(self) -> Sequence[Message]: ...
+    @property
+    def user_turns(self) -> Sequence[Sequence[Message]]: ...
+    @property
+    def turns(self) -> Sequence[TurnLike]: ...
+    @property
+    def task_id(self) -> str | None: ...
+    @property
+    def info(self) -> Mapping[str, Any]: ...
+    @property
+    def places(self) -> Sequence[Sequence[str]]: ...
+
+
+def conversation_id(conversation: ConversationLike) -> str:
+    """The id of a conversation's own task."""
+    return conversation.task_id if conversation.task_id is not None else f"conversation_{conversation.line}"
+
+
+def refuse_two_requests(conversations: Sequence[ConversationLike]) -> None:
+    """Raises DataError for a conversation that names the task of an earlier one and asks for something else: its calls
+    would be taught under the other's request.
+    """
+    first: dict[str, ConversationLike] = {}
+    for each in conversations:
+        other = first.setdefault(conversation_id(each), each)
+        if user_words(other.opening) != user_words(each.opening):
+            raise DataError(
+                f"the conversation of line {other.line} has the task_id {each.task_id!r} too, and begins with other"
+                " words; give each request an id of its own",
+                file=each.file,
+                line=each.line,
+                field="task_id",
+            )
+
+
+class Conversations:
+    """Which conversation belongs to a task: the one that names it, else the one that begins with its user's words."""
+
+    def __init__(self, conversations: Sequence[ConversationLike]):
+        self._by_id: dict[str, ConversationLike] = {}
+        self._taken: dict[str, str] = {}  # words -> id of the task that has their conversation
+        self._by_words: dict[str, ConversationLike] = {}
+        for conversation in conversations:
+            if conversation.task_id is not None:
+                self._by_id.setdefault(conversation.task_id, conversation)
+            else:
+                self._by_words.setdefault(user_words(conversation.opening), conversation)
+
+    def of(self, task_id: str, opening: Sequence[Message]) -> ConversationLike | None:
+        """The conversation of a task; None where there is none.
+
+        Raises:
+            DataError: it names no task, and two tasks begin with its words.
+        """
+        words = user_words(opening)
+        found = self._by_id.get(task_id)
+        if found is None and (found := self._by_words.get(words)) is not None:
+            other = self._taken.setdefault(words, task_id)
+            if other != task_id:
+                raise DataError(
+                    f"the tasks {other!r} and {task_id!r} begin with the same words, and the conversation with them"
+                    " names none of both: give it a task_id",
+                    file=found.file,
+                    line=found.line,
+                    field="task_id",
+                )
+        return found
+
+
+def user_words(messages: Sequence[Message]) -> str:
+    """What the user says in some messages, as a key: the system message may differ."""
+    return "\n".join(message["content"].strip() for message in messages if message["role"] == "user")
