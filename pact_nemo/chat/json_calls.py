@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from json import JSONDecodeError
 from typing import Any
 
+from pact_nemo.chat.thoughts import CLOSING, VisibleText
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.calls import check_call
 from pact_nemo.errors import ToolCallError
@@ -23,18 +25,24 @@ Tools = Sequence[Mapping[str, Any]]
 
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "params", "kwargs", "input")
 _PLAIN_ARGUMENT_KEYS = ("arguments", "parameters")  # what only a call has
-_NAME_KEYS = ("name", "function", "tool", "tool_name", "function_name", "action")
+_NAME_KEYS = ("name", "function", "tool", "tool_name", "function_name", "action", "recipient_name")
+_NAMESPACE = "functions."  # before a tool's name, as GPT models write it
+_CALL_LISTS = ("tool_calls", "tool_uses")
+_WRAPPERS = ("function", "function_call")
 _TYPES = ("function", "function_call", "tool_call", "tool_use")
 _IDS = ("id", "call_id", "tool_call_id", "index")
 _FENCE = re.compile(r"```[\w-]*[ \t]*\n?")
 _SPACE = re.compile(r"\s*")
 _Q = "[\"']?"  # keys and names as JSON has them, in Python's quotes, or in none
 _CALL_HEAD = re.compile(
-    rf"[\[\s]{{0,40}}\{{\s{{0,40}}{_Q}(?:{'|'.join(_NAME_KEYS)}|type|id|tool_calls|arguments|parameters){_Q}\s{{0,40}}:"
+    rf"[\[\s]{{0,40}}\{{\s{{0,40}}{_Q}(?:{'|'.join(_NAME_KEYS)}|type|id|function_call|tool_calls|tool_uses|arguments|parameters){_Q}\s{{0,40}}:"
 )
 _NAMED = re.compile(rf"{_Q}\b(?:{'|'.join(_NAME_KEYS)}){_Q}\s{{0,40}}:\s{{0,40}}{_Q}([^\"'\\\s,}}]{{1,200}})")
 _CALL_KEY = re.compile(r"""["'](?:arguments|parameters)["']\s{0,40}:""")
 _WINDOW = 4000  # of broken JSON, read to tell a call from data
+MAX_BROKEN = 200  #: places of one message that look like JSON and are none
+LINE = rf"(?:^|(?<={CLOSING}))[ \t]*"  #: a line's start; what follows a thought begins one
+LINE_OF_JSON = LINE + r"(?:```[\w-]*[ \t]*\n[ \t]*)?[\[{]"
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -137,6 +145,10 @@ def calls_from(value: Any, tools: Tools = ()) -> list[ToolCall]:
     return [call_from(value, tools)]
 
 
+def _offered(name: str, names: Collection[str]) -> bool:
+    return name in names or name.removeprefix(_NAMESPACE) in names
+
+
 def is_attempt(value: Any, names: Collection[str]) -> bool:
     """Whether a decoded JSON value is meant as a call: it names a known tool, or a name and arguments.
     ``{"name": "Bob", "age": 5}`` is data.
@@ -148,13 +160,13 @@ def is_attempt(value: Any, names: Collection[str]) -> bool:
         return any(is_attempt(item, names) for item in value if isinstance(item, dict))
     if not isinstance(value, dict):
         return False
-    if isinstance(value.get("tool_calls"), list):
+    if isinstance(value.get("tool_calls"), list) or is_attempt(value.get("tool_uses"), names):
         return True
-    inner = value.get("function")
-    if isinstance(inner, dict) and ("name" in inner or is_attempt(inner, names)):
+    inner = [value[key] for key in _WRAPPERS if isinstance(value.get(key), dict)]
+    if any("name" in wrapped or is_attempt(wrapped, names) for wrapped in inner):
         return True
     said = [value[key] for key in _NAME_KEYS if isinstance(value.get(key), str)]
-    if any(name in names for name in said) or (
+    if any(_offered(name, names) for name in said) or (
         len(value) == 1 and any(key in names and isinstance(value[key], dict) for key in value)
     ):
         return True
@@ -170,9 +182,9 @@ def calls_offered(value: Any, names: Collection[str]) -> bool:
         return any(calls_offered(item, names) for item in value)
     if not isinstance(value, dict):
         return False
-    if any(calls_offered(value.get(key), names) for key in ("function", "tool_calls")):
+    if any(calls_offered(value.get(key), names) for key in (*_WRAPPERS, *_CALL_LISTS)):
         return True
-    return any(isinstance(value.get(key), str) and value[key] in names for key in _NAME_KEYS) and any(
+    return any(isinstance(value.get(key), str) and _offered(value[key], names) for key in _NAME_KEYS) and any(
         key in value for key in ARGUMENT_KEYS
     )
 
@@ -184,7 +196,7 @@ def looks_like_attempt(text: str, position: int, names: Collection[str]) -> bool
     head = text[position : position + _WINDOW]
     if _CALL_HEAD.match(head) is None:
         return False
-    return _CALL_KEY.search(head) is not None or any(match.group(1) in names for match in _NAMED.finditer(head))
+    return _CALL_KEY.search(head) is not None or any(_offered(match.group(1), names) for match in _NAMED.finditer(head))
 
 
 def skip_space(text: str, position: int) -> int:
@@ -212,3 +224,42 @@ def decode(text: str, position: int) -> tuple[Any, int]:
         return strict_json.decode_at(text, position)
     except ValueError as error:
         raise ToolCallError(f"not valid JSON: {getattr(error, 'msg', None) or error}") from error
+
+
+def parameter_names(tools: Tools) -> dict[str, list[str]]:
+    """Argument names of each tool in schema order, by tool name."""
+    return {tool["name"]: list(tool["parameters"].get("properties", {})) for tool in tools}
+
+
+def json_attempt(
+    reading: VisibleText, pattern: re.Pattern[str], names: Collection[str]
+) -> tuple[int, Any, int | None] | None:
+    """The first JSON value at a match of ``pattern`` that is meant as a call: (start of its line, value, end).
+
+    Where it can't be read: (start, what is wrong, None). A match that ends in no bracket is a mark of calls: what
+    follows it has to be one.
+    """
+    broken = 0
+    while (match := reading.search(pattern)) is not None:
+        marked = match.group()[-1] not in "[{"
+        position = skip_fence(reading.text, match.end()) if marked else match.end() - 1
+        try:
+            value, end = decode(reading.text, position)
+        except ToolCallError as error:
+            broken += 1
+            if marked or broken > MAX_BROKEN or looks_like_attempt(reading.text, position, names):
+                return match.start(), str(error), None
+            reading.position = after_broken(error, position)
+            continue
+        if marked or is_attempt(value, names):
+            return match.start(), value, end
+        reading.position = end
+    return None
+
+
+def after_broken(error: ToolCallError, position: int) -> int:
+    """Where to look on behind JSON at ``position`` that can't be read: a value within what the decoder has read before
+    it gave up is a part of these data, or breaks at the same place.
+    """
+    cause = error.__cause__
+    return max(cause.pos if isinstance(cause, JSONDecodeError) else 0, position + 1)

@@ -217,7 +217,19 @@ def parse_call_list(text: str, parameters: Mapping[str, Sequence[str]]) -> list[
     Raises:
         ToolCallError: the text is no list of literal calls; see :func:`call_from_node`.
     """
-    node = _parse_expression(text)
-    if not isinstance(node, ast.List):
+    return _calls_of(_parse_expression(text), ast.List, parameters)
+
+
+def parse_calls(text: str, parameters: Mapping[str, Sequence[str]]) -> list[ToolCall]:
+    """Read ``[f(a=1), g()]`` or ``(f(a=1), g())``: what is meant as several calls, or as a list of one.
+
+    Raises:
+        ToolCallError: the text is no list or tuple of literal calls; see :func:`call_from_node`.
+    """
+    return _calls_of(_parse_expression(text), ast.List | ast.Tuple, parameters)
+
+
+def _calls_of(node: ast.expr, kind: Any, parameters: Mapping[str, Sequence[str]]) -> list[ToolCall]:
+    if not isinstance(node, kind):
         raise ToolCallError("expected one list of calls: [name(argument=value)]")
     return [call_from_node(item, parameters) for item in node.elts]

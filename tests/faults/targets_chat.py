@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from pact_nemo.chat import conversation_text, conversation_tokens, json_calls, parsing, tool_formats
+from pact_nemo.chat import conversation_text, conversation_tokens, foreign_calls, json_calls, parsing, tool_formats
 from pact_nemo.chat import template as chat_template
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import TOOL_FORMATS
@@ -56,7 +56,7 @@ def _tool_format(name: str) -> Target:
         except UnicodeDecodeError:
             target(data.decode("utf-8", "replace").encode())
 
-    return Target(lambda folder: (decoding, corpus), (tool_formats, parsing, json_calls, calls), ())
+    return Target(lambda folder: (decoding, corpus), (tool_formats, parsing, foreign_calls, json_calls, calls), ())
 
 
 def _make_conversations(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
