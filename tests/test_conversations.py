@@ -196,6 +196,7 @@ ARGUMENTS = f"{CALL_4}/arguments"
         ("messages", [{"from": "human", "value": "x"}], "other_format", "this is a chat in ShareGPT format"),
         ("messages", ..., "no_messages", "no 'messages' here: the row has tools, task_id, reward, info"),
         ("messages", "[", "bad_messages", "not valid JSON"),
+        ("tools", [TOOLS[0], TOOLS[0]], "bad_tools", "is there twice*[field tools[1]]"),
         ("tools/0", {"name": "", "parameters": {}}, "bad_tools", "not a function description*[field tools[0]]"),
         ("reward", "high", "bad_reward", "expected a number, found 'high'"),
     ],

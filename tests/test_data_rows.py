@@ -182,6 +182,9 @@ def test_a_tools_description_comes_out_the_same_from_every_dress() -> None:
     ) == repr({"i": {"type": "integer", "minimum": 1}})
 
 
+WITH_X = {"type": "object", "properties": {"x": {"type": "integer"}}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -245,6 +248,37 @@ def test_parameters_under_another_name_are_read_or_refused() -> None:
     ):
         with pytest.raises(ValueError, match="'f'"):
             tool_schema({"name": "f", **odd})
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        ({"parameters": {"a": "string"}}, "have 'a' and no properties"),
+        ({"parameters": {"oneOf": [WITH_X]}}, "have 'oneOf' and no properties"),
+        ({"parameters": {"type": "object", "properties": {}, "allOf": [WITH_X]}}, "have 'allOf' and no properties"),
+        ({"parameters": {"$ref": "#/$defs/A", "$defs": {"A": WITH_X}}}, r"have '\$ref' and no properties"),
+        ({"parametersJsonSchema": WITH_X}, "unknown key 'parametersJsonSchema' in its description"),
+        ({"parameters": WITH_X, "arguments": WITH_X}, "has 'arguments'"),
+        ({"type": "custom", "format": {"type": "grammar"}}, "is of type 'custom'"),
+        ({"parameters": {**WITH_X, "required": ["x", "b"]}}, "required names 'b', which is none"),
+    ],
+)
+def test_a_tool_whose_arguments_would_not_be_shown_is_refused(tool: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"'f'.*{message}"):
+        tool_schema({"name": "f", **tool})
+    with pytest.raises(ValueError, match="the tool 'f' has the unknown key 'parameters' beside its 'function'"):
+        tool_schema({"type": "function", "function": {"name": "f"}, "parameters": WITH_X})
+
+
+def test_what_published_descriptions_say_beside_the_arguments_is_taken() -> None:
+    for more in (
+        {"strict": True, "returns": {"type": "string"}},
+        {"type": "function", "response": {"type": "object"}},
+        {"annotations": {"readOnlyHint": True}, "title": "F", "outputSchema": {"x": 1}},
+    ):
+        assert tool_schema({"name": "f", "parameters": WITH_X, **more})["parameters"] == WITH_X
+    assert tool_schema({"type": "custom", "name": "f", "input_schema": WITH_X})["parameters"] == WITH_X
+    assert tool_schema({"name": "f", "parameters": {"$schema": "s", "additionalProperties": False}})
 
 
 def test_reference_calls_hold_whole_numbers_where_their_tools_take_integers(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def test_answers(rule, message, answer, score):
         ({"answer": None}, "answer", "nothing tells right from wrong"),
         ({"answer": ""}, "answer", "is empty, so that it tells right from wrong in no message"),
         ({"answer": {"a": 1}}, "answer", "use agent.answer=json"),
+        ({"tools": ["lookup", "lookup"]}, "tools[1]", "the tool 'lookup' is there twice; take one out"),
         ({"tools": ["sell"]}, "tools[0]", "the tool 'sell' does not exist; there are: lookup, order"),
         ({"expected_calls": [{"name": "sell"}]}, "expected_calls[0]", "the tool 'sell' does not exist"),
         ({"expected_calls": [{"tool": "order"}]}, "expected_calls[0]", "expected a call such as"),

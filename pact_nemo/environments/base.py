@@ -43,6 +43,13 @@ def name_fault(name: object, *, argument: bool = False) -> str | None:
     return None
 
 
+#: what the parameters of a tool without arguments may say beside its empty properties
+_WITHOUT_ARGUMENTS = frozenset(
+    "type properties required title description additionalProperties unevaluatedProperties $schema $id $comment $defs"
+    " definitions examples default deprecated nullable strict minProperties maxProperties".split()
+)
+
+
 def check_schema(tool: Any, *, names: bool = True) -> None:
     """Raises ValueError where a tool schema isn't
     ``{"name": text, "description": text, "parameters": {"properties": {name: {…}}, …}}``: everything that shows tools
@@ -74,6 +81,16 @@ def check_schema(tool: Any, *, names: bool = True) -> None:
             raise ValueError(f"{here}an enum in parameters.properties has to be a list; that of {name!r} is none")
     if not isinstance(required, list | tuple) or not all(isinstance(name, str) for name in required):
         raise ValueError(f"{here}parameters.required has to be a list of names")
+    if odd := [word for word in tool["parameters"] if not properties and word not in _WITHOUT_ARGUMENTS]:
+        raise ValueError(
+            f"{here}parameters have {odd[0]!r} and no properties, so that no argument would be shown; list the"
+            " arguments in parameters.properties"
+        )
+    if missing := [name for name in required if name not in properties]:
+        raise ValueError(
+            f"{here}parameters.required names {missing[0]!r}, which is none of parameters.properties: describe it"
+            " there, or take it out"
+        )
 
 
 @dataclass(frozen=True)

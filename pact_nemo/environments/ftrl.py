@@ -198,11 +198,7 @@ class FTRLEnvironment:
         if not any(message["role"] == "user" and message["content"].strip() for message in messages):
             raise row.complain("a prompt needs a user's message with text", "messages")
         schemas = tool_schemas(row, ((f"tools[{index}]", tool) for index, tool in enumerate(tools)))
-        for index, schema in enumerate(schemas):
-            if any(schema["name"] == other["name"] for other in schemas[:index]):
-                raise row.complain(
-                    f"the tool {schema['name']!r} is there twice: a call of it could mean either", f"tools[{index}]"
-                )
+        for schema in schemas:
             if not isinstance(codes.get(schema["name"]), str):
                 raise row.complain(f"no source for the tool {schema['name']!r}", "codes")
             wanted = python_name(schema["name"])

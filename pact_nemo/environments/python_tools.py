@@ -17,6 +17,12 @@ from pact_nemo.sandbox import CallResult, Sandbox
 
 _PARAMETERS = ("parameters", "input_schema", "inputSchema")
 _NO_PARAMETERS = ("arguments", "args", "params", "properties", "inputs", "input", "schema")
+#: of a published description, beside what :func:`tool_schema` reads: nothing of the arguments is lost without them
+_HARMLESS = frozenset(
+    "type strict title annotations returns return response responses result results output outputSchema output_schema"
+    " examples input_examples cache_control defer_loading allowed_callers execution icons meta _meta id url version"
+    " tags category deprecated".split()
+)
 _SCHEMA_WORDS = frozenset(
     "$defs definitions patternProperties additionalProperties propertyNames dependentSchemas not if then else".split()
 )
@@ -42,6 +48,11 @@ def tool_schema(function: Any, *, names: bool = True) -> dict[str, Any]:
     """
     function = _object(function, "a tool")
     inner = function if function.get("function") is None else _object(function["function"], "the function of a tool")
+    if inner is not function:
+        _refuse_unknown(function, inner, ("function",), "beside its 'function'")
+    _refuse_unknown(
+        inner, inner, ("name", "description", "function", *_PARAMETERS, *_NO_PARAMETERS), "in its description"
+    )
     parameters = _parameters(inner)
     description = inner.get("description")
     schema = {
@@ -53,6 +64,21 @@ def tool_schema(function: Any, *, names: bool = True) -> dict[str, Any]:
     return schema
 
 
+def _refuse_unknown(part: dict[str, Any], function: dict[str, Any], known: Iterable[str], where: str) -> None:
+    """Raises ValueError for a key that may say something of the arguments, and for another type of tool."""
+    name = f"the tool {function.get('name', part.get('name'))!r}"
+    kind = part.get("type")
+    if kind not in (None, "function") and not (kind == "custom" and "input_schema" in part):
+        raise ValueError(f"{name} is of type {kind!r}; only functions can be offered, as 'type': 'function'")
+    told = [key for key, value in part.items() if value is not None and value not in ("", [], {})]
+    odd = next((key for key in told if key not in known and key not in _HARMLESS), None)
+    if odd is not None:
+        raise ValueError(
+            f"{name} has the unknown key {odd!r} {where}: a function is its name, description and parameters (a JSON"
+            " schema of an object); rename it or take it out"
+        )
+
+
 def _parameters(function: dict[str, Any]) -> dict[str, Any]:
     """The JSON schema of a function's arguments; one without arguments where there is none."""
     what = f"the parameters of {function.get('name')!r}"
@@ -60,13 +86,13 @@ def _parameters(function: dict[str, Any]) -> dict[str, Any]:
     parameters = next(iter(given.values()), None)
     if any(other != parameters for other in given.values()):
         raise ValueError(f"{' and '.join(given)} of {function.get('name')!r} differ")
+    odd = next((key for key in _NO_PARAMETERS if function.get(key)), None)
+    if odd is not None:
+        raise ValueError(
+            f"{function.get('name')!r} has {odd!r}{' and no parameters' if parameters is None else ''}; its arguments"
+            " are a JSON schema under 'parameters'"
+        )
     if parameters is None:
-        odd = next((key for key in _NO_PARAMETERS if function.get(key)), None)
-        if odd is not None:
-            raise ValueError(
-                f"{function.get('name')!r} has {odd!r} and no parameters; its arguments are a JSON schema under"
-                " 'parameters'"
-            )
         return {"type": "object", "properties": {}}
     loose = [key for key, value in parameters.items() if isinstance(value, dict) and key not in _SCHEMA_WORDS]
     if parameters.get("type") in ("string", "integer", "number", "boolean", "array") or (
@@ -135,18 +161,27 @@ def as_schema(value: Any, schema: Any) -> Any:
     return _whole(value) if "integer" in kinds and "number" not in kinds else value
 
 
-def tool_schemas(row: Row, tools: Iterable[tuple[str, Any]], *, names: bool = True) -> list[dict[str, Any]]:
+def tool_schemas(
+    row: Row, tools: Iterable[tuple[str, Any]], *, names: bool = True, unique: bool = True
+) -> list[dict[str, Any]]:
     """:func:`tool_schema` of each (field, description).
 
+    Args:
+        unique: no two tools have one name.
+
     Raises:
-        DataError: one is none; names file, row and field.
+        DataError: one is none, or two have one name; names file, row and field.
     """
-    schemas = []
+    schemas: list[dict[str, Any]] = []
     for where, tool in tools:
         try:
-            schemas.append(tool_schema(tool, names=names))
+            schema = tool_schema(tool, names=names)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise row.complain(f"not a function description: {error}", where) from error
+        name = schema["name"]
+        if unique and any(other["name"] == name for other in schemas):
+            raise row.complain(f"the tool {name!r} is there twice: a call of it could mean either", where)
+        schemas.append(schema)
     return schemas
 
 

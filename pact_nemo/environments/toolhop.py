@@ -145,7 +145,7 @@ class ToolHopEnvironment:
             if not isinstance(source, str):
                 raise row.complain(f"expected Python source, found {type(source).__name__}", f"functions[{index}]")
         sources = _sources(functions)
-        schemas = tool_schemas(row, ((f"tools.{key}", tool) for key, tool in tools.items()))
+        schemas = tool_schemas(row, ((f"tools.{key}", tool) for key, tool in tools.items()), unique=False)
         tool_of = {str(key): schema["name"] for key, schema in zip(tools, schemas, strict=True)}
         schemas = [schema for index, schema in enumerate(schemas) if schema not in schemas[:index]]
         odd = _oddity(schemas, functions, sources)

@@ -199,13 +199,15 @@ class TaskReader:
         """Own names of the tools that a row offers; None: all."""
         if row.values.get("tools") is None:
             return None
-        names = []
+        names: list[str] = []
         for index, tool in enumerate(row.json("tools", list)):
             inner = tool.get("function", tool) if isinstance(tool, dict) else tool
             name = inner.get("name") if isinstance(inner, dict) else inner
             if not isinstance(name, str) or not self.aliases.knows(name):
                 known = ", ".join(sorted(self.aliases.own_names))
                 raise row.complain(f"the tool {name!r} does not exist; there are: {known}", f"tools[{index}]")
+            if self.aliases.own_name(name) in names:
+                raise row.complain(f"the tool {name!r} is there twice; take one out", f"tools[{index}]")
             names.append(self.aliases.own_name(name))
         if not names:
             raise row.complain("offers no tool; leave the key out to offer all", "tools")
