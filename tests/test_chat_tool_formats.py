@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -229,6 +230,35 @@ def test_compact_tool_lines() -> None:
     assert "belongs to" not in "".join(
         signature_line(tool) for tools in function_documents().values() for tool in tools
     )
+
+
+@pytest.mark.parametrize(
+    ("schema", "shown"),
+    [
+        ({"type": "string", "enum": ["x", "y"]}, "str"),
+        ({"type": "array", "items": {"type": "integer"}}, "list"),
+        ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, "int | str"),
+        ({"anyOf": [{"type": "null"}, {"type": "integer"}]}, "int | None"),
+        ({"type": ["string", "null"]}, "str | None"),
+        ({"oneOf": [{"type": "number"}, {"type": "array", "items": {"type": "integer"}}]}, "float | list[int]"),
+        ({"enum": ["x", "y"]}, "Literal['x', 'y']"),
+        ({"anyOf": [{"const": 1}, {"type": "null"}]}, "Literal[1] | None"),
+        ({"$ref": "#/$defs/Day"}, "Literal['mon', 'tue']"),
+        ({"allOf": [{"$ref": "#/$defs/Count"}], "default": 1}, "int"),
+        ({"anyOf": [{"$ref": "#/$defs/Tree"}, {"$ref": "#/$defs/Count"}]}, "list | int"),
+        ({"$ref": "https://example.org/elsewhere"}, "Any"),
+        ({"anyOf": [{"type": "integer"}, {}]}, "Any"),
+        ({}, "Any"),
+    ],
+)
+def test_a_compact_line_shows_the_type_that_an_argument_has(schema: dict[str, Any], shown: str) -> None:
+    definitions = {
+        "Day": {"enum": ["mon", "tue"], "type": "string"},
+        "Count": {"type": "integer"},
+        "Tree": {"type": "array", "items": {"$ref": "#/$defs/Tree"}},
+    }
+    tool = {"name": "f", "parameters": {"properties": {"a": schema}, "required": ["a"], "$defs": definitions}}
+    assert signature_line(tool) == f"f(a: {shown}): "
 
 
 def test_observations_become_tool_messages() -> None:

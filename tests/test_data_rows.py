@@ -270,6 +270,22 @@ def test_a_tool_whose_arguments_would_not_be_shown_is_refused(tool: dict[str, An
         tool_schema({"type": "function", "function": {"name": "f"}, "parameters": WITH_X})
 
 
+def test_types_are_known_by_their_published_names_and_others_are_refused() -> None:
+    given = {"a": {"type": "float"}, "b": {"type": ["STRING", "null"]}, "c": {"type": "list", "items": {"type": "any"}}}
+    found = tool_schema({"name": "f", "parameters": {"type": "dict", "properties": given}})["parameters"]
+    assert found == {
+        "type": "object",
+        "properties": {
+            "a": {"type": "number"},
+            "b": {"type": ["string", "null"]},
+            "c": {"type": "array", "items": {"type": "string"}},
+        },
+    }
+    for odd in ({"type": "money"}, {"anyOf": [{"type": "money"}]}, {"type": "array", "items": {"type": "money"}}):
+        with pytest.raises(ValueError, match="tool 'f': the argument 'a' has the type 'money'; JSON schema has array"):
+            tool_schema({"name": "f", "parameters": {"type": "object", "properties": {"a": odd}}})
+
+
 def test_what_published_descriptions_say_beside_the_arguments_is_taken() -> None:
     for more in (
         {"strict": True, "returns": {"type": "string"}},

@@ -99,13 +99,46 @@ def first_type(schema: Mapping[str, Any]) -> str:
     return next((str(item) for item in kinds if item != "null"), "string")
 
 
+def python_type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    """A parameter's type as Python writes it. One ``type`` is its short name (``str``, ``list``), whatever it holds; a
+    union, a reference or choices without a type are written out: ``int | None``, ``list[int] | str``,
+    ``Literal['x', 'y']``.
+
+    Args:
+        definitions: what ``$ref`` may name.
+    """
+    kind = schema.get("type")
+    return _PYTHON_TYPES.get(kind, "Any") if isinstance(kind, str) else _whole_type(schema, definitions, ())
+
+
+def _whole_type(schema: Mapping[str, Any], definitions: Mapping[str, Any], within: tuple[str, ...]) -> str:
+    if "$ref" in schema:
+        name = str(schema["$ref"]).rpartition("/")[2]
+        known = isinstance(definitions.get(name), Mapping) and name not in within
+        return _whole_type(definitions[name], definitions, (*within, name)) if known else "Any"
+    if choices := schema.get("enum") or ([schema["const"]] if "const" in schema else []):
+        return f"Literal[{', '.join(map(repr, choices))}]"
+    kind, items = schema.get("type"), schema.get("items")
+    parts = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf") or []
+    if isinstance(kind, list | tuple):
+        parts = [{**schema, "type": one} for one in kind]
+    if isinstance(kind, str):
+        inner = _whole_type(items, definitions, within) if kind == "array" and isinstance(items, Mapping) else "Any"
+        return f"list[{inner}]" if inner != "Any" else _PYTHON_TYPES.get(kind, "Any")
+    shown = dict.fromkeys(_whole_type(part, definitions, within) for part in parts if isinstance(part, Mapping))
+    if "allOf" in schema and not isinstance(kind, list | tuple):
+        shown = dict.fromkeys([*(one for one in shown if one != "Any")][:1])
+    return "Any" if "Any" in shown or not shown else " | ".join(sorted(shown, key=lambda one: one == "None"))
+
+
 def signature_line(tool: Mapping[str, Any]) -> str:
     """One tool as ``name(a: str, b: bool = False): First sentence.``; required arguments keep schema order."""
     schema = tool["parameters"]
+    definitions = {**(schema.get("definitions") or {}), **(schema.get("$defs") or {})}
     required = set(schema.get("required", []))
     parts = []
     for key, value in schema.get("properties", {}).items():
-        part = f"{key}: {_PYTHON_TYPES.get(first_type(value), 'str')}"
+        part = f"{key}: {python_type(value, definitions)}"
         if key not in required:
             default = value.get("default")
             part += f" = {None if default == 'None' else default!r}"  # some documents write the default None as text

@@ -43,6 +43,42 @@ def name_fault(name: object, *, argument: bool = False) -> str | None:
     return None
 
 
+SCHEMA_TYPES = frozenset({"string", "integer", "number", "boolean", "array", "object", "null"})
+#: BFCL's Python names of types, as its own evaluation reads them
+_JSON_TYPES = {
+    "dict": "object",
+    "float": "number",
+    "tuple": "array",
+    "list": "array",
+    "any": "string",
+    "bool": "boolean",
+}
+
+
+def json_type(kind: str) -> str:
+    """The JSON schema type that a published type name means: BFCL's ``dict`` and ``float``, Gemini's ``OBJECT``. Others
+    stay.
+    """
+    known = kind.lower() if kind.isupper() and kind.lower() in SCHEMA_TYPES else kind
+    return _JSON_TYPES.get(known, known)
+
+
+def _unknown_type(schema: Any) -> object | None:
+    """A type in a schema, at any depth, that JSON schema doesn't have; None where there is none."""
+    if not isinstance(schema, dict):
+        return None
+    kind = schema.get("type")
+    kinds = kind if isinstance(kind, list | tuple) else [] if kind is None else [kind]
+    odd = next((one for one in kinds if not isinstance(one, str) or one not in SCHEMA_TYPES), None)
+    parts = [schema.get("items"), schema.get("additionalProperties")]
+    for key in ("properties", "$defs", "definitions"):
+        parts += schema[key].values() if isinstance(schema.get(key), dict) else []
+    for key in ("anyOf", "oneOf", "allOf", "prefixItems"):
+        parts += schema[key] if isinstance(schema.get(key), list | tuple) else []
+    found = [odd, *(_unknown_type(part) for part in parts)]
+    return next((one for one in found if one is not None), None)
+
+
 #: what the parameters of a tool without arguments may say beside its empty properties
 _WITHOUT_ARGUMENTS = frozenset(
     "type properties required title description additionalProperties unevaluatedProperties $schema $id $comment $defs"
@@ -79,11 +115,15 @@ def check_schema(tool: Any, *, names: bool = True) -> None:
             raise ValueError(f"{here}parameters.properties has to be an object of objects; {name!r} is {found}")
         if not isinstance(value.get("enum") or [], list | tuple):
             raise ValueError(f"{here}an enum in parameters.properties has to be a list; that of {name!r} is none")
+        if (odd := _unknown_type(value)) is not None:
+            raise ValueError(
+                f"{here}the argument {name!r} has the type {odd!r}; JSON schema has {', '.join(sorted(SCHEMA_TYPES))}"
+            )
     if not isinstance(required, list | tuple) or not all(isinstance(name, str) for name in required):
         raise ValueError(f"{here}parameters.required has to be a list of names")
-    if odd := [word for word in tool["parameters"] if not properties and word not in _WITHOUT_ARGUMENTS]:
+    if words := [word for word in tool["parameters"] if not properties and word not in _WITHOUT_ARGUMENTS]:
         raise ValueError(
-            f"{here}parameters have {odd[0]!r} and no properties, so that no argument would be shown; list the"
+            f"{here}parameters have {words[0]!r} and no properties, so that no argument would be shown; list the"
             " arguments in parameters.properties"
         )
     if missing := [name for name in required if name not in properties]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pact_nemo.environments.base import ToolCall, check_schema
+from pact_nemo.environments.base import ToolCall, check_schema, json_type
 from pact_nemo.environments.calls import is_plain
 from pact_nemo.environments.rows import Row
 from pact_nemo.runtime import strict_json
@@ -37,8 +37,8 @@ def tool_schema(function: Any, *, names: bool = True) -> dict[str, Any]:
 
     Taken off or undone: the OpenAI wrapper ``{"type", "function"}``, descriptions and parameters that are JSON strings,
     null for what is absent (``description: null``, ``parameters: null``, properties and keywords of other tools), whole
-    numbers that a table made floats, and the names that Anthropic and MCP have for parameters (``input_schema``,
-    ``inputSchema``).
+    numbers that a table made floats, BFCL's and Gemini's names of types (``dict``, ``OBJECT``), and the names that
+    Anthropic and MCP have for parameters (``input_schema``, ``inputSchema``).
 
     Args:
         names: see :func:`~pact_nemo.environments.base.check_schema`.
@@ -121,6 +121,9 @@ def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
     as such.
     """
     kind = schema.get("type")
+    if isinstance(kind, str | list):
+        kind = json_type(kind) if isinstance(kind, str) else [json_type(k) if isinstance(k, str) else k for k in kind]
+        schema = {**schema, "type": kind}
     kinds = kind if isinstance(kind, list) else [kind]
     whole = "integer" in kinds and "number" not in kinds
     tidied: dict[str, Any] = {}

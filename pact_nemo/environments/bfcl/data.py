@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pact_nemo.environments.base import ToolCall, check_schema
+from pact_nemo.environments.base import SCHEMA_TYPES, ToolCall, check_schema, json_type
 from pact_nemo.environments.calls import parse_call
 from pact_nemo.errors import ConfigError, DataError, MissingDependency, ToolCallError
 from pact_nemo.runtime import strict_json
@@ -21,16 +21,6 @@ from pact_nemo.runtime.quarantine import BadRow, Quarantine
 
 #: the multi-turn categories, which is what the environment has where no setting says otherwise
 CATEGORIES = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
-
-_JSON_TYPES = {
-    "dict": "object",
-    "float": "number",
-    "tuple": "array",
-    "list": "array",
-    "any": "string",
-    "bool": "boolean",
-}
-_SCHEMA_TYPES = {"string", "integer", "number", "boolean", "array", "object"}
 
 
 @lru_cache(maxsize=1)
@@ -81,9 +71,9 @@ def json_schema(schema: dict[str, Any]) -> dict[str, Any]:
     """
     result = copy.deepcopy(schema)
     kind = result.get("type", "string")
-    if not isinstance(kind, str) or _JSON_TYPES.get(kind, kind) not in _SCHEMA_TYPES:
+    if not isinstance(kind, str) or json_type(kind) not in SCHEMA_TYPES - {"null"}:
         raise DataError(f"unknown type {kind!r} in a function document; {_REMEDY}")
-    kind = _JSON_TYPES.get(kind, kind)
+    kind = json_type(kind)
     if result.get("type") == "float":
         result["format"] = "float"
     result["type"] = kind
