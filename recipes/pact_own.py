@@ -3,7 +3,7 @@
 
     python recipes/pact_own.py agent.tools=shop.py:Shop tasks.path=tasks.jsonl traces.path=traces.jsonl
     python recipes/pact_own.py agent.tools=shop.py:Shop traces.path=talks.jsonl  # their requests are the tasks
-    python recipes/pact_own.py "agent.mcp.command=[mcp-server-git,--repository,{workdir}]" traces.path=talks.jsonl
+    python recipes/pact_own.py "agent.mcp.command=[mcp-server-time,--local-timezone,UTC]" traces.path=talks.jsonl
     python recipes/pact_own.py --recipe qwen3_4b_4xh100_bf16 model.path=/models/Qwen3-4B agent.tools=shop.py:Shop ...
     python recipes/pact_own.py --resume runs/latest
 

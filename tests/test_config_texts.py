@@ -113,9 +113,12 @@ def test_a_placeholder_in_braces_is_a_text(tmp_path: Path) -> None:
         f"{base}agent:\n  mcp:\n    command: [mcp-server-git, --repository, {{workdir}}]\n"
     )
     (tmp_path / "b.yaml").write_text(base)
-    word = "agent.mcp.command=[mcp-server-git,--repository,{workdir}]"  # as the manual has it
+    word = "agent.mcp.command=[mcp-server-git,--repository,{workdir}]"
     for found in (load_config(tmp_path / "a.yaml"), load_config(tmp_path / "b.yaml", [word])):
         assert found.environment_config.mcp.command == command  # type: ignore[attr-defined]
+    word = 'agent.mcp.command=[mcp-server-git,--repository,"{task[info][repository]}"]'  # as the manual has it
+    of_a_task = load_config(tmp_path / "b.yaml", [word]).environment_config.mcp.command  # type: ignore[attr-defined]
+    assert of_a_task == [*command[:2], "{task[info][repository]}"]
 
 
 @pytest.mark.parametrize("value", ["[a]", "{a: b}"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -20,9 +21,10 @@ import pytest
 
 from pact_nemo.environments.own.mcp_templates import LaunchPlan, Rollout, Template
 from pact_nemo.environments.own.mcp_tools import MCPHost
-from pact_nemo.environments.own.settings import MCPConfig
+from pact_nemo.environments.own.settings import ONE_OF_THEM, MCPConfig
 from pact_nemo.errors import ConfigError, EnvironmentFailure
 
+ROOT = Path(__file__).resolve().parents[1]
 BENCH = str(Path(__file__).with_name("fixtures") / "mcp_bench.py")
 
 
@@ -63,6 +65,18 @@ def opened(host: MCPHost) -> Iterator[Any]:
     tools = host.open({"id": "t1"})
     yield tools
     tools.close()
+
+
+@pytest.mark.parametrize("place", ["docs/start/your-own-agent.md", "recipes/pact_own.py", "the message"])
+def test_the_server_that_is_given_as_an_example_starts(place: str) -> None:
+    text = ONE_OF_THEM if place == "the message" else (ROOT / place).read_text()
+    example = re.search(r"agent\.mcp\.command=\[([^\]]*)\]", text)
+    assert example
+    made = MCPHost(MCPConfig(command=example[1].split(","), timeout=60.0), workers=1)
+    try:
+        assert "convert_time" in [each["name"] for each in made.schemas]
+    finally:
+        made.close()
 
 
 def test_the_tools_are_shown_with_the_schemas_of_the_server_in_its_order(host: MCPHost) -> None:

@@ -17,7 +17,7 @@ FIELDS = (
     *("user_turns", "user_instructions", "info"),
 )
 ONE_OF_THEM = (
-    "give one of them, e.g. agent.tools=shop.py:Shop, or agent.mcp.command=[mcp-server-git,--repository,{workdir}]"
+    "give one of them, e.g. agent.tools=shop.py:Shop, or agent.mcp.command=[mcp-server-time,--local-timezone,UTC]"
 )
 USER_TURNS = ("recorded", "first", "endpoint")
 
