@@ -1,32 +1,18 @@
 # What every job script of this folder does; sourced by them, not submitted by itself. Words of the sbatch command line are passed on:
 #   sbatch slurm/pact_70b.sh trainer.steps=50                 any setting of pact_nemo/config/schema.py
 #   bash slurm/pact_70b.sh --dry-run trainer.steps=50         print the resources and the exact command; submits and starts nothing
-# Variables (the script that sources this sets the defaults):
-#   RECIPE, SETTINGS   the recipe script, and its --recipe NAME or --config FILE
-#   RANKS_PER_NODE     trainer processes a node, one per GPU
-#   RUN_ROOT           where the run's folder is made; on a file system that all nodes see. Default runs/slurm-<job id>: a requeued job has the
-#                      same id and so goes on from its own newest checkpoint. Another job's is refused
-#   RESUME             folder of a run that this job goes on with, with that run's model, recipe and settings; words change single ones
-#   PYTHON             interpreter of the environment (default .venv/bin/python)
-#   CONTAINER          image for srun --container-image (enroot/pyxis), CONTAINER_MOUNTS its mounts; empty = the environment itself
-#   SERVER_NODES       nodes, the last ones, that carry a rollout server each and no trainer (default 0: the ranks start the engines of
-#                      rollout.server.engines on their own nodes)
-#   SERVER_SETTINGS    settings of these servers, e.g. "rollout.server.tensor_parallel_size=8 rollout.server.gpu_memory_utilization=0.9"
-#   MAX_REQUEUES       how often the job may requeue itself (default 20)
-#   SBATCH_ACCOUNT, SBATCH_PARTITION   account and partition; sbatch reads them itself, like its other SBATCH_ variables
-#   CPU_BIND           srun --cpu-bind (default none: ranks stay near their GPUs by themselves, and the first rank, which runs environments and
-#                      server, may use all of the node's cores)
-#   OMP_NUM_THREADS    threads of a trainer process (default --cpus-per-task)
+# All variables that it reads are in docs/cluster/slurm.md, "Variables". The script that sources this sets REPOSITORY and the defaults of
+# RECIPE, SETTINGS and RANKS_PER_NODE.
 set -euo pipefail
-REPOSITORY="${PACT_REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}"
 cd "$REPOSITORY"
+REPOSITORY="$PWD" # whole, for PYTHONPATH and mounts
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}" # also in a container, where nothing of this checkout is installed
 DRY_RUN=
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
 JOB="${SLURM_JOB_ID:-JOBID}"
 ATTEMPT="${SLURM_RESTART_COUNT:-0}"
 RUN_ROOT="${RUN_ROOT:-runs/slurm-$JOB}"
-PYTHON="${PYTHON:-.venv/bin/python}"
+PYTHON="${PYTHON:-$([ -n "${CONTAINER:-}" ] && echo python3 || echo .venv/bin/python)}" # an image has an environment of its own
 LOGS="$RUN_ROOT/logs/job-$JOB" # another job in the same RUN_ROOT has its own logs, server addresses and count of attempts
 
 # srun doesn't take --cpus-per-task over from sbatch
@@ -71,7 +57,7 @@ SERVER_NODES="${SERVER_NODES:-0}"
 TRAINER_NODES="$((NODES - SERVER_NODES))"
 container=()
 if [ -n "${CONTAINER:-}" ]; then
-    container=(--container-image="$CONTAINER" --container-mounts="${CONTAINER_MOUNTS:-$REPOSITORY:$REPOSITORY}" --container-workdir="$REPOSITORY")
+    container=(--container-image="$CONTAINER" --container-mounts="$REPOSITORY:$REPOSITORY${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" --container-workdir="$REPOSITORY")
 fi
 [ -z "$DRY_RUN" ] || [ "${#hosts[@]}" != 0 ] || hosts=($(seq -f 'node%g' 1 "$NODES"))
 placed=()

@@ -7,8 +7,8 @@
 #   SBATCH_ACCOUNT=A SBATCH_PARTITION=P sbatch slurm/pact_70b.sh ...                          # where the cluster wants them
 #   bash slurm/pact_70b.sh --dry-run model.path=...                                         # what would be submitted; starts nothing
 # The notice has to be longer than what still runs after it: the rest of a step's scoring and update, refit and a checkpoint. By the plan
-# that is 504 s, and 1,033 s for qwen3_32b_16xh100_bf16, the longest of the recipes of several nodes,
-# and a plan may be 26 % off. A job whose --time is not longer than the notice by several steps is told at its start: give it a --signal of its own.
+# that is 504 s, and 1,033 s for qwen3_32b_16xh100_bf16, the longest of the recipes of several nodes; it may be 26 % off.
+# A job whose --time is not longer than the notice by several steps is told at its start: give it a --signal of its own.
 #SBATCH --job-name=pact-70b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -24,4 +24,9 @@
 RECIPE="${RECIPE:-recipes/pact_70b.py}"
 SETTINGS="${SETTINGS:---recipe llama3p1_70b_64xh100_bf16}"
 RANKS_PER_NODE="${RANKS_PER_NODE:-8}"
-source "${PACT_REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}/slurm/job.sh"
+REPOSITORY="${PACT_REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}" # Slurm runs a copy of this script elsewhere
+if [ ! -e "$REPOSITORY/slurm/job.sh" ]; then
+    echo "no slurm/job.sh in $REPOSITORY: submit in the checkout's folder, or say where it is, PACT_REPOSITORY=FOLDER sbatch ..." >&2
+    exit 2
+fi
+source "$REPOSITORY/slurm/job.sh"

@@ -44,7 +44,14 @@ def submit(cluster: Cluster, stage: dict[str, Any], root: Path, *words: str) -> 
         "OMP_NUM_THREADS": "1",
         "PACT_REPOSITORY": str(REPO),
     }
-    resources = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", f"--output={root}.log"]
+    resources = [
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=1",
+        "--gpus-per-node=0",
+        "--mem=0",
+        f"--output={root}.log",
+    ]
     command = [
         "sbatch",
         "--parsable",

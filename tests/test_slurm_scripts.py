@@ -80,6 +80,36 @@ def test_every_recipe_has_a_notice_that_is_long_enough() -> None:
     assert 1.26 * seconds_after_a_notice("qwen3_4b_1xh100_lora") <= int(found(r"--signal=TERM@(\d+)", alone))
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_job_that_is_submitted_elsewhere_says_what_it_needs(name: str, tmp_path: Path) -> None:
+    done = dry_run(name, tmp_path, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert done.returncode == 2 and not done.stdout
+    assert f"no slurm/job.sh in {tmp_path}" in done.stderr and "PACT_REPOSITORY=FOLDER" in done.stderr
+
+
+def test_every_variable_of_the_job_scripts_is_in_the_manual() -> None:
+    scripts = "".join(path.read_text() for path in (REPO / "slurm").glob("*.sh"))
+    read = {name for name in re.findall(r"\$\{([A-Z_]+):?[-+]", scripts) if not name.startswith("SLURM_")}
+    page = (REPO / "docs" / "cluster" / "slurm.md").read_text().partition("### Variables")[2].partition("\n## ")[0]
+    table = "".join(line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `"))
+    assert read <= {*re.findall(r"`(\w+)`", table)} and {"RESUME", "MAX_REQUEUES", "CONTAINER"} <= read
+
+
+def test_an_image_has_an_interpreter_of_its_own(tmp_path: Path) -> None:
+    for said, interpreter in (({"CONTAINER": "image"}, "python3"), ({}, ".venv/bin/python")):
+        done = dry_run("pact_bfcl.sh", tmp_path, PYTHON="", **said)
+        assert f" rank {interpreter} recipes/pact_bfcl.py " in done.stdout, done.stdout + done.stderr
+
+
+def test_a_job_of_a_part_of_a_node_asks_for_the_memory_that_the_plan_has() -> None:
+    host = run_plan(load_config([REPO / "conf" / "pact_bfcl.yaml", recipe("qwen3_4b_4xh100_bf16")], [])).host
+    script = (REPO / "slurm" / "pact_bfcl.sh").read_text()
+    assert host is not None and f"{host.needed / 2**30:.0f} GiB" in script
+    assert host.needed < int(found(r"^#SBATCH --mem=(\d+)G$", script)) * 2**30
+    small = script.partition("conf/pact_bfcl-smollm2_135m-cpu.yaml")[2].partition("two CPU cores")[0]
+    assert "--ntasks-per-node=1 --cpus-per-task=2 " in small and "--mem=" in small
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if recipe(name).policy.lora.rank])
 def test_every_recipe_of_adapters_has_a_job_of_one_node_with_all_of_its_gpus(name: str, tmp_path: Path) -> None:
     ranks = str(recipe(name).gpus_per_node)
@@ -250,6 +280,7 @@ def job_of_four_nodes(folder: Path, script: str, *words: str, **said: str) -> su
 def test_servers_in_containers_are_reached_by_addresses_that_slurm_says_outside(tmp_path: Path) -> None:
     """Four nodes, two of them for servers; a container has no ``scontrol``."""
     said = {"SERVER_NODES": "2", "CONTAINER": "image", "SETTINGS": "--recipe qwen3_14b_8xh100_bf16"}
+    said["CONTAINER_MOUNTS"] = "/models:/models"
     logs = tmp_path / "runs" / "logs" / "job-7"  # addresses of servers that are long gone, of this job and another
     for folder in (logs.parent, logs, logs.with_name("job-6")):
         folder.mkdir(parents=True)
@@ -262,6 +293,7 @@ def test_servers_in_containers_are_reached_by_addresses_that_slurm_says_outside(
     for line, node in zip(sorted(servers), ("node3", "node4"), strict=True):
         assert f"--nodelist={node} " in line and "--cpus-per-task=96" in line and "--container-image=image" in line
         assert "tools/serve.py --script recipes/pact_70b.py " in line
+    assert f"--container-mounts={REPO}:{REPO},/models:/models " in trainers
     assert "--nodelist=node1,node2" in trainers and "--ntasks=16" in trainers and "--cpu-bind=none" in trainers
     hard = subprocess.run(["bash", "-c", "ulimit -Hn"], capture_output=True, text=True, check=True).stdout.strip()
     assert trainers.startswith(f"cpus=12 omp=12 files={hard} ")
