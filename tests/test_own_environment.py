@@ -197,6 +197,38 @@ def test_conversations_alone_are_tasks_and_traces(tmp_path, opened, verify, kept
     assert found["a"][0].turns[0].calls == (ToolCall("order", {"sku": "A1", "count": 2}),)
 
 
+PRETTY = json.dumps(conversation(1), indent=1)
+SHAREGPT = json.dumps({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]})
+RESPONSES = json.dumps({"input": [{"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"}]})
+BLOCKS = json.dumps({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "look"}]}]})
+TRACE = json.dumps({"version": 1, "task_id": "a", "source": "x", "verified": True, "turns": []})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (SHAREGPT.encode(), "c.jsonl:1: this is a chat in ShareGPT format"),
+        (RESPONSES.encode(), "c.jsonl:1: this is a chat in the format of OpenAI's responses"),
+        (BLOCKS.encode(), "c.jsonl:1: this is a chat in Anthropic format"),
+        (b'{"contents": [{"role": "user", "parts": [{"text": "x"}]}]}', "c.jsonl:1: this is a chat in Gemini format"),
+        (json.dumps(conversation(1)).encode("utf-16"), "c.jsonl: not UTF-8 but UTF-16: write the file as UTF-8"),
+        (b'{"messages": "\xe9"}\n', "c.jsonl:1: not UTF-8: .*write the file as UTF-8"),
+        (f"{PRETTY}\n{PRETTY}\n".encode(), "c.jsonl: not one object a line: an object goes over several lines"),
+        (b"- a list\n", "c.jsonl:1: not one object a line: .*repair the line"),
+        (json.dumps({"rows": [conversation(1)]}).encode(), "c.jsonl: .* holds its rows under 'rows': write the rows"),
+        (b'{"dialogue": "x"}', "c.jsonl:1: a row with dialogue is neither a chat in OpenAI format nor a trace"),
+        (TRACE.encode(), "c.jsonl: these are traces, and their tasks are missing: give tasks.path"),
+        (None, "c.jsonl: no such file; give the path of conversations"),
+    ],
+)
+def test_without_tasks_a_file_that_is_no_conversations_is_refused_by_what_it_is(tmp_path, data, message):
+    path = tmp_path / "c.jsonl"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        build_environment(config_of(f"traces.path={path}"))
+
+
 def test_a_conversation_lends_its_calls_to_the_task_that_begins_with_its_words(tmp_path, opened):
     row = {"id": "mine", "question": "Please order 2 of A1.", "info": {"stock": STOCK}}
     tasks = written(tmp_path / "tasks.jsonl", [row])

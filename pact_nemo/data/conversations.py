@@ -17,6 +17,7 @@ from pact_nemo.runtime.quarantine import BadRow, Quarantine
 from pact_nemo.traces.annotate import Style
 from pact_nemo.traces.conversations import NOTHING_TO_LEARN, Conversation, ImportReport, as_trace, read_conversations
 from pact_nemo.traces.filters import why_not
+from pact_nemo.traces.other_formats import refuse_as_conversations
 from pact_nemo.traces.schema import Trace, is_trace_file
 from pact_nemo.traces.verification import why_unverified
 
@@ -38,6 +39,16 @@ def conversations_of(config: Config, quarantine: Quarantine) -> list[Conversatio
         if (row.error.file, row.error.line, row.error.field) not in known:
             quarantine.add(row.error, row.raw)
     return found
+
+
+def refuse_conversations(config: Config) -> None:
+    """Say why ``traces.path`` is no file of conversations, where :func:`conversations_of` gave None.
+
+    Raises:
+        DataError: always where the path is given.
+    """
+    if config.traces.path is not None:
+        refuse_as_conversations(config.traces.path)
 
 
 def dropped_conversations(config: Config, quarantine: Quarantine) -> dict[str, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.chat.tool_formats import Pythonic, tool_format
 from pact_nemo.config.schema import Config
-from pact_nemo.data.conversations import conversations_of
+from pact_nemo.data.conversations import conversations_of, refuse_conversations
 from pact_nemo.environments import registry
 from pact_nemo.environments.answers import answer_words
 from pact_nemo.environments.base import Environment, Task
@@ -47,6 +47,7 @@ def build_environment(
         quarantine=quarantine,
         sandbox=lambda: Sandbox(config.sandbox.workers, limits, unconfined=config.sandbox.unconfined),
         conversations=lambda: conversations_of(config, quarantine),
+        refuse_conversations=lambda: refuse_conversations(config),
         python_names=isinstance(tool_format(config.model.tool_format), Pythonic),
         folder=folder,
     )

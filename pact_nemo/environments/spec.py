@@ -40,7 +40,7 @@ class EnvironmentConfig:
         """
 
 
-def _no_conversations() -> None:
+def _nothing() -> None:
     return None
 
 
@@ -57,6 +57,8 @@ class Setup:
         sandbox: makes a sandbox with the limits of the section ``sandbox``; it starts when it is first used.
         conversations: reads ``traces.path`` where it is a file of conversations, once; None where it is none. For an
             environment whose tasks can be read out of them.
+        refuse_conversations: raises DataError where ``traces.path`` is given and no file of conversations; for such an
+            environment, where ``conversations`` gave None and there are no other tasks.
         python_names: ``model.tool_format`` writes calls as Python text, so names have to be plain identifiers.
         folder: where it may keep what has to outlive the process, for an evaluation that is cut and goes on. None:
             nothing has to.
@@ -68,7 +70,8 @@ class Setup:
     seed: int
     quarantine: Quarantine
     sandbox: Callable[[], Sandbox]
-    conversations: Callable[[], Sequence[Any] | None] = _no_conversations
+    conversations: Callable[[], Sequence[Any] | None] = _nothing
+    refuse_conversations: Callable[[], None] = _nothing
     python_names: bool = False
     folder: Path | None = None
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from pact_nemo.errors import DataError
 from pact_nemo.runtime import strict_json
 
 WANTED = (
@@ -15,6 +19,8 @@ WANTED = (
 OPENAI = "a chat in OpenAI format"  #: which :mod:`pact_nemo.traces.conversations` reads
 _ENVELOPES = ("body", "request", "response", "data", "sample", "example")
 _RESPONSES = ("function_call", "function_call_output", "reasoning")  # item types of OpenAI's responses
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_SPACE = re.compile(r"\s*")
 _MARKUP = ("<|im_start|>", "<|start_header_id|>", "<|start|>", "[INST]", "<｜User｜>", "<start_of_turn>")
 
 
@@ -95,3 +101,88 @@ def _of_messages(messages: Sequence[Any]) -> str | None:
         return "a chat in Anthropic format (content blocks tool_use and tool_result)"
     calls = any(message.get("tool_calls") or message.get("function_call") for message in known)
     return f"{OPENAI} (messages with role and content{' and tool_calls' if calls else ''})"
+
+
+def refuse_other_format(lines: Sequence[bytes], file: str) -> None:
+    """Refuse a file that isn't one of traces at all, under any policy for bad rows: its first row tells.
+
+    Raises:
+        DataError: names the format.
+    """
+    first, text = _first_line(lines)
+    if text.startswith(b"PAR1"):
+        raise DataError(f"this is a parquet file, not a file of traces: {WANTED}", file=file)
+    if text.startswith(_UTF16):
+        raise DataError("not UTF-8 but UTF-16: write the file as UTF-8", file=file)
+    whole = b"\n".join(lines)
+    row: Any = None
+    for part in (text, whole):  # a row may be written over many lines
+        try:
+            row = strict_json.loads(part.decode("utf-8"))
+            break
+        except ValueError:  # also of what isn't UTF-8; said line by line
+            continue
+    if row is None and _begins_with_an_object(whole):
+        raise DataError("not one object a line: an object goes over several lines, write it on one", file=file)
+    if isinstance(row, list):
+        found = other_format(row) or (other_format(row[0]) if row else None)
+        raise DataError(
+            f"this is one JSON list{f' ({found})' if found else ''}, not a trace a line: {WANTED}", file=file
+        )
+    found = other_format(row)
+    if found is not None:
+        raise DataError(f"this is {found}, not a trace: {WANTED}", file=file, line=first)
+    key = _key_of_rows(row)
+    if key is not None:
+        raise DataError(
+            f"this is one object that holds its rows under {key!r}: write the rows alone, one a line", file=file
+        )
+
+
+def refuse_as_conversations(path: str | os.PathLike[str]) -> None:
+    """Say of a file that should have been one of conversations why it is none.
+
+    Raises:
+        DataError: always but for a file of conversations; names the format where it is known.
+    """
+    file = os.fspath(path)
+    if not Path(file).is_file():
+        raise DataError("no such file; give the path of conversations in OpenAI format", file=file)
+    lines = Path(file).read_bytes().split(b"\n")
+    refuse_other_format(lines, file)
+    first, text = _first_line(lines)
+    try:
+        row = strict_json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: {error}; write the file as UTF-8", file=file, line=first) from error
+    except ValueError as error:
+        raise DataError(f"not one object a line: {error}; repair the line", file=file, line=first) from error
+    if isinstance(row, Mapping) and _is_trace(row):
+        raise DataError("these are traces, and their tasks are missing: give tasks.path=tasks.jsonl, too", file=file)
+    has = (
+        f"a row with {', '.join(map(str, row)) or 'no key'}" if isinstance(row, Mapping) else "a row that is no object"
+    )
+    raise DataError(f"{has} is neither a chat in OpenAI format nor a trace: {WANTED}", file=file, line=first)
+
+
+def _first_line(lines: Sequence[bytes]) -> tuple[int, bytes]:
+    return next(((number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()), (0, b""))
+
+
+def _begins_with_an_object(data: bytes) -> bool:
+    """Whether a file that is no JSON begins with an object, which is more than a line."""
+    try:
+        text = data.decode("utf-8-sig")
+        start = _SPACE.match(text)
+        value, end = strict_json.decode_at(text, start.end() if start is not None else 0)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and "\n" in text[:end].strip()
+
+
+def _key_of_rows(row: Any) -> str | None:
+    """The key of an object under which a list of chats is."""
+    if not isinstance(row, Mapping) or _is_trace(row):
+        return None
+    lists = ((key, value[0]) for key, value in row.items() if isinstance(value, list) and value)
+    return next((str(key) for key, first in lists if isinstance(first, Mapping) and other_format(first)), None)

@@ -14,7 +14,7 @@ from pact_nemo.errors import DataError
 from pact_nemo.runtime import strict_json
 from pact_nemo.runtime.files import write_text_atomic
 from pact_nemo.runtime.quarantine import Quarantine
-from pact_nemo.traces.other_formats import OPENAI, WANTED, other_format
+from pact_nemo.traces.other_formats import OPENAI, WANTED, other_format, refuse_other_format
 from pact_nemo.traces.segments import PREVIEW, SEGMENT_TYPES, prefix_levels, preview_start
 
 TRACE_VERSION = 1
@@ -263,7 +263,7 @@ def read_traces(path: str | os.PathLike[str], quarantine: Quarantine | None = No
     traces: list[Trace] = []
     seen: dict[str, int] = {}
     lines = Path(file).read_bytes().split(b"\n")  # as bytes: one line that isn't UTF-8 is one bad row
-    _refuse_other_format(lines, file)
+    refuse_other_format(lines, file)
     for line, text in enumerate(lines, start=1):
         if text.strip():
             trace = quarantine.parse(lambda: _read(text, file, line, seen), text.decode("utf-8", "backslashreplace"))  # noqa: B023 - called at once
@@ -281,32 +281,10 @@ def is_trace_file(path: str | os.PathLike[str]) -> bool:
         return False
     data = Path(path).read_bytes()
     try:
-        _refuse_other_format(data.split(b"\n"), os.fspath(path))
+        refuse_other_format(data.split(b"\n"), os.fspath(path))
     except DataError as error:
         return OPENAI not in str(error)
     return bool(data.strip())
-
-
-def _refuse_other_format(lines: Sequence[bytes], file: str) -> None:
-    """Refuse a file that isn't one of traces at all, under any policy for bad rows: its first row tells."""
-    first, text = next(((number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()), (0, b""))
-    if text.startswith(b"PAR1"):
-        raise DataError(f"this is a parquet file, not a file of traces: {WANTED}", file=file)
-    row: Any = None
-    for part in (text, b"\n".join(lines)):  # a row may be written over many lines
-        try:
-            row = strict_json.loads(part.decode("utf-8"))
-            break
-        except ValueError:  # also of what isn't UTF-8; said line by line
-            continue
-    if isinstance(row, list):
-        found = other_format(row) or (other_format(row[0]) if row else None)
-        raise DataError(
-            f"this is one JSON list{f' ({found})' if found else ''}, not a trace a line: {WANTED}", file=file
-        )
-    found = other_format(row)
-    if found is not None:
-        raise DataError(f"this is {found}, not a trace: {WANTED}", file=file, line=first)
 
 
 def _read(text: bytes, file: str, line: int, seen: dict[str, int]) -> Trace:

@@ -39,6 +39,7 @@ class OwnEnvironment:
 
     Raises:
         ConfigError: there is neither, or the tools can't be had.
+        DataError: there is no ``tasks.path``, and ``traces.path`` is no file of conversations.
     """
 
     def __init__(self, setup: Setup):
@@ -47,6 +48,7 @@ class OwnEnvironment:
         if self.settings.tools is None and not self.settings.mcp.command:
             raise ConfigError(f"environment=own: no tools; {ONE_OF_THEM}")
         if setup.path is None and setup.conversations() is None:
+            setup.refuse_conversations()
             raise ConfigError(
                 "environment=own: no tasks; give tasks.path=tasks.jsonl, or traces.path=conversations.jsonl, whose"
                 " requests are the tasks then"
