@@ -99,6 +99,16 @@ def only(condition: str) -> str:
             "writes the 'name' of a message",
         ),
         (
+            CHATML.replace(
+                "m['content'] +", "('tool ' ~ m.get('name') ~ ': ' if m.role == 'tool' else '') + m['content'] +"
+            ),
+            "writes the 'name' of a message",
+        ),
+        (
+            CHATML.replace("m['content'] +", "m['content'] + m.get('tool_call_id', '') +"),
+            "writes the 'tool_call_id' of a message",
+        ),
+        (
             "{%- for m in messages if m.role == 'tool' %}" + MESSAGE + "{%- endfor %}" + only("m.role != 'tool'"),
             "before what came|than its pieces",
         ),

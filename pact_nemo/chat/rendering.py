@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,8 @@ _RESERVED = frozenset(
 _NOT_GIVEN = re.compile(
     r"\{\{ no such element: dict object\['(\w+)'\] \}\}"
 )  # how jinja shows a missing field when it is asked to
+#: fields that others give a tool's result, and results here don't have
+_OF_RESULTS = {"name": "look_up", "tool_call_id": "a1B2c3D4e"}
 TODAY = "strftime_now"  #: the function by which templates write today's date
 
 
@@ -95,7 +98,8 @@ class ChatTemplate:
 
     def not_given(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str | None:
         """A field of a message that the template writes down though messages don't have it, e.g. the tool's name in a
-        result: jinja writes nothing there. None where there is none.
+        result: jinja writes nothing there, or ``None`` where the template asks by ``message.get('name')``. None where
+        there is none.
 
         Raises:
             DataError: as :meth:`render`.
@@ -104,20 +108,29 @@ class ChatTemplate:
 
         environment = _compile_jinja_template(self.text).environment.overlay(undefined=DebugUndefined)
         known = {**self._tokenizer.special_tokens_map, **self._kwargs}
-        try:
-            text = environment.from_string(self.text).render(
-                messages=[dict(message) for message in messages],
+
+        def text(**fields: str) -> str:
+            return environment.from_string(self.text).render(
+                messages=[{**message, **(fields if message["role"] == "tool" else {})} for message in messages],
                 tools=tools,
                 documents=None,
                 add_generation_prompt=True,
                 **known,
             )
+
+        try:
+            plain = text()
         except _TEMPLATE_FAILS as error:
             raise DataError(
                 f"{self.source} can't render this conversation: {error!r}; change the conversation or the template"
             ) from error
-        found = _NOT_GIVEN.search(text)
-        return found.group(1) if found is not None else None
+        if (found := _NOT_GIVEN.search(plain)) is not None:
+            return found.group(1)
+        for field, value in _OF_RESULTS.items():
+            with contextlib.suppress(*_TEMPLATE_FAILS):  # a template may refuse the value; nothing is told by that
+                if text(**{field: value}) != plain:
+                    return field
+        return None
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, generation: bool) -> str:
         """Text of a conversation as the template writes it. ``tools``: OpenAI-style, or None where they aren't passed
