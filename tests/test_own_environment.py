@@ -102,6 +102,18 @@ def test_the_closing_message_is_judged_by_the_answer(tmp_path, opened):
     [
         ("contains", "That is 59.80 in all.", "59.80", 1.0),
         ("contains", "That is 159.80.", "59.80", 0.0),
+        ("contains", "That is 59.80.", 59.8, 1.0),
+        ("contains", "It costs 4.50.", "4", 0.0),
+        ("contains", "It is -4 degrees.", "4", 0.0),
+        ("contains", "It is 3-4 miles.", "4", 1.0),
+        ("contains", "options 3,4 apply", "34", 0.0),
+        ("contains", "version 1.2.3", "1.2", 0.0),
+        ("contains", "agent 7", "007", 0.0),
+        ("contains", "order 1000002", "1000001", 0.0),
+        ("contains", "caf\u00e9", "cafe\u0301", 1.0),
+        ("number", "\u22125 degrees", "-5", 1.0),
+        ("number", "1e400", "2e500", 0.0),
+        ("number", "0.3333333", str(1 / 3), 1.0),
         ("exact", "<answer>Paris</answer> it is", "paris", 1.0),
         ("exact", "Paris it is", "paris", 0.0),
         ("f1", "the red door", "red door", 0.8),
@@ -389,3 +401,18 @@ def test_a_field_of_conversations_that_no_row_has_is_refused(tmp_path, opened):
     path = written(tmp_path / "c.jsonl", [talk("What?")])
     with pytest.raises(ConfigError, match="traces.fields takes 'task_id' from 'nope', which no row of"):
         opened(f"traces.path={path}", "traces.fields={task_id: nope}")[1].tasks()
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["agent.mcp.rename={a: b}"], "agent.mcp.rename"),
+        (["agent.mcp.include=[a]"], "agent.mcp.include"),
+        (["agent.tools=null", "agent.mcp.command=[x]", "agent.include=[a]"], "agent.include"),
+        (["agent.judge.model=m"], "agent.judge.model"),
+        (["agent.user.instructions=x.txt"], "agent.user.instructions"),
+    ],
+)
+def test_a_setting_that_nothing_would_read_is_refused(words, key):
+    with pytest.raises(ConfigError, match=f"^{key}: is (read|set)"):
+        config_of("tasks.path=t.jsonl", *words)

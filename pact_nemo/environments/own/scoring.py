@@ -4,9 +4,10 @@ expected ones. Text and JSON values only.
 
 from __future__ import annotations
 
-import math
 import re
+import unicodedata
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from pact_nemo.environments.answers import answer_words, names_answer, plain, tagged_answer, visible
@@ -15,16 +16,18 @@ from pact_nemo.environments.rows import number_text
 from pact_nemo.objective.rewards import values_equal
 from pact_nemo.runtime import strict_json
 
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])")
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?!\w|\.\d)")
+_PADDED = re.compile(r"[-+]?0\d")  # a name in digits, such as 007
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
-_RELATIVE = 1e-6
+_RELATIVE = Decimal("1e-6")
 
 
 def answer_score(rule: str, message: str, answers: Sequence[Any]) -> float:
     """How well a closing message answers, in [0, 1]; the best over several accepted ``answers``.
 
     Args:
-        rule: ``contains``: the answer stands in the message as whole words, without regard to case and commas.
+        rule: ``contains``: the answer stands in the message as whole words, without regard to case and commas; of a
+            number, a number of the message is equal to it.
             ``exact``: the message, or its ``<answer>``, is the answer, likewise. ``f1``: of the different words of
             both. ``number``: the last number of the message equals the answer to 1e-6 of its size. ``json``: the
             message, its fenced block, or its outermost object or list equals the answer as JSON.
@@ -55,14 +58,22 @@ def _text(answer: Any) -> str:
     return number_text(answer) if isinstance(answer, float) else str(answer)
 
 
-def number_in(text: str) -> float | None:
-    """The last number of a text, commas between thousands left out; None where there is none."""
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+def numbers_in(text: str) -> list[Decimal]:
+    """The numbers of a text in order, commas between thousands left out; a typographic minus is one."""
+    return [Decimal(found.replace(",", "")) for found in _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))]
+
+
+def number_in(text: str) -> Decimal | None:
+    """The last number of a text; None where there is none."""
+    found = numbers_in(text)
+    return found[-1] if found else None
 
 
 def _contains(said: str, tagged: str | None, answer: Any) -> float:
-    return float(names_answer(said, _text(answer)))
+    text, wanted = (unicodedata.normalize("NFC", each) for each in (said, _text(answer)))
+    if _NUMBER.fullmatch(wanted.strip()) and not _PADDED.match(wanted.strip()):
+        return float(number_in(wanted) in numbers_in(text))
+    return float(names_answer(text, wanted))
 
 
 def _exact(said: str, tagged: str | None, answer: Any) -> float:
@@ -77,7 +88,9 @@ def _f1(said: str, tagged: str | None, answer: Any) -> float:
 
 def _number(said: str, tagged: str | None, answer: Any) -> float:
     found, wanted = number_in(tagged if tagged is not None else said), number_in(_text(answer))
-    return float(found is not None and wanted is not None and math.isclose(found, wanted, rel_tol=_RELATIVE))
+    if found is None or wanted is None:
+        return 0.0
+    return float(abs(found - wanted) <= _RELATIVE * max(abs(found), abs(wanted)))
 
 
 def _json(said: str, tagged: str | None, answer: Any) -> float:

@@ -58,6 +58,7 @@ class JudgeConfig:
     def validate(self) -> None:
         """Raises ConfigError for a value out of range, or a part that is missing."""
         if self.url is None:
+            _refuse_without_url(self, "judge", ("model", "rubric", "cache"), "agent.judge.url is not")
             return
         _check_endpoint(self, "judge", ("model", "rubric"))
 
@@ -89,6 +90,7 @@ class UserConfig:
         if not used:
             if self.url is not None:
                 raise ConfigError("agent.user.url: is set, and is asked with agent.user_turns=endpoint only; set that")
+            _refuse_without_url(self, "user", ("model", "instructions", "cache"), "agent.user_turns is not endpoint")
             return
         if self.url is None:
             raise ConfigError("agent.user_turns=endpoint: agent.user.url is not set; give the endpoint's base URL")
@@ -102,6 +104,13 @@ class UserConfig:
                 f"agent.user.cache={self.cache}: a user of temperature {self.temperature:g} answers anew each time;"
                 " leave the cache out, or set agent.user.temperature=0"
             )
+
+
+def _refuse_without_url(section: JudgeConfig | UserConfig, name: str, keys: tuple[str, ...], why: str) -> None:
+    """Raises ConfigError for a part of an endpoint's settings where nothing is asked."""
+    given = next((key for key in keys if getattr(section, key) is not None), None)
+    if given is not None:
+        raise ConfigError(f"agent.{name}.{given}: is set, and {why}; set that too, or leave this out")
 
 
 def _check_endpoint(section: JudgeConfig | UserConfig, name: str, needed: tuple[str, ...]) -> None:
@@ -171,8 +180,20 @@ class OwnConfig(EnvironmentConfig):
                 "agent.isolation=sandbox: an MCP server is a program of its own and isn't confined; leave"
                 " agent.isolation out, and confine agent.mcp.command yourself, e.g. with bwrap"
             )
+        self._refuse_unused()
         odd = sorted(set(self.fields) - set(FIELDS))
         if odd:
             raise ConfigError(f"agent.fields: no field {odd[0]!r} of ours; ours are {', '.join(FIELDS)}")
         self.judge.validate()
         self.user.validate(self.simulated)
+
+    def _refuse_unused(self) -> None:
+        """Raises ConfigError for what only the other kind of tools would read."""
+        if self.mcp.command and self.include:
+            raise ConfigError(
+                "agent.include: is read with agent.tools only; name a server's tools in agent.mcp.include"
+            )
+        if self.tools is not None:
+            key = next((key for key in ("include", "rename", "hidden", "env", "cwd") if getattr(self.mcp, key)), None)
+            if key is not None:
+                raise ConfigError(f"agent.mcp.{key}: is read with agent.mcp.command only, and agent.tools is set")
