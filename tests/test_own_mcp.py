@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 import pytest
 
-from pact_nemo.environments.own.mcp_templates import LaunchPlan, Rollout, Template
 from pact_nemo.environments.own.mcp_tools import MCPHost
 from pact_nemo.environments.own.settings import ONE_OF_THEM, MCPConfig
 from pact_nemo.errors import ConfigError, EnvironmentFailure
@@ -239,6 +238,16 @@ def test_include_rename_and_hidden_arguments() -> None:
         made.close()
 
 
+def test_a_server_that_needs_the_task_is_started_for_it() -> None:
+    made = MCPHost(config(env={"TASK_NAME": "{task[id]}"}), workers=2, example={"id": "first"})
+    try:
+        assert "TASK_NAME" in made.open({"id": "a"}).call("environment", {})
+        with pytest.raises(EnvironmentFailure, match="task '[?]': agent.mcp.env.TASK_NAME: the task has no"):
+            made.open({})
+    finally:
+        made.close()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -255,68 +264,6 @@ def test_names_that_the_server_does_not_have_are_refused(settings: dict[str, Any
     tools = next(iter(host._servers._all)).tools  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=message):
         offered_tools(config(**settings), tools)
-
-
-@pytest.mark.parametrize(
-    ("start", "message"),
-    [
-        ("crash", r"ended at start \(exit 3\): no database at 10.0.0.1"),
-        (
-            "sdk1",
-            "No module named 'mcp.server.fastmcp'(.|\n)*seems to be written for version 1 of the Python package mcp",
-        ),
-        ("empty", "the server has no tools"),
-        ("hang", "did not answer within agent.mcp.timeout=3 s"),
-    ],
-)
-def test_a_failed_start_is_an_error_of_the_configuration(start: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        MCPHost(config("--start", start, timeout=3.0 if start == "hang" else 60.0), workers=1)
-    assert not guarded(f"--start {start}")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"command": ["no-such-server"]}, "the program 'no-such-server' isn't found in .*agent.mcp.env.PATH"),
-        (
-            {"command": ["python", "{folder}"]},
-            r"agent.mcp.command\[1\]: {folder} is no placeholder; there are {workdir}",
-        ),
-        ({"env": {"A": "{task}"}}, "agent.mcp.env.A: {task} is no placeholder"),
-        ({"cwd": "/nowhere/{rollouts}"}, "agent.mcp.cwd: {rollouts} is no placeholder"),
-        ({"cwd": "/nowhere"}, "agent.mcp.cwd='/nowhere': there is no such folder"),
-        ({"command": ["python", "tests/conftest.py"]}, "is a file of the trainer's folder, .*give its whole path"),
-        ({"shared": True, "env": {"A": "{rollout}"}}, "one server for all rollouts can't have {rollout}"),
-        ({"env": {"A": "{task[a]}"}}, "there is no task to read the tools with"),
-    ],
-)
-def test_settings_that_can_not_work_are_refused(
-    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(Path(__file__).parents[1])
-    with pytest.raises(ConfigError, match=message):
-        MCPHost(config(**settings), workers=1)
-
-
-def test_templates() -> None:
-    rollout = Rollout(7, "/tmp/w", {"info": {"list": ["a", {"b": 2}], "on": True}})
-    text = '{"x": {workdir}} {{workdir}} {rollout} {task[info][list][1]} {task[info][on]} {} { a }'
-    assert Template(text, "here").fill(rollout) == '{"x": /tmp/w} {workdir} 7 {"b": 2} true {} { a }'
-    plan = LaunchPlan(config("--root", "{task[info][list][0]}", env={"N": "{rollout}"}))
-    launch = plan.launch(rollout)
-    assert plan.needs_task and launch.command[-1] == "a" and launch.env["N"] == "7" and launch.cwd == "/tmp/w"
-    assert launch.env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
-
-
-def test_a_server_that_needs_the_task_is_started_for_it() -> None:
-    made = MCPHost(config(env={"TASK_NAME": "{task[id]}"}), workers=2, example={"id": "first"})
-    try:
-        assert "TASK_NAME" in made.open({"id": "a"}).call("environment", {})
-        with pytest.raises(EnvironmentFailure, match="task '[?]': agent.mcp.env.TASK_NAME: the task has no"):
-            made.open({})
-    finally:
-        made.close()
 
 
 def test_nothing_outlives_a_trainer_that_is_killed(tmp_path: Path) -> None:
