@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Mapping
 
 from pact_nemo.chat.thoughts import visible_text
 
 TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_LOOSE_COMMA = re.compile(r"(?<!\d),|,(?!\d)|,(?=\d{3}(?!\d))")  # not what parts two numbers, or a number's digits
+_NO_DIGITS_BEFORE = r"(?<![.])(?<!\d,)(?<!\W[-+])(?<!^[-+])"
+_NO_DIGITS_AFTER = r"(?![.,]\d)"
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
 
@@ -39,9 +43,21 @@ def says_nothing(answer: str) -> bool:
     return not any(plain(part) for part in answer.split(", "))
 
 
+def composed(text: str) -> str:
+    """A text with one spelling of each letter (NFC) and of the minus sign."""
+    return unicodedata.normalize("NFC", text).replace("\N{MINUS SIGN}", "-")
+
+
 def names_answer(question: str, answer: str) -> bool:
-    """Whether a question names an answer, as whole words."""
-    return bool(plain(answer)) and re.search(rf"(?<!\w){re.escape(plain(answer))}(?!\w)", plain(question)) is not None
+    """Whether a question names an answer, as whole words and whole numbers: without regard to case, and to commas but
+    those between numbers. ``4 m`` stands neither in ``2.4 m`` nor in ``-4 m``.
+    """
+    wanted, text = (_LOOSE_COMMA.sub("", composed(each).lower()).strip() for each in (answer, question))
+    if not wanted:
+        return False
+    before = _NO_DIGITS_BEFORE if wanted[0].isdigit() else ""
+    after = _NO_DIGITS_AFTER if wanted[-1].isdigit() else ""
+    return re.search(rf"(?<!\w){before}{re.escape(wanted)}(?!\w){after}", text) is not None
 
 
 def in_order(questions: Mapping[str, str]) -> list[str]:

@@ -5,12 +5,11 @@ expected ones. Text and JSON values only.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
-from decimal import Decimal
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from typing import Any
 
-from pact_nemo.environments.answers import answer_words, names_answer, plain, tagged_answer, visible
+from pact_nemo.environments.answers import answer_words, composed, names_answer, plain, tagged_answer, visible
 from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.rows import number_text
 from pact_nemo.objective.rewards import values_equal
@@ -18,8 +17,10 @@ from pact_nemo.runtime import strict_json
 
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?!\w|\.\d)")
 _PADDED = re.compile(r"[-+]?0\d")  # a name in digits, such as 007
+_COMMA_AFTER = re.compile(r",\d")
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 _RELATIVE = Decimal("1e-6")
+_QUIET = Context(Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])  # a model may write any number, 1e1000000 too
 
 
 def answer_score(rule: str, message: str, answers: Sequence[Any]) -> float:
@@ -27,12 +28,13 @@ def answer_score(rule: str, message: str, answers: Sequence[Any]) -> float:
 
     Args:
         rule: ``contains``: the answer stands in the message as whole words, without regard to case and commas; of a
-            number, a number of the message is equal to it.
-            ``exact``: the message, or its ``<answer>``, is the answer, likewise. ``f1``: of the different words of
+            number, a number of the message is equal to it. ``exact``: the message, or its ``<answer>``, is the answer,
+            likewise. ``f1``: of the different words of
             both. ``number``: the last number of the message equals the answer to 1e-6 of its size. ``json``: the
             message, its fenced block, or its outermost object or list equals the answer as JSON.
         message: the assistant's, thoughts included; they are left out.
     """
+    message = message if rule == "json" else composed(message)
     said = visible(message)
     tagged = tagged_answer(message)
     return max((_RULES[rule](said, tagged, answer) for answer in answers), default=0.0)
@@ -55,12 +57,24 @@ def answer_fault(rule: str, answer: Any) -> str | None:
 
 def _text(answer: Any) -> str:
     """An expected answer as it is looked for: tables make 5.0 of 5."""
-    return number_text(answer) if isinstance(answer, float) else str(answer)
+    return composed(number_text(answer) if isinstance(answer, float) else str(answer))
 
 
-def numbers_in(text: str) -> list[Decimal]:
-    """The numbers of a text in order, commas between thousands left out; a typographic minus is one."""
-    return [Decimal(found.replace(",", "")) for found in _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))]
+def numbers_in(text: str, *, apart: bool = False) -> list[Decimal]:
+    """The numbers of a text in order, commas between thousands left out.
+
+    Args:
+        apart: those that a comma parts from another digit are left out: it may be a decimal mark.
+    """
+    found = (
+        Decimal(match[0].replace(",", ""), _QUIET) for match in _NUMBER.finditer(text) if not apart or _apart(match)
+    )
+    return [number for number in found if number.is_finite()]
+
+
+def _apart(match: re.Match[str]) -> bool:
+    before, after = match.string[: match.start()][-2:], match.string[match.end() :][:2]
+    return _COMMA_AFTER.match(before[::-1]) is None and _COMMA_AFTER.match(after) is None
 
 
 def number_in(text: str) -> Decimal | None:
@@ -69,15 +83,23 @@ def number_in(text: str) -> Decimal | None:
     return found[-1] if found else None
 
 
+def _whole_number(text: str) -> Decimal | None:
+    """The number that a text is; None where it is something else, or a name in digits."""
+    text = text.strip()
+    return number_in(text) if _NUMBER.fullmatch(text) and not _PADDED.match(text) else None
+
+
 def _contains(said: str, tagged: str | None, answer: Any) -> float:
-    text, wanted = (unicodedata.normalize("NFC", each) for each in (said, _text(answer)))
-    if _NUMBER.fullmatch(wanted.strip()) and not _PADDED.match(wanted.strip()):
-        return float(number_in(wanted) in numbers_in(text))
-    return float(names_answer(text, wanted))
+    number = _whole_number(_text(answer))
+    if number is None:
+        return float(names_answer(said, _text(answer)))
+    return float(number in numbers_in(said, apart=True))
 
 
 def _exact(said: str, tagged: str | None, answer: Any) -> float:
-    return float(plain(tagged if tagged is not None else said) == plain(_text(answer)))
+    text, wanted = tagged if tagged is not None else said, _text(answer)
+    number = _whole_number(wanted)
+    return float(plain(text) == plain(wanted) or (number is not None and number == _whole_number(text)))
 
 
 def _f1(said: str, tagged: str | None, answer: Any) -> float:
@@ -90,7 +112,8 @@ def _number(said: str, tagged: str | None, answer: Any) -> float:
     found, wanted = number_in(tagged if tagged is not None else said), number_in(_text(answer))
     if found is None or wanted is None:
         return 0.0
-    return float(abs(found - wanted) <= _RELATIVE * max(abs(found), abs(wanted)))
+    most = _QUIET.multiply(_RELATIVE, max(found.copy_abs(), wanted.copy_abs()))
+    return float(_QUIET.subtract(found, wanted).copy_abs() <= most)
 
 
 def _json(said: str, tagged: str | None, answer: Any) -> float:
