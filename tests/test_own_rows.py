@@ -79,7 +79,12 @@ def test_a_field_of_conversations_that_no_row_has_is_refused(tmp_path):
     [
         (["agent.mcp.rename={a: b}"], "agent.mcp.rename"),
         (["agent.mcp.include=[a]"], "agent.mcp.include"),
+        (["agent.mcp.timeout=5"], "agent.mcp.timeout"),
+        (["agent.mcp.shared=true"], "agent.mcp.shared"),
         (["agent.tools=null", "agent.mcp.command=[x]", "agent.include=[a]"], "agent.include"),
+        (["agent.tools=null", "agent.mcp.command=[x]", "agent.timeout=5"], "agent.timeout"),
+        (["agent.tools=null", "agent.mcp.command=[x]", "agent.memory_mb=512"], "agent.memory_mb"),
+        (["agent.tools=null", "agent.mcp.command=[x]", "agent.isolation=thread"], "agent.isolation"),
         (["agent.judge.model=m"], "agent.judge.model"),
         (["agent.user.instructions=x.txt"], "agent.user.instructions"),
     ],

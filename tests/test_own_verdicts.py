@@ -20,7 +20,7 @@ from pact_nemo.data.task_traces import with_reference_calls
 from pact_nemo.data.tasks import build_environment
 from pact_nemo.environments.base import Environment, Task, ToolCall
 from pact_nemo.environments.own.signatures import as_text
-from pact_nemo.errors import DataError
+from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.schema import Trace, TraceTurn
 
@@ -133,6 +133,8 @@ def test_a_task_that_only_reads_is_refused_where_nothing_else_judges(opened: Ope
     with pytest.raises(DataError, match=r"agent\.read_only"):
         opened(only, "agent.read_only=[lookup]")[1].tasks()
     assert opened([{**only[0], "answer": "3"}], "agent.read_only=[lookup]")[1].tasks()
+    with pytest.raises(ConfigError, match=r"agent\.read_only names 'lokup'; the tools are .*lookup"):
+        opened(only, "agent.read_only=[lokup]")[1].tasks()
 
 
 def test_the_last_turns_words_are_judged_though_it_calls_nothing(opened: Open) -> None:

@@ -105,7 +105,7 @@ class OwnEnvironment:
         """All tasks in file order; read once.
 
         Raises:
-            ConfigError: the tools can't be had.
+            ConfigError: the tools can't be had, or a setting names what no tool or row has.
             DataError: a row is malformed and the quarantine is strict; names file, row and field.
         """
         with self._lock:
@@ -117,6 +117,7 @@ class OwnEnvironment:
         quarantine = self._setup.quarantine
         judges = frozenset({"judge"}) if self._endpoint is not None else frozenset()
         instructed = self._user is not None and bool(self._user.instructions)
+        self._check_read_only()
         reader = TaskReader(self.settings, self.aliases, self._system, self.host.offers | judges, instructed)
         told: Sequence[ConversationLike] = self._setup.conversations() or ()
         seen: dict[str, int] = {}
@@ -147,6 +148,13 @@ class OwnEnvironment:
             if task is not None
         ]
         return [task for task in opened if task is not None]
+
+    def _check_read_only(self) -> None:
+        """Raises ConfigError for a name in ``agent.read_only`` that no tool has: that tool's calls would stay."""
+        there = self.aliases.own_names
+        unknown = next((name for name in self.settings.read_only if name not in there), None)
+        if unknown is not None:
+            raise ConfigError(f"agent.read_only names {unknown!r}; the tools are {', '.join(sorted(there))}")
 
     def _opened(self, task: Task) -> Task:
         """A task with what the tools' ``reset()`` says, behind its first user message.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from pact_nemo.config.ranges import Ranges
@@ -189,11 +189,18 @@ class OwnConfig(EnvironmentConfig):
 
     def _refuse_unused(self) -> None:
         """Raises ConfigError for what only the other kind of tools would read."""
-        if self.mcp.command and self.include:
-            raise ConfigError(
-                "agent.include: is read with agent.tools only; name a server's tools in agent.mcp.include"
-            )
-        if self.tools is not None:
-            key = next((key for key in ("include", "rename", "hidden", "env", "cwd") if getattr(self.mcp, key)), None)
+        if self.mcp.command:
+            key = _changed(self, ("include", "isolation", "timeout", "memory_mb"))
+            if key is not None:
+                near = f"; a server has agent.mcp.{key}" if hasattr(self.mcp, key) else ""
+                raise ConfigError(f"agent.{key}: is read with agent.tools only, and agent.mcp.command is set{near}")
+        elif self.tools is not None:
+            key = _changed(self.mcp, tuple(one.name for one in fields(MCPConfig)))
             if key is not None:
                 raise ConfigError(f"agent.mcp.{key}: is read with agent.mcp.command only, and agent.tools is set")
+
+
+def _changed(section: OwnConfig | MCPConfig, keys: tuple[str, ...]) -> str | None:
+    """The first of some keys that has another value than its default; None where none has."""
+    default = type(section)()
+    return next((key for key in keys if getattr(section, key) != getattr(default, key)), None)
