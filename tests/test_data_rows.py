@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,42 @@ def test_numbers_and_types_of_tables_become_those_of_json() -> None:
     )
     with pytest.raises(DataError, match=r"x\.parquet:3: expected text, found nothing.*repair.*\[field n\]"):
         read.text("n")
+
+
+def test_dates_and_short_floats_of_a_table_become_what_json_has(tmp_path: Path) -> None:
+    columns = {
+        "day": pa.array([date(2026, 5, 1)]),
+        "at": pa.array([datetime(2026, 5, 1, 12, 30)]),
+        "hour": pa.array([[time(12, 30)]]),
+        "price": pa.array([4.1], pa.float32()),
+        "prices": pa.array([{"a": [0.1]}], pa.struct([("a", pa.list_(pa.float32()))])),
+        "gap": pa.array([None], pa.float32()),
+    }
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    (read,) = read_rows(tmp_path / "a.parquet")
+    assert read.values == {
+        "day": "2026-05-01",
+        "at": "2026-05-01T12:30:00",
+        "hour": ["12:30:00"],
+        "price": 4.1,
+        "prices": {"a": [0.1]},
+        "gap": None,
+    }
+    assert as_json({"a": np.array([4.1], np.float32), "b": np.float16(0.1), "c": np.array(2)}) == {
+        "a": [4.1],
+        "b": 0.1,
+        "c": 2,
+    }
+
+
+@pytest.mark.parametrize("held", [b"\x00", {"a": [b"x"]}])
+def test_bytes_of_a_table_are_refused_with_row_and_field(tmp_path: Path, held: Any) -> None:
+    parquet.write_table(pa.table({"q": ["a", "b"], "answer": [None, held]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet:2: holds bytes, .* write it as text.*\[field answer\]"):
+        read_rows(tmp_path / "a.parquet")
+    quarantine = Quarantine("quarantine")
+    assert [kept.number for kept in read_rows(tmp_path / "a.parquet", quarantine)] == [1]
+    quarantine.write(tmp_path / "bad")
 
 
 @pytest.mark.parametrize(

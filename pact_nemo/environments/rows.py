@@ -5,7 +5,9 @@ What writers of tables make of Python values is undone, so that a row reads the 
 - A parquet struct column has one set of keys for all rows. Keys that a row never had come back as null; they are passed
   over, at every depth.
 - An Arrow map comes back as a list of pairs; it is an object again.
-- Arrays and scalars of numpy are lists and numbers; decimals are numbers.
+- Arrays and scalars of numpy are lists and numbers; decimals are numbers. A number of fewer bits than Python's is the
+  one that its shortest text says: 4.1, not 4.099999904632568.
+- Dates and times are texts as ISO 8601 has them. What JSON has nothing for, such as bytes, is refused.
 - A column of whole numbers with gaps is written as floats. A text that is wanted where 6.0 stands is ``6``.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -123,7 +126,20 @@ def _row(value: Any, file: Path, number: int) -> Row:
         strict_json.check(value)  # a parquet file can hold NaN
     except ValueError as error:
         raise DataError(f"{error}; {_REPAIR}", file=str(file), line=number) from error
-    return Row(value, file, number)
+    row = Row(value, file, number)
+    for field, item in row.values.items():
+        kind = _foreign(item)
+        if kind is not None:
+            raise row.complain(f"holds {kind}, which JSON has nothing for; write it as text", field)
+    return row
+
+
+def _foreign(value: Any) -> str | None:
+    """The type of something in a value that JSON doesn't have; None where there is none."""
+    if isinstance(value, dict | list):
+        parts = value if isinstance(value, list) else [*value.keys(), *value.values()]
+        return next((kind for part in parts if (kind := _foreign(part)) is not None), None)
+    return None if value is None or isinstance(value, str | int | float) else type(value).__name__
 
 
 def _of_parquet(file: Path) -> list[Any]:
@@ -153,20 +169,24 @@ def _of_arrow(value: Any, kind: Any) -> Any:
         return dict(pairs) if len({key for key, _ in pairs}) == len(pairs) else [list(pair) for pair in pairs]
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return [_of_arrow(item, kind.value_type) for item in value]
+    if types.is_float32(kind):
+        value = np.float32(value)
     return as_json(value)
 
 
 def as_json(value: Any) -> Any:
-    """A value without numpy's types, tuples and decimals, which hold what JSON has other types for."""
+    """A value without numpy's types, tuples, decimals and dates, which hold what JSON has other types for."""
     if isinstance(value, dict):
         return {key: as_json(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return as_json(value.tolist())
-    if isinstance(value, list | tuple):
+    if isinstance(value, np.float32 | np.float16):
+        return float(str(value))
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim):
+        return as_json(value.item())
+    if isinstance(value, list | tuple | np.ndarray):
         return [as_json(item) for item in value]
     if isinstance(value, Decimal):
         return int(value) if value.is_finite() and value == value.to_integral_value() else float(value)
-    return value
+    return value.isoformat() if isinstance(value, date | time) else value
 
 
 def number_text(value: float) -> str:
