@@ -53,19 +53,29 @@ def talk(words: str, **more: object) -> dict:
     return {"messages": messages, **more}
 
 
-def test_two_requests_of_one_task_id_are_refused(tmp_path):
-    rows = [talk("One.", task_id="t"), talk("One.", task_id="t"), talk("Two.", task_id="t")]
-    path = written(tmp_path / "c.jsonl", rows)
-    with pytest.raises(DataError, match="line 1 has the task_id 't' too, and begins with other words") as refusal:
-        tasks_of(f"traces.path={path}")
+@pytest.mark.parametrize(
+    "more", [[], ["agent.user_turns=endpoint", "agent.user.url=http://x/v1", "agent.user.model=m"]]
+)
+@pytest.mark.parametrize(
+    ("words", "stock", "fault"), [("Two.", STOCK, "begins with other words"), ("One.", {}, "has other info")]
+)
+def test_two_requests_of_one_task_id_are_refused(tmp_path, words, stock, fault, more):
+    one, other = (talk(said, task_id="t", info={"stock": held}) for said, held in (("One.", STOCK), (words, stock)))
+    path = written(tmp_path / "c.jsonl", [one, talk("One.", task_id="t"), other])
+    with pytest.raises(DataError, match=f"line 1 has the task_id 't' too, and {fault}") as refusal:
+        tasks_of(f"traces.path={path}", *more)
     assert refusal.value.line == 3
 
 
 def test_a_conversation_that_fits_two_tasks_is_refused(tmp_path):
     rows = [{"id": name, "question": "What?", "info": {"stock": STOCK, "k": name}} for name in "ab"]
-    tasks, talks = written(tmp_path / "t.jsonl", rows), written(tmp_path / "c.jsonl", [talk("What?")])
-    with pytest.raises(DataError, match="'a' and 'b' begin with the same words"):
-        tasks_of(f"tasks.path={tasks}", f"traces.path={talks}")
+    tasks, path = written(tmp_path / "t.jsonl", rows), tmp_path / "c.jsonl"
+    for told in ([talk("What?")], [talk("What?", task_id="a"), talk("What?")]):
+        with pytest.raises(DataError, match="'a' and 'b' begin with the same words"):
+            tasks_of(f"tasks.path={tasks}", f"traces.path={written(path, told)}")
+    written(path, [talk("What?", task_id="a"), talk("What?", task_id="b")])
+    read = tasks_of(f"tasks.path={tasks}", f"traces.path={path}")
+    assert [len(task.reference_calls[0]) for task in read] == [1, 1]
 
 
 def test_a_field_of_conversations_that_no_row_has_is_refused(tmp_path):

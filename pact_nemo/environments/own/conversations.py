@@ -47,16 +47,19 @@ def conversation_id(conversation: ConversationLike) -> str:
 
 
 def refuse_two_requests(conversations: Sequence[ConversationLike]) -> None:
-    """Raises DataError for a conversation that names the task of an earlier one and asks for something else: its calls
-    would be taught under the other's request.
+    """Raises DataError for a conversation that names the task of an earlier one and asks for something else, or has
+    other ``info`` for the tools: its calls would be taught under the other's request, in the other's world.
     """
     first: dict[str, ConversationLike] = {}
     for each in conversations:
         other = first.setdefault(conversation_id(each), each)
-        if user_words(other.opening) != user_words(each.opening):
+        fault = "begins with other words" if user_words(other.opening) != user_words(each.opening) else None
+        if fault is None and each.info and each.info != other.info:
+            fault = "has other info"
+        if fault is not None:
             raise DataError(
-                f"the conversation of line {other.line} has the task_id {each.task_id!r} too, and begins with other"
-                " words; give each request an id of its own",
+                f"the conversation of line {other.line} has the task_id {each.task_id!r} too, and {fault}; give each"
+                " request an id of its own",
                 file=each.file,
                 line=each.line,
                 field="task_id",
@@ -68,7 +71,7 @@ class Conversations:
 
     def __init__(self, conversations: Sequence[ConversationLike]):
         self._by_id: dict[str, ConversationLike] = {}
-        self._taken: dict[str, str] = {}  # words -> id of the task that has their conversation
+        self._taken: dict[str, str] = {}  # words -> id of the first task that begins with them
         self._by_words: dict[str, ConversationLike] = {}
         for conversation in conversations:
             if conversation.task_id is not None:
@@ -83,18 +86,18 @@ class Conversations:
             DataError: it names no task, and two tasks begin with its words.
         """
         words = user_words(opening)
-        found = self._by_id.get(task_id)
-        if found is None and (found := self._by_words.get(words)) is not None:
+        unnamed = self._by_words.get(words)
+        if unnamed is not None:
             other = self._taken.setdefault(words, task_id)
             if other != task_id:
                 raise DataError(
                     f"the tasks {other!r} and {task_id!r} begin with the same words, and the conversation with them"
                     " names none of both: give it a task_id",
-                    file=found.file,
-                    line=found.line,
+                    file=unnamed.file,
+                    line=unnamed.line,
                     field="task_id",
                 )
-        return found
+        return self._by_id.get(task_id, unnamed)
 
 
 def user_words(messages: Sequence[Message]) -> str:

@@ -130,8 +130,7 @@ class OwnEnvironment:
 
         if self._setup.path is None:  # a second conversation of a task is another trace of it, not another task
             first = {conversation_id(each): each for each in reversed(told)}
-            if not self.settings.simulated:
-                refuse_two_requests(told)
+            refuse_two_requests(told)
             made = [
                 quarantine.parse(lambda: reader.of_conversation(each), list(each.opening))  # noqa: B023 - called at once
                 for each in told
