@@ -38,7 +38,7 @@ def test_a_field_under_two_names_is_refused_and_one_may_serve_two(tmp_path):
     path = written(tmp_path / "u.jsonl", [row])
     (task,) = tasks_of(f"tasks.path={path}", "agent.fields={group: grp, category: grp}")
     assert (task.group, task.category) == ("g", "g")
-    with pytest.raises(ConfigError, match="takes 'group' from 'scenaro', which no row has; they have answer, grp"):
+    with pytest.raises(ConfigError, match="takes 'group' from 'scenaro', which no row of .*; they have answer, grp"):
         tasks_of(f"tasks.path={path}", "agent.fields={group: scenaro}")
 
 
@@ -76,6 +76,14 @@ def test_a_conversation_that_fits_two_tasks_is_refused(tmp_path):
     written(path, [talk("What?", task_id="a"), talk("What?", task_id="b")])
     read = tasks_of(f"tasks.path={tasks}", f"traces.path={path}")
     assert [len(task.reference_calls[0]) for task in read] == [1, 1]
+
+
+def test_a_field_of_conversations_under_two_names_is_refused(tmp_path):
+    path = written(tmp_path / "c.jsonl", [talk("What?", task_id="a", episode="b")])
+    with pytest.raises(
+        DataError, match="c.jsonl:1: traces.fields takes 'task_id' from 'episode', and the row has both"
+    ):
+        tasks_of(f"traces.path={path}", "traces.fields={task_id: episode}")
 
 
 def test_a_field_of_conversations_that_no_row_has_is_refused(tmp_path):

@@ -11,8 +11,9 @@ from typing import Any
 from pact_nemo.checking.findings import Finding, Level
 from pact_nemo.config.schema import Config
 from pact_nemo.environments.own.conversations import user_words
+from pact_nemo.environments.own.fields import mapped
 from pact_nemo.environments.own.settings import FIELDS, OwnConfig
-from pact_nemo.environments.own.tasks import REQUESTS, mapped, row_id
+from pact_nemo.environments.own.tasks import REQUESTS, row_id
 from pact_nemo.environments.rows import Row, number_text, read_rows
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.traces.conversations import FIELDS as CONVERSATION_FIELDS

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.environments.base import ToolCall
+from pact_nemo.environments.own.fields import check_mapped, one_of_both
 from pact_nemo.environments.python_tools import tool_schemas
 from pact_nemo.environments.rows import Row, read_rows
 from pact_nemo.errors import ConfigError, DataError
@@ -166,8 +167,7 @@ def read_conversations(
         DataError: no such file, one that can't be parted into rows, a refused row, or no row that can be used; names
             file, line and field.
     """
-    names = {**dict(zip(FIELDS, FIELDS, strict=True)), **(fields or {})}
-    unknown = sorted(set(names) - set(FIELDS))
+    unknown = sorted(set(fields or {}) - set(FIELDS))
     if unknown:
         raise ConfigError(f"a conversation has no field {unknown[0]!r}; known: {', '.join(FIELDS)}")
     if not Path(path).is_file():
@@ -178,12 +178,10 @@ def read_conversations(
     rows = read_rows(path, quarantine)
     if len(quarantine) > before:
         report.dropped["unreadable_row"] += len(quarantine) - before
-    for our, their in (fields or {}).items():
-        if our != FIELDS[0] and rows and all(their not in row.values for row in rows):  # each row tells of its messages
-            raise ConfigError(f"traces.fields takes {our!r} from {their!r}, which no row of {path} has")
+    check_mapped(rows, fields or {}, "traces.fields", FIELDS[:1])
     kept = []
     for row in rows:
-        made = quarantine.parse(lambda: _conversation(row, names), row.values)  # noqa: B023 - called at once
+        made = quarantine.parse(lambda: _conversation(row, fields or {}), row.values)  # noqa: B023 - called at once
         if isinstance(made, Conversation):
             kept.append(made)
             report.keep(made)
@@ -209,8 +207,10 @@ def _reason(error: DataError) -> str:
     return error.reason if isinstance(error, ConversationError) else f"bad_{re.split(r'[.[]', error.field or 'row')[0]}"
 
 
-def _conversation(row: Row, names: Mapping[str, str]) -> Conversation | str:
+def _conversation(row: Row, fields: Mapping[str, str]) -> Conversation | str:
     """The conversation of a row, or why it is dropped."""
+    one_of_both(row, fields, "traces.fields")
+    names = {**dict(zip(FIELDS, FIELDS, strict=True)), **fields}
     tools = _tools(row, names["tools"])
     place = Place(row.file, row.number, names["messages"])
     messages = [

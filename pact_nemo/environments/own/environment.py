@@ -17,13 +17,14 @@ from pact_nemo.environments.own.conversations import (
     conversation_id,
     refuse_two_requests,
 )
+from pact_nemo.environments.own.fields import check_mapped, mapped
 from pact_nemo.environments.own.hosts import ToolHost
 from pact_nemo.environments.own.judge import EndpointJudge
 from pact_nemo.environments.own.mcp_tools import MCPHost
 from pact_nemo.environments.own.names import Aliases
 from pact_nemo.environments.own.session import ExpectedState, Judge, OwnSession, Simulated, state_after
 from pact_nemo.environments.own.settings import FIELDS, ONE_OF_THEM, OwnConfig
-from pact_nemo.environments.own.tasks import TaskReader, check_mapped, mapped
+from pact_nemo.environments.own.tasks import TaskReader
 from pact_nemo.environments.own.user import EndpointUser
 from pact_nemo.environments.own.workers import ClassHost
 from pact_nemo.environments.rows import Row, read_rows
@@ -139,7 +140,7 @@ class OwnEnvironment:
         else:
             found = Conversations(told)
             rows = read_rows(self._setup.path, quarantine)
-            check_mapped(rows, self.settings.fields)
+            check_mapped(rows, self.settings.fields, "agent.fields")
             made = [quarantine.parse(lambda: once(reader.of_row(row, found), row), row.values) for row in rows]  # noqa: B023
         opened = [
             quarantine.parse(lambda: self._opened(task), task.data["row"])  # noqa: B023 - called at once

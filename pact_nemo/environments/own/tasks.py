@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 from pact_nemo.environments.base import Task, ToolCall
 from pact_nemo.environments.own.conversations import ConversationLike, Conversations, Message, conversation_id
 from pact_nemo.environments.own.expected_calls import ExpectedCalls
+from pact_nemo.environments.own.fields import mapped, one_of_both
 from pact_nemo.environments.own.names import Aliases
 from pact_nemo.environments.own.scoring import answer_fault
 from pact_nemo.environments.own.settings import OwnConfig
 from pact_nemo.environments.rows import Row, number_text
-from pact_nemo.errors import ConfigError, DataError
+from pact_nemo.errors import DataError
 
 REQUESTS = ("messages", "prompt", "question")  #: the keys of which one is the request
 
@@ -48,7 +49,7 @@ class TaskReader:
         Raises:
             DataError: names file, row, field and remedy.
         """
-        _one_of_both(row, self.settings.fields)
+        one_of_both(row, self.settings.fields, "agent.fields")
         row = Row(mapped(row.values, self.settings.fields), row.file, row.number)
         name = row_id(row)
         turns = [self._opening(row), *self._later(row)]
@@ -217,27 +218,6 @@ class TaskReader:
 def row_id(row: Row) -> str:
     """The id of a row's task; of a row without one, made of its number."""
     return row.text("id", f"task_{row.number}")
-
-
-def mapped(values: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    """A row with our names of its fields (``fields``: ours -> theirs); the others stay."""
-    others = {key: value for key, value in values.items() if key not in fields.values()}
-    return others | {our: values[their] for our, their in fields.items() if their in values}
-
-
-def check_mapped(rows: Sequence[Row], fields: Mapping[str, str]) -> None:
-    """Raises ConfigError for a field that is taken from a name which no row has: a misspelt one would be ignored."""
-    for our, their in fields.items():
-        if rows and all(their not in row.values for row in rows):
-            names = ", ".join(sorted({key for row in rows[:20] for key in row.values}))
-            raise ConfigError(f"agent.fields takes {our!r} from {their!r}, which no row has; they have {names}")
-
-
-def _one_of_both(row: Row, fields: Mapping[str, str]) -> None:
-    """Raises DataError for a row that has a field under our name and under the name that it is taken from."""
-    for our, their in fields.items():
-        if our not in fields.values() and {our, their} <= row.values.keys():
-            raise row.complain(f"agent.fields takes {our!r} from {their!r}, and the row has both; take one out", our)
 
 
 def _messages(row: Row, given: Sequence[Any], field: str) -> list[Message]:
