@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from pact_nemo.checkout import ROOT
+from pact_nemo.config.load import load_config
 from pact_nemo.environments.base import Outcome, ToolCall
 from pact_nemo.environments.bfcl.data import CATEGORIES, function_documents, load_category
 from pact_nemo.environments.grounding import is_grounded
@@ -189,10 +191,11 @@ def test_settings_are_checked() -> None:
         {"categories": ("nope",)},
         {"categories": "multi_turn_base"},
         {"window": "half"},
-        {"max_tools": 0},
     ):
         with pytest.raises(ConfigError):
             bfcl_environment(**settings)
+    with pytest.raises(ConfigError, match="environment_config.max_tools=0"):
+        load_config([ROOT / "conf" / "pact_bfcl.yaml"], ["environment_config.max_tools=0"])
 
 
 def test_importing_is_quiet_and_drags_in_no_vendor_sdk() -> None:

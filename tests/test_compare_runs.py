@@ -39,7 +39,10 @@ def test_a_cut_run_of_other_settings_is_not_resumed(tmp_path: Path, monkeypatch:
         return 0
 
     monkeypatch.setattr(runner, "call", call)
-    for words, key in ((["optimizer.lr=3e-5"], "optimizer.lr"), (["objective.dual_clip=3"], "objective.dual_clip")):
+    for words, key in (
+        (["optimizer.lr=3e-5"], "optimizer.lr"),
+        (["optimizer.lr=1e-4", "objective.dual_clip=3"], "objective.dual_clip"),
+    ):
         with pytest.raises(ConfigError, match=f"with other settings \\({key}\\)"):
             runner.run_one(config, 1, tmp_path / "cell", words)
     assert runner.run_one(config, 1, tmp_path / "cell", ["optimizer.lr=1e-4"]) == run
