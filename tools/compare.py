@@ -95,7 +95,8 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
     apart = [key for key, _ in differences(every) if key.startswith(ALIKE)]
     if apart:
         lines += ["", f"**The methods were evaluated differently**: {', '.join(apart)}."]
-    lines += ["", *remarks(every)] if remarks(every) else []
+    if told := remarks(every):
+        lines += ["", *told]
     versions = every[0].summary["versions"]
     lines += [
         "",
@@ -118,7 +119,7 @@ def what_was_played(runs: list[Run]) -> str:
     def several(values: set[str]) -> str:
         return " or ".join(sorted(values))
 
-    tasks = sorted({len(scores) for run in runs for scores in by_seed([run]).values()})
+    tasks = sorted({len(task_scores(run.episodes.get(SCORE, []))) for run in runs})
     counts = " to ".join(map(str, tasks if len(tasks) < 2 else (tasks[0], tasks[-1])))
     heat = {float(run.setting("evaluation.temperature") or 0) for run in runs}
     samples = {str(run.setting("evaluation.samples") or 1) for run in runs}
@@ -129,14 +130,12 @@ def what_was_played(runs: list[Run]) -> str:
 
 def remarks(runs: list[Run]) -> list[str]:
     """What a reader has to know of the scores: episodes that failed, and runs that were scored on other tasks."""
-    found = []
-    for run in runs:
-        if failed := run.scores[SCORE].get("failed"):
-            found.append(
-                f"**{failed} of {run.scores[SCORE]['n']} episodes of {run.method}, seed {run.seed}, failed** through no"
-                " fault of the policy and count 0."
-            )
-    played = [set(scores) for run in runs for scores in by_seed([run]).values()]
+    found = [
+        kept.failed_remark(f"{failed} of {run.scores[SCORE]['n']}", f"{run.method}, seed {run.seed}")
+        for run in runs
+        if (failed := run.scores[SCORE].get("failed"))
+    ]
+    played = [set(task_scores(run.episodes.get(SCORE, []))) for run in runs]
     if any(tasks != played[0] for tasks in played):
         common = len(set.intersection(*played))
         found.append(f"**The runs were scored on different tasks**; {common} are common to all.")

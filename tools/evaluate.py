@@ -53,7 +53,7 @@ from pact_nemo.serving.chat_endpoint import Complete, Seeded, chat_endpoint
 from pact_nemo.tracking.episodes import dump_evaluation
 from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.generation import Generator
-from tools.evaluations.chosen import chosen_tasks
+from tools.evaluations.chosen import chosen_tasks, model_folder
 from tools.evaluations.kept import identity, kept_rollouts, open_folder
 
 REPOSITORY = checkout.ROOT
@@ -64,13 +64,13 @@ def player(
     config: Config, options: argparse.Namespace, environment: Environment, progress: RunProgress
 ) -> Iterator[Any]:
     """A function tasks -> rollouts, for either kind of model."""
-    if options.model.startswith(("http://", "https://")):
+    folder = model_folder(options.model)
+    if folder is None:
         key = os.environ.get("OPENAI_API_KEY", "none")
         complete = chat_endpoint(
             options.model, options.name, key, config.rollout.server.request_timeout_s, config.evaluation.temperature
         )
         limits = evaluation_limits(config)
-
         seeds = SeedPath(config.run.seed, "evaluate") if config.evaluation.temperature > 0 else None
 
         def samples(task: Task) -> list[Rollout]:
@@ -88,13 +88,11 @@ def player(
         yield by_chat
         return
     settings = config.model
-    chat = ChatFormat.from_pretrained(
-        Path(options.model), settings.tool_format, settings.template_kwargs, settings.earlier_thoughts
-    )
-    check_served_folder(Path(options.model), chat.tokenizer)
+    chat = ChatFormat.from_pretrained(folder, settings.tool_format, settings.template_kwargs, settings.earlier_thoughts)
+    check_served_folder(folder, chat.tokenizer)
     generator = Generator(config, chat, environment, progress, options.out / "server.log")
     try:
-        generator.launch(Path(options.model))
+        generator.launch(folder)
         generator.wait_ready()
         yield lambda tasks: generator.evaluation(tasks, name="evaluate", version=0)[0]
     finally:
@@ -133,10 +131,10 @@ def prerequisites(tasks: list[Task], rollouts: list[Rollout]) -> dict[str, Any]:
 
 
 def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    folder = model_folder(options.model)
     environment = build_environment(config, folder=options.out)
     started = time.monotonic()
     try:
-        folder = None if options.model.startswith("http") else Path(options.model)
         every, tasks = chosen_tasks(config, environment, folder, held_out=options.held_out, limit=options.limit)
         episodes = open_folder(options.out, identity(config, options.model, options.name, every))
         rollouts = kept_rollouts(episodes, every, config.evaluation.samples)
@@ -162,7 +160,7 @@ def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     rollouts = [rollout for rollout in rollouts if rollout.task_id in wanted]
     _, call_rewards = episode_rewards(config, tasks, rollouts)
     score = summarise(tasks, rollouts, call_rewards, 0, time.monotonic() - started).to_dict()
-    name = options.name if options.model.startswith("http") else Path(options.model).resolve().name
+    name = options.name if folder is None else folder.resolve().name
     result = {
         "model": options.model,
         "name": name,

@@ -102,11 +102,11 @@ def form_group(task: Task, rollouts: list[Rollout], trace: TraceUse, method: Met
         DataError: two usable rollouts were sampled under different prompts; names task and rollouts.
         NumericsError: a reward is not finite; names task and rollout.
     """
-    first, *others = [rollout for rollout in rollouts if usable(rollout)] or rollouts
-    other = next((rollout for rollout in others if usable(rollout) and rollout.prompt_ids != first.prompt_ids), None)
+    able = [rollout for rollout in rollouts if usable(rollout)]
+    other = next((rollout for rollout in able if rollout.prompt_ids != able[0].prompt_ids), None)
     if other is not None:
         raise DataError(
-            f"rollouts {first.sample} and {other.sample} of task {task.id!r} were sampled under different prompts, so"
+            f"rollouts {able[0].sample} and {other.sample} of task {task.id!r} were sampled under different prompts, so"
             " they are no group: opening() of a session has to give Task.user_turns[0] in every episode"
             " (docs/extend/environment.md)"
         )

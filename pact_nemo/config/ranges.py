@@ -16,6 +16,9 @@ Ranges = Mapping[str, str | tuple[str, str]]  #: key: range, or range and why
 ANY = "any"  #: every number is right, as with seeds
 
 _SHARE = "in [0, 1]"
+_PROBABILITY = (_SHARE, "it is a probability")
+_TAUGHT = (">= 0", "a negative weight would unteach the trace")
+_EVERY = (">= 0", "steps from one measurement to the next, or 0 for none")
 #: of the schema's keys; null is not looked at
 RANGES: Ranges = {
     "run.seed": ANY,
@@ -85,18 +88,18 @@ RANGES: Ranges = {
     "objective.call_penalty": (">= 0", "it is subtracted: a negative one would reward unmatched calls"),
     "objective.outcome_weight": ">= 0",
     "objective.sft_coef": ">= 0",
-    "objective.anchor_prob": (_SHARE, "it is a probability"),
+    "objective.anchor_prob": _PROBABILITY,
     "objective.kl_coef": ">= 0",
     "objective.entropy_coef": ">= 0",
     "objective.constant_length": ">= 1",
-    "objective.schedule.reasoning_scale": (">= 0", "a negative weight would unteach the trace"),
+    "objective.schedule.reasoning_scale": _TAUGHT,
     "objective.schedule.fixed_level": ("in [0, 4]", "these are the prefix levels"),
-    "objective.schedule.call_start": (">= 0", "a negative weight would unteach the trace"),
-    "objective.schedule.call_end": (">= 0", "a negative weight would unteach the trace"),
+    "objective.schedule.call_start": _TAUGHT,
+    "objective.schedule.call_end": _TAUGHT,
     "objective.schedule.horizon": ">= 1",
     "objective.schedule.success_target": "in (0, 1]",
     "objective.schedule.smoothing": "in [0, 1)",
-    "objective.schedule.anchor_end": (_SHARE, "it is a probability"),
+    "objective.schedule.anchor_end": _PROBABILITY,
     "policy.tensor_parallel": ">= 1",
     "policy.pipeline_parallel": ">= 1",
     "policy.context_parallel": ">= 1",
@@ -124,8 +127,8 @@ RANGES: Ranges = {
     "warmup.batch_size": ">= 1",
     "warmup.lr": ">= 0",
     "warmup.max_tasks": ">= 1",
-    "warmup.reasoning_weight": (">= 0", "a negative weight would unteach the trace"),
-    "warmup.call_weight": (">= 0", "a negative weight would unteach the trace"),
+    "warmup.reasoning_weight": _TAUGHT,
+    "warmup.call_weight": _TAUGHT,
     "trainer.steps": ">= 0",
     "trainer.epochs": ">= 1",
     "trainer.batch_size": ">= 1",
@@ -138,8 +141,8 @@ RANGES: Ranges = {
     "evaluation.temperature": (">= 0", "0 is greedy"),
     "evaluation.samples": ">= 1",
     "evaluation.episodes_in_report": ">= 0",
-    "diagnostics.gradient_every": (">= 0", "steps from one measurement to the next, or 0 for none"),
-    "diagnostics.trace_every": (">= 0", "steps from one measurement to the next, or 0 for none"),
+    "diagnostics.gradient_every": _EVERY,
+    "diagnostics.trace_every": _EVERY,
     "diagnostics.trace_tasks": ">= 1",
     "alarms.mismatch": ">= 0",
     "alarms.kl": ">= 0",

@@ -50,7 +50,7 @@ _MEASURED = {
 
 def unmeasured(run: Run) -> list[tuple[str, str]]:
     """(what, setting that measures it) of what the rules have not seen of a run with RL steps."""
-    return [(what, key) for what, (column_, key) in _MEASURED.items() if run.rl and not known(run.rl, column_)]
+    return [(what, key) for what, (series, key) in _MEASURED.items() if run.rl and not known(run.rl, series)]
 
 
 def known(records: list[Record], key: str) -> list[float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  #: texts of an assistant's thought
+from pact_nemo.chat.probing import THOUGHT_FIELDS
+
+THOUGHTS = THOUGHT_FIELDS  #: texts of an assistant's thought: where chat templates look for it
 THOUGHT_LISTS = ("reasoning_details", "thinking_blocks")  #: its parts, as OpenRouter and LiteLLM write them
 CALL_IDS = ("call_id", "tool_call_id", "id")  #: of a call: the one that a result names comes first
 RESULT_IDS = ("tool_call_id", "call_id")  #: of the call that a result answers

@@ -172,6 +172,11 @@ def scores_by_seed(results: Sequence[Result]) -> dict[int, dict[str, float]]:
     return {result.seed: result.scores[SCORE] for result in results if result.scores.get(SCORE)}
 
 
+def failed_remark(count: str, run: str) -> str:
+    """What a table says of a run whose held-out episodes failed."""
+    return f"**{count} episodes of {run}, failed** through no fault of the policy and count 0."
+
+
 def table(results: Sequence[Result], baseline: str) -> str:
     """Markdown: a row per start and arm; then a row per run."""
     found = groups(results)
@@ -213,8 +218,7 @@ def table(results: Sequence[Result], baseline: str) -> str:
                 f"| {start} | {arm} | {run.seed} | {f'{score:.3f}' if score is not None else '–'} | `{words}` |"
             )
     lost = [
-        f"**{count} episodes of {run.start}, {run.arm}, seed {run.seed}, failed** through no fault of the policy and"
-        " count 0."
+        failed_remark(str(count), f"{run.start}, {run.arm}, seed {run.seed}")
         for key in order
         for run in found[key]
         if (count := run.failed.get(SCORE, 0))

@@ -15,6 +15,11 @@ from pact_nemo.preflight.chat import chat_of
 from pact_nemo.runtime.quarantine import Quarantine
 
 
+def model_folder(model: str) -> Path | None:
+    """The folder that ``--model`` names; None where it is the URL of a server."""
+    return None if model.startswith(("http://", "https://")) else Path(model)
+
+
 def chosen_tasks(
     config: Config, environment: Environment, model: Path | None, *, held_out: bool, limit: int | None
 ) -> tuple[list[Task], list[Task]]:

@@ -19,6 +19,7 @@ from pact_nemo.report.comparison import flat
 from pact_nemo.rollouts.store import read_rollouts
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.runtime.files import write_json_atomic
+from tools.evaluations.chosen import model_folder
 
 
 def identity(config: Config, model: str, name: str, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -30,12 +31,12 @@ def identity(config: Config, model: str, name: str, tasks: Sequence[Task]) -> di
         tasks: all tasks that there are.
     """
     settings = to_dict(config)
-    by_url = model.startswith("http")
-    weights = [] if by_url else sorted(Path(model).glob("*.safetensors"))
+    folder = model_folder(model)
+    weights = sorted(folder.glob("*.safetensors")) if folder is not None else []
     server = settings["rollout"]["server"]
     return {
-        "model": model if by_url else str(Path(model).resolve()),
-        "name": name if by_url else None,
+        "model": model if folder is None else str(folder.resolve()),
+        "name": name if folder is None else None,
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
         "environment": config.environment,
         "environment_config": settings["environment_config"],
@@ -44,7 +45,7 @@ def identity(config: Config, model: str, name: str, tasks: Sequence[Task]) -> di
         "tasks": {key: value for key, value in settings["tasks"].items() if key not in ("max_train", "max_eval")},
         "task_contents": {task.id: _digest(json.dumps(asdict(task), sort_keys=True, default=_kind)) for task in tasks},
         "sampling": settings["rollout"]["sampling"],
-        "server": {} if by_url else {key: server[key] for key in ("dtype", "extra_args")},
+        "server": {} if folder is None else {key: server[key] for key in ("dtype", "extra_args")},
         "evaluation": settings["evaluation"],
         "seed": config.run.seed if config.evaluation.temperature > 0 else None,
         "limits": asdict(evaluation_limits(config)),

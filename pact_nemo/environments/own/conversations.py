@@ -46,9 +46,12 @@ def conversation_id(conversation: ConversationLike) -> str:
     return conversation.task_id if conversation.task_id is not None else f"conversation_{conversation.line}"
 
 
-def refuse_two_requests(conversations: Sequence[ConversationLike]) -> None:
-    """Raises DataError for a conversation that names the task of an earlier one and asks for something else, or has
-    other ``info`` for the tools: its calls would be taught under the other's request, in the other's world.
+def first_of_each(conversations: Sequence[ConversationLike]) -> list[ConversationLike]:
+    """The first conversation of each task. A second one is another trace of it, not another task.
+
+    Raises:
+        DataError: a later one asks for something else, or has other ``info`` for the tools: its calls would be taught
+            under the other's request, in the other's world.
     """
     first: dict[str, ConversationLike] = {}
     for each in conversations:
@@ -64,6 +67,7 @@ def refuse_two_requests(conversations: Sequence[ConversationLike]) -> None:
                 line=each.line,
                 field="task_id",
             )
+    return list(first.values())
 
 
 class Conversations:

@@ -11,12 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_nemo.environments.base import Task, ToolCall
-from pact_nemo.environments.own.conversations import (
-    ConversationLike,
-    Conversations,
-    conversation_id,
-    refuse_two_requests,
-)
+from pact_nemo.environments.own.conversations import ConversationLike, Conversations, first_of_each
 from pact_nemo.environments.own.fields import check_mapped, mapped
 from pact_nemo.environments.own.hosts import ToolHost
 from pact_nemo.environments.own.judge import EndpointJudge
@@ -129,13 +124,10 @@ class OwnEnvironment:
             seen[task.id] = row.number
             return task
 
-        if self._setup.path is None:  # a second conversation of a task is another trace of it, not another task
-            first = {conversation_id(each): each for each in reversed(told)}
-            refuse_two_requests(told)
+        if self._setup.path is None:
             made = [
                 quarantine.parse(lambda: reader.of_conversation(each), list(each.opening))  # noqa: B023 - called at once
-                for each in told
-                if first[conversation_id(each)] is each
+                for each in first_of_each(told)
             ]
         else:
             found = Conversations(told)
