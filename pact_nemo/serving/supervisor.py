@@ -74,19 +74,17 @@ class SupervisedServer:
         # of its own: episodes that are being ended need a thread for their environments, and may have one in all
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-server")
         self._up = self._down = asyncio.Event()
-        self._hurry, self._answered = (
-            False,
-            0.0,
-        )  # a heartbeat is wanted now; when the last one that was answered had been asked for
+        self._hurry = False  # a heartbeat is wanted now
+        self._answered = 0.0  # when the last heartbeat that was answered had been asked for
 
     # -- synchronous part: start, refit, restart
-    # ----------------------------------------------------------------------------------
 
     def wait_ready(self) -> None:
         """Block until the server answers. Raises ServerError when it doesn't; a first start is not tried again."""
         self._open(self.server)
 
     def _open(self, server: RolloutServer | RemoteServer) -> None:
+        self._stop_when_leaving()  # a server that answers at the first look reports no progress
         server.wait_ready(self._progress)
         settings = server.config
         self._client = RolloutClient(
@@ -103,6 +101,9 @@ class SupervisedServer:
 
     def _progress(self, seconds: float, line: str) -> None:
         beat()  # a start has a deadline of its own
+        self._stop_when_leaving()
+
+    def _stop_when_leaving(self) -> None:
         if self._leaving:
             raise ServerError("the run is being stopped")
 
@@ -187,7 +188,6 @@ class SupervisedServer:
             log.info("rollout server %s: %s -> %s %s", event, before.state, self.health.state, self.health.reason)
 
     # -- while a batch is played
-    # --------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> SupervisedServer:
         if self._users == 0:

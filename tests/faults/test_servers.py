@@ -176,10 +176,21 @@ def test_a_server_that_died_between_two_batches(bench: Bench, undisturbed: dict[
     assert content(play(served, 1)) == undisturbed[1] and served.health.restarts == 1
 
 
-def test_a_batch_that_ends_during_a_restart_holds_up_no_later_one(bench: Bench) -> None:
+@pytest.mark.parametrize("answers", ["at the first look", "later"])
+def test_a_batch_that_ends_during_a_restart_holds_up_no_later_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, answers: str
+) -> None:
     """The restart is broken off with the batch: it was left half started, nobody started it again, or both counted."""
     served = bench.launch()
     expected = content(play(served))
+    restart = served.server.restart
+
+    def restarted() -> None:
+        restart()
+        while answers == "at the first look" and not served.server.admin().healthy():
+            time.sleep(0.05)
+
+    monkeypatch.setattr(served.server, "restart", restarted)
     served._leaving = True
     with pytest.raises(ServerError, match="being stopped"):
         served.recover("it died as the last episode ended")
