@@ -61,6 +61,24 @@ def test_an_expected_call_that_fails_is_told_once_and_blames_no_score(tmp_path: 
     assert len(errors) == 1 and errors[0].count("t0") == 1 and "KeyError" in errors[0], errors
 
 
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"held_out": 1}, "a batch of 6 prompts needs as many training tasks; there are 3"),
+        ({"held_out": 4}, "tasks.held_out=4 of 4 groups leaves one side empty"),
+        ({"held_out": 1, "max_prompt_tokens": 5}, "leaves one side empty"),
+    ],
+)
+def test_what_a_run_would_refuse_for_want_of_tasks_is_noted(
+    tmp_path: Path, chat: ChatFormat, changes: dict[str, int], refusal: str
+) -> None:
+    data = Data()
+    data.words.extend(f"tasks.{key}={value}" for key, value in changes.items())
+    found = run(data, tmp_path, chat)
+    said = [one.text for one in found.findings if one.kind == "settings"]
+    assert len(said) == 1 and "a run with these settings would be refused" in said[0] and refusal in said[0], said
+
+
 def test_sound_data_raises_no_alarm(tmp_path: Path, chat: ChatFormat) -> None:
     found = run(Data(), tmp_path, chat)
     assert (found.count("error"), found.count("warning")) == (0, 0), "\n".join(listed(found.findings))

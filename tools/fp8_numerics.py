@@ -27,10 +27,10 @@ from pact_nemo import checkout
 
 checkout.enter(__file__)
 
-from pact_nemo.batches.prompt_trees import contexts_needed, grow_tree
-from pact_nemo.batches.streams import Scores, with_streams
+from pact_nemo.batches.streams import Scores
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
+from pact_nemo.errors import ConfigError
 from pact_nemo.methods.registry import make_method
 from pact_nemo.policy.config import FP8_RECIPES, PolicyConfig
 from pact_nemo.policy.policy import MegatronPolicy
@@ -38,23 +38,18 @@ from pact_nemo.policy.trees import TokenTree
 from pact_nemo.runtime.terminal import command
 from pact_nemo.training.collect import groups_of_step
 from pact_nemo.training.open_run import open_run
+from pact_nemo.training.update import cut, filled
 
 
 def step_trees(config: Config, step: int) -> list[TokenTree]:
-    """The trees of a dumped step's on-policy update, with all of the objective's terms but those that need a
-    reference.
+    """The trees of a dumped step's on-policy update, as the run cuts and weighs it, with all of the objective's terms
+    but those that need a reference. Empty where that step scores no token.
     """
     with open_run(config, None) as run:
         run.state.step = step
         groups, _ = groups_of_step(run)
-        method = run.method
-        prompts = [
-            grow_tree(g, run.boundary_ids, method, contexts=contexts_needed(g, method, diagnostics=True))
-            for g in groups
-        ]
-        prompts = [prompt for prompt in prompts if prompt.tree.num_scored]
-        prompts = with_streams(prompts, method, run.schedule, step, Scores())
-    return [prompt.tree for prompt in prompts]
+        parts = cut(run, groups)
+        return [prompt.tree for prompt in filled(run, parts[0], Scores())] if parts else []
 
 
 def measure(
@@ -91,6 +86,8 @@ def main() -> None:
         words = [f"trainer.replay={run}", f"run.root={folder}", "objective.kl_coef=0", "trainer.dump_rollouts=false"]
         config = load_config(run / "config.yaml", words)
         trees = step_trees(config, arguments.step)[: arguments.prompts]
+    if not trees:
+        raise ConfigError(f"step {arguments.step} of {run} scores no token: take another --step")
     plain = measure(config, config.policy, model, trees)
     rows = []
     for recipe in arguments.recipes:

@@ -28,7 +28,7 @@ from pact_nemo.checking.reward_checks import expert_findings, nothing_findings, 
 from pact_nemo.config.schema import Config
 from pact_nemo.data.conversations import conversations_of, dropped_conversations, judged_conversations
 from pact_nemo.data.task_traces import find_traces
-from pact_nemo.data.tasks import build_environment, refuse_evaluation_only
+from pact_nemo.data.tasks import build_environment, check_batches, load_tasks, refuse_evaluation_only
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ConfigError, DataError, EnvironmentFailure
 from pact_nemo.runtime.quarantine import Quarantine
@@ -119,6 +119,7 @@ def _check(
     if chat is not None:
         note("lengths")
         found.findings += length_findings(config, chat, tasks, used)
+        found.findings += _split_findings(config, chat, environment, set(used))
     played = sorted(tasks, key=lambda task: task.id)
     random.Random(config.tasks.split_seed).shuffle(played)
     played = played[:limit]
@@ -141,6 +142,20 @@ def _check(
     found.findings += other_findings(environment, played, scripts, plays)
     if getattr(config.environment_config, "workers", 2) > 1:  # two episodes at a time
         found.findings += session_findings(environment, played, scripts, plays)
+
+
+def _split_findings(config: Config, chat: ChatFormat, environment: Environment, traced: set[str]) -> list[Finding]:
+    """Whether a run with these settings could split the tasks and fill its batches. A note: nothing is wrong with the
+    rows, and there may be more of them later.
+    """
+    try:
+        train, _, _ = load_tasks(config, environment, chat, Quarantine("quarantine"))
+        limits = [limit for limit in (config.traces.max_tasks, config.warmup.max_tasks) if limit is not None]
+        warmup = [task for task in train if task.id in traced][: min(limits, default=None)]
+        check_batches(config, train, warmup)
+    except (ConfigError, DataError) as error:
+        return [Finding("note", "settings", "", f"a run with these settings would be refused: {error}")]
+    return []
 
 
 def _traces(

@@ -127,6 +127,7 @@ RANGES: Ranges = {
     "warmup.batch_size": ">= 1",
     "warmup.lr": ">= 0",
     "warmup.max_tasks": ">= 1",
+    "warmup.seed": ANY,
     "warmup.reasoning_weight": _TAUGHT,
     "warmup.call_weight": _TAUGHT,
     "trainer.steps": ">= 0",

@@ -235,6 +235,8 @@ class WarmupConfig:
     batch_size: int = 8  #: traces per optimizer step
     lr: float = 2e-5  #: learning rate; the schedule of ``optimizer`` begins after the stage
     max_tasks: int | None = None  #: training tasks whose traces the stage sees; None = all
+    #: of the order of the stage's traces; None = ``run.seed``. Runs of other seeds then share one warm-up
+    seed: int | None = None
     reasoning_weight: float = 1.0  #: weight of a reasoning token
     call_weight: float = 1.0  #: weight of a call token
     #: a message without calls that ends the turn, taught in this stage only (traces hold no final answer)

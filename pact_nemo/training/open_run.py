@@ -111,6 +111,7 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
         if table := names():
             write_json_atomic(space.names, table)
             progress.message(f"the model sees some tools or arguments under other names: {space.names}")
+    plan = _plan(config, chat, dataset, progress)  # before the servers load: on a CPU it measures this machine
     served = _as_served(config)
     generator = Generator(served, chat, environment, progress, space.server_log)
     stack.callback(generator.close)
@@ -131,7 +132,18 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
         weights=weights_elsewhere(config),
     )
     sharing.built(policy)
-    return TrainingRun(config, space, chat, environment, dataset, policy, generator, progress, source, stop, sharing)
+    run = TrainingRun(config, space, chat, environment, dataset, policy, generator, progress, source, stop, sharing)
+    run.plan = plan
+    return run
+
+
+def _plan(config: Config, chat: ChatFormat, dataset: Dataset, progress: RunProgress) -> dict[str, Any] | None:
+    """Memory and time that the run should take, said in one line; on rank 0 alone."""
+    if rank() != 0:
+        return None
+    plan = run_plan(config, world=dist.get_world_size(), lengths=lengths_of(config, chat, dataset))
+    progress.message(plan_in_one_line(plan))
+    return plan.as_json()
 
 
 def _as_served(config: Config) -> Config:
@@ -147,11 +159,6 @@ def _as_served(config: Config) -> Config:
 def _begin(stack: ExitStack, run: TrainingRun, *, resumed: bool) -> None:
     """Restore what there is, open the metrics, and wait until the servers have the weights to begin with."""
     config, state = run.config, run.state
-    if rank() == 0:
-        lengths = lengths_of(config, run.chat, run.dataset)
-        plan = run_plan(config, world=dist.get_world_size(), lengths=lengths)
-        run.plan = plan.as_json()
-        run.progress.message(plan_in_one_line(plan))
     restored = resumed and run.checkpoints.restore()
     if state.warmup_step >= config.warmup.steps:
         run.weights.freeze_reference()

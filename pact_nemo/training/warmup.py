@@ -16,6 +16,7 @@ import torch
 
 from pact_nemo.batches.prompt_trees import add_trace, supervised
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.config.schema import Config
 from pact_nemo.data.tasks import prompts_of_step
 from pact_nemo.environments.base import Task
 from pact_nemo.errors import PactError, ServerLost
@@ -88,7 +89,7 @@ def warm_up(run: TrainingRun, evaluate: Callable[[TrainingRun, str], object]) ->
     evaluate(run, "base")
     run.sharing.trainer(drop=True)
     run.recorder.spend(run.sharing.taken())
-    tasks, seed = run.dataset.warmup_tasks(stage.max_tasks), f"warmup:{run.config.run.seed}"
+    tasks, seed = run.dataset.warmup_tasks(stage.max_tasks), _seed(run.config)
     with run.progress.phase("warm-up", total=stage.steps - state.warmup_step) as phase:
         while state.warmup_step < stage.steps:
             run.checkpoints.leave_if_asked()
@@ -118,6 +119,12 @@ def warm_up(run: TrainingRun, evaluate: Callable[[TrainingRun, str], object]) ->
                 run.checkpoints.give_up(error)
 
 
+def _seed(config: Config) -> str:
+    """Of the order of the stage's tasks, and of the trace that each of them uses."""
+    seed = config.warmup.seed
+    return f"warmup:{config.run.seed if seed is None else seed}"
+
+
 def score_meanwhile(run: TrainingRun, record: dict[str, Any], watch: Stopwatch) -> PactError | None:
     """Refit the servers in the middle of the stage and add the held-out score to the record; see
     :func:`score_between`.
@@ -138,7 +145,7 @@ def sft_step(run: TrainingRun, batch: list[Task]) -> dict[str, Any]:
     """
     config = run.config
     stage = config.warmup
-    chosen = [run.dataset.trace_for(task.id, f"warmup:{config.run.seed}", run.state.warmup_step) for task in batch]
+    chosen = [run.dataset.trace_for(task.id, _seed(config), run.state.warmup_step) for task in batch]
     traces = [trace for trace in chosen if trace is not None]  # the stage's tasks all have one
     if stage.closing is not None:  # the stage's own message closes them
         traces = [without_closing(trace) for trace in traces]
