@@ -22,7 +22,7 @@ from pact_nemo.report.stats import mean, paired_bootstrap
 from tests.fixtures.run_folders import make_run
 from tools.comparisons import plan as plans
 from tools.comparisons.picture import starts_svg
-from tools.comparisons.plan import Arm, Block, Cell, Plan, cells, load_plan, run_plan, start_words
+from tools.comparisons.plan import Arm, Block, Cell, Plan, cells, check_kept, load_plan, run_plan, start_words
 from tools.comparisons.results import read_results, table
 from tools.comparisons.runner import config_of, weights_of
 
@@ -51,6 +51,24 @@ def test_every_plan_that_comes_along_can_run(path: Path, monkeypatch: pytest.Mon
         and plan.prediction
         and len([*cells(plan)]) > 1
     )
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        p
+        for p in sorted((ROOT / "docs" / "evidence").iterdir())
+        if (ROOT / "conf" / "plans" / f"{p.name}.yaml").is_file()
+    ],
+    ids=lambda path: path.name,
+)
+def test_a_plan_goes_on_from_the_results_that_come_along(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default that changes must be named in the plans whose runs had the old one."""
+    monkeypatch.chdir(ROOT)
+    plan = load_plan(ROOT / "conf" / "plans" / f"{kept.name}.yaml")
+    check_kept(plan, kept)
+    known = {cell.id for cell in [*cells(plan), *(Cell("published", name, plan.start_seed) for name in plan.starts)]}
+    assert {file.stem for file in kept.glob("*.json")} <= known
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_no_range_is_of_a_setting_that_does_not_exist() -> None:
     for _, _, cls, ranges in SECTIONS:
         assert set(ranges) == {key for key, _ in numbers(cls)}
     free = [key for key in RANGES if range_of(key, RANGES) == ANY]
-    assert free == ["run.seed", "tasks.split_seed", "traces.min_score"]
+    assert free == ["run.seed", "tasks.split_seed", "traces.min_score", "warmup.seed"]
 
 
 def test_the_ends_of_a_range_belong_to_it_where_it_says_so() -> None:

@@ -199,7 +199,7 @@ def run_plan(
         PactError: a run failed; no further run is started, and those that are finished have their results.
     """
     if results.is_dir():
-        _check_kept(plan, results)
+        check_kept(plan, results)
     todo = [cell for cell in cells(plan) if not (results / f"{cell.id}.json").is_file()]
     work = _Work(plan, root, results, keep_weights, note, len(todo))
     with ThreadPoolExecutor(jobs) as pool:
@@ -226,7 +226,7 @@ def _settings(plan: Plan, cell: Cell) -> str:
     return Settings.of(_config(plan, cell), cell.seed, _words(plan, cell)).digest
 
 
-def _check_kept(plan: Plan, results: Path) -> None:
+def check_kept(plan: Plan, results: Path) -> None:
     """Raises ConfigError where a result was made with other settings than the plan has now."""
     starts = [Cell(PUBLISHED, name, plan.start_seed) for name in plan.starts]
     for cell in [*starts, *cells(plan)]:
