@@ -7,6 +7,7 @@ environment starts the section anew: what was said before belongs to the one bef
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -80,12 +81,17 @@ def schema_for(environment: str, base: type, section: str = SECTION) -> type:
     """
     own = environment_spec(environment).config
     try:
-        OmegaConf.structured(own)
+        return _with_section(cast(Any, own), base, section)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(
             f"environment={environment!r}: its {own.__name__} can't be a section of settings:"
             f" {str(error).splitlines()[0]}; give each field a plain type and a default"
         ) from error
+
+
+@functools.cache
+def _with_section(own: type, base: type, section: str) -> type:
+    OmegaConf.structured(own)  # raises what it can't take
     fields = [(section, cast(Any, own), dataclasses.field(default_factory=own))]
     made: type = dataclasses.make_dataclass(base.__name__, fields, bases=(base,))
     made.__module__ = base.__module__  # where its other annotations are looked up

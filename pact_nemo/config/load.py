@@ -68,12 +68,12 @@ def _read_yaml(path: Path, environment: str, seen: tuple[Path, ...] = ()) -> Dic
         named = named_environment(str(path), below)
         begin_anew(merged, environment, named)
         environment = named or environment
-        merged = OmegaConf.merge(merged, below)  # type: ignore[assignment]
+        merged = OmegaConf.unsafe_merge(merged, below)  # type: ignore[assignment]
     named = named_environment(str(path), loaded)
     begin_anew(merged, environment, named)
     loaded = _with_own_section(path, loaded, named or environment)
     try:
-        return OmegaConf.merge(merged, loaded)  # type: ignore[return-value]
+        return OmegaConf.unsafe_merge(merged, loaded)  # type: ignore[return-value]
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(
             f"{path}: it doesn't fit the files it names under 'defaults': {str(error).splitlines()[0]}; repair one of"
@@ -135,7 +135,8 @@ def load_config(
         try:
             _refuse_resolvers(name, source)
             refuse_moved(name, source)
-            merged = OmegaConf.merge(_with_method(merged, source), source)
+            # in place: a merge that copies all settings for each source takes most of the time
+            merged = OmegaConf.unsafe_merge(_with_method(merged, source), source)
         except (OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
             key = getattr(error, "full_key", None) or ""
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
