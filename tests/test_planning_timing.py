@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -282,6 +283,13 @@ def test_this_machine_is_measured() -> None:
     assert not cpu.cuda and cpu.bf16 > 1e9 and cpu.memory_bandwidth > 1e8 and cpu.memory > 1e9
     with pytest.raises(ConfigError, match="known: A100, H100"):
         gpu("V100")
+
+
+def test_a_first_product_that_takes_long_says_nothing_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads and kernels are made in it; a plan that took it for the rate was sixty times too slow."""
+    pauses = iter([0.3])
+    monkeypatch.setattr("torch.mm", lambda *_: time.sleep(next(pauses, 0.0)))
+    assert this_cpu(0.02).bf16 > 2 * 768**3 / 0.1
 
 
 def test_the_tool_prints_one_json_object_last_and_its_exit_code_is_the_verdict(
