@@ -150,8 +150,9 @@ def _split_findings(config: Config, chat: ChatFormat, environment: Environment, 
     """
     try:
         train, _, _ = load_tasks(config, environment, chat, Quarantine("quarantine"))
-        limits = [limit for limit in (config.traces.max_tasks, config.warmup.max_tasks) if limit is not None]
-        warmup = [task for task in train if task.id in traced][: min(limits, default=None)]
+        warmup = None
+        if config.traces.max_tasks is None:  # else a run chooses among its training tasks, not among all
+            warmup = [task for task in train if task.id in traced][: config.warmup.max_tasks]
         check_batches(config, train, warmup)
     except (ConfigError, DataError) as error:
         return [Finding("note", "settings", "", f"a run with these settings would be refused: {error}")]
