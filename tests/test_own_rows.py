@@ -110,3 +110,10 @@ def test_a_field_of_conversations_that_no_row_has_is_refused(tmp_path):
 def test_a_setting_that_nothing_would_read_is_refused(words, key):
     with pytest.raises(ConfigError, match=f"^{key}: is (read|set)"):
         config_of("tasks.path=t.jsonl", *words)
+
+
+@pytest.mark.parametrize("word", ["agent.timeout=soon", "agent.bogus=1", "agent.mcp.bogus=1", "agent.mcp.timeout=soon"])
+def test_a_wrong_setting_is_named_as_it_was_written(word):
+    key = word.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"^command line '{word}': {key}: "):
+        config_of("tasks.path=t.jsonl", word)

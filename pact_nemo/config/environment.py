@@ -103,7 +103,8 @@ def check_section(name: str, source: DictConfig, environment: str) -> None:
     section = source._get_node(SECTION)
     if section is None:
         return
-    merge_own(f"{name}: {SECTION}", section, environment_spec(environment).config, f"environment={environment}")
+    spec = environment_spec(environment)
+    merge_own(f"{name}: {spec.section}", section, spec.config, f"environment={environment}")
 
 
 def begin_anew(before: DictConfig, environment: str, named: str | None) -> None:

@@ -206,18 +206,18 @@ def _word(word: str, environment: str) -> tuple[str, DictConfig]:
     Raises:
         ConfigError: it is none.
     """
+    name, said = f"command line '{word}'", word
     word = agent_word(word, environment)
     key, separator, _ = word.partition("=")
     if not separator or key.startswith("-"):
-        raise ConfigError(f"command line: {word!r} is not a key=value override, e.g. trainer.steps=50")
-    name = f"command line '{word}'"
+        raise ConfigError(f"command line: {said!r} is not a key=value override, e.g. trainer.steps=50")
     try:
         source = load_word(word, schema_for(environment, Config) if key.startswith(SECTION) else Config)
     except ConfigError:
         raise
     except Exception as error:  # yaml and OmegaConf raise unrelated families; all mean "not a setting"
         raise ConfigError(
-            f"command line {word!r}: the value can't be read: {error}; give it as YAML, e.g. trainer.steps=50"
+            f"command line {said!r}: the value can't be read: {error}; give it as YAML, e.g. trainer.steps=50"
         ) from error
     check_section(name, source, environment)
     return name, source
