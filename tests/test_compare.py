@@ -17,6 +17,7 @@ from pact_nemo.config.schema import to_yaml
 from pact_nemo.errors import PactError
 from pact_nemo.report.stats import paired_bootstrap
 from tests.fixtures.run_folders import make_run
+from tools import compare
 from tools.compare import collect, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +138,48 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     assert "run 2/2: grpo, seed 1" in done.stdout and "| pact | 1 |" in done.stdout
     other = run("--root", str(tmp_path), "--seeds", "1", "--", "trainer.steps=20")
     assert other.returncode == 1 and "other settings (trainer.steps)" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--plan", "p.yaml", "--only-table", "--seeds", "9"], "--seeds: the plan says it"),
+        (["--plan", "p.yaml", "--baseline", "grpo"], "--baseline: the plan says it"),
+        (["--plan", "p.yaml", "--", "trainer.steps=1"], "trainer.steps=1: settings stand in the plan"),
+        (["--plan", "p.yaml", "--collect", "runs"], "--collect: --plan makes its own table"),
+        (["--collect", "runs", "--", "trainer.steps=1"], "trainer.steps=1: --collect starts no run"),
+        (["--collect", "runs", "--methods", "pact"], "--methods: --collect takes the runs that there are"),
+        (["--only-table"], "--only-table: it is read with --plan"),
+        (["--baseline", "gpro"], "--baseline=gpro is none of --methods pact grpo"),
+        (["--", "run.seed=3"], "run.seed=3: a comparison gives each run its own run.seed"),
+    ],
+)
+def test_what_nothing_would_read_is_refused(
+    words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "run_one", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+    assert compare.main() == 1 and says in capsys.readouterr().err
+
+
+def test_a_seed_that_is_named_twice_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {
+        (method, seed): make_run(tmp_path, method=method, seed=seed) for method in ("pact", "grpo") for seed in (1, 2)
+    }
+    monkeypatch.setattr(compare, "run_one", lambda config, seed, root, words: made[config.name.split("_")[0], seed])
+    options = compare._parser().parse_args(["--methods", "pact", "grpo", "pact", "--seeds", "1", "2", "1"])
+    assert {name: len(runs) for name, runs in compare.run_methods(options, []).items()} == {"pact": 2, "grpo": 2}
+
+
+def test_other_limits_and_models_are_told(tmp_path: Path) -> None:
+    make_run(tmp_path, seed=1)
+    run = make_run(tmp_path, method="grpo", seed=1)
+    settings = OmegaConf.load(run / "config.yaml")
+    OmegaConf.update(settings, "rollout.sampling.max_turn_tokens", 33)
+    OmegaConf.update(settings, "model.path", "/another")
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(settings))
+    said = next(line for line in table(collect(tmp_path), "grpo", "x").splitlines() if "evaluated differently" in line)
+    assert "model.path" in said and "rollout.sampling.max_turn_tokens" in said
 
 
 def test_unknown_methods_and_empty_folders_are_refused_by_name(tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ from pact_nemo.errors import ConfigError, DataError, PactError
 from pact_nemo.report.stats import mean, paired_bootstrap
 from tests.fixtures.run_folders import make_run
 from tools.comparisons import plan as plans
+from tools.comparisons import running
 from tools.comparisons.picture import starts_svg
-from tools.comparisons.plan import Arm, Block, Cell, Plan, cells, check_kept, load_plan, run_plan, start_words
+from tools.comparisons.plan import Arm, Block, Cell, Plan, cells, check_kept, load_plan, results_of, start_words
 from tools.comparisons.results import read_results, table
 from tools.comparisons.runner import config_of, weights_of
+from tools.comparisons.running import run_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = Plan(
@@ -88,6 +90,15 @@ def test_a_plan_goes_on_from_the_results_that_come_along(kept: Path, monkeypatch
             "grid: [{arms: [a]}]",
             "a: traces.path=talk.jsonl: no such file",
         ),
+        ("name: [p\narms", "plan.yaml: while parsing"),
+        ("name: p\narms: {a: {}, a: {}}\ngrid: [{arms: [a]}]", "plan.yaml: while constructing"),
+        ("name: p\narms: {a: {}}\ngrid: [{arms: [a], seeds: []}]", r"grid\[0\].seeds is empty"),
+        ("name: p\nset: [run.seed=7]\narms: {a: {}}\ngrid: [{arms: [a]}]", "a: run.seed=7: .* its own run.seed"),
+        ("name: p\narms: {a: {set: [run.label=b]}}\ngrid: [{arms: [a]}]", "a: run.label=b: .* its own run.label"),
+        (
+            "name: p\nstarts: {s: {}}\narms: {a: {set: [model.path=/m]}}\ngrid: [{starts: [s], arms: [a]}]",
+            "a: model.path=/m: .* its own model.path",
+        ),
         ("name: p\nbenchmark: own\nset: [agent.toolz=x.py]\narms: {a: {}}\ngrid: [{arms: [a]}]", "a: .*toolz"),
     ],
 )
@@ -95,6 +106,20 @@ def test_a_wrong_plan_is_refused_before_anything_runs(text: str, says: str, tmp_
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(ConfigError, match=says):
         load_plan(tmp_path / "plan.yaml")
+
+
+def test_a_table_is_of_the_plan_s_own_results(tmp_path: Path) -> None:
+    """Files of before the plan was changed are named, and in no mean."""
+    for cell in (Cell("published", "sft4", 0), Cell("sft4", "pact", 1), Cell("sft4", "pact", 2)):
+        place(tmp_path / "runs", cell, 9)
+    small = replace(PLAN, starts={"sft4": PLAN.starts["sft4"]}, grid=[Block(["sft4"], ["pact"])])
+    run_plan(small, tmp_path / "runs", tmp_path / "kept")
+    shorter = replace(small, grid=[Block(["sft4"], ["pact"], [1])])
+    results, others = results_of(shorter, tmp_path / "kept")
+    assert [(r.arm, r.seed) for r in results] == [("sft4", 0), ("pact", 1)]
+    assert others == ["sft4-pact-seed2.json"]
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        results_of(replace(small, set=["optimizer.lr=1e-6"]), tmp_path / "kept")
 
 
 def test_runs_come_seed_by_seed_and_once() -> None:
@@ -124,7 +149,7 @@ def place(root: Path, cell: Cell, passed: int, plan: Plan = PLAN) -> None:
         [config_of(arm.method, plan.benchmark, plan.preset)], [f"run.seed={cell.seed}", *words, *arm.set]
     )
     (run / "config.yaml").write_text(to_yaml(config))
-    for name in plans.WEIGHTS:
+    for name in running.WEIGHTS:
         (run / name).mkdir(exist_ok=True)
 
 
@@ -159,7 +184,7 @@ def test_results_stay_when_the_weights_are_gone(tmp_path: Path, monkeypatch: pyt
     same = [result for result in results if result.score() == results[0].score()]
     assert "</svg>" in starts_svg(same) and "</svg>" in starts_svg([])
     # a second time nothing is run, also where the run folders are gone
-    monkeypatch.setattr(plans, "run_one", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(running, "run_one", lambda *_: pytest.fail("a run was started"))
     assert len(run_plan(PLAN, tmp_path / "elsewhere", kept, note=said.append)) == 10
     (kept / "sft4-pact-seed1.json").write_text(json.dumps({"plan": "small"}))
     with pytest.raises(DataError, match="sft4-pact-seed1.json: no result of this version"):
@@ -252,7 +277,7 @@ def test_several_runs_go_on_at_once_and_a_start_is_made_once(tmp_path: Path, mon
     root, kept, together = tmp_path / "runs", tmp_path / "evidence", threading.Barrier(3)
     for cell in [*(Cell("published", name, 0) for name in PLAN.starts), *cells(PLAN)]:
         place(root, cell, 5)
-    original, started = plans.run_one, []
+    original, started = running.run_one, []
 
     def meets(config: Path, seed: int, folder: Path, words: list[str]) -> Path:
         started.append(folder.name)
@@ -260,7 +285,7 @@ def test_several_runs_go_on_at_once_and_a_start_is_made_once(tmp_path: Path, mon
             together.wait(20)  # broken, unless three are here at once
         return original(config, seed, folder, words)
 
-    monkeypatch.setattr(plans, "run_one", meets)
+    monkeypatch.setattr(running, "run_one", meets)
     assert len(run_plan(PLAN, root, kept, jobs=3, note=lambda _: None)) == 10
     assert len(started) == len({*started}) == 10
 
@@ -273,14 +298,14 @@ def test_no_run_starts_when_the_budget_is_spent_and_a_failure_loses_nothing(
         place(root, Cell("published", name, 0), 5)
     first = next(cells(PLAN))
     place(root, first, 7)
-    original = plans.run_one
+    original = running.run_one
 
     def fails(config: Path, seed: int, folder: Path, words: list[str]) -> Path:
         if folder.name not in (first.id, *PLAN.starts):
             raise PactError("exit code 1")
         return original(config, seed, folder, words)
 
-    monkeypatch.setattr(plans, "run_one", fails)
+    monkeypatch.setattr(running, "run_one", fails)
     with pytest.raises(PactError, match="exit code 1"):
         run_plan(PLAN, root, kept, note=lambda _: None)
     assert (kept / f"{first.id}.json").is_file()

@@ -16,6 +16,8 @@ import pytest
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import to_yaml
 from pact_nemo.errors import ConfigError, PactError
+from pact_nemo.report.data import load_run
+from pact_nemo.tracking.run_folder import Workspace
 from tests.fixtures.run_folders import make_run
 from tools.comparisons import runner
 from tools.comparisons.runner import config_of
@@ -54,9 +56,9 @@ def test_a_run_of_another_model_or_of_more_epochs_is_told_apart(tmp_path: Path) 
     run = make_run(tmp_path / "cell", seed=1)
     told = ["run.seed=1", "trainer.epochs=2", "trainer.steps=null", "model.path=/models/a"]
     settled = to_yaml(load_config([config], told)).replace(
-        "  steps: null\n  epochs: 2\n", "  steps: 40\n  epochs: null\n"
+        "  steps: null\n  epochs: 2\n", "  steps: 104\n  epochs: null\n"
     )
-    assert "steps: 40" in settled
+    assert "steps: 104" in settled  # 312 tasks, 6 a batch
     (run / "config.yaml").write_text(settled)
     words = ["trainer.epochs=2", "trainer.steps=null"]
     assert runner.run_one(config, 1, tmp_path / "cell", [*words, "model.path=/models/a"]) == run
@@ -68,6 +70,21 @@ def test_a_run_of_another_model_or_of_more_epochs_is_told_apart(tmp_path: Path) 
             runner.run_one(config, 1, tmp_path / "cell", [*words, *other])
     with pytest.raises(ConfigError, match="other settings .*run.seed"):
         runner.run_one(config, 2, tmp_path / "cell", [*words, "model.path=/models/a"])
+    with pytest.raises(ConfigError, match="other settings .*trainer.epochs"):
+        runner.run_one(config, 1, tmp_path / "cell", ["trainer.epochs=3", words[1], "model.path=/models/a"])
+
+
+def test_a_run_that_was_lengthened_and_cut_is_not_finished(tmp_path: Path) -> None:
+    """The summary of its first end stays under a name of its own."""
+    run = make_run(tmp_path, seed=1, steps=10)
+    config = load_config(run / "config.yaml")
+    space = Workspace(run)
+    space.set_summary_aside(config)
+    assert runner.finished(tmp_path) == run  # the same length: nothing is left to do
+    space.set_summary_aside(load_config(run / "config.yaml", ["trainer.steps=20"]))
+    assert runner.finished(tmp_path) is None and (run / "summary-step_000010.json").is_file()
+    assert "after" not in load_run(run).scores
+    space.set_summary_aside(config)  # none is there
 
 
 def test_a_run_of_a_comparison_reads_paths_as_the_comparison_does(

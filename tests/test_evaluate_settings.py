@@ -21,7 +21,7 @@ from pact_nemo.rollouts.episode import SeedPath
 from pact_nemo.rollouts.types import Rollout
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.tracking.episodes import dump_evaluation
-from tools.evaluate import counted, drawing, settings_of
+from tools.evaluate import counted, drawing, settings_of, tasks_in
 from tools.evaluations.chosen import chosen_tasks
 from tools.evaluations.kept import identity, kept_rollouts, open_folder
 
@@ -120,6 +120,7 @@ def test_a_task_of_which_a_sample_failed_is_played_again_whole(tmp_path: Path) -
         ("model.earlier_thoughts=keep", "model_settings"),
         ("rollout.server.dtype=bfloat16", "server"),
         ("run.seed=2", "seed"),
+        ("sandbox.seconds=1", "sandbox"),
         ("evaluation.max_turns_per_user_turn=2", "evaluation, limits"),
     ],
 )
@@ -134,6 +135,33 @@ def test_episodes_of_other_settings_are_not_taken_over(tmp_path: Path, word: str
     opened("trainer.steps=3")
     with pytest.raises(ConfigError, match=rf"holds episodes with another {named}; name another folder"):
         opened(word)
+
+
+def test_episodes_of_another_template_or_shape_are_not_taken_over(tmp_path: Path) -> None:
+    """The weights alone don't say what a model reads and computes."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"rope_theta": 10000}')
+    (model / "chat_template.jinja").write_text("a")
+    config = shop(tmp_path, f"tasks.path={tmp_path}/all.jsonl")
+
+    def opened() -> Path:
+        return open_folder(tmp_path / "out", identity(config, str(model), "x", []))
+
+    opened().write_text("")
+    for name in ("config.json", "chat_template.jinja"):
+        before = (model / name).read_text()
+        (model / name).write_text("another")
+        with pytest.raises(ConfigError, match="holds episodes with another model_files; name another folder"):
+            opened()
+        (model / name).write_text(before)
+    opened()
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many"])
+def test_a_number_of_tasks_is_at_least_one(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="give a whole number, at least 1"):
+        tasks_in(text)
 
 
 def test_episodes_of_changed_tasks_and_tools_are_not_taken_over(tmp_path: Path) -> None:

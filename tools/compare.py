@@ -44,10 +44,13 @@ from tools.comparisons import results as kept
 from tools.comparisons.picture import starts_svg
 from tools.comparisons.results import SCORE
 from tools.comparisons.results import by_task as task_scores
-from tools.comparisons.runner import config_of, passing_signals_on, run_one
+from tools.comparisons.runner import check_words, config_of, passing_signals_on, run_one
+from tools.comparisons.running import run_plan
 
 REPOSITORY = checkout.ROOT
-ALIKE = ("tasks.", "environment", "evaluation.")  #: settings that say what a score is of
+#: settings that say what a score is of, and under which limits
+ALIKE = ("model.", "tasks.", "environment", "evaluation.", "rollout.sampling.max_", "rollout.server.max_model_len")
+METHODS, SEEDS, BASELINE = ("pact", "grpo"), (1, 2, 3), "grpo"
 
 
 def by_seed(runs: list[Run]) -> dict[int, dict[str, float]]:
@@ -72,7 +75,7 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
         for stage in ("base", "before"):
             values = [run.scores[stage]["score"] for run in runs if stage in run.scores]
             cells.append(f"{mean(values):.3f}" if values else "–")
-        starts = [run.scores["before"]["score"] for run in runs if "before" in run.scores]
+        starts = [run.scores[name]["score"] for run in runs if (name := run.start()) is not None]
         change = f"{mean(ends) - mean(starts):+.3f}" if len(starts) == len(ends) else "–"
         cells += [f"**{mean(ends):.3f}**", change, f"{spread:.3f}" if spread is not None else "–"]
         cells.append(str((difference(by_seed(runs), reference) if method != baseline else None) or "–"))
@@ -166,12 +169,12 @@ def collect(folder: Path) -> dict[str, list[Run]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=["pact", "grpo"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", help=f"default: {' '.join(METHODS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, help=f"default: {' '.join(map(str, SEEDS))}")
     parser.add_argument("--benchmark", default="bfcl", help="second word of the settings files' names")
     parser.add_argument("--preset", default="smollm2_135m-cpu", help="rest of the settings files' names")
     parser.add_argument("--root", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--baseline", default="grpo", help="the method that the others are compared with")
+    parser.add_argument("--baseline", help=f"the method that the others are compared with; default: {BASELINE}")
     parser.add_argument(
         "--collect", type=Path, metavar="FOLDER", help="only make the table, of the runs below this folder"
     )
@@ -203,9 +206,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def run_methods(options: argparse.Namespace, overrides: list[str]) -> dict[str, list[Run]]:
     """Run every method with every seed, seed by seed, so that a cut comparison is still paired."""
-    pairs = [(method, seed) for seed in options.seeds for method in options.methods]
-    configs = {method: config_of(method, options.benchmark, options.preset) for method in options.methods}
-    methods: dict[str, list[Run]] = {method: [] for method in options.methods}
+    check_words(overrides, ("run.seed", "run.root"))
+    names = dict.fromkeys(options.methods or METHODS)  # one that is named twice is no second run
+    pairs = [(method, seed) for seed in dict.fromkeys(options.seeds or SEEDS) for method in names]
+    configs = {method: config_of(method, options.benchmark, options.preset) for method in names}
+    methods: dict[str, list[Run]] = {method: [] for method in names}
     started = time.monotonic()
     for index, (method, seed) in enumerate(pairs):
         seconds = time.monotonic() - started
@@ -215,18 +220,43 @@ def run_methods(options: argparse.Namespace, overrides: list[str]) -> dict[str, 
     return methods
 
 
+def check_options(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Raises ConfigError where an option or a word would be read by nothing."""
+    given = [name for name in ("methods", "seeds") if getattr(options, name)]
+    plan, collects = options.plan is not None, options.collect is not None
+    unread = []
+    if plan and collects:
+        unread.append("--collect: --plan makes its own table")
+    elif plan:
+        unread += [f"--{name}: the plan says it" for name in [*given, *(["baseline"] if options.baseline else [])]]
+        unread += [f"{' '.join(overrides)}: settings stand in the plan, under 'set'"] if overrides else []
+    elif collects:
+        unread += [f"--{name}: --collect takes the runs that there are" for name in given]
+        unread += [f"{' '.join(overrides)}: --collect starts no run"] if overrides else []
+    if options.only_table and not plan:
+        unread.append("--only-table: it is read with --plan")
+    if unread:
+        raise ConfigError("; ".join(unread) + "; leave it out")
+    names = options.methods or METHODS
+    if options.baseline and not plan and not collects and options.baseline not in names:
+        raise ConfigError(f"--baseline={options.baseline} is none of --methods {' '.join(names)}")
+
+
 def main() -> int:
     words = sys.argv[1:]
     overrides = words[words.index("--") + 1 :] if "--" in words else []
     options = _parser().parse_args(words[: words.index("--")] if "--" in words else words)
     try:
+        check_options(options, overrides)
         if options.plan is not None:
             return of_plan(options)
         methods = collect(options.collect) if options.collect is not None else run_methods(options, overrides)
+        if options.baseline and options.baseline not in methods:
+            raise ConfigError(f"--baseline={options.baseline} has no run; there are: {', '.join(methods)}")
         if options.picture is not None:
             write_text_atomic(options.picture, comparison_svg([run for runs in methods.values() for run in runs]))
             print(f"picture: {options.picture}")
-        text = table(methods, options.baseline, "python tools/compare.py " + " ".join(words))
+        text = table(methods, options.baseline or BASELINE, "python tools/compare.py " + " ".join(words))
     except PactError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -244,7 +274,7 @@ def of_plan(options: argparse.Namespace) -> int:
     plan = plans.load_plan(options.plan)
     folder = options.results or REPOSITORY / "docs" / "evidence" / plan.name
     if not options.only_table:
-        plans.run_plan(
+        run_plan(
             plan,
             options.root / plan.name,
             folder,
@@ -252,10 +282,12 @@ def of_plan(options: argparse.Namespace) -> int:
             jobs=options.jobs,
             note=partial(print, flush=True),
         )
-    results = kept.read_results(folder)
+    results, others = plans.results_of(plan, folder)
     if not results:
         raise PactError(f"{folder} holds no result yet; leave --only-table out to make some")
     text = kept.table(results, plan.baseline)
+    if others:
+        print(f"not of this plan, and in no table: {', '.join(others)}", file=sys.stderr)
     print(text)
     if options.out is not None:
         write_text_atomic(options.out, replaced(options.out, text))

@@ -171,7 +171,7 @@ def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     if any(task.prepares for task in tasks):
         result["prerequisites"] = prerequisites(tasks, rollouts)
     write_scores = environment_spec(config.environment).write_scores
-    if write_scores is not None:
+    if write_scores is not None and config.evaluation.samples == 1:  # a leaderboard has one verdict a task
         write_scores(options.out, name, [task for task in tasks if not task.prepares], verdicts(rollouts))
     write_json_atomic(options.out / "result.json", result)
     return result
@@ -201,6 +201,13 @@ def counted(rollouts: list[Rollout], tasks: list[Task]) -> dict[str, Any]:
     }
 
 
+def tasks_in(text: str) -> int:
+    """A number of tasks. Raises ArgumentTypeError below 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number, at least 1")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -224,8 +231,8 @@ def main() -> int:
     parser.add_argument(
         "--held-out", action="store_true", help="only the tasks that a run with these settings is evaluated on"
     )
-    parser.add_argument("--limit", type=int, help="only the first tasks")
-    parser.add_argument("--chunk", type=int, default=256, help="tasks between two saves")
+    parser.add_argument("--limit", type=tasks_in, help="only the first tasks")
+    parser.add_argument("--chunk", type=tasks_in, default=256, help="tasks between two saves")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()

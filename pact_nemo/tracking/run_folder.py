@@ -15,7 +15,7 @@ from pact_nemo.checkpoints.embedded import FOLDER_NAME
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config, to_yaml
 from pact_nemo.errors import CheckpointError, ConfigError
-from pact_nemo.runtime import machine
+from pact_nemo.runtime import machine, strict_json
 from pact_nemo.runtime.files import lock_folder, temporary_beside, write_text_atomic
 from pact_nemo.runtime.plugins import short_name
 from pact_nemo.runtime.ranks import LOGS_ENV
@@ -47,6 +47,19 @@ class Workspace:
             folder / ".mark"
         )  # random: two machines with a shared disk for exports may have run folders of the same path
         self._lock: IO[str] | None = None
+
+    def set_summary_aside(self, config: Config) -> None:
+        """Where the folder has the summary of a run of another length than ``config`` has: keep it under a name that
+        says its step, and take the last evaluation away. The run is not finished, and nothing may read it as if it
+        were.
+        """
+        try:
+            steps = strict_json.loads(self.summary.read_text(encoding="utf-8"))["steps"]
+        except (OSError, ValueError, KeyError, TypeError):  # none, or none that a run wrote
+            return
+        if steps != config.trainer.steps:
+            os.replace(self.summary, self.folder / f"summary-step_{int(steps):06d}.json")
+            self.evaluation("after").unlink(missing_ok=True)
 
     def place_exports(self, root: str | None) -> None:
         """Keep refit exports below ``root`` instead of in the run folder, in a folder that no other run has."""

@@ -79,6 +79,7 @@ def _open_folder(stack: ExitStack, config: Config, resume: str | None) -> Worksp
         opened.append(run_folder.reopen(resume) if resume is not None else run_folder.create(config))
         opened[0].take_logs()
         if resume is not None:
+            opened[0].set_summary_aside(config)
             write_text_atomic(opened[0].config, to_yaml(config))
         return str(opened[0].folder)
 

@@ -21,29 +21,23 @@ Of an agent of your own, ``benchmark: own``, and ``set`` names tools, tasks and 
 from __future__ import annotations
 
 import re
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
 from pact_nemo.errors import ConfigError
-from pact_nemo.report.comparison import total_seconds
-from pact_nemo.report.data import load_run
-from tools.comparisons.results import SCORE, Result, by_task, read_result, read_results, result_of, write_result
-from tools.comparisons.runner import Settings, config_of, finished, run_one, weights_of
+from tools.comparisons.results import Result, read_result
+from tools.comparisons.runner import Settings, check_words, config_of
 
 PUBLISHED = "published"
-#: of a finished run folder, what only another run would need
-WEIGHTS = ("checkpoints", "exports", "reference", "hf")
+#: what each run of a plan is told by the plan: an arm's name is its label
+OWN_WORDS = ("run.seed", "run.root", "run.label")
 
 
 @dataclass
@@ -103,7 +97,7 @@ def load_plan(path: str | Path) -> Plan:
     """
     try:
         plan = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Plan), OmegaConf.load(path)))
-    except (OSError, OmegaConfBaseException, ValueError, TypeError) as error:
+    except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(
             f"{path}: {str(error).splitlines()[0]} (key '{getattr(error, 'full_key', None) or ''}')"
         ) from error
@@ -128,10 +122,15 @@ def load_plan(path: str | Path) -> Plan:
             unknown = [name for name in names if name not in known]
             if unknown or not names:
                 raise ConfigError(f"{path}: grid[{index}].{kind}s: {unknown or names}; known: {', '.join(known)}")
+        if block.seeds == []:
+            raise ConfigError(f"{path}: grid[{index}].seeds is empty; leave it out for the plan's, or name some")
     if plan.baseline and plan.baseline not in plan.arms:
         raise ConfigError(f"{path}: baseline={plan.baseline} is no arm; arms: {', '.join(plan.arms)}")
+    from_weights = {arm for block in plan.grid if block.starts != [PUBLISHED] for arm in block.arms}
     for name, arm in [*plan.starts.items(), *plan.arms.items()]:
         try:
+            check_words([*plan.set, *arm.set], OWN_WORDS)
+            check_words([*plan.set, *arm.set] if name in from_weights else [], ["model.path"])
             _check_files(load_config([config_of(arm.method, plan.benchmark, plan.preset)], [*plan.set, *arm.set]))
         except ConfigError as error:
             raise ConfigError(f"{path}: {name}: {error}") from error
@@ -175,55 +174,21 @@ def start_words(start: str, folder: Path | None) -> list[str]:
     return [] if start == PUBLISHED else [*place, "warmup.steps=0", "evaluation.before=false"]
 
 
-def run_plan(
-    plan: Plan,
-    root: Path,
-    results: Path,
-    *,
-    keep_weights: bool = False,
-    jobs: int = 1,
-    note: Callable[[str], None] = print,
-) -> list[Result]:
-    """Run what has no result yet, and write each result when it is there.
-
-    Args:
-        root: run folders are made below it; weights and checkpoints of finished runs are deleted, but those of starts.
-        results: folder of the results, a JSON file a run.
-        jobs: runs at once; the next one in line starts when one has ended.
-
-    Returns:
-        all results of the plan that there are.
-
-    Raises:
-        ConfigError: a run was made with other settings.
-        PactError: a run failed; no further run is started, and those that are finished have their results.
-    """
-    if results.is_dir():
-        check_kept(plan, results)
-    todo = [cell for cell in cells(plan) if not (results / f"{cell.id}.json").is_file()]
-    work = _Work(plan, root, results, keep_weights, note, len(todo))
-    with ThreadPoolExecutor(jobs) as pool:
-        runs = [pool.submit(work.run, number, cell) for number, cell in enumerate(todo, 1)]
-    for run in runs:
-        run.result()
-    return read_results(results)
-
-
-def _arm_of(plan: Plan, cell: Cell) -> Arm:
+def arm_of(plan: Plan, cell: Cell) -> Arm:
     return plan.starts[cell.arm] if cell.start == PUBLISHED and cell.arm in plan.starts else plan.arms[cell.arm]
 
 
-def _config(plan: Plan, cell: Cell) -> Path:
-    return config_of(_arm_of(plan, cell).method, plan.benchmark, plan.preset)
+def config_for(plan: Plan, cell: Cell) -> Path:
+    return config_of(arm_of(plan, cell).method, plan.benchmark, plan.preset)
 
 
-def _words(plan: Plan, cell: Cell, folder: Path | None = None) -> list[str]:
+def words_for(plan: Plan, cell: Cell, folder: Path | None = None) -> list[str]:
     """What a cell's run is told besides its method's settings file; ``folder``: the weights of its start."""
-    return [*plan.set, *start_words(cell.start, folder), *_arm_of(plan, cell).set]
+    return [*plan.set, *start_words(cell.start, folder), *arm_of(plan, cell).set]
 
 
-def _settings(plan: Plan, cell: Cell) -> str:
-    return Settings.of(_config(plan, cell), cell.seed, _words(plan, cell)).digest
+def settings_for(plan: Plan, cell: Cell) -> str:
+    return Settings.of(config_for(plan, cell), cell.seed, words_for(plan, cell)).digest
 
 
 def check_kept(plan: Plan, results: Path) -> None:
@@ -234,8 +199,8 @@ def check_kept(plan: Plan, results: Path) -> None:
         if not file.is_file():
             continue
         kept = read_result(file)
-        same = kept.settings == _settings(plan, cell) if kept.settings else kept.words == _words(plan, cell)
-        if not same or kept.method != _arm_of(plan, cell).method:
+        same = kept.settings == settings_for(plan, cell) if kept.settings else kept.words == words_for(plan, cell)
+        if not same or kept.method != arm_of(plan, cell).method:
             arms = " and those of its arms" if cell in starts else ""
             raise ConfigError(
                 f"{file} was made with other settings ({' '.join(kept.words)}); delete it{arms}, or name another"
@@ -243,93 +208,14 @@ def check_kept(plan: Plan, results: Path) -> None:
             )
 
 
-class _Work:
-    """The runs of a plan that have no result yet, for threads that take one after another."""
-
-    def __init__(
-        self, plan: Plan, root: Path, results: Path, keep_weights: bool, note: Callable[[str], None], count: int
-    ):
-        self._plan, self._root, self._results = plan, root, results
-        self._keep_weights, self._note, self._count = keep_weights, note, count
-        self._began = time.monotonic()
-        self._spent = sum(result.seconds for result in read_results(results)) if results.is_dir() else 0.0
-        self._starts: dict[str, Path] = {}  # the starting policies that were looked at
-        self._over = False  # a run failed, or the budget is spent: none begins any more
-        self._lock = threading.Lock()
-
-    def run(self, number: int, cell: Cell) -> None:
-        """Run one cell, unless another one failed or the budget is spent."""
-        try:
-            self._run(number, cell)
-        except BaseException:
-            self._over = True
-            raise
-
-    def _run(self, number: int, cell: Cell) -> None:
-        plan = self._plan
-        with self._lock:  # a starting policy is made once, and runs that need it wait
-            if not self._over and plan.hours is not None and self._spent > plan.hours * 3600:
-                self._over = True
-                self._note(
-                    f"{self._spent / 3600:.1f} of {plan.hours} hours are spent: {self._count - number + 1} runs are"
-                    " left; raise hours to make them"
-                )
-            if self._over:
-                return
-            if cell.start != PUBLISHED and cell.start not in self._starts:
-                self._starts[cell.start], seconds = _start(plan, cell.start, self._root, self._results, self._note)
-                self._spent += seconds
-        self._note(f"[{time.monotonic() - self._began:6.0f} s] run {number}/{self._count}: {cell.id}")
-        folder = self._starts.get(cell.start)
-        run = run_one(_config(plan, cell), cell.seed, self._root / cell.id, _words(plan, cell, folder))
-        spent = _keep(plan, cell, run, self._results, weights_of(folder) if folder is not None else "")
-        with self._lock:
-            self._spent += spent
-        if not self._keep_weights:
-            for name in WEIGHTS:
-                shutil.rmtree(run / name, ignore_errors=True)
-
-
-def _start(plan: Plan, name: str, root: Path, results: Path, note: Callable[[str], None]) -> tuple[Path, float]:
-    """The HF folder of a starting policy, made if it isn't there, and the seconds that this took now.
+def results_of(plan: Plan, folder: Path) -> tuple[list[Result], list[str]]:
+    """(The results that are there of the plan's runs and starts, names of other files).
 
     Raises:
-        ConfigError: it is not the policy that the results were made from.
+        ConfigError: see :func:`check_kept`.
+        DataError: a file is no result.
     """
-    place, cell = root / "starts" / name, Cell(PUBLISHED, name, plan.start_seed)
-    new = finished(place) is None
-    if new:
-        note(f"starting policy {name}")
-    run = run_one(_config(plan, cell), cell.seed, place, _words(plan, cell))
-    weights = weights_of(run / "hf")
-    for other in read_results(results) if results.is_dir() else ():
-        if other.start == name and (other.weights or weights) != weights:
-            raise ConfigError(
-                f"{results}/{name}-{other.arm}-seed{other.seed}.json began from another starting policy than {run};"
-                " delete it, or name another folder with --results"
-            )
-    if (file := results / f"{cell.id}.json").is_file():
-        kept, scores = read_result(file), by_task(load_run(run).episodes.get(SCORE, []))
-        if (kept.weights or weights) != weights or kept.scores.get(SCORE, {}) != scores:
-            raise ConfigError(
-                f"{run} is another starting policy than the one of {file}: its arms' results can't be compared. Delete"
-                " that file and those of its arms, or name another folder with --results"
-            )
-    seconds = _keep(plan, cell, run, results, weights)
-    for part in ("checkpoints", "exports", "reference"):
-        shutil.rmtree(run / part, ignore_errors=True)
-    return (run / "hf").resolve(), seconds if new else 0.0
-
-
-def _keep(plan: Plan, cell: Cell, run: Path, results: Path, weights: str) -> float:
-    found = load_run(run)
-    facts: dict[str, Any] = {
-        "plan": plan.name,
-        "start": cell.start,
-        "arm": cell.arm,
-        "words": _words(plan, cell),
-        "settings": _settings(plan, cell),
-        "weights": weights,
-    }
-    write_result(results / f"{cell.id}.json", result_of(found, facts))
-    return total_seconds(found.summary["seconds"])
+    check_kept(plan, folder)
+    own = {cell.id for cell in [*(Cell(PUBLISHED, name, plan.start_seed) for name in plan.starts), *cells(plan)]}
+    files = sorted(folder.glob("*.json"))
+    return [read_result(file) for file in files if file.stem in own], [f.name for f in files if f.stem not in own]

@@ -38,6 +38,13 @@ def config_of(method: str, benchmark: str, preset: str) -> Path:
     return path
 
 
+def check_words(words: Sequence[str], taken: Sequence[str]) -> None:
+    """Raises ConfigError where a word sets what the comparison itself says: each key, as ``run.seed``, to each run."""
+    for word in words:
+        if (key := word.partition("=")[0]) in taken:
+            raise ConfigError(f"{word}: a comparison gives each run its own {key}; leave it out")
+
+
 def finished(root: Path) -> Path | None:
     """The run folder under ``root`` that has a summary, or None."""
     return next((path.parent for path in sorted(root.glob("*/summary.json")) if not path.parent.is_symlink()), None)
@@ -65,12 +72,20 @@ class Settings:
         }
         return cls(_kept(flat(to_dict(found))), flat(defaults))
 
-    def unlike(self, config: dict[str, Any]) -> list[str]:
-        """Keys that a run with this ``config.yaml`` has otherwise."""
+    def unlike(self, config: dict[str, Any], training_tasks: int | None = None) -> list[str]:
+        """Keys that a run with this ``config.yaml`` has otherwise.
+
+        Args:
+            training_tasks: of the finished run; None: not known, and a number of epochs isn't compared.
+        """
         had = _kept(flat(config))
         free = [key for key in had if key.startswith(FREE) and key not in self.values]
         # steps of a run that was told epochs are written down once its tasks are counted
-        counted = ("trainer.steps", "trainer.epochs") if self.values.get("trainer.epochs", "None") != "None" else ()
+        epochs = self.values.get("trainer.epochs", "None")
+        counted = ("trainer.steps", "trainer.epochs") if epochs != "None" else ()
+        if counted and training_tasks is not None:
+            steps = int(epochs) * (training_tasks // int(self.values["trainer.batch_size"]))
+            free += [] if had.get("trainer.steps") == str(steps) else ["trainer.epochs"]
         return free + [
             key
             for key, value in self.values.items()
@@ -142,7 +157,8 @@ def run_one(config: Path, seed: int, root: Path, overrides: Sequence[str]) -> Pa
     cut = [folder for folder in cut if not folder.is_symlink()]
     wanted = Settings.of(config, seed, overrides)
     for folder in [done] if done is not None else cut[-1:]:
-        if different := wanted.unlike(load_run(folder, episodes=False).config):
+        found = load_run(folder, episodes=False)
+        if different := wanted.unlike(found.config, found.summary.get("tasks", {}).get("train")):
             raise ConfigError(
                 f"{folder} was run with other settings ({', '.join(different)}); give --root another folder, or delete"
                 " it"

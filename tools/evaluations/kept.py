@@ -38,6 +38,7 @@ def identity(config: Config, model: str, name: str, tasks: Sequence[Task]) -> di
         "model": model if folder is None else str(folder.resolve()),
         "name": name if folder is None else None,
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+        "model_files": _files(folder) if folder is not None else {},
         "environment": config.environment,
         "environment_config": settings["environment_config"],
         "code": _code(config.environment, settings["environment_config"]),
@@ -45,10 +46,21 @@ def identity(config: Config, model: str, name: str, tasks: Sequence[Task]) -> di
         "tasks": {key: value for key, value in settings["tasks"].items() if key not in ("max_train", "max_eval")},
         "task_contents": {task.id: _digest(json.dumps(asdict(task), sort_keys=True, default=_kind)) for task in tasks},
         "sampling": settings["rollout"]["sampling"],
+        "sandbox": settings["sandbox"],
         "server": {} if folder is None else {key: server[key] for key in ("dtype", "extra_args")},
         "evaluation": settings["evaluation"],
         "seed": config.run.seed if config.evaluation.temperature > 0 else None,
         "limits": asdict(evaluation_limits(config)),
+    }
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """File -> digest, of what a model folder says besides its weights: shape, tokenizer and chat template."""
+    own = [path for pattern in ("*.json", "*.jinja", "*.model", "*.txt") for path in folder.glob(pattern)]
+    return {
+        path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        for path in sorted(own)
+        if path.name != "manifest.json" and not path.name.endswith(".index.json")  # they tell of the weights
     }
 
 
