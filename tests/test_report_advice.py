@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ def run_of(*changes: dict[str, Any], steps: int = 8, warmup: list[dict[str, Any]
     return Run(Path("runs/r"), {}, CONFIG, "", warmup or [], records)
 
 
+def told_with(run: Run, **settings: Any) -> Run:
+    """The run with further settings, dots written as two underscores."""
+    run.config = copy.deepcopy(run.config)
+    for name, value in settings.items():
+        *sections, key = name.split("__")
+        place = run.config
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return run
+
+
 def keys(run: Run) -> list[str]:
     return [found.key for found in advice(run)]
 
@@ -53,7 +66,7 @@ def test_groups_without_an_advantage(success: float, says: str) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "says"),
-    [("turn_tokens", "max_turn_tokens"), ("turns", "warmup.closing"), ("response_tokens", "max_response_tokens")],
+    [("turn_tokens", "max_turn_tokens"), ("turns", "traces.closing"), ("response_tokens", "max_response_tokens")],
 )
 def test_rollouts_that_were_cut(limit: str, says: str) -> None:
     found = advice(run_of({f"rollout/truncated_{limit}": 11}))
@@ -122,6 +135,80 @@ def test_imitation_that_is_saturated_or_forgotten() -> None:
     assert "saturated" in advice(with_traces([-1.0, -0.2, -0.2, -0.199]))[0].change
     assert "forgets or overfits" in advice(with_traces([-1.0, -0.2, -0.25]))[0].change
     assert keys(with_traces([-0.2, -0.3])) == []  # two measurements show no trend
+
+
+def likelihoods(*rl: float, warmup: tuple[float, ...] = (), **settings: Any) -> Run:
+    """A run that measured held-out traces in every step."""
+    records = [{"step": i, "stage": "warmup", "held_out/trace_call": value} for i, value in enumerate(warmup, 1)]
+    return told_with(
+        run_of(*({"held_out/trace_call": value} for value in rl), steps=len(rl), warmup=records), **settings
+    )
+
+
+@pytest.mark.parametrize("method", ["grpo", "matchtir", "ftrl", "toolrl", "luffy"])
+def test_a_method_without_an_sft_term_is_not_told_of_its_weight(method: str) -> None:
+    assert keys(likelihoods(-0.5, -0.5, -0.5, method=method)) == []
+    assert keys(likelihoods(-0.5, -0.5, warmup=(-0.9, -0.5), method=method)) == [], "two of the warm-up are no trend"
+    (found,) = advice(likelihoods(-0.5, -0.6, -0.7, method=method))
+    assert "lower optimizer.lr, or raise objective.kl_coef" in found.change and "sft_coef" not in found.change
+    (found,) = advice(likelihoods(-0.2, -0.2, warmup=(-0.9, -0.2, -0.2), method=method))
+    assert "Fewer warmup.steps" in found.change and "sft_coef" not in found.change
+    (found,) = advice(likelihoods(-0.5, -0.5, warmup=(-0.9, -0.2, -0.5), method=method))
+    assert "lower warmup.lr or warmup.steps" in found.change, "it was the warm-up that lost"
+
+
+@pytest.mark.parametrize("method", ["chord", "chord_phi"])
+def test_chord_is_told_of_its_own_weight_of_sft(method: str) -> None:
+    both = "method_config.mu_start and method_config.mu_end"
+    for values in ((-0.5, -0.5, -0.5), (-0.5, -0.6, -0.7)):
+        (found,) = advice(likelihoods(*values, method=method))
+        assert both in found.change and "sft_coef" not in found.change
+    noisy = run_of({"signal/sft_product": 0.1, "signal/sft_norm": 2.0})
+    (found,) = advice(told_with(noisy, method=method))
+    assert found.key == "sft_noise" and both in found.change and "sft_coef" not in found.change
+    assert keys(likelihoods(-0.5, -0.5, -0.5, method=method, method_config={"mu_start": 0.0, "mu_end": 0.0})) == []
+
+
+def test_a_method_from_outside_is_judged_by_its_losses() -> None:
+    assert keys(likelihoods(-0.5, -0.5, -0.5, method="gone.py:Mine")) == []
+    run = likelihoods(-0.5, -0.5, -0.5, method="gone.py:Mine")
+    run.rl[0]["loss/sft_call"] = 0.1
+    (found,) = advice(run)
+    assert "objective.sft_coef" in found.change
+
+
+def test_sft_alone_is_told_of_the_warm_ups_settings() -> None:
+    moved = [{"step": 1, "stage": "warmup", "policy/moved": 0.02}]
+    (found,) = advice(told_with(run_of(steps=0, warmup=moved), method="sft"))
+    assert found.key == "resolution" and "warmup.lr" in found.change and "optimizer.lr" not in found.change
+    (found,) = advice(likelihoods(warmup=(-0.9, -0.2, -0.2), method="sft"))
+    assert "Go on by RL" in found.change
+    open_ends = told_with(run_of(steps=0, warmup=[{"step": 1, "stage": "warmup"}]), method="sft")
+    row: dict[str, Any] = {"status": "ok", "outcome": None, "task": {"category": "c"}}
+    open_ends.episodes = {"base": [row] * 4, "before": [row | {"limit": "turns"}] * 4}
+    open_ends.episodes["after"] = open_ends.episodes["before"]
+    (found,) = advice(open_ends)
+    assert found.key == "closing" and "(warmup.closing), lower warmup.lr or warmup.steps." in found.change
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"method": "pact"}, "nothing teaches a final answer. Teach a closing message (traces.closing), lower opt"),
+        ({"method": "pact", "traces__closing": "Done."}, "unlearnt how to end. Lower optimizer.lr"),
+        ({"method": "grpo"}, "nothing teaches a final answer. Lower optimizer.lr"),
+        ({"method": "grpo", "warmup__steps": 4}, "Teach a closing message (warmup.closing), lower"),
+        ({"method": "grpo", "warmup__steps": 4, "warmup__closing": "Done."}, "unlearnt how to end. Lower"),
+    ],
+)
+def test_what_would_teach_an_end(settings: dict[str, Any], says: str) -> None:
+    run = told_with(run_of({"rollout/truncated_turns": 11}), **settings)
+    row: dict[str, Any] = {"status": "ok", "outcome": None, "task": {"category": "c"}}
+    run.episodes = {"before": [row] * 4, "after": [row | {"limit": "turns"}] * 4}
+    cut, closing = advice(run)
+    assert (cut.key, closing.key) == ("cut_rollouts", "closing") and says in closing.change
+    for key in ("traces.closing", "warmup.closing"):
+        assert (key in cut.change) == (key in closing.change) == (f"({key})" in says)
 
 
 def test_a_privilege_gap_that_grows() -> None:

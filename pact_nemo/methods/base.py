@@ -57,6 +57,8 @@ class Method:
         trace_is_sample: whether the trace is one more sample of its group, with an advantage and a tempered log-prob.
         turn_level: whether the turn-level advantage (eq. 30-31) is added to the trajectory advantage.
         trains_by_rl: False for a method that is the warm-up alone.
+        sft_settings: keys of the settings that weigh the SFT term of a method that uses traces, for the report's
+            advice; none where it has no such term.
         terms: terms of the loss that it has besides the surrogates, the SFT terms, the KL and the entropy term.
     """
 
@@ -68,6 +70,7 @@ class Method:
     trace_is_sample: ClassVar[bool] = False
     turn_level: ClassVar[bool] = False
     trains_by_rl: ClassVar[bool] = True
+    sft_settings: ClassVar[tuple[str, ...]] = ("objective.sft_coef",)
 
     def __init__(self, objective: ObjectiveConfig, config: Any = None):
         self.objective = objective

@@ -90,6 +90,7 @@ class Chord(Method):
         "sft_aggregation": "token-mean",
     }
     uses_traces: ClassVar[bool] = True
+    sft_settings: ClassVar[tuple[str, ...]] = ("method_config.mu_start", "method_config.mu_end")
 
     def coefficients(self, step: int) -> Coefficients:
         """1 - mu and mu."""

@@ -54,6 +54,7 @@ class Luffy(Method):
     }
     uses_traces: ClassVar[bool] = True
     trace_is_sample: ClassVar[bool] = True
+    sft_settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, objective: ObjectiveConfig, config: Any = None):
         super().__init__(objective, config)

@@ -7,18 +7,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
 from pact_nemo.report.curves import column, held_out_scores
 from pact_nemo.report.data import Run
 from pact_nemo.report.stats import mean
+from pact_nemo.report.taught import closing_settings, sft_settings, trend_of_traces
 
 LATE = 5  #: steps at the end of the run that are looked at
 SAME_SCORES = 0.5  #: share of groups without an advantage above which most rollouts teach nothing
 LITTLE_SIGNAL = 0.2  #: share of a gradient that is signal below which the batch is called too small
 CUT = 0.25  #: share of rollouts that a limit cut
-SATURATED = 0.01  #: nats a call token that held-out traces still gain over the second half of the measurements
+FAILED = 0.03  #: share of held-out episodes above which those that failed may be what lowered a score
+ONE_SIDED = 1 - NormalDist().cdf(
+    2
+)  #: how often a policy that stays the same is called worse: as by two standard errors
 FEW_MOVED = 0.25  #: share of the bfloat16 weights that a whole run can have changed
 FEW_SUCCESSES, MANY_SUCCESSES = 0.05, 0.9
 
@@ -124,7 +129,8 @@ def cut_rollouts(run: Run, late: list[Record]) -> Advice | None:
         ),
         "truncated_turns": (
             "because no message closed the turn",
-            "rollout.sampling.max_turns_per_user_turn, or teach how a turn is closed (traces.closing, warmup.closing)",
+            "rollout.sampling.max_turns_per_user_turn"
+            + (f", or teach how a turn is closed ({', '.join(teach)})" if (teach := closing_settings(run)) else ""),
         ),
         "truncated_response_tokens": ("because no room was left", "rollout.sampling.max_response_tokens"),
     }
@@ -141,7 +147,7 @@ def cut_rollouts(run: Run, late: list[Record]) -> Advice | None:
 
 def closing(run: Run, late: list[Record]) -> Advice | None:
     """Held-out episodes that no message closed: many more after the training than before it."""
-    before, after = (run.episodes.get(stage, []) for stage in ("before", "after"))
+    before, after = (run.episodes.get(stage or "", []) for stage in (run.start(), "after"))
     if not before or not after:
         return None
     first, now = (sum(bool(row.get("limit")) for row in rows) / len(rows) for rows in (before, after))
@@ -150,20 +156,19 @@ def closing(run: Run, late: list[Record]) -> Advice | None:
     finding = f"{now:.0%} of the held-out episodes were cut off by a limit after the training, {first:.0%} before it."
     cut = [row for row in after if row.get("limit")]
     again = sum(repeats(row) for row in cut)
+    less = "optimizer.lr or trainer.steps" if run.has_rl else "warmup.lr or warmup.steps"
     if again > len(cut) / 2:
         return Advice(
             "closing",
             f"{finding} {again} of them repeat their last message word for word.",
-            "The policy repeats what brought it nowhere: read such episodes below. Lower optimizer.lr or trainer.steps,"
-            " or begin from a better policy (warmup.steps).",
+            f"The policy repeats what brought it nowhere: read such episodes below. Lower {less}"
+            + (", or begin from a better policy (warmup.steps)." if run.has_rl else "."),
         )
-    teach = "Teach a closing message (traces.closing), l" if not run.setting("traces.closing") else "L"
-    return Advice(
-        "closing",
-        finding,
-        f"The policy has unlearnt how to end: nothing teaches a final answer. {teach}ower optimizer.lr or"
-        " trainer.steps, or raise objective.kl_coef.",
-    )
+    teach = closing_settings(run)
+    taught = run.setting("traces.closing") or run.setting("warmup.closing")
+    change = "The policy has unlearnt how to end" + ("." if taught else ": nothing teaches a final answer.")
+    change += f" Teach a closing message ({', '.join(teach)}), lower {less}" if teach else f" Lower {less}"
+    return Advice("closing", finding, change + (", or raise objective.kl_coef." if run.has_rl else "."))
 
 
 def repeats(row: Record) -> bool:
@@ -173,15 +178,20 @@ def repeats(row: Record) -> bool:
 
 
 def past_best(run: Run, late: list[Record]) -> Advice | None:
-    """A held-out score that was better before the end of the stage, by two standard errors of the difference."""
+    """A held-out score that was better before the end of the stage, by more than chance explains: two standard errors
+    of the difference for one earlier score. The best of several is high by chance, so that they need more for the same
+    share of false alarms. Nothing where failed episodes, which count 0, may have lowered the last score.
+    """
     stage: Literal["rl", "warmup"] = "rl" if run.rl else "warmup"
     scores = held_out_scores(run, stage)
     if not scores or not (last_of := run.scores.get("after")):
         return None
+    if (scores[-1].get("held_out/failed") or 0) > FAILED * last_of["n"]:
+        return None
     best, end = max(scores, key=lambda row: row["held_out/score"]), scores[-1]["held_out/score"]
     top = best["held_out/score"]
-    error = math.sqrt((top * (1 - top) + end * (1 - end)) / last_of["n"])
-    if top - end <= 2 * error:
+    error = math.sqrt((top * (1 - top) + end * (1 - end)) / run.held_out_tasks(last_of["n"]))
+    if top - end <= NormalDist().inv_cdf(1 - ONE_SIDED / max(len(scores) - 1, 1)) * error:
         return None
     steps, remedy = (
         ("trainer.steps", "a lower optimizer.lr, or more rollouts an update")
@@ -208,12 +218,8 @@ def rl_noise(run: Run, late: list[Record]) -> Advice | None:
 
 def sft_noise(run: Run, late: list[Record]) -> Advice | None:
     """Halves of the batch that disagree about the SFT term's gradient."""
-    return _noise(
-        run,
-        "sft",
-        "trace SFT",
-        "traces: raise trainer.mini_batch_size and trainer.batch_size, or lower objective.sft_coef",
-    )
+    lower = "".join(f", or lower {' and '.join(keys)}" for keys in [sft_settings(run)] if keys)
+    return _noise(run, "sft", "trace SFT", f"traces: raise trainer.mini_batch_size and trainer.batch_size{lower}")
 
 
 def _noise(run: Run, term: str, words: str, what: str) -> Advice | None:
@@ -247,38 +253,15 @@ def resolution(run: Run, late: list[Record]) -> Advice | None:
     return Advice(
         "resolution",
         finding,
-        "The updates are smaller than bfloat16 can show: more steps, a higher optimizer.lr, or policy.precision=fp32.",
+        "The updates are smaller than bfloat16 can show: more steps, a higher"
+        f" {'optimizer' if run.has_rl else 'warmup'}.lr, or policy.precision=fp32.",
     )
 
 
 def imitation(run: Run, late: list[Record]) -> Advice | None:
     """Whether held-out traces still become likelier."""
-    values = known([*run.warmup, *run.rl], "held_out/trace_call")
-    if len(values) < 3:
-        return None
-    gain, best = values[-1] - values[len(values) // 2], max(values)
-    if best - values[-1] > SATURATED:
-        finding = f"Calls of held-out traces have become less likely: {values[-1]:.3f} nats a token, {best:.3f} before."
-        return Advice(
-            "imitation",
-            finding,
-            "The policy forgets or overfits the traces: lower "
-            + ("objective.sft_coef or optimizer.lr" if run.rl else "warmup.lr or warmup.steps")
-            + ", or add traces.",
-        )
-    if gain < SATURATED:
-        finding = f"Calls of held-out traces gained {gain:+.3f} nats a token over the second half of the measurements."
-        return Advice(
-            "imitation",
-            finding,
-            "Imitation is saturated: more SFT won't help. "
-            + (
-                "Let RL go on with objective.sft_coef lowered."
-                if run.rl
-                else "Go on by RL from its export (model.path, warmup.steps=0)."
-            ),
-        )
-    return None
+    found = trend_of_traces(run)
+    return None if found is None else Advice("imitation", *found)
 
 
 def reliance(run: Run, late: list[Record]) -> Advice | None:
@@ -291,6 +274,5 @@ def reliance(run: Run, late: list[Record]) -> Advice | None:
     if now <= early or now < 0.1:
         return None
     finding = f"The privilege gap on successes grew from {early:.2f} to {now:.2f} nats a token."
-    return Advice(
-        "reliance", finding, "The policy relies on the trace: raise objective.anchor_prob or objective.sft_coef."
-    )
+    more = " or ".join(["objective.anchor_prob", *(sft_settings(run) or ["objective.sft_coef"])])
+    return Advice("reliance", finding, f"The policy relies on the trace: raise {more}.")

@@ -314,8 +314,8 @@ def rl_curves(run: Run) -> list[Chart]:
 
 
 def held_out_scores(run: Run, stage: Literal["warmup", "rl"]) -> Records:
-    """``step`` and ``held_out/score`` of a stage, in order: between its steps, and at both its ends where the run has
-    them.
+    """``step``, ``held_out/score`` and ``held_out/failed`` (episodes) of a stage, in order: between its steps, and at
+    both its ends where the run has them.
     """
     records = run.warmup if stage == "warmup" else run.rl
     if not records:
@@ -324,7 +324,11 @@ def held_out_scores(run: Run, stage: Literal["warmup", "rl"]) -> Records:
     first = "base" if stage == "warmup" else "before"
     last = "before" if stage == "warmup" and (run.rl or "before" in run.scores) else "after"
     ends = {0: run.scores.get(first), records[-1]["step"]: run.scores.get(last)}
-    rows = [{"step": step, "held_out/score": score["score"]} for step, score in ends.items() if score is not None]
+    rows = [
+        {"step": step, "held_out/score": score["score"], "held_out/failed": score.get("failed")}
+        for step, score in ends.items()
+        if score is not None
+    ]
     return sorted([*between, *rows], key=lambda record: record["step"])
 
 

@@ -88,19 +88,34 @@ class Run:
             value = value[part]
         return value
 
+    @property
+    def has_rl(self) -> bool:
+        """Whether RL is part of the run: it has RL steps, or its settings ask for some."""
+        return bool(self.rl or self.setting("trainer.steps") or self.setting("trainer.epochs"))
+
     def stages(self) -> list[Stage]:
-        """Evaluations that exist, in the order they happened; ``base`` precedes a warm-up and ``before`` follows it."""
+        """Evaluations that exist, in the order they happened; ``base`` precedes a warm-up and ``before`` follows it.
+        Without RL, ``before`` and ``after`` are of the same weights.
+        """
         present = {*self.scores, *self.episodes}
         if "base" in present:
-            labels = {"base": "as published", "before": "after warm-up", "after": "after RL"}
+            end = "after RL" if self.has_rl else "at the end"
+            labels = {"base": "as published", "before": "after warm-up", "after": end}
         else:
             labels = {"before": "before", "after": "after"}
         labels |= {name: name for name in sorted(present) if name not in labels}
         return [Stage(name, label) for name, label in labels.items() if name in present]
 
+    def held_out_tasks(self, episodes: int) -> int:
+        """Independent tasks among evaluation episodes: each was played ``evaluation.samples`` times. At least 1."""
+        return max(round(episodes / (self.setting("evaluation.samples") or 1)), 1)
+
     def start(self) -> str | None:
-        """Name of the evaluation that RL started from."""
-        return "before" if "before" in self.scores else None
+        """Name of the evaluation that the run's change is counted from: the one that RL started from; without RL, that
+        of the model as published. None where it wasn't played.
+        """
+        name = "before" if self.has_rl else "base"
+        return name if name in self.scores else None
 
 
 def count_scores(rows: list[Row]) -> Row:
