@@ -15,9 +15,14 @@ from pact_nemo.report.stats import deviation, mean, running_mean
 WIDTH, LEFT, RIGHT, ROW, AXIS = 360, 78, 14, 26, 24
 TONES = 9  #: colours of the page
 CURVES = (
-    ("reward/success", "Success of training rollouts", f"checker's pass; mean over seeds and over {WINDOW} steps"),
+    (
+        "reward/success",
+        "Success of training rollouts",
+        f"checker's pass; mean over seeds, as far as all of them go, and over {WINDOW} steps",
+    ),
 )
-_OWN = ("run.", "method", "objective.method")  #: settings that runs of a comparison differ in by design
+_OWN = ("method", "objective.method")  #: settings that runs of a comparison differ in by design, with all of ``run``
+_OF_METHOD = "method_config"  #: differs by design between methods, not between the runs of one
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Comparison:
 
 
 def _row(run: Run, this: bool) -> RunRow:
-    base, start, end = (run.scores.get(name, {}) for name in ("base", "before", "after"))
+    base, start, end = (run.scores.get(name or "", {}) for name in ("base", run.start(), "after"))
     seconds = run.summary.get("seconds")
     return RunRow(
         name=run.name,
@@ -155,13 +160,23 @@ def flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """(setting, value per run) of the settings in which runs differ, names, seeds and method apart. A run that was made
-    before a setting existed had what is now its default."""
+    """(setting, value per run) of the settings in which runs differ, names, seeds and method apart; a method's own
+    settings where two runs of one method differ in them. A run that was made before a setting existed had what is now
+    its default."""
     found = [flat(run.config) for run in runs]
     defaults = flat(asdict(Config()))
-    keys = sorted({key for settings in found for key in settings if not key.startswith(_OWN)})
+    keys = sorted({key for settings in found for key in settings if not key.startswith("run.") and key not in _OWN})
     table = [(key, [settings.get(key, defaults.get(key, "–")) for settings in found]) for key in keys]
-    return [(key, values) for key, values in table if len(set(values)) > 1]
+
+    def differ(key: str, values: list[str]) -> bool:
+        if key.split(".")[0] != _OF_METHOD:
+            return len(set(values)) > 1
+        of_method: dict[str, set[str]] = defaultdict(set)
+        for run, value in zip(runs, values, strict=True):
+            of_method[run.method].add(value)
+        return any(len(seen) > 1 for seen in of_method.values())
+
+    return [(key, values) for key, values in table if differ(key, values)]
 
 
 def _chart(rows: list[RunRow], methods: list[MethodRow]) -> DotChart | None:
@@ -184,7 +199,9 @@ def _chart(rows: list[RunRow], methods: list[MethodRow]) -> DotChart | None:
 
 
 def learning_curves(runs: list[Run]) -> list[Chart]:
-    """A line per method, the mean over its runs at each RL step; methods without RL steps have none."""
+    """A line per method, the mean over its runs at each RL step up to the last one of its shortest run: where a run is
+    missing, the mean would jump. Runs without RL steps are left out.
+    """
     methods = list(dict.fromkeys(run.method for run in runs))
     steps = sorted({int(record["step"]) for run in runs for record in run.rl})
     charts = []
@@ -192,12 +209,15 @@ def learning_curves(runs: list[Run]) -> list[Chart]:
         series = []
         for tone, method in enumerate(methods):
             by_step: dict[int, list[float]] = defaultdict(list)
-            for run in runs:
-                for record in run.rl if run.method == method else ():
-                    if record.get(key) is not None:
-                        by_step[int(record["step"])].append(float(record[key]))
+            of_method = [run.rl for run in runs if run.method == method and run.rl]
+            end = min((int(records[-1]["step"]) for records in of_method), default=0)
+            for record in (record for records in of_method for record in records):
+                if record.get(key) is not None:
+                    by_step[int(record["step"])].append(float(record[key]))
             values = [mean(by_step[step]) if by_step[step] else None for step in steps]
-            series.append(Series(method, running_mean(values, WINDOW), tone % TONES))
+            means = running_mean(values, WINDOW)
+            cut = [value if step <= end else None for step, value in zip(steps, means, strict=True)]
+            series.append(Series(method, cut, tone % TONES))
         chart = make_chart(title, note, steps, series, axis=Axis(bounds=(0.0, None), percent=True))
         if chart is not None:
             charts.append(chart)

@@ -31,7 +31,7 @@ EPISODES = 12  #: for a run folder whose configuration doesn't say ``evaluation.
 
 @dataclass(frozen=True)
 class Score:
-    """One cell of the score table; shares in [0, 1]."""
+    """One cell of the score table; shares in [0, 1], ``n`` episodes. The interval is over tasks."""
 
     share: float
     n: int
@@ -39,8 +39,10 @@ class Score:
     high: float
 
 
-def score_of(row: dict[str, Any]) -> Score:
-    low, high = wilson(row["score"] * row["n"], row["n"])
+def score_of(run: Run, row: dict[str, Any]) -> Score:
+    """Of one part of an evaluation; episodes of one task are not independent, so that the interval counts tasks."""
+    tasks = run.held_out_tasks(row["n"]) if row["n"] else 0
+    low, high = wilson(row["score"] * tasks, tasks)
     return Score(row["score"], row["n"], low, high)
 
 
@@ -57,7 +59,7 @@ def score_table(run: Run, stages: list[Stage]) -> list[tuple[str, int, list[Scor
         ]
     table = []
     for name, rows in lines:
-        cells = [score_of(row) if row is not None else None for row in rows]
+        cells = [score_of(run, row) if row is not None else None for row in rows]
         table.append((name, max((cell.n for cell in cells if cell is not None), default=0), cells))
     return table
 
@@ -187,8 +189,10 @@ def render(run: Run, others: Sequence[Run] = ()) -> str:
     return template.render(
         run=run,
         scored=scored,
-        start=score_of(run.scores[start]) if start else None,
-        end=score_of(run.scores[end]) if end else None,
+        start=score_of(run, run.scores[start]) if start else None,
+        end=score_of(run, run.scores[end]) if end else None,
+        stage="RL" if run.has_rl else "SFT",
+        several=(run.setting("evaluation.samples") or 1) > 1,
         further=further_numbers(run, scored),
         table=score_table(run, scored),
         changed=changed,
