@@ -141,7 +141,9 @@ def test_sign_test_is_scipys(gained: int, lost: int) -> None:
     assert Paired(gained, lost, 3, 4).p_value == pytest.approx(expected)
 
 
-def test_pairs_are_by_task_and_sample_and_leave_failed_episodes_out() -> None:
+def test_pairs_are_of_tasks_and_leave_failed_episodes_out() -> None:
+    """Task a passes one of its two episodes both times."""
+
     def row(task: str, success: bool | None, sample: int = 0) -> dict:
         return {"task_id": task, "sample": sample, "outcome": None if success is None else {"success": success}}
 
@@ -155,7 +157,7 @@ def test_pairs_are_by_task_and_sample_and_leave_failed_episodes_out() -> None:
         row("a", True, 1),
         row("f", True),
     ]
-    assert pair(before, after) == Paired(gained=1, lost=1, kept=1, neither=1, no_verdict=2)
+    assert pair(before, after) == Paired(gained=0, lost=0, kept=2, neither=1, no_verdict=2)
 
 
 def test_spread_is_the_sample_deviation() -> None:

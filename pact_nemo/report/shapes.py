@@ -9,9 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Optional:
-    """A value that may be null; as the value of a key, one that may be missing too."""
+    """A value that may be null; as the value of a key, one that may be missing too. ``null=False``: missing only."""
 
     shape: Any
+    null: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ EPISODE = {
     "sample": int,
     "turns": [_TURN],
     "status": str,
-    "outcome": Optional({"success": bool, "reason": str, "score": Optional(Number)}),
+    "outcome": Optional({"success": bool, "reason": str, "score": Optional(Number, null=False)}),
     "error": Optional(str),
     "seconds": Optional(Number),
     "rewards": Optional([Optional(Number)]),
@@ -84,7 +85,7 @@ def problem(value: Any, shape: Any, where: str = "") -> tuple[str, str] | None:
     keys are let pass.
     """
     if isinstance(shape, Optional):
-        return None if value is None else problem(value, shape.shape, where)
+        return None if value is None and shape.null else problem(value, shape.shape, where)
     if shape is Number:
         fits = (
             isinstance(value, int | float)
