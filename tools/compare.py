@@ -104,8 +104,8 @@ def table(methods: dict[str, list[Run]], baseline: str, command: str) -> str:
     lines += [
         "",
         f"{what_was_played(every)} In brackets: 95 % interval of the difference over",
-        "the tasks and seeds that both have: the wider of a paired bootstrap (10,000 draws) and of a t interval over the"
-        " seeds; fewer than three seeds have none. Seconds and tokens are means over the runs.",
+        "the tasks and seeds that both have: the wider of a paired bootstrap (10,000 draws) and of a t interval over"
+        " the seeds; fewer than three seeds have none. Seconds and tokens are means over the runs.",
         ", ".join(
             f"{name} {versions[name]}" for name in ("machine", "python", "torch", "megatron-core") if name in versions
         )
