@@ -175,7 +175,7 @@ def test_results_stay_when_the_weights_are_gone(tmp_path: Path, monkeypatch: pyt
         > 0
     )
     text = table(results, "sft")
-    assert "| sft12 | 0.375 | pact | 2 | **0.646** | 0.029 | +0.083 [" in text
+    assert "| sft12 | 0.375 | pact | 2 | **0.646** | 0.029 | +0.083 |" in text
     assert text.index("| sft4 | 0.167 | pact") < text.index("| sft12 | 0.375 | pact")
     picture = ElementTree.fromstring(starts_svg(results))
     assert len(list(picture.iter("{http://www.w3.org/2000/svg}polyline"))) == 2
