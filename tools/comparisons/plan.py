@@ -164,6 +164,11 @@ def cells(plan: Plan) -> Iterator[Cell]:
                         yield cell
 
 
+def start_cells(plan: Plan) -> list[Cell]:
+    """The runs that make a plan's starts."""
+    return [Cell(PUBLISHED, name, plan.start_seed) for name in plan.starts]
+
+
 def _extra(plan: Plan) -> list[int]:
     return [seed for block in plan.grid for seed in block.seeds or () if seed not in plan.seeds]
 
@@ -193,7 +198,7 @@ def settings_for(plan: Plan, cell: Cell) -> str:
 
 def check_kept(plan: Plan, results: Path) -> None:
     """Raises ConfigError where a result was made with other settings than the plan has now."""
-    starts = [Cell(PUBLISHED, name, plan.start_seed) for name in plan.starts]
+    starts = start_cells(plan)
     for cell in [*starts, *cells(plan)]:
         file = results / f"{cell.id}.json"
         if not file.is_file():
@@ -216,6 +221,6 @@ def results_of(plan: Plan, folder: Path) -> tuple[list[Result], list[str]]:
         DataError: a file is no result.
     """
     check_kept(plan, folder)
-    own = {cell.id for cell in [*(Cell(PUBLISHED, name, plan.start_seed) for name in plan.starts), *cells(plan)]}
+    own = {cell.id for cell in [*start_cells(plan), *cells(plan)]}
     files = sorted(folder.glob("*.json"))
     return [read_result(file) for file in files if file.stem in own], [f.name for f in files if f.stem not in own]
