@@ -61,6 +61,7 @@ class Result:
             that it left. Older files have none.
         failed: stage -> episodes that failed through no fault of the policy; older files don't say.
         warmup: the same curves of each step of the warm-up, which is all of SFT; none in older files.
+        taken_from: the file of another plan whose run this is; empty where this plan ran it.
     """
 
     plan: str
@@ -80,6 +81,7 @@ class Result:
     settings: str = ""
     weights: str = ""
     failed: dict[str, int] = field(default_factory=dict)
+    taken_from: str = ""
 
     def score(self, stage: str = SCORE) -> float | None:
         """Mean over tasks; None where the stage was not played."""

@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pact_nemo.errors import ConfigError
+from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.report.comparison import total_seconds
 from pact_nemo.report.data import load_run
 from tools.comparisons.plan import PUBLISHED, Cell, Plan, cells, check_kept, config_for, settings_for, words_for
@@ -30,7 +32,8 @@ def run_plan(
     jobs: int = 1,
     note: Callable[[str], None] = print,
 ) -> list[Result]:
-    """Run what has no result yet, and write each result when it is there.
+    """Run what has no result yet, and write each result when it is there. A run that another plan has made, with its
+    results beside this one's, is taken from there.
 
     Args:
         root: run folders are made below it; weights and checkpoints of finished runs are deleted, but those of starts.
@@ -64,7 +67,8 @@ class _Work:
         self._plan, self._root, self._results = plan, root, results
         self._keep_weights, self._note, self._count = keep_weights, note, count
         self._began = time.monotonic()
-        self._spent = sum(result.seconds for result in read_results(results)) if results.is_dir() else 0.0
+        kept = read_results(results) if results.is_dir() else []
+        self._spent = sum(result.seconds for result in kept if not result.taken_from)
         self._starts: dict[str, Path] = {}  # the starting policies that were looked at
         self._over = False  # a run failed, or the budget is spent: none begins any more
         self._lock = threading.Lock()
@@ -93,8 +97,13 @@ class _Work:
                 self._spent += seconds
         self._note(f"[{time.monotonic() - self._began:6.0f} s] run {number}/{self._count}: {cell.id}")
         folder = self._starts.get(cell.start)
+        weights = weights_of(folder) if folder is not None else ""
+        if (other := _same_run(plan, cell, self._results, weights)) is not None:
+            self._note(f"{cell.id}: the run of {other[0]}")
+            _keep_other(plan, cell, *other, self._results)
+            return
         run = run_one(config_for(plan, cell), cell.seed, self._root / cell.id, words_for(plan, cell, folder))
-        spent = _keep(plan, cell, run, self._results, weights_of(folder) if folder is not None else "")
+        spent = _keep(plan, cell, run, self._results, weights)
         with self._lock:
             self._spent += spent
         if not self._keep_weights:
@@ -145,3 +154,31 @@ def _keep(plan: Plan, cell: Cell, run: Path, results: Path, weights: str) -> flo
     }
     write_result(results / f"{cell.id}.json", result_of(found, facts))
     return total_seconds(found.summary["seconds"])
+
+
+def _same_run(plan: Plan, cell: Cell, results: Path, weights: str) -> tuple[Path, Result] | None:
+    """A run of another plan that had the same settings and seed and began from the same weights, and its file.
+
+    Args:
+        results: folder of this plan's results; those of other plans stand beside it.
+        weights: digest of the start's weights. A start of which it isn't known is nobody else's.
+    """
+    published = cell.start == PUBLISHED
+    if not weights and not published:
+        return None
+    mine = (settings_for(plan, cell), weights, published)
+    for path in sorted(results.parent.glob("*/*.json")):
+        with suppress(DataError):  # a file of something else
+            found = read_result(path)
+            if path.parent != results and (found.settings, found.weights, found.start == PUBLISHED) == mine:
+                return path, found
+    return None
+
+
+def _keep_other(plan: Plan, cell: Cell, path: Path, other: Result, results: Path) -> None:
+    """Write another plan's run down as this cell's."""
+    source = other.taken_from or f"{path.parent.name}/{path.name}"
+    result = replace(
+        other, plan=plan.name, start=cell.start, arm=cell.arm, words=words_for(plan, cell), taken_from=source
+    )
+    write_result(results / f"{cell.id}.json", result)

@@ -58,7 +58,7 @@ def _files(folder: Path) -> dict[str, str]:
     """File -> digest, of what a model folder says besides its weights: shape, tokenizer and chat template."""
     own = [path for pattern in ("*.json", "*.jinja", "*.model", "*.txt") for path in folder.glob(pattern)]
     return {
-        path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        path.name: _digest(path.read_bytes())
         for path in sorted(own)
         if path.name != "manifest.json" and not path.name.endswith(".index.json")  # they tell of the weights
     }
@@ -68,8 +68,9 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def _digest(content: str | bytes) -> str:
+    data = content.encode() if isinstance(content, str) else content
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _code(environment: str, settings: dict[str, Any]) -> dict[str, str]:
