@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from pact_nemo import checkout
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import to_yaml
-from pact_nemo.errors import PactError
+from pact_nemo.errors import ConfigError, PactError
 from pact_nemo.report.stats import paired_bootstrap
+from pact_nemo.runtime.versions import versions
 from tests.fixtures.run_folders import make_run
 from tools import compare
-from tools.compare import collect, table
+from tools.compare import collect, replaced, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -191,3 +193,38 @@ def test_unknown_methods_and_empty_folders_are_refused_by_name(tmp_path: Path) -
     )
     empty = run("--collect", str(tmp_path))
     assert empty.returncode == 1 and "no finished run" in empty.stderr
+
+
+def test_a_page_holds_the_tables_of_several_plans(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    assert "<!-- table -->\nfirst\n<!-- /table -->" in replaced(page, "first\n", "one")
+    page.write_text("a\n<!-- table -->\nx\n<!-- /table -->\nb\n<!-- table two -->\ny\n<!-- /table -->\nc\n")
+    second = replaced(page, "new\n", "two")
+    assert second == "a\n<!-- table -->\nx\n<!-- /table -->\nb\n<!-- table two -->\nnew\n<!-- /table -->\nc\n"
+    first = replaced(page, "new\n", "one")
+    assert first == "a\n<!-- table -->\nnew\n<!-- /table -->\nb\n<!-- table two -->\ny\n<!-- /table -->\nc\n"
+    page.write_text("a\n<!-- table two -->\n")
+    with pytest.raises(ConfigError, match="has no <!-- table -->"):
+        replaced(page, "new\n", "two")
+
+
+def test_a_run_says_the_commit_of_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *name, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
+    assert "commit" not in versions()
+    git("init", "-q")
+    assert "commit" not in versions()  # nothing committed yet
+    (tmp_path / "a.py").write_text("1")
+    git("add", "a.py")
+    git("commit", "-qm", "one")
+    head = git("rev-parse", "HEAD").strip()
+    (tmp_path / "untracked").write_text("2")
+    assert versions()["commit"] == head[:12]
+    (tmp_path / "a.py").write_text("2")
+    assert versions()["commit"] == head[:12] + "+changes"
+    monkeypatch.setattr(checkout, "ROOT", tmp_path / "inside")
+    (tmp_path / "inside").mkdir()
+    assert "commit" not in versions()

@@ -175,6 +175,9 @@ def test_results_stay_when_the_weights_are_gone(tmp_path: Path, monkeypatch: pyt
         > 0
     )
     text = table(results, "sft")
+    again = replace(found["sft12", "pact", 2], words=["optimizer.lr=1e-4", "warmup.steps=0", "optimizer.lr=3e-5"])
+    # of a key that is named twice the last one counts
+    assert "| sft12 | pact | pact | 2 | 0.667 | `optimizer.lr=3e-5` |" in table([again], "")
     assert "| sft12 | 0.375 | pact | 2 | **0.646** | 0.029 | +0.083 |" in text
     assert text.index("| sft4 | 0.167 | pact") < text.index("| sft12 | 0.375 | pact")
     picture = ElementTree.fromstring(starts_svg(results))

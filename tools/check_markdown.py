@@ -9,7 +9,7 @@ Tables may be wider, and so may a line that holds nothing but one word, such as 
 GitHub and on the built site, whose rules differ for headings with punctuation between blanks.
 
 The sentences are those of paragraphs and list items. Inline code is one word, and so is a link. What a tool writes
-between ``<!-- table -->`` and ``<!-- /table -->`` is left out.
+between ``<!-- table -->`` (or ``<!-- table NAME -->``) and ``<!-- /table -->`` is left out.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def paragraphs(lines: list[str]) -> Iterator[tuple[int, str]]:
         if block and (kind != "text" or item):
             yield first, "\n".join(block)
             block = []
-        if kind == "comment" and re.search(r"<!-- /?table -->", line):
+        if kind == "comment" and re.search(r"<!-- /?table( \w+)? -->", line):
             generated = "/table" not in line
         if kind == "text" and not generated:
             first = first if block else number

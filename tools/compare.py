@@ -199,7 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="markdown file; the part between its two 'table' comments is replaced, a new file is made",
+        help="markdown file; the part between its two 'table' comments, or 'table NAME' of a plan's name, is replaced;"
+        " a new file is made",
     )
     return parser
 
@@ -290,7 +291,7 @@ def of_plan(options: argparse.Namespace) -> int:
         print(f"not of this plan, and in no table: {', '.join(others)}", file=sys.stderr)
     print(text)
     if options.out is not None:
-        write_text_atomic(options.out, replaced(options.out, text))
+        write_text_atomic(options.out, replaced(options.out, text, plan.name))
         print(f"written: {options.out}")
     if options.picture is not None:
         write_text_atomic(options.picture, starts_svg(results))
@@ -298,15 +299,24 @@ def of_plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def replaced(path: Path, text: str) -> str:
-    """The file with its table replaced, or a new file."""
-    begin, end = "<!-- table -->", "<!-- /table -->"
+def replaced(path: Path, text: str, name: str = "") -> str:
+    """The file with its table replaced, or a new file.
+
+    Args:
+        name: of a plan: its table may have comments of its own, so that a page holds those of several plans.
+
+    Raises:
+        ConfigError: the file has no such place.
+    """
     if not path.is_file():
-        return f"# Comparison\n\n{begin}\n{text}{end}\n"
+        return f"# Comparison\n\n<!-- table -->\n{text}<!-- /table -->\n"
     whole = path.read_text(encoding="utf-8")
-    if begin not in whole or end not in whole:
-        raise ConfigError(f"{path} exists and has no {begin} … {end}; name another file or add the two comments")
-    return whole[: whole.index(begin)] + f"{begin}\n{text}{end}" + whole[whole.index(end) + len(end) :]
+    end = "<!-- /table -->"
+    for begin in ([f"<!-- table {name} -->"] if name else []) + ["<!-- table -->"]:
+        before, found, rest = whole.partition(begin)
+        if found and end in rest:
+            return f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}"
+    raise ConfigError(f"{path} exists and has no <!-- table --> … {end}; name another file or add the two comments")
 
 
 def run_until_told() -> int:

@@ -117,7 +117,7 @@ def result_of(run: Run, facts: dict[str, Any]) -> Result:
         tokens={name: int(count) for name, count in run.summary["tokens"].items()},
         versions={
             name: run.summary["versions"][name]
-            for name in ("machine", "python", "torch", "megatron-core")
+            for name in ("commit", "machine", "python", "torch", "megatron-core")
             if name in run.summary["versions"]
         },
         peak_memory_bytes=run.summary["peak_memory_bytes"],
@@ -174,6 +174,12 @@ def scores_by_seed(results: Sequence[Result]) -> dict[int, dict[str, float]]:
     return {result.seed: result.scores[SCORE] for result in results if result.scores.get(SCORE)}
 
 
+def _settings(run: Result) -> str:
+    """The words of a run, of each key the last, which is the one that counts; without those that every start needs."""
+    words = {word.partition("=")[0]: word for word in run.words}
+    return " ".join(word for word in words.values() if word not in ("warmup.steps=0", "evaluation.before=false"))
+
+
 def failed_remark(count: str, run: str) -> str:
     """What a table says of a run whose held-out episodes failed."""
     return f"**{count} episodes of {run}, failed** through no fault of the policy and count 0."
@@ -211,14 +217,12 @@ def table(results: Sequence[Result], baseline: str) -> str:
             f"{mean([run.seconds for run in runs]):,.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| start | arm | seed | after | settings |", "|---|---|---|---|---|"]
+    lines += ["", "| start | arm | method | seed | after | settings |", "|---|---|---|---|---|---|"]
     for start, arm in order:
         for run in found[start, arm]:
             score = run.score()
-            words = " ".join(word for word in run.words if word not in ("warmup.steps=0", "evaluation.before=false"))
-            lines.append(
-                f"| {start} | {arm} | {run.seed} | {f'{score:.3f}' if score is not None else '–'} | `{words}` |"
-            )
+            shown = f"{score:.3f}" if score is not None else "–"
+            lines.append(f"| {start} | {arm} | {run.method} | {run.seed} | {shown} | `{_settings(run)}` |")
     lost = [
         failed_remark(str(count), f"{run.start}, {run.arm}, seed {run.seed}")
         for key in order
