@@ -56,13 +56,37 @@ def test_prompts_without_an_advantage_do_not_raise_the_share() -> None:
     assert signal_share(products, norms) == pytest.approx(1 / np.mean(whole), rel=0.12)  # |g|^2 = 1
 
 
-def test_halves_have_every_prompt_once_and_as_many_anchored_ones() -> None:
+def test_halves_have_every_prompt_once_and_are_drawn_without_the_gate() -> None:
     prompts = make_pact_prompts(14)
     first, second = halves(prompts, seed=1, step=2)
     assert sorted(id(p) for p in [*first, *second]) == sorted(id(p) for p in prompts)
-    counts = [sum(p.group.anchored for p in half) for half in (first, second)]
-    assert abs(counts[0] - counts[1]) <= 1 and min(counts) >= 1
     assert halves(prompts, seed=1, step=3)[0] != first
+    several = [sum(p.group.anchored for p in halves(prompts, seed=1, step=step)[0]) for step in range(40)]
+    share = sum(p.group.anchored for p in prompts) / 14
+    assert len({*several}) > 2 and np.mean(several) == pytest.approx(7 * share, abs=0.7)
+
+
+@pytest.mark.parametrize(("size", "traced"), [(8, 0.1), (16, 0.1), (32, 0.04)])
+def test_the_share_is_right_where_few_prompts_have_the_term(size: int, traced: float) -> None:
+    """Halves with as many prompts of the term each agree too well, by up to a half."""
+    draw = np.random.default_rng(7)
+    tree = make_pact_prompts(1)[0]
+    products, norms, sums = [], [], []
+    for step in range(2500):
+        has = draw.random(size) < traced
+        prompts = [
+            replace(tree, group=replace(tree.group, anchored=not own, task=replace(tree.group.task, id=str(i))))
+            for i, own in enumerate(has)
+        ]
+        gradients = {
+            str(i): own * (draw.normal(0, 1, 4) + np.array([2.0, 0, 0, 0])) / size for i, own in enumerate(has)
+        }
+        one, other = (sum(gradients[p.group.task.id] for p in half) for half in halves(prompts, seed=1, step=step))
+        products.append(float(one @ other))
+        norms.append(float(np.linalg.norm(one + other)))
+        sums.append(one + other)
+    true = float(np.sum(np.mean(sums, axis=0) ** 2) / np.mean(np.square(norms)))
+    assert signal_share(products, norms) == pytest.approx(true, abs=0.25 * true + 0.004)
 
 
 @pytest.mark.parametrize("rank", [0, 8])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from typing import Any
+
 from pact_nemo.config.refusals import one_of, require
 from pact_nemo.config.schema import Config
+from pact_nemo.config.trace_use import meets_traces, teaches
 from pact_nemo.methods.registry import method_class
 from pact_nemo.traces.augment import KINDS
 from pact_nemo.traces.controls import CONTROLS
@@ -30,11 +34,19 @@ def check_traces(config: Config) -> None:
         config.traces.closing is None or bool(config.traces.closing.strip()),
         "traces.closing is empty: give the message that closes a turn, or null to teach none",
     )
-    taught = config.warmup.steps > 0 or (method.uses_traces and objective.sft_coef > 0)
+    gated = method.conditions_on_trace
+
+    def setting(key: str) -> Any:
+        return reduce(getattr, key.split("."), config)
+
+    in_rl = method.uses_traces and teaches(setting, gated=gated, calls=True)
+    taught = config.warmup.steps > 0 or in_rl
     require(
         config.traces.closing is None or taught,
         f"traces.closing={config.traces.closing!r}: nothing teaches a trace with method={config.method},"
-        f" objective.sft_coef={objective.sft_coef} and warmup.steps=0; leave it out",
+        f" objective.sft_coef={objective.sft_coef}, anchor_prob={objective.anchor_prob},"
+        f" schedule.call={objective.schedule.call}, traces.share={config.traces.share} and warmup.steps=0; leave it"
+        " out",
     )
     require(
         set(config.traces.augment) <= set(KINDS),
@@ -47,6 +59,12 @@ def check_traces(config: Config) -> None:
             f"traces.control={config.traces.control} replaces what RL is conditioned on, and"
             f" method={config.method} with objective.trace_rl={objective.trace_rl} conditions on nothing;"
             " leave it out",
+        )
+        require(
+            meets_traces(setting, gated=gated),
+            f"traces.control={config.traces.control}: no prompt is conditioned on anything with"
+            f" objective.anchor_prob={objective.anchor_prob} and traces.share={config.traces.share}; leave it out, or"
+            " lower objective.anchor_prob",
         )
     lowest = config.traces.min_score
     require(

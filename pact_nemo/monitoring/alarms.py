@@ -35,12 +35,12 @@ _SPIKES = {
     "latent/gap_success": (
         "privilege_gap",
         "the trace moves passed rollouts by {value:.3g} nats a token",
-        "whether the traces fit their tasks",
+        "whether the traces fit their tasks, unless traces.control says they don't",
     ),
     "latent/gap_failure": (
         "privilege_gap",
         "the trace moves failed rollouts by {value:.3g} nats a token",
-        "whether the traces fit their tasks",
+        "whether the traces fit their tasks, unless traces.control says they don't",
     ),
 }
 

@@ -23,7 +23,7 @@ def _mean(values: list[float] | np.ndarray) -> float | None:
 
 def latent(prompts: list[PromptTree], logprobs: list[torch.Tensor]) -> dict[str, float | None]:
     """Section 5, from the log-probs of the update's own forward: privilege gap and trace log-likelihood, nats per
-    token.
+    token; ``latent/gap`` is over the tokens of all rollouts.
     """
     conditioned, prompt_only, success = [], [], []
     trace = {"reasoning": TokenSum(), "call": TokenSum()}
@@ -38,9 +38,10 @@ def latent(prompts: list[PromptTree], logprobs: list[torch.Tensor]) -> dict[str,
             found = trace_log_likelihood(values[slice(*prompt.spans[(TRACE, 0)])].numpy(), component)
             trace = {name: trace[name] + found[name] for name in trace}
     gap = privilege_gap(conditioned, prompt_only, success)
-    return {f"latent/gap_{name}": value.mean for name, value in gap.items()} | {
-        f"latent/trace_{name}": value.mean for name, value in trace.items()
-    }
+    named = {"gap": sum(gap.values(), TokenSum())}
+    named |= {f"gap_{name}": value for name, value in gap.items()}
+    named |= {f"trace_{name}": value for name, value in trace.items()}
+    return {f"latent/{name}": value.mean for name, value in named.items()}
 
 
 def mismatch(prompts: list[PromptTree], scored: list[torch.Tensor]) -> dict[str, float | None]:

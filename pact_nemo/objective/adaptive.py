@@ -42,7 +42,10 @@ class AdaptiveClock:
             )
 
     def observe(self, success: float | None, gap: float | None) -> None:
-        """Take in one step's success rate and mean privilege gap (either may be absent)."""
+        """Take in one step's success rate and privilege gap, nats per token over all rollouts (either may be absent).
+        Over rollouts drawn under the prompt its expectation is minus a KL divergence, 0 where the trace changes
+        nothing.
+        """
         if success is not None:
             self.success = (
                 success if self.success is None else self.smoothing * self.success + (1 - self.smoothing) * success

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, variance
 from typing import Any, Literal
 
 from pact_nemo.objective.gradient_noise import prompts_for_half, signal_share
@@ -51,11 +51,19 @@ _MEASURED = {
     "whether held-out traces get likelier": ("held_out/trace_call", "diagnostics.trace_every"),
     "how much of a gradient is signal": ("signal/rl_norm", "diagnostics.gradient_every"),
 }
+#: of these a warm-up tells too
+_OF_SFT = ("evaluation.every", "diagnostics.trace_every")
+LARGE_GAP = 0.1  #: nats a token; a gap on successes below it is no reliance on the trace
 
 
 def unmeasured(run: Run) -> list[tuple[str, str]]:
-    """(what, setting that measures it) of what the rules have not seen of a run with RL steps."""
-    return [(what, key) for what, (series, key) in _MEASURED.items() if run.rl and not known(run.rl, series)]
+    """(what, setting that measures it) of what the rules have not seen, and is off; of SFT alone, what it can tell."""
+    steps, keys = (run.rl, [key for _, key in _MEASURED.values()]) if run.rl else (run.warmup, _OF_SFT)
+    return [
+        (what, key)
+        for what, (series, key) in _MEASURED.items()
+        if steps and key in keys and not run.setting(key) and not known(steps, series)
+    ]
 
 
 def known(records: list[Record], key: str) -> list[float]:
@@ -265,13 +273,16 @@ def imitation(run: Run, late: list[Record]) -> Advice | None:
 
 
 def reliance(run: Run, late: list[Record]) -> Advice | None:
-    """A privilege gap on successes that grows instead of closing."""
+    """A privilege gap on successes that is above 0 and grows, by more than chance explains. Below 0 it says nothing:
+    rollouts are drawn without the trace, so that over all of them it can't be above 0 in expectation.
+    """
     values = known(run.rl, "latent/gap_success")
-    if len(values) < 4:
+    if len(values) < 4 or run.setting("traces.control") is not None:
         return None
     half = len(values) // 2
     early, now = mean(values[:half]), mean(values[half:])
-    if now <= early or now < 0.1:
+    error = math.sqrt(sum(variance(part) / len(part) for part in (values[:half], values[half:])))
+    if now - early <= 2 * error or now < LARGE_GAP:
         return None
     finding = f"The privilege gap on successes grew from {early:.2f} to {now:.2f} nats a token."
     more = " or ".join(["objective.anchor_prob", *(sft_settings(run) or ["objective.sft_coef"])])

@@ -93,6 +93,20 @@ def environment_of(run: Run) -> str | None:
     return f"{found}: {tools}" if tools else found
 
 
+def rollouts_a_step(run: Run) -> str | None:
+    """Prompts times rollouts each; None without RL, or in a run of before the settings had these names."""
+    prompts, each = run.setting("trainer.batch_size"), run.setting("objective.group_size")
+    return f"{amount(int(prompts) * int(each))} ({prompts} x {each})" if run.rl and prompts and each else None
+
+
+def precision_of(run: Run) -> str | None:
+    """What trainer, server and the weights between them had; "auto" is resolved in the summary."""
+    found = dict(run.summary.get("precision") or {})
+    if found and (fp8 := run.setting("policy.fp8")):
+        found["trainer"] += f" with FP8 products ({fp8})"
+    return ", ".join(f"{part} {value}" for part, value in found.items()) or None
+
+
 def facts(run: Run) -> list[tuple[str, str]]:
     """The short list beside the headline; what the run doesn't say is left out."""
     summary = run.summary
@@ -107,6 +121,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Seed", str(run.seed)),
         ("Warm-up steps", amount(len(run.warmup)) if run.warmup else None),
         ("RL steps", str(summary.get("steps", len(run.rl)))),
+        ("Rollouts a step", rollouts_a_step(run)),
+        ("Precision", precision_of(run)),
         ("Wall time", duration(total_seconds(seconds)) if seconds else None),
         ("Tokens sampled", amount(tokens["policy"]) if tokens.get("policy") else None),
         ("Tokens trained", amount(tokens["trained"]) if tokens.get("trained") else None),

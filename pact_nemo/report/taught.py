@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pact_nemo.config.schema import Config
+from pact_nemo.config.trace_use import meets_traces, teaches
 from pact_nemo.report.curves import column
 from pact_nemo.report.data import Run
 
@@ -24,15 +25,25 @@ def method_of(run: Run) -> type[Method] | None:
 
 
 def sft_settings(run: Run) -> tuple[str, ...]:
-    """Settings that weigh the SFT term of the RL stage; none where it has no such term, or weighs it by 0 throughout.
-    A method from outside has the term where the steps tell its loss.
+    """Settings that weigh the SFT term of the RL stage; none where it has no such term, or gives it no weight in
+    any step. A method from outside has the term where the steps tell its loss.
     """
     method = method_of(run)
     if method is None:
         losses = (value for record in run.rl for key, value in record.items() if key.startswith("loss/sft"))
         return ("objective.sft_coef",) if any(losses) else ()
     keys = method.sft_settings if method.uses_traces else ()
-    return keys if any(run.setting(key) != 0 for key in keys) else ()
+    if not any(run.setting(key) != 0 for key in keys):
+        return ()
+    gated = method.conditions_on_trace
+    used = teaches(run.setting, gated=True) if gated else meets_traces(run.setting, gated=False)
+    return keys if used else ()
+
+
+def teaches_calls(run: Run) -> bool:
+    """Whether the SFT term of RL, where there is one, has call tokens: closing messages count as such."""
+    method = method_of(run)
+    return method is None or not method.conditions_on_trace or teaches(run.setting, gated=True, calls=True)
 
 
 def learns_traces(run: Run) -> bool:
@@ -47,7 +58,8 @@ def closing_settings(run: Run) -> list[str]:
     warmed = bool(run.warmup or run.setting("warmup.steps"))
     if run.setting("traces.closing") or (not run.has_rl and run.setting("warmup.closing")):
         return []
-    of_stages = {"traces.closing": learns_traces(run), "warmup.closing": warmed and not run.setting("warmup.closing")}
+    in_rl = learns_traces(run) and teaches_calls(run)
+    of_stages = {"traces.closing": in_rl, "warmup.closing": warmed and not run.setting("warmup.closing")}
     return [key for key, teaches in of_stages.items() if teaches]
 
 
@@ -57,7 +69,7 @@ def trend_of_traces(run: Run) -> tuple[str, str] | None:
     Where RL has an SFT term, over both stages. Else RL can only forget them, and what they gained is the warm-up's.
     """
     warmed, trained = ([v for v in column(of, "held_out/trace_call") if v is not None] for of in (run.warmup, run.rl))
-    keys = sft_settings(run)
+    keys = sft_settings(run) if teaches_calls(run) else ()
     if not run.has_rl or not keys:
         return _of_rl_alone(warmed, trained) or _of_sft(warmed, later=run.has_rl)
     values, weights = [*warmed, *trained], " and ".join(keys)

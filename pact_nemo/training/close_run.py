@@ -74,6 +74,11 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "server": sum_counters(records, "server/") | sum_counters(records, "rollout/reissued"),
         "tracking_failures": run.recorder.trackers.failures if run.recorder.trackers is not None else {},
         "plan": run.plan,
+        "precision": {
+            "trainer": "bf16" if run.policy.bf16 else "fp32",  # what auto came to
+            "server": config.rollout.server.dtype,
+            "export": config.rollout.export_dtype,
+        },
         "versions": versions(),
     }
 

@@ -50,7 +50,7 @@ def observe(run: TrainingRun, groups: list[PromptGroup], record: dict[str, Any],
     state, config = run.state, run.config
     found: dict[str, Any] = diagnostics.data_record(run.dataset.dropped, groups)
     if state.clock.adapts:
-        state.clock.observe(record["reward/success"], mean_gap(record))
+        state.clock.observe(record["reward/success"], record["latent/gap"])
         found["anneal/progress"] = state.clock.progress(state.step)
     if state.quality is not None:
         observe_traces(state.quality, groups, run.dataset.trace_results)
@@ -89,11 +89,3 @@ def observe_traces(quality: TraceQuality, groups: list[PromptGroup], results: di
                 if rollout.outcome is not None
             ]
             quality.observe(group.task.id, wins)
-
-
-def mean_gap(record: dict[str, Any]) -> float | None:
-    """Mean magnitude of the step's privilege gaps, of passed and failed rollouts; None where no prompt was conditioned
-    on its trace.
-    """
-    gaps = [abs(record[key]) for key in ("latent/gap_success", "latent/gap_failure") if record.get(key) is not None]
-    return sum(gaps) / len(gaps) if gaps else None

@@ -73,7 +73,8 @@ class RunState:
                 f"{file} holds no state of the annealing: an older version of this package made it; start a new run"
             )
         try:
-            self.clock.load(row["clock"])
+            if row["step"]:  # before the first step nothing was annealed, and this run may be longer
+                self.clock.load(row["clock"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(
                 f"{file}: the schedule can't go on from here: {error}; resume with the objective.schedule.kind that the"
