@@ -15,7 +15,9 @@ from pact_nemo.checkpoints.embedded import EMBEDDED_CONFIG, materialise_embedded
 from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
 from pact_nemo.data.dataset import Dataset, build_dataset, check_server_length
+from pact_nemo.data.task_traces import find_traces, with_reference_calls
 from pact_nemo.data.tasks import build_environment, load_tasks, prompts_of_step
+from pact_nemo.environments.base import ToolCall
 from pact_nemo.environments.ftrl import FTRLConfig
 from pact_nemo.environments.splits import split
 from pact_nemo.errors import ConfigError, DataError
@@ -231,6 +233,34 @@ def test_few_traces_are_those_of_the_first_tasks_and_the_same_tasks_are_trained_
     ]
     assert all(dataset.trace_tokens[name] == own.trace_tokens[name] for name in dataset.trace_tokens)
     assert dataset.dropped["trace_not_asked_for"] == len(own.traces) - 3
+
+
+def _misspelt(call: ToolCall) -> ToolCall:
+    """A call that the environment answers otherwise."""
+    wrong = {key: f"{value}x" if isinstance(value, str) else value for key, value in call.arguments.items()}
+    return replace(call, arguments=wrong)
+
+
+@pytest.mark.parametrize("quality", [False, True])
+def test_a_task_whose_trace_is_left_out_keeps_its_reference_calls(
+    data: tuple[Config, Dataset, ChatFormat], tmp_path: Path, quality: bool
+) -> None:
+    """The reward is no use of the trace; a trace that fails when it is executed anew is no reference."""
+    config, own, chat = data
+    found = [own.traces[task.id] for task in own.train if task.id in own.traces]
+    last = found[-1]
+    turns = [replace(turn, calls=tuple(map(_misspelt, turn.calls))) for turn in last.turns]
+    path = _written(tmp_path, [*found[:-1], replace(last, turns=tuple(turns)) if quality else last])
+    few = replace(config, traces=replace(config.traces, path=path, max_tasks=2, quality=quality))
+    environment = build_environment(few)
+    bare = [replace(task, reference_calls=()) for task in own.train]
+    given = find_traces(few, environment, bare, [], Quarantine("strict"))
+    rewarded = [with_reference_calls(task, given.references.get(task.id)) for task in bare]
+    assert [*given.sources] == [trace.task_id for trace in found[:2]], "only these are taught and shown"
+    assert {task.id for task in rewarded if any(task.reference_calls)} == {
+        trace.task_id for trace in found if trace is not last or not quality
+    }
+    assert given.dropped.get("trace_replay_failed", 0) == 0, "counted among those that are asked for"
 
 
 def test_a_share_of_the_prompts_is_of_tasks_with_a_trace(data: tuple[Config, Dataset, ChatFormat]) -> None:

@@ -112,7 +112,8 @@ class TracesConfig:
     max_missing: float | None = None
     #: largest share of training tasks that may have no reference calls; null = any share
     max_unreferenced: float | None = None
-    #: use the traces of at most so many training tasks; the others are trained on by RL alone
+    #: use the traces of at most so many training tasks; the others are trained on by RL alone, and where they have no
+    #: reference calls of their own, their calls are still rewarded by their trace's
     max_tasks: int | None = None
     #: share of a step's prompts that are of tasks with a trace, where not all have one, whether the method reads it or
     #: not; null = as the tasks come

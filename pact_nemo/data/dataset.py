@@ -153,7 +153,7 @@ def build_dataset(
     found = find_traces(config, environment, train, measured, quarantine)
     dropped |= found.dropped
     traces = {task_id: several[0] for task_id, several in found.sources.items()}
-    train = [with_reference_calls(task, traces.get(task.id)) for task in train]
+    train = [with_reference_calls(task, found.references.get(task.id)) for task in train]
     dataset = Dataset(train, held_out, traces, {}, dropped, trace_results=found.results, control=config.traces.control)
     positions = model_shape(config).positions  # reads and checks the model's folder
     dataset.rooms = {task.id: _room(config, positions, chat, task) for task in [*train, *measured]}

@@ -34,12 +34,16 @@ class TaskTraces:
     Attributes:
         sources: training task id -> its traces, the main one first.
         unseen: held-out task id -> a trace that is measured and never trained on.
+        references: training task id -> the trace whose calls the task takes as reference calls, where it has none of
+            its own. Those that ``traces.max_tasks`` keeps from SFT and conditioning are among them; those that failed
+            ``traces.quality``'s replay are not.
         results: training task id -> (score, calls) of its trace when it was replayed; empty unless ``traces.quality``.
         dropped: what was left out, by reason.
     """
 
     sources: dict[str, list[Trace]]
     unseen: dict[str, Trace]
+    references: dict[str, Trace] = field(default_factory=dict)
     results: dict[str, tuple[float, int]] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
 
@@ -65,19 +69,23 @@ def find_traces(
         sources = on_rank_zero(lambda: _make_traces(config, environment, [*train, *measured]))
     unseen = {task.id: sources.pop(task.id)[0] for task in measured if task.id in sources}
     dropped["trace_missing"] = len(train) - len(sources)
+    everything = dict(sources)  # the reward of a task's calls is no use of its trace, so max_tasks doesn't end it
     if config.traces.max_tasks is not None:  # both sides of the split are in an order that split_seed drew
         chosen = [task.id for task in train if task.id in sources][: config.traces.max_tasks]
         dropped["trace_not_asked_for"] = len(sources) - len(chosen)
         sources = {task_id: sources[task_id] for task_id in chosen}
     found = TaskTraces(sources, unseen, dropped=dropped)
     if config.traces.quality:
-        sound = on_rank_zero(lambda: _replay_all(config, environment, train, sources))
+        asked = [task for task in train if task.id in sources or not any(task.reference_calls)]
+        everything = on_rank_zero(lambda: _replay_all(config, environment, asked, everything))
+        sound = {task_id: everything[task_id] for task_id in sources if task_id in everything}
         dropped["trace_replay_failed"] = sum(map(len, sources.values())) - sum(map(len, sound.values()))
         found.sources = sound
         # what a kept trace is worth: it passes the checker, so its score is the best there is
         found.results = {
             task_id: (1.0, sum(len(turn.calls) for turn in kept[0].turns)) for task_id, kept in sound.items()
         }
+    found.references = {task_id: several[0] for task_id, several in everything.items()}
     if config.traces.augment:
         found.sources = on_rank_zero(lambda: _augment_all(config, environment, train, found.sources))
     return found
