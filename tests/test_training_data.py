@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,32 +262,6 @@ def test_a_task_whose_trace_is_left_out_keeps_its_reference_calls(
     assert given.dropped.get("trace_replay_failed", 0) == 0, "counted among those that are asked for"
 
 
-def test_a_share_of_the_prompts_is_of_tasks_with_a_trace(data: tuple[Config, Dataset, ChatFormat]) -> None:
-    config, own, _ = data
-    names = [*own.trace_tokens][:4]
-    few = replace(own, trace_tokens={name: own.trace_tokens[name] for name in names})
-
-    def of(share: float | None, size: int = 4) -> Config:
-        traces, trainer = replace(config.traces, share=share), replace(config.trainer, batch_size=size)
-        return replace(config, traces=traces, trainer=trainer)
-
-    steps = [few.prompts_of_step(of(0.5), step) for step in range(8)]
-    assert [sum(task.id in names for task in batch) for batch in steps] == [2] * 8
-    assert all(len({task.id for task in batch}) == 4 for batch in steps), "no prompt twice in a batch"
-    visited = Counter(task.id for batch in steps for task in batch if task.id in names)
-    assert set(visited.values()) == {4}, "each of them as often as the others"
-    places = {tuple(task.id in names for task in batch) for batch in steps}
-    assert len(places) > 1, "mini-batches would be of one kind"
-    assert few.prompts_of_step(of(0.5), 3) == steps[3]
-    assert few.prompts_of_step(of(1.0), 0) != few.prompts_of_step(of(0.0), 0)
-    plain = [task.id for task in few.prompts_of_step(of(None), 2)]
-    assert plain == [task.id for task in prompts_of_step(own.train, 2, 4, config.run.seed)]
-    with pytest.raises(ConfigError, match=r"traces\.share=0\.1 of a batch of 4 is no prompt"):
-        few.prompts_of_step(of(0.1), 0)
-    with pytest.raises(ConfigError, match=r"traces\.share=1\.0 needs 5 training tasks with a trace .* there are 4"):
-        few.prompts_of_step(of(1.0, size=5), 0)
-
-
 def test_a_run_that_hardly_uses_its_traces_says_so(data: tuple[Config, Dataset, ChatFormat]) -> None:
     config, _, chat = data
     said: list[str] = []
@@ -300,6 +273,10 @@ def test_a_run_that_hardly_uses_its_traces_says_so(data: tuple[Config, Dataset, 
     enough = replace(few, traces=replace(few.traces, share=0.34))
     build_dataset(enough, build_environment(enough), chat, note=said.append)
     assert any(line.startswith("about 12 of RL's 60 prompts use a trace") for line in said)  # 2 of 6, gate 0.4
+    said.clear()
+    none = replace(few, objective=replace(few.objective, trace_rl=False, sft_coef=0.0))
+    build_dataset(none, build_environment(none), chat, note=said.append)
+    assert not any("prompts use a trace" in line for line in said), "nothing of RL does"
 
 
 def test_held_out_traces_are_measured_and_never_among_those_that_are_trained_on(

@@ -115,8 +115,8 @@ class TracesConfig:
     #: use the traces of at most so many training tasks; the others are trained on by RL alone, and where they have no
     #: reference calls of their own, their calls are still rewarded by their trace's
     max_tasks: int | None = None
-    #: share of a step's prompts that are of tasks with a trace, where not all have one, whether the method reads it or
-    #: not; null = as the tasks come
+    #: share of RL's prompts that are of tasks with a trace, where not all have one, whether the method reads it or not;
+    #: what a step can't have whole is carried over to the next; null = as the tasks come
     share: float | None = None
     components: list[str] = field(
         default_factory=lambda: ["reasoning", "calls", "observations"]

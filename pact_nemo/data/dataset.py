@@ -12,7 +12,7 @@ from statistics import mean
 from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config
 from pact_nemo.data.task_traces import TaskTraces, find_traces, with_reference_calls
-from pact_nemo.data.tasks import load_tasks, prompt_length, prompts_of_step
+from pact_nemo.data.tasks import load_tasks, prompt_length, prompts_after, prompts_of_step, traced_in_steps
 from pact_nemo.environments.base import Environment, Task
 from pact_nemo.errors import ConfigError, DataError, ToolCallError
 from pact_nemo.methods.registry import method_class
@@ -77,27 +77,31 @@ class Dataset:
 
     def prompts_of_step(self, config: Config, step: int) -> list[Task]:
         """The prompts of a 0-based step of RL: :func:`prompts_of_step` of all training tasks; or with
-        ``traces.share``, of those with a trace and of the others, each in an order of its own, and mixed.
+        ``traces.share``, of those with a trace and of the others, each in an order of its own, and mixed. The step
+        alone says how many of each (:func:`traced_in_steps`).
 
         Raises:
-            ConfigError: there are fewer tasks than the batch needs.
+            ConfigError: there are fewer tasks than the batch needs, or no prompt of the run is one with a trace.
         """
         size, seed, share = config.trainer.batch_size, config.run.seed, config.traces.share
         if share is None:
             return prompts_of_step(self.train, step, size, seed)
-        count, chosen = round(share * size), []
-        if share > 0 and not count:
-            raise ConfigError(f"traces.share={share} of a batch of {size} is no prompt: raise one of them")
-        for part, needed, has_trace in (("traced", count, True), ("bare", size - count, False)):
-            tasks = [task for task in self.train if (task.id in self.trace_tokens) == has_trace]
+        chosen: list[Task] = []
+        traced = traced_in_steps(share, size, max(config.trainer.steps or 0, step + 1))
+        if share > 0 and not any(traced):
+            raise ConfigError(
+                f"traces.share={share} of a batch of {size} is no prompt in {len(traced)} steps: raise one of them"
+            )
+        for part, counts in (("traced", traced), ("bare", [size - count for count in traced])):
+            needed = max(counts)  # of the whole run, so that it is refused in its first step
+            tasks = [task for task in self.train if (task.id in self.trace_tokens) == (part == "traced")]
             if needed > len(tasks):
-                what = "with" if has_trace else "without"
+                what = "with" if part == "traced" else "without"
                 raise ConfigError(
                     f"traces.share={share} needs {needed} training tasks {what} a trace in a batch of {size}; there are"
                     f" {len(tasks)}: change it or trainer.batch_size"
                 )
-            if needed:
-                chosen += prompts_of_step(tasks, step, needed, f"{seed}:{part}")
+            chosen += prompts_after(tasks, counts[: step + 1], f"{seed}:{part}")
         random.Random(f"{seed}:{step}:mixed").shuffle(chosen)  # mini-batches are alike
         return chosen
 
@@ -240,19 +244,20 @@ def _check_shares(config: Config, dataset: Dataset, note: Callable[[str], None])
             )
         if count:
             note(f"{count} of {total} training tasks ({share:.0%}) have no {what}")
-    if (
-        dataset.trace_tokens
-        and dataset.without_trace
-        and config.trainer.steps
-        and method_class(config.method).uses_traces
-    ):
+    if dataset.trace_tokens and dataset.without_trace and config.trainer.steps and _rl_uses_traces(config):
         note(_uses_of_traces(config, dataset))
+
+
+def _rl_uses_traces(config: Config) -> bool:
+    """Whether RL does anything with a trace: a method that conditions on it may have both its uses switched off."""
+    method, objective = method_class(config.method), config.objective
+    return method.uses_traces and (not method.conditions_on_trace or objective.trace_rl or objective.sft_coef > 0)
 
 
 def _uses_of_traces(config: Config, dataset: Dataset) -> str:
     """For how many of RL's prompts the traces are used, where not every task has one."""
     share, size, objective = config.traces.share, config.trainer.batch_size, config.objective
-    traced = round(share * size) / size if share is not None else len(dataset.trace_tokens) / len(dataset.train)
+    traced = share if share is not None else len(dataset.trace_tokens) / len(dataset.train)
     gated = method_class(config.method).conditions_on_trace
     last = objective.schedule.anchor_end
     anchored = 0.0 if not gated else mean([objective.anchor_prob, objective.anchor_prob if last is None else last])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 from pact_nemo.chat.template import ChatFormat
@@ -254,3 +256,24 @@ def prompts_of_step(
     order = list(range(len(train)))
     random.Random(f"{seed}:{epoch}").shuffle(order)
     return [train[i] for i in order[index * batch_size : (index + 1) * batch_size]]
+
+
+def traced_in_steps(share: float, size: int, steps: int) -> list[int]:
+    """How many of the ``size`` prompts are of tasks with a trace, in each of the first ``steps`` steps.
+
+    floor((s + 1) p) - floor(s p) for p = share * size: what a step can't have whole is carried over to the next ones.
+    ``share`` is the decimal that is written: in floats 0.29 of 100 is below 29.
+    """
+    top, bottom = (Fraction(repr(share)) * size).as_integer_ratio()
+    ends = [step * top // bottom for step in range(steps + 1)]
+    return [end - start for start, end in pairwise(ends)]
+
+
+def prompts_after(train: list[Task], sizes: list[int], seed: str) -> list[Task]:
+    """:func:`prompts_of_step` of the last of some steps of so many prompts each; none may be larger than ``train``."""
+    epoch = end = 0
+    for size in sizes:
+        epoch, end = (epoch, end + size) if end + size <= len(train) else (epoch + 1, size)
+    order = list(range(len(train)))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return [train[i] for i in order[end - sizes[-1] : end]]
