@@ -30,6 +30,19 @@ def test_a_methods_own_settings_are_told_where_its_runs_differ() -> None:
     assert differences([*alike, run_of("grpo", 1), run_of("toolrl", 1, own={"strict": True})]) == []
 
 
+def test_runs_of_one_label_that_are_no_seeds_of_one_setting_are_named() -> None:
+    arms = [run_of("pact", 1) for _ in range(3)]
+    for run, control in zip(arms, (None, "none", "other_task"), strict=True):
+        run.config["traces"] = {"control": control}
+    unlike, shared = compare(arms).warnings[:2]
+    assert "The runs of pact differ in traces.control," in unlike and "run.label" in unlike
+    assert "Runs of pact share seed 1" in shared and "differ in traces.control" in render(arms[0], arms[1:])
+    for run in arms:
+        run.config["run"]["label"] = run.summary["label"] = f"pact_{run.setting('traces.control')}"
+    seeds = [run_of("grpo", seed) for seed in (1, 2)]
+    assert not [text for text in compare([*arms, *seeds]).warnings if "differ" in text or "share" in text]
+
+
 def readings(chart: Chart, method: str) -> list[str]:
     return next(series.readings for series in chart.series if series.label == method)
 

@@ -224,11 +224,32 @@ def learning_curves(runs: list[Run]) -> list[Chart]:
     return charts
 
 
+def pooled(runs: list[Run]) -> list[str]:
+    """What a reader has to know of runs that one row holds, as if they were seeds of one setting."""
+    of_label: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        of_label[run.method].append(run)
+    found = []
+    for label, members in of_label.items():
+        if unlike := [key for key, _ in differences(members)]:
+            found.append(
+                f"The runs of {label} differ in {', '.join(unlike)}, and one row holds them all: compare runs of one"
+                " setting, or give each setting its own run.label."
+            )
+        seeds = [str(run.seed) for run in members]
+        if shared := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+            found.append(
+                f"Runs of {label} share seed {' and '.join(shared)}: their spread isn't one over seeds, and it may be"
+                " too small."
+            )
+    return found
+
+
 def compare(runs: list[Run]) -> Comparison:
     """``runs[0]`` is the run that the report is about."""
     rows = [_row(run, index == 0) for index, run in enumerate(runs)]
     methods = _methods(rows)
-    warnings = []
+    warnings = pooled(runs)
     if len({row.n for row in rows if row.n is not None}) > 1:
         warnings.append("The runs were evaluated on different numbers of episodes; their scores aren't comparable.")
     unfinished = [row.name for run, row in zip(runs, rows, strict=True) if row.end is None or not run.summary]
