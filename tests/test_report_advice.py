@@ -114,6 +114,22 @@ def test_a_batch_that_is_mostly_noise_is_told_with_the_prompts_that_it_would_nee
     assert keys(run_of(signal("rl", 0.5), signal("rl", 0.0, norm=6.0), {})) == ["rl_noise"], "by the sums: 5 %"
 
 
+def norms(rl: float, sft: float, **settings: Any) -> Run:
+    signal = {"signal/rl_norm": rl, "signal/sft_norm": sft, "signal/rl_product": rl**2, "signal/sft_product": sft**2}
+    return told_with(run_of(signal), **settings)
+
+
+def test_a_term_that_outweighs_the_other() -> None:
+    (found,) = advice(norms(0.5, 6.0, objective__sft_coef=0.3))
+    assert found.key == "balance" and "The gradient of SFT is 12 times as long as that of RL" in found.finding
+    assert "objective.sft_coef=0.3 in that of SFT" in found.finding, "the norm has the coefficient in it"
+    assert found.change.startswith("objective.sft_coef=0.025 would"), "0.3 / 12"
+    (found,) = advice(norms(6.0, 0.5, objective__sft_coef=0.1))
+    assert "of RL is 12 times" in found.finding and found.change.startswith("objective.sft_coef=1.2 would")
+    assert keys(norms(1.0, 5.0)) == [] == keys(norms(5.0, 1.0)) == keys(norms(6.0, 0.5, objective__sft_coef=0))
+    assert keys(norms(0.5, 6.0, method="chord")) == [], "it has two weights"
+
+
 def test_updates_below_the_resolution_of_bfloat16() -> None:
     found = advice(
         run_of({"policy/moved": 0.01, "policy/updates": 2}, warmup=[{"stage": "warmup", "policy/moved": 0.02}])

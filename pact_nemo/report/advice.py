@@ -18,6 +18,7 @@ from pact_nemo.report.taught import closing_settings, sft_settings, trend_of_tra
 
 LATE = 5  #: steps at the end of the run that are looked at
 SAME_SCORES = 0.5  #: share of groups without an advantage above which most rollouts teach nothing
+OUTWEIGHS = 5  #: how many times as long one term's gradient is as the other's, from where it is told
 LITTLE_SIGNAL = 0.2  #: share of a gradient that is signal below which the batch is called too small
 CUT = 0.25  #: share of rollouts that a limit cut
 FAILED = 0.03  #: share of held-out episodes above which those that failed may be what lowered a score
@@ -82,6 +83,7 @@ def advice(run: Run) -> list[Advice]:
         past_best,
         rl_noise,
         sft_noise,
+        balance,
         resolution,
         imitation,
         reliance,
@@ -246,6 +248,29 @@ def _noise(run: Run, term: str, words: str, what: str) -> Advice | None:
         f" measurements); {prompts}."
     )
     return Advice(f"{term}_noise", finding, f"The update is mostly noise. It needs more {what}.")
+
+
+def balance(run: Run, late: list[Record]) -> Advice | None:
+    """One term's gradient far longer than the other's, where one coefficient weighs SFT against RL. The norms are of
+    the terms as they enter the loss. CHORD's two weights go against each other, so that no one of them is told.
+    """
+    measured = [(record.get("signal/rl_norm"), record.get("signal/sft_norm")) for record in run.rl]
+    pairs = [(rl, sft) for rl, sft in measured if rl is not None and sft is not None]
+    coefficient = run.setting("objective.sft_coef")
+    if not pairs or coefficient is None or sft_settings(run) != ("objective.sft_coef",):
+        return None
+    of_rl, of_sft = (math.hypot(*norms) for norms in zip(*pairs, strict=True))
+    if min(of_rl, of_sft) <= 0 or max(of_rl, of_sft) <= OUTWEIGHS * min(of_rl, of_sft):
+        return None
+    long, short, ratio = ("SFT", "RL", of_sft / of_rl) if of_sft > of_rl else ("RL", "SFT", of_rl / of_sft)
+    return Advice(
+        "balance",
+        f"The gradient of {long} is {ratio:,.0f} times as long as that of {short} (L2 norms over {len(pairs)}"
+        f" measurements, noise included, with objective.sft_coef={coefficient:g} in that of SFT): the update is nearly"
+        f" all {long}.",
+        f"objective.sft_coef={coefficient * of_rl / of_sft:.2g} would make them equally long. They needn't be, but the"
+        " shorter one hardly counts.",
+    )
 
 
 def resolution(run: Run, late: list[Record]) -> Advice | None:
