@@ -261,6 +261,7 @@ def test_the_first_step_of_adapters_is_a_methods_step_of_all_weights(name: str, 
                 advantages[:] = value
         record = update(run, groups, Stopwatch(run.progress))
         assert record["policy/grad_norm"] > 0
+        assert any(key.startswith("anneal/") for key in record) == (name == "pact"), "only it has the schedule"
         terms.append({key: value for key, value in record.items() if key.startswith(("loss/", "latent/"))})
         moved = {key for key, value in policy.chunks[0].named_parameters() if not torch.equal(value, before[key])}
         assert moved == {key for key in before if not rank or ".adapter.linear_out." in key}

@@ -112,7 +112,8 @@ def test_every_required_curve_is_there_with_a_title_and_a_description(page: Page
         "Clip fractions",
     }
     titles |= {
-        "Call weight λₐ and anchoring",
+        "Call weight λₐ",
+        "Anchored prompts",
         "Reasoning prefix level",
         "KL of the update",
         "KL to the reference",

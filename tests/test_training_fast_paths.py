@@ -7,6 +7,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,12 @@ from pact_nemo.methods.registry import make_method
 from pact_nemo.planning.workload import Lengths
 from pact_nemo.policy.config import LoraConfig, OptimizerConfig
 from pact_nemo.policy.policy import MegatronPolicy
+from pact_nemo.training.loop import observe
 from pact_nemo.training.stopwatch import Stopwatch
 from pact_nemo.training.update import update
 from tests.workers.policy_kit import VOCAB, make_model
 from tools.benches.kit import stand_in, synthetic_groups
+from tools.comparisons.results import CURVES
 
 PLAIN = {"share_prefix": False, "fused_elementwise": False, "score_first_update": True, "skip_zero_advantage": False}
 
@@ -99,6 +102,27 @@ def test_fast_and_plain_steps_agree(family: str, mini_batch: int, rank: int, mod
             assert fast["record"][key] == pytest.approx(plain["record"][key], rel=1e-5, abs=1e-6), (name, key)
         torch.testing.assert_close(fast["gradient"], plain["gradient"], rtol=0, atol=1e-5)
         torch.testing.assert_close(fast["weights"], plain["weights"], rtol=0, atol=1e-5)
+
+
+def test_what_is_told_of_annealing_is_what_the_step_used(models: dict[str, Path]) -> None:
+    """The adaptive clock observes a step after its update; weights, level and progress of a record are of one time."""
+    config = settings(4)
+    config.objective.schedule.kind = "adaptive"
+    policy = MegatronPolicy(config.policy, OptimizerConfig(lr=1e-3), models["llama"], seed=1, total_steps=4)
+    policy.load_reference(models["llama"])
+    run: Any = stand_in(config, policy)
+    run.state.clock.value, run.state.step = 0.45, 3
+    run.dataset, run.total_steps = SimpleNamespace(dropped={}), 4
+    run.progress.message = lambda text: None
+    watch = Stopwatch(run.progress)
+    record = update(run, batch(config), watch)
+    record |= observe(run, [], {**record, "reward/success": 1.0}, watch)
+    assert (record["anneal/progress"], record["anneal/prefix_level"]) == (0.45, 2)
+    assert record["anneal/call_weight"] == pytest.approx(0.53)
+    assert {"gate/anchored", *(key for key in record if key.startswith("anneal/"))} <= set(CURVES), (
+        "comparisons keep it"
+    )
+    assert run.state.clock.value == 0.5  # half: the success; the first gap is as wide as any
 
 
 def test_without_a_kl_term_the_prompt_only_pass_of_conditioned_prompts_can_be_left_out(models: dict[str, Path]) -> None:

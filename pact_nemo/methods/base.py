@@ -54,6 +54,7 @@ class Method:
         defaults: settings of ``objective`` that the method has another default for than the project.
         uses_traces: whether it reads traces at all.
         conditions_on_trace: whether un-anchored prompts' ratios are evaluated under [x; h*] (eq. 7-8).
+        anneals: whether :meth:`trace_mask` goes by the schedule; ``anneal/*`` is recorded of such methods alone.
         trace_is_sample: whether the trace is one more sample of its group, with an advantage and a tempered log-prob.
         turn_level: whether the turn-level advantage (eq. 30-31) is added to the trajectory advantage.
         trains_by_rl: False for a method that is the warm-up alone.
@@ -67,6 +68,7 @@ class Method:
     defaults: ClassVar[Mapping[str, object]] = {}
     uses_traces: ClassVar[bool] = False
     conditions_on_trace: ClassVar[bool] = False
+    anneals: ClassVar[bool] = False
     trace_is_sample: ClassVar[bool] = False
     turn_level: ClassVar[bool] = False
     trains_by_rl: ClassVar[bool] = True

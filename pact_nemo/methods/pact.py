@@ -22,6 +22,7 @@ class Pact(Method):
     source: ClassVar[str] = "arXiv 2606.16215"
     uses_traces: ClassVar[bool] = True
     conditions_on_trace: ClassVar[bool] = True
+    anneals: ClassVar[bool] = True
     turn_level: ClassVar[bool] = True
 
     def turn_rewards(self, task: Task, rollout: Rollout) -> np.ndarray:

@@ -13,6 +13,7 @@ from pact_nemo.batches.prompt_groups import PromptGroup, has_policy_tokens, roll
 from pact_nemo.batches.prompt_trees import PROMPT_ONLY, TRACE, TRACE_CONDITIONED, PromptTree
 from pact_nemo.batches.streams import sampler_logprobs
 from pact_nemo.objective.latent import TokenSum, log_likelihood, privilege_gap, trace_log_likelihood
+from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.policy.update_result import UpdateResult
 from pact_nemo.rollouts.types import LIMITS
 
@@ -118,6 +119,12 @@ def data_record(dropped: dict[str, int], groups: list[PromptGroup]) -> dict[str,
         "data/traces_too_long": dropped.get("trace_too_long", 0),
         "data/traces_cut": sum(group.trace is not None and group.trace.cut for group in groups),
     }
+
+
+def anneal_record(schedule: TraceSchedule, step: int) -> dict[str, Any]:
+    """How far annealing is in a step (counted from 0) that its clock has not observed yet: what the step used."""
+    progress = {"anneal/progress": schedule.clock.progress(step)} if schedule.clock.adapts else {}
+    return {"anneal/call_weight": schedule.call_weight(step), "anneal/prefix_level": schedule.level(step), **progress}
 
 
 def update_record(prompts: list[PromptTree], old: list[torch.Tensor], results: list[UpdateResult]) -> dict[str, Any]:

@@ -196,10 +196,16 @@ RL = (
         how="measured",
     ),
     Curve(
-        "Call weight λₐ and anchoring",
-        "λₐ(s) of eq. 11; anchored share of the step's prompts",
-        (("anneal/call_weight", "λₐ"), ("gate/anchored", "anchored")),
+        "Call weight λₐ",
+        "λₐ(s) of eq. 11",
+        (("anneal/call_weight", "λₐ"),),
         Axis(bounds=(0.0, 1.0)),
+    ),
+    Curve(
+        "Anchored prompts",
+        "share of the step's prompts through plain RL",
+        (("gate/anchored", "anchored"),),
+        Axis(bounds=(0.0, 1.0), percent=True),
     ),
     Curve(
         "Reasoning prefix level",

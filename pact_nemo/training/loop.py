@@ -51,7 +51,6 @@ def observe(run: TrainingRun, groups: list[PromptGroup], record: dict[str, Any],
     found: dict[str, Any] = diagnostics.data_record(run.dataset.dropped, groups)
     if state.clock.adapts:
         state.clock.observe(record["reward/success"], record["latent/gap"])
-        found["anneal/progress"] = state.clock.progress(state.step)
     if state.quality is not None:
         observe_traces(state.quality, groups, run.dataset.trace_results)
         found["trace/weight"] = sum(group.trace_weight for group in groups) / len(groups)

@@ -64,9 +64,7 @@ def update(run: TrainingRun, groups: list[PromptGroup], watch: Stopwatch) -> dic
         record["rollout/lag"] = run.state.version - min(versions)
     record |= diagnostics.update_record(prompts, old, results)
     record["rollout/not_conditioned"] = diagnostics.not_conditioned(groups, prompts) if run.method.trace_rl else 0
-    record["anneal/call_weight"] = run.schedule.call_weight(step)
-    record["anneal/prefix_level"] = run.schedule.level(step)
-    return record | signal
+    return record | signal | (diagnostics.anneal_record(run.schedule, step) if run.method.anneals else {})
 
 
 def cut(run: TrainingRun, groups: list[PromptGroup]) -> list[MiniBatch]:
