@@ -110,8 +110,6 @@ def test_every_required_curve_is_there_with_a_title_and_a_description(page: Page
         "KL term",
         "Privilege gap",
         "Clip fractions",
-    }
-    titles |= {
         "Call weight λₐ",
         "Anchored prompts",
         "Reasoning prefix level",
