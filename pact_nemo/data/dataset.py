@@ -13,7 +13,7 @@ from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config
 from pact_nemo.data.task_traces import TaskTraces, find_traces, with_reference_calls
 from pact_nemo.data.tasks import load_tasks, prompt_length, prompts_after, prompts_of_step, traced_in_steps
-from pact_nemo.environments.base import Environment, Task
+from pact_nemo.environments.base import Environment, Task, ToolCall
 from pact_nemo.errors import ConfigError, DataError, ToolCallError
 from pact_nemo.methods.registry import method_class
 from pact_nemo.objective.components import CALL, OTHER
@@ -60,6 +60,10 @@ class Dataset:
     @cached_property
     def _groups(self) -> dict[str, str]:
         return {task.id: task.group for task in self.train}
+
+    @cached_property
+    def _calls(self) -> dict[str, list[ToolCall]]:
+        return {name: [call for turn in trace.turns for call in turn.calls] for name, trace in self.traces.items()}
 
     @property
     def without_trace(self) -> int:
@@ -123,7 +127,8 @@ class Dataset:
             return None
         if self.control == "none":
             return TraceTokens()
-        return other_trace(self.trace_tokens, self._groups, task_id, self.rooms[task_id], seed=seed, step=step)
+        room, calls = self.rooms[task_id], self._calls
+        return other_trace(self.trace_tokens, self._groups, task_id, room, calls=calls, seed=seed, step=step)
 
 
 def build_dataset(
