@@ -183,9 +183,8 @@ class ScheduleConfig:
     horizon: int | None = None  #: S; None = the run's steps
     #: "fixed": a function of the step; "adaptive": of the policy's progress (``objective/adaptive.py``)
     kind: str = "fixed"
-    success_target: float = (
-        0.6  #: adaptive: success rate that brings its half of the progress; the gap's closing brings the rest
-    )
+    #: adaptive: success rate that brings its half of the progress; the gap's closing brings the rest
+    success_target: float = 0.6
     smoothing: float = 0.7  #: adaptive: weight of the past in the means it goes by
     #: adaptive: anchoring probability at full progress; None = ``anchor_prob`` throughout
     anchor_end: float | None = None

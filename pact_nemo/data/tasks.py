@@ -253,9 +253,14 @@ def prompts_of_step(
             f"a batch of {batch_size} prompts needs as many training tasks; there are {len(train)}: lower {key}"
         )
     epoch, index = divmod(step, len(train) // batch_size)
+    return _of_epoch(train, epoch, (index + 1) * batch_size, batch_size, seed)
+
+
+def _of_epoch(train: list[Task], epoch: int, end: int, size: int, seed: int | str) -> list[Task]:
+    """The ``size`` tasks before place ``end`` of an epoch's permutation."""
     order = list(range(len(train)))
     random.Random(f"{seed}:{epoch}").shuffle(order)
-    return [train[i] for i in order[index * batch_size : (index + 1) * batch_size]]
+    return [train[i] for i in order[end - size : end]]
 
 
 def traced_in_steps(share: float, size: int, steps: int) -> list[int]:
@@ -274,6 +279,4 @@ def prompts_after(train: list[Task], sizes: list[int], seed: str) -> list[Task]:
     epoch = end = 0
     for size in sizes:
         epoch, end = (epoch, end + size) if end + size <= len(train) else (epoch + 1, size)
-    order = list(range(len(train)))
-    random.Random(f"{seed}:{epoch}").shuffle(order)
-    return [train[i] for i in order[end - sizes[-1] : end]]
+    return _of_epoch(train, epoch, end, sizes[-1], seed)
