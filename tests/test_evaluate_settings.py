@@ -89,6 +89,34 @@ def test_held_out_is_what_the_run_holds_out(tmp_path: Path, words: list[str]) ->
     assert not names & {task.id for task in train} and names <= {task.id for task in every}
 
 
+def test_validation_tasks_are_neither_trained_on_nor_held_out(tmp_path: Path) -> None:
+    """Tuning never sees a held-out task, and every held-out task is the same with and without it."""
+    sides = {}
+    for name, words in (("final", []), ("tuning", ["tasks.validation=10"])):
+        config = shop(tmp_path, f"tasks.path={tmp_path}/all.jsonl", "tasks.held_out=16", "tasks.max_eval=null", *words)
+        environment = build_environment(config)
+        try:
+            train, scored, _ = load_tasks(config, environment, chat_of(config), Quarantine("strict"))
+            _, chosen = chosen_tasks(config, environment, None, held_out=True, limit=None)
+        finally:
+            environment.close()
+        sides[name] = ({task.id for task in train}, {task.id for task in scored})
+        assert sides[name][1] == {task.id for task in chosen}
+    (rest, held_out), (train, validation) = sides["final"], sides["tuning"]
+    assert len(validation) >= 10 and not validation & (train | held_out) and not train & held_out
+    assert train | validation <= rest
+
+
+def test_a_validation_set_that_leaves_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+    config = shop(tmp_path, f"tasks.path={tmp_path}/all.jsonl", "tasks.held_out=16", "tasks.validation=500")
+    environment = build_environment(config)
+    try:
+        with pytest.raises(ConfigError, match=r"tasks\.validation=500 .* side empty: lower it, or tasks\.held"):
+            load_tasks(config, environment, chat_of(config), Quarantine("strict"))
+    finally:
+        environment.close()
+
+
 def test_training_tasks_that_are_left_out_change_no_held_out_task(tmp_path: Path) -> None:
     config = shop(tmp_path, "tasks.max_eval=8")
     tasks = [Task(f"t{i}", f"t{i}", "c", (), (), ()) for i in range(40)]

@@ -26,6 +26,7 @@ RANGES: Ranges = {
     "tasks.max_observation_chars": ">= 1",
     "tasks.max_prompt_tokens": ">= 1",
     "tasks.held_out": (">= 1", "at least one scenario group must be held out"),
+    "tasks.validation": ">= 0",
     "tasks.split_seed": ANY,
     "tasks.max_train": ">= 1",
     "tasks.max_eval": ">= 1",

@@ -68,6 +68,9 @@ class TasksConfig:
     overlong: str = "drop"
     #: scenario groups kept for evaluation only, chosen by ``split_seed``; none of their tasks is ever trained on
     held_out: int = 50
+    #: scenario groups for tuning, the next ones in that order; with > 0 they are neither trained on nor held out, the
+    #: scores are theirs, and no held-out task is played
+    validation: int = 0
     split_seed: int = 7  #: apart from ``run.seed`` on purpose, so that runs with different seeds share one held-out set
     max_train: int | None = None  #: use at most this many training tasks
     max_eval: int | None = None  #: use at most this many held-out tasks

@@ -84,6 +84,8 @@ def load_tasks(
 ) -> tuple[list[Task], list[Task], dict[str, int]]:
     """Training and held-out tasks, split by scenario group, and how many were left out, by reason.
 
+    With ``tasks.validation`` the second list has the validation tasks in place of the held-out ones.
+
     Raises:
         ConfigError: no task is left on one side of the split.
         DataError: a task row is malformed (file, line and field named) and ``run.bad_rows`` is strict, or a prompt is
@@ -108,11 +110,16 @@ def load_tasks(
             train, held_out = split(usable, held_out=config.tasks.held_out, seed=config.tasks.split_seed)
         except ConfigError as error:
             raise ConfigError(f"{error}{_quarantined(quarantine)}") from error
-    beginning: Callable[[Task], str] = getattr(environment, "beginning_of", lambda task: str(task.user_turns))
-    asked = {beginning(task) for task in held_out}
-    unseen = [task for task in train if beginning(task) not in asked]
-    if len(unseen) < len(train):  # the same request in another row, or in another scenario
-        dropped["held_out_too"], train = len(train) - len(unseen), unseen
+    train = _unlike(environment, train, held_out, dropped)
+    if config.tasks.validation:  # what is evaluated from here on; no held-out task is played or trained on
+        try:
+            train, held_out = split(train, held_out=config.tasks.validation, seed=config.tasks.split_seed)
+        except ConfigError as error:
+            raise ConfigError(
+                f"tasks.validation={config.tasks.validation} of the groups that are not held out leaves one side"
+                f" empty: lower it, or tasks.held_out{_quarantined(quarantine)}"
+            ) from error
+        train = _unlike(environment, train, held_out, dropped)
     if config.objective.outcome == "answer_f1":
         train = [
             task
@@ -127,6 +134,18 @@ def load_tasks(
                 f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out{bad}"
             )
     return train, held_out, dropped
+
+
+def _unlike(environment: Environment, train: list[Task], held_out: list[Task], dropped: dict[str, int]) -> list[Task]:
+    """The training tasks without those that ask what a held-out task asks, in another row or in another scenario;
+    these are counted in ``dropped``.
+    """
+    beginning: Callable[[Task], str] = getattr(environment, "beginning_of", lambda task: str(task.user_turns))
+    asked = {beginning(task) for task in held_out}
+    unseen = [task for task in train if beginning(task) not in asked]
+    if len(unseen) < len(train):
+        dropped["held_out_too"] = dropped.get("held_out_too", 0) + len(train) - len(unseen)
+    return unseen
 
 
 def refuse_evaluation_only(config: Config, tasks: list[Task]) -> None:

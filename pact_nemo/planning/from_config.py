@@ -22,6 +22,7 @@ from pact_nemo.planning.workload import Lengths, StepWork
 from pact_nemo.policy.architectures import check_architecture
 from pact_nemo.policy.config import ADAPTER
 from pact_nemo.policy.model_source import model_source
+from pact_nemo.runtime.words import count_of
 from pact_nemo.serving.config import ALL_ENGINES, share_beside
 from pact_nemo.serving.placement import engines_per_node
 
@@ -262,7 +263,8 @@ def _tasks(config: Config) -> str:
     tasks, own = config.tasks, environment_spec(config.environment).describe(config.environment_config)
     source = f" of {tasks.path}" if tasks.path is not None else ""
     held_out = tasks.eval_path or f"{tasks.held_out} groups of tasks"
-    return f"{config.environment}{source}; {f'{own}; ' if own else ''}held out: {held_out}"
+    validation = f"; scores are of {count_of(tasks.validation, 'group')} for tuning" if tasks.validation else ""
+    return f"{config.environment}{source}; {f'{own}; ' if own else ''}held out: {held_out}{validation}"
 
 
 def _turns_from(config: Config) -> str:

@@ -130,7 +130,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Without a trace", part_of(tasks.get("without_trace"), tasks.get("train"))),
         ("Without reference calls", part_of(tasks.get("without_reference_calls"), tasks.get("train"))),
         ("Left out", left_out(tasks.get("dropped") or {}) or None),
-        ("Held-out tasks", amount(tasks["held_out"]) if tasks.get("held_out") else None),
+        (
+            "Validation tasks" if run.setting("tasks.validation") else "Held-out tasks",
+            amount(tasks["held_out"]) if tasks.get("held_out") else None,
+        ),
         ("Failed rollouts", counted(summary.get("failed_rollouts"))),
         ("Rollout server", counted(summary.get("server"))),
         ("Peak memory", ", ".join(f"{name} {size(value)}" for name, value in memory.items() if value) or None),
