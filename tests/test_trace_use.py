@@ -60,11 +60,25 @@ def test_a_term_is_off_by_more_than_its_weight(
         (["traces.control=other_task", "traces.share=0"], "traces.share=0.0; leave it out"),
         (["traces.closing=Done.", "objective.anchor_prob=1"], "anchor_prob=1.0, .* leave it out"),
         (["traces.closing=Done.", "objective.schedule.call=none"], "schedule.call=none"),
+        (
+            ["traces.closing=Done.", "method=chord", "method_config.mu_start=0", "method_config.mu_end=0"],
+            "method_config.mu_start=0.0, method_config.mu_end=0.0",
+        ),
+        (["traces.closing=Done.", "method=luffy", "traces.share=0"], "traces.share=0.0"),
     ],
 )
 def test_a_setting_that_nothing_would_read_is_refused(words: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_config(None, ["warmup.steps=0", *words])
+
+
+def test_a_closing_is_taught_by_the_weight_that_the_method_has() -> None:
+    """CHORD weighs its SFT term by mu; ``objective.sft_coef`` is not read there."""
+    for method in ("chord", "luffy"):
+        config = load_config(
+            None, ["warmup.steps=0", "traces.closing=Done.", f"method={method}", "objective.sft_coef=0"]
+        )
+        assert config.traces.closing == "Done."
 
 
 def test_advice_names_no_weight_of_a_term_that_is_off() -> None:

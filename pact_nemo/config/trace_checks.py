@@ -7,7 +7,7 @@ from typing import Any
 
 from pact_nemo.config.refusals import one_of, require
 from pact_nemo.config.schema import Config
-from pact_nemo.config.trace_use import meets_traces, teaches
+from pact_nemo.config.trace_use import meets_traces, method_teaches
 from pact_nemo.methods.registry import method_class
 from pact_nemo.traces.augment import KINDS
 from pact_nemo.traces.controls import CONTROLS
@@ -39,14 +39,13 @@ def check_traces(config: Config) -> None:
     def setting(key: str) -> Any:
         return reduce(getattr, key.split("."), config)
 
-    in_rl = method.uses_traces and teaches(setting, gated=gated, calls=True)
-    taught = config.warmup.steps > 0 or in_rl
+    weights = ", ".join(f"{key}={setting(key)}" for key in method.sft_settings)
     require(
-        config.traces.closing is None or taught,
+        config.traces.closing is None or config.warmup.steps > 0 or method_teaches(method, setting, calls=True),
         f"traces.closing={config.traces.closing!r}: nothing teaches a trace with method={config.method},"
-        f" objective.sft_coef={objective.sft_coef}, anchor_prob={objective.anchor_prob},"
-        f" schedule.call={objective.schedule.call}, traces.share={config.traces.share} and warmup.steps=0; leave it"
-        " out",
+        f" {weights + ', ' if weights else ''}objective.anchor_prob={objective.anchor_prob},"
+        f" objective.schedule.call={objective.schedule.call}, traces.share={config.traces.share} and warmup.steps=0;"
+        " leave it out",
     )
     require(
         set(config.traces.augment) <= set(KINDS),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pact_nemo.methods.base import Method
 
 #: value of a dotted key, as ``objective.anchor_prob``; None where a run of another version had no such setting
 Setting = Callable[[str], Any]
@@ -28,3 +31,15 @@ def teaches(setting: Setting, *, gated: bool, calls: bool = False) -> bool:
     schedules = {setting("objective.schedule.call"), *(() if calls else (setting("objective.schedule.reasoning"),))}
     annealed_away = gated and schedules == {"none"}
     return setting("objective.sft_coef") != 0 and not annealed_away and meets_traces(setting, gated=gated)
+
+
+def method_teaches(method: type[Method], setting: Setting, *, calls: bool = False) -> bool:
+    """Whether a method's RL teaches traces in some step, by its SFT term or a term of its own; their call tokens with
+    ``calls``.
+    """
+    weights = method.sft_settings
+    if not method.uses_traces or (weights and all(setting(key) == 0 for key in weights)):
+        return False
+    if method.conditions_on_trace:
+        return teaches(setting, gated=True, calls=calls)
+    return meets_traces(setting, gated=False)

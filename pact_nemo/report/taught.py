@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pact_nemo.config.schema import Config
-from pact_nemo.config.trace_use import meets_traces, teaches
+from pact_nemo.config.trace_use import method_teaches
 from pact_nemo.report.curves import column
 from pact_nemo.report.data import Run
 
@@ -32,25 +32,19 @@ def sft_settings(run: Run) -> tuple[str, ...]:
     if method is None:
         losses = (value for record in run.rl for key, value in record.items() if key.startswith("loss/sft"))
         return ("objective.sft_coef",) if any(losses) else ()
-    keys = method.sft_settings if method.uses_traces else ()
-    if not any(run.setting(key) != 0 for key in keys):
-        return ()
-    gated = method.conditions_on_trace
-    used = teaches(run.setting, gated=True) if gated else meets_traces(run.setting, gated=False)
-    return keys if used else ()
+    return method.sft_settings if method_teaches(method, run.setting) else ()
 
 
 def teaches_calls(run: Run) -> bool:
     """Whether the SFT term of RL, where there is one, has call tokens: closing messages count as such."""
     method = method_of(run)
-    return method is None or not method.conditions_on_trace or teaches(run.setting, gated=True, calls=True)
+    return method is None or not method.conditions_on_trace or method_teaches(method, run.setting, calls=True)
 
 
 def learns_traces(run: Run) -> bool:
     """Whether the RL stage teaches traces, by an SFT term or by a term of the method's own."""
     method = method_of(run)
-    own = method is not None and method.uses_traces and not method.sft_settings
-    return run.has_rl and (own or bool(sft_settings(run)))
+    return run.has_rl and (bool(sft_settings(run)) if method is None else method_teaches(method, run.setting))
 
 
 def closing_settings(run: Run) -> list[str]:
