@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +11,15 @@ from typing import Any
 import pytest
 
 from pact_nemo.checkpoints import resume
+from pact_nemo.checkpoints.kl_reference import WARMUP_STEPS
 from pact_nemo.checkpoints.manifest import new_export
+from pact_nemo.checkpoints.resume_manifest import write_manifest
 from pact_nemo.config.load import load_config
 from pact_nemo.errors import CheckpointError
 from pact_nemo.training import served_weights
 from pact_nemo.training.checkpointer import Checkpointer
 from pact_nemo.training.served_weights import ServedWeights
-from pact_nemo.training.state import new_state
+from pact_nemo.training.state import check_resume, new_state
 
 
 class Attempt:
@@ -136,3 +140,53 @@ def test_a_run_is_resumed_with_the_warm_up_that_its_rl_began_after(attempt: Any)
     for kl in ("objective.kl_coef=0.001", "objective.kl_coef=0"):
         with pytest.raises(CheckpointError, match=more):
             attempt(f"warmup.steps=8 {kl}", 4, 10)
+
+
+def checkpoint(folder: Path, words: str, warmup_step: int, step: int) -> Any:
+    """The config and run folder of a run whose newest whole checkpoint has so many steps."""
+    config = load_config(None, ["trainer.steps=20", "objective.kl_coef=0.001", *words.split()])
+    made = folder / "checkpoints" / f"step_{warmup_step + step:06d}"
+    made.mkdir(parents=True)
+    row = {**new_state(config).as_row(), "warmup_step": warmup_step, "step": step, "seed": 1234}
+    (made / "state.json").write_text(json.dumps({"step": warmup_step + step, "ranks": 1, "caller": row}))
+    write_manifest(made)
+    return config, SimpleNamespace(folder=folder, checkpoints=folder / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "says"),
+    [
+        ("warmup.steps=1", (2, 0), r"has 2 warm-up steps; resume with warmup\.steps=2 or more"),
+        ("warmup.steps=8", (4, 10), r"warmup\.steps=8: .* has 10 RL steps after 4"),
+        ("warmup.steps=4", (4, 10), r"reference/v000000 is missing"),
+        ("warmup.steps=4 run.seed=5 objective.kl_coef=0", (4, 10), r"was made with run\.seed=1234, the config says 5"),
+    ],
+)
+def test_what_cannot_be_gone_on_from_is_refused_before_anything_is_started(
+    tmp_path: Path, words: str, steps: tuple[int, int], says: str
+) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        check_resume(*checkpoint(tmp_path, words, *steps))
+
+
+def test_what_can_be_gone_on_from_is_not_refused(tmp_path: Path) -> None:
+    config, space = checkpoint(tmp_path, "warmup.steps=8", 4, 0)
+    check_resume(config, space)
+    shutil.rmtree(space.checkpoints)
+    check_resume(config, space)  # a new run
+    config, space = checkpoint(tmp_path, "warmup.steps=4", 4, 10)
+    with new_export(tmp_path / "reference", 0, {WARMUP_STEPS: 4}) as folder:
+        (folder / "model.safetensors").write_text("4+0")
+    check_resume(config, space)
+    assert (tmp_path / "reference" / "v000000").exists()
+
+
+def test_a_checkpoint_that_is_not_whole_decides_nothing(tmp_path: Path) -> None:
+    """The run goes on from the one before it."""
+    config, space = checkpoint(tmp_path, "warmup.steps=4 objective.kl_coef=0", 2, 0)
+    checkpoint(tmp_path, "warmup.steps=8", 8, 3)
+    (space.checkpoints / "step_000011" / "stray").write_text("x")
+    check_resume(config, space)
+    (space.checkpoints / "step_000011" / "stray").unlink()
+    with pytest.raises(CheckpointError, match="step_000011 has 8 warm-up steps"):
+        check_resume(config, space)

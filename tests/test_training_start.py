@@ -31,7 +31,9 @@ def test_engines_that_measure_a_gpu_are_up_before_the_policy_is_built(
     done: list[str] = []
     config = load_config(None, [*words, "trainer.steps=1"])
     parts: Any = SimpleNamespace(close=lambda: None, train=[], traces={}, warmup_tasks=lambda count: [])
-    space: Any = SimpleNamespace(folder=tmp_path, traces=tmp_path / "t", server_log=tmp_path / "log", exports=tmp_path)
+    space: Any = SimpleNamespace(
+        folder=tmp_path, checkpoints=tmp_path, traces=tmp_path / "t", server_log=tmp_path / "log", exports=tmp_path
+    )
     progress: Any = SimpleNamespace(message=lambda text: None, total_steps=1, phase=lambda *_, **__: nullcontext())
     for name in ("preflight", "check_batches", "write_traces", "served_path"):
         monkeypatch.setattr(open_run, name, lambda *_, **__: None)

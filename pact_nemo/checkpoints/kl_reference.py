@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from pact_nemo.checkpoints.failures import delete_folder
-from pact_nemo.checkpoints.manifest import read_manifest
+from pact_nemo.checkpoints.manifest import export_path, read_manifest
 from pact_nemo.errors import CheckpointError
 
 WARMUP_STEPS = "warmup_steps"  #: a fact of its manifest: after how many warm-up steps it was made
+
+
+def reference_of(run_folder: Path) -> Path:
+    """Where a run with a warm-up has its reference."""
+    return export_path(run_folder / "reference", 0)
 
 
 def check_warmup(folder: Path, *, wanted: int, done: int, rl_steps: int) -> None:

@@ -11,6 +11,7 @@ Schema 2 digests a file in parts (:mod:`pact_nemo.runtime.digests`); schema 1, o
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Collection, Iterator
@@ -24,6 +25,8 @@ from pact_nemo.errors import CheckpointError
 from pact_nemo.runtime import strict_json
 from pact_nemo.runtime.digests import FileEntry, check_files, file_entries
 from pact_nemo.runtime.files import new_directory, stays_inside, write_text_atomic
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_SCHEMA = 2
@@ -210,6 +213,25 @@ def prune_exports(root: str | Path, keep: int, protect: Collection[int] = ()) ->
     for version in doomed:
         delete_folder(export_path(root, version), "newer exports are whole")
     return doomed
+
+
+def is_current(folder: Path, version: int) -> bool:
+    """Whether the export there is of this version. One of another (the run was resumed with more steps) is kept under a
+    name that says so.
+    """
+    if not folder.exists():
+        return False
+    try:
+        found = verify_manifest(folder).version
+    except CheckpointError:
+        found = None
+    if found == version:
+        return True
+    aside = folder.with_name(f"{folder.name}-v{found:06d}" if found is not None else f"{folder.name}-damaged")
+    shutil.rmtree(aside, ignore_errors=True)  # the same version of the same run, or damaged too
+    folder.rename(aside)
+    logger.warning("%s held another version of the weights and is now %s", folder, aside.name)
+    return False
 
 
 def _data_files(base: Path) -> list[str]:

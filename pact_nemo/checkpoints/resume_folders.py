@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pact_nemo.checkpoints.failures import delete_folder
 from pact_nemo.checkpoints.resume_manifest import verify
@@ -67,6 +69,12 @@ def latest_complete(root: str | Path) -> Path | None:
         else:
             return folder
     return None
+
+
+def caller_state(folder: Path) -> dict[str, Any]:
+    """What the training loop keeps in a whole checkpoint."""
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))["caller"]
+    return state
 
 
 def point_to(folder: Path) -> None:

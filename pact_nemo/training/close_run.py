@@ -7,14 +7,12 @@ import resource
 import shutil
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from pact_nemo.checkpoints.hf import CHANGE_KEPT, export_adapter_to, export_to
-from pact_nemo.checkpoints.manifest import read_manifest, verify_manifest
+from pact_nemo.checkpoints.manifest import is_current, read_manifest
 from pact_nemo.checkpoints.megatron_bridge.writing import export_bridge_to
 from pact_nemo.config.schema import BRIDGE
-from pact_nemo.errors import CheckpointError
 from pact_nemo.planning.from_config import compare_with
 from pact_nemo.policy.model_folder import check_model_folder
 from pact_nemo.report import write_report
@@ -81,25 +79,6 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         },
         "versions": versions(),
     }
-
-
-def is_current(folder: Path, version: int) -> bool:
-    """Whether the export there is of this version. One of another (the run was resumed with more steps) is kept under a
-    name that says so.
-    """
-    if not folder.exists():
-        return False
-    try:
-        found = verify_manifest(folder).version
-    except CheckpointError:
-        found = None
-    if found == version:
-        return True
-    aside = folder.with_name(f"{folder.name}-v{found:06d}" if found is not None else f"{folder.name}-damaged")
-    shutil.rmtree(aside, ignore_errors=True)  # the same version of the same run, or damaged too
-    folder.rename(aside)
-    log.warning("%s held another version of the weights and is now %s", folder, aside.name)
-    return False
 
 
 def close_run(run: TrainingRun) -> None:

@@ -36,6 +36,7 @@ from pact_nemo.tracking.terminal import RunProgress
 from pact_nemo.training.generation import Generator
 from pact_nemo.training.run import TrainingRun
 from pact_nemo.training.served_weights import model_path, served_path, weights_elsewhere
+from pact_nemo.training.state import check_resume
 from pact_nemo.training.time_sharing import TimeSharing
 
 
@@ -106,6 +107,7 @@ def _build(stack: ExitStack, config: Config, space: Workspace, progress: RunProg
             progress.message(f"{count} bad rows were left out ({files}), kept with their errors in {bad}")
     config = _settle(config, space, dataset, progress)
     check_batches(config, dataset.train, dataset.warmup_tasks(config.warmup.max_tasks), quarantine)
+    on_rank_zero(lambda: check_resume(config, space))
     if rank() == 0:
         write_traces(space.traces, list(dataset.traces.values()))
         names: Callable[[], dict[str, Any]] = getattr(environment, "shown_names", dict)

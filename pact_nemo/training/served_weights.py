@@ -155,7 +155,7 @@ class ServedWeights:
         """The frozen KL reference: the policy that RL starts from; where there is a warm-up, its result, kept in full
         precision.
         """
-        return export_path(self.workspace.folder / "reference", 0) if self.config.warmup.steps > 0 else self.source
+        return kl_reference.reference_of(self.workspace.folder) if self.config.warmup.steps > 0 else self.source
 
     def freeze_reference(self) -> None:
         """Keep the policy that RL starts from for the KL term; written once, so that a resumed run reads the same

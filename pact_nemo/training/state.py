@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pact_nemo.checkpoints.kl_reference import check_warmup, reference_of, stands
+from pact_nemo.checkpoints.resume_folders import caller_state, latest_complete
 from pact_nemo.config.schema import Config
 from pact_nemo.errors import CheckpointError
 from pact_nemo.objective.adaptive import AdaptiveClock
@@ -12,6 +14,7 @@ from pact_nemo.objective.schedules import Clock, StepClock
 from pact_nemo.objective.trace_quality import TraceQuality
 from pact_nemo.rollouts.overlap import Ahead
 from pact_nemo.runtime.collective import rank
+from pact_nemo.tracking.run_folder import Workspace
 
 
 @dataclass
@@ -90,6 +93,21 @@ def new_state(config: Config) -> RunState:
     """Of a run before its first step."""
     quality = TraceQuality(config.traces.quality_smoothing) if config.traces.quality else None
     return RunState(config.run.seed, anneal_clock(config), quality)
+
+
+def check_resume(config: Config, space: Workspace) -> None:
+    """Refuse, before anything is started, what can't be gone on from; a new run has nothing. On one rank.
+
+    Raises:
+        CheckpointError: see :meth:`RunState.load`, :func:`check_warmup` and :func:`stands`.
+    """
+    if (folder := latest_complete(space.checkpoints)) is None:
+        return
+    state, warmup = new_state(config), config.warmup.steps
+    state.load(caller_state(folder), str(folder))
+    check_warmup(folder, wanted=warmup, done=state.warmup_step, rl_steps=state.step)
+    if state.step and warmup and config.objective.kl_coef:
+        stands(reference_of(space.folder), warmup_steps=warmup, rl_steps=state.step)
 
 
 def anneal_clock(config: Config) -> Clock:
