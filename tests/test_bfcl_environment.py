@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pact_nemo.checkout import ROOT
 from pact_nemo.config.load import load_config
 from pact_nemo.environments.base import Outcome, ToolCall
-from pact_nemo.environments.bfcl.data import CATEGORIES, function_documents, load_category
+from pact_nemo.environments.bfcl import data
+from pact_nemo.environments.bfcl.data import CATEGORIES, data_dir, function_documents, load_category
 from pact_nemo.environments.grounding import is_grounded
-from pact_nemo.errors import ConfigError
+from pact_nemo.errors import ConfigError, DataError
 from tests.workers.bfcl_play import environment, left_behind, play, reference
 from tests.workers.bfcl_tasks import bfcl_environment
 
@@ -142,6 +145,29 @@ def test_miss_func_reveals_its_tools_at_the_right_turn() -> None:
                 seen += 1
         session.close()
     assert seen == 200
+
+
+@pytest.mark.parametrize(
+    ("missed", "says"),
+    [
+        ({"1": ["no_such_tool"]}, r"holds back no_such_tool, not offered before.*missed_function\.1"),
+        ({"1": ["cd"], "2": ["cd"]}, r"holds back cd, not offered before.*missed_function\.2"),
+        ({"40": ["cd"]}, r"tools can't come in that turn.*missed_function\.40"),
+        ({"0": ["cd"]}, r"tools can't come in that turn.*missed_function\.0"),
+    ],
+)
+def test_tools_that_are_held_back_come_in_a_later_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missed: dict[str, list[str]], says: str
+) -> None:
+    """Otherwise the policy would miss them for good, or have them from the start, without a word."""
+    name = "BFCL_v4_multi_turn_miss_func.json"
+    row = json.loads((data_dir() / name).read_text(encoding="utf-8").splitlines()[0]) | {"missed_function": missed}
+    (tmp_path / "possible_answer").mkdir()
+    (tmp_path / name).write_text(json.dumps(row))
+    (tmp_path / "possible_answer" / name).write_bytes((data_dir() / "possible_answer" / name).read_bytes())
+    monkeypatch.setattr(data, "data_dir", lambda: tmp_path)
+    with pytest.raises(DataError, match=says):
+        load_category("multi_turn_miss_func")
 
 
 def test_irrelevance_check_is_a_setting() -> None:

@@ -213,6 +213,10 @@ def _entry(record: dict[str, Any], ground_truth: list[list[str]], category: str,
     tools = [tool for name in record["involved_classes"] for tool in function_documents()[name]]
     revealed: dict[int, tuple[dict[str, Any], ...]] = {}
     for turn, names in record.get("missed_function", {}).items():
+        absent = sorted(set(names) - {tool["name"] for tool in tools})
+        if absent or not 0 < int(turn) < len(record["question"]):
+            what = f"holds back {', '.join(absent)}, not offered before" if absent else "tools can't come in that turn"
+            raise DataError(f"{what}; {_REMEDY}", file=path, line=line, field=f"missed_function.{turn}")
         revealed[int(turn)] = tuple(tool for tool in tools if tool["name"] in names)
         tools = [tool for tool in tools if tool["name"] not in names]
     parameters = {name: names for cls in record["involved_classes"] for name, names in method_parameters(cls).items()}
