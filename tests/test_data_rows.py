@@ -196,7 +196,10 @@ def test_bytes_of_a_table_are_refused_with_row_and_field(tmp_path: Path, held: A
             {"tools": [{"name": "a.b"}], "codes": {"a.b": "def ab(): pass"}},
             "the source of the tool 'a.b' has to define the function a_b",
         ),
-        ({"unsolved_set": {"double": [None]}}, "list of answers"),
+        ({"unsolved_set": {"double": [None]}}, "expected text, found nothing"),
+        ({"unsolved_set": {"double": [True]}}, "expected text, found true or false"),
+        ({"unsolved_set": {"double": []}}, "no sub-question, so doing nothing would solve the task"),
+        ({"unsolved_set": {}}, "no sub-question"),
         ({"codes": {"double": None}}, "no source for the tool 'double'"),
         ({"messages": None}, "expected a list, found nothing"),
         ({"messages": [{"role": "user", "content": " "}]}, "needs a user's message with text"),
@@ -273,6 +276,13 @@ def test_toolhop_rows_read_from_struct_columns_as_from_json(tmp_path: Path) -> N
     assert wanted[1][0][0] == {"name": "who", "description": "", "parameters": {"type": "object", "properties": {}}}
 
 
+@pytest.mark.parametrize("answer", [["Ann"], True, {"name": "Ann"}])
+def test_a_toolhop_sub_answer_that_is_no_text_is_refused_by_name(tmp_path: Path, answer: Any) -> None:
+    path = saved(tmp_path / "rows.json", [toolhop_row(id=7, sub_task={"Who?": answer})])
+    with pytest.raises(DataError, match=r"rows\.json:1: expected text, found .*sub_task\.Who\?"):
+        ToolHopEnvironment(path, BOX).tasks()
+
+
 def test_a_map_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     table = pa.table({"m": pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64()))})
     parquet.write_table(table, tmp_path / "m.parquet")
@@ -287,9 +297,10 @@ def test_a_tool_with_a_name_that_python_cannot_write_runs_under_one_that_it_can(
         "name": "flights.search-v2",
         "parameters": {"type": "object", "properties": {"from": {"type": "string"}, "content-type": {}}},
     }
+    asked = {"flights.search-v2": ["from"]}
     path = saved(
         tmp_path / "odd.json",
-        [row("double", "x", 6, tools=[schema], codes={"flights.search-v2": source}, unsolved_set={})],
+        [row("double", "x", 6, tools=[schema], codes={"flights.search-v2": source}, unsolved_set=asked)],
     )
     with Sandbox(1, Limits(seconds=5.0)) as box:
         environment = FTRLEnvironment(path, box)

@@ -145,7 +145,7 @@ def test_a_tool_that_the_format_cannot_call_is_refused_when_its_task_is_loaded(
         "messages": [{"role": "user", "content": "Fly."}],
         "tools": [schema],
         "codes": {"flights.search": source},
-        "unsolved_set": {},
+        "unsolved_set": {"flights.search": ["from"]},
     }
     (tmp_path / "odd.json").write_text(json.dumps([row, row]))
     tasks = replace(config.tasks, path=str(tmp_path / "odd.json"))

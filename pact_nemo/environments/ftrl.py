@@ -25,7 +25,7 @@ from pact_nemo.environments.python_tools import (
     python_name,
     tool_schemas,
 )
-from pact_nemo.environments.rows import Row, number_text, read_tasks
+from pact_nemo.environments.rows import Row, read_tasks
 from pact_nemo.environments.sessions import SourceSession, call_counts
 from pact_nemo.environments.spec import EnvironmentConfig, EnvironmentSpec, Setup
 from pact_nemo.errors import ConfigError, ToolCallError
@@ -213,11 +213,13 @@ class FTRLEnvironment:
                     f"the row offers no tool {tool_name!r}, so these sub-questions can't be solved",
                     f"unsolved_set.{tool_name}",
                 )
-            if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
+            if not isinstance(values, list):
                 raise row.complain("expected a list of answers", f"unsolved_set.{tool_name}")
-            answers[tool_name] = [value if isinstance(value, str) else number_text(value) for value in values]
+            answers[tool_name] = [row.part(value, f"unsolved_set.{tool_name}") for value in values]
             if any(map(says_nothing, answers[tool_name])):
                 raise row.complain("an answer is empty, so any result would bring it in", f"unsolved_set.{tool_name}")
+        if not any(answers.values()):
+            raise row.complain("there is no sub-question, so doing nothing would solve the task", "unsolved_set")
         final = row.values.get("answer")
         if final is not None:
             final = row.text("answer")

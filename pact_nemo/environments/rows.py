@@ -209,7 +209,10 @@ class Row:
     def text(self, field: str, default: str | None = None) -> str:
         """A string; numbers are written out (:func:`number_text`). Null counts as absent."""
         value = self.values.get(field)
-        value = default if value is None else value
+        return self.part(default if value is None else value, field)
+
+    def part(self, value: Any, field: str) -> str:
+        """:meth:`text` of a value that stands somewhere in ``field``."""
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise self.complain(f"expected text, found {_found(value)}", field)
         return value if isinstance(value, str) else number_text(value)

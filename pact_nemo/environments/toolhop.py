@@ -19,7 +19,7 @@ from pact_nemo.environments.python_tools import (
     python_name,
     tool_schemas,
 )
-from pact_nemo.environments.rows import Row, number_text, read_tasks
+from pact_nemo.environments.rows import Row, read_tasks
 from pact_nemo.environments.sessions import SourceSession, call_counts
 from pact_nemo.environments.spec import EnvironmentConfig, EnvironmentSpec, Setup
 from pact_nemo.errors import ConfigError
@@ -170,9 +170,7 @@ class ToolHopEnvironment:
                     for name in (schema["name"] for schema in schemas)
                     if python_name(name) in sources
                 },
-                "sub_task": {
-                    str(key): value if isinstance(value, str) else number_text(value) for key, value in sub_task.items()
-                },
+                "sub_task": {str(key): row.part(value, f"sub_task.{key}") for key, value in sub_task.items()},
                 "tool_of": tool_of,
                 "odd": odd if odd is None else f"row {row.number}: {odd}",
             },
