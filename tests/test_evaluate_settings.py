@@ -101,6 +101,7 @@ def test_validation_tasks_are_neither_trained_on_nor_held_out(tmp_path: Path) ->
         finally:
             environment.close()
         sides[name] = ({task.id for task in train}, {task.id for task in scored})
+        assert config.tasks.scored == {"final": "held-out", "tuning": "validation"}[name]
         assert sides[name][1] == {task.id for task in chosen}
     (rest, held_out), (train, validation) = sides["final"], sides["tuning"]
     assert len(validation) >= 10 and not validation & (train | held_out) and not train & held_out

@@ -73,7 +73,12 @@ class TasksConfig:
     validation: int = 0
     split_seed: int = 7  #: apart from ``run.seed`` on purpose, so that runs with different seeds share one held-out set
     max_train: int | None = None  #: use at most this many training tasks
-    max_eval: int | None = None  #: use at most this many held-out tasks
+    max_eval: int | None = None  #: use at most this many held-out, or validation, tasks
+
+    @property
+    def scored(self) -> str:
+        """Which tasks the scores are of."""
+        return "validation" if self.validation else "held-out"
 
 
 @dataclass

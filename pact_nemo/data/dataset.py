@@ -172,7 +172,7 @@ def build_dataset(
     more = f" and {extra} alternatives" if extra else ""
     note(
         f"{count_of(len(train), 'training task')}, {len(dataset.trace_tokens)} with a verified trace{more},"
-        f" {count_of(len(held_out), 'held-out task')}; left out: {dropped}"
+        f" {count_of(len(held_out), f'{config.tasks.scored} task')}; left out: {dropped}"
     )
     if measured:
         encoded = [
@@ -182,7 +182,8 @@ def build_dataset(
         ]
         dataset.held_out_traces = [(task, tokens) for task, tokens in encoded if tokens]
         note(
-            f"{len(dataset.held_out_traces)} of {len(measured)} held-out tasks have a trace; its likelihood is measured"
+            f"{len(dataset.held_out_traces)} of {len(measured)} {config.tasks.scored} tasks have a trace; its"
+            " likelihood is measured"
         )
     if config.traces.share is not None and config.trainer.steps:
         dataset.prompts_of_step(config, 0)

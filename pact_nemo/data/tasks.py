@@ -127,7 +127,7 @@ def load_tasks(
             if quarantine.parse(lambda: _answerable(config, task), _rows_of(task)) is not None  # noqa: B023
         ]
     train, held_out = limited(config, train, held_out)
-    for name, side in (("training", train), ("held-out", held_out)):
+    for name, side in (("training", train), (config.tasks.scored, held_out)):
         if not side:
             bad = _quarantined(quarantine)
             raise ConfigError(

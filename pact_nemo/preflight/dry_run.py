@@ -58,8 +58,8 @@ def look_at_data(config: Config, chat: ChatFormat | None) -> DataSeen:
             warmup_tasks = None
             train, held_out, dropped = load_tasks(config, environment, chat, quarantine)
             notes.append(
-                f"{count_of(len(train), 'training task')}, {count_of(len(held_out), 'held-out task')}; left out:"
-                f" {dropped}; a run makes their traces at its start"
+                f"{count_of(len(train), 'training task')}, {count_of(len(held_out), f'{config.tasks.scored} task')};"
+                f" left out: {dropped}; a run makes their traces at its start"
             )
     finally:
         environment.close()

@@ -91,6 +91,7 @@ def played(run: TrainingRun, name: str) -> Score:
     score = on_rank_zero(play)
     failed = f", {score.failed} of them failed and count 0" if score.failed else ""
     run.progress.message(
-        f"held-out score {name}: {score.score:.3f} over {count_of(score.n, 'episode')}{failed} ({score.seconds:.0f} s)"
+        f"{config.tasks.scored} score {name}: {score.score:.3f} over {count_of(score.n, 'episode')}{failed}"
+        f" ({score.seconds:.0f} s)"
     )
     return score
