@@ -166,9 +166,10 @@ def test_advantages_by_hand() -> None:
     assert result.combined[0] == pytest.approx(result.trajectory[0] + result.turn[0])
     halved = group_advantages(rewards, gamma=0.5, normalise=Normalisation(0.0), combine="mean")
     assert halved.combined[1] == pytest.approx(result.combined[1] / 2)
-    assert group_advantages(rewards, turn_level=False).combined[2] == pytest.approx(
-        group_advantages(rewards).trajectory[2:3]
-    )
+    for combine in ("sum", "mean"):  # one part is its own mean
+        assert group_advantages(rewards, turn_level=False, combine=combine).combined[2] == pytest.approx(
+            group_advantages(rewards).trajectory[2:3]
+        )
 
 
 def test_equal_rewards_lone_turns_and_failed_rollouts_carry_nothing() -> None:

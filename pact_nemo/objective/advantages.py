@@ -85,7 +85,7 @@ def group_advantages(
         gamma: discount of the turn-level return.
         normalise: of returns over the group, and of returns-to-go over the rollouts that reach a turn.
         turn_level: False leaves A^l out (A^l = 0).
-        combine: ``sum`` A^g + A^l (eq. 32) or ``mean`` of the two (MatchTIR's public code).
+        combine: ``sum`` A^g + A^l (eq. 32) or ``mean`` of the two (MatchTIR's public code); A^g alone is its own mean.
         mask: False for rollouts that failed through no fault of the policy: left out of every statistic, advantage 0.
 
     The turn-level normalisation at turn t is over the unmasked rollouts that reach turn t; a turn reached by one
@@ -110,7 +110,7 @@ def group_advantages(
             reached = [k for k in valid if len(rewards[k]) > t]
             for k, value in zip(reached, normalise(np.array([to_go[k][t] for k in reached])), strict=True):
                 turn[k][t] = value
-    scale = 1.0 if combine == "sum" else 0.5
+    scale = 0.5 if combine == "mean" and turn_level else 1.0
     combined = [np.zeros(len(r)) for r in rewards]
     for k in valid:
         combined[k] = scale * (trajectory[k] + turn[k])
