@@ -7,17 +7,26 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from pact_nemo.checkout import ROOT as REPOSITORY
 from pact_nemo.config.load import load_config
 from pact_nemo.config.recipes import RECIPES, recipe
-from pact_nemo.config.schema import Config, to_yaml
+from pact_nemo.config.schema import Config, TasksConfig, to_yaml
 from pact_nemo.errors import ConfigError, Interrupted, PactError
 from pact_nemo.runtime import machine, orphans, ranks
 from pact_nemo.runtime.interrupt import EXIT_CODE as INTERRUPTED
 from pact_nemo.runtime.terminal import command, expendable_output
 from pact_nemo.tracking.run_folder import check_places, check_replay
+
+#: what a run keeps when it is resumed: which tasks it trains on, which are scored, and how these are played
+KEPT = {
+    "tasks": [field.name for field in fields(TasksConfig) if field.name not in ("path", "eval_path")],
+    "evaluation": ["samples", "temperature", "max_turns_per_user_turn"],
+}
 
 
 def resolve(arguments: argparse.Namespace, preset: str | None, full: str) -> Config:
@@ -32,7 +41,9 @@ def resolve(arguments: argparse.Namespace, preset: str | None, full: str) -> Con
             raise ConfigError(
                 f"--resume {arguments.resume}: no config.yaml there; give a run folder such as runs/latest"
             )
-        return load_config(saved, arguments.overrides)
+        config = load_config(saved, arguments.overrides)
+        _check_same_tasks(saved, config)
+        return config
     if arguments.recipe is None:
         assert preset is not None
         return load_config(arguments.config or REPOSITORY / preset, arguments.overrides)
@@ -44,6 +55,22 @@ def resolve(arguments: argparse.Namespace, preset: str | None, full: str) -> Con
             f" model.path=/models/{chosen.model.partition('/')[2]}"
         )
     return config
+
+
+def _check_same_tasks(saved: Path, now: Config) -> None:
+    """Raises ConfigError where a run would go on with other tasks, or with scores that can't be compared with those
+    that it has. Its files may have another place.
+    """
+    before = OmegaConf.load(saved)
+    for section, keys in KEPT.items():
+        for key in keys:
+            old = OmegaConf.select(before, f"{section}.{key}", default=getattr(getattr(Config(), section), key))
+            new = getattr(getattr(now, section), key)
+            if old != new:
+                raise ConfigError(
+                    f"{saved}: {section}.{key} is {old} in this run and can't become {new}: tasks that it was trained"
+                    " on might be scored, or two scores be of different tasks; leave it out, or start a new run"
+                )
 
 
 def main(
