@@ -15,7 +15,7 @@ from pact_nemo.config.load import load_config
 from pact_nemo.config.schema import Config
 from pact_nemo.data.tasks import build_environment, limited, load_tasks
 from pact_nemo.environments.base import Outcome, Task
-from pact_nemo.errors import ConfigError
+from pact_nemo.errors import ConfigError, DataError
 from pact_nemo.preflight.chat import chat_of
 from pact_nemo.rollouts.episode import SeedPath
 from pact_nemo.rollouts.types import Rollout
@@ -106,6 +106,24 @@ def test_validation_tasks_are_neither_trained_on_nor_held_out(tmp_path: Path) ->
     (rest, held_out), (train, validation) = sides["final"], sides["tuning"]
     assert len(validation) >= 10 and not validation & (train | held_out) and not train & held_out
     assert train | validation <= rest
+
+
+def test_one_id_in_both_files_is_refused(tmp_path: Path) -> None:
+    """A row without an id has one made of its number. A measured held-out task took the place of the training task of
+    its name, and that task lost its trace.
+    """
+    config = shop(tmp_path, f"tasks.path={tmp_path}/train.jsonl", f"tasks.eval_path={tmp_path}/test.jsonl")
+    for name in ("train", "test"):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({key: value for key, value in row.items() if key != "id"}) + "\n" for row in rows)
+        )
+    environment = build_environment(config)
+    try:
+        with pytest.raises(DataError, match=r"test\.jsonl: 10 ids of tasks\.path too, the first one is task_1: give"):
+            load_tasks(config, environment, chat_of(config), Quarantine("strict"))
+    finally:
+        environment.close()
 
 
 def test_a_validation_set_that_leaves_nothing_to_train_on_is_refused(tmp_path: Path) -> None:

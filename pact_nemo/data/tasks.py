@@ -100,6 +100,8 @@ def load_tasks(
     if config.tasks.eval_path is not None:
         other = build_environment(config, quarantine, config.tasks.eval_path)
         try:
+            refuse_evaluation_only(config, other.tasks())
+            _refuse_one_name(config, environment.tasks(), other.tasks())
             held_out = short_enough(other.tasks())
         finally:
             other.close()
@@ -134,6 +136,18 @@ def load_tasks(
                 f"no {name} task is left: loosen tasks.* (dropped so far: {dropped}) or change tasks.held_out{bad}"
             )
     return train, held_out, dropped
+
+
+def _refuse_one_name(config: Config, train: list[Task], held_out: list[Task]) -> None:
+    """Raises DataError where a training task and a held-out one have one id: traces, rollouts and scores go by it."""
+    both = {task.id for task in train} & {task.id for task in held_out}
+    if both:
+        raise DataError(
+            f"{count_of(len(both), 'id')} of tasks.path too, the first one is {min(both)}: give the rows of one file"
+            " other ids; a row without an id has one made of its number",
+            file=config.tasks.eval_path,
+            field="id",
+        )
 
 
 def _unlike(environment: Environment, train: list[Task], held_out: list[Task], dropped: dict[str, int]) -> list[Task]:

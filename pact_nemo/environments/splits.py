@@ -30,8 +30,7 @@ def split(tasks: Sequence[Task], held_out: float | int, seed: int) -> tuple[list
     count = held_out if isinstance(held_out, int) else round(held_out * len(groups))
     if not 0 < count < len(groups):
         raise ConfigError(
-            f"tasks.held_out={held_out!r} of {len(groups)} groups leaves one side empty; set it to a number between, or"
-            " to a share such as 0.2"
+            f"tasks.held_out={held_out!r} of {len(groups)} groups leaves one side empty; set it to a number between"
         )
     chosen = set(groups[:count])
     return [task for task in tasks if task.group not in chosen], [task for task in tasks if task.group in chosen]
