@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,6 +22,8 @@ from pact_nemo.runtime.versions import versions
 from tests.fixtures.run_folders import make_run
 from tools import compare
 from tools.compare import collect, replaced, table
+from tools.comparisons import results
+from tools.comparisons.results import Result, read_result
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -206,6 +209,19 @@ def test_a_page_holds_the_tables_of_several_plans(tmp_path: Path) -> None:
     page.write_text("a\n<!-- table two -->\n")
     with pytest.raises(ConfigError, match="has no <!-- table -->"):
         replaced(page, "new\n", "two")
+
+
+def test_a_row_says_what_its_difference_is_over_where_the_arms_have_more() -> None:
+    kept = read_result(ROOT / "docs/evidence/starting_point/sft8-sft-seed1.json")
+
+    def made(arm: str, seed: int, tasks: str) -> Result:
+        return replace(kept, arm=arm, seed=seed, scores={"after": dict.fromkeys(tasks, 1.0)})
+
+    runs = [made("sft", 1, "abcd"), made("sft", 2, "abcd"), made("pact", 2, "abcd"), made("grpo", 1, "cdef")]
+    runs += [made("chord", seed, "abcd") for seed in (1, 2)]
+    rows = {line.split(" | ")[2]: line for line in results.table(runs, "sft").splitlines()[2:6]}
+    assert "| +0.000 (seed 2) |" in rows["pact"] and "| +0.000 (seed 1; 2 common tasks) |" in rows["grpo"]
+    assert "| +0.000 |" in rows["chord"] and "| – |" in rows["sft"]
 
 
 def test_a_run_says_the_commit_of_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

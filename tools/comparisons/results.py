@@ -185,6 +185,22 @@ def _settings(run: Result) -> str:
     return " ".join(word for word in words.values() if word not in ("warmup.steps=0", "evaluation.before=false"))
 
 
+def _against(ours: dict[int, dict[str, float]], theirs: dict[int, dict[str, float]]) -> str:
+    """The difference of two arms; with the seeds and the number of tasks that it is over, where the arms have others
+    too: it is not the difference of their means then.
+    """
+    found = difference(ours, theirs)
+    if found is None:
+        return "–"
+    both = sorted(ours.keys() & theirs.keys())
+    over = []
+    if ours.keys() != theirs.keys():
+        over.append(("seed " if len(both) == 1 else "seeds ") + ", ".join(map(str, both)))
+    if any(len(side[seed]) > found.tasks for side in (ours, theirs) for seed in both):
+        over.append(f"{found.tasks} common tasks")
+    return f"{found} ({'; '.join(over)})" if over else str(found)
+
+
 def failed_remark(count: str, run: str) -> str:
     """What a table says of a run whose held-out episodes failed."""
     return f"**{count} episodes of {run}, failed** through no fault of the policy and count 0."
@@ -209,14 +225,13 @@ def table(results: Sequence[Result], baseline: str) -> str:
             continue
         ends = [run.score() or 0.0 for run in runs]
         spread = deviation(ends)
-        reference = found.get((start, baseline), [])
-        found_difference = difference(scores_by_seed(runs), scores_by_seed(reference)) if arm != baseline else None
+        reference = found.get((start, baseline), []) if arm != baseline else []
         cut = [sum(run.limits.get(SCORE, {}).get(limit, 0) for run in runs) for limit in ("turn_tokens", "turns")]
         begin = begins.get(start)
         cells = [start, f"{begin:.3f}" if begin is not None else "–", arm, str(len(runs)), f"**{mean(ends):.3f}**"]
         cells += [
             f"{spread:.3f}" if spread is not None else "–",
-            str(found_difference or "–"),
+            _against(scores_by_seed(runs), scores_by_seed(reference)),
             str(cut[0]),
             str(cut[1]),
             f"{mean([run.seconds for run in runs]):,.0f}",
