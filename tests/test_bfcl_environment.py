@@ -151,6 +151,7 @@ def test_miss_func_reveals_its_tools_at_the_right_turn() -> None:
     ("missed", "says"),
     [
         ({"1": ["no_such_tool"]}, r"holds back no_such_tool, not offered before.*missed_function\.1"),
+        ({"1": ["cd"], "01": ["ls"]}, r"lists of tool names by turn number.*missed_function"),
         ({"1": ["cd"], "2": ["cd"]}, r"holds back cd, not offered before.*missed_function\.2"),
         ({"40": ["cd"]}, r"tools can't come in that turn.*missed_function\.40"),
         ({"0": ["cd"]}, r"tools can't come in that turn.*missed_function\.0"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures.run_folders import make_run
 
+from pact_nemo.report import write_report
 from pact_nemo.report.charts import Chart
 from pact_nemo.report.comparison import compare, differences, learning_curves
 from pact_nemo.report.data import Run, load_run
@@ -93,3 +95,12 @@ def test_sft_without_a_score_of_the_published_model_has_no_change(sft: Path) -> 
     run = load_run(sft)
     assert run.start() is None and compare([run]).methods[0].change is None
     assert "There is no score before SFT to compare with" in render(run)
+
+
+def test_scores_of_validation_tasks_are_called_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, steps=2)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(re.sub(r"(?m)^  validation: 0$", "  validation: 8", config))
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "points on 24 validation episodes" in page and "Validation score with its 95 %" in page
+    assert "Validation tasks" in page and "held-out episode" not in page

@@ -128,7 +128,8 @@ def what_was_played(runs: list[Run]) -> str:
     samples = {str(run.setting("evaluation.samples") or 1) for run in runs}
     decoding = several({"greedy decoding" if value == 0 else f"temperature {value:g}" for value in heat})
     each = "" if samples == {"1"} else f" {several(samples)} episodes each,"
-    return f"{counts} held-out tasks a run,{each} {decoding}, the environment's own verdict."
+    names = several({run.scored_tasks for run in runs})
+    return f"{counts} {names} tasks a run,{each} {decoding}, the environment's own verdict."
 
 
 def remarks(runs: list[Run]) -> list[str]:

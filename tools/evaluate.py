@@ -165,6 +165,7 @@ def evaluate(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         "model": options.model,
         "name": name,
         "benchmark": config.environment,
+        "tasks": config.tasks.scored if options.held_out else "all",
         **score,
         **counted(rollouts, tasks),
     }
@@ -245,7 +246,10 @@ def main() -> int:
         print(json.dumps(result))
         return 0
     table = Table(
-        "category", "tasks", "score", title=f"{result['name']} on {result['benchmark']}: {result['score']:.4f}"
+        "category",
+        "tasks",
+        "score",
+        title=f"{result['name']} on {result['benchmark']}, {result['tasks']} tasks: {result['score']:.4f}",
     )
     for category, row in result["categories"].items():
         table.add_row(category, str(row["n"]), f"{row['score']:.4f}")

@@ -163,7 +163,10 @@ def closing(run: Run, late: list[Record]) -> Advice | None:
     first, now = (sum(bool(row.get("limit")) for row in rows) / len(rows) for rows in (before, after))
     if now - first <= CUT:
         return None
-    finding = f"{now:.0%} of the held-out episodes were cut off by a limit after the training, {first:.0%} before it."
+    finding = (
+        f"{now:.0%} of the {run.scored_tasks} episodes were cut off by a limit after the training, {first:.0%} before"
+        " it."
+    )
     cut = [row for row in after if row.get("limit")]
     again = sum(repeats(row) for row in cut)
     less = "optimizer.lr or trainer.steps" if run.has_rl else "warmup.lr or warmup.steps"
@@ -212,7 +215,8 @@ def past_best(run: Run, late: list[Record]) -> Advice | None:
         when, change = f"after step {best['step']}", f"The training has gone too far: fewer {steps}, or {remedy}."
     else:
         when, change = "before the first step", f"The training has harmed: {remedy}."
-    return Advice("past_best", f"The held-out score was {top:.3f} {when} and is {end:.3f} at the end.", change)
+    finding = f"The {run.scored_tasks} score was {top:.3f} {when} and is {end:.3f} at the end."
+    return Advice("past_best", finding, change)
 
 
 def rl_noise(run: Run, late: list[Record]) -> Advice | None:

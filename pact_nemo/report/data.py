@@ -89,6 +89,11 @@ class Run:
         return value
 
     @property
+    def scored_tasks(self) -> str:
+        """What the tasks of the scores are called."""
+        return "validation" if self.setting("tasks.validation") else "held-out"
+
+    @property
     def has_rl(self) -> bool:
         """Whether RL is part of the run: it has RL steps, or its settings ask for some."""
         return bool(self.rl or self.setting("trainer.steps") or self.setting("trainer.epochs"))

@@ -238,7 +238,7 @@ def held_out_cards(run: Run, count: int) -> list[Card]:
     for stage in run.stages():
         for row in run.episodes.get(stage.name, []):
             if row["task_id"] in chosen and row["sample"] == 0:
-                card = cards.setdefault(row["task_id"], _card(row, run, "held-out task"))
+                card = cards.setdefault(row["task_id"], _card(row, run, f"{run.scored_tasks} task"))
                 card.episodes.append(view_episode(row, stage.name, stage.label, tool_format))
     return [cards[task_id] for task_id in chosen]
 

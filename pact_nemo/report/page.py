@@ -131,7 +131,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Without reference calls", part_of(tasks.get("without_reference_calls"), tasks.get("train"))),
         ("Left out", left_out(tasks.get("dropped") or {}) or None),
         (
-            "Validation tasks" if run.setting("tasks.validation") else "Held-out tasks",
+            f"{run.scored_tasks.capitalize()} tasks",
             amount(tasks["held_out"]) if tasks.get("held_out") else None,
         ),
         ("Failed rollouts", counted(summary.get("failed_rollouts"))),

@@ -29,7 +29,7 @@ def evaluate(run: TrainingRun, name: str) -> None:
     past, stage = {"base": (state.warmup_step, "the warm-up"), "before": (state.step, "RL")}.get(name, (0, ""))
     if past:  # evaluation.before was switched on as the run was resumed
         run.progress.message(
-            f"no held-out score {name}: {stage} is past {count_of(past, 'step')}, its weights are gone"
+            f"no {run.config.tasks.scored} score {name}: {stage} is past {count_of(past, 'step')}, its weights are gone"
         )
         return
     try:

@@ -194,7 +194,8 @@ def _check_record(record: dict[str, Any], ground_truth: Any, path: str, line: in
     missed = record.get("missed_function", {})
     need(
         isinstance(missed, dict)
-        and all(re.fullmatch(r"[0-9]{1,4}", turn) is not None and _is_texts(names) for turn, names in missed.items()),
+        and all(re.fullmatch(r"[1-9][0-9]{0,3}|0", turn) is not None for turn in missed)
+        and all(map(_is_texts, missed.values())),
         "expected lists of tool names by turn number",
         "missed_function",
     )
