@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from pact_nemo.checkout import ROOT as REPOSITORY
 from pact_nemo.config.load import load_config
+from pact_nemo.config.objective_use import words_without_effect
 from pact_nemo.config.recipes import RECIPES, recipe
 from pact_nemo.config.schema import Config, TasksConfig, to_yaml
 from pact_nemo.errors import ConfigError, Interrupted, PactError
@@ -21,6 +22,8 @@ from pact_nemo.runtime import machine, orphans, ranks
 from pact_nemo.runtime.interrupt import EXIT_CODE as INTERRUPTED
 from pact_nemo.runtime.terminal import command, expendable_output
 from pact_nemo.tracking.run_folder import check_places, check_replay
+
+log = logging.getLogger(__name__)
 
 #: what a run keeps when it is resumed: which tasks it trains on, which are scored, and how these are played
 KEPT = {
@@ -184,6 +187,9 @@ def _main(
     try:
         machine.prepare()
         config = resolve(arguments, preset, full)
+        if ranks.LAUNCHER_ENV not in os.environ and os.environ.get("RANK", "0") == "0":  # said once a run
+            for word in words_without_effect(config, arguments.overrides):
+                log.warning("%s changes nothing: method=%s doesn't read it", word, config.method)
         if arguments.check_nodes is not None:
             from pact_nemo.launcher import check_nodes
 

@@ -18,6 +18,7 @@ from pact_nemo.environments.base import Environment, Task
 from pact_nemo.environments.spec import Setup
 from pact_nemo.environments.splits import rank, split
 from pact_nemo.errors import ConfigError, DataError, ToolCallError
+from pact_nemo.methods.registry import method_class
 from pact_nemo.runtime.quarantine import Quarantine
 from pact_nemo.runtime.words import count_of
 from pact_nemo.sandbox import Limits, Sandbox
@@ -122,7 +123,7 @@ def load_tasks(
                 f" empty: lower it, or tasks.held_out{_quarantined(quarantine)}"
             ) from error
         train = _unlike(environment, train, held_out, dropped)
-    if config.objective.outcome == "answer_f1":
+    if config.objective.outcome == "answer_f1" and "outcome" in method_class(config.method).reward_settings:
         train = [
             task
             for task in train

@@ -57,6 +57,7 @@ class Method:
         anneals: whether :meth:`trace_mask` goes by the schedule; ``anneal/*`` is recorded of such methods alone.
         trace_is_sample: whether the trace is one more sample of its group, with an advantage and a tempered log-prob.
         turn_level: whether the turn-level advantage (eq. 30-31) is added to the trajectory advantage.
+        reward_settings: keys of ``objective`` that :meth:`turn_rewards` reads.
         trains_by_rl: False for a method that is the warm-up alone.
         sft_settings: keys of the settings that weigh the SFT term of a method that uses traces, for the report's
             advice; none where it has no such term.
@@ -71,6 +72,7 @@ class Method:
     anneals: ClassVar[bool] = False
     trace_is_sample: ClassVar[bool] = False
     turn_level: ClassVar[bool] = False
+    reward_settings: ClassVar[tuple[str, ...]] = ("outcome", "outcome_weight")
     trains_by_rl: ClassVar[bool] = True
     sft_settings: ClassVar[tuple[str, ...]] = ("objective.sft_coef",)
 

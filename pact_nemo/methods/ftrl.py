@@ -31,6 +31,7 @@ class FTRL(Method):
     source: ClassVar[str] = "arXiv 2508.08791: reward of each turn by the sub-questions it solves, group-normalised sum"
     Config: ClassVar[type] = FTRLConfig
     defaults: ClassVar[Mapping[str, object]] = {"aggregation": "token-mean"}
+    reward_settings: ClassVar[tuple[str, ...]] = ()
 
     def turn_rewards(self, task: Task, rollout: Rollout) -> np.ndarray:
         """[T] by the benchmark's own sub-questions, or by equality with reference calls where it has none."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from pact_nemo.environments.base import Task
 from pact_nemo.methods.base import Method
-from pact_nemo.methods.rewards import matching_rewards
+from pact_nemo.methods.rewards import REWARD_SETTINGS, matching_rewards
 from pact_nemo.rollouts.types import Rollout
 
 
@@ -17,6 +17,7 @@ class MatchTIR(Method):
 
     source: ClassVar[str] = "arXiv 2601.10712; the row L_RL^x of PACT's table 2"
     turn_level: ClassVar[bool] = True
+    reward_settings: ClassVar[tuple[str, ...]] = REWARD_SETTINGS
 
     def turn_rewards(self, task: Task, rollout: Rollout) -> np.ndarray:
         """[T] matched calls and the outcome (eq. 24-28)."""

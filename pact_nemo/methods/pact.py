@@ -8,7 +8,7 @@ import numpy as np
 
 from pact_nemo.environments.base import Task
 from pact_nemo.methods.base import Method
-from pact_nemo.methods.rewards import matching_rewards
+from pact_nemo.methods.rewards import REWARD_SETTINGS, matching_rewards
 from pact_nemo.objective.schedules import TraceSchedule
 from pact_nemo.rollouts.types import Rollout
 
@@ -24,6 +24,7 @@ class Pact(Method):
     conditions_on_trace: ClassVar[bool] = True
     anneals: ClassVar[bool] = True
     turn_level: ClassVar[bool] = True
+    reward_settings: ClassVar[tuple[str, ...]] = REWARD_SETTINGS
 
     def turn_rewards(self, task: Task, rollout: Rollout) -> np.ndarray:
         """[T] matched calls and the outcome (eq. 24-28)."""

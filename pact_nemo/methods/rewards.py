@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pact_nemo.config.schema import ObjectiveConfig
 
 
+#: keys of ``objective`` that :func:`matching_rewards` reads
+REWARD_SETTINGS = ("outcome", "outcome_weight", "matching", "call_penalty")
+
+
 def reference_of(task: Task) -> CallsOf:
     """A task's reference calls."""
     expected = task.reference_calls

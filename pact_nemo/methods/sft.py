@@ -12,3 +12,4 @@ class SFT(Method):
 
     source: ClassVar[str] = "supervised fine-tuning on the traces: the warm-up stage for the whole budget, no RL step"
     trains_by_rl: ClassVar[bool] = False
+    reward_settings: ClassVar[tuple[str, ...]] = ()

@@ -28,6 +28,7 @@ class ToolRL(Method):
     source: ClassVar[str] = "arXiv 2504.13958: format and correctness reward, group-normalised"
     Config: ClassVar[type] = ToolRLConfig
     defaults: ClassVar[Mapping[str, object]] = {"aggregation": "token-mean", "matching": "greedy"}
+    reward_settings: ClassVar[tuple[str, ...]] = ("matching",)
 
     def turn_rewards(self, task: Task, rollout: Rollout) -> np.ndarray:
         """[T] the rollout's reward on its last turn, 0 elsewhere."""
