@@ -189,7 +189,7 @@ def _main(
         config = resolve(arguments, preset, full)
         if ranks.LAUNCHER_ENV not in os.environ and os.environ.get("RANK", "0") == "0":  # said once a run
             for word in words_without_effect(config, arguments.overrides):
-                log.warning("%s changes nothing: method=%s doesn't read it", word, config.method)
+                log.warning("%s changes nothing with method=%s and the other settings", word, config.method)
         if arguments.check_nodes is not None:
             from pact_nemo.launcher import check_nodes
 

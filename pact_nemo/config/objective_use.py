@@ -1,4 +1,6 @@
-"""Which settings of ``objective`` a method reads: another one changes nothing, whatever it is set to."""
+"""Which settings a run reads, of those that go with a method or with another setting: the others change nothing,
+whatever they are set to.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +29,46 @@ def unread(method: type[Method]) -> set[str]:
     return found
 
 
+def idle(config: Config) -> set[str]:
+    """Keys that only have a meaning with another value of another key than the config has."""
+    objective, schedule, traces = config.objective, config.objective.schedule, config.traces
+    adaptive = schedule.kind == "adaptive"
+    needs = {
+        "objective.clip_low": objective.clip,
+        "objective.clip_high": objective.clip,
+        "objective.schedule.horizon": not adaptive,
+        "objective.schedule.success_target": adaptive,
+        "objective.schedule.smoothing": adaptive,
+        "objective.schedule.fixed_level": schedule.reasoning == "fixed",
+        "objective.schedule.reasoning_scale": schedule.reasoning != "none",
+        "objective.schedule.call_start": schedule.call != "none",
+        "objective.schedule.call_end": schedule.call == "scale",
+        "objective.constant_length": "constant-length" in (objective.aggregation, objective.sft_aggregation),
+        "traces.variants": bool(traces.augment),
+        "traces.quality_smoothing": traces.quality,
+        "traces.verify": traces.path is not None,
+        "traces.min_score": traces.path is not None,
+        "traces.fields": traces.path is not None,
+    }
+    return {key for key, needed in needs.items() if not needed}
+
+
 def words_without_effect(config: Config, words: Iterable[str]) -> list[str]:
-    """Of a command line's ``key=value`` words those that the method doesn't read. A method from outside may read any;
-    files of settings are shared between methods, so theirs are not looked at.
+    """Of a command line's ``key=value`` words those that change nothing in this run. A method from outside may read any
+    key of ``objective``; files of settings are shared between methods, so theirs are not looked at.
     """
-    if config.method not in METHODS:
-        return []
-    method = method_class(config.method)
-    keys = unread(method)
+    method = method_class(config.method) if config.method in METHODS else None
+    keys = unread(method) if method is not None else set()
+    without = idle(config)
     found = []
     for word in words:
-        section, _, rest = word.partition("=")[0].partition(".")
-        if section == "objective" and (not method.trains_by_rl or rest in keys or rest.partition(".")[0] in keys):
+        key = word.partition("=")[0]
+        section, _, rest = key.partition(".")
+        off = (
+            method is not None
+            and section == "objective"
+            and (not method.trains_by_rl or rest in keys or rest.partition(".")[0] in keys)
+        )
+        if off or any(key == other or key.startswith(f"{other}.") for other in without):
             found.append(word)
     return found

@@ -75,6 +75,29 @@ def test_words_without_effect_are_told() -> None:
     assert told == {"pact": [], "grpo": words[:2], "chord": words[:2], "sft": words[:3]}
 
 
+@pytest.mark.parametrize(
+    ("others", "word", "idle"),
+    [
+        (["objective.schedule.kind=adaptive"], "objective.schedule.horizon=9", True),
+        ([], "objective.schedule.horizon=9", False),
+        ([], "objective.schedule.success_target=0.9", True),
+        (["objective.schedule.kind=adaptive"], "objective.schedule.success_target=0.9", False),
+        (["objective.schedule.reasoning=fixed"], "objective.schedule.fixed_level=2", False),
+        ([], "objective.schedule.fixed_level=2", True),
+        (["objective.schedule.call=fixed"], "objective.schedule.call_end=0.1", True),
+        (["objective.schedule.call=fixed"], "objective.schedule.call_start=0.1", False),
+        (["method=luffy"], "objective.clip_low=0.1", True),
+        (["method=luffy", "objective.clip=true"], "objective.clip_low=0.1", False),
+        ([], "traces.variants=9", True),
+        (["traces.augment=[call_order]"], "traces.variants=9", False),
+        ([], "traces.fields.messages=talk", True),
+        (["traces.path=talks.jsonl"], "traces.fields.messages=talk", False),
+    ],
+)
+def test_a_word_that_needs_another_setting_is_told_without_it(others: list[str], word: str, idle: bool) -> None:
+    assert words_without_effect(load_config(None, [*others, word]), [word]) == ([word] if idle else [])
+
+
 def test_the_command_says_so_and_runs(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = Path(__file__).resolve().parents[1] / "conf" / "grpo_bfcl-smollm2_135m-cpu.yaml"
     monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(preset), "objective.anchor_prob=1"])
@@ -83,4 +106,4 @@ def test_the_command_says_so_and_runs(caplog: pytest.LogCaptureFixture, monkeypa
     with caplog.at_level(logging.WARNING), pytest.raises(SystemExit) as end:
         cli.main(lambda config, resume: None, str(preset), "", None)
     assert end.value.code == 0
-    assert "objective.anchor_prob=1 changes nothing: method=grpo doesn't read it" in caplog.text
+    assert "objective.anchor_prob=1 changes nothing with method=grpo and the other settings" in caplog.text
