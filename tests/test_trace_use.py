@@ -42,6 +42,10 @@ PACT = {
         ({"objective.anchor_prob": 0.2, "objective.schedule.anchor_end": 1.0}, True, True, True),
         ({"traces.share": 0.0}, False, False, False),
         ({"objective.schedule.call": "none"}, True, True, False),
+        ({"objective.schedule.call_start": 0.0, "objective.schedule.call_end": 0.0}, True, True, False),
+        ({"objective.schedule.call_start": 0.0, "objective.schedule.call_end": 0.2}, True, True, True),
+        ({"objective.schedule.call": "fixed", "objective.schedule.call_start": 0.0}, True, True, False),
+        ({"objective.schedule.call": "none", "objective.schedule.reasoning_scale": 0.0}, True, False, False),
         ({"objective.schedule.call": "none", "objective.schedule.reasoning": "none"}, True, False, False),
     ],
 )

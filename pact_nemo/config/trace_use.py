@@ -28,9 +28,20 @@ def teaches(setting: Setting, *, gated: bool, calls: bool = False) -> bool:
     """Whether the SFT term of the objective (eq. 14) has weight in some step; of its call tokens with ``calls``. It is
     annealed (eq. 10-11) in gated methods only.
     """
-    schedules = {setting("objective.schedule.call"), *(() if calls else (setting("objective.schedule.reasoning"),))}
-    annealed_away = gated and schedules == {"none"}
+    annealed_away = gated and not (_weighs_calls(setting) or (not calls and _weighs_reasoning(setting)))
     return setting("objective.sft_coef") != 0 and not annealed_away and meets_traces(setting, gated=gated)
+
+
+def _weighs_calls(setting: Setting) -> bool:
+    kind, start, end = (setting(f"objective.schedule.{key}") for key in ("call", "call_start", "call_end"))
+    return kind != "none" and (start != 0 or (kind == "scale" and end != 0))
+
+
+def _weighs_reasoning(setting: Setting) -> bool:
+    kind, scale, level = (
+        setting(f"objective.schedule.{key}") for key in ("reasoning", "reasoning_scale", "fixed_level")
+    )
+    return kind != "none" and scale != 0 and not (kind == "fixed" and level == 0)
 
 
 def method_teaches(method: type[Method], setting: Setting, *, calls: bool = False) -> bool:
