@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pact_nemo.config.load import load_config
+from pact_nemo.environments.base import Task
 from pact_nemo.errors import ConfigError, DataError, Interrupted, ServerError
 from pact_nemo.rollouts.overlap import Ahead
 from pact_nemo.rollouts.types import Rollout
+from pact_nemo.training import collect
 
 
 def rollout(task: str = "a") -> Rollout:
@@ -74,3 +78,30 @@ def test_a_checkpoint_holds_the_batch_exactly() -> None:
 def test_generation_ahead_needs_the_sampler_correction() -> None:
     with pytest.raises(ConfigError, match="rollout.importance=tis"):
         load_config(None, ["trainer.overlap=true", "rollout.importance=off"])
+
+
+@pytest.mark.parametrize(
+    ("words", "names", "taken"),
+    [
+        ([], "aabb", True),
+        ([], "aaaabbbb", False),  # objective.group_size was 4
+        ([], "ccdd", False),  # trainer.batch_size was another, so the step had other prompts
+        (["trainer.overlap=false"], "aabb", False),  # of older weights, and nothing says that they are corrected for
+    ],
+)
+def test_a_resumed_run_takes_a_batch_of_its_own_settings_only(
+    words: list[str], names: str, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(None, ["trainer.overlap=true", "objective.group_size=2", *words])
+    ahead, said = Ahead(), list[str]()
+    ahead.load_state({"step": 3, "rollouts": [rollout(name).to_dict() for name in names]}, "step_000003")
+    fresh = [rollout(name) for name in "aabb"]
+    run: Any = SimpleNamespace(
+        config=config,
+        state=SimpleNamespace(step=3, version=7, ahead=ahead),
+        generator=SimpleNamespace(rollouts=lambda *_, **__: fresh),
+        progress=SimpleNamespace(message=said.append),
+    )
+    batch = collect._sampled(run, [Task(name, name, "c", (), (), ()) for name in "ab"])
+    assert [one.task_id for one in batch.rollouts] == list("aabb")
+    assert (batch.rollouts is fresh) is not taken and bool(said) is not taken

@@ -79,11 +79,13 @@ def groups_of_step(run: TrainingRun) -> tuple[list[PromptGroup], float | None]:
 def _sampled(run: TrainingRun, tasks: list[Task]) -> Batch:
     """The step's rollouts, on rank 0: replayed, sampled ahead, or sampled now."""
     config, step, k = run.config, run.state.step, run.config.objective.group_size
+    wanted = [task.id for task in tasks for _ in range(k)]
     if config.trainer.replay is not None:
-        file = Workspace(Path(config.trainer.replay)).step_rollouts(step)
-        return Batch(step, replayed(file, [task.id for task in tasks for _ in range(k)]), None)
+        return Batch(step, replayed(Workspace(Path(config.trainer.replay)).step_rollouts(step), wanted), None)
     if (ready := run.state.ahead.take(step)) is not None:
-        return ready
+        if config.trainer.overlap and [rollout.task_id for rollout in ready.rollouts] == wanted:
+            return ready
+        run.progress.message("the rollouts that were sampled ahead are of other settings; the step samples anew")
     started = time.perf_counter()
     rollouts = run.generator.rollouts(tasks, k, step=step, version=run.state.version)
     return Batch(step, rollouts, time.perf_counter() - started)
