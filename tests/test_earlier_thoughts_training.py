@@ -14,6 +14,7 @@ from pact_nemo.batches.prompt_groups import Gate, PromptGroup, TraceUse, form_gr
 from pact_nemo.batches.prompt_trees import grow_tree, supervised
 from pact_nemo.batches.streams import Scores, with_streams
 from pact_nemo.chat.template import ChatFormat
+from pact_nemo.chat.thoughts import visible_text
 from pact_nemo.config.schema import ObjectiveConfig
 from pact_nemo.environments.base import Outcome, ToolCall
 from pact_nemo.methods.registry import method_named
@@ -21,9 +22,10 @@ from pact_nemo.objective.components import CALL
 from pact_nemo.objective.loss import batch_loss
 from pact_nemo.objective.schedules import StepClock, TraceSchedule
 from pact_nemo.objective.surrogate import Clip
+from pact_nemo.traces.closings import Closing, closing_ids, with_closings
 from pact_nemo.traces.schema import ReasoningSegment, Trace, TraceTurn
 from pact_nemo.traces.spans import TraceTokens, encode_trace, truncate_at_turn
-from pact_nemo.training.warmup import closing_ids, sft_tree
+from pact_nemo.training.warmup import sft_tree
 from tests.workers.thoughts_kit import CD, KINDS, LATER, LS, chat_of, make_task, play, texts_of
 
 
@@ -106,7 +108,7 @@ def test_a_trace_is_taught_in_the_contexts_that_the_policy_will_have(kind: str) 
     tokens = encode_trace(trace, chat, end_of_turn=CALL)
     assert tokens.branches
     tree = sft_tree(
-        chat.prompt_ids([*make_task().user_turns[0]], [LS, CD]), tokens, np.ones(len(tokens)), ([], []), 0.0
+        chat.prompt_ids([*make_task().user_turns[0]], [LS, CD]), tokens, np.ones(len(tokens)), Closing([], [], 0), 0.0
     )
     separate = [
         fake_logprob(context, tokens.token_ids[n]) for n, context in sorted(sft_contexts(chat, trace, tokens).items())
@@ -131,9 +133,25 @@ def test_a_cut_trace_is_taught_as_its_whole_turns_are_and_its_closing_message_in
         for context, n in zip(contexts, np.flatnonzero(supervised(tokens)), strict=True)
     ]
     opened = chat.prompt_ids(trace_messages(chat, trace, whole)[turns], [LS, CD])
-    words = closing[0][closing[1].index(True) :]
-    separate += [fake_logprob([*opened, *words[:n]], word) for n, word in enumerate(words)]
+    words, taught = closing.ids[closing.opening :], closing.taught[closing.opening :]
+    separate += [fake_logprob([*opened, *words[:n]], word) for n, word in enumerate(words) if taught[n]]
     assert score(tree).tolist() == separate
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_warm_ups_closing_message_has_the_form_of_a_traces(kind: str) -> None:
+    """A model that thinks says it behind an empty thought: without it, it would answer inside the thought, so
+    nothing.
+    """
+    chat = chat_of(kind)
+    closing, tokens = closing_ids(chat, "Done."), encode_trace(with_closings(make_trace(), "Done."), chat)
+    start = tokens.turn_ends[-2]
+    length = len(closing.ids)
+    assert tokens.token_ids[start : start + length] == closing.ids
+    assert [part == CALL for part in tokens.component[start : start + length]] == closing.taught
+    assert chat.decode(closing.ids[closing.opening :]).endswith("Done.")
+    opened = bool(chat.opens_thought)
+    assert visible_text(chat.decode(closing.ids[closing.opening :]), opened) == "Done."
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,5 @@
-"""The messages that close a trace's user turns, as turns of their own that are taught (``traces.closing``).
+"""The messages that close a trace's user turns, as turns of their own that are taught (``traces.closing``), and the
+one that the warm-up teaches (``warmup.closing``).
 
 The paper teaches none, so that no answer leaks into h*. A fixed text leaks nothing. A policy that is taught calls at
 every step, and never an end, unlearns how to end.
@@ -7,8 +8,9 @@ every step, and never an end, unlearns how to end.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+from pact_nemo.chat.template import ChatFormat
 from pact_nemo.traces.schema import Trace, TraceTurn
 
 
@@ -42,3 +44,30 @@ def with_closings(trace: Trace, text: str | None) -> Trace:
             )
         turns.append(behind)
     return replace(trace, turns=tuple(turns))
+
+
+class Closing(NamedTuple):
+    """A closing assistant message of the warm-up.
+
+    Attributes:
+        ids: its tokens, the generation prompt and the end-of-turn token included; empty for none.
+        taught: which of them are taught: the words and the end-of-turn token.
+        opening: how many of the first ones are the generation prompt.
+    """
+
+    ids: list[int]
+    taught: list[bool]
+    opening: int
+
+
+def closing_ids(chat: ChatFormat, text: str | None) -> Closing:
+    """The closing message as the policy writes it: behind an empty thought, whose markers aren't taught, where the
+    model thinks. ``traces.closing`` has the same form.
+    """
+    if text is None:
+        return Closing([], [], 0)
+    parts, opening = chat.assistant_parts("", text), chat.generation_ids()
+    ids, offsets = chat.encode_assistant(parts.text)
+    said = len(parts.text) - len(parts.calls)
+    taught = [False] * len(opening) + [end > said for _, end in offsets] + [True]
+    return Closing([*opening, *ids, chat.end_of_turn_id], taught, len(opening))

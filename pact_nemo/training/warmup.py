@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from pact_nemo.batches.prompt_trees import add_trace, supervised
-from pact_nemo.chat.template import ChatFormat
 from pact_nemo.config.schema import Config
 from pact_nemo.data.tasks import prompts_of_step
 from pact_nemo.environments.base import Task
@@ -27,6 +26,7 @@ from pact_nemo.objective.loss import batch_loss
 from pact_nemo.objective.surrogate import Clip
 from pact_nemo.objective.weights import sft_weights
 from pact_nemo.policy.trees import TokenTree, TreeBuilder
+from pact_nemo.traces.closings import Closing, closing_ids
 from pact_nemo.traces.spans import TraceTokens, without_closing
 from pact_nemo.training.evaluation import due_between, score_between
 from pact_nemo.training.stopwatch import Stopwatch
@@ -35,47 +35,33 @@ if TYPE_CHECKING:
     from pact_nemo.training.run import TrainingRun
 
 
-def closing_ids(chat: ChatFormat, text: str | None) -> tuple[list[int], list[bool]]:
-    """Tokens of a closing assistant message and which of them are taught (the message and its end-of-turn token, not
-    the role marker).
-    """
-    if text is None:
-        return [], []
-    opening, words = chat.generation_ids(), chat.encode_assistant(text)[0]
-    return [*opening, *words, chat.end_of_turn_id], [False] * len(opening) + [True] * (len(words) + 1)
-
-
 def sft_tree(
-    prompt_ids: list[int], trace: TraceTokens, weights: np.ndarray, closing: tuple[list[int], list[bool]], share: float
+    prompt_ids: list[int], trace: TraceTokens, weights: np.ndarray, closing: Closing, share: float
 ) -> TokenTree:
     """``[x; h*; closing]`` with the SFT weight of each scored token, each in the context that the policy will have
     there.
 
     Args:
         weights: [len(h*)] weights of the trace tokens.
-        closing: see :func:`closing_ids`; its tokens share the weight ``share`` equally.
+        closing: see :func:`closing_ids`; its taught tokens share the weight ``share`` equally, and count as call.
     """
     component, mask = np.asarray(trace.component), supervised(trace)
-    closing_tokens, taught = closing
+    taught = closing.taught
     closing_weights = np.full(sum(taught), share / max(sum(taught), 1))
     scored = torch.from_numpy(np.concatenate([weights[mask], closing_weights])).float()
     zeros = torch.zeros_like(scored)
-    reasoning = torch.from_numpy(np.concatenate([component[mask] == REASONING, np.ones(sum(taught), dtype=bool)]))
+    reasoning = torch.from_numpy(np.concatenate([component[mask] == REASONING, np.zeros(sum(taught), dtype=bool)]))
     streams = {name: zeros for name in ("advantages", "ref_logprobs", "w_rl_x", "w_rl_h", "w_kl")}
     streams["importance"] = torch.ones_like(scored)
     streams["w_sft_reasoning"] = torch.where(reasoning, scored, zeros)
     streams["w_sft_call"] = torch.where(reasoning, zeros, scored)
     builder = TreeBuilder(prompt_ids)
-    _, end = add_trace(builder, trace, builder.root, shown=False, followed=bool(closing_tokens))
-    if (
-        closing_tokens and trace.closing_cut is not None
-    ):  # the message that closes the trace is said without earlier thoughts in sight
+    _, end = add_trace(builder, trace, builder.root, shown=False, followed=bool(closing.ids))
+    if closing.ids and trace.closing_cut is not None:  # said without earlier thoughts in sight
         end = builder.back(end, trace.sft_length - trace.closing_cut.keep)
-        context = trace.closing_cut.context_ids[
-            : len(trace.closing_cut.context_ids) - taught.index(True)
-        ]  # without the generation prompt
+        context = trace.closing_cut.context_ids[: len(trace.closing_cut.context_ids) - closing.opening]
         end = builder.add(context, [False] * len(context), end)
-    builder.add(closing_tokens, taught, end)
+    builder.add(closing.ids, taught, end)
     return replace(builder.build(), streams=streams)
 
 
