@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ import pytest
 from pact_nemo.config.limits import evaluation_limits, training_limits
 from pact_nemo.config.load import load_config
 from pact_nemo.environments.bfcl.session import FORCE_TERMINATED
-from pact_nemo.errors import ConfigError
+from pact_nemo.errors import ConfigError, ServerError
 from pact_nemo.rollouts.chat_episode import play_by_chat
+from pact_nemo.serving.chat_endpoint import CUT, chat_endpoint, whole
 from tests.workers.bfcl_tasks import bfcl_environment
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -70,3 +73,27 @@ def test_bfcls_twenty_steps_and_a_closing_message_pass_and_one_step_more_is_forc
     assert (rollout.status, rollout.outcome.reason) == (("ok", "ok") if passes else ("truncated", FORCE_TERMINATED))
     assert rollout.limit == (None if passes else "turns")
     assert sum(turn.is_tool_turn for turn in rollout.turns if turn.user_turn == len(task.reference_calls) - 1) == steps
+
+
+def test_a_message_that_the_endpoint_cut_off_ends_the_episode_as_in_training() -> None:
+    """Half a message closed the user turn, and passed where it held the answer."""
+    environment = bfcl_environment(("multi_turn_base",))
+    task = environment.tasks()[0]
+    limits = evaluation_limits(load_config(CONF / "pact_bfcl.yaml"))
+    rollout = play_by_chat(environment, task, 0, lambda *_: {"role": "assistant", "content": "I am", CUT: True}, limits)
+    assert (rollout.status, rollout.limit, len(rollout.turns)) == ("truncated", "turn_tokens", 1)
+    assert rollout.turns[0].finish_reason == "length" and rollout.outcome is not None and not rollout.outcome.success
+
+
+@pytest.mark.parametrize(("reason", "cut"), [("length", True), ("stop", False), (None, False)])
+def test_an_endpoints_finish_reason_is_kept(reason: str | None, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = {"choices": [{"message": {"role": "assistant", "content": "I am"}, "finish_reason": reason}]}
+    opener = SimpleNamespace(open=lambda *_, **__: BytesIO(json.dumps(reply).encode()))
+    monkeypatch.setattr("pact_nemo.serving.chat_endpoint.proxies.opener", lambda *_: opener)
+    answer = chat_endpoint("http://127.0.0.1:1", "m", "key", 5.0, 0.0)([{"role": "user", "content": "?"}], [])
+    assert bool(answer.get(CUT)) is cut
+    if cut:
+        with pytest.raises(ServerError, match="the verdict was cut off at the endpoint's token limit"):
+            whole(answer, "the verdict")
+    else:
+        assert whole(answer, "the verdict") == answer

@@ -14,7 +14,7 @@ from pact_nemo.environments.base import Environment, Task, ToolCall
 from pact_nemo.environments.sessions import opening_messages, seed_session
 from pact_nemo.errors import EnvironmentFailure, ServerError, ToolCallError
 from pact_nemo.rollouts.types import Rollout, Turn
-from pact_nemo.serving.chat_endpoint import Complete
+from pact_nemo.serving.chat_endpoint import CUT, Complete
 from pact_nemo.serving.config import EpisodeLimits
 
 #: where servers put a thought: DeepSeek's and older vLLM's name, then the one of current vLLM and OpenRouter
@@ -130,20 +130,20 @@ def play_by_chat(
                 break
             answer = complete(messages, tools)
             here += 1
-            named = read_calls(answer, tools)
-            text = content_text(answer)
-            turn = Turn(0, 0, text, user_turn=user_turn)
+            turn = Turn(0, 0, text := content_text(answer), user_turn=user_turn)
             rollout.turns.append(turn)
+            if _cut_off(rollout, answer):
+                break
+            named = read_calls(answer, tools)
             if named:
-                messages.append({"role": "assistant", "content": text, "tool_calls": answer["tool_calls"]})
-                messages += _answers(session, named, turn)
+                said = {"role": "assistant", "content": text, "tool_calls": answer["tool_calls"]}
+                messages += [said, *_answers(session, named, turn)]
             if watcher is not None:
                 watcher.assistant(answer, turn)
             if named:
                 continue
             messages.append({"role": "assistant", "content": text})
-            following = session.next_user_turn(turn.visible)
-            if following is None:
+            if (following := session.next_user_turn(turn.visible)) is None:
                 break
             turn.reply = [dict(message) for message in following[0]]
             user_turn, here = user_turn + 1, 0
@@ -159,6 +159,15 @@ def play_by_chat(
             session.close()
     rollout.seconds = time.perf_counter() - started
     return rollout
+
+
+def _cut_off(rollout: Rollout, answer: Mapping[str, Any]) -> bool:
+    """Whether the endpoint's limit cut the last turn's message off. It is not acted on, as in training."""
+    if not answer.get(CUT):
+        return False
+    rollout.turns[-1].finish_reason, rollout.status, rollout.limit = "length", "truncated", "turn_tokens"
+    rollout.error = f"assistant turn {len(rollout.turns)} was cut at the endpoint's limit"
+    return True
 
 
 def _observe(session: Any, calls: list[ToolCall]) -> list[str]:

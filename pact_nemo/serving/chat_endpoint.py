@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from pact_nemo.errors import ConfigError, ServerError
 from pact_nemo.serving import proxies
 
+#: key of an answer that the endpoint's token limit cut off, with True
+CUT = "cut"
 Messages = Sequence[Mapping[str, Any]]
 Complete = Callable[[Messages, Messages], Mapping[str, Any]]
 
@@ -39,6 +41,8 @@ def chat_endpoint(
     """A function (messages, tools) → assistant message dict that asks ``POST <base_url>/chat/completions``.
 
     A ``seed`` is sent where one is given; whether the endpoint heeds it is its own affair.
+
+    An answer that was cut off (``finish_reason`` is ``length``) has the key :data:`CUT`.
 
     ``on_usage`` hears of the prompt and completion tokens of every answer that says them.
 
@@ -75,7 +79,7 @@ def chat_endpoint(
         try:
             with proxies.opener(base_url, _NoRedirect()).open(request, timeout=timeout_seconds) as response:
                 reply = json.load(response)
-            message = reply["choices"][0]["message"]
+            message, reason = reply["choices"][0]["message"], reply["choices"][0].get("finish_reason")
             usage = reply.get("usage") or {}
             if on_usage is not None:
                 on_usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
@@ -83,6 +87,17 @@ def chat_endpoint(
             raise ServerError(f"chat endpoint {base_url}: {error!r}{proxies.in_between(base_url)}") from error
         if not isinstance(message, dict):
             raise ServerError(f"chat endpoint {base_url}: the answer holds no message")
-        return message
+        return {**message, CUT: True} if reason == "length" else message
 
     return complete
+
+
+def whole(answer: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """An answer that was not cut off.
+
+    Raises:
+        ServerError: the endpoint's limit cut it off; ``what`` says whose it is.
+    """
+    if answer.get(CUT):
+        raise ServerError(f"{what} was cut off at the endpoint's token limit; raise its limit for an answer")
+    return answer

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pact_nemo.errors import ServerError
-from pact_nemo.serving.chat_endpoint import Complete
+from pact_nemo.serving.chat_endpoint import Complete, whole
 from pact_nemo.traces.segments import SEGMENT_TYPES, split_reasoning
 
 _INSTRUCTION = """Each numbered paragraph below is a piece of an agent's reasoning before a tool call. Give each one the type that fits best:
@@ -78,7 +78,7 @@ class ModelAnnotator:
         paragraphs = "\n".join(f"[{index}] {piece.strip()}" for index, (_, piece) in enumerate(pieces))
         content = _INSTRUCTION.format(types=types, count=len(pieces), paragraphs=paragraphs)
         try:
-            answer = self._complete([{"role": "user", "content": content}], [])
+            answer = whole(self._complete([{"role": "user", "content": content}], []), "the annotation")
         except ServerError:
             answer = {}
         found = read_types(str(answer.get("content") or ""), len(pieces))

@@ -19,7 +19,7 @@ from pact_nemo.environments.own.asked import Asked
 from pact_nemo.environments.own.settings import JudgeConfig
 from pact_nemo.errors import ConfigError, EnvironmentFailure, ServerError
 from pact_nemo.runtime import strict_json
-from pact_nemo.serving.chat_endpoint import chat_endpoint
+from pact_nemo.serving.chat_endpoint import chat_endpoint, whole
 
 _ASKED = (
     'Answer with one JSON object and nothing else: {"why": "a sentence", "score": number}. The score is between 0'
@@ -73,7 +73,7 @@ class EndpointJudge:
         said = ""
         for _ in range(_TRIES):
             try:
-                said = str(self._complete(messages, []).get("content") or "")
+                said = str(whole(self._complete(messages, []), "the verdict").get("content") or "")
             except ServerError as error:
                 raise EnvironmentFailure(f"agent.judge: {error}") from error
             score = _score_in(said)

@@ -16,7 +16,7 @@ from pact_nemo.environments.own.asked import Asked
 from pact_nemo.environments.own.judge import text_of
 from pact_nemo.environments.own.settings import UserConfig
 from pact_nemo.errors import EnvironmentFailure, ServerError
-from pact_nemo.serving.chat_endpoint import chat_endpoint
+from pact_nemo.serving.chat_endpoint import chat_endpoint, whole
 
 _TRIES = 2  #: of each reply, where it says nothing
 _SEEDS = 1 << 31  #: endpoints take seeds below
@@ -77,7 +77,7 @@ class EndpointUser:
     def _asked(self, messages: list[dict[str, str]], seed: int | None) -> str:
         for _ in range(_TRIES):
             try:
-                answer = self._complete(messages, [], seed)
+                answer = whole(self._complete(messages, [], seed), "the user's message")
             except ServerError as error:
                 raise EnvironmentFailure(f"agent.user: {error}") from error
             if (said := _words(answer.get("content"))) is not None:
