@@ -186,15 +186,23 @@ def test_a_cut_message_is_not_acted_on(chat):
 def test_token_limits_hold_exactly(chat, room):
     texts = ["[ls()]", "[ls(a=True)]", "[ls()]", "Done."]
     response = play(chat, ScriptedPolicy(chat, texts), limits=replace(LIMITS, max_response_tokens=room))
-    assert (
-        len(response.token_ids) <= room
-        and response.status == "truncated"
-        and response.limit in ("turn_tokens", "response_tokens")
-    )
+    assert len(response.token_ids) <= room
+    assert (response.status, response.limit) == ("truncated", "response_tokens"), "no message is too long by itself"
     prompt = len(response.prompt_ids)
     whole = play(chat, ScriptedPolicy(chat, texts), limits=replace(LIMITS, max_model_len=prompt + room))
     assert len(whole.prompt_ids) + len(whole.token_ids) <= prompt + room
     assert whole.token_ids == response.token_ids
+
+
+@pytest.mark.parametrize(("own", "limit"), [(4, "turn_tokens"), (30, "response_tokens"), (10**6, "response_tokens")])
+def test_a_message_is_cut_by_the_limit_that_is_nearer(chat, own, limit):
+    """With one number for both, a later message is cut by what the earlier ones left."""
+    texts = ["[ls()]", "Done. " * 40]
+    if own == 4:
+        texts = texts[1:]
+    limits = replace(LIMITS, max_response_tokens=30, max_turn_tokens=own)
+    rollout = play(chat, ScriptedPolicy(chat, texts), limits=limits)
+    assert (rollout.status, rollout.limit) == ("truncated", limit)
 
 
 def test_a_prompt_that_fills_the_model_is_truncated_without_a_request(chat):

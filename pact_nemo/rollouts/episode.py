@@ -235,8 +235,10 @@ class _Episode:
         ended = completion.token_ids[-1] in self.chat.eos_ids
         if not ended:
             # An unfinished message is not acted on: half a call is not what the policy meant to send.
+            by_room = room < limits.max_turn_tokens or (room == limits.max_turn_tokens and len(rollout.turns) > 1)
             raise _Truncated(
-                "turn_tokens", f"assistant turn {len(rollout.turns)} was cut after {len(completion.token_ids)} tokens"
+                "response_tokens" if by_room else "turn_tokens",
+                f"assistant turn {len(rollout.turns)} was cut after {len(completion.token_ids)} tokens",
             )
         parse = self.chat.tool_format.parse
         parsed: ParsedTurn = parse(text, self.tools, in_thought=True) if opened else parse(text, self.tools)
