@@ -56,7 +56,7 @@ def test_another_checkpoint_can_become_the_reference(models: Callable[[str], Pat
     )
 
 
-@pytest.mark.parametrize("kind", ["loss", "metric", "gradient"])
+@pytest.mark.parametrize("kind", ["loss", "metric", "gradient", "log-prob"])
 def test_non_finite_numbers_are_refused_and_change_nothing(kind: str, models: Callable[[str], Path]) -> None:
     trees = make_trees(3, seed=17)
     policy, untouched = build(models("llama")), build(models("llama"))
@@ -68,11 +68,14 @@ def test_non_finite_numbers_are_refused_and_change_nothing(kind: str, models: Ca
             loss = loss + torch.tensor(float("nan"))
         elif kind == "metric":
             metrics["bad_metric"] = torch.tensor(float("inf"))
+        elif kind == "log-prob":  # -Inf leaves the loss finite, as ratios are cut
+            metrics["nonfinite/rl_x"] = torch.tensor(1.0)
         else:
             loss = loss + (logprob * 0.0).abs().sqrt().sum()  # value 0, gradient NaN
         return loss, metrics
 
-    with pytest.raises(NumericsError, match={"loss": "loss", "metric": "bad_metric", "gradient": "grad_norm"}[kind]):
+    named = {"loss": "loss", "metric": "bad_metric", "gradient": "grad_norm", "log-prob": "nonfinite/rl_x"}
+    with pytest.raises(NumericsError, match=named[kind]):
         policy.update(trees, broken)
     assert policy.step == 0
     assert all(torch.equal(a, b) for a, b in zip(policy.chunks[0].parameters(), before, strict=True))

@@ -278,7 +278,8 @@ def _room(config: Config, positions: int, chat: ChatFormat, task: Task) -> int:
     """Tokens that a trace of this task may have, with a model of so many ``positions``."""
     prompt = prompt_length(chat, task)
     sequence = min(prompt + config.rollout.sampling.max_response_tokens, config.rollout.server.max_model_len)
-    return max(min(config.traces.max_tokens, positions - sequence), 0)
+    boundary = len(chat.boundary_ids())  # stands between trace and rollout
+    return max(min(config.traces.max_tokens, positions - sequence - boundary), 0)
 
 
 def check_server_length(config: Config) -> None:

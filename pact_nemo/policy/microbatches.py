@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -275,3 +276,11 @@ def gather_metrics(collected: Collected) -> tuple[float, dict[str, float]]:
                 else:
                     merged[name] += value
     return total, merged
+
+
+def not_finite(numbers: Mapping[str, float]) -> list[str]:
+    """Names of an update's numbers that are NaN or Inf; where all are finite, of those that count tokens with such a
+    log-prob: -Inf leaves the loss finite, as ratios are cut.
+    """
+    broken = [name for name, value in numbers.items() if not math.isfinite(value)]
+    return broken or [name for name, value in numbers.items() if name.startswith("nonfinite/") and value > 0]

@@ -210,8 +210,7 @@ class MegatronPolicy:
         loss, metrics = microbatches.gather_metrics(collected)
         grad_norm = optimizer.gradient_norm(self.optimizer)
         numbers = {"loss": loss, "grad_norm": grad_norm, **metrics}
-        broken = [name for name, value in numbers.items() if not math.isfinite(value)]
-        if broken:
+        if broken := microbatches.not_finite(numbers):
             message = f"update {self.step + 1}: not finite: {', '.join(broken)}; the weights were not changed"
             raise NumericsError(message, names=broken, logprobs=self._per_tree(trees, collected.logprobs))
         scheduled = self.step - self.unscheduled + 1
