@@ -80,7 +80,7 @@ def only(condition: str) -> str:
         ),
         (
             CHATML.replace("m['content'] +", "m['content'] + (range(1000) | random | string) +"),
-            "otherwise than|each time|not a suffix",
+            "otherwise than|each time|not a suffix|doesn't end an assistant message",  # by what it draws
         ),
         ("{{ strftime_now('%d %b %Y') }}" + CHATML, "today's date"),
         (CHATML.replace("'<|im_end|>", "'"), "special token"),

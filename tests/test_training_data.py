@@ -62,7 +62,7 @@ def test_a_trace_is_cut_where_prompt_trace_and_response_exceed_the_positions(
         prompt = len(chat.prompt_ids(list(task.user_turns[0]), list(task.tools)))
         longest[task.id] = min(
             prompt + config.rollout.sampling.max_response_tokens, config.rollout.server.max_model_len
-        )
+        ) + len(chat.boundary_ids())
     whole = {task_id: longest[task_id] + len(tokens) for task_id, tokens in dataset.trace_tokens.items()}
     positions = sorted(whole.values())[len(whole) // 2]
     short = build_dataset(with_positions(config, tmp_path / "m", positions), build_environment(config), chat)

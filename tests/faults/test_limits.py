@@ -38,6 +38,8 @@ def test_counters_of_all_steps_are_added_by_name() -> None:
 
 def test_the_report_tells_failures_and_restarts() -> None:
     class Seen(SimpleNamespace):
+        scored_tasks = "held-out"
+
         def setting(self, key: str) -> None:
             return None
 
