@@ -89,6 +89,15 @@ def test_held_out_is_what_the_run_holds_out(tmp_path: Path, words: list[str]) ->
     assert not names & {task.id for task in train} and names <= {task.id for task in every}
 
 
+def loaded(config: Config) -> tuple[list[Task], list[Task], dict[str, int]]:
+    """What :func:`load_tasks` gives for a config."""
+    environment = build_environment(config)
+    try:
+        return load_tasks(config, environment, chat_of(config), Quarantine("strict"))
+    finally:
+        environment.close()
+
+
 def test_validation_tasks_are_neither_trained_on_nor_held_out(tmp_path: Path) -> None:
     """Tuning never sees a held-out task, and every held-out task is the same with and without it."""
     sides = {}
@@ -118,22 +127,14 @@ def test_one_id_in_both_files_is_refused(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text(
             "".join(json.dumps({key: value for key, value in row.items() if key != "id"}) + "\n" for row in rows)
         )
-    environment = build_environment(config)
-    try:
-        with pytest.raises(DataError, match=r"test\.jsonl: 10 ids of tasks\.path too, the first one is task_1: give"):
-            load_tasks(config, environment, chat_of(config), Quarantine("strict"))
-    finally:
-        environment.close()
+    with pytest.raises(DataError, match=r"test\.jsonl: 10 ids of tasks\.path too, the first one is task_1: give"):
+        loaded(config)
 
 
 def test_a_validation_set_that_leaves_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     config = shop(tmp_path, f"tasks.path={tmp_path}/all.jsonl", "tasks.held_out=16", "tasks.validation=500")
-    environment = build_environment(config)
-    try:
-        with pytest.raises(ConfigError, match=r"tasks\.validation=500 .* side empty: lower it, or tasks\.held"):
-            load_tasks(config, environment, chat_of(config), Quarantine("strict"))
-    finally:
-        environment.close()
+    with pytest.raises(ConfigError, match=r"tasks\.validation=500 .* side empty: lower it, or tasks\.held"):
+        loaded(config)
 
 
 def test_training_tasks_that_are_left_out_change_no_held_out_task(tmp_path: Path) -> None:

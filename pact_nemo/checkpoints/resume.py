@@ -10,7 +10,6 @@ back to an older one is the caller's explicit choice: :func:`~pact_nemo.checkpoi
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,7 +21,7 @@ import torch.distributed as dist
 
 from pact_nemo.checkpoints.failures import naming_the_file
 from pact_nemo.checkpoints.random_state import RNG_NAME, read_rng_states, rng_state, set_rng_state
-from pact_nemo.checkpoints.resume_folders import checkpoint_path, point_to
+from pact_nemo.checkpoints.resume_folders import checkpoint_path, point_to, read_state
 from pact_nemo.checkpoints.resume_manifest import verify, write_manifest
 from pact_nemo.checkpoints.writer_processes import start_results_queue, watched
 from pact_nemo.errors import CheckpointError
@@ -196,7 +195,7 @@ def load(policy: Resumable, folder: str | Path) -> dict[str, Any]:
     problem = _from_rank_0(problem)
     if problem:
         raise CheckpointError(problem)
-    facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    facts = read_state(path)
     try:
         check_facts(dist_checkpointing.load_common_state_dict(str(path / "weights")), policy.adapters, path)
         loaded = dist_checkpointing.load(policy.state_dict(is_loading=True), str(path / "weights"))

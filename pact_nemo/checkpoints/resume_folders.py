@@ -71,9 +71,9 @@ def latest_complete(root: str | Path) -> Path | None:
     return None
 
 
-def caller_state(folder: Path) -> dict[str, Any]:
-    """What the training loop keeps in a whole checkpoint."""
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))["caller"]
+def read_state(folder: Path) -> dict[str, Any]:
+    """``step`` and ``ranks`` of a whole checkpoint, and ``caller``: what the training loop keeps in it."""
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return state
 
 

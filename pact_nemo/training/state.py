@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pact_nemo.checkpoints.kl_reference import check_warmup, reference_of, stands
-from pact_nemo.checkpoints.resume_folders import caller_state, latest_complete
+from pact_nemo.checkpoints.resume_folders import latest_complete, read_state
 from pact_nemo.config.schema import Config
 from pact_nemo.errors import CheckpointError
 from pact_nemo.objective.adaptive import AdaptiveClock
@@ -104,7 +104,7 @@ def check_resume(config: Config, space: Workspace) -> None:
     if (folder := latest_complete(space.checkpoints)) is None:
         return
     state, warmup = new_state(config), config.warmup.steps
-    state.load(caller_state(folder), str(folder))
+    state.load(read_state(folder)["caller"], str(folder))
     check_warmup(folder, wanted=warmup, done=state.warmup_step, rl_steps=state.step)
     if state.step and warmup and config.objective.kl_coef:
         stands(reference_of(space.folder), warmup_steps=warmup, rl_steps=state.step)
